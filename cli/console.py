@@ -1,0 +1,167 @@
+"""What every command shares: one-line errors, options used twice, and the output formats."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from quambase.schema.errors import QuambaseError
+
+FORMATS = ("table", "json", "csv", "parquet", "markdown")
+
+
+class Command(click.Command):
+    """A command whose QuambaseError (and full disk, and Ctrl-C) ends in one line on stderr and exit code 1.
+
+    `--debug` shows the traceback instead.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error.")
+        )
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if "--debug" in sys.argv[1:]:
+            return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except QuambaseError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            fail("interrupted; finished parts are kept, run the same command again to go on")
+        except OSError as error:
+            fail(describe_os_error(error))
+
+
+def fail(message: str) -> None:
+    """Print ``message`` as the one line of an error and leave with exit code 1."""
+    click.echo("error: " + " ".join(message.split()), err=True)
+    raise click.exceptions.Exit(1)
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line for an operating-system error, with what to do about the common ones."""
+    what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    if error.errno == 28:
+        return f"{what}; free some space and run the same command again: finished parts are kept"
+    return what
+
+
+def note(message: str) -> None:
+    """Print a remark to stderr, where it does not mix with the data."""
+    click.echo(message, err=True)
+
+
+def database_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--db DIR`: the database folder."""
+    return click.option(
+        "--db",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=Path("quambase-db"),
+        show_default=True,
+        help="Database folder.",
+    )(function)
+
+
+def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--format` and `--output` of a command that prints a table."""
+
+    @click.option(
+        "--format", "format_", type=click.Choice(FORMATS), default="table", show_default=True, help="Output format."
+    )
+    @click.option(
+        "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write there instead of to stdout."
+    )
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def emit(table: pa.Table, format_: str = "table", output: Path | None = None) -> None:
+    """Print ``table`` to stdout, or to ``output``, in one of FORMATS."""
+    if format_ in ("csv", "parquet"):
+        target: Any = str(output) if output else sys.stdout.buffer
+        write = pyarrow.csv.write_csv if format_ == "csv" else pyarrow.parquet.write_table
+        if output is None and format_ == "parquet":
+            sink = pa.BufferOutputStream()
+            write(table, sink)
+            sys.stdout.buffer.write(sink.getvalue().to_pybytes())
+        else:
+            write(table, target)
+        sys.stdout.flush()
+        return
+    text = {"json": _json, "markdown": _markdown, "table": _plain}[format_](table)
+    if output:
+        output.write_text(text + "\n", encoding="utf-8")
+    else:
+        click.echo(text)
+
+
+def format_cell(value: Any) -> str:
+    """A value as a person reads it: 5 significant digits, digits grouped, dash for null."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 100_000 else str(value)
+    if isinstance(value, float):
+        return "nan" if math.isnan(value) else f"{value:.5g}"
+    if isinstance(value, list):
+        shown = ", ".join(format_cell(v) for v in value[:8])
+        return f"[{shown}{f', … {len(value)} in all' if len(value) > 8 else ''}]"
+    return str(value)
+
+
+def _cells(table: pa.Table) -> list[list[str]]:
+    return [[format_cell(v) for v in row.values()] for row in table.to_pylist()]
+
+
+def _numeric(table: pa.Table) -> list[bool]:
+    return [
+        pa.types.is_integer(f.type) or pa.types.is_floating(f.type) or pa.types.is_decimal(f.type)
+        for f in table.schema
+    ]
+
+
+def _plain(table: pa.Table) -> str:
+    rows = [list(table.schema.names), *_cells(table)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows[0] else []
+    right = _numeric(table)
+    lines = [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def _markdown(table: pa.Table) -> str:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+    rule = ["---:" if right else "---" for right in _numeric(table)]
+    return "\n".join([line(list(table.schema.names)), line(rule), *map(line, _cells(table))])
+
+
+def _json(table: pa.Table) -> str:
+    def plain(value: Any) -> Any:
+        # JSON has no NaN or infinity.
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    rows = [{k: plain(v) for k, v in row.items()} for row in table.to_pylist()]
+    return json.dumps(rows, indent=1, ensure_ascii=False, default=str)

@@ -1,0 +1,82 @@
+"""The group `quambase`, and the commands that are console scripts of their own.
+
+Commands are named as strings and imported when run, so `quambase sql` works where torch is not installed and
+`--help` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import click
+
+from quambase.schema.errors import UnknownName
+
+COMMANDS: dict[str, str] = {
+    "collect": "quambase.cli.collect:collect",
+    "analyze": "quambase.cli.analyze:analyze",
+    "apply": "quambase.cli.apply:apply",
+    "evaluate": "quambase.cli.evaluate:evaluate",
+    "sql": "quambase.cli.query:sql",
+    "stats": "quambase.cli.query:stats",
+    "compare": "quambase.cli.compare:compare",
+    "results": "quambase.cli.results:results",
+    "import": "quambase.cli.collect:import_tensor",
+    "generate": "quambase.cli.generate:generate",
+    "doctor": "quambase.cli.query:doctor",
+}
+"""Command name to ``module:object``; the order is that of the help."""
+
+
+def load_command(name: str) -> click.Command:
+    """Import the command called ``name``; UnknownName lists the nearest."""
+    if name not in COMMANDS:
+        raise UnknownName.of("command", name, COMMANDS)
+    module, _, attribute = COMMANDS[name].partition(":")
+    command: click.Command = getattr(importlib.import_module(module), attribute)
+    return command
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module only when that command is run or its help is shown."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return load_command(cmd_name) if cmd_name in COMMANDS else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS:
+            raise click.UsageError(str(UnknownName.of("command", args[0], COMMANDS)), ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(package_name="quambase")
+def quambase() -> None:
+    """Collect activation statistics once; try every INT8 scale; load the best into a Quamba model.
+
+    \b
+    Example:
+      collect --model mamba-7m --samples 128
+      analyze
+      evaluate --strategy all
+    """
+
+
+def _script(name: str) -> Callable[[], None]:
+    def run() -> None:
+        load_command(name)(prog_name=name)
+
+    run.__doc__ = f"Entry point of the console script `{name}`."
+    return run
+
+
+collect = _script("collect")
+analyze = _script("analyze")
+apply = _script("apply")
+evaluate = _script("evaluate")

@@ -1,0 +1,168 @@
+"""The exact distribution of 16-bit values: quantiles and moments from sorted values and counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from quambase.schema.tables import QUANTILES
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Distinct finite values of a (scale) group and how often each occurred.
+
+    values     (m,) float32, strictly ascending, finite, -0 folded into 0
+    counts     (m,) int64, positive
+    nonfinite  how many values were NaN or infinite (in neither array)
+    """
+
+    values: Float32
+    counts: Int64
+    nonfinite: int = 0
+
+    @classmethod
+    def of_rows(cls, values: Float32, counts: Int64) -> Distribution:
+        """From rows of `counts` in any order, repeats allowed (several groups): sort, add up, set nonfinite aside."""
+        values = np.asarray(values, np.float32) + np.float32(0)  # -0.0 + 0.0 is +0.0
+        counts = np.asarray(counts, np.int64)
+        finite = np.isfinite(values)
+        nonfinite = int(counts[~finite].sum())
+        values, counts = values[finite], counts[finite]
+        if values.size and not (values[1:] > values[:-1]).all():
+            values, inverse = np.unique(values, return_inverse=True)
+            # np.add.at keeps int64; bincount's weights would pass through float64.
+            summed = np.zeros(values.size, np.int64)
+            np.add.at(summed, inverse, counts)
+            counts = summed
+        present = counts > 0
+        return cls(values[present], counts[present], nonfinite)
+
+    @classmethod
+    def of_values(cls, values: npt.NDArray[np.floating]) -> Distribution:
+        """Of raw values (any shape), rounded to float16 (nearest, ties to even) as a run's counts are."""
+        with np.errstate(over="ignore"):
+            half = np.asarray(values).astype(np.float16).ravel()
+        found, counts = np.unique(half.astype(np.float32), return_counts=True)
+        return cls.of_rows(found, counts.astype(np.int64))
+
+    @property
+    def total(self) -> int:
+        """How many finite values."""
+        return int(self.counts.sum())
+
+    @cached_property
+    def absolute(self) -> tuple[Float32, Int64]:
+        """Distinct absolute values, ascending, and their counts."""
+        first = int(np.searchsorted(self.values, np.float32(0)))
+        joined = np.concatenate([-self.values[:first][::-1], self.values[first:]])
+        counts = np.concatenate([self.counts[:first][::-1], self.counts[first:]])
+        order = np.argsort(joined, kind="stable")
+        joined, counts = joined[order], counts[order]
+        starts = np.flatnonzero(np.concatenate([[True], joined[1:] != joined[:-1]])) if joined.size else []
+        return joined[starts], (np.add.reduceat(counts, starts) if joined.size else counts)
+
+    @cached_property
+    def _cumulative(self) -> Int64:
+        return np.cumsum(self.absolute[1], dtype=np.int64)
+
+    @property
+    def amax(self) -> float:
+        """Largest absolute value; 0 when there are no values."""
+        return float(self.absolute[0][-1]) if self.values.size else 0.0
+
+    def order_statistic(self, rank: int) -> np.float32:
+        """The absolute value at 0-based ``rank`` in ascending order."""
+        return np.float32(self.absolute[0][np.searchsorted(self._cumulative, rank, side="right")])
+
+    def quantile(self, p: float) -> float:
+        """Quantile of the absolute value as numpy.quantile gives it for float64 data: rank p(n-1), linear, NaN if empty."""
+        if not self.values.size:
+            return float("nan")
+        rank = p * (self.total - 1)
+        below = int(np.floor(rank))
+        weight = rank - below
+        low = float(self.order_statistic(below))
+        high = float(self.order_statistic(min(below + 1, self.total - 1)))
+        # numpy's _lerp: computed from the nearer end.
+        step = high - low
+        return high - step * (1 - weight) if weight >= 0.5 else low + step * weight
+
+    def quantile_torch(self, p: float) -> np.float32:
+        """Quantile of the absolute value as torch.quantile computes it for float32 data on the CPU.
+
+        Rank and interpolation in float32 (ATen/native/Sorting.cpp, quantile_compute; Lerp.h), so above 2^24 values
+        the rank itself is rounded.
+        """
+        if not self.values.size:
+            return np.float32("nan")
+        rank = np.float32(p) * np.float32(self.total - 1)
+        below = int(rank)
+        above = min(int(np.ceil(rank)), self.total - 1)
+        return lerp_torch(self.order_statistic(below), self.order_statistic(above), rank - np.float32(below))
+
+    def moments(self) -> tuple[float, float, float]:
+        """Mean, population standard deviation and Pearson kurtosis m4/m2^2 (3 for a Gaussian), in float64."""
+        if not self.values.size:
+            return (float("nan"),) * 3
+        x, c, total = self.values.astype(np.float64), self.counts.astype(np.float64), float(self.total)
+        mean = float((x * c).sum() / total)
+        centred = (x - mean) ** 2
+        second = float((centred * c).sum() / total)
+        fourth = float((centred**2 * c).sum() / total)
+        return mean, second**0.5, fourth / second**2 if second > 0 else float("nan")
+
+    def beyond(self, limit: float) -> int:
+        """How many values have an absolute value greater than ``limit``."""
+        absolute, counts = self.absolute
+        return int(counts[np.searchsorted(absolute, limit, side="right") :].sum())
+
+    def summary(self) -> dict[str, float | int]:
+        """The columns of `site_stats` but the key and `overflow`.
+
+        ``beyond_k_sigma`` is the share of values with |x - mean| > k std; ``outlier_ratio`` is amax / q9995.
+        """
+        mean, std, kurtosis = self.moments()
+        total = self.total
+        row: dict[str, float | int] = {
+            "count": total,
+            "amax": self.amax,
+            "min": float(self.values[0]) if total else float("nan"),
+            "max": float(self.values[-1]) if total else float("nan"),
+            "mean": mean,
+            "std": std,
+            "kurtosis": kurtosis,
+        }
+        row |= {name: self.quantile(p) for name, p in QUANTILES.items()}
+        row["outlier_ratio"] = ratio(self.amax, float(row["q9995"]))
+        row["outlier_ratio_q99"] = ratio(self.amax, float(row["q99"]))
+        deviation = np.abs(self.values.astype(np.float64) - mean)
+        for k in (3, 5):
+            far = int(self.counts[deviation > k * std].sum())
+            row[f"beyond_{k}_sigma"] = far / total if total else float("nan")
+        zeros = int(self.counts[self.values == 0].sum())
+        row["zeros"] = zeros / total if total else float("nan")
+        row["nonfinite"] = self.nonfinite
+        return row
+
+
+def ratio(numerator: float, denominator: float) -> float:
+    """``numerator / denominator``, NaN where the denominator is zero or NaN."""
+    return numerator / denominator if denominator > 0 else float("nan")
+
+
+def lerp_torch(low: np.float32, high: np.float32, weight: np.float32) -> np.float32:
+    """torch.lerp on float32 (ATen/native/Lerp.h): from the nearer end, the product not rounded before the sum."""
+    # float64 holds a float32 product exactly, and the sum of two such numbers of
+    # near magnitude too, so rounding once at the end is what an FMA does.
+    step = np.float64(np.float32(high - low))
+    if weight < np.float32(0.5):
+        return np.float32(np.float64(low) + np.float64(weight) * step)
+    return np.float32(np.float64(high) + np.float64(np.float32(weight - np.float32(1))) * step)

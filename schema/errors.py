@@ -1,0 +1,59 @@
+"""Errors a user can meet. Each is one line: what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QuambaseError(Exception):
+    """Base of every error that is the user's to mend; the command line prints it as one line."""
+
+
+class ModelNotFound(QuambaseError):
+    """No model of that name is bundled, local or reachable."""
+
+
+class CheckpointInvalid(QuambaseError):
+    """A model folder lacks a file, a tensor or a setting, or holds a family we do not read."""
+
+
+class DataInvalid(QuambaseError):
+    """A text file cannot be read as documents."""
+
+
+class DatabaseInvalid(QuambaseError):
+    """A database folder, run or table is missing, unfinished, altered or of a newer format."""
+
+
+class RunBusy(QuambaseError):
+    """Another process is writing this run."""
+
+
+class TapNeverFired(QuambaseError):
+    """A site the run promised to observe was never reached by the forward pass."""
+
+
+class UnknownName(QuambaseError):
+    """A strategy, site, layer, run, view or column that does not exist."""
+
+    @classmethod
+    def of(cls, kind: str, name: str, known: Iterable[str]) -> UnknownName:
+        """Build the message for an unknown ``kind`` (such as "strategy"), naming its nearest neighbours."""
+        names = sorted(set(known))
+        close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        shown = names if len(names) <= 16 else [*names[:16], f"… {len(names) - 16} more"]
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(shown) or 'none'}"
+        return cls(f"unknown {kind} '{name}'; {hint}")
+
+
+class QueryInvalid(QuambaseError):
+    """SQL that DuckDB refused, or that tried to leave the database folder."""
+
+
+class ScalesInvalid(QuambaseError):
+    """A scale table does not fit: another model, missing sites, a scale that is not positive and finite."""
+
+
+class TensorFileInvalid(QuambaseError):
+    """A file to import is not a plain tensor file."""

@@ -1,0 +1,89 @@
+"""`run.json`: what a run is, written last and atomically, so a folder without it is an unfinished run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from quambase.schema import FORMAT_VERSION
+from quambase.schema.errors import DatabaseInvalid
+from quambase.schema.tables import file_sha256, replacing
+
+MANIFEST = "run.json"
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One Parquet file of a run: its rows and the SHA-256 of its bytes."""
+
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything `run.json` says.
+
+    run        the run id: a hash of ``identity``
+    identity   what determines the bytes of the tables: model weights and tokenizer hashes, documents,
+               sites, grouping, activation dtype, samples, sequence length, block size, device type,
+               torch version, format version
+    model      name, path, family ("mamba1", or "tensor" for an import), n_layer, d_model, d_inner, d_state, dt_rank,
+               vocab_size
+    data       name, path, documents, empty, truncated, tokens
+    tables     file name to rows and checksum
+    sites      the (layer, site) pairs observed
+    created    versions, host, timings: what may differ between two equal runs
+    """
+
+    run: str
+    identity: dict[str, Any]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    tables: dict[str, TableFile]
+    sites: list[tuple[int, str]]
+    created: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def save(self, folder: Path) -> None:
+        """Write ``folder/run.json`` atomically."""
+        with replacing(folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read ``folder/run.json``. DatabaseInvalid: missing (unfinished run), not JSON, or a newer format."""
+        path = folder / MANIFEST
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DatabaseInvalid(
+                f"run {folder.name} is unfinished (no {MANIFEST}); run the same collect command again to resume it"
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DatabaseInvalid(f"{path} is not valid JSON ({error}); restore it or collect again") from None
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise DatabaseInvalid(
+                f"{path} has format version {version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
+            )
+        missing = {f.name for f in fields(cls)} - raw.keys()
+        if missing:
+            raise DatabaseInvalid(f"{path} lacks {', '.join(sorted(missing))}; restore it or collect again")
+        raw["tables"] = {name: TableFile(**entry) for name, entry in raw["tables"].items()}
+        raw["sites"] = [(layer, site) for layer, site in raw["sites"]]
+        return cls(**{f.name: raw[f.name] for f in fields(cls)})
+
+    def verify(self, folder: Path) -> None:
+        """Check every table file's checksum; DatabaseInvalid names the first that was cut short or altered."""
+        for name, entry in self.tables.items():
+            path = folder / name
+            if not path.exists():
+                raise DatabaseInvalid(f"{path} is missing; restore it or collect again")
+            if file_sha256(path) != entry.sha256:
+                raise DatabaseInvalid(
+                    f"{path} was altered or cut short since it was written (its checksum differs); "
+                    "restore it or delete the run folder and collect again"
+                )

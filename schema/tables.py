@@ -1,0 +1,239 @@
+"""Arrow schemas of every table, how each is written as Parquet, and atomic file writing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from quambase.schema.errors import DatabaseInvalid
+
+_KEY = [
+    pa.field("run", pa.string(), nullable=False),
+    pa.field("layer", pa.int32(), nullable=False),
+    pa.field("site", pa.string(), nullable=False),
+    pa.field("group_name", pa.string(), nullable=False),
+]
+
+
+def _schema(*fields: tuple[str, pa.DataType], key: bool = True) -> pa.Schema:
+    return pa.schema([*(_KEY if key else []), *(pa.field(name, kind) for name, kind in fields)])
+
+
+COUNTS = _schema(("value", pa.float32()), ("count", pa.int64()))
+"""One row per distinct value of a group, as a 16-bit value; sorted by value, NaN last."""
+
+QUANTILES: dict[str, float] = {
+    "q50": 0.5,
+    "q90": 0.9,
+    "q95": 0.95,
+    "q99": 0.99,
+    "q995": 0.995,
+    "q999": 0.999,
+    "q9995": 0.9995,
+    "q9999": 0.9999,
+    "q99995": 0.99995,
+    "q99999": 0.99999,
+}
+"""Quantile columns of `site_stats`: of the absolute value, float64 rank p(n-1), linear interpolation."""
+
+DOCUMENT_QUANTILES: dict[str, float] = {
+    name: p for name, p in QUANTILES.items() if p >= 0.99
+}
+"""Quantile columns of `documents`: torch.quantile's rule (float32 rank and interpolation)."""
+
+SITE_STATS = _schema(
+    ("count", pa.int64()),
+    ("amax", pa.float32()),
+    ("min", pa.float32()),
+    ("max", pa.float32()),
+    ("mean", pa.float64()),
+    ("std", pa.float64()),
+    ("kurtosis", pa.float64()),
+    *((name, pa.float64()) for name in QUANTILES),
+    ("outlier_ratio", pa.float64()),
+    ("outlier_ratio_q99", pa.float64()),
+    ("beyond_3_sigma", pa.float64()),
+    ("beyond_5_sigma", pa.float64()),
+    ("zeros", pa.float64()),
+    ("nonfinite", pa.int64()),
+    ("overflow", pa.int64()),
+)
+"""One row per site (`all`) and per group of a divided site; everything follows from `counts` but `overflow`."""
+
+CHANNELS = _schema(
+    ("channel", pa.int32()),
+    ("count", pa.int64()),
+    ("min", pa.float32()),
+    ("max", pa.float32()),
+    ("sum", pa.float64()),
+    ("sum_sq", pa.float64()),
+    ("mean_abs_max", pa.float64()),
+    ("nonfinite", pa.int64()),
+    ("overflow", pa.int64()),
+)
+"""One row per channel (per state index at the ssm_state sites), of the unrounded float32 values."""
+
+DOCUMENTS = _schema(
+    ("document", pa.int32()),
+    ("tokens", pa.int32()),
+    ("sha256", pa.string()),
+    ("amax", pa.float32()),
+    *((name, pa.float32()) for name in DOCUMENT_QUANTILES),
+)
+"""One row per document that has a token, for the whole of each site and each group of a divided one."""
+
+OUTLIERS = _schema(
+    ("document", pa.int32()),
+    ("position", pa.int32()),
+    ("token_id", pa.int32()),
+    ("token", pa.string()),
+    ("channel", pa.int32()),
+    ("value", pa.float32()),
+)
+"""The K largest values of a group: by absolute value, then document, position, channel."""
+
+ACTIVATIONS = _schema(
+    ("document", pa.int32()),
+    ("position", pa.int32()),
+    ("values", pa.list_(pa.float32())),
+)
+"""Raw activations of sampled tokens: one row per token and group; at the state sites the last token's, flat (e, n)."""
+
+GROUPS = _schema(
+    ("channels", pa.list_(pa.int32())),
+    ("ssd_group", pa.int32()),
+    ("head_group", pa.int32()),
+    ("channel_group", pa.int32()),
+)
+"""The channels of each group; the last three are null for Mamba-1."""
+
+SCALES = _schema(
+    ("strategy", pa.string()),
+    ("params", pa.string()),
+    ("label", pa.string()),
+    ("scale", pa.float32()),
+    ("component_scales", pa.list_(pa.float32())),
+    ("qmin", pa.int16()),
+    ("qmax", pa.int16()),
+    ("amax", pa.float32()),
+    ("clipped_share", pa.float64()),
+    ("mse", pa.float64()),
+    ("sqnr_db", pa.float64()),
+    ("codes_used", pa.int32()),
+    ("codes_above_120", pa.int32()),
+    ("entropy_bits", pa.float64()),
+    ("consumed", pa.bool_()),
+    ("decode_only", pa.bool_()),
+    ("needs_decode", pa.bool_()),
+    ("clip_safe", pa.bool_()),
+    ("selected", pa.bool_()),
+)
+"""One row per run, layer, site, scale group (`group_name`) and strategy with its parameters (`label` names both)."""
+
+RESULTS = _schema(
+    ("evaluation", pa.string()),
+    ("model", pa.string()),
+    ("scales", pa.string()),
+    ("strategy", pa.string()),
+    ("task", pa.string()),
+    ("document", pa.int32()),
+    ("sha256", pa.string()),
+    ("tokens", pa.int32()),
+    ("nll", pa.float64()),
+    ("kl", pa.float64()),
+    ("top1_agreement", pa.int32()),
+    ("correct", pa.bool_()),
+    ("quantize_lm_head", pa.bool_()),
+    ("quantize_embedding", pa.bool_()),
+    ("compat_upstream", pa.bool_()),
+    key=False,
+)
+"""One row per evaluated document and strategy (`float` is the floating-point model). nll and kl are sums, in nats,
+over `tokens` predicted tokens; top1_agreement counts them; `correct` is null unless the task is last-word."""
+
+RUN_TABLES: dict[str, pa.Schema] = {
+    "counts": COUNTS,
+    "site_stats": SITE_STATS,
+    "channels": CHANNELS,
+    "documents": DOCUMENTS,
+    "outliers": OUTLIERS,
+    "activations": ACTIVATIONS,
+    "groups": GROUPS,
+}
+"""The tables of one run folder, each `<name>.parquet`."""
+
+# Sorted 16-bit values differ little from their neighbours byte by byte, and most counts are small.
+_ENCODINGS = {"counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"}}
+
+
+def _writer(path: Path, name: str, schema: pa.Schema) -> pq.ParquetWriter:
+    encodings = _ENCODINGS.get(name)
+    words = [f.name for f in schema if pa.types.is_string(f.type)]
+    return pq.ParquetWriter(
+        path,
+        schema,
+        compression="zstd",
+        use_dictionary=words,
+        column_encoding=encodings,
+        write_statistics=True,
+    )
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is flushed to disk and takes its place at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_table(path: Path, name: str, batches: pa.Table | Iterable[pa.Table], schema: pa.Schema) -> int:
+    """Write one Parquet file atomically; return its number of rows.
+
+    ``name`` chooses the column encodings; ``batches`` may be a stream, each piece of which becomes row groups.
+    """
+    rows = 0
+    with replacing(path) as temporary, _writer(temporary, name, schema) as writer:
+        for table in [batches] if isinstance(batches, pa.Table) else batches:
+            writer.write_table(table.cast(schema))
+            rows += table.num_rows
+    return rows
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read a whole Parquet file and check its columns; DatabaseInvalid if it is missing, cut short or another table."""
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except FileNotFoundError:
+        raise DatabaseInvalid(f"{path} is missing; collect again or restore it from a copy") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise DatabaseInvalid(f"{path} is not a readable Parquet file ({first}); restore it or collect again") from None
+    if table.schema.names != schema.names:
+        raise DatabaseInvalid(
+            f"{path} has the columns {', '.join(table.schema.names)}; expected {', '.join(schema.names)}"
+        )
+    return table
+
+
+def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            if progress:
+                progress(len(chunk))
+    return digest.hexdigest()
