@@ -1,0 +1,49 @@
+"""Packed batches: documents one after another, no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents that share a forward pass.
+
+    tokens   (t,) int64, the documents' token ids one after another
+    offsets  (documents + 1,) int64, document i being ``tokens[offsets[i]:offsets[i + 1]]``
+    """
+
+    tokens: torch.Tensor
+    offsets: torch.Tensor
+
+    @classmethod
+    def pack(cls, documents: Sequence[Sequence[int]]) -> Batch:
+        """Lay token lists one after another."""
+        lengths = torch.tensor([0, *(len(document) for document in documents)], dtype=torch.int64)
+        tokens = torch.tensor([token for document in documents for token in document], dtype=torch.int64)
+        return cls(tokens, lengths.cumsum(0))
+
+    @property
+    def documents(self) -> int:
+        """How many documents."""
+        return self.offsets.numel() - 1
+
+    def rows(self, document: int) -> slice:
+        """The rows of one document."""
+        return slice(int(self.offsets[document]), int(self.offsets[document + 1]))
+
+    def chunks(self, rows: int) -> list[slice]:
+        """Runs of whole documents (slices of document numbers) of about ``rows`` tokens, one document at least.
+
+        Whatever is wider than the model (the logits) is computed chunk by chunk.
+        """
+        found: list[slice] = []
+        first = 0
+        for document in range(self.documents):
+            if int(self.offsets[document + 1] - self.offsets[first]) >= rows or document == self.documents - 1:
+                found.append(slice(first, document + 1))
+                first = document + 1
+        return found

@@ -1,0 +1,168 @@
+"""Compiled CPU kernels of the Mamba-1 block: depthwise causal convolution, selective scan, Hadamard butterflies.
+
+Batches are packed: documents lie one after another in ``t`` tokens, document ``i`` being rows
+``offsets[i]:offsets[i + 1]``; nothing is padded and nothing crosses a document's border. Work is cut into
+(document, block of channels) pieces that no other piece touches, so results do not depend on the thread count.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+
+BLOCK = 128
+"""Channels per piece of work: a (d_state=16, BLOCK) float32 state stays in the first-level cache."""
+
+# exp(x) = 2^k exp(r), |r| <= ln(2)/2; r by Cody-Waite subtraction of k ln(2) in two
+# parts; exp(r) by the degree-6 minimax polynomial of Cephes' expf (about 1 ulp).
+_LOG2E = np.float32(1.4426950408889634)
+_LN2_HIGH = np.float32(0.693359375)
+_LN2_LOW = np.float32(-2.12194440e-4)
+_P0 = np.float32(1.9875691500e-4)
+_P1 = np.float32(1.3981999507e-3)
+_P2 = np.float32(8.3334519073e-3)
+_P3 = np.float32(4.1665795894e-2)
+_P4 = np.float32(1.6666665459e-1)
+_P5 = np.float32(5.0000001201e-1)
+_LOWEST = np.float32(-87.3)
+_HIGHEST = np.float32(88.3)
+_ONE = np.float32(1)
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def exp32(x: np.float32) -> np.float32:
+    """exp(x) in float32 to about 1 ulp, saturating outside [-87.3, 88.3]; branch-free so that loops vectorise."""
+    x = min(max(x, _LOWEST), _HIGHEST)
+    k = np.floor(x * _LOG2E + np.float32(0.5))
+    r = x - k * _LN2_HIGH - k * _LN2_LOW
+    p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+    power = np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return np.float32((p * r * r + r + _ONE) * power)
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def silu32(x: np.float32) -> np.float32:
+    """x / (1 + exp(-x)) in float32."""
+    return np.float32(x / (_ONE + exp32(-x)))
+
+
+@numba.njit(parallel=True, fastmath={"contract"}, cache=True)
+def causal_conv1d_silu(x: Float32, weight: Float32, bias: Float32, offsets: Int64, out: Float32) -> None:
+    """Depthwise causal convolution with bias, then SiLU, each document on its own with zeros before it.
+
+    x (t, e or more), of which the first e columns count; out (t, e); weight (k, e), the last row multiplying the
+    current token; bias (e,). All C-contiguous, or the loops would not vectorise.
+    """
+    documents = offsets.size - 1
+    width, channels = weight.shape
+    blocks = (channels + BLOCK - 1) // BLOCK
+    for piece in numba.prange(documents * blocks):
+        document = piece // blocks
+        low = (piece % blocks) * BLOCK
+        high = min(low + BLOCK, channels)
+        size = high - low
+        start = offsets[document]
+        total = np.empty(BLOCK, np.float32)
+        for row in range(start, offsets[document + 1]):
+            for i in range(size):
+                total[i] = bias[low + i]
+            for tap in range(max(0, width - 1 - (row - start)), width):
+                source = row - (width - 1 - tap)
+                for i in range(size):
+                    total[i] += weight[tap, low + i] * x[source, low + i]
+            for i in range(size):
+                out[row, low + i] = silu32(total[i])
+
+
+@numba.njit(parallel=True, fastmath={"contract"}, cache=True)
+def selective_scan(
+    u: Float32,
+    delta: Float32,
+    a: Float32,
+    b: Float32,
+    c: Float32,
+    d: Float32,
+    z: Float32,
+    offsets: Int64,
+    y: Float32,
+    state: Float32,
+) -> None:
+    """Selective scan with skip connection and gate (Mamba, algorithm 2; mamba_ssm selective_scan_ref).
+
+    state[n] = exp(delta A[n]) state[n] + delta B[n] u;  y = (sum_n C[n] state[n] + D u) * SiLU(z)
+
+    u, delta (after softplus), z, y (t, e); a (n, e), negative; b, c (t, n); d (e,); state (documents, n, e): the
+    state before the first token on entry, after the last one on return. All C-contiguous.
+    """
+    documents = offsets.size - 1
+    states, channels = a.shape
+    blocks = (channels + BLOCK - 1) // BLOCK
+    for piece in numba.prange(documents * blocks):
+        document = piece // blocks
+        low = (piece % blocks) * BLOCK
+        high = min(low + BLOCK, channels)
+        size = high - low
+        step = np.empty(BLOCK, np.float32)
+        drive = np.empty(BLOCK, np.float32)
+        total = np.empty(BLOCK, np.float32)
+        h = np.empty((states, BLOCK), np.float32)
+        rate = np.empty((states, BLOCK), np.float32)
+        for n in range(states):
+            for i in range(size):
+                h[n, i] = state[document, n, low + i]
+                rate[n, i] = a[n, low + i]
+        for row in range(offsets[document], offsets[document + 1]):
+            for i in range(size):
+                step[i] = delta[row, low + i]
+                drive[i] = step[i] * u[row, low + i]
+                total[i] = d[low + i] * u[row, low + i]
+            for n in range(states):
+                gain = b[row, n]
+                read = c[row, n]
+                for i in range(size):
+                    kept = exp32(step[i] * rate[n, i]) * h[n, i] + gain * drive[i]
+                    h[n, i] = kept
+                    total[i] += read * kept
+            for i in range(size):
+                y[row, low + i] = total[i] * silu32(z[row, low + i])
+        for n in range(states):
+            for i in range(size):
+                state[document, n, low + i] = h[n, i]
+
+
+@numba.njit(parallel=True, fastmath={"contract"}, cache=True)
+def butterflies(x: Float32, odd: Float32, factor: np.float32) -> None:
+    """In place: every row times (odd kron H_2^k), times ``factor``.
+
+    x (rows, m 2^k); odd (m, m), a Hadamard matrix of an order that is not a power of two, or the 1 x 1 identity.
+    The power-of-two stages come first, neighbours first; then the outermost ``odd``.
+    """
+    rows, dim = x.shape
+    order = odd.shape[0]
+    inner = dim // order
+    for row in numba.prange(rows):
+        line = x[row]
+        half = 1
+        while half < inner:
+            for start in range(0, dim, 2 * half):
+                for i in range(start, start + half):
+                    low = line[i]
+                    high = line[i + half]
+                    line[i] = low + high
+                    line[i + half] = low - high
+            half *= 2
+        if order > 1:
+            mixed = np.zeros(dim, np.float32)
+            for i in range(order):
+                for j in range(order):
+                    sign = odd[i, j]
+                    for p in range(inner):
+                        mixed[i * inner + p] += sign * line[j * inner + p]
+            for i in range(dim):
+                line[i] = mixed[i]
+        for i in range(dim):
+            line[i] *= factor
