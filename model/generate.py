@@ -1,0 +1,55 @@
+"""Text written by a model itself: seeded sampling, many sequences at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from quambase.model.mamba import Mamba, State
+
+
+def generate(
+    model: Mamba,
+    prompts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    seed: int,
+    temperature: float = 0.9,
+    top_p: float = 0.95,
+    vocabulary: int | None = None,
+    progress: bool = False,
+) -> list[list[int]]:
+    """Continue every prompt (at least one token) to ``lengths[i]`` tokens in all, prompt included.
+
+    Nucleus sampling (Holtzman et al. 2020): the smallest set of tokens whose probability reaches ``top_p``.
+    ``vocabulary``: ids at and above it (padding rows of the embedding) are never drawn. The same model, prompts, seed
+    and torch version give the same text.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # Longest first, so that the sequences still being written are always the first rows.
+    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+    texts = [list(prompts[i]) for i in order]
+    wanted = [lengths[i] for i in order]
+    state = model.new_state(len(order))
+    current = torch.tensor([text[0] for text in texts])
+    for position in tqdm(range(1, wanted[0]), desc="generate", unit="step", disable=not progress, delay=2):
+        active = sum(length > position for length in wanted)
+        state = State([conv[:active] for conv in state.conv], [ssm[:active] for ssm in state.ssm])
+        logits = model.step(current[:active], state)[:, :vocabulary] / temperature
+        for text, token in zip(texts, _draw(logits, top_p, generator).tolist(), strict=False):
+            if position >= len(text):
+                text.append(token)
+        current = torch.tensor([text[position] for text in texts[:active]])
+    written = {i: text[:length] for i, text, length in zip(order, texts, wanted, strict=True)}
+    return [written[i] for i in range(len(order))]
+
+
+def _draw(logits: torch.Tensor, top_p: float, generator: torch.Generator) -> torch.Tensor:
+    """One token per row of logits (b, v): (b,)."""
+    ordered, ids = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    ordered[before >= top_p] = 0
+    choice = torch.multinomial(ordered, 1, generator=generator)
+    return ids.gather(1, choice).squeeze(1)

@@ -1,0 +1,82 @@
+"""The sample text a bundled model comes with: calibration, evaluation and last-word parts, written by the model itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from quambase.model.generate import generate
+from quambase.model.load import LoadedModel
+from quambase.model.mamba import Mamba
+from quambase.model.text import BUNDLED_DATA
+from quambase.schema.tables import replacing
+
+OPENINGS = (
+    "The", "It was", "He", "She", "When", "In the", "There", "At last", "But", "After", "My", "A", "They", "One",
+    "As", "You", "I", "What", "His", "Her", "On the", "Mr", "For", "No",
+)  # fmt: skip
+"""First words of the documents; a model without a start token has to be given one."""
+
+CALIBRATION_SHARE = 0.6
+EMPTY = (7, 100)
+"""Documents of the calibration part that are empty on purpose, as real files have some."""
+
+_PASSAGE = re.compile(r"(?s)^(.*\s)([A-Za-z]{3,})\W*$")
+
+
+def write_sample(model: LoadedModel, folder: Path, *, tokens: int = 300_000, seed: int = 0, progress: bool = True) -> dict[str, int]:
+    """Let ``model`` write about ``tokens`` tokens and save them as the three files of `BUNDLED_DATA` in ``folder``.
+
+    Lengths are log-normal (median 300 tokens, at most 1024), a twelfth of the documents are of 1 to 24 tokens. The
+    parts are different documents. Returns the number of documents of each file.
+    """
+    rng = np.random.default_rng(seed)
+    lengths: list[int] = []
+    while sum(lengths) < tokens:
+        short = rng.random() < 1 / 12
+        drawn = rng.integers(1, 25) if short else min(1024, rng.lognormal(np.log(300), 0.6))
+        lengths.append(max(1, int(drawn)))
+    openings = rng.choice(len(OPENINGS), size=len(lengths))
+    prompts = [model.tokenizer.encode(OPENINGS[i]) for i in openings]
+    written = generate(
+        Mamba(model.weights),
+        prompts,
+        [max(length, len(prompt)) for length, prompt in zip(lengths, prompts, strict=True)],
+        seed=seed,
+        vocabulary=model.tokenizer.size,
+        progress=progress,
+    )
+    texts = [model.tokenizer.decode(ids).strip() for ids in written]
+    cut = int(len(texts) * CALIBRATION_SHARE)
+    calibration, evaluation = texts[:cut], texts[cut:]
+    for place in EMPTY:
+        calibration.insert(min(place, len(calibration)), "")
+    parts = {
+        "sample:calibration": calibration,
+        "sample:evaluation": evaluation,
+        "sample:last-word": [p for text in evaluation for p in last_word_passages(text)],
+    }
+    for name, documents in parts.items():
+        with replacing(folder / BUNDLED_DATA[name]) as temporary:
+            lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
+            temporary.write_text("".join(lines), encoding="utf-8")
+    return {name: len(documents) for name, documents in parts.items()}
+
+
+def last_word_passages(text: str, *, words: int = 70, most: int = 4) -> list[str]:
+    """Passages of up to ``words`` words of ``text`` that end in a word they already contain, as LAMBADA's do.
+
+    A passage ends where a sentence ends, without its punctuation; the last word has three letters or more.
+    """
+    found: list[str] = []
+    sentences = re.split(r"(?<=[.!?])[\"'”’]?\s+", text)
+    for end in range(2, len(sentences) + 1):
+        passage = " ".join(" ".join(sentences[:end]).split()[-words:])
+        match = _PASSAGE.match(passage)
+        if match and re.search(rf"\b{match[2]}\b", match[1]) and len(passage.split()) >= 20:
+            found.append(match[1] + match[2])
+    # The last ones have the most context, and passages that end far apart share the least.
+    return found[-most:]

@@ -1,0 +1,154 @@
+"""Texts: local files, the bundled sample, the reference texts of the Python installation, data sets on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import itertools
+import lzma
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import duckdb
+import pyarrow as pa
+
+from quambase.schema.errors import DataInvalid, UnknownName
+
+SAMPLE = Path(__file__).with_name("bundled") / "sample"
+"""Folder of the bundled sample text."""
+
+BUNDLED_DATA: dict[str, str] = {
+    "sample:calibration": "calibration.jsonl",
+    "sample:evaluation": "evaluation.jsonl",
+    "sample:last-word": "last_word.jsonl",
+}
+"""Names of the bundled texts, written by the bundled model itself (`quambase generate`)."""
+
+PYTHON_DOCS = ("python-docs:calibration", "python-docs:evaluation")
+"""Real English text on every machine: the language reference inside Python (`pydoc_data.topics`), every other topic."""
+
+HUB_DATA: dict[str, str] = {
+    "pile-val": "hf:monology/pile-uncopyrighted:val.jsonl.zst",
+    "wikitext2": "hf:Salesforce/wikitext:wikitext-2-raw-v1/test-00000-of-00001.parquet",
+    "lambada": "hf:EleutherAI/lambada_openai:data/lambada_test_en.jsonl",
+}
+"""Short names of data sets on the hub, as ``hf:REPOSITORY:FILE``."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text: its place in the file and the SHA-256 of its UTF-8 bytes."""
+
+    index: int
+    text: str
+    sha256: str
+
+
+def read_documents(data: str, limit: int | None = None) -> Iterator[Document]:
+    """The documents of ``data`` in file order, at most ``limit``; empty ones are delivered too, with their number.
+
+    ``data``: a .txt (documents apart by blank lines), .jsonl, .parquet or .csv file (column ``text``), also .gz or
+    .zst; ``sample:…``, ``python-docs:…``; ``pile-val``, ``wikitext2``, ``lambada`` or ``hf:REPOSITORY:FILE``.
+    DataInvalid: missing, unreadable, or without a text column.
+    """
+    for index, text in enumerate(itertools.islice(_texts(data), limit)):
+        yield Document(index, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
+
+
+def _texts(data: str) -> Iterator[str]:
+    if data in PYTHON_DOCS:
+        return _python_docs(PYTHON_DOCS.index(data))
+    if data in BUNDLED_DATA:
+        return _file_texts(SAMPLE / BUNDLED_DATA[data])
+    if Path(data).exists():
+        return _file_texts(Path(data))
+    source = HUB_DATA.get(data, data)
+    if source.startswith("hf:"):
+        return _file_texts(_from_hub(source))
+    hint = UnknownName.of("data", data, [*BUNDLED_DATA, *PYTHON_DOCS, *HUB_DATA])
+    raise DataInvalid(f"no file {data} here, and it is no known name ({hint})")
+
+
+def _python_docs(part: int) -> Iterator[str]:
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    return iter([topics[name] for name in sorted(topics)][part::2])
+
+
+def _file_texts(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        raise DataInvalid(f"{path} is not a file; expected .txt, .jsonl, .parquet or .csv, also .gz or .zst")
+    kinds = [suffix.lower() for suffix in path.suffixes]
+    kind = next((k for k in reversed(kinds) if k in (".txt", ".jsonl", ".json", ".parquet", ".csv")), None)
+    if kind is None:
+        raise DataInvalid(f"{path.name} is of unknown kind; expected .txt, .jsonl, .parquet or .csv, also .gz or .zst")
+    return _plain_texts(path) if kind == ".txt" else _table_texts(path, kind)
+
+
+def _plain_texts(path: Path) -> Iterator[str]:
+    """Documents of a text file: runs of lines between blank lines."""
+    lines: list[str] = []
+    try:
+        with _open(path) as file:
+            for raw in file:
+                line = raw.decode("utf-8")
+                if line.strip():
+                    lines.append(line)
+                elif lines:
+                    yield "".join(lines).rstrip("\r\n")
+                    lines = []
+    except UnicodeDecodeError as error:
+        raise DataInvalid(f"{path} is not UTF-8 text ({error.reason} at byte {error.start} of a line); convert it") from None
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DataInvalid(f"{path} cannot be read ({str(error).splitlines()[0]}); it may be cut short") from None
+    if lines:
+        yield "".join(lines).rstrip("\r\n")
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".xz":
+        return lzma.open(path)
+    stream: IO[bytes] = pa.input_stream(str(path), compression="detect", buffer_size=1 << 20)
+    return stream
+
+
+def _table_texts(path: Path, kind: str) -> Iterator[str]:
+    """The column ``text`` of a .jsonl, .parquet or .csv file, in file order, through DuckDB."""
+    reader = {
+        ".jsonl": "read_json(?, format = 'newline_delimited', records = true)",
+        ".json": "read_json(?)",
+        ".parquet": "read_parquet(?)",
+        ".csv": "read_csv(?, header = true)",
+    }[kind]
+    settings = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
+    with duckdb.connect(config=settings) as connection:
+        try:
+            names = connection.sql(f"select * from {reader} limit 0", params=[str(path)]).columns
+            column = "text" if "text" in names else names[0] if len(names) == 1 else None
+            if column is None:
+                raise DataInvalid(f"{path} has the columns {', '.join(names)}; expected one called text")
+            quoted = column.replace('"', '""')
+            rows = connection.execute(f'select "{quoted}" from {reader}', [str(path)])
+            while batch := rows.fetchmany(256):
+                for (text,) in batch:
+                    yield "" if text is None else str(text)
+        except duckdb.Error as error:
+            first = str(error).splitlines()[0]
+            raise DataInvalid(f"{path} cannot be read as {kind[1:]} ({first})") from None
+
+
+def _from_hub(source: str) -> Path:
+    repository, _, name = source.removeprefix("hf:").partition(":")
+    advice = "download the file on a machine with a network and pass it: --data FILE"
+    if not repository or not name:
+        raise DataInvalid(f"'{source}' is not of the form hf:REPOSITORY:FILE")
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repository, name, repo_type="dataset"))
+    except ImportError:
+        raise DataInvalid(f"{source} is on the hub and huggingface_hub is not installed; pip install 'quambase[hub]', or {advice}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataInvalid(f"{source} is not in the local hub cache and could not be fetched ({reason}); {advice}") from None
