@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from quambase.apply.int8 import float32
 from quambase.model.weights import MambaConfig
 from quambase.schema.errors import ScalesInvalid
-from quambase.schema.sites import HEAD_LAYER, layer_sites
+from quambase.schema.scales import ScaleTable
+from quambase.schema.sites import HEAD_LAYER, find_site, is_model_site, layer_sites
 
 Scales = Mapping[tuple[int, str], float]
 """(layer, site) to a positive scale."""
+
+DEFAULT_OTHERWISE = "quamba"
+"""The strategy of the sites that ``at`` does not name: what upstream computes."""
 
 
 def needed_sites(config: MambaConfig, quantize_lm_head: bool) -> list[tuple[int, str]]:
@@ -40,3 +44,65 @@ def check_scales(scales: Scales, needed: list[tuple[int, str]]) -> dict[tuple[in
                 "analyze again"
             )
     return found
+
+
+def check_model(table: ScaleTable, weights_sha256: str, name: str) -> None:
+    """ScalesInvalid unless the table's scales were computed from a run of the model with these weights."""
+    model = table.model
+    if model.get("family") != "mamba1":
+        raise ScalesInvalid(
+            f"the scale table describes '{model.get('name')}' (family {model.get('family')}), "
+            "no Mamba-1 model; expected scales of a run of `collect --model NAME`"
+        )
+    found = table.identity.get("weights_sha256")
+    if found != weights_sha256:
+        raise ScalesInvalid(
+            f"the scale table belongs to model {model.get('name')} (weights {str(found)[:12]}), "
+            f"not to {name} (weights {weights_sha256[:12]}); give that model with --model, or collect and analyze "
+            f"{name}"
+        )
+
+
+def choose_scales(
+    table: ScaleTable, strategy: str, at: Collection[str] = (), otherwise: str = DEFAULT_OTHERWISE
+) -> dict[tuple[int, str], float]:
+    """(layer, site) to scale: those of ``strategy``, or with ``at`` its scales at these sites,
+    ``otherwise``'s elsewhere.
+
+    UnknownName: a label or site that does not exist.
+    """
+    chosen = table.scales_for(strategy)
+    if not at:
+        return chosen
+    for name in at:
+        find_site(name)
+    rest = {key: scale for key, scale in table.scales_for(otherwise).items() if key[1] not in at}
+    return rest | {key: scale for key, scale in chosen.items() if key[1] in at}
+
+
+def describe(strategy: str, at: Collection[str] = (), otherwise: str = DEFAULT_OTHERWISE) -> str:
+    """What a mix is called in results: ``mse@x_proj:input/quamba``."""
+    return f"{strategy}@{','.join(at)}/{otherwise}" if at else strategy
+
+
+def loadable_labels(table: ScaleTable, needed: list[tuple[int, str]]) -> tuple[list[str], list[str]]:
+    """The labels that have a plain INT8 scale at every needed site, and those that have not."""
+    whole: list[str] = []
+    partial: list[str] = []
+    for label in table.labels():
+        (whole if set(needed) <= table.scales_for(label).keys() else partial).append(label)
+    return whole, partial
+
+
+def unsafe_sites(table: ScaleTable, scales: Scales) -> list[tuple[int, str]]:
+    """Sites whose consumer does not saturate upstream and whose scale clips values seen in calibration.
+
+    There upstream's kernel would wrap: ``round(amax / scale) > 127``.
+    """
+    rows = table.table.select(["layer", "site", "amax"]).to_pylist()
+    amax = {(row["layer"], row["site"]): row["amax"] for row in rows}
+    return [
+        key
+        for key, scale in scales.items()
+        if is_model_site(key[1]) and not find_site(key[1]).saturates and amax[key] >= 127.5 * scale
+    ]

@@ -142,6 +142,7 @@ RESULTS = _schema(
     ("scales", pa.string()),
     ("strategy", pa.string()),
     ("task", pa.string()),
+    ("data", pa.string()),
     ("document", pa.int32()),
     ("sha256", pa.string()),
     ("tokens", pa.int32()),

@@ -1,0 +1,109 @@
+"""From a scale table to an INT8 model folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from quambase.apply.quamba1 import build
+from quambase.apply.scales import (
+    DEFAULT_OTHERWISE,
+    check_model,
+    check_scales,
+    choose_scales,
+    describe,
+    needed_sites,
+    unsafe_sites,
+)
+from quambase.apply.store import SCALES, remember, save_model
+from quambase.apply.weights import UPSTREAM
+from quambase.model.load import LoadedModel, bundled_models, load_model
+from quambase.model.prepare import prepare
+from quambase.schema.scales import SELECTED, ScaleTable, read_scales, write_scales
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `apply` made: the folder, the strategy's name, the sites where upstream's kernel would wrap."""
+
+    folder: Path
+    strategy: str
+    unsafe: list[tuple[int, str]]
+
+
+def load_source(table: ScaleTable, model: str | None) -> LoadedModel:
+    """The float model of a scale table, by its provenance or by name; ScalesInvalid if it is another."""
+    origin = table.model
+    name = str(origin.get("name"))
+    if name not in bundled_models() and Path(str(origin.get("path"))).is_dir():
+        name = str(origin["path"])
+    loaded = load_model(model or name)
+    check_model(table, loaded.weights_sha256, loaded.name)
+    return loaded
+
+
+def apply(
+    scales: Path,
+    *,
+    strategy: str = SELECTED,
+    at: Collection[str] = (),
+    otherwise: str = DEFAULT_OTHERWISE,
+    quantize_lm_head: bool = False,
+    quantize_embedding: bool = False,
+    compat: str | None = None,
+    db: Path = Path("quambase-db"),
+    out: Path | None = None,
+    model: str | None = None,
+) -> Applied:
+    """Load one strategy's scales into the INT8 model and write it to ``out`` (default ``db/models/<id>``).
+
+    strategy   a label of the table, or "selected": each site's selected row
+    at         use it only at these sites, and ``otherwise`` elsewhere
+    compat     None, or "upstream": its wrapping Hadamard quantizer and embedding maximum
+    model      the floating-point model, if it is not where the scale table says
+    Errors: ScalesInvalid, UnknownName, ModelNotFound, CheckpointInvalid.
+    """
+    table = read_scales(scales)
+    chosen = choose_scales(table, strategy, at, otherwise)
+    loaded = load_source(table, model)
+    needed = needed_sites(loaded.config, quantize_lm_head)
+    chosen = check_scales(chosen, needed)  # before the slow part
+    int8 = build(
+        prepare(loaded.weights),
+        chosen,
+        quantize_lm_head=quantize_lm_head,
+        quantize_embedding=quantize_embedding,
+        compat=compat,
+    )
+    settings = {
+        "strategy": describe(strategy, at, otherwise),
+        "source": {"name": loaded.name, "path": str(loaded.path.resolve()), "bundled": loaded.bundled},
+        "weights_sha256": loaded.weights_sha256,
+        "tokenizer_sha256": loaded.tokenizer_sha256,
+        "run": table.run,
+    }
+    switches = [quantize_lm_head, quantize_embedding, compat]
+    used = {f"{layer}/{site}": scale for (layer, site), scale in chosen.items()}
+    identity = json.dumps([loaded.weights_sha256, settings["strategy"], switches, used], sort_keys=True)
+    folder = out or db / "models" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    save_model(folder, int8, settings, loaded.tokenizer.path)
+    labels = [strategy, *([otherwise] if at else []), DEFAULT_OTHERWISE]
+    write_scales(folder / SCALES, _rows_of(table, labels), table.provenance)
+    remember(db, folder)
+    return Applied(
+        folder, str(settings["strategy"]), unsafe_sites(table, chosen) if compat == UPSTREAM else []
+    )
+
+
+def _rows_of(table: ScaleTable, labels: Collection[str]) -> pa.Table:
+    """The rows of these labels; every selected row where "selected" is among them."""
+    wanted = pc.is_in(table.table["label"], value_set=pa.array(sorted(labels), pa.string()))
+    if SELECTED in labels:
+        wanted = pc.or_(wanted, table.table["selected"])
+    return table.table.filter(wanted)

@@ -1,0 +1,191 @@
+"""What is measured on one document: likelihood, divergence from the floating-point model, agreement, last word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quambase.apply import kernels
+from quambase.model.batch import Batch
+from quambase.model.text import Document
+from quambase.model.tokenizer import Tokenizer
+
+LOGIT_CELLS = 16_000_000
+"""Logits held at once (64 MB of float32), whatever the vocabulary."""
+
+PERPLEXITY, LAST_WORD = "perplexity", "last-word"
+
+FLOAT = "float"
+"""The label of the floating-point model in results."""
+
+
+class LanguageModel(Protocol):
+    """What the float model and the INT8 model share."""
+
+    def hidden(self, batch: Batch) -> torch.Tensor: ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Item:
+    """One document to score.
+
+    sequences   token lists that share no state
+    first       the first predicted place of every sequence (1, or where the last word begins)
+    """
+
+    document: int
+    sha256: str
+    sequences: tuple[list[int], ...]
+    first: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens fed to the model."""
+        return sum(map(len, self.sequences))
+
+    @property
+    def targets(self) -> int:
+        """Tokens predicted."""
+        return sum(len(sequence) - self.first for sequence in self.sequences)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Per document, in the order of the items: sums over its predicted tokens.
+
+    nll, kl   (documents,) float64, nats
+    top1      (documents,) int64: predictions whose most likely token is the floating-point model's
+    correct   (documents,) bool: every predicted token was the most likely one
+    """
+
+    nll: npt.NDArray[np.float64]
+    kl: npt.NDArray[np.float64]
+    top1: npt.NDArray[np.int64]
+    correct: npt.NDArray[np.bool_]
+
+
+def perplexity_items(documents: Sequence[Document], tokenizer: Tokenizer, window: int) -> list[Item]:
+    """Every document cut in non-overlapping windows of ``window`` tokens, whose first tokens are not
+    predicted.
+
+    Documents that leave nothing to predict (fewer than two tokens) are left out.
+    """
+    items = []
+    encoded = tokenizer.encode_batch([document.text for document in documents])
+    for document, tokens in zip(documents, encoded, strict=True):
+        pieces = (tokens[start : start + window] for start in range(0, len(tokens), window))
+        sequences = tuple(piece for piece in pieces if len(piece) > 1)
+        if sequences:
+            items.append(Item(document.index, document.sha256, sequences))
+    return items
+
+
+def split_last_word(text: str) -> tuple[str, str] | None:
+    """Context and whole text, both without trailing space; None where there is no context or no word.
+
+    The continuation is what follows the context: the space and the last word, as lm-eval's lambada_openai has
+    it once its `_encode_pair` has moved the context's trailing spaces there.
+    """
+    whole = text.rstrip()
+    words = whole.split()
+    if len(words) < 2:
+        return None
+    return whole[: len(whole) - len(words[-1])].rstrip(), whole
+
+
+def last_word_items(documents: Sequence[Document], tokenizer: Tokenizer, window: int) -> list[Item]:
+    """Context and last word of every document, the context cut from the left to ``window`` tokens in all.
+
+    The last word's tokens are those that the whole text has beyond the context's (lm-eval's rule). Documents
+    without a last word after a context are left out.
+    """
+    items = []
+    for document in documents:
+        split = split_last_word(document.text)
+        if split is None:
+            continue
+        context, whole = map(tokenizer.encode, split)
+        target = len(whole) - len(context)
+        kept = whole[-(window + 1) :]
+        if context and 0 < target < len(kept):
+            items.append(Item(document.index, document.sha256, (kept,), len(kept) - target))
+    return items
+
+
+def score(
+    reference: LanguageModel, models: Mapping[str, LanguageModel], items: Sequence[Item]
+) -> dict[str, Score]:
+    """Score every item by the floating-point model (label `FLOAT`) and by each model; one forward pass each.
+
+    Softmax and cross-entropy are float32, natural logarithm; sums over a document are float64.
+    """
+    sequences = [sequence for item in items for sequence in item.sequences]
+    batch = Batch.pack(sequences)
+    first = [item.first for item in items for _ in item.sequences]
+    rows = np.concatenate(
+        [
+            np.arange(int(start) + skip - 1, int(end) - 1)
+            for start, end, skip in zip(batch.offsets[:-1], batch.offsets[1:], first, strict=True)
+        ]
+    )
+    targets = batch.tokens.numpy()[rows + 1]
+    owner = np.repeat(np.arange(len(items)), [item.targets for item in items])
+
+    hidden = {label: _rows(model.hidden(batch), rows) for label, model in models.items()}
+    expected = _rows(reference.hidden(batch), rows)
+    shape = (len(models) + 1, rows.size)
+    nll, kl, top = np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int64)
+    step = max(1, LOGIT_CELLS // reference.logits(expected[:1]).shape[1])
+    for start in range(0, rows.size, step):
+        part = slice(start, start + step)
+        logp = reference.logits(expected[part].to(torch.float32)).numpy()
+        kernels.log_softmax_rows(logp, top[0, part])
+        nll[0, part] = -logp[np.arange(len(logp)), targets[part]]
+        for i, (label, model) in enumerate(models.items(), 1):
+            states = hidden[label][part]
+            logits = model.logits(states.to(torch.float32) if states.is_floating_point() else states).numpy()
+            kernels.compare_rows(logp, logits, targets[part], nll[i, part], kl[i, part], top[i, part])
+    return {
+        label: _per_document(nll[i], kl[i], top[i] == top[0], top[i] == targets, owner, len(items))
+        for i, label in enumerate([FLOAT, *models])
+    }
+
+
+def _rows(hidden: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+    """The rows that predict something."""
+    return hidden[torch.from_numpy(rows)]
+
+
+def _per_document(
+    nll: npt.NDArray[np.float64],
+    kl: npt.NDArray[np.float64],
+    agrees: npt.NDArray[np.bool_],
+    right: npt.NDArray[np.bool_],
+    owner: npt.NDArray[np.int64],
+    documents: int,
+) -> Score:
+    return Score(
+        np.bincount(owner, nll, documents),
+        np.bincount(owner, kl, documents),
+        np.bincount(owner[agrees], minlength=documents),
+        np.bincount(owner[~right], minlength=documents) == 0,
+    )
+
+
+def blocks(items: Sequence[Item], tokens: int) -> list[Sequence[Item]]:
+    """Runs of consecutive items of about ``tokens`` tokens, one item at least: the unit of forward pass and resume."""
+    found: list[Sequence[Item]] = []
+    start = total = 0
+    for place, item in enumerate(items):
+        total += item.tokens
+        if total >= tokens or place == len(items) - 1:
+            found.append(items[start : place + 1])
+            start, total = place + 1, 0
+    return found
