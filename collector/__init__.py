@@ -1,0 +1,1 @@
+"""Model and text to one run: taps, counting, accumulation, part files and resume, writing; import of saved tensors."""

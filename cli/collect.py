@@ -1,0 +1,113 @@
+"""`collect` and `quambase import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pyarrow.parquet as pq
+
+from quambase.cli.console import Command, database_option, emit, note
+
+
+@click.command(cls=Command)
+@click.option("--model", required=True, help="Bundled name, folder, short name (mamba-130m) or hub id.")
+@click.option("--samples", default=512, show_default=True, type=click.IntRange(min=1), help="Documents to read.")
+@click.option("--seq-len", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens per document at most.")
+@click.option("--data", help="Text file, or a name such as python-docs:calibration. [default: the model's own]")
+@database_option
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Documents per forward pass.")
+@click.option("--keep-tokens", default="64", show_default=True, help="Tokens whose raw activations are kept, or all.")
+@click.option("--sites", default="", help="Only these sites, apart by commas. [default: every one]")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the token sample.")
+@click.option("--tokenizer", help="tokenizer.json, folder or hub id. [default: the model's own]")
+def collect(
+    model: str,
+    samples: int,
+    seq_len: int,
+    data: str | None,
+    db: Path,
+    batch_size: int,
+    keep_tokens: str,
+    sites: str,
+    seed: int,
+    tokenizer: str | None,
+) -> None:
+    """Run a model over calibration texts and store the exact distribution of its activations.
+
+    A killed run resumes when the same command is given again.
+
+    \b
+    Example:
+      collect --model mamba-7m --samples 128
+    """
+    from quambase.collector import run
+
+    found = run.collect(
+        model,
+        samples,
+        data=data,
+        seq_len=seq_len,
+        db=db,
+        batch_size=batch_size,
+        keep_tokens=run.parse_keep(keep_tokens),
+        sites=[site.strip() for site in sites.split(",") if site.strip()],
+        seed=seed,
+        tokenizer=tokenizer,
+    )
+    _describe(found)
+
+
+@click.command(cls=Command, name="import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--site", required=True, help="What to call the site.")
+@click.option("--layer", default=0, show_default=True, help="Its layer number.")
+@click.option("--tensor", help="Which tensor of a file that holds several.")
+@database_option
+def import_tensor(file: Path, site: str, layer: int, tensor: str | None, db: Path) -> None:
+    """Make a run of one site from a saved tensor (.pt, .npy, .safetensors).
+
+    \b
+    Example:
+      quambase import activations.pt --site x_proj:input --layer 3
+      quambase compare --site x_proj:input --layer 3
+    """
+    from quambase.collector import tensor_file
+
+    _describe(tensor_file.import_tensor(file, site, layer=layer, tensor=tensor, db=db))
+
+
+def _describe(found: object) -> None:
+    """Say where the run is, what went into it, and which sites to look at first."""
+    from quambase.collector.run import CollectedRun
+
+    assert isinstance(found, CollectedRun)
+    manifest, data, created = found.manifest, found.manifest.data, found.manifest.created
+    size = sum((found.folder / name).stat().st_size for name in manifest.tables)
+    note(f"{'already there' if found.existed else 'written'}: {found.folder} ({size / 1e6:.1f} MB)")
+    skipped = [f"{data[key]} {key}" for key in ("empty", "truncated") if data[key]]
+    seconds = created.get("observe_seconds")
+    rate = f", {data['tokens'] / seconds:,.0f} tokens/s" if seconds and not found.existed else ""
+    note(
+        f"{data['documents']} documents, {data['tokens']:,} tokens of {data['name']}"
+        + (f" ({', '.join(skipped)})" if skipped else "")
+        + rate
+    )
+    stats = pq.read_table(found.folder / "site_stats.parquet")
+    for row in stats.filter(_bad(stats)).to_pylist():
+        note(
+            f"warning: {row['site']} of layer {row['layer']} holds {row['nonfinite']} NaN or infinite values "
+            f"({row['overflow']} of them too large for 16 bits); they are in no quantile"
+        )
+    worst = stats.sort_by([("outlier_ratio", "descending")]).slice(0, 5)
+    note("largest outliers, as amax over the 99.95 % quantile:")
+    emit(worst.select(["layer", "site", "group_name", "amax", "q9995", "outlier_ratio"]))
+
+
+def _bad(stats: object) -> object:
+    import pyarrow.compute as pc
+
+    assert hasattr(stats, "column")
+    return pc.and_(
+        pc.greater(stats.column("nonfinite"), 0), pc.equal(stats.column("group_name"), "all")
+    )

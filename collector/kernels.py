@@ -1,0 +1,255 @@
+"""Compiled CPU kernels: counting 16-bit patterns per document and group, and moments per channel.
+
+Rows of a packed tensor belong to documents through ``offsets`` as in `quambase.model.batch`.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+UInt16 = npt.NDArray[np.uint16]
+UInt32 = npt.NDArray[np.uint32]
+
+PATTERNS = 65536
+SIGN = 32768
+"""Patterns below it are non-negative; adding it negates. Magnitudes order as their patterns do."""
+
+BLOCK = 128
+"""Channels per piece of the moments: its accumulators stay in the first-level cache."""
+
+FEW = 16384
+"""A document with fewer values in a group is un-counted value by value, not by passing over 65,536 bins."""
+
+
+@numba.njit(cache=True)
+def _insert(
+    top: Int64, size: int, most: int, magnitude: int, pattern: int, document: int, row: int, channel: int
+) -> int:
+    """Insert into ``top`` (most, 5), ordered by descending magnitude, equal ones in order of arrival; the new size."""
+    place = size if size < most else most - 1
+    while place > 0 and top[place - 1, 0] < magnitude:
+        for k in range(5):
+            top[place, k] = top[place - 1, k]
+        place -= 1
+    top[place, 0] = magnitude
+    top[place, 1] = pattern
+    top[place, 2] = document
+    top[place, 3] = row
+    top[place, 4] = channel
+    return min(size + 1, most)
+
+
+@numba.njit(cache=True)
+def _tail(
+    tables: UInt32, highest: int, total: int, magnitudes: Float32, probabilities: Float32, out: Float32
+) -> None:
+    """Amax and quantiles of the absolute value of one document, from its counts, by torch.quantile's rule.
+
+    tables (groups, PATTERNS), added up; ``highest`` bounds the magnitude patterns present; ``total`` finite values;
+    probabilities (q,) descending; out (1 + q,): amax, then the quantiles in the order of ``probabilities``.
+    """
+    out[:] = np.nan
+    if total == 0:
+        return
+    # Walk down from the largest value. ``seen`` values have a magnitude pattern of at
+    # least ``magnitude``, so the one of ascending rank r is reached when seen >= total - r.
+    magnitude = highest + 1
+    seen = 0
+    last_rank = total - 1
+    while seen < 1:
+        magnitude -= 1
+        for g in range(tables.shape[0]):
+            seen += tables[g, magnitude] + tables[g, magnitude + SIGN]
+    out[0] = magnitudes[magnitude]
+    above = out[0]
+    for wanted in range(probabilities.size):
+        position = probabilities[wanted] * np.float32(total - 1)
+        below_rank = int(position)
+        above_rank = min(int(np.ceil(position)), total - 1)
+        # Neighbouring probabilities may need the same upper value, which lies behind us.
+        if above_rank < last_rank:
+            while seen < total - above_rank:
+                magnitude -= 1
+                for g in range(tables.shape[0]):
+                    seen += tables[g, magnitude] + tables[g, magnitude + SIGN]
+            above = magnitudes[magnitude]
+            last_rank = above_rank
+        while seen < total - below_rank:
+            magnitude -= 1
+            for g in range(tables.shape[0]):
+                seen += tables[g, magnitude] + tables[g, magnitude + SIGN]
+        below = magnitudes[magnitude]
+        weight = np.float32(position - np.float32(below_rank))
+        # quambase.schema.distribution.lerp_torch
+        step = np.float64(np.float32(above - below))
+        if weight < np.float32(0.5):
+            out[1 + wanted] = np.float32(np.float64(below) + np.float64(weight) * step)
+        else:
+            out[1 + wanted] = np.float32(np.float64(above) + np.float64(np.float32(weight - np.float32(1))) * step)
+
+
+@numba.njit(parallel=True, cache=True)
+def count_documents(
+    bits: UInt16,
+    offsets: Int64,
+    first: int,
+    bounds: Int64,
+    edges: Int64,
+    infinity: int,
+    magnitudes: Float32,
+    probabilities: Float32,
+    counts: Int64,
+    scratch: UInt32,
+    summaries: Float32,
+    top: Int64,
+    top_sizes: Int64,
+) -> None:
+    """Count every value of every document.
+
+    bits          (rows, channels) patterns of float16 or bfloat16 values
+    first         number of the first of these documents in its block
+    bounds        (workers + 1,) document numbers: worker w takes documents bounds[w]:bounds[w + 1]
+    edges         (groups + 1,) channel numbers: group g is channels edges[g]:edges[g + 1]
+    infinity      pattern of +infinity: patterns above it are NaN
+    magnitudes    (SIGN,) the value of each non-negative pattern
+    counts        (workers, groups, PATTERNS), added to
+    scratch       (workers, groups, PATTERNS), zero on entry and on return
+    summaries     (documents, groups + 1, 1 + q), written: amax and quantiles, the whole site last
+    top           (workers, groups, most, 5), added to: magnitude, pattern, document, row in document, channel
+    top_sizes     (workers, groups), added to
+    """
+    groups = edges.size - 1
+    most = top.shape[2]
+    for worker in numba.prange(bounds.size - 1):
+        finite = np.empty(groups, np.int64)
+        highest = np.empty(groups, np.int64)
+        for document in range(bounds[worker], bounds[worker + 1]):
+            start, stop = offsets[document], offsets[document + 1]
+            for g in range(groups):
+                table = scratch[worker, g]
+                best = top[worker, g]
+                size = top_sizes[worker, g]
+                bar = best[most - 1, 0] if size == most else -1
+                largest = 0
+                for row in range(start, stop):
+                    for channel in range(edges[g], edges[g + 1]):
+                        pattern = bits[row, channel]
+                        table[pattern] += np.uint32(1)
+                        magnitude = np.int64(pattern & np.uint16(SIGN - 1))
+                        largest = max(largest, magnitude)
+                        if magnitude > bar and magnitude < infinity:
+                            size = _insert(
+                                best, size, most, magnitude, pattern, first + document, row - start, channel - edges[g]
+                            )
+                            if size == most:
+                                bar = best[most - 1, 0]
+                top_sizes[worker, g] = size
+                finite[g] = (stop - start) * (edges[g + 1] - edges[g])
+                if largest >= infinity:
+                    for pattern in range(infinity, SIGN):
+                        finite[g] -= table[pattern] + table[pattern + SIGN]
+                    largest = infinity - 1
+                highest[g] = largest
+            for g in range(groups):
+                _tail(
+                    scratch[worker, g : g + 1], highest[g], finite[g], magnitudes, probabilities, summaries[document, g]
+                )
+            _tail(
+                scratch[worker], highest.max(), finite.sum(), magnitudes, probabilities, summaries[document, groups]
+            )
+            for g in range(groups):
+                table = scratch[worker, g]
+                into = counts[worker, g]
+                if (stop - start) * (edges[g + 1] - edges[g]) < FEW:
+                    for row in range(start, stop):
+                        for channel in range(edges[g], edges[g + 1]):
+                            pattern = bits[row, channel]
+                            into[pattern] += 1
+                            table[pattern] = 0
+                else:
+                    for pattern in range(PATTERNS):
+                        into[pattern] += table[pattern]
+                        table[pattern] = 0
+
+
+@numba.njit(parallel=True, cache=True)
+def channel_moments(
+    x: Float32,
+    offsets: Int64,
+    limit: np.float32,
+    count: Int64,
+    lowest: Float32,
+    highest: Float32,
+    total: Float64,
+    squares: Float64,
+    mean_abs_max: Float64,
+    nonfinite: Int64,
+    overflow: Int64,
+) -> None:
+    """Add every document of x (rows, channels) to the accumulators (channels,), documents and rows in order.
+
+    A document's sums are formed first and then added, so results do not depend on the thread count. ``limit`` is the
+    smallest float32 that rounds to infinity in 16 bits; NaN and infinity are counted and left out of the rest.
+    """
+    channels = x.shape[1]
+    for piece in numba.prange((channels + BLOCK - 1) // BLOCK):
+        first = piece * BLOCK
+        width = min(BLOCK, channels - first)
+        low = np.empty(BLOCK, np.float32)
+        high = np.empty(BLOCK, np.float32)
+        added = np.empty(BLOCK, np.float64)
+        squared = np.empty(BLOCK, np.float64)
+        absolute = np.empty(BLOCK, np.float64)
+        used = np.empty(BLOCK, np.int64)
+        for document in range(offsets.size - 1):
+            start, stop = offsets[document], offsets[document + 1]
+            if start == stop:
+                continue
+            low[:] = np.inf
+            high[:] = -np.inf
+            added[:] = 0
+            squared[:] = 0
+            absolute[:] = 0
+            used[:] = stop - start
+            for row in range(start, stop):
+                for i in range(width):
+                    value = x[row, first + i]
+                    wide = np.float64(value)
+                    low[i] = min(low[i], value)
+                    high[i] = max(high[i], value)
+                    added[i] += wide
+                    squared[i] += wide * wide
+                    absolute[i] += abs(wide)
+            for i in range(width):
+                c = first + i
+                # The sum of magnitudes is finite exactly when every value is: float64
+                # cannot overflow on float32 values. Only then is the careful pass skipped.
+                if not (absolute[i] < np.inf) or high[i] >= limit or low[i] <= -limit:
+                    low[i], high[i], added[i], squared[i], absolute[i] = np.inf, -np.inf, 0.0, 0.0, 0.0
+                    for row in range(start, stop):
+                        value = x[row, c]
+                        if not abs(value) < np.inf:
+                            nonfinite[c] += 1
+                            used[i] -= 1
+                            continue
+                        if abs(value) >= limit:
+                            overflow[c] += 1
+                        wide = np.float64(value)
+                        low[i] = min(low[i], value)
+                        high[i] = max(high[i], value)
+                        added[i] += wide
+                        squared[i] += wide * wide
+                        absolute[i] += abs(wide)
+                if used[i] == 0:
+                    continue
+                count[c] += used[i]
+                lowest[c] = min(lowest[c], low[i])
+                highest[c] = max(highest[c], high[i])
+                total[c] += added[i]
+                squares[c] += squared[i]
+                mean_abs_max[c] = max(mean_abs_max[c], absolute[i] / used[i])

@@ -1,0 +1,118 @@
+"""What a run will do, decided before the first forward pass: documents, blocks, sampled tokens, the run id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from quambase.model.text import read_documents
+from quambase.model.tokenizer import Tokenizer
+from quambase.schema.errors import DataInvalid
+
+Keep = int | Literal["all"]
+"""How many tokens' raw activations to keep."""
+
+
+@dataclass(frozen=True)
+class PlannedDocument:
+    """A document with at least one token: place in the file, hash of its text, token ids (cut at the sequence length)."""
+
+    index: int
+    sha256: str
+    tokens: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Documents of a run in file order. ``read`` counts all, ``empty`` those without a token, ``truncated`` those cut."""
+
+    documents: tuple[PlannedDocument, ...]
+    read: int
+    empty: int
+    truncated: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents together."""
+        return sum(document.tokens.size for document in self.documents)
+
+    def blocks(self, size: int) -> list[list[PlannedDocument]]:
+        """Runs of ``size`` consecutive documents of the file, less the empty ones."""
+        blocks: dict[int, list[PlannedDocument]] = {}
+        for document in self.documents:
+            blocks.setdefault(document.index // size, []).append(document)
+        return list(blocks.values())
+
+    def digest(self) -> str:
+        """SHA-256 over the documents' numbers, text hashes and token ids, in order."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(f"{document.index}:{document.sha256}:{document.tokens.size};".encode())
+            digest.update(document.tokens.tobytes())
+        return digest.hexdigest()
+
+
+def make_plan(data: str, tokenizer: Tokenizer, samples: int, seq_len: int, *, progress: bool = False) -> Plan:
+    """Read and tokenize the first ``samples`` documents: cut at ``seq_len`` tokens, not packed, nothing added.
+
+    DataInvalid if no document has a token.
+    """
+    documents: list[PlannedDocument] = []
+    read = truncated = 0
+    texts: Iterator[Any] = read_documents(data, samples)
+    for document in tqdm(texts, desc="tokenize", unit="doc", total=samples, disable=not progress, delay=2):
+        read += 1
+        ids = tokenizer.encode(document.text)
+        truncated += len(ids) > seq_len
+        if ids:
+            tokens = np.array(ids[:seq_len], np.int32)
+            documents.append(PlannedDocument(document.index, document.sha256, tokens))
+    if not documents:
+        raise DataInvalid(f"{data} holds no document with a token ({read} read); expected at least one text")
+    return Plan(tuple(documents), read, read - len(documents), truncated)
+
+
+def token_hash(seed: int, document: npt.NDArray[np.uint64], position: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash of (seed, document, position): splitmix64's finalizer (Steele, Lea, Flood 2014), applied twice."""
+
+    def mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+    with np.errstate(over="ignore"):
+        start = mix(document + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15))
+        return mix(start + (position + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def sampled_tokens(plan: Plan, keep: int, seed: int) -> dict[int, npt.NDArray[np.int64]]:
+    """The ``keep`` tokens of smallest hash: document number to its sampled positions, ascending."""
+    documents = np.concatenate([np.full(d.tokens.size, d.index, np.uint64) for d in plan.documents])
+    positions = np.concatenate([np.arange(d.tokens.size, dtype=np.uint64) for d in plan.documents])
+    chosen = np.argsort(token_hash(seed, documents, positions), kind="stable")[:keep]
+    found: dict[int, list[int]] = {}
+    for document, position in sorted(zip(documents[chosen].tolist(), positions[chosen].tolist(), strict=True)):
+        found.setdefault(int(document), []).append(int(position))
+    return {document: np.array(places, np.int64) for document, places in found.items()}
+
+
+def sampled_states(plan: Plan, keep: int, seed: int) -> set[int]:
+    """The ``keep`` documents whose last token has the smallest hash: their final states are kept."""
+    documents = np.array([d.index for d in plan.documents], np.uint64)
+    last = np.array([d.tokens.size - 1 for d in plan.documents], np.uint64)
+    chosen = np.argsort(token_hash(seed, documents, last), kind="stable")[:keep]
+    return {int(document) for document in documents[chosen]}
+
+
+def run_id(name: str, identity: dict[str, Any]) -> str:
+    """``name`` and the first 12 digits of the SHA-256 of ``identity`` as canonical JSON."""
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    safe = "".join(c if c.isalnum() or c in "-." else "-" for c in name.split("/")[-1])
+    return f"{safe}-{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"

@@ -1,0 +1,151 @@
+"""Statistics as rows of the tables of `quambase.schema.tables`, sorted by layer, site and group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from quambase.collector.kernels import PATTERNS, SIGN
+from quambase.collector.statistics import Encoding, SiteLayout, SiteStatistics
+from quambase.schema.distribution import Distribution
+from quambase.schema.sites import WHOLE
+from quambase.schema.tables import CHANNELS, COUNTS, GROUPS, OUTLIERS, SITE_STATS
+
+Key = tuple[int, str]
+"""(layer, site)."""
+
+Statistics = Mapping[Key, SiteStatistics]
+
+_MOMENT_COLUMNS = {
+    "count": "count",
+    "min": "lowest",
+    "max": "highest",
+    "sum": "total",
+    "sum_sq": "squares",
+    "mean_abs_max": "mean_abs_max",
+    "nonfinite": "nonfinite",
+    "overflow": "overflow",
+}
+
+
+def keyed_rows(
+    run: str, key: Key, group: str, rows: int, columns: dict[str, object], schema: pa.Schema
+) -> pa.Table:
+    """A table of ``schema`` whose key columns are constant and whose other columns are ``columns``."""
+    layer, site = key
+    columns = {
+        "run": pa.repeat(run, rows),
+        "layer": pa.repeat(pa.scalar(layer, pa.int32()), rows),
+        "site": pa.repeat(site, rows),
+        "group_name": pa.repeat(group, rows),
+        **columns,
+    }
+    arrays = [
+        column if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column, schema.field(name).type)
+        for name, column in ((name, columns[name]) for name in schema.names)
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def ordered_groups(layout: SiteLayout) -> list[tuple[str, int]]:
+    """Group names in the order of the tables, with their numbers."""
+    return sorted((name, g) for g, name in enumerate(layout.names))
+
+
+class PatternOrder:
+    """The order of `counts`: values ascending from -inf to inf, then NaN; -0 joins 0, all NaN join one."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        infinity = encoding.infinity
+        patterns = np.concatenate([np.arange(SIGN + infinity, SIGN, -1), np.arange(0, infinity + 1)])
+        self.values = np.append(encoding.values()[patterns], np.float32("nan")).astype(np.float32)
+        self._place = np.full(PATTERNS, self.values.size - 1)
+        self._place[patterns] = np.arange(patterns.size)
+        self._place[SIGN] = self._place[0]
+
+    def fold(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """(PATTERNS,) counts by pattern to (values,) counts in this order."""
+        folded = np.zeros(self.values.size, np.int64)
+        np.add.at(folded, self._place, counts)
+        return folded
+
+
+def counts_rows(run: str, statistics: Statistics, order: PatternOrder) -> Iterator[pa.Table]:
+    """The table `counts`, a piece per group."""
+    for key in sorted(statistics):
+        stats = statistics[key]
+        for name, g in ordered_groups(stats.layout):
+            folded = order.fold(stats.counts[g])
+            present = np.flatnonzero(folded)
+            columns: dict[str, object] = {"value": order.values[present], "count": folded[present]}
+            yield keyed_rows(run, key, name, present.size, columns, COUNTS)
+
+
+def channels_rows(run: str, statistics: Statistics) -> Iterator[pa.Table]:
+    """The table `channels`, a piece per group."""
+    for key in sorted(statistics):
+        stats = statistics[key]
+        for name, g in ordered_groups(stats.layout):
+            span = slice(stats.layout.edges[g], stats.layout.edges[g + 1])
+            columns: dict[str, object] = {
+                column: getattr(stats.moments, field)[span] for column, field in _MOMENT_COLUMNS.items()
+            }
+            columns["channel"] = np.arange(span.start, span.stop)
+            yield keyed_rows(run, key, name, span.stop - span.start, columns, CHANNELS)
+
+
+def groups_rows(run: str, layouts: Mapping[Key, SiteLayout]) -> Iterator[pa.Table]:
+    """The table `groups`, a piece per group."""
+    for key in sorted(layouts):
+        layout = layouts[key]
+        for name, g in ordered_groups(layout):
+            channels = list(range(layout.edges[g], layout.edges[g + 1]))
+            nothing = pa.nulls(1, pa.int32())
+            columns: dict[str, object] = {
+                "channels": [channels],
+                "ssd_group": nothing,
+                "head_group": nothing,
+                "channel_group": nothing,
+            }
+            yield keyed_rows(run, key, name, 1, columns, GROUPS)
+
+
+Locate = Callable[[SiteLayout, int, int, int], tuple[int, int | None, str | None, int]]
+"""(layout, document, row in it, channel) to position, token id, token and channel as `outliers` has them."""
+
+
+def outliers_rows(run: str, statistics: Statistics, encoding: Encoding, locate: Locate) -> Iterator[pa.Table]:
+    """The table `outliers`, a piece per group."""
+    values = encoding.values()
+    for key in sorted(statistics):
+        stats = statistics[key]
+        for name, g in ordered_groups(stats.layout):
+            top = stats.top[g]
+            first = stats.layout.edges[g]
+            found = [locate(stats.layout, int(d), int(r), int(c) + first) for _, _, d, r, c in top]
+            columns: dict[str, object] = {
+                "document": top[:, 2],
+                "position": [f[0] for f in found],
+                "token_id": [f[1] for f in found],
+                "token": [f[2] for f in found],
+                "channel": [f[3] for f in found],
+                "value": values[top[:, 1]],
+            }
+            yield keyed_rows(run, key, name, len(top), columns, OUTLIERS)
+
+
+def site_stats_rows(run: str, statistics: Statistics, order: PatternOrder) -> Iterator[pa.Table]:
+    """The table `site_stats`: a row for each site and for each group of a divided one."""
+    for key in sorted(statistics):
+        stats = statistics[key]
+        edges = stats.layout.edges
+        parts = [(name, stats.counts[g], slice(edges[g], edges[g + 1])) for name, g in ordered_groups(stats.layout)]
+        if stats.layout.names != (WHOLE,):
+            parts.append((WHOLE, stats.counts.sum(axis=0), slice(0, edges[-1])))
+        for name, counts, span in sorted(parts, key=lambda part: part[0]):
+            row: dict[str, object] = dict(Distribution.of_rows(order.values, order.fold(counts)).summary())
+            row["overflow"] = int(stats.moments.overflow[span].sum())
+            yield keyed_rows(run, key, name, 1, {name: [value] for name, value in row.items()}, SITE_STATS)

@@ -1,0 +1,217 @@
+"""`collect`: a model and its calibration texts to one run of the database."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from quambase.collector.checkpoint import load_checkpoint, save_checkpoint
+from quambase.collector.plan import Keep, Plan, make_plan, run_id, sampled_states, sampled_tokens
+from quambase.collector.recorder import BlockRecorder
+from quambase.collector.rows import Key, Locate
+from quambase.collector.statistics import ENCODINGS, Counter, SiteLayout, SiteStatistics
+from quambase.collector.writer import finish_run, locked, versions, write_part, write_run
+from quambase.model.batch import Batch
+from quambase.model.load import LoadedModel, load_model
+from quambase.model.mamba import Mamba
+from quambase.model.prepare import prepare
+from quambase.model.weights import MambaConfig
+from quambase.schema import FORMAT_VERSION
+from quambase.schema.errors import UnknownName
+from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.sites import MAMBA1_SITES, STATE_SITES, find_site, layer_sites
+
+CHECKPOINT_SECONDS = 10.0
+"""A killed run loses at most about this much work, besides the block it was in."""
+
+OUTLIERS = 64
+"""Largest values kept per group."""
+
+
+@dataclass(frozen=True)
+class CollectedRun:
+    """A complete run: its folder and manifest, and whether it was there already."""
+
+    folder: Path
+    manifest: Manifest
+    existed: bool
+
+
+def default_data(model: LoadedModel) -> str:
+    """The calibration text of a model none was named for: the bundled sample, or the Pile's validation part."""
+    return "sample:calibration" if model.bundled else "pile-val"
+
+
+def site_layouts(config: MambaConfig, sites: Sequence[str]) -> dict[Key, SiteLayout]:
+    """Every observed (layer, site) of a model and where its groups lie."""
+    c = config
+    edges = {
+        "in_proj:input": (0, c.d_model),
+        "in_proj:output": (0, c.d_inner, 2 * c.d_inner),
+        "x_proj:input": (0, c.d_inner),
+        "x_proj:output": (0, c.dt_rank, c.dt_rank + c.d_state, c.dt_rank + 2 * c.d_state),
+        "dt_proj:input": (0, c.dt_rank),
+        "dt_proj:output": (0, c.d_inner),
+        "ssm_state_act:input": (0, c.d_state),
+        "ssm_state_act:output": (0, c.d_state),
+        "out_proj:input": (0, c.d_inner),
+        "out_proj:output": (0, c.d_model),
+        "lm_head:input": (0, c.d_model),
+        "lm_head:output": (0, c.vocab_size),
+    }
+    return {
+        (layer, site.name): SiteLayout(site.groups, edges[site.name], site.name in STATE_SITES)
+        for layer, site in layer_sites(c.n_layer)
+        if site.name in sites
+    }
+
+
+def collect(
+    model: str,
+    samples: int = 512,
+    *,
+    data: str | None = None,
+    seq_len: int = 512,
+    db: Path = Path("quambase-db"),
+    batch_size: int = 32,
+    keep_tokens: Keep = 64,
+    sites: Sequence[str] = (),
+    seed: int = 0,
+    tokenizer: str | None = None,
+    progress: bool = True,
+) -> CollectedRun:
+    """Run ``model`` over the first ``samples`` documents of ``data`` and write a run into ``db``.
+
+    Documents are taken in file order, cut at ``seq_len`` tokens, not packed, without a start token; ``batch_size``
+    consecutive ones (a block) share a forward pass. ``keep_tokens`` tokens' raw activations are kept (``"all"``: every
+    one). ``sites``: only these (default all). The same arguments find their own run: complete, or to be resumed.
+    Errors: ModelNotFound, CheckpointInvalid, DataInvalid, UnknownName, RunBusy, TapNeverFired.
+    """
+    for name in sites:
+        find_site(name)
+    loaded = load_model(model, tokenizer=tokenizer)
+    source = data or default_data(loaded)
+    plan = make_plan(source, loaded.tokenizer, samples, seq_len, progress=progress)
+    observed = [site.name for site in MAMBA1_SITES if not sites or site.name in sites]
+    layouts = site_layouts(loaded.config, observed)
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "weights": loaded.weights_sha256,
+        "tokenizer": loaded.tokenizer_sha256,
+        "documents": plan.digest(),
+        "samples": samples,
+        "seq_len": seq_len,
+        "block": batch_size,
+        "sites": observed,
+        "activation_dtype": "float16",
+        "keep_tokens": keep_tokens,
+        "outliers": OUTLIERS,
+        "seed": seed,
+        "device": "cpu",
+        "torch": version("torch"),
+    }
+    run = run_id(loaded.name, identity)
+    folder = db / "runs" / run
+    if (folder / MANIFEST).exists():
+        return CollectedRun(folder, Manifest.load(folder), existed=True)
+    with locked(folder):
+        started = time.time()
+        statistics = _observe(loaded, plan, layouts, folder, run, identity, progress)
+        blocks = len(plan.blocks(batch_size))
+        encoding = ENCODINGS["float16"]
+        observed_for = time.time() - started
+        tables = write_run(folder, run, statistics, encoding, _locator(plan, loaded), blocks)
+        c = loaded.config
+        manifest = Manifest(
+            run=run,
+            identity=identity,
+            model={
+                "name": loaded.name,
+                "path": str(loaded.path) if not loaded.bundled else loaded.name,
+                "family": "mamba1",
+                **{key: getattr(c, key) for key in ("n_layer", "d_model", "d_inner", "d_state", "dt_rank", "vocab_size")},
+            },
+            data={
+                "name": source,
+                "read": plan.read,
+                "documents": len(plan.documents),
+                "empty": plan.empty,
+                "truncated": plan.truncated,
+                "tokens": plan.tokens,
+            },
+            tables=tables,
+            sites=list(layouts),
+            created={
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+                "observe_seconds": round(observed_for, 3),
+                "write_seconds": round(time.time() - started - observed_for, 3),
+                **versions(),
+            },
+        )
+        finish_run(folder, manifest)
+    return CollectedRun(folder, manifest, existed=False)
+
+
+def _observe(
+    loaded: LoadedModel,
+    plan: Plan,
+    layouts: dict[Key, SiteLayout],
+    folder: Path,
+    run: str,
+    identity: dict[str, Any],
+    progress: bool,
+) -> dict[Key, SiteStatistics]:
+    """Run every block that is not in the checkpoint; the statistics of them all."""
+    keep: Keep = identity["keep_tokens"]
+    positions = None if keep == "all" else sampled_tokens(plan, keep, identity["seed"])
+    # A state has d_state values for every channel of a token.
+    states = None if keep == "all" else sampled_states(plan, keep // loaded.config.d_state, identity["seed"])
+    counter = Counter(ENCODINGS["float16"], OUTLIERS, max(len(layout.names) for layout in layouts.values()))
+    done, statistics = load_checkpoint(folder, layouts, OUTLIERS)
+    blocks = plan.blocks(identity["block"])
+    finished = sum(document.tokens.size for block in blocks[:done] for document in block)
+    saved = time.monotonic()
+    model = Mamba(prepare(loaded.weights), rotated=True)
+    with tqdm(
+        total=plan.tokens, initial=finished, desc="collect", unit="tok", unit_scale=True, disable=not progress
+    ) as bar:
+        for number in range(done, len(blocks)):
+            documents = blocks[number]
+            recorder = BlockRecorder(run, documents, layouts, counter, positions, states)
+            model.hidden(Batch.pack([document.tokens.tolist() for document in documents]), recorder)
+            for key, block in recorder.finish().items():
+                statistics[key].fold(block)
+            write_part(folder, number, recorder.documents_table(), recorder.activations_table())
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save_checkpoint(folder, number + 1, statistics)
+                saved = time.monotonic()
+            bar.update(sum(document.tokens.size for document in documents))
+    return statistics
+
+
+def _locator(plan: Plan, loaded: LoadedModel) -> Locate:
+    """How `outliers` names a value's place: a state's row and column are one flat channel of the last token."""
+    tokens = {document.index: document.tokens for document in plan.documents}
+    states = loaded.config.d_state
+
+    def locate(layout: SiteLayout, document: int, row: int, channel: int) -> tuple[int, int, str, int]:
+        position, column = (tokens[document].size - 1, row * states + channel) if layout.state else (row, channel)
+        token = int(tokens[document][position])
+        return position, token, loaded.tokenizer.decode([token]), column
+
+    return locate
+
+
+def parse_keep(text: str) -> Keep:
+    """``--keep-tokens``: a count or the word all; UnknownName otherwise."""
+    if text == "all":
+        return "all"
+    if not text.isdigit():
+        raise UnknownName(f"--keep-tokens is '{text}'; expected a number of tokens or the word all")
+    return int(text)

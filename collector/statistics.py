@@ -1,0 +1,207 @@
+"""What is accumulated at one site, for one block or a whole run, and how two of these add up.
+
+A block's statistics are formed on their own and folded into the run's in block order, so that a run that was killed
+and resumed, and one that was not, do the same float64 additions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quambase.collector.kernels import PATTERNS, SIGN, channel_moments, count_documents
+from quambase.schema.tables import DOCUMENT_QUANTILES
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+
+_DESCENDING = sorted(DOCUMENT_QUANTILES.items(), key=lambda item: -item[1])
+_PROBABILITIES = np.array([p for _, p in _DESCENDING], np.float32)
+
+SUMMARY_COLUMNS = ("amax", *(name for name, _ in _DESCENDING))
+"""What `BlockStatistics.summaries` holds, in order."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A 16-bit float type whose patterns are counted.
+
+    ``limit`` is the smallest magnitude that rounds to infinity: halfway from the largest finite value to the next.
+    """
+
+    name: str
+    torch_dtype: torch.dtype
+    infinity: int
+    limit: np.float32
+
+    def values(self) -> Float32:
+        """(PATTERNS,) float32: the value of every pattern."""
+        patterns = torch.arange(PATTERNS, dtype=torch.int32).to(torch.uint16).view(self.torch_dtype)
+        return patterns.to(torch.float32).numpy()
+
+
+ENCODINGS = {
+    "float16": Encoding("float16", torch.float16, 0x7C00, np.float32(65520)),
+    "bfloat16": Encoding("bfloat16", torch.bfloat16, 0x7F80, np.float32(3.3961775e38)),
+}
+
+
+@dataclass(frozen=True)
+class SiteLayout:
+    """Where a site's groups lie: group ``names[g]`` is channels ``edges[g]:edges[g + 1]``."""
+
+    names: tuple[str, ...]
+    edges: tuple[int, ...]
+    state: bool = False
+
+    @property
+    def channels(self) -> int:
+        """How many channels (state indices at a state site) the site has."""
+        return self.edges[-1]
+
+
+@dataclass
+class Moments:
+    """Per channel: count, lowest, highest, total, squares, mean_abs_max, nonfinite, overflow, each (channels,)."""
+
+    count: Int64
+    lowest: Float32
+    highest: Float32
+    total: Float64
+    squares: Float64
+    mean_abs_max: Float64
+    nonfinite: Int64
+    overflow: Int64
+
+    @classmethod
+    def empty(cls, channels: int) -> Moments:
+        """Of no values at all."""
+        integers = [np.zeros(channels, np.int64) for _ in range(3)]
+        floats = [np.zeros(channels) for _ in range(3)]
+        infinity = np.full(channels, np.inf, np.float32)
+        return cls(integers[0], infinity, -infinity, floats[0], floats[1], floats[2], integers[1], integers[2])
+
+    def fold(self, later: Moments) -> None:
+        """Add the moments of values that come after these."""
+        self.count += later.count
+        np.minimum(self.lowest, later.lowest, out=self.lowest)
+        np.maximum(self.highest, later.highest, out=self.highest)
+        self.total += later.total
+        self.squares += later.squares
+        np.maximum(self.mean_abs_max, later.mean_abs_max, out=self.mean_abs_max)
+        self.nonfinite += later.nonfinite
+        self.overflow += later.overflow
+
+
+TOP_FIELDS = ("magnitude", "pattern", "document", "row", "channel")
+
+
+def largest(top: Int64, most: int) -> Int64:
+    """The first ``most`` rows of ``top`` (m, 5: TOP_FIELDS) by descending magnitude, then document, row, channel."""
+    order = np.lexsort((top[:, 4], top[:, 3], top[:, 2], -top[:, 0]))
+    return top[order[:most]]
+
+
+@dataclass
+class SiteStatistics:
+    """A site's statistics: counts (groups, PATTERNS) int64, moments per channel, top per group (m <= most, 5)."""
+
+    layout: SiteLayout
+    most: int
+    counts: Int64
+    moments: Moments
+    top: list[Int64]
+
+    @classmethod
+    def empty(cls, layout: SiteLayout, most: int) -> SiteStatistics:
+        """Of no values at all."""
+        groups = len(layout.names)
+        return cls(
+            layout,
+            most,
+            np.zeros((groups, PATTERNS), np.int64),
+            Moments.empty(layout.channels),
+            [np.empty((0, len(TOP_FIELDS)), np.int64) for _ in range(groups)],
+        )
+
+    def fold(self, later: SiteStatistics) -> None:
+        """Add the statistics of documents that come after these."""
+        self.counts += later.counts
+        self.moments.fold(later.moments)
+        self.top = [
+            largest(np.concatenate([mine, theirs]), self.most)
+            for mine, theirs in zip(self.top, later.top, strict=True)
+        ]
+
+
+class Counter:
+    """Counts tensors of any site; owns the kernel's working tables, which every site shares.
+
+    ``most``: outliers kept per group.
+    """
+
+    def __init__(self, encoding: Encoding, most: int, groups: int) -> None:
+        if most < 1:
+            raise ValueError("the number of outliers kept must be at least 1")
+        self.encoding = encoding
+        self.most = most
+        workers = numba.get_num_threads()
+        self._magnitudes = encoding.values()[:SIGN]
+        self._counts = np.zeros((workers, groups, PATTERNS), np.int64)
+        self._scratch = np.zeros((workers, groups, PATTERNS), np.uint32)
+        self._top = np.zeros((workers, groups, most, len(TOP_FIELDS)), np.int64)
+        self._top_sizes = np.zeros((workers, groups), np.int64)
+
+    def add(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: Float32) -> None:
+        """Add documents ``first`` onwards of a block to ``into``.
+
+        x (rows, channels) float; offsets (documents + 1,) of its rows; summaries (documents, groups + 1, 1 + q),
+        written: amax and quantiles (SUMMARY_COLUMNS) of each document, the whole site last.
+        """
+        documents = offsets.size - 1
+        groups = len(into.layout.names)
+        workers = self._counts.shape[0]
+        # Shares of about equal work: the borders are documents nearest to even shares of the rows.
+        even = np.linspace(offsets[0], offsets[-1], workers + 1)[1:-1]
+        borders = np.searchsorted(offsets, even).clip(0, documents)
+        counts, top_sizes = self._counts[:, :groups], self._top_sizes[:, :groups]
+        count_documents(
+            x.to(self.encoding.torch_dtype).contiguous().view(torch.uint16).numpy(),
+            offsets,
+            first,
+            np.array([0, *borders, documents], np.int64),
+            np.array(into.layout.edges, np.int64),
+            self.encoding.infinity,
+            self._magnitudes,
+            _PROBABILITIES,
+            counts,
+            self._scratch[:, :groups],
+            summaries,
+            self._top[:, :groups],
+            top_sizes,
+        )
+        into.counts += counts.sum(axis=0)
+        counts[:] = 0
+        for g in range(groups):
+            found = [self._top[w, g, : top_sizes[w, g]] for w in range(workers)]
+            into.top[g] = largest(np.concatenate([into.top[g], *found]), self.most)
+        top_sizes[:] = 0
+        m = into.moments
+        channel_moments(
+            x.to(torch.float32).contiguous().numpy(),
+            offsets,
+            self.encoding.limit,
+            m.count,
+            m.lowest,
+            m.highest,
+            m.total,
+            m.squares,
+            m.mean_abs_max,
+            m.nonfinite,
+            m.overflow,
+        )

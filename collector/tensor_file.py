@@ -1,0 +1,123 @@
+"""`quambase import`: a saved tensor becomes a run of one site."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from quambase.collector.plan import run_id
+from quambase.collector.rows import Key, keyed_rows, ordered_groups
+from quambase.collector.run import OUTLIERS, CollectedRun
+from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
+from quambase.collector.writer import finish_run, locked, versions, write_part, write_run
+from quambase.schema import FORMAT_VERSION
+from quambase.schema.errors import TensorFileInvalid
+from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.sites import WHOLE
+from quambase.schema.tables import ACTIVATIONS, DOCUMENTS, file_sha256
+
+KINDS = (".pt", ".pth", ".npy", ".safetensors")
+
+
+def read_tensor(path: Path, tensor: str | None = None) -> torch.Tensor:
+    """The float tensor in a .pt, .npy or .safetensors file; ``tensor`` names one of several.
+
+    Never unpickles anything but tensors. TensorFileInvalid: missing, of another kind, not one float tensor, empty.
+    """
+    if not path.is_file():
+        raise TensorFileInvalid(f"{path} does not exist; expected a {', '.join(KINDS)} file")
+    if path.suffix not in KINDS:
+        raise TensorFileInvalid(f"{path.name} is of unknown kind; expected {', '.join(KINDS)}")
+    try:
+        if path.suffix == ".npy":
+            found: object = torch.from_numpy(np.load(path, allow_pickle=False))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise TensorFileInvalid(f"{path} is a pickle of more than tensors; it is not loaded, since it could run code") from None
+    except (OSError, ValueError, TypeError, RuntimeError, EOFError, SafetensorError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TensorFileInvalid(f"{path} cannot be read as a tensor ({first}); save a plain tensor again") from None
+    if isinstance(found, dict):
+        names = [str(name) for name in found]
+        if tensor is None and len(found) == 1:
+            tensor = names[0]
+        if tensor not in found:
+            raise TensorFileInvalid(f"{path} holds the tensors {', '.join(names[:12])}; name one with --tensor")
+        found = found[tensor]
+    if not isinstance(found, torch.Tensor) or not found.is_floating_point():
+        kind = found.dtype if isinstance(found, torch.Tensor) else type(found).__name__
+        raise TensorFileInvalid(f"{path} holds {kind}; expected a tensor of float16, bfloat16, float32 or float64")
+    if found.numel() == 0:
+        raise TensorFileInvalid(f"{path} holds an empty tensor of shape {tuple(found.shape)}; expected values")
+    return found
+
+
+def import_tensor(
+    path: Path, site: str, *, layer: int = 0, tensor: str | None = None, db: Path = Path("quambase-db")
+) -> CollectedRun:
+    """Count a saved tensor as site ``site`` of layer ``layer`` and write a run of that one site.
+
+    The last dimension is channels; with three dimensions or more the first is documents. float16 and bfloat16 are
+    counted as they are, wider types rounded to float16. Importing the same file again finds its run.
+    """
+    values = read_tensor(path, tensor)
+    shape = tuple(values.shape)
+    documents = shape[0] if values.ndim >= 3 else 1
+    rows = values.reshape(-1, shape[-1] if values.ndim >= 2 else 1)
+    length = rows.shape[0] // documents
+    encoding = ENCODINGS["bfloat16" if values.dtype == torch.bfloat16 else "float16"]
+    digest = file_sha256(path)
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "file": digest,
+        "tensor": tensor,
+        "sites": [site],
+        "layer": layer,
+        "activation_dtype": encoding.name,
+        "outliers": OUTLIERS,
+    }
+    run = run_id(path.stem, identity)
+    folder = db / "runs" / run
+    if (folder / MANIFEST).exists():
+        return CollectedRun(folder, Manifest.load(folder), existed=True)
+    layout = SiteLayout((WHOLE,), (0, rows.shape[1]))
+    key: Key = (layer, site)
+    stats = SiteStatistics.empty(layout, OUTLIERS)
+    summaries = np.empty((documents, 2, len(SUMMARY_COLUMNS)), np.float32)
+    offsets = np.arange(documents + 1, dtype=np.int64) * length
+    # Wider types are first brought to float32: the moments are of those values.
+    wide = rows if rows.dtype in (torch.float16, torch.bfloat16) else rows.to(torch.float32)
+    Counter(encoding, OUTLIERS, 1).add(stats, wide, offsets, 0, summaries)
+    name, group = ordered_groups(layout)[0]
+    columns: dict[str, object] = {
+        "document": np.arange(documents),
+        "tokens": np.full(documents, length),
+        "sha256": [hashlib.sha256(f"{digest}:{i}".encode()).hexdigest() for i in range(documents)],
+        **{column: summaries[:, group, i] for i, column in enumerate(SUMMARY_COLUMNS)},
+    }
+    with locked(folder):
+        write_part(folder, 0, keyed_rows(run, key, name, documents, columns, DOCUMENTS), ACTIVATIONS.empty_table())
+        tables = write_run(
+            folder, run, {key: stats}, encoding, lambda _, __, row, channel: (row, None, None, channel), 1
+        )
+        manifest = Manifest(
+            run=run,
+            identity=identity,
+            model={"name": path.name, "path": path.name, "family": "tensor", "shape": list(shape)},
+            data={"name": path.name, "read": documents, "documents": documents, "empty": 0, "truncated": 0,
+                  "tokens": documents * length},
+            tables=tables,
+            sites=[key],
+            created=versions(),
+        )  # fmt: skip
+        finish_run(folder, manifest)
+    return CollectedRun(folder, manifest, existed=False)
