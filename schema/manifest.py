@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,14 @@ class Manifest:
         raw["sites"] = [(layer, site) for layer, site in raw["sites"]]
         return cls(**{f.name: raw[f.name] for f in fields(cls)})
 
-    def verify(self, folder: Path) -> None:
-        """Check every table file's checksum; DatabaseInvalid names the first that was cut short or altered."""
+    def verify(self, folder: Path, names: Collection[str] | None = None) -> None:
+        """Check the checksums of the table files ``names`` (None: all).
+
+        DatabaseInvalid names the first that is missing, was cut short or altered.
+        """
         for name, entry in self.tables.items():
+            if names is not None and name not in names:
+                continue
             path = folder / name
             if not path.exists():
                 raise DatabaseInvalid(f"{path} is missing; restore it or collect again")

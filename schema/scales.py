@@ -72,13 +72,15 @@ class ScaleTable:
         """(layer, site) to the scale of strategy ``label``, for sites that have one scale (``all``).
 
         ``selected`` stands for each site's selected row. Rows that need decoding (two segments) are left out:
-        their one number is no scale. UnknownName for a label the table does not hold; ScalesInvalid for several
-        runs.
+        their one number is no scale. UnknownName for a label the table does not hold; ScalesInvalid for
+        several runs.
         """
         if label != SELECTED and label not in self.labels():
             raise UnknownName.of("strategy", label, [*self.labels(), SELECTED])
         _ = self.run
-        chosen = self.table["selected"] if label == SELECTED else pc.equal(self.table["label"], pa.scalar(label))
+        chosen = (
+            self.table["selected"] if label == SELECTED else pc.equal(self.table["label"], pa.scalar(label))
+        )
         chosen = pc.and_(chosen, pc.equal(self.table["group_name"], pa.scalar(WHOLE)))
         rows = self.table.filter(pc.and_(chosen, pc.invert(self.table["needs_decode"])))
         columns = (rows[name].to_pylist() for name in ("layer", "site", "scale"))

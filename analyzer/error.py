@@ -1,0 +1,134 @@
+"""What an INT8 scale does to a distribution: squared error, clipping and codes, all exact.
+
+``code = clamp(rint(x / s), -128, 127)``, ties to even, with x, s and the quotient in float32, as the INT8
+model computes it; so code counts equal quantizing every value one by one. The reconstruction is ``code * s``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from quambase.analyzer import kernels
+from quambase.schema.distribution import Distribution
+
+QMIN, QMAX = -128, 127
+
+OUTLIER_CODE = 120
+"""Codes beyond this magnitude are the seed's "outlier range" (121..127 and -121..-128)."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The error of one scale on one distribution.
+
+    histogram      (256,) int64: how many values get code -128 .. 127
+    clipped        how many values lie beyond the codes (rint(x / s) < -128 or > 127)
+    squared_error  sum of (x - code * s)^2, float64
+    signal         sum of x^2, float64
+    """
+
+    histogram: npt.NDArray[np.int64]
+    clipped: int
+    squared_error: float
+    signal: float
+
+    @property
+    def total(self) -> int:
+        """How many values."""
+        return int(self.histogram.sum())
+
+    @property
+    def mse(self) -> float:
+        """Mean squared error; NaN without values."""
+        return self.squared_error / self.total if self.total else math.nan
+
+    @property
+    def sqnr_db(self) -> float:
+        """10 log10(signal / error): infinite without error, NaN without signal."""
+        if self.signal <= 0:
+            return math.nan
+        return 10 * math.log10(self.signal / self.squared_error) if self.squared_error > 0 else math.inf
+
+    @property
+    def clipped_share(self) -> float:
+        """Share of values that clip; NaN without values."""
+        return self.clipped / self.total if self.total else math.nan
+
+    @property
+    def codes_used(self) -> int:
+        """How many of the 256 codes occur."""
+        return int(np.count_nonzero(self.histogram))
+
+    @property
+    def codes_above_120(self) -> int:
+        """How many of the codes with |code| > 120 occur."""
+        return int(np.count_nonzero(self.histogram[_outlier_codes()]))
+
+    @property
+    def values_above_120(self) -> int:
+        """How many values get a code with |code| > 120."""
+        return int(self.histogram[_outlier_codes()].sum())
+
+    @property
+    def entropy_bits(self) -> float:
+        """Shannon entropy of the codes, at most 8; NaN without values."""
+        if not self.total:
+            return math.nan
+        share = self.histogram[self.histogram > 0] / self.total
+        return float(-(share * np.log2(share)).sum()) + 0.0  # no -0.0 for a single code
+
+
+def _outlier_codes() -> npt.NDArray[np.bool_]:
+    return np.abs(np.arange(QMIN, QMAX + 1)) > OUTLIER_CODE
+
+
+def signal_energy(distribution: Distribution) -> float:
+    """Sum of x^2, float64."""
+    return float((distribution.values.astype(np.float64) ** 2 * distribution.counts).sum())
+
+
+def figures(distribution: Distribution, scale: float, signal: float | None = None) -> Figures:
+    """The error of ``scale`` (used as float32). ``signal`` spares computing `signal_energy` again."""
+    histogram = np.zeros(256, np.int64)
+    error, clipped = kernels.tally(distribution.values, distribution.counts, np.float32(scale), histogram)
+    return Figures(
+        histogram, int(clipped), float(error), signal_energy(distribution) if signal is None else signal
+    )
+
+
+def piecewise_figures(
+    distribution: Distribution, inner: float, outer: float, signal: float | None = None
+) -> Figures:
+    """The error of the two-segment code of strategy `outlier_piecewise`.
+
+    Magnitudes up to ``120 * inner`` use ``code = round(a / inner)`` (0..120); larger ones
+    ``code = 120 + round((a - 120 inner) / outer)`` (121..127, the sign kept, so -127..127). Nothing clips:
+    the last code is the largest magnitude. Computed in float64.
+    """
+    edge = OUTLIER_CODE * inner
+    magnitude = np.abs(distribution.values.astype(np.float64))
+    code = np.minimum(np.rint(magnitude / inner), OUTLIER_CODE)
+    rebuilt = code * inner
+    if outer > 0:
+        beyond = magnitude > edge
+        above = np.clip(np.rint((magnitude[beyond] - edge) / outer), 0, QMAX - OUTLIER_CODE)
+        code[beyond] = OUTLIER_CODE + above
+        rebuilt[beyond] = edge + above * outer
+    signed = np.where(distribution.values < 0, -code, code).astype(np.int64)
+    histogram = np.zeros(256, np.int64)
+    np.add.at(histogram, signed - QMIN, distribution.counts)
+    error = float(((magnitude - rebuilt) ** 2 * distribution.counts).sum())
+    clipped = int(distribution.counts[magnitude > edge + (QMAX - OUTLIER_CODE + 0.5) * outer].sum())
+    return Figures(histogram, clipped, error, signal_energy(distribution) if signal is None else signal)
+
+
+def quantize(values: npt.NDArray[np.float32], scale: float) -> npt.NDArray[np.int8]:
+    """Codes of float32 ``values`` (any shape), by the rule at the top of this module."""
+    with np.errstate(over="ignore"):
+        quotient = np.rint(values.astype(np.float32) / np.float32(scale))
+    codes: npt.NDArray[np.int8] = np.clip(quotient, QMIN, QMAX).astype(np.int8)
+    return codes

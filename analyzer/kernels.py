@@ -1,0 +1,326 @@
+"""Compiled inner loops: the tally of one scale, and the search for the scale of least squared error.
+
+Everything here releases the GIL and is exact where it says so; analyzer/error.py and analyzer/optimum.py are
+the callers and say what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+
+POSITIVE_LEVELS = 127
+LEVELS = 255
+"""Code boundaries k - 0.5: k = 1..127 above zero, then k = 1..128 below it."""
+
+LEAF = 48
+"""Breakpoints below which an interval is swept instead of halved."""
+
+STEPS_PER_OCTAVE = 8
+MAX_GRID = 64 * STEPS_PER_OCTAVE
+MAX_DEPTH = 60
+MAX_TIES = 1024
+
+TIE = 2.0**-44
+"""Errors closer than this share of the signal's energy are one error: float64 cannot tell them apart."""
+
+
+@njit(cache=True, nogil=True)
+def tally(values: Float32, counts: Int64, scale: np.float32, histogram: Int64) -> tuple[float, int]:
+    """Add to ``histogram`` (256,) how many values get each code + 128; return the summed squared error and
+    how many clipped.
+
+    code = clamp(rint(float32(x / scale)), -128, 127), ties to even; clipped is a code the clamp changed. The
+    error x - code * scale is exact in float64 before it is squared (at most 32 significant bits).
+    """
+    error = 0.0
+    clipped = 0
+    step = np.float64(scale)
+    for i in range(values.size):
+        code = np.rint(values[i] / scale)
+        if code > np.float32(127):
+            code = np.float32(127)
+            clipped += counts[i]
+        elif code < np.float32(-128):
+            code = np.float32(-128)
+            clipped += counts[i]
+        histogram[int(code) + 128] += counts[i]
+        rest = np.float64(values[i]) - np.float64(code) * step
+        error += counts[i] * (rest * rest)
+    return error, clipped
+
+
+@njit(cache=True, nogil=True)
+def lp_error(values: Float32, counts: Int64, scale: np.float32, power: float) -> float:
+    """Sum of |x - code * scale|^power, codes as in `tally`."""
+    error = 0.0
+    step = np.float64(scale)
+    for i in range(values.size):
+        code = np.rint(values[i] / scale)
+        code = min(max(code, np.float32(-128)), np.float32(127))
+        error += counts[i] * abs(np.float64(values[i]) - np.float64(code) * step) ** power
+    return error
+
+
+@njit(cache=True, nogil=True)
+def suffix_sums(magnitudes: Float64, counts: Int64) -> tuple[Int64, Float64, Float64]:
+    """For every i, over j >= i: sum of counts, of counts * a, of counts * a^2; one entry more than
+    ``magnitudes``.
+
+    From the largest value down and compensated (Neumaier), so that short tails keep full relative precision.
+    """
+    n = magnitudes.size
+    zeroth, first, second = np.zeros(n + 1, np.int64), np.zeros(n + 1), np.zeros(n + 1)
+    high = np.zeros(2)
+    low = np.zeros(2)
+    for i in range(n - 1, -1, -1):
+        zeroth[i] = zeroth[i + 1] + counts[i]
+        term = counts[i] * magnitudes[i]
+        for power in range(2):
+            total = high[power] + term
+            if abs(high[power]) >= abs(term):
+                low[power] += (high[power] - total) + term
+            else:
+                low[power] += (term - total) + high[power]
+            high[power] = total
+            term *= magnitudes[i]
+        first[i] = high[0] + low[0]
+        second[i] = high[1] + low[1]
+    return zeroth, first, second
+
+
+@njit(cache=True, nogil=True)
+def _place(magnitudes: Float64, threshold: float, low: int, high: int) -> int:
+    """First index in low..high whose magnitude is at least ``threshold``."""
+    while low < high:
+        middle = (low + high) // 2
+        if magnitudes[middle] < threshold:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@njit(cache=True, nogil=True)
+def _assign(
+    scale: float,
+    positive: Float64,
+    negative: Float64,
+    zeroth: tuple[Int64, Int64],
+    first: tuple[Float64, Float64],
+    low: Int64,
+    high: Int64,
+    out: Int64,
+) -> tuple[float, float]:
+    """Boundaries of the nearest codes at ``scale`` into ``out`` (255,); return A = sum n c^2 and B = sum n x
+    c.
+
+    A magnitude of code c lies above the boundaries 1..c, so A adds 2k - 1 and B adds a for each boundary k
+    below it. ``low`` and ``high`` are the boundaries at a smaller and a larger scale.
+    """
+    energy = 0.0
+    product = 0.0
+    for k in range(1, POSITIVE_LEVELS + 1):
+        place = _place(positive, (k - 0.5) * scale, low[k - 1], high[k - 1])
+        out[k - 1] = place
+        energy += (2 * k - 1) * np.float64(zeroth[0][place])
+        product += first[0][place]
+    for k in range(1, LEVELS - POSITIVE_LEVELS + 1):
+        i = POSITIVE_LEVELS + k - 1
+        place = _place(negative, (k - 0.5) * scale, low[i], high[i])
+        out[i] = place
+        energy += (2 * k - 1) * np.float64(zeroth[1][place])
+        product += first[1][place]
+    return energy, product
+
+
+@njit(cache=True, nogil=True)
+def _sweep(
+    row_low: Int64,
+    row_high: Int64,
+    positive: Float64,
+    negative: Float64,
+    counts_positive: Int64,
+    counts_negative: Int64,
+    events: Float64,
+) -> int:
+    """Collect the breakpoints between two scales into ``events`` (rows: scale, change of A, change of B),
+    sorted.
+    """
+    found = 0
+    for i in range(LEVELS):
+        k = i + 1 if i < POSITIVE_LEVELS else i - POSITIVE_LEVELS + 1
+        for j in range(row_low[i], row_high[i]):
+            a = positive[j] if i < POSITIVE_LEVELS else negative[j]
+            n = counts_positive[j] if i < POSITIVE_LEVELS else counts_negative[j]
+            at = a / (k - 0.5)
+            slot = found
+            while slot > 0 and events[slot - 1, 0] > at:
+                events[slot] = events[slot - 1]
+                slot -= 1
+            events[slot, 0] = at
+            events[slot, 1] = n * (2.0 * k - 1.0)
+            events[slot, 2] = n * a
+            found += 1
+            if found == events.shape[0]:
+                return found
+    return found
+
+
+@njit(cache=True, nogil=True)
+def _clip_floor(
+    scale: float,
+    sides: tuple[Float64, Float64],
+    sums: tuple[tuple[Int64, Int64], tuple[Float64, Float64], Float64, Float64],
+) -> float:
+    """Least error possible at any scale up to ``scale``: what lies beyond 128 scales is clipped at least that
+    far.
+    """
+    reach = 128.0 * scale
+    zeroth, first, second_positive, second_negative = sums
+    error = 0.0
+    for side in range(2):
+        place = _place(sides[side], reach, 0, sides[side].size)
+        second = second_positive[place] if side == 0 else second_negative[place]
+        error += float(second - 2.0 * reach * first[side][place] + reach * reach * zeroth[side][place])
+    return error
+
+
+@njit(cache=True, nogil=True)
+def _bound(energy: float, left: float, right: float, a1: float, b1: float, a2: float, b2: float) -> float:
+    """A lower bound of the error everywhere between the scales ``left`` and ``right``.
+
+    With the codes of one end held fixed the error is a parabola; choosing codes anew gains over it by an
+    amount that only grows with the distance from that end (from the right end, while left > right / 2), so
+    the gain at the far end bounds the gain anywhere between.
+    """
+    error_left = energy - 2.0 * left * b1 + left * left * a1
+    error_right = energy - 2.0 * right * b2 + right * right * a2
+    best = min(max(b1 / a1, left), right) if a1 > 0 else right
+    gain = energy - 2.0 * right * b1 + right * right * a1 - error_right
+    from_left = energy - 2.0 * best * b1 + best * best * a1 - gain
+    best = min(max(b2 / a2, left), right) if a2 > 0 else left
+    gain = energy - 2.0 * left * b2 + left * left * a2 - error_left
+    from_right = energy - 2.0 * best * b2 + best * best * a2 - gain
+    return max(from_left, from_right)
+
+
+@njit(cache=True, nogil=True)
+def least_squares(
+    positive: Float64, counts_positive: Int64, negative: Float64, counts_negative: Int64
+) -> float:
+    """The scale s > 0 of least sum n min_c (x - c s)^2 over codes -128..127; the larger of tied ones; 0
+    without signal.
+
+    ``positive`` and ``negative`` are ascending magnitudes > 0. See analyzer/optimum.py for why this is the
+    global minimum.
+    """
+    p0, p1, p2 = suffix_sums(positive, counts_positive)
+    n0, n1, n2 = suffix_sums(negative, counts_negative)
+    zeroth, first = (p0, n0), (p1, n1)
+    signal = p2[0] + n2[0]
+    if signal <= 0:
+        return 0.0
+    tie = TIE * signal
+    top = 2.0 * max(positive[-1] if positive.size else 0.0, negative[-1] if negative.size else 0.0)
+    ratio = 2.0 ** (-1.0 / STEPS_PER_OCTAVE)
+
+    # 1. A coarse grid from the largest useful scale down to where clipping alone costs more than the best so
+    # far.
+    grid = np.empty((MAX_GRID, 3))
+    rows = np.empty((MAX_GRID + MAX_DEPTH + 2, LEVELS), np.int64)
+    floor_row, ceiling_row = np.zeros(LEVELS, np.int64), np.empty(LEVELS, np.int64)
+    ceiling_row[:POSITIVE_LEVELS] = positive.size
+    ceiling_row[POSITIVE_LEVELS:] = negative.size
+    least = signal
+    size = 0
+    scale = top
+    while size < MAX_GRID:
+        above = ceiling_row if size == 0 else rows[size - 1]
+        a, b = _assign(scale, positive, negative, zeroth, first, floor_row, above, rows[size])
+        grid[size, 0], grid[size, 1], grid[size, 2] = scale, a, b
+        if a > 0:
+            least = min(least, signal - b * b / a)
+        size += 1
+        if _clip_floor(scale, (positive, negative), (zeroth, first, p2, n2)) > least + tie:
+            break
+        scale *= ratio
+
+    # 2. Branch and bound within each grid interval, larger scales first.
+    ties = np.empty((MAX_TIES, 2))
+    held = 0
+    events = np.empty((1024, 3))
+    stack = np.empty((MAX_DEPTH + 2, 6))
+    stack_rows = np.empty((MAX_DEPTH + 2, 3), np.int64)
+    for j in range(size - 1):
+        stack[0] = np.array(
+            [grid[j + 1, 0], grid[j + 1, 1], grid[j + 1, 2], grid[j, 0], grid[j, 1], grid[j, 2]]
+        )
+        stack_rows[0] = np.array([j + 1, j, 0])
+        waiting = 1
+        while waiting:
+            waiting -= 1
+            left, a1, b1, right, a2, b2 = stack[waiting]
+            row1, row2, depth = stack_rows[waiting]
+            if _bound(signal, left, right, a1, b1, a2, b2) > least + tie:
+                continue
+            crossings = 0
+            for i in range(LEVELS):
+                crossings += rows[row2, i] - rows[row1, i]
+            if crossings > LEAF and depth < MAX_DEPTH - 1:
+                middle = np.sqrt(left * right)
+                row = MAX_GRID + depth
+                a, b = _assign(middle, positive, negative, zeroth, first, rows[row1], rows[row2], rows[row])
+                if a > 0:
+                    least = min(least, signal - b * b / a)
+                stack[waiting] = np.array([left, a1, b1, middle, a, b])
+                stack_rows[waiting] = np.array([row1, row, depth + 1])
+                stack[waiting + 1] = np.array([middle, a, b, right, a2, b2])
+                stack_rows[waiting + 1] = np.array([row, row2, depth + 1])
+                waiting += 2
+                continue
+            # 3. Sweep: every piece between two breakpoints is one parabola with its own minimum at B / A.
+            found = _sweep(
+                rows[row1], rows[row2], positive, negative, counts_positive, counts_negative, events
+            )
+            a, b = a1, b1
+            for i in range(found + 1):
+                if i:
+                    a -= events[i - 1, 1]
+                    b -= events[i - 1, 2]
+                if a < 0.5 or b <= 0:
+                    continue
+                error = signal - b * b / a
+                least = min(least, error)
+                if error <= least + tie:
+                    if held == MAX_TIES:
+                        held = _keep_ties(ties, held, least + tie)
+                    ties[held, 0], ties[held, 1] = error, b / a
+                    held += 1
+    best = 0.0
+    for i in range(held):
+        if ties[i, 0] <= least + tie:
+            best = max(best, ties[i, 1])
+    return best
+
+
+@njit(cache=True, nogil=True)
+def _keep_ties(ties: Float64, held: int, limit: float) -> int:
+    """Drop entries above ``limit``; where none is, keep the larger half of the scales (smaller ones lose
+    ties).
+    """
+    kept = 0
+    for i in range(held):
+        if ties[i, 0] <= limit:
+            ties[kept] = ties[i]
+            kept += 1
+    if kept < held:
+        return kept
+    order = np.argsort(-ties[:held, 1])
+    ties[:held] = ties[:held][order]
+    return held // 2

@@ -1,0 +1,383 @@
+"""One class reads a database: finds the runs, checks their files, answers SQL, hands out distributions."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from quambase.schema.distribution import Distribution
+from quambase.schema.errors import DatabaseInvalid, QuambaseError, QueryInvalid, UnknownName
+from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.scales import read_scales
+from quambase.schema.sites import MAMBA1_SITES, WHOLE
+from quambase.schema.tables import DOCUMENT_QUANTILES, RESULTS, RUN_TABLES, SCALES
+
+VERIFY_LIMIT_BYTES = 256 << 20
+"""`activations` above this size is not hashed when a run is opened (`doctor` hashes it); every other table
+is.
+"""
+
+GRANULARITIES = ("tensor", "group")
+
+_LOCKDOWN = (
+    "SET temp_directory = ''",
+    "SET python_enable_replacements = false",
+    # allowed_directories would also grant writing: COPY, EXPORT and ATTACH would succeed there.
+    "SET enable_external_access = false",
+    "SET lock_configuration = true",
+)
+
+_RUNS = pa.schema(
+    [
+        *(pa.field(name, pa.string()) for name in ("run", "model", "family", "model_path")),
+        *(pa.field(name, pa.int64()) for name in ("n_layer", "d_model")),
+        pa.field("data", pa.string()),
+        *(pa.field(n, pa.int64()) for n in ("documents", "empty", "truncated", "tokens", "format_version")),
+        *(pa.field(name, pa.string()) for name in ("identity", "created")),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class DocumentSeries:
+    """What one (layer, site, group) was in each document, in the order of the file.
+
+    documents  (D,) int32 document numbers, ascending
+    amax       (D,) float32
+    quantiles  name of tables.DOCUMENT_QUANTILES to (D,) float32
+    """
+
+    documents: npt.NDArray[np.int32]
+    amax: npt.NDArray[np.float32]
+    quantiles: dict[str, npt.NDArray[np.float32]]
+
+
+class StatsDB:
+    """A database folder, read-only.
+
+    path    the folder that holds ``runs/``
+    run     which run the views show: None for the newest complete one, a run id (or its unambiguous
+            beginning), or ``"all"``
+    unsafe  let SQL read and write other files
+    scales  scale table for the view `scales`; None takes ``<path>/scales.parquet``, then
+            ``./scales.parquet``, and leaves the view empty where there is none or it belongs to other runs
+
+    DatabaseInvalid: no folder, no complete run, a file missing or not as written, a newer format.
+    UnknownName: no such run. `notes` lists what a user should know, one line each.
+    """
+
+    def __init__(
+        self, path: Path, run: str | None = None, unsafe: bool = False, scales: Path | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.notes: list[str] = []
+        self.runs = [Manifest.load(folder) for folder in select_runs(self.path, run)]
+        for manifest in self.runs:
+            manifest.verify(self.folder(manifest.run), self._checked(manifest))
+        self._connection = duckdb.connect(
+            config={"autoinstall_known_extensions": False, "autoload_known_extensions": False}
+        )
+        for name in RUN_TABLES:
+            self._connection.register(f"_{name}", self._dataset(name))
+        self._connection.register("_runs", _runs_table(self.runs))
+        self._connection.register("_scales", self._scales(scales))
+        self._connection.register("_results", self._results())
+        self._connection.execute(files("quambase.schema").joinpath("schema.sql").read_text(encoding="utf-8"))
+        for statement in () if unsafe else _LOCKDOWN:
+            self._connection.execute(statement)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the files back."""
+        self._connection.close()
+
+    def folder(self, run: str) -> Path:
+        """The folder of a run."""
+        return self.path / "runs" / run
+
+    def sql(self, query: str, params: Mapping[str, object] | None = None) -> pa.Table:
+        """Answer ``query`` (named parameters as ``$name``); no columns where a statement returns no rows.
+
+        QueryInvalid, one line, for everything DuckDB refuses; an unknown view or column names its nearest
+        neighbours.
+        """
+        try:
+            relation = self._connection.sql(query, params=dict(params) if params else None)
+            return pa.table({}) if relation is None else _plain_integers(relation.to_arrow_table())
+        except duckdb.Error as error:
+            raise QueryInvalid(self._explain(str(error))) from None
+        except (pa.ArrowException, OSError) as error:
+            raise DatabaseInvalid(
+                f"a table could not be read ({str(error).splitlines()[0]}); try `doctor`"
+            ) from None
+
+    def describe(self) -> pa.Table:
+        """Every view and table macro and its columns: ``view, column, type, comment`` (the view's own row
+        first).
+        """
+        return self.sql(
+            """
+            WITH listed AS (
+                SELECT view_name AS view, 0 AS place, '' AS "column", 'view' AS type, comment
+                FROM duckdb_views() WHERE NOT internal AND comment IS NOT NULL
+                UNION ALL
+                SELECT table_name, column_index, column_name, data_type, comment
+                FROM duckdb_columns() WHERE NOT internal AND comment IS NOT NULL
+                UNION ALL
+                SELECT function_name || '(' || array_to_string(parameters, ', ') || ')', 0, '', 'macro',
+                comment FROM duckdb_functions() WHERE NOT internal AND comment IS NOT NULL
+            )
+            SELECT view, "column", type, comment FROM listed ORDER BY view LIKE '%)', view, place
+            """
+        )
+
+    def manifest(self, run: str) -> Manifest:
+        """The manifest of an opened run; UnknownName otherwise."""
+        found = {manifest.run: manifest for manifest in self.runs}
+        if run not in found:
+            raise UnknownName.of("run", run, found)
+        return found[run]
+
+    def distributions(
+        self, run: str, granularity: str = "tensor"
+    ) -> Iterator[tuple[int, str, str, Distribution]]:
+        """(layer, site, group_name, distribution) of every scale group of ``run``, in model order, head last.
+
+        ``tensor``: the whole of each site (``all``). ``group``: that, then each group of a divided site.
+        """
+        if granularity not in GRANULARITIES:
+            raise UnknownName.of("granularity", granularity, GRANULARITIES)
+        values, counts, places = self._counts(run)
+        by_site: dict[tuple[int, str], dict[str, list[slice]]] = {}
+        for layer, site, group_name, place in places:
+            by_site.setdefault((layer, site), {}).setdefault(group_name, []).append(place)
+        for (layer, site), groups in sorted(by_site.items(), key=lambda item: _model_order(*item[0])):
+            every = [place for slices in groups.values() for place in slices]
+            yield layer, site, WHOLE, _joined(values, counts, every)
+            if granularity == "group" and set(groups) != {WHOLE}:
+                for group_name, slices in groups.items():
+                    yield layer, site, group_name, _joined(values, counts, slices)
+
+    def documents(self, run: str) -> dict[tuple[int, str, str], DocumentSeries]:
+        """The `documents` table of ``run``, by (layer, site, group_name)."""
+        table = self._read(run, "documents").combine_chunks()
+        columns = {name: table[name].to_numpy() for name in ("document", "amax", *DOCUMENT_QUANTILES)}
+        series = {}
+        gathered: dict[tuple[int, str, str], list[slice]] = {}
+        for layer, site, group_name, place in _segments(table):
+            gathered.setdefault((layer, site, group_name), []).append(place)
+        for key, slices in gathered.items():
+            mine = {name: np.concatenate([column[s] for s in slices]) for name, column in columns.items()}
+            order = np.argsort(mine["document"], kind="stable")
+            series[key] = DocumentSeries(
+                mine["document"][order],
+                mine["amax"][order],
+                {name: mine[name][order] for name in DOCUMENT_QUANTILES},
+            )
+        return series
+
+    def _counts(
+        self, run: str
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], list[tuple[int, str, str, slice]]]:
+        table = self._read(run, "counts").combine_chunks()
+        return table["value"].to_numpy(), table["count"].to_numpy(), _segments(table)
+
+    def _read(self, run: str, name: str) -> pa.Table:
+        manifest = self.manifest(run)
+        path = self.folder(run) / f"{name}.parquet"
+        if path.name not in manifest.tables:
+            return RUN_TABLES[name].empty_table()
+        words = [field.name for field in RUN_TABLES[name] if pa.types.is_string(field.type)]
+        return pq.read_table(path, read_dictionary=words, partitioning=None)
+
+    def _checked(self, manifest: Manifest) -> list[str]:
+        """The tables whose checksum is compared on opening."""
+        large = self.folder(manifest.run) / "activations.parquet"
+        skip = large.exists() and large.stat().st_size > VERIFY_LIMIT_BYTES
+        return [name for name in manifest.tables if not (skip and name == large.name)]
+
+    def _dataset(self, name: str) -> Any:
+        present = [self.folder(m.run) / f"{name}.parquet" for m in self.runs if f"{name}.parquet" in m.tables]
+        for path in present:
+            found = pq.read_schema(path).names
+            if found != RUN_TABLES[name].names:
+                raise DatabaseInvalid(
+                    f"{path} has the columns {', '.join(found)}; expected {', '.join(RUN_TABLES[name].names)}"
+                )
+        return _dataset(present, RUN_TABLES[name])
+
+    def _scales(self, given: Path | None) -> pa.Table:
+        found = [path for path in (self.path / "scales.parquet", Path("scales.parquet")) if path.is_file()]
+        if given is None and not found:
+            return SCALES.empty_table()
+        path = given or found[0]
+        try:
+            table = read_scales(path).table
+        except QuambaseError as error:
+            if given:
+                raise
+            self.notes.append(f"the view `scales` is empty: {error}")
+            return SCALES.empty_table()
+        mine = table.filter(pc.is_in(table["run"], pa.array([m.run for m in self.runs], pa.string())))
+        if table.num_rows and not mine.num_rows:
+            self.notes.append(f"the view `scales` is empty: {path} was made from another run; run `analyze`")
+        return mine
+
+    def _results(self) -> Any:
+        return _dataset(sorted(self.path.glob("results/*/results.parquet")), RESULTS)
+
+    def _explain(self, message: str) -> str:
+        """DuckDB's message as one line that says what to do."""
+        if found := re.search(r"Table with name (\S+) does not exist", message):
+            views = self._names(
+                "SELECT view_name FROM duckdb_views() WHERE NOT internal AND comment IS NOT NULL"
+            )
+            return str(UnknownName.of("view", found[1], views))
+        if found := re.search(r'Referenced column "(.+?)" not found', message):
+            columns = self._names(
+                "SELECT DISTINCT column_name FROM duckdb_columns() WHERE comment IS NOT NULL"
+            )
+            hint = re.search(r"Candidate bindings: (.+)", message)
+            nearest = re.findall(r'"([^"]+)"', hint[1]) if hint else []
+            return str(UnknownName.of("column", found[1], nearest or columns))
+        if "disabled by configuration" in message or "has been locked" in message:
+            found = re.search(r"(Cannot .+?|Loading .+?)(?: -|$)", message.splitlines()[0])
+            what = found[1] if found else "this"
+            return f"a query may read the database's views and nothing else ({what}); --unsafe lifts that"
+        lines = [line.strip() for line in message.splitlines() if line.strip() and line.strip() != "^"]
+        return " ".join(lines) + "; see the views and columns with `quambase sql --schema`"
+
+    def _names(self, query: str) -> list[str]:
+        return [str(row[0]) for row in self._connection.sql(query).fetchall()]
+
+
+def list_runs(path: Path) -> tuple[list[Path], list[Path]]:
+    """The run folders of the database ``path``: complete ones, newest first, and unfinished ones by name.
+
+    DatabaseInvalid when there is no such database.
+    """
+    if not (path / "runs").is_dir():
+        raise DatabaseInvalid(
+            f"there is no database at {path} (no folder runs in it); run `collect --db {path}`"
+        )
+    folders = sorted(p for p in (path / "runs").iterdir() if p.is_dir() and not p.name.startswith("."))
+    complete = [p for p in folders if (p / MANIFEST).exists()]
+    unfinished = [p for p in folders if not (p / MANIFEST).exists()]
+    # run.json is written last, so its time is the run's end; equal times fall back on the id.
+    complete.sort(key=lambda p: ((p / MANIFEST).stat().st_mtime_ns, p.name), reverse=True)
+    return complete, unfinished
+
+
+def select_runs(path: Path, run: str | None) -> list[Path]:
+    """The run folders that ``run`` (None, an id or its beginning, ``"all"``) stands for; see `StatsDB`."""
+    complete, unfinished = list_runs(path)
+    if run not in (None, "all"):
+        chosen = [p for p in complete + unfinished if p.name.startswith(str(run))]
+        exact = [p for p in chosen if p.name == run]
+        if len(exact or chosen) > 1:
+            raise UnknownName(f"'{run}' begins {len(chosen)} run ids: {_names(chosen)}; write more of it")
+        if not chosen:
+            raise UnknownName.of("run", str(run), [p.name for p in complete + unfinished])
+        return exact or chosen
+    if not complete:
+        waiting = f" ({len(unfinished)} unfinished: {_names(unfinished)})" if unfinished else ""
+        raise DatabaseInvalid(f"{path} holds no complete run{waiting}; run `collect` (again) to make one")
+    return complete[:1] if run is None else complete
+
+
+def _names(folders: list[Path]) -> str:
+    return ", ".join(p.name for p in folders)
+
+
+def _dataset(paths: list[Path], schema: pa.Schema) -> Any:
+    if not paths:
+        return schema.empty_table()
+    # Words read as dictionaries scan three times faster than as plain strings.
+    words = [field.name for field in schema if pa.types.is_string(field.type)]
+    options = ds.ParquetReadOptions(dictionary_columns=words)
+    return ds.dataset([str(p) for p in paths], format=ds.ParquetFileFormat(read_options=options))
+
+
+def _runs_table(manifests: list[Manifest]) -> pa.Table:
+    def row(m: Manifest) -> dict[str, Any]:
+        texts = {"identity": m.identity, "created": m.created}
+        return {
+            "run": m.run,
+            "model": m.model.get("name"),
+            "model_path": None if m.model.get("path") is None else str(m.model["path"]),
+            "data": m.data.get("name"),
+            "format_version": m.format_version,
+            **{name: m.model.get(name) for name in ("family", "n_layer", "d_model")},
+            **{name: m.data.get(name) for name in ("documents", "empty", "truncated", "tokens")},
+            **{name: json.dumps(value, sort_keys=True, default=str) for name, value in texts.items()},
+        }
+
+    return pa.Table.from_pylist([row(m) for m in manifests], schema=_RUNS)
+
+
+def _segments(table: pa.Table) -> list[tuple[int, str, str, slice]]:
+    """(layer, site, group_name, rows) of each stretch of equal keys."""
+    if not table.num_rows:
+        return []
+    layers = table["layer"].to_numpy()
+    sites: Any
+    groups: Any
+    sites, groups = (pc.dictionary_encode(table[name]).combine_chunks() for name in ("site", "group_name"))
+    codes = [layers, sites.indices.to_numpy(), groups.indices.to_numpy()]
+    changed = np.zeros(table.num_rows - 1, bool)
+    for code in codes:
+        changed |= code[1:] != code[:-1]
+    starts = np.concatenate([[0], np.flatnonzero(changed) + 1])
+    ends = np.append(starts[1:], table.num_rows)
+    names = sites.dictionary.to_pylist(), groups.dictionary.to_pylist()
+    return [
+        (int(layers[a]), names[0][codes[1][a]], names[1][codes[2][a]], slice(int(a), int(b)))
+        for a, b in zip(starts, ends, strict=True)
+    ]
+
+
+def _joined(
+    values: npt.NDArray[np.float32], counts: npt.NDArray[np.int64], slices: list[slice]
+) -> Distribution:
+    return Distribution.of_rows(
+        np.concatenate([values[s] for s in slices]), np.concatenate([counts[s] for s in slices])
+    )
+
+
+_SITE_ORDER = {site.name: place for place, site in enumerate(MAMBA1_SITES)}
+
+
+def _model_order(layer: int, site: str) -> tuple[bool, int, int, str]:
+    return layer < 0, layer, _SITE_ORDER.get(site, len(_SITE_ORDER)), site
+
+
+def _plain_integers(table: pa.Table) -> pa.Table:
+    """SQL's sum of integers is a 128-bit number; make it int64 where it fits, as everything else reads."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_decimal(field.type) and field.type.scale == 0:
+            try:
+                table = table.set_column(place, field.name, table[place].cast(pa.int64()))
+            except pa.ArrowInvalid:
+                continue
+    return table
