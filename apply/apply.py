@@ -96,9 +96,7 @@ def apply(
     labels = [strategy, *([otherwise] if at else []), DEFAULT_OTHERWISE]
     write_scales(folder / SCALES, _rows_of(table, labels), table.provenance)
     remember(db, folder)
-    return Applied(
-        folder, str(settings["strategy"]), unsafe_sites(table, chosen) if compat == UPSTREAM else []
-    )
+    return Applied(folder, str(settings["strategy"]), unsafe_sites(table, chosen) if compat == UPSTREAM else [])
 
 
 def _rows_of(table: ScaleTable, labels: Collection[str]) -> pa.Table:

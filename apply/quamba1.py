@@ -208,9 +208,7 @@ class Int8Mamba:
             return linear_to_half(gated, layer.out_proj, float32(layer.out_proj.scale * scale), 1.0)
         return linear_to_half(gated, layer.out_proj, layer.out_proj.scale, scale)
 
-    def _linear(
-        self, x: torch.Tensor, weight: Int8Weight, layer: int, source: str, target: str
-    ) -> torch.Tensor:
+    def _linear(self, x: torch.Tensor, weight: Int8Weight, layer: int, source: str, target: str) -> torch.Tensor:
         """A projection while decoding: one row alone goes through upstream's matrix-vector kernel."""
         if x.shape[0] == 1:
             product = float32(weight.scale * self.scales[layer, source])

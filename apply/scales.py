@@ -40,8 +40,7 @@ def check_scales(scales: Scales, needed: list[tuple[int, str]]) -> dict[tuple[in
     for (layer, site), scale in found.items():
         if not (math.isfinite(scale) and scale > 0):
             raise ScalesInvalid(
-                f"the scale at layer {layer} {site} is {scale}; expected a positive finite number: "
-                "analyze again"
+                f"the scale at layer {layer} {site} is {scale}; expected a positive finite number: analyze again"
             )
     return found
 
@@ -58,8 +57,8 @@ def check_model(table: ScaleTable, weights_sha256: str, name: str) -> None:
     if found != weights_sha256:
         raise ScalesInvalid(
             f"the scale table belongs to model {model.get('name')} (weights {str(found)[:12]}), "
-            f"not to {name} (weights {weights_sha256[:12]}); give that model with --model, or collect and analyze "
-            f"{name}"
+            f"not to {name} (weights {weights_sha256[:12]}); give that model with --model, "
+            f"or collect and analyze {name}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What is measured on one document: likelihood, divergence from the floating-point model, agreement, last word."""
+"""What is measured on one document: likelihood, divergence from the float model, agreement, last word."""
 
 from __future__ import annotations
 
@@ -119,9 +119,7 @@ def last_word_items(documents: Sequence[Document], tokenizer: Tokenizer, window:
     return items
 
 
-def score(
-    reference: LanguageModel, models: Mapping[str, LanguageModel], items: Sequence[Item]
-) -> dict[str, Score]:
+def score(reference: LanguageModel, models: Mapping[str, LanguageModel], items: Sequence[Item]) -> dict[str, Score]:
     """Score every item by the floating-point model (label `FLOAT`) and by each model; one forward pass each.
 
     Softmax and cross-entropy are float32, natural logarithm; sums over a document are float64.
@@ -172,15 +170,15 @@ def _per_document(
     documents: int,
 ) -> Score:
     return Score(
-        np.bincount(owner, nll, documents),
-        np.bincount(owner, kl, documents),
+        np.bincount(owner, nll, documents).astype(np.float64),
+        np.bincount(owner, kl, documents).astype(np.float64),
         np.bincount(owner[agrees], minlength=documents),
         np.bincount(owner[~right], minlength=documents) == 0,
     )
 
 
 def blocks(items: Sequence[Item], tokens: int) -> list[Sequence[Item]]:
-    """Runs of consecutive items of about ``tokens`` tokens, one item at least: the unit of forward pass and resume."""
+    """Runs of consecutive items of about ``tokens`` tokens: the unit of forward pass and resume."""
     found: list[Sequence[Item]] = []
     start = total = 0
     for place, item in enumerate(items):

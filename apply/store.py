@@ -74,9 +74,7 @@ def _tensors(model: Int8Mamba) -> dict[str, torch.Tensor]:
     if weights.embedding_scales is not None:
         found["embedding.scales"] = weights.embedding_scales
     named = {
-        f"layers.{i}.{f.name}": getattr(layer, f.name)
-        for i, layer in enumerate(weights.layers)
-        for f in fields(layer)
+        f"layers.{i}.{f.name}": getattr(layer, f.name) for i, layer in enumerate(weights.layers) for f in fields(layer)
     }
     if isinstance(weights.lm_head, Int8Weight):
         named["lm_head"] = weights.lm_head
@@ -106,13 +104,9 @@ def load_stored(folder: Path) -> StoredModel:
         first = str(error).splitlines()[0]
         raise CheckpointInvalid(f"{path} cannot be read ({first}); run `apply` again") from None
     if digest != about["tensors_sha256"]:
-        raise CheckpointInvalid(
-            f"{path} was altered since `apply` wrote it (its checksum differs); run `apply` again"
-        )
+        raise CheckpointInvalid(f"{path} was altered since `apply` wrote it (its checksum differs); run `apply` again")
     try:
-        weights, scales = _model_parts(
-            MambaConfig(**about["sizes"]), tensors, bool(about["quantize_lm_head"])
-        )
+        weights, scales = _model_parts(MambaConfig(**about["sizes"]), tensors, bool(about["quantize_lm_head"]))
     except (KeyError, TypeError) as error:
         raise CheckpointInvalid(f"{folder} lacks {error}; run `apply` again") from None
     return StoredModel(folder, Int8Mamba(weights, scales, compat=about["compat"]), about, digest)
@@ -125,8 +119,7 @@ def _model_parts(
         return Int8Weight(tensors[name], float(tensors[f"{name}.scale"]))
 
     layers = tuple(
-        Int8Layer(**{f.name: weight(f"layers.{i}.{f.name}") for f in fields(Int8Layer)})
-        for i in range(config.n_layer)
+        Int8Layer(**{f.name: weight(f"layers.{i}.{f.name}") for f in fields(Int8Layer)}) for i in range(config.n_layer)
     )
     head = weight("lm_head") if quantized_head else tensors["lm_head"]
     scales: dict[tuple[int, str], float] = {}
@@ -143,9 +136,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointInvalid(
-            f"{folder} holds no INT8 model (no {CONFIG}); make one with `apply`"
-        ) from None
+        raise CheckpointInvalid(f"{folder} holds no INT8 model (no {CONFIG}); make one with `apply`") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointInvalid(f"{path} is not valid JSON ({error}); run `apply` again") from None
     if not isinstance(about, dict) or about.get("family") != FAMILY:

@@ -34,9 +34,7 @@ class Int8Layer:
         wide = ("dt_bias", "A_log", "D")
         return cls(
             **{
-                f.name: (quantize_weight_float32 if f.name in wide else quantize_weight)(
-                    getattr(layer, f.name)
-                )
+                f.name: (quantize_weight_float32 if f.name in wide else quantize_weight)(getattr(layer, f.name))
                 for f in fields(cls)
             }
         )

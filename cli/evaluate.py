@@ -1,0 +1,119 @@
+"""`evaluate`: INT8 models against the floating-point one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from quambase.cli.apply import int8_options, names
+from quambase.cli.console import Command, database_option, emit, note, output_options
+
+PEOPLE = ("table", "markdown")
+"""Formats for people: intervals in brackets; the others carry every number in its own column."""
+
+
+def bootstrap_options(function: click.decorators.FC) -> click.decorators.FC:
+    """How intervals are computed."""
+    function = click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")(function)
+    return click.option(
+        "--bootstrap",
+        type=click.IntRange(min=100),
+        default=10_000,
+        show_default=True,
+        help="Resamples of documents for the 95 % intervals.",
+    )(function)
+
+
+@click.command(cls=Command)
+@click.argument("folder", required=False, metavar="[MODEL_DIR]", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--scales",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Evaluate strategies of this scale table, built in memory, instead of an applied model.",
+)
+@click.option(
+    "--strategy",
+    "strategies",
+    callback=names,
+    default="all",
+    show_default=True,
+    metavar="all|LABEL[,LABEL...]",
+    help="With --scales: which strategies.",
+)
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="FILE|NAME",
+    help="Text to evaluate on; may be repeated. [default: the bundled texts, for a bundled model]",
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Only the first so many documents of each text.")
+@click.option(
+    "--task",
+    type=click.Choice(["perplexity", "last-word", "both"]),
+    default="both",
+    show_default=True,
+    help="What to measure.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(min=2),
+    default=2048,
+    show_default=True,
+    help="Tokens; longer documents are cut in non-overlapping windows.",
+)
+@bootstrap_options
+@int8_options
+@database_option
+@output_options
+def evaluate(
+    folder: Path | None,
+    scales: Path | None,
+    strategies: tuple[str, ...],
+    data: tuple[str, ...],
+    samples: int | None,
+    task: str,
+    window: int,
+    bootstrap: int,
+    seed: int,
+    quantize_lm_head: bool,
+    quantize_embedding: bool,
+    compat: str | None,
+    model: str | None,
+    db: Path,
+    format_: str,
+    output: Path | None,
+) -> None:
+    """Perplexity, KL, agreement and last-word accuracy of INT8 models, paired against the float model and `quamba`.
+
+    Without MODEL_DIR and --scales: the model applied last. A killed evaluation resumes where it was.
+
+    \b
+    Example:
+      evaluate --scales scales.parquet --strategy all --samples 100
+    """
+    from quambase.apply.evaluate import evaluate as run
+    from quambase.apply.summary import readable, summarize
+
+    if folder is not None and scales is not None:
+        raise click.UsageError("give MODEL_DIR or --scales, not both")
+    evaluation = run(
+        folder,
+        scales=scales,
+        strategies=strategies,
+        data=data,
+        samples=samples,
+        task=task,
+        window=window,
+        quantize_lm_head=quantize_lm_head,
+        quantize_embedding=quantize_embedding,
+        compat=compat,
+        model=model,
+        db=db,
+        progress=True,
+    )
+    summary = summarize(evaluation.results, bootstrap=bootstrap, seed=seed)
+    emit(readable(summary) if format_ in PEOPLE else summary, format_, output)
+    for remark in evaluation.notes:
+        note(remark)
+    note(f"stored: {evaluation.folder}; print it again with: quambase results {evaluation.id} --db {db}")

@@ -1,0 +1,44 @@
+"""`quambase results`: stored evaluations, without running anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from quambase.cli.console import Command, database_option, emit, note, output_options
+from quambase.cli.evaluate import PEOPLE, bootstrap_options
+
+
+@click.command(cls=Command)
+@click.argument("evaluation", required=False)
+@click.option("--list", "list_", is_flag=True, help="List the stored evaluations instead.")
+@bootstrap_options
+@database_option
+@output_options
+def results(
+    evaluation: str | None,
+    list_: bool,
+    bootstrap: int,
+    seed: int,
+    db: Path,
+    format_: str,
+    output: Path | None,
+) -> None:
+    """The table of a finished evaluation (EVALUATION: its id or the beginning of it; default the newest).
+
+    \b
+    Example:
+      quambase results --list
+    """
+    from quambase.apply.evaluate import find_evaluation, list_evaluations
+    from quambase.apply.summary import readable, summarize
+
+    if list_:
+        emit(list_evaluations(db), format_, output)
+        return
+    found = find_evaluation(db, evaluation)
+    summary = summarize(found.results, bootstrap=bootstrap, seed=seed)
+    emit(readable(summary) if format_ in PEOPLE else summary, format_, output)
+    for remark in found.notes:
+        note(remark)
