@@ -5,18 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from quambase.cli.console import Command, database_option, emit, note
+from quambase.collector.run import CollectedRun, parse_keep
+from quambase.collector.run import collect as collect_run
+from quambase.collector.tensor_file import import_tensor as import_file
+from quambase.schema.sites import WHOLE, find_site, is_model_site
+from quambase.schema.tables import SITE_STATS, read_table
 
 
 @click.command(cls=Command)
 @click.option("--model", required=True, help="Bundled name, folder, short name (mamba-130m) or hub id.")
 @click.option("--samples", default=512, show_default=True, type=click.IntRange(min=1), help="Documents to read.")
-@click.option("--seq-len", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens per document at most.")
+@click.option(
+    "--seq-len", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens per document at most."
+)
 @click.option("--data", help="Text file, or a name such as python-docs:calibration. [default: the model's own]")
 @database_option
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Documents per forward pass.")
+@click.option(
+    "--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Documents per forward pass."
+)
 @click.option("--keep-tokens", default="64", show_default=True, help="Tokens whose raw activations are kept, or all.")
 @click.option("--sites", default="", help="Only these sites, apart by commas. [default: every one]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the token sample.")
@@ -41,16 +50,14 @@ def collect(
     Example:
       collect --model mamba-7m --samples 128
     """
-    from quambase.collector import run
-
-    found = run.collect(
+    found = collect_run(
         model,
         samples,
         data=data,
         seq_len=seq_len,
         db=db,
         batch_size=batch_size,
-        keep_tokens=run.parse_keep(keep_tokens),
+        keep_tokens=parse_keep(keep_tokens),
         sites=[site.strip() for site in sites.split(",") if site.strip()],
         seed=seed,
         tokenizer=tokenizer,
@@ -72,16 +79,11 @@ def import_tensor(file: Path, site: str, layer: int, tensor: str | None, db: Pat
       quambase import activations.pt --site x_proj:input --layer 3
       quambase compare --site x_proj:input --layer 3
     """
-    from quambase.collector import tensor_file
-
-    _describe(tensor_file.import_tensor(file, site, layer=layer, tensor=tensor, db=db))
+    _describe(import_file(file, site, layer=layer, tensor=tensor, db=db))
 
 
-def _describe(found: object) -> None:
+def _describe(found: CollectedRun) -> None:
     """Say where the run is, what went into it, and which sites to look at first."""
-    from quambase.collector.run import CollectedRun
-
-    assert isinstance(found, CollectedRun)
     manifest, data, created = found.manifest, found.manifest.data, found.manifest.created
     size = sum((found.folder / name).stat().st_size for name in manifest.tables)
     note(f"{'already there' if found.existed else 'written'}: {found.folder} ({size / 1e6:.1f} MB)")
@@ -93,21 +95,14 @@ def _describe(found: object) -> None:
         + (f" ({', '.join(skipped)})" if skipped else "")
         + rate
     )
-    stats = pq.read_table(found.folder / "site_stats.parquet")
-    for row in stats.filter(_bad(stats)).to_pylist():
-        note(
-            f"warning: {row['site']} of layer {row['layer']} holds {row['nonfinite']} NaN or infinite values "
-            f"({row['overflow']} of them too large for 16 bits); they are in no quantile"
-        )
-    worst = stats.sort_by([("outlier_ratio", "descending")]).slice(0, 5)
-    note("largest outliers, as amax over the 99.95 % quantile:")
+    stats = read_table(found.folder / "site_stats.parquet", SITE_STATS)
+    for row in stats.to_pylist():
+        if row["nonfinite"] and row["group_name"] == WHOLE:
+            note(
+                f"warning: {row['site']} of layer {row['layer']} holds {row['nonfinite']} values that are NaN, infinite"
+                f" or too large for 16 bits ({row['overflow']}); they are in no quantile"
+            )
+    sites = [not is_model_site(site) or find_site(site).consumed for site in stats["site"].to_pylist()]
+    worst = stats.filter(pa.array(sites)).sort_by([("outlier_ratio", "descending")]).slice(0, 5)
+    note("largest outliers among the sites INT8 models read, as amax over the 99.95 % quantile:")
     emit(worst.select(["layer", "site", "group_name", "amax", "q9995", "outlier_ratio"]))
-
-
-def _bad(stats: object) -> object:
-    import pyarrow.compute as pc
-
-    assert hasattr(stats, "column")
-    return pc.and_(
-        pc.greater(stats.column("nonfinite"), 0), pc.equal(stats.column("group_name"), "all")
-    )

@@ -81,9 +81,7 @@ def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--format", "format_", type=click.Choice(FORMATS), default="table", show_default=True, help="Output format."
     )
-    @click.option(
-        "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write there instead of to stdout."
-    )
+    @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write there instead of to stdout.")
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
@@ -133,8 +131,7 @@ def _cells(table: pa.Table) -> list[list[str]]:
 
 def _numeric(table: pa.Table) -> list[bool]:
     return [
-        pa.types.is_integer(f.type) or pa.types.is_floating(f.type) or pa.types.is_decimal(f.type)
-        for f in table.schema
+        pa.types.is_integer(f.type) or pa.types.is_floating(f.type) or pa.types.is_decimal(f.type) for f in table.schema
     ]
 
 

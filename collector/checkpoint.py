@@ -31,7 +31,7 @@ def save_checkpoint(folder: Path, blocks: int, statistics: Mapping[Key, SiteStat
         for g, top in enumerate(stats.top):
             arrays[f"{number}.top{g}"] = top
     with replacing(folder / CHECKPOINT) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def load_checkpoint(

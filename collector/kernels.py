@@ -28,7 +28,7 @@ FEW = 16384
 
 @numba.njit(cache=True)
 def _insert(
-    top: Int64, size: int, most: int, magnitude: int, pattern: int, document: int, row: int, channel: int
+    top: Int64, size: int, most: int, magnitude: np.int64, pattern: int, document: int, row: int, channel: int
 ) -> int:
     """Insert into ``top`` (most, 5), ordered by descending magnitude, equal ones in order of arrival; the new size."""
     place = size if size < most else most - 1
@@ -45,9 +45,7 @@ def _insert(
 
 
 @numba.njit(cache=True)
-def _tail(
-    tables: UInt32, highest: int, total: int, magnitudes: Float32, probabilities: Float32, out: Float32
-) -> None:
+def _tail(tables: UInt32, highest: int, total: int, magnitudes: Float32, probabilities: Float32, out: Float32) -> None:
     """Amax and quantiles of the absolute value of one document, from its counts, by torch.quantile's rule.
 
     tables (groups, PATTERNS), added up; ``highest`` bounds the magnitude patterns present; ``total`` finite values;
@@ -135,7 +133,7 @@ def count_documents(
                 best = top[worker, g]
                 size = top_sizes[worker, g]
                 bar = best[most - 1, 0] if size == most else -1
-                largest = 0
+                largest = np.int64(0)
                 for row in range(start, stop):
                     for channel in range(edges[g], edges[g + 1]):
                         pattern = bits[row, channel]
@@ -153,15 +151,13 @@ def count_documents(
                 if largest >= infinity:
                     for pattern in range(infinity, SIGN):
                         finite[g] -= table[pattern] + table[pattern + SIGN]
-                    largest = infinity - 1
+                    largest = np.int64(infinity - 1)
                 highest[g] = largest
             for g in range(groups):
                 _tail(
                     scratch[worker, g : g + 1], highest[g], finite[g], magnitudes, probabilities, summaries[document, g]
                 )
-            _tail(
-                scratch[worker], highest.max(), finite.sum(), magnitudes, probabilities, summaries[document, groups]
-            )
+            _tail(scratch[worker], highest.max(), finite.sum(), magnitudes, probabilities, summaries[document, groups])
             for g in range(groups):
                 table = scratch[worker, g]
                 into = counts[worker, g]

@@ -22,7 +22,7 @@ Keep = int | Literal["all"]
 
 @dataclass(frozen=True)
 class PlannedDocument:
-    """A document with at least one token: place in the file, hash of its text, token ids (cut at the sequence length)."""
+    """A document with a token or more: place in the file, hash of its text, token ids (cut at the sequence length)."""
 
     index: int
     sha256: str
@@ -31,7 +31,7 @@ class PlannedDocument:
 
 @dataclass(frozen=True)
 class Plan:
-    """Documents of a run in file order. ``read`` counts all, ``empty`` those without a token, ``truncated`` those cut."""
+    """Documents of a run in file order; ``read`` counts all, ``empty`` those of no token, ``truncated`` those cut."""
 
     documents: tuple[PlannedDocument, ...]
     read: int

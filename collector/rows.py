@@ -31,9 +31,7 @@ _MOMENT_COLUMNS = {
 }
 
 
-def keyed_rows(
-    run: str, key: Key, group: str, rows: int, columns: dict[str, object], schema: pa.Schema
-) -> pa.Table:
+def keyed_rows(run: str, key: Key, group: str, rows: int, columns: dict[str, object], schema: pa.Schema) -> pa.Table:
     """A table of ``schema`` whose key columns are constant and whose other columns are ``columns``."""
     layer, site = key
     columns = {

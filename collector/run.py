@@ -23,7 +23,7 @@ from quambase.model.mamba import Mamba
 from quambase.model.prepare import prepare
 from quambase.model.weights import MambaConfig
 from quambase.schema import FORMAT_VERSION
-from quambase.schema.errors import UnknownName
+from quambase.schema.errors import DataInvalid
 from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.sites import MAMBA1_SITES, STATE_SITES, find_site, layer_sites
 
@@ -135,7 +135,10 @@ def collect(
                 "name": loaded.name,
                 "path": str(loaded.path) if not loaded.bundled else loaded.name,
                 "family": "mamba1",
-                **{key: getattr(c, key) for key in ("n_layer", "d_model", "d_inner", "d_state", "dt_rank", "vocab_size")},
+                **{
+                    key: getattr(c, key)
+                    for key in ("n_layer", "d_model", "d_inner", "d_state", "dt_rank", "vocab_size")
+                },
             },
             data={
                 "name": source,
@@ -209,9 +212,9 @@ def _locator(plan: Plan, loaded: LoadedModel) -> Locate:
 
 
 def parse_keep(text: str) -> Keep:
-    """``--keep-tokens``: a count or the word all; UnknownName otherwise."""
+    """``--keep-tokens``: a count or the word all; DataInvalid otherwise."""
     if text == "all":
         return "all"
     if not text.isdigit():
-        raise UnknownName(f"--keep-tokens is '{text}'; expected a number of tokens or the word all")
+        raise DataInvalid(f"--keep-tokens is '{text}'; expected a number of tokens or the word all")
     return int(text)

@@ -134,8 +134,7 @@ class SiteStatistics:
         self.counts += later.counts
         self.moments.fold(later.moments)
         self.top = [
-            largest(np.concatenate([mine, theirs]), self.most)
-            for mine, theirs in zip(self.top, later.top, strict=True)
+            largest(np.concatenate([mine, theirs]), self.most) for mine, theirs in zip(self.top, later.top, strict=True)
         ]
 
 

@@ -38,11 +38,13 @@ def read_tensor(path: Path, tensor: str | None = None) -> torch.Tensor:
             found: object = torch.from_numpy(np.load(path, allow_pickle=False))
         elif path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                found = {name: file.get_tensor(name) for name in file.keys()}
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise TensorFileInvalid(f"{path} is a pickle of more than tensors; it is not loaded, since it could run code") from None
+        raise TensorFileInvalid(
+            f"{path} is a pickle of more than tensors; it is not loaded, since it could run code"
+        ) from None
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, SafetensorError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TensorFileInvalid(f"{path} cannot be read as a tensor ({first}); save a plain tensor again") from None

@@ -32,7 +32,7 @@ SHORT_NAMES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model as found: ``path`` is its folder; the hashes identify weights (of the tensor bytes and config) and tokenizer."""
+    """A model as found: ``path`` is its folder; the hashes identify weights (tensor bytes, config) and tokenizer."""
 
     name: str
     path: Path
@@ -80,7 +80,7 @@ def load_model(name: str, *, tokenizer: str | None = None) -> LoadedModel:
 
 
 def resolve(name: str) -> tuple[Path, str | None]:
-    """The folder of a model's files (downloaded if it is on the hub) and the hub id of its family's tokenizer."""
+    """The folder of a model's files (downloaded if on the hub) and the hub id of its family's tokenizer."""
     local = Path(name)
     if local.is_dir():
         return local, None
@@ -91,23 +91,29 @@ def resolve(name: str) -> tuple[Path, str | None]:
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return _from_hub(name), NEOX if name.startswith("state-spaces/") else None
     hint = UnknownName.of("model", name, [*bundled_models(), *SHORT_NAMES])
-    raise ModelNotFound(f"{hint}; or give a folder with config.json and weights, or a hub id such as state-spaces/mamba-130m")
+    raise ModelNotFound(
+        f"{hint}; or give a folder with config.json and weights, or a hub id such as state-spaces/mamba-130m"
+    )
 
 
 def _from_hub(repository: str) -> Path:
-    """Download config, weights and tokenizer files of a hub repository into the hub's cache; return the snapshot folder."""
+    """Download a hub repository's config, weights and tokenizer into the hub's cache; the snapshot folder."""
     advice = f"download {repository} on a machine with a network and pass its folder: --model FOLDER"
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ModelNotFound(f"{repository} is a hub model and huggingface_hub is not installed; pip install 'quambase[hub]', or {advice}") from None
+        raise ModelNotFound(
+            f"{repository} is a hub model and huggingface_hub is not installed; install quambase[hub], or {advice}"
+        ) from None
     patterns = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model.bin"]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except (OSError, ValueError, RuntimeError) as error:
         # requests, httpx and the hub's own errors are all of these; their texts span many lines.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelNotFound(f"{repository} is not in the local hub cache and could not be fetched ({reason}); {advice}") from None
+        raise ModelNotFound(
+            f"{repository} is not in the local hub cache and could not be fetched ({reason}); {advice}"
+        ) from None
 
 
 def load_weights(folder: Path) -> MambaWeights:
@@ -122,8 +128,8 @@ def load_weights(folder: Path) -> MambaWeights:
         config = MambaConfig.from_hugging_face(raw)
     else:
         raise CheckpointInvalid(
-            f"{folder / 'config.json'} describes a '{raw.get('model_type', 'model of unknown type')}'; expected Mamba-1 "
-            "in mamba-ssm layout (d_model, n_layer) or Hugging Face layout (model_type mamba)"
+            f"{folder / 'config.json'} describes a '{raw.get('model_type', 'model of unknown type')}'; expected Mamba-1"
+            " in mamba-ssm layout (d_model, n_layer) or Hugging Face layout (model_type mamba)"
         )
     return weights_from_tensors(config, _read_tensors(folder))
 
@@ -162,9 +168,13 @@ def _read_tensor_file(path: Path) -> Mapping[str, torch.Tensor]:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointInvalid(f"{path} is missing, though the index names it; the download is incomplete: repeat it") from None
+        raise CheckpointInvalid(
+            f"{path} is missing, though the index names it; the download is incomplete: repeat it"
+        ) from None
     except pickle.UnpicklingError:
-        raise CheckpointInvalid(f"{path} holds more than tensors; it is not loaded, since a pickle can run code") from None
+        raise CheckpointInvalid(
+            f"{path} holds more than tensors; it is not loaded, since a pickle can run code"
+        ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointInvalid(f"{path} cannot be read ({first}); it may be cut short: download it again") from None
@@ -174,7 +184,7 @@ def _read_tensor_file(path: Path) -> Mapping[str, torch.Tensor]:
 
 
 def weights_digest(weights: MambaWeights) -> str:
-    """SHA-256 over the configuration and every tensor's float32 bytes: the same model has the same digest in any layout."""
+    """SHA-256 over configuration and every tensor's float32 bytes: the same for the same model in any layout."""
     digest = hashlib.sha256(repr(weights.config).encode())
     for tensor in (weights.embedding, weights.norm_f, weights.lm_head):
         digest.update(tensor.contiguous().numpy().tobytes())

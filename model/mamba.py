@@ -150,7 +150,7 @@ class Mamba:
             state.conv[index] = window[:, 1:].contiguous()
             u = F.silu(torch.einsum("bke,ek->be", window, layer.conv_weight) + layer.conv_bias)
             dt_b_c = F.linear(u, layer.x_proj)
-            dt, b, read = dt_b_c.split([c.dt_rank, c.d_state, c.d_state], dim=1)
+            dt, b, read = torch.split(dt_b_c, [c.dt_rank, c.d_state, c.d_state], dim=1)
             delta = F.softplus(F.linear(dt, layer.dt_proj, layer.dt_bias))
             y = torch.empty_like(u)
             selective_scan(

@@ -1,4 +1,4 @@
-"""The sample text a bundled model comes with: calibration, evaluation and last-word parts, written by the model itself."""
+"""The sample text of a bundled model: calibration, evaluation and last-word parts, written by the model itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ EMPTY = (7, 100)
 _PASSAGE = re.compile(r"(?s)^(.*\s)([A-Za-z]{3,})\W*$")
 
 
-def write_sample(model: LoadedModel, folder: Path, *, tokens: int = 300_000, seed: int = 0, progress: bool = True) -> dict[str, int]:
+def write_sample(
+    model: LoadedModel, folder: Path, *, tokens: int = 300_000, seed: int = 0, progress: bool = True
+) -> dict[str, int]:
     """Let ``model`` write about ``tokens`` tokens and save them as the three files of `BUNDLED_DATA` in ``folder``.
 
     Lengths are log-normal (median 300 tokens, at most 1024), a twelfth of the documents are of 1 to 24 tokens. The

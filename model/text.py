@@ -9,7 +9,7 @@ import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
 import duckdb
 import pyarrow as pa
@@ -99,7 +99,9 @@ def _plain_texts(path: Path) -> Iterator[str]:
                     yield "".join(lines).rstrip("\r\n")
                     lines = []
     except UnicodeDecodeError as error:
-        raise DataInvalid(f"{path} is not UTF-8 text ({error.reason} at byte {error.start} of a line); convert it") from None
+        raise DataInvalid(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start} of a line); convert it"
+        ) from None
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise DataInvalid(f"{path} cannot be read ({str(error).splitlines()[0]}); it may be cut short") from None
     if lines:
@@ -109,8 +111,8 @@ def _plain_texts(path: Path) -> Iterator[str]:
 def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".xz":
         return lzma.open(path)
-    stream: IO[bytes] = pa.input_stream(str(path), compression="detect", buffer_size=1 << 20)
-    return stream
+    stream: Any = pa.input_stream(str(path), compression="detect", buffer_size=1 << 20)
+    return cast(IO[bytes], stream)
 
 
 def _table_texts(path: Path, kind: str) -> Iterator[str]:
@@ -121,7 +123,10 @@ def _table_texts(path: Path, kind: str) -> Iterator[str]:
         ".parquet": "read_parquet(?)",
         ".csv": "read_csv(?, header = true)",
     }[kind]
-    settings = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
+    settings: dict[str, str | bool | int | float | list[str]] = {
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+    }
     with duckdb.connect(config=settings) as connection:
         try:
             names = connection.sql(f"select * from {reader} limit 0", params=[str(path)]).columns
@@ -148,7 +153,11 @@ def _from_hub(source: str) -> Path:
 
         return Path(hf_hub_download(repository, name, repo_type="dataset"))
     except ImportError:
-        raise DataInvalid(f"{source} is on the hub and huggingface_hub is not installed; pip install 'quambase[hub]', or {advice}") from None
+        raise DataInvalid(
+            f"{source} is on the hub and huggingface_hub is not installed; pip install 'quambase[hub]', or {advice}"
+        ) from None
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataInvalid(f"{source} is not in the local hub cache and could not be fetched ({reason}); {advice}") from None
+        raise DataInvalid(
+            f"{source} is not in the local hub cache and could not be fetched ({reason}); {advice}"
+        ) from None

@@ -70,7 +70,9 @@ def _from_hub(repository: str) -> Path:
 
         return Path(hf_hub_download(repository, "tokenizer.json"))
     except ImportError:
-        raise ModelNotFound(f"tokenizer {repository} is on the hub and huggingface_hub is not installed; {advice}") from None
+        raise ModelNotFound(
+            f"tokenizer {repository} is on the hub and huggingface_hub is not installed; {advice}"
+        ) from None
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFound(f"tokenizer {repository} could not be fetched ({reason}); {advice}") from None

@@ -33,11 +33,17 @@ class MambaConfig:
         if layer != "Mamba1":
             raise CheckpointInvalid(f"config.json says ssm_cfg.layer = {layer}; this version reads Mamba1 models")
         if not raw.get("rms_norm", True):
-            raise CheckpointInvalid("config.json says rms_norm = false; only models with RMSNorm can be folded and rotated")
+            raise CheckpointInvalid(
+                "config.json says rms_norm = false; only models with RMSNorm can be folded and rotated"
+            )
         if raw.get("attn_layer_idx") or raw.get("d_intermediate"):
-            raise CheckpointInvalid("config.json describes a hybrid model (attention or MLP layers); expected Mamba-1 only")
+            raise CheckpointInvalid(
+                "config.json describes a hybrid model (attention or MLP layers); expected Mamba-1 only"
+            )
         if ssm.get("bias") or ssm.get("conv_bias") is False:
-            raise CheckpointInvalid("config.json asks for projection biases or no conv bias; no INT8 Quamba model has that")
+            raise CheckpointInvalid(
+                "config.json asks for projection biases or no conv bias; no INT8 Quamba model has that"
+            )
         d_model = int(raw["d_model"])
         multiple = int(raw.get("pad_vocab_size_multiple", 8))
         dt_rank = ssm.get("dt_rank", "auto")
@@ -55,7 +61,9 @@ class MambaConfig:
     def from_hugging_face(cls, raw: dict[str, Any]) -> MambaConfig:
         """From transformers' MambaConfig JSON (``hidden_size``, ``num_hidden_layers``, ...)."""
         if raw.get("use_bias") or raw.get("use_conv_bias") is False:
-            raise CheckpointInvalid("config.json asks for projection biases or no conv bias; no INT8 Quamba model has that")
+            raise CheckpointInvalid(
+                "config.json asks for projection biases or no conv bias; no INT8 Quamba model has that"
+            )
         d_model = int(raw["hidden_size"])
         dt_rank = raw.get("time_step_rank", "auto")
         return cls(

@@ -66,8 +66,10 @@ class Distribution:
         counts = np.concatenate([self.counts[:first][::-1], self.counts[first:]])
         order = np.argsort(joined, kind="stable")
         joined, counts = joined[order], counts[order]
-        starts = np.flatnonzero(np.concatenate([[True], joined[1:] != joined[:-1]])) if joined.size else []
-        return joined[starts], (np.add.reduceat(counts, starts) if joined.size else counts)
+        if not joined.size:
+            return joined, counts
+        starts = np.flatnonzero(np.concatenate([[True], joined[1:] != joined[:-1]]))
+        return joined[starts], np.add.reduceat(counts, starts)
 
     @cached_property
     def _cumulative(self) -> Int64:
@@ -83,7 +85,7 @@ class Distribution:
         return np.float32(self.absolute[0][np.searchsorted(self._cumulative, rank, side="right")])
 
     def quantile(self, p: float) -> float:
-        """Quantile of the absolute value as numpy.quantile gives it for float64 data: rank p(n-1), linear, NaN if empty."""
+        """Quantile of the absolute value as numpy.quantile on float64 data: rank p(n-1), linear; NaN if empty."""
         if not self.values.size:
             return float("nan")
         rank = p * (self.total - 1)

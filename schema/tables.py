@@ -42,9 +42,7 @@ QUANTILES: dict[str, float] = {
 }
 """Quantile columns of `site_stats`: of the absolute value, float64 rank p(n-1), linear interpolation."""
 
-DOCUMENT_QUANTILES: dict[str, float] = {
-    name: p for name, p in QUANTILES.items() if p >= 0.99
-}
+DOCUMENT_QUANTILES: dict[str, float] = {name: p for name, p in QUANTILES.items() if p >= 0.99}
 """Quantile columns of `documents`: torch.quantile's rule (float32 rank and interpolation)."""
 
 SITE_STATS = _schema(
