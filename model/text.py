@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib
+import io
 import itertools
 import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import duckdb
 import pyarrow as pa
@@ -73,7 +75,8 @@ def _texts(data: str) -> Iterator[str]:
 
 def _python_docs(part: int) -> Iterator[str]:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    return iter([topics[name] for name in sorted(topics)][part::2])
+    distinct = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # some topics share a text
+    return iter(distinct[part::2])
 
 
 def _file_texts(path: Path) -> Iterator[str]:
@@ -103,7 +106,7 @@ def _plain_texts(path: Path) -> Iterator[str]:
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start} of a line); convert it"
         ) from None
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise DataInvalid(f"{path} cannot be read ({str(error).splitlines()[0]}); it may be cut short") from None
+        raise DataInvalid(f"{path} cannot be read ({error}); it may be cut short") from None
     if lines:
         yield "".join(lines).rstrip("\r\n")
 
@@ -111,8 +114,11 @@ def _plain_texts(path: Path) -> Iterator[str]:
 def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".xz":
         return lzma.open(path)
-    stream: Any = pa.input_stream(str(path), compression="detect", buffer_size=1 << 20)
-    return cast(IO[bytes], stream)
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    if path.suffix == ".zst":
+        return io.BufferedReader(cast(io.RawIOBase, pa.CompressedInputStream(str(path), "zstd")))
+    return path.open("rb")
 
 
 def _table_texts(path: Path, kind: str) -> Iterator[str]:
