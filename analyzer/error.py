@@ -95,14 +95,10 @@ def figures(distribution: Distribution, scale: float, signal: float | None = Non
     """The error of ``scale`` (used as float32). ``signal`` spares computing `signal_energy` again."""
     histogram = np.zeros(256, np.int64)
     error, clipped = kernels.tally(distribution.values, distribution.counts, np.float32(scale), histogram)
-    return Figures(
-        histogram, int(clipped), float(error), signal_energy(distribution) if signal is None else signal
-    )
+    return Figures(histogram, int(clipped), float(error), signal_energy(distribution) if signal is None else signal)
 
 
-def piecewise_figures(
-    distribution: Distribution, inner: float, outer: float, signal: float | None = None
-) -> Figures:
+def piecewise_figures(distribution: Distribution, inner: float, outer: float, signal: float | None = None) -> Figures:
     """The error of the two-segment code of strategy `outlier_piecewise`.
 
     Magnitudes up to ``120 * inner`` use ``code = round(a / inner)`` (0..120); larger ones

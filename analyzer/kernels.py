@@ -211,9 +211,7 @@ def _bound(energy: float, left: float, right: float, a1: float, b1: float, a2: f
 
 
 @njit(cache=True, nogil=True)
-def least_squares(
-    positive: Float64, counts_positive: Int64, negative: Float64, counts_negative: Int64
-) -> float:
+def least_squares(positive: Float64, counts_positive: Int64, negative: Float64, counts_negative: Int64) -> float:
     """The scale s > 0 of least sum n min_c (x - c s)^2 over codes -128..127; the larger of tied ones; 0
     without signal.
 
@@ -258,9 +256,7 @@ def least_squares(
     stack = np.empty((MAX_DEPTH + 2, 6))
     stack_rows = np.empty((MAX_DEPTH + 2, 3), np.int64)
     for j in range(size - 1):
-        stack[0] = np.array(
-            [grid[j + 1, 0], grid[j + 1, 1], grid[j + 1, 2], grid[j, 0], grid[j, 1], grid[j, 2]]
-        )
+        stack[0] = np.array([grid[j + 1, 0], grid[j + 1, 1], grid[j + 1, 2], grid[j, 0], grid[j, 1], grid[j, 2]])
         stack_rows[0] = np.array([j + 1, j, 0])
         waiting = 1
         while waiting:
@@ -285,9 +281,7 @@ def least_squares(
                 waiting += 2
                 continue
             # 3. Sweep: every piece between two breakpoints is one parabola with its own minimum at B / A.
-            found = _sweep(
-                rows[row1], rows[row2], positive, negative, counts_positive, counts_negative, events
-            )
+            found = _sweep(rows[row1], rows[row2], positive, negative, counts_positive, counts_negative, events)
             a, b = a1, b1
             for i in range(found + 1):
                 if i:

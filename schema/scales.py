@@ -121,7 +121,7 @@ def read_scales(path: Path) -> ScaleTable:
     strangers = set(scales.runs()) - set(provenance["runs"])
     if strangers:
         raise ScalesInvalid(
-            f"{path} has rows of run {min(strangers)}, which its provenance does not name; run `analyze` again"
+            f"{path} has rows of run {min(strangers)}, unknown to its provenance; run `analyze` again"
         )
     return scales
 

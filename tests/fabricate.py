@@ -129,8 +129,8 @@ def _channel(documents: list[npt.NDArray[np.float32]], channel: int) -> dict[str
     values = values[np.isfinite(values)].astype(np.float64)
     return {
         "count": values.size,
-        "min": float(values.min()),
-        "max": float(values.max()),
+        "min": float(values.min(initial=np.inf)),
+        "max": float(values.max(initial=-np.inf)),
         "sum": float(values.sum()),
         "sum_sq": float((values**2).sum()),
         "mean_abs_max": max(float(np.abs(c).mean()) for c in columns),

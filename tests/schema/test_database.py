@@ -99,9 +99,7 @@ def test_site_stats_is_what_numpy_computes_from_the_values(db: StatsDB) -> None:
         values = whole_values(row["site"], row["layer"]).astype(np.float64)
         assert row["count"] == values.size
         assert row["amax"] == np.abs(values).max()
-        assert [row[name] for name in QUANTILES] == [
-            np.quantile(np.abs(values), p) for p in QUANTILES.values()
-        ]
+        assert [row[name] for name in QUANTILES] == [np.quantile(np.abs(values), p) for p in QUANTILES.values()]
         assert row["std"] == pytest.approx(values.std(), rel=1e-12, abs=0)  # 192 additions, each half an ulp
 
 
@@ -109,9 +107,7 @@ def test_site_stats_is_what_numpy_computes_from_the_values(db: StatsDB) -> None:
 def test_macro_quantile_is_numpys(db: StatsDB, p: float) -> None:
     rows = db.sql("select * from quantile($p)", {"p": p}).to_pylist()
     stored = db.sql("select layer, site, group_name from site_stats order by all").to_pylist()
-    assert sorted((r["layer"], r["site"], r["group_name"]) for r in rows) == [
-        tuple(r.values()) for r in stored
-    ]
+    assert sorted((r["layer"], r["site"], r["group_name"]) for r in rows) == [tuple(r.values()) for r in stored]
     for row in rows:
         if row["group_name"] == "all":
             values = np.abs(whole_values(row["site"], row["layer"]).astype(np.float64))
@@ -131,9 +127,7 @@ def test_macro_clipping_counts_the_codes_beyond(db: StatsDB, scale: float) -> No
 def test_channel_stats(db: StatsDB) -> None:
     groups = random_activations()[1, "x_proj:output"]
     columns = np.concatenate([np.concatenate(documents) for documents in groups.values()], axis=1)
-    rows = db.sql(
-        "select * from channel_stats where layer = 1 and site = 'x_proj:output' order by channel"
-    ).to_pylist()
+    rows = db.sql("select * from channel_stats where layer = 1 and site = 'x_proj:output' order by channel").to_pylist()
     amax = np.abs(columns).max(0).astype(np.float64)
     assert [r["amax"] for r in rows] == amax.tolist()
     assert [r["ratio"] for r in rows] == (amax / np.median(amax)).tolist()
@@ -343,9 +337,7 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("query", ESCAPES)
-def test_sql_cannot_leave_the_database(
-    db: StatsDB, fabricated_database: Path, tmp_path: Path, query: str
-) -> None:
+def test_sql_cannot_leave_the_database(db: StatsDB, fabricated_database: Path, tmp_path: Path, query: str) -> None:
     a_python_variable = pa.table({"secret": [1]})
     assert a_python_variable.num_rows == 1
     with pytest.raises(QueryInvalid) as error:
@@ -369,3 +361,11 @@ def test_works_without_torch(fabricated_database: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[{'n': 32}] False"
+
+
+def test_macro_clipping_rounds_ties_to_even(tmp_path: Path) -> None:
+    values = np.array([127.4375, 127.5, -128.5, -129.0, 1.0, 0.0], np.float32)
+    make_run(tmp_path, "r", {(0, "in_proj:input"): {"all": [values[None]] * len(NUMBERS)}})
+    rows = StatsDB(tmp_path).sql("select clipped, count from clipping(1)").to_pylist()
+    # 127.5 rounds to 128 and -129 lies beyond; -128.5 rounds to -128, which is a code.
+    assert rows == [{"clipped": 2 * len(NUMBERS), "count": 6 * len(NUMBERS)}]

@@ -108,7 +108,7 @@ def test_refuses_what_is_no_scale_table(tmp_path: Path) -> None:
     with pytest.raises(ScalesInvalid, match="lacks the columns label, mse"):
         read_scales(path)
     write_scales(path, rows(run=["r1"] * 4 + ["zz"]), PROVENANCE)
-    with pytest.raises(ScalesInvalid, match="run zz, which its provenance does not name"):
+    with pytest.raises(ScalesInvalid, match="run zz, unknown to its provenance"):
         read_scales(path)
 
 

@@ -1,0 +1,154 @@
+"""Every strategy at every scale group of a run, as one scale table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from quambase.analyzer.error import QMAX, QMIN, piecewise_figures
+from quambase.analyzer.groups import ScaleGroup, scale_groups
+from quambase.analyzer.strategies import Choice, Scale, parse_labels
+from quambase.schema import FORMAT_VERSION
+from quambase.schema.database import StatsDB
+from quambase.schema.manifest import Manifest
+from quambase.schema.scales import write_scales
+from quambase.schema.sites import WHOLE, Site, find_site, is_model_site
+from quambase.schema.tables import SCALES
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What `analyze` made.
+
+    table       rows of tables.SCALES
+    provenance  as `schema.scales.ScaleTable` has it
+    notes       what a user should know, one line each: NaN, infinities, overflow
+    path        the file written, None if none was
+    """
+
+    table: pa.Table
+    provenance: dict[str, Any]
+    notes: list[str]
+    path: Path | None
+
+
+def analyze(
+    db: Path,
+    run: str | None = None,
+    strategies: Sequence[str] | None = None,
+    granularity: str = "tensor",
+    out: Path | None = Path("scales.parquet"),
+    progress: Callable[[int, int], None] | None = None,
+) -> Analysis:
+    """Compute every strategy at every scale group and write the scale table.
+
+    db           database folder
+    run          None for the newest complete run, a run id, or ``"all"``
+    strategies   labels such as ``percentile:0.9999``; None for `strategies.DEFAULT_LABELS`, ``all`` for every
+                 one
+    granularity  ``tensor``: one scale per site, what the INT8 Mamba-1 model consumes; ``group`` adds a scale
+                 for each group of a divided site
+    out          where to write; None writes nothing
+    progress     called with (groups done, groups in all)
+
+    ``selected`` marks the least squared error among strategies of one multiplication that are safe where they
+    are used; ties go to the larger scale, then to the earlier strategy. The same statistics give the same
+    bytes.
+    """
+    choices = parse_labels(list(strategies) if strategies else None)
+    rows: list[dict[str, Any]] = []
+    with StatsDB(db, run) as database:
+        manifests = sorted(database.runs, key=lambda manifest: manifest.run)
+        notes = [line for manifest in manifests for line in _warnings(database, manifest)]
+        groups = [(m.run, group) for m in manifests for group in scale_groups(database, m.run, granularity)]
+    for done, (run_id, group) in enumerate(groups, 1):
+        rows += group_rows(run_id, group, choices)
+        if progress:
+            progress(done, len(groups))
+    table = pa.Table.from_pylist(rows, schema=SCALES)
+    provenance = {
+        "format_version": FORMAT_VERSION,
+        "quambase": version("quambase"),
+        "granularity": granularity,
+        "runs": {m.run: {"model": m.model, "identity": m.identity, "data": m.data} for m in manifests},
+    }
+    if out is not None:
+        write_scales(out, table, provenance)
+    return Analysis(table, provenance, notes, out)
+
+
+def group_rows(run: str, group: ScaleGroup, choices: list[Choice]) -> list[dict[str, Any]]:
+    """One row of tables.SCALES for each of ``choices``, one of them selected."""
+    site = find_site(group.site) if is_model_site(group.site) else Site(group.site)
+    key = {"run": run, "layer": group.layer, "site": group.site, "group_name": group.group_name}
+    # The model multiplies a divided site by one scale; its groups' own scales are for comparison.
+    consumed = site.consumed and group.group_name == WHOLE
+    rows = [
+        {
+            **key,
+            "strategy": choice.strategy.name,
+            "params": choice.params_json,
+            "label": choice.label,
+            "consumed": consumed,
+            "decode_only": site.decode_only,
+            "needs_decode": choice.strategy.needs_decode,
+            **scale_columns(group, choice.scale(group), site.saturates),
+            "selected": False,
+        }
+        for choice in choices
+    ]
+    eligible = [i for i, row in enumerate(rows) if not row["needs_decode"] and row["clip_safe"]]
+    if eligible:
+        # The error of an empty group is NaN: no strategy is better there, the first is as good as any.
+        errors = {i: 0.0 if math.isnan(rows[i]["mse"]) else rows[i]["mse"] for i in eligible}
+        rows[min(eligible, key=lambda i: (errors[i], -rows[i]["scale"], i))]["selected"] = True
+    return rows
+
+
+def scale_columns(group: ScaleGroup, scale: Scale, saturates: bool = True) -> dict[str, Any]:
+    """The columns of tables.SCALES that follow from a scale: its error, its codes and whether clipping is
+    safe.
+
+    ``saturates``: every consumer clamps, so that clipping is safe at any scale.
+    """
+    components = list(scale) if isinstance(scale, tuple) else None
+    single = scale[0] if isinstance(scale, tuple) else scale
+    if isinstance(scale, tuple):
+        figures = piecewise_figures(group.distribution, *scale, group.signal)
+    else:
+        figures = group.figures(scale)
+    amax = group.distribution.amax
+    return {
+        "scale": single,
+        "component_scales": components,
+        "qmin": QMIN,
+        "qmax": QMAX,
+        "amax": amax,
+        "clipped_share": figures.clipped_share,
+        "mse": figures.mse,
+        "sqnr_db": figures.sqnr_db,
+        "codes_used": figures.codes_used,
+        "codes_above_120": figures.codes_above_120,
+        "entropy_bits": figures.entropy_bits,
+        # From 127.5 scales on a code rounds to 128, which wraps where nothing clamps.
+        "clip_safe": saturates or single * 127.5 > amax,
+    }
+
+
+def _warnings(database: StatsDB, manifest: Manifest) -> list[str]:
+    rows = database.sql(
+        "SELECT layer, site, max(nonfinite) AS nonfinite, max(overflow) AS overflow FROM site_stats "
+        "WHERE run = $run AND (nonfinite > 0 OR overflow > 0) GROUP BY ALL ORDER BY layer, site",
+        {"run": manifest.run},
+    ).to_pylist()
+    return [
+        f"layer {row['layer']} {row['site']}: {row['nonfinite']} values are NaN or infinite "
+        f"({row['overflow']} of them finite before rounding to 16 bits); no scale accounts for them"
+        for row in rows
+    ]

@@ -1,0 +1,296 @@
+"""The scale strategies, by name. Each is a function of one scale group; its docstring is its definition.
+
+``a`` is |x| over all finite values of the group; Q(p) is the quantile of ``a`` at the float64 rank p(n - 1),
+linear. INT8 here is ``code = clamp(round(x / scale), -128, 127)``. Every scale is raised to upstream's floor
+of 1e-6 (a site that is all zeros has that scale), so scales are positive and finite.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from quambase.analyzer import kernels
+from quambase.analyzer.error import OUTLIER_CODE
+from quambase.analyzer.groups import ScaleGroup
+from quambase.analyzer.optimum import optimal_scale
+from quambase.analyzer.replay import (
+    EMA_ALPHA,
+    EMA_SIGMA,
+    EMA_SITES,
+    SCALE_FLOOR,
+    ema_scale,
+    minmax_scale,
+    quantile_column,
+)
+from quambase.schema.errors import UnknownName
+
+LEVELS = 127
+
+Scale = float | tuple[float, float]
+"""One scale, or the (inner, outer) scales of two segments."""
+
+DEFAULT_LABELS = (
+    "absmax",
+    "percentile:0.999",
+    "percentile",
+    "percentile:0.9999",
+    "percentile:0.99999",
+    "outlier_aware",
+    "adaptive_outlier_aware",
+    "mse",
+    "quamba",
+    "outlier_piecewise",
+)
+"""What `analyze` computes when nothing else is asked for."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A registered strategy.
+
+    parameters    its numeric parameters and their defaults, in the order a label gives them
+    needs_decode  its codes are no single multiplication (two segments)
+    """
+
+    name: str
+    function: Callable[..., Scale]
+    parameters: dict[str, float]
+    needs_decode: bool = False
+
+    @property
+    def definition(self) -> str:
+        """The docstring, on one line."""
+        return " ".join((self.function.__doc__ or "").split())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy with its parameters, and the label that names both."""
+
+    strategy: Strategy
+    params: dict[str, float]
+
+    @property
+    def label(self) -> str:
+        """The plain name with default parameters, else ``name:value,value``."""
+        if self.params == self.strategy.parameters:
+            return self.strategy.name
+        return f"{self.strategy.name}:{','.join(f'{value:.12g}' for value in self.params.values())}"
+
+    @property
+    def params_json(self) -> str:
+        """The parameters as JSON, keys sorted."""
+        return json.dumps(self.params, sort_keys=True)
+
+    def scale(self, group: ScaleGroup) -> Scale:
+        """The scale of ``group``, as float32 and at least `SCALE_FLOOR`; two for a two-segment strategy."""
+        found = self.strategy.function(group, **self.params)
+        return (_stored(found[0]), _stored(found[1])) if isinstance(found, tuple) else _stored(found)
+
+
+STRATEGIES: dict[str, Strategy] = {}
+
+
+def strategy(function: Callable[..., Scale]) -> Callable[..., Scale]:
+    """Register ``function`` under its own name; its keyword defaults are its parameters."""
+    return _register(function, needs_decode=False)
+
+
+def two_segment_strategy(function: Callable[..., Scale]) -> Callable[..., Scale]:
+    """Register a strategy that returns (inner, outer) scales."""
+    return _register(function, needs_decode=True)
+
+
+def _register(function: Callable[..., Scale], needs_decode: bool) -> Callable[..., Scale]:
+    name = function.__name__
+    if name in STRATEGIES:
+        raise ValueError(f"strategy {name} is registered twice")
+    arguments = list(inspect.signature(function).parameters.values())[1:]
+    STRATEGIES[name] = Strategy(name, function, {a.name: float(a.default) for a in arguments}, needs_decode)
+    return function
+
+
+def parse_label(label: str) -> Choice:
+    """``name`` or ``name:value,value``; UnknownName for an unknown name, too many values or no numbers."""
+    name, colon, text = label.strip().partition(":")
+    if name not in STRATEGIES:
+        raise UnknownName.of("strategy", name, STRATEGIES)
+    found = STRATEGIES[name]
+    values = text.split(",") if colon else []
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        numbers = [math.nan]
+    if len(numbers) > len(found.parameters) or not all(map(math.isfinite, numbers)):
+        shape = ",".join(found.parameters) or "no parameters"
+        raise UnknownName(f"strategy '{label}' is not understood; expected {name}:{shape}, numbers apart by commas")
+    choice = Choice(found, found.parameters | dict(zip(found.parameters, numbers, strict=False)))
+    _check_parameters(choice, label)
+    return choice
+
+
+_WITHIN = {"alpha": (0.0, 1.0), "ratio": (0.0, 1.0), "sigma": (0.0, 1.0)}
+
+
+def _check_parameters(choice: Choice, label: str) -> None:
+    for name, value in choice.params.items():
+        low, high = _WITHIN.get(name, (0.0, math.inf))
+        if not low < value <= high:
+            raise UnknownName(f"strategy '{label}' has {name} = {value:g}; expected {low:g} < {name} <= {high:g}")
+    if choice.strategy.name == "ema_percentile":
+        quantile_column(choice.params["alpha"])
+
+
+def parse_labels(labels: list[str] | tuple[str, ...] | None) -> list[Choice]:
+    """Choices of ``labels`` in order, without repetition; None or none: `DEFAULT_LABELS`; ``all``: every one."""
+    choices: dict[str, Choice] = {}
+    for label in labels or DEFAULT_LABELS:
+        for choice in [parse_label(name) for name in _every()] if label == "all" else [parse_label(label)]:
+            choices.setdefault(choice.label, choice)
+    return list(choices.values())
+
+
+def _every() -> list[str]:
+    return [*DEFAULT_LABELS, *STRATEGIES]
+
+
+def _stored(scale: float) -> float:
+    return float(max(np.float32(scale), np.float32(SCALE_FLOOR)))
+
+
+@strategy
+def absmax(group: ScaleGroup) -> float:
+    """max a / 127: nothing clips."""
+    return group.distribution.amax / LEVELS
+
+
+@strategy
+def percentile(group: ScaleGroup, alpha: float = 0.9995) -> float:
+    """Q(alpha) / 127 of the pooled distribution."""
+    return _quantile(group, alpha) / LEVELS
+
+
+@strategy
+def outlier_aware(group: ScaleGroup, ratio: float = 0.99, levels: float = 120) -> float:
+    """Q(ratio) / levels: the ratio's quantile lands on code ``levels``, outliers on the codes above it."""
+    return _quantile(group, ratio) / levels
+
+
+ADAPTIVE_RATIOS = (0.95, 0.97, 0.99, 0.995)
+
+
+@strategy
+def adaptive_outlier_aware(group: ScaleGroup) -> float:
+    """Q(r) / (127 r) for the r of 0.95, 0.97, 0.99, 0.995 with least squared error; ties to the larger scale."""
+    return _least_error(group, [_quantile(group, r) / (LEVELS * r) for r in ADAPTIVE_RATIOS])
+
+
+@strategy
+def mse(group: ScaleGroup) -> float:
+    """The least squared error over all scales (analyzer/optimum.py); ties to the larger scale."""
+    return optimal_scale(group.distribution)
+
+
+@strategy
+def quamba(group: ScaleGroup) -> float:
+    """What upstream computes for Mamba-1 (analyzer/replay.py): at x_proj:input and ssm_state_act:input a moving average
+    (0.01) of each document's 0.9995 quantile over 127, in float32; elsewhere max a / 127 in float16."""
+    if group.site in EMA_SITES:
+        return float(ema_scale(group.documents.quantiles[quantile_column(EMA_ALPHA)], EMA_SIGMA))
+    return float(minmax_scale(group.documents.amax))
+
+
+@strategy
+def ema_percentile(group: ScaleGroup, alpha: float = EMA_ALPHA, sigma: float = EMA_SIGMA) -> float:
+    """Upstream's moving average of per-document quantiles at every site, with other constants; alpha is one
+    that `documents` stores, or 1 for the maximum."""
+    column = quantile_column(alpha)
+    observed = group.documents.amax if column == "amax" else group.documents.quantiles[column]
+    return float(ema_scale(observed, sigma))
+
+
+@two_segment_strategy
+def outlier_piecewise(group: ScaleGroup, ratio: float = 0.99) -> tuple[float, float]:
+    """Two segments: a <= Q(ratio) on codes 0..120, the rest up to max a on 121..127. Not one multiplication."""
+    inner = max(_quantile(group, ratio) / OUTLIER_CODE, SCALE_FLOOR)
+    return inner, (group.distribution.amax - inner * OUTLIER_CODE) / (LEVELS - OUTLIER_CODE)
+
+
+@strategy
+def sigma(group: ScaleGroup, k: float = 5) -> float:
+    """k standard deviations / 127."""
+    return k * _or_zero(group.distribution.moments()[1]) / LEVELS
+
+
+@strategy
+def pow2(group: ScaleGroup) -> float:
+    """The power of two of least squared error, at least the floor; ties to the larger scale."""
+    amax = group.distribution.amax
+    if amax <= 0:
+        return 0.0
+    values, counts = group.distribution.values.astype(np.float64), group.distribution.counts
+    scale = 2.0 ** math.ceil(math.log2(2 * amax))  # every code is zero from here on
+    best, least = scale, math.inf
+    while scale >= SCALE_FLOOR:
+        # What lies beyond the codes is clipped at least so far, and at every smaller scale further.
+        beyond = np.maximum(np.abs(values) - (LEVELS + 1) * scale, 0)
+        if float((beyond**2 * counts).sum()) >= least:
+            break
+        error = group.figures(scale).squared_error
+        best, least = (scale, error) if error < least else (best, least)
+        scale /= 2
+    return best
+
+
+@strategy
+def lp(group: ScaleGroup, p: float = 2.4) -> float:
+    """The least sum of |error|^p over max a / 127 * i / 100, i = 1..100 (llm-compressor's observer has p =
+    2.4 and the grid 0.8..1); ties to the larger scale."""
+    top = group.distribution.amax / LEVELS
+    values, counts = group.distribution.values, group.distribution.counts
+    candidates = [_stored(top * i / 100) for i in range(100, 0, -1)]
+    errors = [kernels.lp_error(values, counts, np.float32(scale), p) for scale in candidates]
+    return candidates[int(np.argmin(errors))]
+
+
+ACIQ_LAPLACE = 9.89675982
+"""t of least 2 exp(-t) + t^2 / (3 4^8): t exp(t) = 3 4^8."""
+
+ACIQ_GAUSS = 3.92403714
+"""t of least 2 ((1 + t^2) Phi(-t) - t phi(t)) + t^2 / (3 4^8) for a unit normal."""
+
+
+@strategy
+def aciq_laplace(group: ScaleGroup) -> float:
+    """ACIQ's clipping for a Laplace distribution (Banner et al. 2019, 8 bits): 9.897 mean|x - mean| / 127."""
+    values, counts = group.distribution.values.astype(np.float64), group.distribution.counts
+    if not values.size:
+        return 0.0
+    mean = group.distribution.moments()[0]
+    return ACIQ_LAPLACE * float((np.abs(values - mean) * counts).sum() / counts.sum()) / LEVELS
+
+
+@strategy
+def aciq_gauss(group: ScaleGroup) -> float:
+    """ACIQ's clipping for a normal distribution (Banner et al. 2019, 8 bits): 3.924 std / 127."""
+    return ACIQ_GAUSS * _or_zero(group.distribution.moments()[1]) / LEVELS
+
+
+def _quantile(group: ScaleGroup, p: float) -> float:
+    return _or_zero(group.distribution.quantile(p))
+
+
+def _or_zero(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _least_error(group: ScaleGroup, candidates: list[float]) -> float:
+    """The candidate of least squared error as stored in float32; the larger of equal ones."""
+    errors = {_stored(scale): group.figures(_stored(scale)).squared_error for scale in candidates}
+    return min(errors, key=lambda scale: (errors[scale], -scale))
