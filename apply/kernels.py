@@ -27,7 +27,7 @@ _ONE = np.float32(1)
 # to even, by the addition itself; exact for |x| < 2^22, and it vectorises.
 _SHIFTER = np.float32(12582912)
 _STATE_FACTOR = np.float32(1e2)
-_INT32_EDGE = np.float32(2147483520)
+_INT32_EDGE = np.float32(2147483648)
 
 
 @numba.njit(inline="always")
@@ -149,8 +149,14 @@ def round_to_int8(x: Float32, wrap: bool, out: Int8) -> None:
     for row in numba.prange(rows):
         if wrap:
             for i in range(columns):
-                inside = min(max(x[row, i], -_INT32_EDGE), _INT32_EDGE)
-                code = np.int64(round_half_away(inside)) & 255
+                value = x[row, i]
+                if value >= _INT32_EDGE:
+                    code = np.int64(2147483647)
+                elif value <= -_INT32_EDGE:
+                    code = np.int64(-2147483648)
+                else:
+                    code = np.int64(round_half_away(value))
+                code &= 255
                 out[row, i] = np.int8(code - 256 if code > 127 else code)
         else:
             for i in range(columns):
