@@ -150,7 +150,9 @@ def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch: pytest.Monkey
     huggingface_hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelNotFound, match=r"state-spaces/mamba-130m is not in .* pass its folder: --model FOLDER") as e:
+    with pytest.raises(
+        ModelNotFound, match=r"state-spaces/mamba-130m is not in .* pass its folder: --model FOLDER"
+    ) as e:
         resolve("mamba-130m")
     assert "\n" not in str(e.value)
 

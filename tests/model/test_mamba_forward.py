@@ -162,7 +162,10 @@ def test_float16_preparation_rounds_where_upstream_does() -> None:
     out = half(half(half(layer.out_proj.numpy()) @ h[48].T).T @ h[24].T).T
     expected = {
         "embedding": (prepared.embedding, half(half(weights.embedding.numpy()) @ h[24].T)),
-        "lm_head": (prepared.lm_head, half(half(half(weights.lm_head.numpy()) * half(weights.norm_f.numpy())) @ h[24].T)),
+        "lm_head": (
+            prepared.lm_head,
+            half(half(half(weights.lm_head.numpy()) * half(weights.norm_f.numpy())) @ h[24].T),
+        ),
         "in_proj": (prepared.layers[0].in_proj, half(folded @ h[24].T)),
         "out_proj": (prepared.layers[0].out_proj, out),
         "x_proj": (prepared.layers[0].x_proj, half(layer.x_proj.numpy())),

@@ -108,7 +108,9 @@ def test_real_text_is_there_without_a_download_and_its_halves_are_disjoint() -> 
 
 
 def test_last_word_passages_end_in_a_word_seen_before() -> None:
-    text = "The cat sat on a mat in the sun all day long and was glad. " + "It then ran and ran to see the old grey cat!"
+    text = (
+        "The cat sat on a mat in the sun all day long and was glad. " + "It then ran and ran to see the old grey cat!"
+    )
     assert last_word_passages(text) == [text[:-1]]
     assert last_word_passages("Too short. A short.") == []
     assert last_word_passages(text.replace("grey cat", "grey dog")) == []

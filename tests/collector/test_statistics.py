@@ -1,0 +1,215 @@
+"""Counting and moments against tallies, torch.quantile and NumPy; folding in any split."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quambase.collector.rows import PatternOrder
+from quambase.collector.statistics import (
+    ENCODINGS,
+    SUMMARY_COLUMNS,
+    Counter,
+    SiteLayout,
+    SiteStatistics,
+    largest,
+)
+from quambase.schema.distribution import Distribution
+from quambase.schema.tables import DOCUMENT_QUANTILES
+
+MOST = 7
+
+
+def count(
+    x: torch.Tensor, lengths: list[int], edges: tuple[int, ...], encoding: str = "float16"
+) -> tuple[SiteStatistics, np.ndarray]:
+    layout = SiteLayout(tuple("abc"[: len(edges) - 1]), edges)
+    stats = SiteStatistics.empty(layout, MOST)
+    summaries = np.full((len(lengths), len(edges), len(SUMMARY_COLUMNS)), -1, np.float32)
+    Counter(ENCODINGS[encoding], MOST, 3).add(stats, x, np.cumsum([0, *lengths]), 0, summaries)
+    return stats, summaries
+
+
+def tally(x: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    """(65536,) counts, one value after the other."""
+    counts = np.zeros(65536, np.int64)
+    for pattern in x.to(dtype).contiguous().view(torch.uint16).flatten().tolist():
+        counts[pattern] += 1
+    return counts
+
+
+def assert_site_equals_its_definition(
+    x: torch.Tensor, lengths: list[int], edges: tuple[int, ...], encoding: str
+) -> None:
+    dtype = ENCODINGS[encoding].torch_dtype
+    stats, summaries = count(x, lengths, edges, encoding)
+    offsets = np.cumsum([0, *lengths])
+    groups = [*zip(edges[:-1], edges[1:], strict=True), (0, edges[-1])]
+    rounded = x.to(dtype).float()
+    for g, (low, high) in enumerate(groups[:-1]):
+        np.testing.assert_array_equal(stats.counts[g], tally(x[:, low:high], dtype))
+        ranked = sorted(
+            (-abs(float(rounded[offsets[d] + r, c])), d, r, c - low)
+            for d in range(len(lengths))
+            for r in range(lengths[d])
+            for c in range(low, high)
+            if torch.isfinite(rounded[offsets[d] + r, c])
+        )[:MOST]
+        assert [tuple(row[2:]) for row in stats.top[g].tolist()] == [entry[1:] for entry in ranked]
+        values = ENCODINGS[encoding].values()
+        assert [-abs(float(values[row[1]])) for row in stats.top[g].tolist()] == [entry[0] for entry in ranked]
+    for d, length in enumerate(lengths):
+        for g, (low, high) in enumerate(groups):
+            part = rounded[offsets[d] : offsets[d] + length, low:high].abs().flatten()
+            part = part[part.isfinite()]
+            if not part.numel():
+                assert np.isnan(summaries[d, g]).all()
+                continue
+            assert summaries[d, g, 0] == part.max()
+            for i, name in enumerate(SUMMARY_COLUMNS[1:], start=1):
+                assert summaries[d, g, i] == torch.quantile(part, DOCUMENT_QUANTILES[name]).item(), (d, g, name)
+    wide = x.float().double().numpy()
+    for c in range(x.shape[1]):
+        finite = wide[:, c][np.isfinite(wide[:, c])]
+        m = stats.moments
+        assert m.count[c] == finite.size
+        assert m.nonfinite[c] == wide.shape[0] - finite.size
+        assert m.overflow[c] == sum(abs(v) >= float(ENCODINGS[encoding].limit) for v in finite)
+        assert m.lowest[c] == (finite.min() if finite.size else np.inf)
+        assert m.highest[c] == (finite.max() if finite.size else -np.inf)
+        # float64 sums of n terms in another order: n roundings of at most the sum of magnitudes.
+        slack = 2.0**-52 * finite.size
+        assert abs(m.total[c] - finite.sum()) <= slack * np.abs(finite).sum()
+        assert abs(m.squares[c] - (finite**2).sum()) <= slack * (finite**2).sum()
+        means = []
+        for d, length in enumerate(lengths):
+            part = wide[offsets[d] : offsets[d] + length, c]
+            part = part[np.isfinite(part)]
+            means += [np.abs(part).mean()] if part.size else []
+        assert m.mean_abs_max[c] == pytest.approx(max(means, default=0), rel=slack + 2.0**-52)
+
+
+SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 65519.0, 65520.0, -70000.0, 6e-8, -6e-8, 1e-30]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=5),
+    st.sampled_from([(0, 3), (0, 2, 5), (0, 1, 2, 140)]),
+    st.sampled_from(["float16", "bfloat16"]),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_site_equals_its_definition(lengths: list[int], edges: tuple[int, ...], encoding: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    # Documents differ in mean and spread; a few values are special.
+    spread = np.repeat(10 ** rng.uniform(-3, 3, len(lengths)), lengths)[:, None]
+    x = (rng.standard_t(2, size=(sum(lengths), edges[-1])) + rng.normal()) * spread
+    chosen = rng.random(x.shape) < 0.05
+    x[chosen] = rng.choice(SPECIAL, int(chosen.sum()))
+    with np.errstate(over="ignore"):
+        assert_site_equals_its_definition(torch.from_numpy(x.astype(np.float32)), lengths, edges, encoding)
+
+
+def test_long_documents_take_the_other_way_of_clearing_the_table() -> None:
+    """Above kernels.FEW values a document's table is cleared by bins; the next document must start from zero."""
+    x = torch.randn(600, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 30.0] * 32)
+    lengths = [300, 1, 299]
+    stats, summaries = count(x, lengths, (0, 64))
+    np.testing.assert_array_equal(stats.counts[0], tally(x, torch.float16))
+    part = x[301:].half().float().abs().flatten()
+    for i, name in enumerate(SUMMARY_COLUMNS[1:], start=1):
+        assert summaries[2, 0, i] == torch.quantile(part, DOCUMENT_QUANTILES[name]).item()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=6), st.data())
+def test_folding_blocks_equals_counting_at_once(lengths: list[int], data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    x = torch.from_numpy(
+        np.repeat(rng.normal(size=len(lengths)) * 5, lengths)[:, None] + rng.normal(size=(sum(lengths), 4))
+    )
+    x = x.float()
+    cut = data.draw(st.integers(0, len(lengths)))
+    whole, _ = count(x, lengths, (0, 1, 4))
+    rows = sum(lengths[:cut])
+    first, _ = count(x[:rows], lengths[:cut], (0, 1, 4))
+    second, _ = count(x[rows:], lengths[cut:], (0, 1, 4))
+    for top in second.top:
+        top[:, 2] += cut
+    first.fold(second)
+    np.testing.assert_array_equal(first.counts, whole.counts)
+    for ours, true in zip(first.top, whole.top, strict=True):
+        np.testing.assert_array_equal(ours, true)
+    for name in ("count", "lowest", "highest", "mean_abs_max", "nonfinite", "overflow"):
+        np.testing.assert_array_equal(getattr(first.moments, name), getattr(whole.moments, name))
+    # Sums of documents are added in the same order but from another start: float64 rounding.
+    np.testing.assert_allclose(first.moments.total, whole.moments.total, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(first.moments.squares, whole.moments.squares, rtol=1e-13)
+
+
+def test_more_than_one_worker_counts_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
+    x = torch.randn(57, 9, generator=torch.Generator().manual_seed(2))
+    lengths = [10, 0, 1, 40, 6]
+    many, one_by_one = count(x, lengths, (0, 9)), None
+    numba.set_num_threads(1)
+    try:
+        one_by_one = count(x, lengths, (0, 9))
+    finally:
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    np.testing.assert_array_equal(many[0].counts, one_by_one[0].counts)
+    np.testing.assert_array_equal(many[1], one_by_one[1])
+    np.testing.assert_array_equal(many[0].moments.total, one_by_one[0].moments.total)
+    np.testing.assert_array_equal(many[0].top[0], one_by_one[0].top[0])
+
+
+def test_ties_among_outliers_go_to_the_earlier_place() -> None:
+    top = np.array([[5, 5, 2, 0, 0], [5, 5, 1, 3, 1], [5, 5, 1, 3, 0], [9, 9, 8, 8, 8], [5, 5, 1, 2, 9]])
+    assert largest(top, 4)[:, 2:].tolist() == [[8, 8, 8], [1, 2, 9], [1, 3, 0], [1, 3, 1]]
+
+
+@pytest.mark.parametrize("encoding", list(ENCODINGS))
+def test_order_of_counts_folds_signs_of_zero_and_nan_payloads(encoding: str) -> None:
+    kind = ENCODINGS[encoding]
+    order = PatternOrder(kind)
+    counts = np.arange(65536)
+    folded = order.fold(counts)
+    values = kind.values()
+    assert folded.sum() == counts.sum()
+    assert np.isnan(order.values[-1]) and (np.diff(order.values[:-1]) > 0).all()
+    assert order.values[0] == -np.inf and order.values[-2] == np.inf
+    assert folded[order.values == 0][0] == counts[0] + counts[32768]
+    assert folded[-1] == counts[np.isnan(values)].sum()
+    for pattern in (1, 0x3C00, 0x8001, 0x7BFF):
+        assert folded[order.values == values[pattern]][0] == counts[pattern]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(-65504, 65504, width=16), min_size=1, max_size=300), st.floats(0, 1))
+def test_distribution_quantiles_equal_numpy_and_torch(values: list[float], p: float) -> None:
+    x = np.array(values, np.float16)
+    found = Distribution.of_values(x)
+    assert found.total == len(values)
+    magnitudes = np.abs(x.astype(np.float64))
+    assert found.quantile(p) == np.quantile(magnitudes, p)
+    assert found.quantile_torch(p) == torch.quantile(torch.from_numpy(magnitudes).float(), p).item()
+    assert found.beyond(1.5) == (magnitudes > 1.5).sum()
+    mean, std, kurtosis = found.moments()
+    wide = x.astype(np.float64)
+    # Weighted sums in another order: a few hundred float64 roundings of values up to 65504.
+    assert mean == pytest.approx(wide.mean(), rel=1e-9, abs=1e-9 * magnitudes.max())
+    assert std == pytest.approx(wide.std(), rel=1e-7, abs=1e-9 * magnitudes.max())
+    if wide.std() > 1e-3 * magnitudes.max():
+        fourth = ((wide - wide.mean()) ** 4).mean()
+        assert kurtosis == pytest.approx(fourth / wide.var() ** 2, rel=1e-6)
+
+
+def test_distribution_of_repeated_rows_adds_up_and_sets_nonfinite_aside() -> None:
+    values = np.array([1, -0.0, np.nan, 0.0, 1, np.inf, -2], np.float32)
+    found = Distribution.of_rows(values, np.array([1, 2, 3, 4, 5, 6, 7]))
+    assert found.values.tolist() == [-2, 0, 1] and found.counts.tolist() == [7, 6, 6]
+    assert found.nonfinite == 9 and not np.signbit(found.values[1])
+    empty = Distribution.of_rows(np.array([np.nan], np.float32), np.array([3]))
+    assert empty.total == 0 and empty.amax == 0 and np.isnan(empty.quantile(0.5)) and np.isnan(empty.summary()["mean"])

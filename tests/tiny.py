@@ -1,0 +1,36 @@
+"""A tiny random Mamba on disk with a real tokenizer, and texts of unequal length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from quambase.model.weights import MambaConfig, random_weights, tensors_of
+
+WORDS = [f"w{i}" for i in range(59)]
+TEXTS = ["w1 w2 w3", "", "w4", " ".join(WORDS[:40]), "w9 w9", " ".join(WORDS[20:] * 2), "", "w5 w6 w7 w8", "w0 " * 33]
+
+
+def write_tiny_model(folder: Path, seed: int = 0) -> Path:
+    """d_model 16, 2 layers, d_inner 32, d_state 4, dt_rank 1, 60 tokens: a word each."""
+    config = MambaConfig(d_model=16, n_layer=2, vocab_size=64, d_inner=32, d_state=4, d_conv=4, dt_rank=1)
+    folder.mkdir(parents=True)
+    raw = {"d_model": 16, "n_layer": 2, "vocab_size": 60, "ssm_cfg": {"d_state": 4}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_file(
+        {k: v.contiguous().clone() for k, v in tensors_of(random_weights(config, seed)).items()},
+        folder / "model.safetensors",
+    )
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*WORDS, "?"])}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_texts(path: Path, texts: list[str] = TEXTS) -> Path:
+    """A .jsonl of ``texts``."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
