@@ -1,0 +1,43 @@
+"""The wheel holds exactly what the tree does."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import entry_points
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("schema", "model", "collector", "analyzer", "apply", "cli")
+
+
+def test_the_wheel_equals_the_tree(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in filter(None, tracked):
+        if (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.startswith("quambase/")}
+    expected = {f"quambase/{name}" for name in tracked if name.split("/")[0] in FOLDERS}
+    assert packed == expected
+
+
+def test_console_scripts_are_there() -> None:
+    names = {e.name for e in entry_points(group="console_scripts") if e.value.startswith("quambase.")}
+    assert names == {"collect", "analyze", "apply", "evaluate", "quambase"}
+
+
+def test_no_path_of_a_machine_is_committed() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    pattern = re.compile(rb"(?<![\w.])/(?:home|root|work|Users|tmp)/\w+")
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".toml", ".sh", ".sql", ".txt", ".json"} and path.exists() and path.name != "tokenizer.json":
+            found = pattern.search(path.read_bytes())
+            assert found is None, f"{name} names {found[0]!r}" if found else ""

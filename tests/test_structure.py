@@ -1,0 +1,68 @@
+"""The stages meet on disk: which folder may import which, and what works without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "schema": {"schema"},
+    "model": {"schema", "model"},
+    "collector": {"schema", "model", "collector"},
+    "analyzer": {"schema", "analyzer"},
+    "apply": {"schema", "model", "apply"},
+    "cli": {"schema", "model", "collector", "analyzer", "apply", "cli"},
+}
+FORBIDDEN = {
+    "schema": {"torch", "click"},
+    "analyzer": {"torch", "click"},
+    "model": {"click"},
+    "collector": {"click"},
+    "apply": {"click"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_imports_go_one_way(folder: str) -> None:
+    files = sorted((ROOT / folder).glob("**/*.py"))
+    assert files
+    for path in files:
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "quambase":
+                assert parts[1] in ALLOWED[folder], f"{path.relative_to(ROOT)} imports {name}"
+            assert parts[0] not in FORBIDDEN.get(folder, set()), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_the_rule_would_notice() -> None:
+    assert imports(ROOT / "collector" / "run.py") >= {"quambase.model.load", "quambase.schema.sites"}
+
+
+@pytest.mark.parametrize(
+    "command", [["sql", "--help"], ["stats", "--help"], ["analyze", "--help"], ["compare", "--help"], ["--help"]]
+)
+def test_analysis_commands_work_without_torch(command: list[str]) -> None:
+    """With torch (and what only the model needs) made unimportable, as on a laptop that never installed it."""
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'tokenizers', 'safetensors', 'transformers'): sys.modules[name] = None\n"
+        "from quambase.cli.main import quambase\n"
+        "quambase()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
