@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ import pyarrow.parquet as pq
 
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, QueryInvalid, UnknownName
-from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.manifest import Manifest
+from quambase.schema.runs import runs_table, select_runs
 from quambase.schema.scales import read_scales
 from quambase.schema.sites import MAMBA1_SITES, WHOLE
 from quambase.schema.tables import DOCUMENT_QUANTILES, RESULTS, RUN_TABLES, SCALES
@@ -39,16 +39,6 @@ _LOCKDOWN = (
     # allowed_directories would also grant writing: COPY, EXPORT and ATTACH would succeed there.
     "SET enable_external_access = false",
     "SET lock_configuration = true",
-)
-
-_RUNS = pa.schema(
-    [
-        *(pa.field(name, pa.string()) for name in ("run", "model", "family", "model_path")),
-        *(pa.field(name, pa.int64()) for name in ("n_layer", "d_model")),
-        pa.field("data", pa.string()),
-        *(pa.field(n, pa.int64()) for n in ("documents", "empty", "truncated", "tokens", "format_version")),
-        *(pa.field(name, pa.string()) for name in ("identity", "created")),
-    ]
 )
 
 
@@ -80,9 +70,7 @@ class StatsDB:
     UnknownName: no such run. `notes` lists what a user should know, one line each.
     """
 
-    def __init__(
-        self, path: Path, run: str | None = None, unsafe: bool = False, scales: Path | None = None
-    ) -> None:
+    def __init__(self, path: Path, run: str | None = None, unsafe: bool = False, scales: Path | None = None) -> None:
         self.path = Path(path)
         self.notes: list[str] = []
         self.runs = [Manifest.load(folder) for folder in select_runs(self.path, run)]
@@ -93,7 +81,7 @@ class StatsDB:
         )
         for name in RUN_TABLES:
             self._connection.register(f"_{name}", self._dataset(name))
-        self._connection.register("_runs", _runs_table(self.runs))
+        self._connection.register("_runs", runs_table(self.runs))
         self._connection.register("_scales", self._scales(scales))
         self._connection.register("_results", self._results())
         self._connection.execute(files("quambase.schema").joinpath("schema.sql").read_text(encoding="utf-8"))
@@ -128,9 +116,7 @@ class StatsDB:
         except duckdb.Error as error:
             raise QueryInvalid(self._explain(str(error))) from None
         except (pa.ArrowException, OSError) as error:
-            raise DatabaseInvalid(
-                f"a table could not be read ({str(error).splitlines()[0]}); try `doctor`"
-            ) from None
+            raise DatabaseInvalid(f"a table could not be read ({str(error).splitlines()[0]}); try `doctor`") from None
 
     def describe(self) -> pa.Table:
         """Every view and table macro and its columns: ``view, column, type, comment`` (the view's own row
@@ -152,6 +138,26 @@ class StatsDB:
             """
         )
 
+    def stats(self, site: str | None = None, layer: int | None = None, limit: int | None = 20) -> pa.Table:
+        """The summary of each site and group, largest outlier ratio (amax / q9995) first.
+
+        UnknownName: a site or layer that the opened runs do not hold.
+        """
+        for kind, wanted in (("site", site), ("layer", layer)):
+            known = self._names(f"SELECT DISTINCT {kind}::VARCHAR FROM site_stats")
+            if wanted is not None and str(wanted) not in known:
+                raise UnknownName.of(kind, str(wanted), known)
+        return self.sql(
+            """
+            SELECT layer, site, group_name, count, amax, q99, q9995, outlier_ratio, mean, std, kurtosis,
+                beyond_5_sigma, zeros, nonfinite
+            FROM site_stats
+            WHERE ($site IS NULL OR site = $site) AND ($layer IS NULL OR layer = $layer)
+            ORDER BY outlier_ratio DESC NULLS LAST, layer, site, group_name, run LIMIT $limit
+            """,
+            {"site": site, "layer": layer, "limit": limit},
+        )
+
     def manifest(self, run: str) -> Manifest:
         """The manifest of an opened run; UnknownName otherwise."""
         found = {manifest.run: manifest for manifest in self.runs}
@@ -159,9 +165,7 @@ class StatsDB:
             raise UnknownName.of("run", run, found)
         return found[run]
 
-    def distributions(
-        self, run: str, granularity: str = "tensor"
-    ) -> Iterator[tuple[int, str, str, Distribution]]:
+    def distributions(self, run: str, granularity: str = "tensor") -> Iterator[tuple[int, str, str, Distribution]]:
         """(layer, site, group_name, distribution) of every scale group of ``run``, in model order, head last.
 
         ``tensor``: the whole of each site (``all``). ``group``: that, then each group of a divided site.
@@ -250,14 +254,10 @@ class StatsDB:
     def _explain(self, message: str) -> str:
         """DuckDB's message as one line that says what to do."""
         if found := re.search(r"Table with name (\S+) does not exist", message):
-            views = self._names(
-                "SELECT view_name FROM duckdb_views() WHERE NOT internal AND comment IS NOT NULL"
-            )
+            views = self._names("SELECT view_name FROM duckdb_views() WHERE NOT internal AND comment IS NOT NULL")
             return str(UnknownName.of("view", found[1], views))
         if found := re.search(r'Referenced column "(.+?)" not found', message):
-            columns = self._names(
-                "SELECT DISTINCT column_name FROM duckdb_columns() WHERE comment IS NOT NULL"
-            )
+            columns = self._names("SELECT DISTINCT column_name FROM duckdb_columns() WHERE comment IS NOT NULL")
             hint = re.search(r"Candidate bindings: (.+)", message)
             nearest = re.findall(r'"([^"]+)"', hint[1]) if hint else []
             return str(UnknownName.of("column", found[1], nearest or columns))
@@ -272,44 +272,6 @@ class StatsDB:
         return [str(row[0]) for row in self._connection.sql(query).fetchall()]
 
 
-def list_runs(path: Path) -> tuple[list[Path], list[Path]]:
-    """The run folders of the database ``path``: complete ones, newest first, and unfinished ones by name.
-
-    DatabaseInvalid when there is no such database.
-    """
-    if not (path / "runs").is_dir():
-        raise DatabaseInvalid(
-            f"there is no database at {path} (no folder runs in it); run `collect --db {path}`"
-        )
-    folders = sorted(p for p in (path / "runs").iterdir() if p.is_dir() and not p.name.startswith("."))
-    complete = [p for p in folders if (p / MANIFEST).exists()]
-    unfinished = [p for p in folders if not (p / MANIFEST).exists()]
-    # run.json is written last, so its time is the run's end; equal times fall back on the id.
-    complete.sort(key=lambda p: ((p / MANIFEST).stat().st_mtime_ns, p.name), reverse=True)
-    return complete, unfinished
-
-
-def select_runs(path: Path, run: str | None) -> list[Path]:
-    """The run folders that ``run`` (None, an id or its beginning, ``"all"``) stands for; see `StatsDB`."""
-    complete, unfinished = list_runs(path)
-    if run not in (None, "all"):
-        chosen = [p for p in complete + unfinished if p.name.startswith(str(run))]
-        exact = [p for p in chosen if p.name == run]
-        if len(exact or chosen) > 1:
-            raise UnknownName(f"'{run}' begins {len(chosen)} run ids: {_names(chosen)}; write more of it")
-        if not chosen:
-            raise UnknownName.of("run", str(run), [p.name for p in complete + unfinished])
-        return exact or chosen
-    if not complete:
-        waiting = f" ({len(unfinished)} unfinished: {_names(unfinished)})" if unfinished else ""
-        raise DatabaseInvalid(f"{path} holds no complete run{waiting}; run `collect` (again) to make one")
-    return complete[:1] if run is None else complete
-
-
-def _names(folders: list[Path]) -> str:
-    return ", ".join(p.name for p in folders)
-
-
 def _dataset(paths: list[Path], schema: pa.Schema) -> Any:
     if not paths:
         return schema.empty_table()
@@ -317,23 +279,6 @@ def _dataset(paths: list[Path], schema: pa.Schema) -> Any:
     words = [field.name for field in schema if pa.types.is_string(field.type)]
     options = ds.ParquetReadOptions(dictionary_columns=words)
     return ds.dataset([str(p) for p in paths], format=ds.ParquetFileFormat(read_options=options))
-
-
-def _runs_table(manifests: list[Manifest]) -> pa.Table:
-    def row(m: Manifest) -> dict[str, Any]:
-        texts = {"identity": m.identity, "created": m.created}
-        return {
-            "run": m.run,
-            "model": m.model.get("name"),
-            "model_path": None if m.model.get("path") is None else str(m.model["path"]),
-            "data": m.data.get("name"),
-            "format_version": m.format_version,
-            **{name: m.model.get(name) for name in ("family", "n_layer", "d_model")},
-            **{name: m.data.get(name) for name in ("documents", "empty", "truncated", "tokens")},
-            **{name: json.dumps(value, sort_keys=True, default=str) for name, value in texts.items()},
-        }
-
-    return pa.Table.from_pylist([row(m) for m in manifests], schema=_RUNS)
 
 
 def _segments(table: pa.Table) -> list[tuple[int, str, str, slice]]:
@@ -357,9 +302,7 @@ def _segments(table: pa.Table) -> list[tuple[int, str, str, slice]]:
     ]
 
 
-def _joined(
-    values: npt.NDArray[np.float32], counts: npt.NDArray[np.int64], slices: list[slice]
-) -> Distribution:
+def _joined(values: npt.NDArray[np.float32], counts: npt.NDArray[np.int64], slices: list[slice]) -> Distribution:
     return Distribution.of_rows(
         np.concatenate([values[s] for s in slices]), np.concatenate([counts[s] for s in slices])
     )

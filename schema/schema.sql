@@ -32,8 +32,13 @@ COMMENT ON COLUMN counts.group_name IS 'Channel slice of the site (x, z; dt, B, 
 COMMENT ON COLUMN counts.value IS 'Activation, rounded to the 16-bit type of the run; -0 is 0, NaN comes last.';
 COMMENT ON COLUMN counts.count IS 'How many times it occurred.';
 
+-- An undefined ratio is null here: as NaN it would come first in `ORDER BY outlier_ratio DESC`.
 CREATE VIEW site_stats AS
-SELECT * FROM _site_stats;
+SELECT * REPLACE (
+    if(isnan(kurtosis), NULL, kurtosis) AS kurtosis,
+    if(isnan(outlier_ratio), NULL, outlier_ratio) AS outlier_ratio,
+    if(isnan(outlier_ratio_q99), NULL, outlier_ratio_q99) AS outlier_ratio_q99
+) FROM _site_stats;
 COMMENT ON VIEW site_stats IS 'Summary of each site and of each group of a divided site; everything but overflow follows from counts.';
 COMMENT ON COLUMN site_stats.run IS 'Run id.';
 COMMENT ON COLUMN site_stats.layer IS 'Layer number from 0; -1 is the language-model head.';
@@ -45,7 +50,7 @@ COMMENT ON COLUMN site_stats.min IS 'Smallest value.';
 COMMENT ON COLUMN site_stats.max IS 'Largest value.';
 COMMENT ON COLUMN site_stats.mean IS 'Mean.';
 COMMENT ON COLUMN site_stats.std IS 'Population standard deviation.';
-COMMENT ON COLUMN site_stats.kurtosis IS 'Pearson kurtosis m4/m2^2; 3 for a Gaussian.';
+COMMENT ON COLUMN site_stats.kurtosis IS 'Pearson kurtosis m4/m2^2; 3 for a Gaussian; null without spread.';
 COMMENT ON COLUMN site_stats.q50 IS '50 % quantile of the absolute value: rank p(n-1), linear interpolation.';
 COMMENT ON COLUMN site_stats.q90 IS '90 % quantile of the absolute value: rank p(n-1), linear interpolation.';
 COMMENT ON COLUMN site_stats.q95 IS '95 % quantile of the absolute value: rank p(n-1), linear interpolation.';
@@ -56,8 +61,8 @@ COMMENT ON COLUMN site_stats.q9995 IS '99.95 % quantile of the absolute value: r
 COMMENT ON COLUMN site_stats.q9999 IS '99.99 % quantile of the absolute value: rank p(n-1), linear interpolation.';
 COMMENT ON COLUMN site_stats.q99995 IS '99.995 % quantile of the absolute value: rank p(n-1), linear interpolation.';
 COMMENT ON COLUMN site_stats.q99999 IS '99.999 % quantile of the absolute value: rank p(n-1), linear interpolation.';
-COMMENT ON COLUMN site_stats.outlier_ratio IS 'amax / q9995.';
-COMMENT ON COLUMN site_stats.outlier_ratio_q99 IS 'amax / q99.';
+COMMENT ON COLUMN site_stats.outlier_ratio IS 'amax / q9995; null where q9995 is 0.';
+COMMENT ON COLUMN site_stats.outlier_ratio_q99 IS 'amax / q99; null where q99 is 0.';
 COMMENT ON COLUMN site_stats.beyond_3_sigma IS 'Share of values with |x - mean| > 3 std.';
 COMMENT ON COLUMN site_stats.beyond_5_sigma IS 'Share of values with |x - mean| > 5 std.';
 COMMENT ON COLUMN site_stats.zeros IS 'Share of zeros.';

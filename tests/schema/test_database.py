@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from fabricate import NUMBERS, half, make_run, random_activations
 
-from quambase.schema.database import StatsDB, list_runs
+from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, QueryInvalid, UnknownName
 from quambase.schema.manifest import Manifest
+from quambase.schema.runs import list_runs
 from quambase.schema.scales import write_scales
 from quambase.schema.tables import QUANTILES, RESULTS, RUN_TABLES, SCALES
 
@@ -54,7 +55,8 @@ def test_every_table_is_a_view_with_its_columns_commented(db: StatsDB) -> None:
 def test_views_hold_the_rows_of_the_files(db: StatsDB, fabricated_database: Path) -> None:
     for name in RUN_TABLES:
         stored = pq.read_table(fabricated_database / "runs" / "run-a" / f"{name}.parquet")
-        assert repr(db.sql(f"select * from {name}").to_pylist()) == repr(stored.to_pylist())  # NaN equals NaN
+        rows = [{k: None if v != v else v for k, v in row.items()} for row in stored.to_pylist()]
+        assert db.sql(f"select * from {name}").to_pylist() == rows
 
 
 def test_site_stats_is_what_sql_computes_from_counts(db: StatsDB) -> None:
@@ -91,7 +93,7 @@ def test_site_stats_is_what_sql_computes_from_counts(db: StatsDB) -> None:
         # Sums of at most 192 float64 terms in another order: each differs by at most 192 ulp of the sum of
         # magnitudes; kurtosis divides two such, and cancellation in the mean adds a factor below 10^2.
         for a, b in zip(found, expected, strict=True):
-            assert (a is None and np.isnan(b)) or a == pytest.approx(b, rel=1e-10, abs=1e-12), name
+            assert a is b is None or a == pytest.approx(b, rel=1e-10, abs=1e-12), name
 
 
 def test_site_stats_is_what_numpy_computes_from_the_values(db: StatsDB) -> None:
@@ -369,3 +371,17 @@ def test_macro_clipping_rounds_ties_to_even(tmp_path: Path) -> None:
     rows = StatsDB(tmp_path).sql("select clipped, count from clipping(1)").to_pylist()
     # 127.5 rounds to 128 and -129 lies beyond; -128.5 rounds to -128, which is a code.
     assert rows == [{"clipped": 2 * len(NUMBERS), "count": 6 * len(NUMBERS)}]
+
+
+def test_stats_are_sorted_by_outlier_ratio(db: StatsDB) -> None:
+    ratios = db.stats(limit=None)["outlier_ratio"].to_pylist()
+    assert len(ratios) == 32
+    assert ratios[-1] is None  # the dead site
+    assert ratios[:-1] == sorted(ratios[:-1], reverse=True)
+    rows = db.stats(site="x_proj:output", layer=1).to_pylist()
+    assert sorted(r["group_name"] for r in rows) == ["B", "C", "all", "dt"]
+    assert db.stats(limit=3).num_rows == 3
+    with pytest.raises(UnknownName, match="unknown site 'x_proj'; did you mean x_proj:input or x_proj:output"):
+        db.stats(site="x_proj")
+    with pytest.raises(UnknownName, match="unknown layer '7'; known: -1, 0, 1"):
+        db.stats(layer=7)
