@@ -132,20 +132,22 @@ def count_documents(
                 table = scratch[worker, g]
                 best = top[worker, g]
                 size = top_sizes[worker, g]
-                bar = best[most - 1, 0] if size == most else -1
-                largest = np.int64(0)
+                bar = best[most - 1, 0] if size == most else np.int64(-1)
+                # Only a value above the bar can be an outlier or not finite; if there is
+                # none, the bar itself bounds the document's magnitudes.
+                largest = max(bar, np.int64(0))
                 for row in range(start, stop):
-                    for channel in range(edges[g], edges[g + 1]):
-                        pattern = bits[row, channel]
+                    line = bits[row, edges[g] : edges[g + 1]]
+                    for i in range(line.size):
+                        pattern = line[i]
                         table[pattern] += np.uint32(1)
                         magnitude = np.int64(pattern & np.uint16(SIGN - 1))
-                        largest = max(largest, magnitude)
-                        if magnitude > bar and magnitude < infinity:
-                            size = _insert(
-                                best, size, most, magnitude, pattern, first + document, row - start, channel - edges[g]
-                            )
-                            if size == most:
-                                bar = best[most - 1, 0]
+                        if magnitude > bar:
+                            largest = max(largest, magnitude)
+                            if magnitude < infinity:
+                                size = _insert(best, size, most, magnitude, pattern, first + document, row - start, i)
+                                if size == most:
+                                    bar = best[most - 1, 0]
                 top_sizes[worker, g] = size
                 finite[g] = (stop - start) * (edges[g + 1] - edges[g])
                 if largest >= infinity:
@@ -171,6 +173,16 @@ def count_documents(
                     for pattern in range(PATTERNS):
                         into[pattern] += table[pattern]
                         table[pattern] = 0
+
+
+@numba.njit(inline="always")
+def _smaller(a: np.float32, b: np.float32) -> np.float32:
+    return a if a < b else b  # one machine instruction; Python's min asks more of NaN
+
+
+@numba.njit(inline="always")
+def _larger(a: np.float32, b: np.float32) -> np.float32:
+    return a if a > b else b
 
 
 @numba.njit(parallel=True, cache=True)
@@ -212,12 +224,28 @@ def channel_moments(
             squared[:] = 0
             absolute[:] = 0
             used[:] = stop - start
-            for row in range(start, stop):
+            # Four rows at a time, so that the accumulators are read and written a quarter as often.
+            whole = start + (stop - start) // 4 * 4
+            for row in range(start, whole, 4):
+                for i in range(width):
+                    v0, v1, v2, v3 = (
+                        x[row, first + i],
+                        x[row + 1, first + i],
+                        x[row + 2, first + i],
+                        x[row + 3, first + i],
+                    )
+                    w0, w1, w2, w3 = np.float64(v0), np.float64(v1), np.float64(v2), np.float64(v3)
+                    low[i] = _smaller(_smaller(_smaller(v0, v1), _smaller(v2, v3)), low[i])
+                    high[i] = _larger(_larger(_larger(v0, v1), _larger(v2, v3)), high[i])
+                    added[i] += (w0 + w1) + (w2 + w3)
+                    squared[i] += (w0 * w0 + w1 * w1) + (w2 * w2 + w3 * w3)
+                    absolute[i] += (abs(w0) + abs(w1)) + (abs(w2) + abs(w3))
+            for row in range(whole, stop):
                 for i in range(width):
                     value = x[row, first + i]
                     wide = np.float64(value)
-                    low[i] = min(low[i], value)
-                    high[i] = max(high[i], value)
+                    low[i] = _smaller(value, low[i])
+                    high[i] = _larger(value, high[i])
                     added[i] += wide
                     squared[i] += wide * wide
                     absolute[i] += abs(wide)

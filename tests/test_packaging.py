@@ -13,7 +13,9 @@ FOLDERS = ("schema", "model", "collector", "analyzer", "apply", "cli")
 
 def test_the_wheel_equals_the_tree(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     for name in filter(None, tracked):
         if (ROOT / name).exists():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +40,10 @@ def test_no_path_of_a_machine_is_committed() -> None:
     pattern = re.compile(rb"(?<![\w.])/(?:home|root|work|Users|tmp)/\w+")
     for name in tracked:
         path = ROOT / name
-        if path.suffix in {".py", ".md", ".toml", ".sh", ".sql", ".txt", ".json"} and path.exists() and path.name != "tokenizer.json":
+        if (
+            path.suffix in {".py", ".md", ".toml", ".sh", ".sql", ".txt", ".json"}
+            and path.exists()
+            and path.name != "tokenizer.json"
+        ):
             found = pattern.search(path.read_bytes())
             assert found is None, f"{name} names {found[0]!r}" if found else ""

@@ -14,7 +14,7 @@ import reference
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
-from tiny import TEXTS, write_texts, write_tiny_model
+from tiny_model import TEXTS, write_texts, write_tiny_model
 
 import quambase.collector.run as run_module
 from quambase.cli.main import quambase

@@ -1,5 +1,7 @@
 """Counting and moments against tallies, torch.quantile and NumPy; folding in any split."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +47,7 @@ def assert_site_equals_its_definition(
     dtype = ENCODINGS[encoding].torch_dtype
     stats, summaries = count(x, lengths, edges, encoding)
     offsets = np.cumsum([0, *lengths])
-    groups = [*zip(edges[:-1], edges[1:], strict=True), (0, edges[-1])]
+    groups = [*itertools.pairwise(edges), (0, edges[-1])]
     rounded = x.to(dtype).float()
     for g, (low, high) in enumerate(groups[:-1]):
         np.testing.assert_array_equal(stats.counts[g], tally(x[:, low:high], dtype))

@@ -29,8 +29,10 @@ def test_matrices_are_upstreams_and_orthogonal(order: int) -> None:
 @pytest.mark.parametrize(
     ("dim", "order"),
     # d_model and d_inner of every published Mamba: 130m, 370m, 790m, 1.4b, 2.8b; and small ones.
-    [(768, 12), (1536, 12), (3072, 12), (1024, 1), (2048, 1), (4096, 1), (2560, 40), (5120, 40)]
-    + [(12, 12), (20, 20), (28, 28), (224, 28), (1, 1), (2, 1), (256, 1)],
+    [
+        *[(768, 12), (1536, 12), (3072, 12), (1024, 1), (2048, 1), (4096, 1), (2560, 40), (5120, 40)],
+        *[(12, 12), (20, 20), (28, 28), (224, 28), (1, 1), (2, 1), (256, 1)],
+    ],
 )
 def test_transform_equals_the_kronecker_product(dim: int, order: int) -> None:
     assert odd_order(dim) == order

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import reference
@@ -32,7 +34,7 @@ def test_convolution_equals_its_definition_per_document(lengths: list[int], e: i
     weight, bias = rng.normal(size=(e, k)).astype(np.float32), rng.normal(size=e).astype(np.float32)
     out = np.empty((offsets[-1], e), np.float32)
     causal_conv1d_silu(x, np.ascontiguousarray(weight.T), bias, offsets, out)
-    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, stop in itertools.pairwise(offsets):
         x64, w64 = x[start:stop, :e].astype(np.float64), weight.astype(np.float64)
         true = reference.conv_silu(x64, w64, bias.astype(np.float64))
         # k products and k sums of float32, each off by half an ulp of a partial sum of
@@ -55,7 +57,7 @@ def test_scan_equals_the_recurrence_per_document(lengths: list[int], e: int, n: 
     last, y = state.copy(), np.empty((t, e), np.float32)
     selective_scan(u, delta, a, b, c, d, z, offsets, y, last)
     wide = lambda x: x.astype(np.float64)  # noqa: E731
-    for i, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for i, (start, stop) in enumerate(itertools.pairwise(offsets)):
         rows = slice(start, stop)
         args = [wide(v[rows]) for v in (u, delta)] + [wide(a).T, wide(b[rows]), wide(c[rows]), wide(d), wide(z[rows])]
         true, true_state = reference.scan(*args, wide(state[i]).T)

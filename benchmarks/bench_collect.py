@@ -1,0 +1,96 @@
+"""`collect` on the CPU beside the plain forward pass of the same tokens, and its memory at growing numbers of samples.
+
+python benchmarks/bench_collect.py [bundled | 130m]
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from timing import table
+
+from quambase.collector.plan import make_plan
+from quambase.collector.run import collect
+from quambase.model.batch import Batch
+from quambase.model.load import BUNDLED, bundled_models, load_model
+from quambase.model.mamba import HEAD_ROWS, Mamba
+from quambase.model.prepare import prepare
+from quambase.model.weights import MambaConfig, random_weights, tensors_of
+
+SAMPLES, SEQ_LEN, BLOCK = 64, 512, 32
+
+
+def write_130m(folder: Path) -> Path:
+    """A model of mamba-130m's shape with random weights and the bundled tokenizer."""
+    raw = {"d_model": 768, "n_layer": 24, "vocab_size": 50277, "ssm_cfg": {}, "pad_vocab_size_multiple": 8}
+    weights = random_weights(MambaConfig.from_mamba_ssm(raw))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_file({k: v.contiguous().clone() for k, v in tensors_of(weights).items()}, folder / "model.safetensors")
+    (folder / "tokenizer.json").write_bytes((BUNDLED / bundled_models()[0] / "tokenizer.json").read_bytes())
+    return folder
+
+
+def plain_forward(model: Mamba, batches: list[Batch]) -> None:
+    """Hidden states and all logits, chunk by chunk, nothing kept."""
+    for batch in batches:
+        hidden = model.hidden(batch)
+        for documents in batch.chunks(HEAD_ROWS):
+            model.logits(hidden[int(batch.offsets[documents.start]) : int(batch.offsets[documents.stop])])
+
+
+def memory(model: str, samples: int, folder: str) -> float:
+    """Peak resident memory, in MB, of a process that collects ``samples`` documents."""
+    script = (
+        "import resource, sys; from pathlib import Path; from quambase.collector.run import collect;"
+        "collect(sys.argv[1], int(sys.argv[2]), db=Path(sys.argv[3]), data=sys.argv[4], progress=False);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    arguments = [sys.executable, "-c", script, model, str(samples), folder, "sample:calibration"]
+    return float(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
+
+
+def main(which: str) -> None:
+    """Print the table of one model."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = str(write_130m(folder / "mamba-130m-shape")) if which == "130m" else bundled_models()[0]
+        loaded = load_model(model)
+        plan = make_plan("sample:calibration", loaded.tokenizer, SAMPLES, SEQ_LEN)
+        batches = [Batch.pack([d.tokens.tolist() for d in block]) for block in plan.blocks(BLOCK)]
+        float_model = Mamba(prepare(loaded.weights), rotated=True)
+        plain_forward(float_model, batches[:1])
+        collect(model, 2, data="sample:calibration", db=folder / "warm", progress=False)
+        seconds: dict[str, list[float]] = {"plain forward": [], "collect": []}
+        for turn in range(2):
+            start = time.perf_counter()
+            plain_forward(float_model, batches)
+            seconds["plain forward"].append(time.perf_counter() - start)
+            run = collect(
+                model, SAMPLES, data="sample:calibration", db=folder / f"db{turn}", batch_size=BLOCK, progress=False
+            )
+            seconds["collect"].append(run.manifest.created["observe_seconds"] + run.manifest.created["write_seconds"])
+        size = sum((run.folder / file).stat().st_size for file in run.manifest.tables)
+        without = size - (run.folder / "activations.parquet").stat().st_size
+        peaks = {
+            n: memory(model, n, str(folder / f"memory{n}")) for n in ((32, 128, 512) if which != "130m" else (64,))
+        }
+        print(f"\n{plan.tokens:,} tokens of {len(plan.documents)} documents; database {size / 1e6:.1f} MB,")
+        print(f"{without / 1e6:.1f} MB without activations; {run.manifest.tables['counts.parquet'].rows:,} count rows")
+        for samples, peak in peaks.items():
+            print(f"peak memory at {samples} samples: {peak:,.0f} MB")
+        print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MB")
+        table(f"collect, {loaded.name}", "seconds", {k: min(v) for k, v in seconds.items()}, "plain forward")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(sys.argv[1] if len(sys.argv) > 1 else "bundled")
