@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -152,3 +153,32 @@ def _warnings(database: StatsDB, manifest: Manifest) -> list[str]:
         f"({row['overflow']} of them finite before rounding to 16 bits); no scale accounts for them"
         for row in rows
     ]
+
+
+def summarize(table: pa.Table) -> pa.Table:
+    """Each strategy of a scale table over the sites the INT8 model consumes, in the order of the table.
+
+    ``groups`` how many scales, ``selected`` how many of them were, ``sqnr_db_median`` and ``sqnr_db_least`` over
+    them, ``clipped_share_mean``, ``unsafe`` how many would wrap in upstream's kernel. Sites of an imported tensor
+    count as consumed: there are no others.
+    """
+    rows = table.to_pylist()
+    consumed = [row for row in rows if row["consumed"]] or rows
+    by_label: dict[str, list[dict[str, Any]]] = {}
+    for row in consumed:
+        by_label.setdefault(row["label"], []).append(row)
+
+    def summary(label: str, mine: list[dict[str, Any]]) -> dict[str, Any]:
+        levels = sorted(row["sqnr_db"] for row in mine if not math.isnan(row["sqnr_db"]))
+        clipped = [row["clipped_share"] for row in mine if not math.isnan(row["clipped_share"])]
+        return {
+            "strategy": label,
+            "groups": len(mine),
+            "selected": sum(row["selected"] for row in mine),
+            "sqnr_db_median": statistics.median(levels) if levels else None,
+            "sqnr_db_least": levels[0] if levels else None,
+            "clipped_share_mean": statistics.fmean(clipped) if clipped else None,
+            "unsafe": sum(not row["clip_safe"] for row in mine),
+        }
+
+    return pa.Table.from_pylist([summary(label, mine) for label, mine in by_label.items()])

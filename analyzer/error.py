@@ -98,27 +98,36 @@ def figures(distribution: Distribution, scale: float, signal: float | None = Non
     return Figures(histogram, int(clipped), float(error), signal_energy(distribution) if signal is None else signal)
 
 
-def piecewise_figures(distribution: Distribution, inner: float, outer: float, signal: float | None = None) -> Figures:
-    """The error of the two-segment code of strategy `outlier_piecewise`.
+def piecewise_codes(
+    values: npt.NDArray[np.floating], inner: float, outer: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Codes and reconstructions of the two-segment code of strategy `outlier_piecewise`, of ``values`` (any shape).
 
     Magnitudes up to ``120 * inner`` use ``code = round(a / inner)`` (0..120); larger ones
-    ``code = 120 + round((a - 120 inner) / outer)`` (121..127, the sign kept, so -127..127). Nothing clips:
-    the last code is the largest magnitude. Computed in float64.
+    ``code = 120 + round((a - 120 inner) / outer)`` (121..127, the sign kept, so -127..127). Computed in float64.
     """
     edge = OUTLIER_CODE * inner
-    magnitude = np.abs(distribution.values.astype(np.float64))
+    magnitude = np.abs(values.astype(np.float64))
     code = np.minimum(np.rint(magnitude / inner), OUTLIER_CODE)
     rebuilt = code * inner
     if outer > 0:
         beyond = magnitude > edge
-        above = np.clip(np.rint((magnitude[beyond] - edge) / outer), 0, QMAX - OUTLIER_CODE)
+        above = np.minimum(np.rint((magnitude[beyond] - edge) / outer), QMAX - OUTLIER_CODE)
         code[beyond] = OUTLIER_CODE + above
         rebuilt[beyond] = edge + above * outer
-    signed = np.where(distribution.values < 0, -code, code).astype(np.int64)
+    negative = values < 0
+    return np.where(negative, -code, code).astype(np.int64), np.where(negative, -rebuilt, rebuilt)
+
+
+def piecewise_figures(distribution: Distribution, inner: float, outer: float, signal: float | None = None) -> Figures:
+    """The error of `piecewise_codes`; a magnitude half an outer step beyond code 127 counts as clipped."""
+    values = distribution.values.astype(np.float64)
+    codes, rebuilt = piecewise_codes(values, inner, outer)
     histogram = np.zeros(256, np.int64)
-    np.add.at(histogram, signed - QMIN, distribution.counts)
-    error = float(((magnitude - rebuilt) ** 2 * distribution.counts).sum())
-    clipped = int(distribution.counts[magnitude > edge + (QMAX - OUTLIER_CODE + 0.5) * outer].sum())
+    np.add.at(histogram, codes - QMIN, distribution.counts)
+    error = float(((values - rebuilt) ** 2 * distribution.counts).sum())
+    reach = OUTLIER_CODE * inner + (QMAX - OUTLIER_CODE + 0.5) * outer
+    clipped = int(distribution.counts[np.abs(values) > reach].sum())
     return Figures(histogram, clipped, error, signal_energy(distribution) if signal is None else signal)
 
 

@@ -1,0 +1,215 @@
+"""The strategies side by side at one site: what each scale does to the values, and to the errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from quambase.analyzer.error import Figures, piecewise_codes, piecewise_figures, quantize
+from quambase.analyzer.groups import ScaleGroup, group_of_values, one_document
+from quambase.analyzer.strategies import Choice, Scale, parse_labels
+from quambase.schema.database import StatsDB
+from quambase.schema.errors import UnknownName
+from quambase.schema.sites import WHOLE
+
+MAGNITUDES = (2.0, 4.5, 5.0, 8.0, 10.0, 12.0)
+"""The seed's example values."""
+
+WORTH_PERCENT = -10.0
+"""The seed's rule: a mean squared error this much below that of absmax is worth integrating."""
+
+SYNTHETIC_SHAPE = (512, 1536)
+"""Tokens x d_inner of mamba-130m."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    title       what was compared
+    group       the values
+    statistics  one row: shape, count, min, max, mean, std, amax, beyond_3_sigma, beyond_5_sigma
+    strategies  a row per strategy, least error first: scale, mse, mse_change_percent (against absmax), worth,
+                overflow (clipped) count and share, values with |code| <= 120 and beyond, distinct codes beyond 120
+    values      a row per strategy and magnitude: code, reconstruction, error
+    scales      label to scale(s)
+    summary     lines that say which strategy has the least error
+    picture     the file saved, None if none was
+    """
+
+    title: str
+    group: ScaleGroup
+    statistics: pa.Table
+    strategies: pa.Table
+    values: pa.Table
+    scales: dict[str, Scale]
+    summary: list[str]
+    picture: Path | None
+
+
+def compare(
+    db: Path,
+    site: str | None = None,
+    layer: int | None = None,
+    group: str = WHOLE,
+    run: str | None = None,
+    strategies: Sequence[str] | None = None,
+    values: Sequence[float] = MAGNITUDES,
+    picture: Path | None = None,
+    synthetic: bool = False,
+    seed: int = 0,
+) -> Comparison:
+    """Compare ``strategies`` (None: the default ones) at one site of a run.
+
+    site, layer  None: the one with the largest outlier ratio among those that remain
+    group        ``all``, or a slice of a divided site (x, z; dt, B, C)
+    values       magnitudes whose code, reconstruction and error are shown
+    picture      file to save a picture to (its suffix says the format); None saves none
+    synthetic    no database: a tensor of (512, 1536) values from Student's t with 3 degrees of freedom, from ``seed``
+
+    UnknownName: a site, layer, group or strategy that does not exist.
+    """
+    choices = parse_labels(list(strategies) if strategies else None)
+    if synthetic:
+        title = f"synthetic tensor (Student's t, 3 degrees of freedom, seed {seed})"
+        drawn = np.random.default_rng(seed).standard_t(3, SYNTHETIC_SHAPE).astype(np.float32)
+        chosen, shape = group_of_values(drawn, "synthetic"), " x ".join(map(str, SYNTHETIC_SHAPE))
+    else:
+        title, chosen, shape = _site_of_run(db, run, site, layer, group)
+    scales = {choice.label: choice.scale(chosen) for choice in choices}
+    figures = {label: _figures(chosen, scale) for label, scale in scales.items()}
+    table = _strategies_table(chosen, choices, scales, figures)
+    comparison = Comparison(
+        title,
+        chosen,
+        _statistics_table(chosen, shape),
+        table,
+        _values_table(scales, values),
+        scales,
+        _summary(table),
+        picture,
+    )
+    if picture is not None:
+        from quambase.analyzer.plots import comparison_picture  # matplotlib takes half a second to import
+
+        comparison_picture(comparison, picture)
+    return comparison
+
+
+def reconstruct(values: npt.NDArray[np.float32], scale: Scale) -> npt.NDArray[np.float64]:
+    """What ``values`` (any shape) become when coded with ``scale`` and decoded."""
+    return _coded(values, scale)[1]
+
+
+def _coded(values: npt.NDArray[np.float32], scale: Scale) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    if isinstance(scale, tuple):
+        return piecewise_codes(values, *scale)
+    codes = quantize(values, scale).astype(np.int64)
+    return codes, codes * np.float64(scale)
+
+
+def _figures(group: ScaleGroup, scale: Scale) -> Figures:
+    if isinstance(scale, tuple):
+        return piecewise_figures(group.distribution, *scale, group.signal)
+    return group.figures(scale)
+
+
+def _site_of_run(
+    db: Path, run: str | None, site: str | None, layer: int | None, group: str
+) -> tuple[str, ScaleGroup, str]:
+    with StatsDB(db, run) as database:
+        if len(database.runs) != 1:
+            raise UnknownName(f"{len(database.runs)} runs were chosen; compare looks at one: name it with --run")
+        manifest = database.runs[0]
+        candidates = database.stats(site, layer, limit=1).to_pylist()
+        if not candidates:
+            raise UnknownName(f"run {manifest.run} holds no site '{site}' in layer {layer}; see `quambase stats`")
+        site, layer = str(candidates[0]["site"]), int(candidates[0]["layer"])
+        found = {
+            name: d for la, s, name, d in database.distributions(manifest.run, "group") if (la, s) == (layer, site)
+        }
+        if group not in found:
+            raise UnknownName.of(f"group of {site}", group, found)
+        series = database.documents(manifest.run).get((layer, site, group)) or one_document(found[group])
+        channels = database.sql(
+            "SELECT sum(len(channels)) AS n FROM groups "
+            "WHERE layer = $layer AND site = $site AND ($group = 'all' OR group_name = $group)",
+            {"layer": layer, "site": site, "group": group},
+        )["n"].to_pylist()[0]
+    total = found[group].total + found[group].nonfinite
+    shape = f"{total // channels} x {channels}" if channels else str(total)
+    slice_name = "" if group == WHOLE else f", group {group}"
+    title = f"layer {layer} {site}{slice_name} of run {manifest.run}"
+    return title, ScaleGroup(layer, site, group, found[group], series), shape
+
+
+def _statistics_table(group: ScaleGroup, shape: str) -> pa.Table:
+    row = group.distribution.summary()
+    names = ("count", "min", "max", "mean", "std", "amax", "beyond_3_sigma", "beyond_5_sigma", "nonfinite")
+    return pa.Table.from_pylist([{"shape": shape, **{name: row[name] for name in names}}])
+
+
+def _strategies_table(
+    group: ScaleGroup, choices: list[Choice], scales: dict[str, Scale], figures: dict[str, Figures]
+) -> pa.Table:
+    # The change is against absmax even where absmax is not among the strategies compared.
+    reference = group.figures(parse_labels(["absmax"])[0].scale(group)).mse  # type: ignore[arg-type]
+    rows: list[dict[str, Any]] = []
+    for choice in choices:
+        scale, found = scales[choice.label], figures[choice.label]
+        change = 100 * (found.mse - reference) / reference if reference > 0 else None
+        outer = found.values_above_120
+        rows.append(
+            {
+                "strategy": choice.label,
+                "scale": scale[0] if isinstance(scale, tuple) else scale,
+                "mse": found.mse,
+                "mse_change_percent": change,
+                "worth": change is not None and change < WORTH_PERCENT,
+                "sqnr_db": found.sqnr_db,
+                "overflow": found.clipped,
+                "overflow_share": found.clipped_share,
+                "normal_range": found.total - outer,
+                "outlier_range": outer,
+                "outlier_codes": found.codes_above_120,
+                "needs_decode": choice.strategy.needs_decode,
+            }
+        )
+    rows.sort(key=lambda row: (row["mse"], -row["scale"], row["strategy"]))
+    return pa.Table.from_pylist(rows)
+
+
+def _values_table(scales: dict[str, Scale], values: Sequence[float]) -> pa.Table:
+    given = np.array(values, np.float32)
+    rows = []
+    for label, scale in scales.items():
+        codes, rebuilt = _coded(given, scale)
+        rows += [
+            {"strategy": label, "value": value, "code": code, "reconstruction": back, "error": value - back}
+            for value, code, back in zip(given.tolist(), codes.tolist(), rebuilt.tolist(), strict=True)
+        ]
+    return pa.Table.from_pylist(rows)
+
+
+def _summary(strategies: pa.Table) -> list[str]:
+    """Which strategy has the least error, and which among those that need no decoder."""
+
+    def line(row: dict[str, Any]) -> str:
+        change = row["mse_change_percent"]
+        against = "" if change is None else f", {change:+.2f} % against absmax"
+        verdict = "" if change is None else "; worth integrating" if row["worth"] else "; not worth integrating"
+        return f"{row['strategy']} (MSE {row['mse']:.6g}{against}{verdict})"
+
+    rows = strategies.to_pylist()
+    tied = [row["strategy"] for row in rows[1:] if row["mse"] == rows[0]["mse"]]
+    lines = [f"least MSE: {line(rows[0])}" + (f", tied with {', '.join(tied)}" if tied else "")]
+    uniform = [row for row in rows if not row["needs_decode"]]
+    if rows[0]["needs_decode"] and uniform:
+        lines.append(f"least MSE with one INT8 scale: {line(uniform[0])}")
+    return lines

@@ -1,0 +1,87 @@
+"""`analyze`: every strategy at every site, as a scale table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pyarrow as pa
+from tqdm import tqdm
+
+from quambase.analyzer.batch import analyze as analyze_run
+from quambase.analyzer.batch import summarize
+from quambase.analyzer.strategies import DEFAULT_LABELS, STRATEGIES
+from quambase.cli.console import Command, database_option, emit, note, output_options
+from quambase.cli.query import run_option
+from quambase.schema.database import GRANULARITIES
+
+
+@click.command(cls=Command)
+@click.option(
+    "--strategy",
+    "strategies",
+    multiple=True,
+    help="Strategy, such as mse or percentile:0.9999; may be repeated; all for every one. [default: see --list]",
+)
+@click.option(
+    "--granularity",
+    type=click.Choice(GRANULARITIES),
+    default="tensor",
+    show_default=True,
+    help="tensor: one scale per site, as the INT8 model has; group: also one per slice.",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("scales.parquet"),
+    show_default=True,
+    help="Scale table to write.",
+)
+@click.option("--list", "list_", is_flag=True, help="List the strategies and their definitions instead.")
+@run_option
+@database_option
+@output_options
+def analyze(
+    strategies: tuple[str, ...],
+    granularity: str,
+    out: Path,
+    list_: bool,
+    run: str | None,
+    db: Path,
+    format_: str,
+    output: Path | None,
+) -> None:
+    """Compute every scale strategy at every site of a run; prints a summary of each strategy.
+
+    \b
+    Example:
+      analyze --strategy mse --strategy percentile:0.9999 --out scales.parquet
+    """
+    if list_:
+        emit(_definitions(), format_, output)
+        return
+    with tqdm(desc="analyze", unit=" groups", leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = analyze_run(db, run, strategies, granularity, out, progress)
+    for line in found.notes:
+        note(f"warning: {line}")
+    emit(summarize(found.table), format_, output)
+    note(f"written: {out} ({found.table.num_rows} rows)")
+
+
+def _definitions() -> pa.Table:
+    defaults = {label.partition(":")[0] for label in DEFAULT_LABELS}
+    rows = [
+        {
+            "strategy": found.name,
+            "parameters": ", ".join(f"{name} = {value:g}" for name, value in found.parameters.items()),
+            "default": name in defaults,
+            "definition": found.definition,
+        }
+        for name, found in STRATEGIES.items()
+    ]
+    return pa.Table.from_pylist(rows)

@@ -1,0 +1,91 @@
+"""`quambase compare`: the strategies side by side at one site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from quambase.analyzer.compare import MAGNITUDES, Comparison
+from quambase.analyzer.compare import compare as compare_strategies
+from quambase.cli.console import Command, database_option, emit, note, output_options
+from quambase.cli.query import run_option
+from quambase.schema.sites import WHOLE
+
+TABLES = ("statistics", "strategies", "values")
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is not a list of numbers apart by commas") from None
+
+
+@click.command(cls=Command)
+@click.option("--site", help="Site to compare at. [default: the one with the largest outlier ratio]")
+@click.option("--layer", type=int, help="Its layer; -1 is the head. [default: that with the largest outlier ratio]")
+@click.option("--group", default=WHOLE, show_default=True, help="Slice of a divided site: x, z; dt, B, C.")
+@click.option("--strategy", "strategies", multiple=True, help="Strategy label; may be repeated. [default: as analyze]")
+@click.option(
+    "--values",
+    default=",".join(f"{v:g}" for v in MAGNITUDES),
+    show_default=True,
+    callback=_numbers,
+    help="Magnitudes to show code, reconstruction and error of.",
+)
+@click.option("--synthetic", is_flag=True, help="No database: a seeded heavy-tailed tensor.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of --synthetic.")
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("compare.png"),
+    show_default=True,
+    help="Where to save the picture (png, svg, pdf).",
+)
+@click.option("--no-picture", is_flag=True, help="Save none.")
+@click.option("--table", type=click.Choice(TABLES), help="Only this table. [default: all, or strategies if not plain]")
+@run_option
+@database_option
+@output_options
+def compare(
+    site: str | None,
+    layer: int | None,
+    group: str,
+    strategies: tuple[str, ...],
+    values: list[float],
+    synthetic: bool,
+    seed: int,
+    picture: Path,
+    no_picture: bool,
+    table: str | None,
+    run: str | None,
+    db: Path,
+    format_: str,
+    output: Path | None,
+) -> None:
+    """Compare the strategies at one site: errors, codes, and what becomes of chosen magnitudes.
+
+    \b
+    Example:
+      quambase compare --synthetic
+      quambase compare --site x_proj:input --layer 3 --picture x_proj.png
+    """
+    found = compare_strategies(
+        db, site, layer, group, run, strategies, values, None if no_picture else picture, synthetic, seed
+    )
+    if table is None and format_ == "table" and output is None:
+        _print_all(found)
+    else:
+        emit(getattr(found, table or "strategies"), format_, output)
+    if found.picture:
+        note(f"written: {found.picture}")
+
+
+def _print_all(found: Comparison) -> None:
+    click.echo(f"{found.title}\n")
+    for name in TABLES:
+        emit(getattr(found, name))
+        click.echo()
+    for line in found.summary:
+        click.echo(line)

@@ -1,0 +1,93 @@
+"""`quambase sql`, `quambase stats` and `quambase doctor`: questions that need no model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import click
+
+from quambase.cli.console import Command, database_option, emit, note, output_options
+from quambase.schema.database import StatsDB
+from quambase.schema.doctor import BAD, examine
+
+run_option = click.option("--run", help="Run id, its beginning, or all. [default: the newest complete run]")
+
+
+@click.command(cls=Command)
+@click.argument("query", required=False)
+@click.option("-f", "--file", type=click.File(encoding="utf-8"), help="Read the query from a file (- for stdin).")
+@click.option("--schema", is_flag=True, help="List every view, macro and column with its meaning instead.")
+@run_option
+@click.option("--scales", type=click.Path(dir_okay=False, path_type=Path), help="Scale table of the view scales.")
+@click.option("--unsafe", is_flag=True, help="Let the query read and write other files.")
+@database_option
+@output_options
+def sql(
+    query: str | None,
+    file: TextIO | None,
+    schema: bool,
+    run: str | None,
+    scales: Path | None,
+    unsafe: bool,
+    db: Path,
+    format_: str,
+    output: Path | None,
+) -> None:
+    """Answer a DuckDB query over the views of a run.
+
+    \b
+    Example:
+      quambase sql "select layer, site, outlier_ratio from site_stats order by outlier_ratio desc limit 10"
+    """
+    if schema + (query is not None) + (file is not None) != 1:
+        raise click.UsageError("give one of QUERY, --file and --schema")
+    with StatsDB(db, run, unsafe=unsafe, scales=scales) as database:
+        found = database.describe() if schema else database.sql(query if file is None else file.read())  # type: ignore[arg-type]
+        for line in database.notes:
+            note(line)
+    if found.num_columns:
+        emit(found, format_, output)
+
+
+@click.command(cls=Command)
+@click.option("--site", help="Only this site.")
+@click.option("--layer", type=int, help="Only this layer; -1 is the head.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Rows at most.")
+@run_option
+@database_option
+@output_options
+def stats(
+    site: str | None,
+    layer: int | None,
+    limit: int,
+    run: str | None,
+    db: Path,
+    format_: str,
+    output: Path | None,
+) -> None:
+    """The sites with the largest outliers, as amax over the 99.95 % quantile.
+
+    \b
+    Example:
+      quambase stats --site x_proj:input --limit 5
+    """
+    with StatsDB(db, run) as database:
+        emit(database.stats(site=site, layer=layer, limit=limit), format_, output)
+
+
+@click.command(cls=Command)
+@database_option
+@output_options
+def doctor(db: Path, format_: str, output: Path | None) -> None:
+    """Check every run's files against their checksums, and its values; exit code 1 if anything is bad.
+
+    \b
+    Example:
+      quambase doctor --db quambase-db
+    """
+    report = examine(db)
+    emit(report, format_, output)
+    if BAD in report["status"].to_pylist():
+        sys.exit(1)

@@ -1,0 +1,72 @@
+"""What is wrong with a database, and on what it runs."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pyarrow as pa
+
+from quambase.schema.database import StatsDB
+from quambase.schema.errors import QuambaseError
+from quambase.schema.manifest import Manifest
+from quambase.schema.runs import list_runs
+
+PACKAGES = ("quambase", "torch", "numpy", "pyarrow", "duckdb", "numba", "tokenizers", "safetensors", "mamba-ssm")
+
+BAD = "bad"
+"""The status that makes the check fail."""
+
+REPORT = pa.schema([(name, pa.string()) for name in ("check", "subject", "status", "detail")])
+
+
+def examine(db: Path) -> pa.Table:
+    """Rows of `REPORT`: versions, every run's completeness and checksums (all files), values that are not finite.
+
+    ``status`` is ``ok``, ``note`` or ``bad``. DatabaseInvalid when there is no database at ``db``.
+    """
+    rows = [_row("version", "python", "ok", sys.version.split()[0])]
+    for package in PACKAGES:
+        try:
+            rows.append(_row("version", package, "ok", version(package)))
+        except PackageNotFoundError:
+            rows.append(_row("version", package, "note", "not installed"))
+    complete, unfinished = list_runs(db)
+    for folder in complete:
+        try:
+            manifest = Manifest.load(folder)
+            manifest.verify(folder)
+            size = sum((folder / name).stat().st_size for name in manifest.tables)
+            rows.append(_row("run", folder.name, "ok", f"complete, checksums right, {size / 1e6:.1f} MB"))
+            rows += _values(db, folder.name)
+        except QuambaseError as error:
+            rows.append(_row("run", folder.name, BAD, str(error)))
+    for folder in unfinished:
+        rows.append(_row("run", folder.name, "note", "unfinished; run the same collect command again to resume it"))
+    if not complete:
+        rows.append(_row("run", str(db), BAD, "no complete run"))
+    return pa.Table.from_pylist(rows, schema=REPORT)
+
+
+def _values(db: Path, run: str) -> list[dict[str, str]]:
+    with StatsDB(db, run) as database:
+        rows = database.sql(
+            "SELECT layer, site, max(nonfinite) AS nonfinite, max(overflow) AS overflow FROM site_stats "
+            "WHERE nonfinite > 0 OR overflow > 0 GROUP BY ALL ORDER BY layer, site"
+        ).to_pylist()
+    if not rows:
+        return [_row("values", run, "ok", "every value is finite")]
+    return [
+        _row(
+            "values",
+            f"{run} layer {row['layer']} {row['site']}",
+            BAD,
+            f"{row['nonfinite']} NaN or infinite, {row['overflow']} of them finite before rounding to 16 bits",
+        )
+        for row in rows
+    ]
+
+
+def _row(check: str, subject: str, status: str, detail: str) -> dict[str, str]:
+    return {"check": check, "subject": subject, "status": status, "detail": detail}
