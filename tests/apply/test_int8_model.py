@@ -6,7 +6,7 @@ import int8_twin as twin
 import numpy as np
 import pytest
 import torch
-from tiny import CONFIG, absmax_scales, documents, needed, tiny_prepared
+from tiny_int8 import CONFIG, absmax_scales, documents, needed, tiny_prepared
 
 from quambase.apply import quamba1
 from quambase.apply.quamba1 import build
@@ -151,6 +151,22 @@ def test_every_layer_follows_the_twin(prepared, scales, uneven, monkeypatch):
         block_out = out
     assert near < total / 1000
     assert not {code.min() for _, code in seen["norm"]} == {0}
+
+
+def test_products_are_scaled_in_upstreams_order(prepared, scales, monkeypatch):
+    """`to_seqlen_last` (in_proj, dt_proj) takes in/out first; `forward` (x_proj, out_proj) the weight's scale first."""
+    calls = []
+    for name in ("linear_to_int8", "linear_to_half"):
+        original = getattr(quamba1, name)
+
+        def spy(x, weight, first, second, original=original):
+            calls.append((weight.scale == first, weight.scale == second))
+            return original(x, weight, first, second)
+
+        monkeypatch.setattr(quamba1, name, spy)
+    build(prepared, scales).hidden(Batch.pack(documents(1)))
+    ratio_first, weight_first = (False, True), (True, False)
+    assert calls == [ratio_first, weight_first, ratio_first, weight_first] * CONFIG.n_layer
 
 
 def test_states_after_a_prefill_are_the_twins(prepared, scales, monkeypatch):

@@ -106,20 +106,30 @@ def test_epilogue_rounds_ties_to_even_and_saturates():
     assert out.tolist() == [[-4, -2, -2, 0, 0, 2, 2, 4, 127, -128]]
 
 
-def test_epilogue_multiplies_in_the_order_given():
-    # (acc * first) overflows float32's integers before the second factor brings it back:
-    # the two orders differ in the last bit, and near a tie in the code.
+def factors_that_do_not_commute(finish, tie, values):
+    """Two float32 factors for which the order of multiplication changes a finished result of ``values``."""
     generator = np.random.default_rng(6)
-    acc = generator.integers(-(2**20), 2**20, (100, 100)).astype(np.float32)
-    first, second = np.float32(0.1), np.float32(0.00317)
-    expected = np.float32(np.float32(acc * first) * second)
-    other = np.float32(np.float32(acc * second) * first)
-    assert (expected != other).any()
-    weight = int8.Int8Weight(torch.eye(100, dtype=torch.int8), 1.0)
-    x = codes(generator, 100, 100)
-    result = int8.linear_to_half(torch.from_numpy(x), weight, float(first), float(second))
-    ordered = np.float32(np.float32(x.astype(np.float32) * first) * second).astype(np.float16)
-    np.testing.assert_array_equal(result.numpy(), ordered.astype(np.float32))
+    for first, goal in generator.uniform(0.01, 1, (20_000, 2)).astype(np.float32):
+        # Brings the value 97 next to a tie of the last rounding, where a last bit matters.
+        second = np.float32(tie(97 * goal) / (97 * np.float64(first)))
+        here, there = finish(values * first * second), finish(values * second * first)
+        if (here != there).any():
+            return first, second, here
+    raise AssertionError("no such factors found")
+
+
+def test_epilogues_multiply_in_the_order_given():
+    values = np.arange(-128, 128, dtype=np.float32)
+    identity = int8.Int8Weight(torch.ones(1, 1, dtype=torch.int8), 1.0)
+    x = torch.arange(-128, 128, dtype=torch.int8).unsqueeze(1)
+    first, second, expected = factors_that_do_not_commute(
+        lambda v: v.astype(np.float16), lambda v: np.float16(v) + np.float64(np.spacing(np.float16(v))) / 2, values
+    )
+    result = int8.linear_to_half(x, identity, float(first), float(second))
+    np.testing.assert_array_equal(result.numpy()[:, 0], expected.astype(np.float32))
+    first, second, expected = factors_that_do_not_commute(np.rint, lambda v: np.floor(v) + 0.5, values)
+    codes_out = int8.linear_to_int8(x, identity, float(first), float(second))
+    np.testing.assert_array_equal(codes_out.numpy()[:, 0], expected)
 
 
 def test_norm_codes():

@@ -1,0 +1,336 @@
+"""apply and evaluate end to end on a tiny model: the stored bits, resuming, what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from tiny_int8 import CONFIG, absmax_scales, documents, tiny_weights
+
+from quambase.apply import evaluate as evaluating
+from quambase.apply.apply import apply
+from quambase.apply.evaluate import evaluate, find_evaluation, list_evaluations
+from quambase.apply.quamba1 import build
+from quambase.apply.store import CONFIG as CONFIG_FILE
+from quambase.apply.store import TENSORS, last_applied, load_stored, save_model
+from quambase.cli.apply import apply as apply_command
+from quambase.cli.evaluate import evaluate as evaluate_command
+from quambase.cli.results import results as results_command
+from quambase.model.batch import Batch
+from quambase.model.load import load_model
+from quambase.model.prepare import prepare
+from quambase.model.text import read_documents
+from quambase.model.weights import tensors_of
+from quambase.schema.errors import CheckpointInvalid, DatabaseInvalid, DataInvalid, RunBusy, ScalesInvalid, UnknownName
+from quambase.schema.scales import write_scales
+from quambase.schema.sites import find_site
+from quambase.schema.tables import DOCUMENTS, RESULTS, SCALES, write_table
+
+WORDS = [f"w{i}" for i in range(CONFIG.vocab_size)]
+
+
+def scale_rows(scales: dict[tuple[int, str], float], label: str, selected: bool = False) -> list[dict]:
+    blank = dict.fromkeys(SCALES.names, 0) | {
+        "run": "run-a",
+        "group_name": "all",
+        "strategy": label,
+        "params": "{}",
+        "label": label,
+        "component_scales": None,
+        "needs_decode": False,
+        "clip_safe": True,
+        "selected": selected,
+    }
+    return [
+        blank
+        | {"layer": layer, "site": site, "scale": scale, "amax": 127 * scale, "consumed": find_site(site).consumed}
+        | {"decode_only": find_site(site).decode_only}
+        for (layer, site), scale in scales.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a checkpoint, a scale table of four strategies and an evaluation text."""
+    root = tmp_path_factory.mktemp("world")
+    weights = tiny_weights()
+    folder = root / "tiny"
+    folder.mkdir()
+    save_file({k: v.clone().contiguous() for k, v in tensors_of(weights).items()}, folder / "model.safetensors")
+    ssm = {"layer": "Mamba1", "d_state": CONFIG.d_state, "dt_rank": CONFIG.dt_rank}
+    raw = {"d_model": CONFIG.d_model, "n_layer": CONFIG.n_layer, "vocab_size": CONFIG.vocab_size, "ssm_cfg": ssm}
+    (folder / "config.json").write_text(json.dumps(raw))
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="w0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    inner.save(str(folder / "tokenizer.json"))
+
+    loaded = load_model(str(folder))
+    base = absmax_scales(prepare(weights), documents(1))
+    rows = scale_rows(base, "absmax")
+    rows += scale_rows({k: v * (0.5 if k[1] == "x_proj:input" else 1) for k, v in base.items()}, "quamba", True)
+    rows += scale_rows({k: v * 0.6 for k, v in base.items()}, "tight")
+    rows += scale_rows({k: v for k, v in base.items() if k[1] == "x_proj:input"}, "partial")
+    model = {"name": "tiny", "path": str(folder), "family": "mamba1", "n_layer": CONFIG.n_layer}
+    run = {"model": model, "identity": {"weights_sha256": loaded.weights_sha256}, "data": {}}
+    provenance = {"format_version": 1, "quambase": "0", "granularity": "tensor", "runs": {"run-a": run}}
+    write_scales(root / "scales.parquet", pa.Table.from_pylist(rows, SCALES), provenance)
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(WORDS, length)) for length in (30, 0, 12, 1, 50, 8, 21, 9, 17, 33, 26, 14)]
+    (root / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return root
+
+
+def test_a_stored_model_gives_the_same_bits(world, tmp_path):
+    applied = apply(world / "scales.parquet", strategy="tight", db=tmp_path)
+    assert applied.folder.parent == tmp_path / "models" and applied.strategy == "tight"
+    stored = load_stored(applied.folder)
+    base = absmax_scales(prepare(tiny_weights()), documents(1))
+    built = build(prepare(tiny_weights()), {k: float(np.float32(v * 0.6)) for k, v in base.items()})
+    batch = Batch.pack(documents(2))
+    assert torch.equal(stored.model.logits(stored.model.hidden(batch)), built.logits(built.hidden(batch)))
+    tokens = torch.tensor([1, 2, 3, 4])
+    (_, a), (_, b) = stored.model.prefill(batch), built.prefill(batch)
+    assert torch.equal(stored.model.step(tokens, a), built.step(tokens, b))
+    tensors = load_file(applied.folder / TENSORS)
+    assert tensors["layers.0.in_proj"].dtype == torch.int8
+    assert (applied.folder / "tokenizer.json").read_bytes() == (world / "tiny" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("compat", [None, "upstream"])
+def test_quantized_head_and_embedding_survive_storing(world, tmp_path, compat):
+    prepared = prepare(tiny_weights())
+    model = build(
+        prepared, absmax_scales(prepared, documents(1)), quantize_lm_head=True, quantize_embedding=True, compat=compat
+    )
+    save_model(tmp_path / "m", model, {})
+    stored = load_stored(tmp_path / "m").model
+    batch = Batch.pack(documents(2))
+    assert torch.equal(stored.logits(stored.hidden(batch)), model.logits(model.hidden(batch)))
+    assert stored.compat == compat and stored.quantized_lm_head
+
+
+def test_a_strategy_at_some_sites_only(world, tmp_path):
+    mixed = load_stored(
+        apply(world / "scales.parquet", strategy="tight", at=["x_proj:input"], db=tmp_path).folder
+    ).model
+    quamba = load_stored(apply(world / "scales.parquet", strategy="quamba", db=tmp_path).folder).model
+    tight = load_stored(apply(world / "scales.parquet", strategy="tight", db=tmp_path).folder).model
+    for key, scale in mixed.scales.items():
+        assert scale == (tight if key[1] == "x_proj:input" else quamba).scales[key]
+    selected = load_stored(apply(world / "scales.parquet", db=tmp_path).folder).model
+    assert selected.scales == quamba.scales
+    # The last applied model is what `evaluate` takes.
+    assert load_stored(last_applied(tmp_path)).model.scales == quamba.scales
+
+
+def test_apply_refuses(world, tmp_path):
+    table = world / "scales.parquet"
+    with pytest.raises(UnknownName, match="did you mean tight"):
+        apply(table, strategy="tigth", db=tmp_path)
+    with pytest.raises(UnknownName, match="x_proj:input"):
+        apply(table, strategy="tight", at=["x_proj:inptu"], db=tmp_path)
+    with pytest.raises(ScalesInvalid, match=r"no scale for layer 0 in_proj:input \(12 of 14 missing"):
+        apply(table, strategy="partial", db=tmp_path)
+    with pytest.raises(ScalesInvalid, match="belongs to model tiny"):
+        apply(table, model="mamba-7m", db=tmp_path)
+    assert not list(tmp_path.glob("models/*"))
+
+
+def test_a_table_of_a_tensor_is_refused(world, tmp_path):
+    origin = pq.read_table(world / "scales.parquet")
+    provenance = json.loads(origin.schema.metadata[b"quambase"])
+    provenance["runs"]["run-a"]["model"]["family"] = "tensor"
+    write_scales(tmp_path / "t.parquet", origin, provenance)
+    with pytest.raises(ScalesInvalid, match="no Mamba-1 model"):
+        apply(tmp_path / "t.parquet", db=tmp_path, model=str(world / "tiny"))
+
+
+def test_a_damaged_model_folder_is_refused(world, tmp_path):
+    with pytest.raises(CheckpointInvalid, match="no model was applied"):
+        last_applied(tmp_path)
+    folder = apply(world / "scales.parquet", db=tmp_path).folder
+    content = (folder / TENSORS).read_bytes()
+    (folder / TENSORS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointInvalid, match="altered"):
+        load_stored(folder)
+    (folder / TENSORS).write_bytes(content[:100])
+    with pytest.raises(CheckpointInvalid, match="cannot be read"):
+        load_stored(folder)
+    (folder / CONFIG_FILE).write_text('{"family": "mamba"}')
+    with pytest.raises(CheckpointInvalid, match="no quamba1-w8a8 model"):
+        load_stored(folder)
+    (folder / CONFIG_FILE).unlink()
+    with pytest.raises(CheckpointInvalid, match="no INT8 model"):
+        load_stored(folder)
+
+
+def run(world, db, **settings):
+    return evaluate(scales=world / "scales.parquet", data=[str(world / "text.jsonl")], window=16, db=db, **settings)
+
+
+def test_evaluate_all_strategies(world, tmp_path):
+    found = run(world, tmp_path)
+    assert found.results.schema.names == RESULTS.names
+    rows = found.results.to_pylist()
+    assert {row["strategy"] for row in rows} == {"float", "absmax", "quamba", "tight", "selected"}
+    ten = [i for i in range(12) if i not in (1, 3)]
+    for task in ("perplexity", "last-word"):
+        for label in ("float", "tight"):
+            own = [row for row in rows if (row["task"], row["strategy"]) == (task, label)]
+            assert [row["document"] for row in own] == ten
+            assert all((row["correct"] is None) == (task == "perplexity") for row in own)
+    # 50 tokens in windows of 16: 15 + 15 + 15 + 1 predictions.
+    assert next(row["tokens"] for row in rows if row["document"] == 4) == 46
+    kl = {
+        s: sum(r["kl"] for r in rows if r["strategy"] == s) for s in ("float", "absmax", "quamba", "tight", "selected")
+    }
+    assert 0 == kl["float"] < kl["absmax"] < kl["tight"]
+    assert kl["selected"] == kl["quamba"]
+    assert sorted(path.name for path in found.folder.iterdir()) == [".lock", "evaluation.json", "results.parquet"]
+    assert any("partial" in note for note in found.notes)
+    assert any("2 documents without a target" in note for note in found.notes)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_evaluation_resumes_to_the_same_rows(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluating, "BLOCK_TOKENS", 40)
+    whole = run(world, tmp_path / "a", strategies=["tight"], task="perplexity")
+    assert run(world, tmp_path / "a", strategies=["tight"], task="perplexity").results.equals(whole.results)
+    scored = []
+    original = evaluating.score
+
+    def dies(*arguments):
+        if len(scored) == 2:
+            raise Killed
+        scored.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(evaluating, "score", dies)
+    with pytest.raises(Killed):
+        run(world, tmp_path / "b", strategies=["tight"], task="perplexity")
+    with pytest.raises(DatabaseInvalid, match="no finished evaluation"):
+        find_evaluation(tmp_path / "b")
+    left = []
+    monkeypatch.setattr(evaluating, "score", lambda *arguments: left.append(1) or original(*arguments))
+    resumed = run(world, tmp_path / "b", strategies=["tight"], task="perplexity")
+    assert resumed.id == whole.id and resumed.results.equals(whole.results)
+    assert len(left) >= 2 and len(left) == whole_blocks(whole) - 2
+
+
+def whole_blocks(evaluation) -> int:
+    """Blocks of about 40 tokens of the documents with a target, counted by hand from their lengths."""
+    lengths, blocks, total = (30, 12, 50, 8, 21, 9, 17, 33, 26, 14), 0, 0
+    for length in lengths:
+        # In windows of 16; a last window of one token is dropped.
+        total += length - (length % 16 == 1)
+        if total >= 40:
+            blocks, total = blocks + 1, 0
+    return blocks + (total > 0)
+
+
+def test_two_processes_on_one_evaluation(world, tmp_path, monkeypatch):
+    original = evaluating.score
+
+    def second_process(*arguments):
+        with pytest.raises(RunBusy, match="another process"):
+            run(world, tmp_path, strategies=["tight"])
+        return original(*arguments)
+
+    monkeypatch.setattr(evaluating, "score", second_process)
+    run(world, tmp_path, strategies=["tight"])
+
+
+def test_documents_of_the_calibration_run_are_warned_of(world, tmp_path):
+    hashes = [document.sha256 for document in read_documents(str(world / "text.jsonl"))]
+    rows = [dict.fromkeys(DOCUMENTS.names) | {"run": "run-a", "layer": 0, "site": "s", "group_name": "all", "sha256": h}
+            for h in (hashes[0], hashes[1], hashes[4], hashes[4])]  # fmt: skip
+    path = tmp_path / "runs" / "run-a" / "documents.parquet"
+    write_table(path, "documents", pa.Table.from_pylist(rows, DOCUMENTS), DOCUMENTS)
+    found = run(world, tmp_path, strategies=["tight"], task="perplexity")
+    assert any("2 of 10 documents were in the calibration run" in note for note in found.notes)
+    assert found.about["tasks"][0]["in_calibration_run"] == 2
+
+
+def test_evaluating_an_applied_model_compares_with_quamba(world, tmp_path):
+    apply(world / "scales.parquet", strategy="tight", db=tmp_path)
+    found = evaluate(data=[str(world / "text.jsonl")], window=16, db=tmp_path, task="perplexity")
+    every = run(world, tmp_path, task="perplexity").results
+    for label in ("float", "tight", "quamba"):
+        here, there = (
+            [row["nll"] for row in table.to_pylist() if row["strategy"] == label] for table in (found.results, every)
+        )
+        assert here == there
+    listed = list_evaluations(tmp_path)
+    assert listed["evaluation"].to_pylist()[0] == found.id and listed.num_rows == 2
+    assert find_evaluation(tmp_path, found.id[:8]).results.equals(found.results)
+    with pytest.raises(UnknownName):
+        find_evaluation(tmp_path, "zzz")
+
+
+def test_evaluate_refuses(world, tmp_path):
+    with pytest.raises(DataInvalid, match="no evaluation text for tiny"):
+        evaluate(scales=world / "scales.parquet", db=tmp_path)
+    (tmp_path / "one.jsonl").write_text('{"text": "w1"}\n{"text": ""}\n')
+    with pytest.raises(DataInvalid, match="none of its 2 documents has a target"):
+        evaluate(scales=world / "scales.parquet", data=[str(tmp_path / "one.jsonl")], db=tmp_path)
+
+
+def invoke(command, *arguments):
+    result = CliRunner().invoke(command, [str(a) for a in arguments], catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_commands(world, tmp_path):
+    db, table = tmp_path / "db", world / "scales.parquet"
+    code, out, err = invoke(
+        apply_command, "--scales", table, "--strategy", "tight", "--at", "x_proj:input, in_proj:input", "--db", db
+    )
+    assert (code, out.strip()) == (0, str(last_applied(db))) and "tight@x_proj:input,in_proj:input/quamba" in err
+    options = ("--data", world / "text.jsonl", "--db", db, "--bootstrap", 100, "--window", 16)
+    code, out, err = invoke(evaluate_command, *options)
+    assert code == 0 and re.search(r"perplexity.*verdict vs quamba", out) and "tight@" in out
+    assert "stored" in err and "stored" not in out
+    code, again, _ = invoke(results_command, "--db", db, "--bootstrap", 100)
+    assert (code, again) == (0, out)
+    code, out, _ = invoke(
+        evaluate_command, "--scales", table, "--strategy", "tight,quamba", *options, "--format", "json"
+    )
+    rows = json.loads(out)
+    assert [row["strategy"] for row in rows] == ["float", "tight", "quamba"] * 2
+    assert rows[1]["vs_quamba_low"] <= rows[1]["vs_quamba"] <= rows[1]["vs_quamba_high"]
+
+
+def test_upstreams_wrapping_is_warned_of(world, tmp_path):
+    origin = pq.read_table(world / "scales.parquet")
+    rows = zip(origin["amax"].to_pylist(), origin["site"].to_pylist(), strict=True)
+    amax = [1e6 if site == "out_proj:input" else value for value, site in rows]
+    table = origin.set_column(origin.schema.get_field_index("amax"), "amax", pa.array(amax, pa.float32()))
+    write_scales(tmp_path / "clip.parquet", table, json.loads(origin.schema.metadata[b"quambase"]))
+    code, _, err = invoke(
+        apply_command, "--scales", tmp_path / "clip.parquet", "--compat", "upstream", "--db", tmp_path
+    )
+    assert code == 0 and "2 scales clip where upstream's kernel wraps" in err
+    code, _, err = invoke(apply_command, "--scales", tmp_path / "clip.parquet", "--db", tmp_path)
+    assert code == 0 and "wraps" not in err
+
+
+def test_errors_are_one_line(world, tmp_path):
+    code, out, err = invoke(apply_command, "--scales", tmp_path / "none.parquet", "--db", tmp_path)
+    assert (code, out) == (1, "") and err.startswith("error: ") and len(err.splitlines()) == 1
+    code, _, err = invoke(evaluate_command, "--db", tmp_path)
+    assert code == 1 and "run `apply`" in err
+    code, _, err = invoke(results_command, "--db", tmp_path)
+    assert code == 1 and "run `evaluate`" in err
+    code, _, _ = invoke(evaluate_command, tmp_path, "--scales", world / "scales.parquet")
+    assert code == 2
