@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from quambase.analyzer.error import QMAX, QMIN, piecewise_figures
@@ -137,8 +138,8 @@ def scale_columns(group: ScaleGroup, scale: Scale, saturates: bool = True) -> di
         "codes_used": figures.codes_used,
         "codes_above_120": figures.codes_above_120,
         "entropy_bits": figures.entropy_bits,
-        # From 127.5 scales on a code rounds to 128, which wraps where nothing clamps.
-        "clip_safe": saturates or single * 127.5 > amax,
+        # From 127.5 scales on a code rounds to 128, which wraps where nothing clamps; the quotient is float32's.
+        "clip_safe": saturates or bool(np.float32(amax) / np.float32(single) < np.float32(127.5)),
     }
 
 

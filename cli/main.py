@@ -6,8 +6,11 @@ Commands are named as strings and imported when run, so `quambase sql` works whe
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 
@@ -38,6 +41,17 @@ def load_command(name: str) -> click.Command:
     return command
 
 
+def summary(name: str) -> str:
+    """The first sentence of a command's help, read from its source: importing `collect` would need torch."""
+    module, _, attribute = COMMANDS[name].partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == attribute:
+            return " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+    return ""
+
+
 class LazyGroup(click.Group):
     """A group that imports a command's module only when that command is run or its help is shown."""
 
@@ -46,6 +60,10 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return load_command(cmd_name) if cmd_name in COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary(name)) for name in COMMANDS])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

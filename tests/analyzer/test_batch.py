@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from fabricate import half, make_run, random_activations
 
-from quambase.analyzer.batch import analyze
+from quambase.analyzer.batch import analyze, scale_columns
+from quambase.analyzer.groups import group_of_values
 from quambase.analyzer.strategies import DEFAULT_LABELS
 from quambase.schema.errors import DatabaseInvalid, UnknownName
 from quambase.schema.scales import read_scales
@@ -60,6 +61,13 @@ def test_selected_is_the_least_error_that_is_safe(fabricated_database: Path) -> 
             assert any(not r["clip_safe"] for r in mine)
         elif key != (0, "dt_proj:input"):
             assert chosen[0]["label"] == "mse"
+
+
+@pytest.mark.parametrize(("largest", "safe"), [(127.4375, True), (127.5, False), (-127.4375, True), (-127.5, False)])
+def test_half_a_code_beyond_127_is_not_safe_where_nothing_clamps(largest: float, safe: bool) -> None:
+    group = group_of_values(np.array([largest, 1.0]))
+    assert scale_columns(group, 1.0, saturates=False)["clip_safe"] is safe
+    assert scale_columns(group, 1.0, saturates=True)["clip_safe"] is True
 
 
 def test_groups_have_their_own_scales(fabricated_database: Path) -> None:

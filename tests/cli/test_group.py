@@ -1,0 +1,21 @@
+"""The group's own help."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from quambase.cli.main import COMMANDS, load_command, quambase, summary
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_summaries_are_the_beginning_of_the_commands_help(name: str) -> None:
+    help_text = " ".join((load_command(name).help or "").split())
+    assert summary(name)
+    assert help_text.startswith(summary(name))
+
+
+def test_help_lists_every_command() -> None:
+    shown = CliRunner().invoke(quambase, ["--help"]).stdout
+    listed = [line.split()[0] for line in shown.partition("Commands:")[2].splitlines() if line[2:3].strip()]
+    assert listed == list(COMMANDS)
