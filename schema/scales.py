@@ -78,9 +78,7 @@ class ScaleTable:
         if label != SELECTED and label not in self.labels():
             raise UnknownName.of("strategy", label, [*self.labels(), SELECTED])
         _ = self.run
-        chosen = (
-            self.table["selected"] if label == SELECTED else pc.equal(self.table["label"], pa.scalar(label))
-        )
+        chosen = self.table["selected"] if label == SELECTED else pc.equal(self.table["label"], pa.scalar(label))
         chosen = pc.and_(chosen, pc.equal(self.table["group_name"], pa.scalar(WHOLE)))
         rows = self.table.filter(pc.and_(chosen, pc.invert(self.table["needs_decode"])))
         columns = (rows[name].to_pylist() for name in ("layer", "site", "scale"))
@@ -120,9 +118,7 @@ def read_scales(path: Path) -> ScaleTable:
     scales = ScaleTable(table, provenance)
     strangers = set(scales.runs()) - set(provenance["runs"])
     if strangers:
-        raise ScalesInvalid(
-            f"{path} has rows of run {min(strangers)}, unknown to its provenance; run `analyze` again"
-        )
+        raise ScalesInvalid(f"{path} has rows of run {min(strangers)}, unknown to its provenance; run `analyze` again")
     return scales
 
 
@@ -139,8 +135,7 @@ def _provenance(path: Path, metadata: dict[bytes, bytes]) -> dict[str, Any]:
         raise ScalesInvalid(f"the provenance of {path} is damaged; run `analyze` again")
     if version > FORMAT_VERSION:
         raise ScalesInvalid(
-            f"{path} has format version {version}; this quambase reads up to {FORMAT_VERSION}: "
-            "upgrade quambase"
+            f"{path} has format version {version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
         )
     found: dict[str, Any] = provenance
     return found

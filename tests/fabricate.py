@@ -72,9 +72,7 @@ def quantile_float32(values: npt.NDArray[np.float32], p: float) -> float:
     return float(np.float32(float(low) + (float(high) - float(low)) * weight))
 
 
-def make_run(
-    database: Path, run: str = "run-a", activations: Activations | None = None, **model: Any
-) -> Path:
+def make_run(database: Path, run: str = "run-a", activations: Activations | None = None, **model: Any) -> Path:
     """Write ``database/runs/<run>`` of ``activations`` (default `random_activations`); return the folder."""
     activations = random_activations() if activations is None else activations
     folder = database / "runs" / run
@@ -146,9 +144,7 @@ def _documents(key: dict[str, Any], documents: list[npt.NDArray[np.float32]]) ->
         quantiles = {name: quantile_float32(half(finite), p) for name, p in DOCUMENT_QUANTILES.items()}
         digest = hashlib.sha256(str(number).encode()).hexdigest()
         amax = float(np.abs(finite).max())
-        rows.append(
-            {**key, "document": number, "tokens": tokens, "sha256": digest, "amax": amax, **quantiles}
-        )
+        rows.append({**key, "document": number, "tokens": tokens, "sha256": digest, "amax": amax, **quantiles})
     return rows
 
 
