@@ -139,6 +139,8 @@ def test_apply_refuses(world, tmp_path):
         apply(table, strategy="tight", at=["x_proj:inptu"], db=tmp_path)
     with pytest.raises(ScalesInvalid, match=r"no scale for layer 0 in_proj:input \(12 of 14 missing"):
         apply(table, strategy="partial", db=tmp_path)
+    with pytest.raises(ScalesInvalid, match="no scale for layer 0 in_proj:input"):
+        apply(table, strategy="partial", at=["in_proj:input"], db=tmp_path)  # not silently quamba's
     with pytest.raises(ScalesInvalid, match="belongs to model tiny"):
         apply(table, model="mamba-7m", db=tmp_path)
     assert not list(tmp_path.glob("models/*"))

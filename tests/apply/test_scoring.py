@@ -145,6 +145,11 @@ def test_some_document_can_be_wholly_right(models):
     assert score(reference, int8, [item])[FLOAT].correct.tolist() == [True]
     wrong = Item(0, "", ([*text, (likely + 1) % CONFIG.vocab_size],), first=8)
     assert score(reference, int8, [wrong])[FLOAT].correct.tolist() == [False]
+    # One right token of two is not a right word.
+    logits = reference.logits(reference.hidden(Batch.pack([text])))
+    assert int(logits[-2].argmax()) != text[-1]
+    half = Item(0, "", ([*text, likely],), first=7)
+    assert score(reference, int8, [half])[FLOAT].correct.tolist() == [False]
 
 
 def test_real_tokenizer_has_the_same_interface(tmp_path):
