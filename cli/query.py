@@ -44,8 +44,9 @@ def sql(
     if schema + (query is not None) + (file is not None) != 1:
         raise click.UsageError("give one of QUERY, --file and --schema")
     with StatsDB(db, run, unsafe=unsafe, scales=scales) as database:
-        found = database.describe() if schema else database.sql(query if file is None else file.read())  # type: ignore[arg-type]
-        for line in database.notes:
+        text = query if file is None else file.read()
+        found = database.describe() if text is None else database.sql(text)
+        for line in database.notes if text and "scales" in text else ():
             note(line)
     if found.num_columns:
         emit(found, format_, output)

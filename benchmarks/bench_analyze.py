@@ -1,0 +1,59 @@
+"""Seconds of `analyze` at the 130m shape: 24 layers, every site, over 10 million count rows, every default strategy."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from timing import alternate, table
+
+from quambase.analyzer.batch import analyze
+from quambase.analyzer.strategies import DEFAULT_LABELS
+from quambase.schema.database import StatsDB
+from quambase.schema.distribution import Distribution
+from quambase.schema.manifest import Manifest, TableFile
+from quambase.schema.sites import layer_sites
+from quambase.schema.tables import COUNTS, file_sha256, write_table
+
+RUN = "synthetic"
+VALUES = 6_000_000
+
+
+def rows() -> Iterator[pa.Table]:
+    """Heavy-tailed values of each group at its own spread."""
+    random = np.random.default_rng(0)
+    drawn = random.standard_t(3, VALUES)
+    for layer, site in layer_sites(24):
+        for group in site.groups:
+            counted = Distribution.of_values(drawn * 10.0 ** random.uniform(-2, 1))
+            key = {"run": RUN, "layer": layer, "site": site.name, "group_name": group}
+            columns = [pa.array([value] * counted.values.size) for value in key.values()]
+            yield pa.table([*columns, counted.values, counted.counts], names=COUNTS.names)
+
+
+def main() -> None:
+    """Print the time of `analyze` beside the target, and of a scan and of a summary query."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "runs" / RUN
+        path = run / "counts.parquet"
+        total = write_table(path, "counts", rows(), COUNTS)
+        identity, model = {"weights_sha256": "none"}, {"name": "synthetic", "family": "mamba1", "n_layer": 24}
+        Manifest(RUN, identity, model, {}, {path.name: TableFile(total, file_sha256(path))}, []).save(run)
+        print(f"{total:,} count rows, {path.stat().st_size / 1e6:.1f} MB, strategies: {', '.join(DEFAULT_LABELS)}")
+        database = StatsDB(Path(folder))
+        scan = "SELECT layer, site, group_name, max(abs(value)), sum(count) FROM counts GROUP BY ALL"
+        seconds = alternate(
+            {
+                "analyze": lambda: analyze(Path(folder), out=Path(folder) / "scales.parquet"),
+                "scan of counts": lambda: database.sql(scan),
+                "quantile(0.9995)": lambda: database.sql("SELECT * FROM quantile(0.9995)"),
+            }
+        )
+    table("reach: analyze 10 s, scan 1 s", "ms", {k: v * 1e3 for k, v in seconds.items()}, "analyze")
+
+
+if __name__ == "__main__":
+    main()
