@@ -68,6 +68,43 @@ def lp_error(values: Float32, counts: Int64, scale: np.float32, power: float) ->
 
 
 @njit(cache=True, nogil=True)
+def entropy_divergences(bins: Float64, levels: int) -> Float64:
+    """KL divergence in nats of a histogram clipped at i bins from its version of ``levels`` levels, for i = levels..n.
+
+    See strategy `entropy`. Within a level the quantized histogram is constant over its non-empty bins, so one
+    logarithm per level is enough: sum ref log ref comes from a running sum, sum ref log new from the levels' sums.
+    """
+    n = bins.size
+    total, filled, self_information = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1)
+    for j in range(n):
+        total[j + 1] = total[j] + bins[j]
+        filled[j + 1] = filled[j] + (bins[j] > 0)
+        self_information[j + 1] = self_information[j] + (bins[j] * np.log(bins[j]) if bins[j] > 0 else 0.0)
+    divergences = np.full(n - levels + 1, np.inf)
+    for i in range(levels, n + 1):
+        tail = total[n] - total[i]
+        last = bins[i - 1]
+        if total[i] <= 0 or (tail > 0 and last <= 0):
+            continue  # the reference has mass where the quantized histogram has none
+        reference = self_information[i]
+        if tail > 0:
+            reference += (last + tail) * np.log(last + tail) - last * np.log(last)
+        quantized = 0.0
+        start = 0
+        for level in range(levels):
+            end = ((level + 1) * i + levels - 1) // levels
+            mass = total[end] - total[start]
+            if mass > 0:
+                height = np.log(mass / (filled[end] - filled[start]))
+                quantized += mass * height
+                if end == i:
+                    quantized += tail * height
+            start = end
+        divergences[i - levels] = (reference - quantized) / total[n] + np.log(total[i] / total[n])
+    return divergences
+
+
+@njit(cache=True, nogil=True)
 def suffix_sums(magnitudes: Float64, counts: Int64) -> tuple[Int64, Float64, Float64]:
     """For every i, over j >= i: sum of counts, of counts * a, of counts * a^2; one entry more than
     ``magnitudes``.

@@ -259,6 +259,26 @@ def lp(group: ScaleGroup, p: float = 2.4) -> float:
     return candidates[int(np.argmin(errors))]
 
 
+ENTROPY_BINS = 2048
+ENTROPY_LEVELS = 128
+
+
+@strategy
+def entropy(group: ScaleGroup) -> float:
+    """TensorRT's KL calibration as pytorch-quantization writes it. Of a histogram of a with 2048 bins (bin 0 set to bin
+    1), clipped at i = 128..2048 bins with the tail added to the last one, the i whose 128-level version diverges least
+    from it; the last of equal ones. The scale is that clip / 127."""
+    amax = group.distribution.amax
+    if amax <= 0:
+        return 0.0
+    magnitudes, counts = group.distribution.absolute
+    bins, _ = np.histogram(magnitudes.astype(np.float64), ENTROPY_BINS, (0.0, amax), weights=counts.astype(np.float64))
+    bins[0] = bins[1]
+    divergences = kernels.entropy_divergences(bins, ENTROPY_LEVELS)
+    last = divergences.size - 1 - int(np.argmin(divergences[::-1]))
+    return amax * (last + ENTROPY_LEVELS) / ENTROPY_BINS / LEVELS
+
+
 ACIQ_LAPLACE = 9.89675982
 """t of least 2 exp(-t) + t^2 / (3 4^8): t exp(t) = 3 4^8."""
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.analyzer import strategies
+from quambase.analyzer import kernels, strategies
 from quambase.analyzer.groups import ScaleGroup, group_of_values
 from quambase.analyzer.strategies import DEFAULT_LABELS, STRATEGIES, parse_label, parse_labels, strategy
 from quambase.schema.errors import UnknownName
@@ -68,6 +68,40 @@ def test_lp_is_the_best_of_its_grid(group: ScaleGroup) -> None:
 
     grid = [A.max() / 127 * i / 100 for i in range(1, 101)]
     assert parse_label("lp").scale(group) == pytest.approx(min(grid, key=power), rel=2**-23)
+
+
+def kl_divergence(bins: np.ndarray, i: int) -> float:
+    """Clip at ``i`` bins, quantize to 128 levels, and compare, bin by bin."""
+    level = np.digitize(np.arange(i), np.linspace(0, i, 129)) - 1
+    filled = bins[:i] > 0
+    quantized = np.zeros(i)
+    for k in range(128):
+        mine = (level == k) & filled
+        if mine.any():
+            quantized[mine] = bins[:i][mine].sum() / mine.sum()
+    reference = bins[:i].copy()
+    reference[-1] += bins[i:].sum()
+    if ((reference > 0) & (quantized <= 0)).any():
+        return math.inf
+    p, q = reference / reference.sum(), quantized / quantized.sum()
+    return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_entropy_has_the_least_divergence(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    values = (random.standard_t(2 + seed, 30000) * (1 if seed % 2 else 10)).astype(np.float16)
+    magnitudes = np.abs(values.astype(np.float64))
+    bins, edges = np.histogram(magnitudes, 2048, (0.0, magnitudes.max()))
+    bins = bins.astype(np.float64)
+    bins[0] = bins[1]
+    divergences = [kl_divergence(bins, i) for i in range(128, 2049)]
+    # The twin adds up to 2048 terms in another order: differences of 1e-12 decide nothing.
+    np.testing.assert_allclose(kernels.entropy_divergences(bins, 128), divergences, rtol=1e-9, atol=1e-12)
+    scale = parse_label("entropy").scale(group_of_values(values))
+    assert isinstance(scale, float)
+    chosen = int(np.argmin(np.abs(edges - scale * 127)))
+    assert divergences[chosen - 128] <= min(divergences) + 1e-11
 
 
 def test_outlier_piecewise_reaches_the_largest_value(group: ScaleGroup) -> None:
