@@ -102,8 +102,8 @@ def collect(
     layouts = site_layouts(loaded.config, observed)
     identity = {
         "format_version": FORMAT_VERSION,
-        "weights": loaded.weights_sha256,
-        "tokenizer": loaded.tokenizer_sha256,
+        "weights_sha256": loaded.weights_sha256,
+        "tokenizer_sha256": loaded.tokenizer_sha256,
         "documents": plan.digest(),
         "samples": samples,
         "seq_len": seq_len,

@@ -155,6 +155,13 @@ class Counter:
         self._scratch = np.zeros((workers, groups, PATTERNS), np.uint32)
         self._top = np.zeros((workers, groups, most, len(TOP_FIELDS)), np.int64)
         self._top_sizes = np.zeros((workers, groups), np.int64)
+        self._buffer = torch.empty(0, dtype=encoding.torch_dtype)
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the 16-bit type, contiguous, in a buffer that is used again: fresh memory costs more than the rounding."""
+        if self._buffer.numel() < x.numel():
+            self._buffer = torch.empty(x.numel(), dtype=self.encoding.torch_dtype)
+        return self._buffer[: x.numel()].view(x.shape).copy_(x)
 
     def add(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: Float32) -> None:
         """Add documents ``first`` onwards of a block to ``into``.
@@ -170,7 +177,7 @@ class Counter:
         borders = np.searchsorted(offsets, even).clip(0, documents)
         counts, top_sizes = self._counts[:, :groups], self._top_sizes[:, :groups]
         count_documents(
-            x.to(self.encoding.torch_dtype).contiguous().view(torch.uint16).numpy(),
+            self._rounded(x).view(torch.uint16).numpy(),
             offsets,
             first,
             np.array([0, *borders, documents], np.int64),
