@@ -28,7 +28,7 @@ def alternate(sides: Mapping[str, Callable[[], object]], repeats: int = 3) -> di
     Every side runs once before, for compilation and caches.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for name, side in sides.items():
+    for side in sides.values():
         side()
     for _ in range(repeats):
         for name, side in sides.items():

@@ -97,8 +97,8 @@ class BlockRecorder:
         for (layer, site), seen in self._seen.items():
             if seen != len(self.documents):
                 raise TapNeverFired(
-                    f"the tap {site} of layer {layer} saw {seen} of {len(self.documents)} documents: this model's forward pass"
-                    " does not reach it; leave the site out with --sites, or report the model"
+                    f"the tap {site} of layer {layer} saw {seen} of {len(self.documents)} documents: this model's forward"
+                    " pass does not reach it; leave the site out with --sites, or report the model"
                 )
         numbers = np.array([document.index for document in self.documents], np.int64)
         for stats in self.statistics.values():

@@ -158,7 +158,7 @@ class Counter:
         self._buffer = torch.empty(0, dtype=encoding.torch_dtype)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """x in the 16-bit type, contiguous, in a buffer that is used again: fresh memory costs more than the rounding."""
+        """x in the 16-bit type, contiguous, in a buffer used again: fresh memory costs more than the rounding."""
         if self._buffer.numel() < x.numel():
             self._buffer = torch.empty(x.numel(), dtype=self.encoding.torch_dtype)
         return self._buffer[: x.numel()].view(x.shape).copy_(x)

@@ -29,7 +29,9 @@ def list_runs(path: Path) -> tuple[list[Path], list[Path]]:
     DatabaseInvalid when there is no such database.
     """
     if not (path / "runs").is_dir():
-        raise DatabaseInvalid(f"there is no database at {path} (no folder runs in it); run `collect --model NAME --db {path}`")
+        raise DatabaseInvalid(
+            f"there is no database at {path} (it has no folder runs); run `collect --model NAME --db {path}`"
+        )
     folders = sorted(p for p in (path / "runs").iterdir() if p.is_dir() and not p.name.startswith("."))
     complete = [p for p in folders if (p / MANIFEST).exists()]
     unfinished = [p for p in folders if not (p / MANIFEST).exists()]

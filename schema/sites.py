@@ -1,4 +1,4 @@
-"""The sites of a Mamba-1 model, by upstream Quamba's keys, and what its INT8 model does with each."""
+"""The sites of Mamba-1 and Mamba-2 models, by upstream Quamba's keys, and what their INT8 models do with each."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Site:
 
     name        upstream's key, ``module:input`` or ``module:output``
     groups      names of its channel slices, in channel order
+    by_ssd      divided by SSD group instead: g0, g1, ... of a model that has several
     consumed    the INT8 model reads this site's scale
     decode_only only token-by-token decoding reads it (no effect on perplexity)
     saturates   every consumer clamps. Upstream's Hadamard quantizer at ``out_proj:input``
@@ -33,6 +34,11 @@ class Site:
     decode_only: bool = False
     saturates: bool = True
     head: bool = False
+    by_ssd: bool = False
+
+    def group_names(self, ngroups: int = 1) -> tuple[str, ...]:
+        """The names of its groups in a model of ``ngroups`` SSD groups (Mamba-1 has none, which counts as one)."""
+        return tuple(f"g{i}" for i in range(ngroups)) if self.by_ssd and ngroups > 1 else self.groups
 
 
 STATE_SITES = ("ssm_state_act:input", "ssm_state_act:output")
@@ -53,27 +59,88 @@ MAMBA1_SITES: tuple[Site, ...] = (
     Site("lm_head:output", head=True),
 )
 
-_BY_NAME = {site.name: site for site in MAMBA1_SITES}
+MAMBA2_SITES: tuple[Site, ...] = (
+    # Upstream observes the identities' outputs too and reads some of them; they are the
+    # inputs once more, and a code must be decoded by the scale that made it: the input's.
+    Site("in_proj:input", consumed=True),
+    Site("in_proj:output", groups=("z", "x", "B", "C", "dt")),
+    Site("z_act:input", consumed=True),
+    Site("z_act:output"),
+    Site("x_conv_in:input", consumed=True),
+    Site("x_conv_in:output"),
+    Site("B_conv_in:input", consumed=True),
+    Site("B_conv_in:output"),
+    Site("C_conv_in:input", consumed=True),
+    Site("C_conv_in:output"),
+    Site("x_conv_out:input", consumed=True, by_ssd=True),
+    Site("x_conv_out:output", by_ssd=True),
+    Site("B_conv_out:input", consumed=True, by_ssd=True),
+    Site("B_conv_out:output", by_ssd=True),
+    Site("C_conv_out:input", consumed=True, by_ssd=True),
+    Site("C_conv_out:output", by_ssd=True),
+    Site("dt_act:input", consumed=True),
+    Site("dt_act:output"),
+    Site("ssm_state_act:input", consumed=True, decode_only=True),
+    Site("ssm_state_act:output"),
+    Site("ssd_out_act:input"),
+    Site("ssd_out_act:output"),
+    Site("out_proj:input", consumed=True, saturates=False),
+    Site("out_proj:output"),
+    Site("lm_head:input", consumed=True, head=True),
+    Site("lm_head:output", head=True),
+)
+
+MAMBA1 = "mamba1"
+MAMBA2 = "mamba2"
+FAMILIES: dict[str, tuple[Site, ...]] = {MAMBA1: MAMBA1_SITES, MAMBA2: MAMBA2_SITES}
+"""The sites of each family, in the order a token meets them."""
 
 
-def find_site(name: str) -> Site:
-    """The site called ``name``; UnknownName lists the nearest."""
-    if name not in _BY_NAME:
-        raise UnknownName.of("site", name, _BY_NAME)
-    return _BY_NAME[name]
+def _merged() -> tuple[str, ...]:
+    """All site names in one order that agrees with each family's."""
+    order = [site.name for site in MAMBA2_SITES]
+    place = 0
+    for site in MAMBA1_SITES:
+        if site.name in order:
+            place = order.index(site.name)
+        else:
+            order.insert(place, site.name)
+        place += 1
+    return tuple(order)
 
 
-def is_model_site(name: str) -> bool:
-    """Whether ``name`` is a site of the model (an imported tensor may be called anything)."""
-    return name in _BY_NAME
+SITE_NAMES = _merged()
+"""Every name of a site, in model order."""
+
+_BY_NAME = {family: {site.name: site for site in sites} for family, sites in FAMILIES.items()}
+_ANY = _BY_NAME[MAMBA2] | _BY_NAME[MAMBA1]
 
 
-def layer_sites(n_layer: int) -> Iterator[tuple[int, Site]]:
+def _known(family: str) -> dict[str, Site]:
+    """An imported tensor's family has no sites of its own: its site may be called like any model's, Mamba-1's first."""
+    return _BY_NAME.get(family, _ANY)
+
+
+def find_site(name: str, family: str = MAMBA1) -> Site:
+    """The site called ``name`` in a model of ``family``; UnknownName lists the nearest."""
+    known = _known(family)
+    if name not in known:
+        raise UnknownName.of("site", name, known)
+    return known[name]
+
+
+def is_model_site(name: str, family: str = MAMBA1) -> bool:
+    """Whether ``name`` is a site of such a model (an imported tensor may be called anything)."""
+    return name in _known(family)
+
+
+def layer_sites(n_layer: int, family: str = MAMBA1) -> Iterator[tuple[int, Site]]:
     """Every (layer, site) of a model with ``n_layer`` layers, head last."""
+    sites = FAMILIES[family]
     for layer in range(n_layer):
-        for site in MAMBA1_SITES:
+        for site in sites:
             if not site.head:
                 yield layer, site
-    for site in MAMBA1_SITES:
+    for site in sites:
         if site.head:
             yield HEAD_LAYER, site
