@@ -97,7 +97,7 @@ class BlockRecorder:
         for (layer, site), seen in self._seen.items():
             if seen != len(self.documents):
                 raise TapNeverFired(
-                    f"the tap {site} of layer {layer} saw {seen} of {len(self.documents)} documents: this model's forward"
+                    f"the tap {site} of layer {layer} saw {seen} of {len(self.documents)} documents: the forward"
                     " pass does not reach it; leave the site out with --sites, or report the model"
                 )
         numbers = np.array([document.index for document in self.documents], np.int64)
