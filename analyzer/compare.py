@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,9 @@ def compare(
     if picture is not None:
         from quambase.analyzer.plots import comparison_picture  # matplotlib takes half a second to import
 
-        comparison_picture(comparison, picture)
+        order = table["strategy"].to_pylist()
+        drawn_by = {label: partial(reconstruct, scale=scales[label]) for label in order}
+        comparison_picture(picture, title, chosen.distribution, drawn_by)
     return comparison
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from quambase.schema.distribution import Distribution
 from quambase.schema.errors import QuambaseError
 from quambase.schema.tables import replacing
 
-if TYPE_CHECKING:
-    from quambase.analyzer.compare import Comparison
+Reconstructions = Mapping[str, Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float64]]]
+"""Label of a strategy to what makes of values their reconstructions; least error first."""
 
 SHOWN = 6
 """Strategies drawn: those of least error, and absmax."""
@@ -25,7 +27,7 @@ OCTAVES = 14
 """How far below the largest magnitude the error is shown: further down every code is zero."""
 
 
-def comparison_picture(comparison: Comparison, path: Path) -> None:
+def comparison_picture(path: Path, title: str, distribution: Distribution, reconstructions: Reconstructions) -> None:
     """Save two panels: reconstruction against original, and the root mean squared error by magnitude.
 
     The suffix of ``path`` chooses the format (png, svg, pdf); the file takes its place at once.
@@ -37,35 +39,29 @@ def comparison_picture(comparison: Comparison, path: Path) -> None:
     if suffix not in supported:
         raise QuambaseError(f"a picture cannot be saved as '{path.name}'; expected one of .{', .'.join(supported)}")
     left, right = figure.subplots(1, 2)
-    figure.suptitle(comparison.title)
-    labels = comparison.strategies["strategy"].to_pylist()
-    shown = labels[:SHOWN] + [name for name in labels[SHOWN:] if name == "absmax"]
-    _draw_reconstruction(left, comparison, shown)
-    _draw_error(right, comparison, shown)
+    figure.suptitle(title)
+    labels = list(reconstructions)
+    shown = {name: reconstructions[name] for name in labels if name in labels[:SHOWN] or name == "absmax"}
+    _draw_reconstruction(left, distribution, shown)
+    _draw_error(right, distribution, shown)
     with replacing(path) as temporary:
         # Without dates the same comparison gives the same picture.
         metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(suffix)
         figure.savefig(temporary, format=suffix, dpi=120, metadata=metadata)
 
 
-def _draw_reconstruction(axes: Axes, comparison: Comparison, shown: list[str]) -> None:
-    from quambase.analyzer.compare import reconstruct
-
-    distribution = comparison.group.distribution
+def _draw_reconstruction(axes: Axes, distribution: Distribution, shown: Reconstructions) -> None:
     low, high = (float(distribution.values[i]) for i in (0, -1)) if distribution.values.size else (-1.0, 1.0)
     original = np.linspace(low, high, 4001).astype(np.float32)
-    for label in shown:
-        axes.plot(original, reconstruct(original, comparison.scales[label]), label=label, linewidth=1)
+    for label, reconstruct in shown.items():
+        axes.plot(original, reconstruct(original), label=label, linewidth=1)
     axes.plot([low, high], [low, high], color="black", linewidth=0.5, linestyle=":")
     axes.set(xlabel="original", ylabel="reconstruction", title="original against reconstruction")
     axes.legend()
     axes.grid(alpha=0.3)
 
 
-def _draw_error(axes: Axes, comparison: Comparison, shown: list[str]) -> None:
-    from quambase.analyzer.compare import reconstruct
-
-    distribution = comparison.group.distribution
+def _draw_error(axes: Axes, distribution: Distribution, shown: Reconstructions) -> None:
     values, counts = distribution.values, distribution.counts
     nonzero = values != 0
     magnitude = np.abs(values[nonzero].astype(np.float64))
@@ -74,8 +70,8 @@ def _draw_error(axes: Axes, comparison: Comparison, shown: list[str]) -> None:
         bins, place = np.unique(octave, return_inverse=True)
         weight = np.bincount(place, weights=counts[nonzero].astype(np.float64))
         centre = 2.0 ** ((bins + 0.5) / BINS_PER_OCTAVE)
-        for label in shown:
-            error = (values - reconstruct(values, comparison.scales[label]))[nonzero]
+        for label, reconstruct in shown.items():
+            error = (values - reconstruct(values))[nonzero]
             mean = np.bincount(place, weights=counts[nonzero] * error**2) / weight
             drawn = mean > 0
             axes.loglog(centre[drawn], np.sqrt(mean[drawn]), label=label, linewidth=1, marker=".", markersize=3)
