@@ -29,7 +29,10 @@ BUNDLED_DATA: dict[str, str] = {
 """Names of the bundled texts, written by the bundled model itself (`quambase generate`)."""
 
 PYTHON_DOCS = ("python-docs:calibration", "python-docs:evaluation")
-"""Real English text on every machine: the language reference inside Python (`pydoc_data.topics`), every other topic."""
+"""Real English text on every machine: the language reference inside Python (`pydoc_data.topics`), every other topic, in passages."""
+
+PASSAGE = 1500
+"""Characters after which a topic of the language reference is cut at the next blank line."""
 
 HUB_DATA: dict[str, str] = {
     "pile-val": "hf:monology/pile-uncopyrighted:val.jsonl.zst",
@@ -76,7 +79,19 @@ def _texts(data: str) -> Iterator[str]:
 def _python_docs(part: int) -> Iterator[str]:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     distinct = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # some topics share a text
-    return iter(distinct[part::2])
+    return (passage for text in distinct[part::2] for passage in _passages(text))
+
+
+def _passages(text: str) -> Iterator[str]:
+    """``text`` cut at blank lines into passages of about PASSAGE characters."""
+    held: list[str] = []
+    for paragraph in text.split("\n\n"):
+        held.append(paragraph)
+        if sum(map(len, held)) >= PASSAGE:
+            yield "\n\n".join(held).strip("\n")
+            held = []
+    if held and (rest := "\n\n".join(held).strip("\n")):
+        yield rest
 
 
 def _file_texts(path: Path) -> Iterator[str]:

@@ -1,15 +1,44 @@
-"""Configuration and weights of a Mamba-1 language model."""
+"""Configuration and weights of a Mamba-1 language model, and what reading Mamba-2's shares with it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from quambase.schema.errors import CheckpointInvalid
+
+
+_BIASES = "config.json asks for projection biases or no conv bias; no INT8 Quamba model has that"
+
+
+def check_mamba_ssm(raw: dict[str, Any]) -> dict[str, Any]:
+    """``ssm_cfg`` of mamba-ssm's config.json; CheckpointInvalid for what no INT8 Quamba model of any family has."""
+    ssm: dict[str, Any] = raw.get("ssm_cfg") or {}
+    if not raw.get("rms_norm", True):
+        raise CheckpointInvalid("config.json says rms_norm = false; only models with RMSNorm can be folded and rotated")
+    if raw.get("attn_layer_idx") or raw.get("d_intermediate"):
+        raise CheckpointInvalid(
+            "config.json describes a hybrid model (attention or MLP layers); expected Mamba layers only"
+        )
+    if ssm.get("bias") or ssm.get("conv_bias") is False:
+        raise CheckpointInvalid(_BIASES)
+    return ssm
+
+
+def check_hugging_face(raw: dict[str, Any]) -> None:
+    """CheckpointInvalid for what no INT8 Quamba model of any family has, in transformers' words."""
+    if raw.get("use_bias") or raw.get("use_conv_bias") is False:
+        raise CheckpointInvalid(_BIASES)
+
+
+def padded_vocabulary(raw: dict[str, Any]) -> int:
+    """The embedding's rows: ``vocab_size`` rounded up to ``pad_vocab_size_multiple`` (8)."""
+    multiple = int(raw.get("pad_vocab_size_multiple", 8))
+    return -(-int(raw["vocab_size"]) // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -28,29 +57,13 @@ class MambaConfig:
     @classmethod
     def from_mamba_ssm(cls, raw: dict[str, Any]) -> MambaConfig:
         """From mamba-ssm's config.json (``d_model``, ``n_layer``, ``vocab_size``, ``ssm_cfg``)."""
-        ssm = raw.get("ssm_cfg") or {}
-        layer = ssm.get("layer", "Mamba1")
-        if layer != "Mamba1":
-            raise CheckpointInvalid(f"config.json says ssm_cfg.layer = {layer}; this version reads Mamba1 models")
-        if not raw.get("rms_norm", True):
-            raise CheckpointInvalid(
-                "config.json says rms_norm = false; only models with RMSNorm can be folded and rotated"
-            )
-        if raw.get("attn_layer_idx") or raw.get("d_intermediate"):
-            raise CheckpointInvalid(
-                "config.json describes a hybrid model (attention or MLP layers); expected Mamba-1 only"
-            )
-        if ssm.get("bias") or ssm.get("conv_bias") is False:
-            raise CheckpointInvalid(
-                "config.json asks for projection biases or no conv bias; no INT8 Quamba model has that"
-            )
+        ssm = check_mamba_ssm(raw)
         d_model = int(raw["d_model"])
-        multiple = int(raw.get("pad_vocab_size_multiple", 8))
         dt_rank = ssm.get("dt_rank", "auto")
         return cls(
             d_model=d_model,
             n_layer=int(raw["n_layer"]),
-            vocab_size=-(-int(raw["vocab_size"]) // multiple) * multiple,
+            vocab_size=padded_vocabulary(raw),
             d_inner=int(ssm.get("expand", 2) * d_model),
             d_state=int(ssm.get("d_state", 16)),
             d_conv=int(ssm.get("d_conv", 4)),
@@ -60,10 +73,7 @@ class MambaConfig:
     @classmethod
     def from_hugging_face(cls, raw: dict[str, Any]) -> MambaConfig:
         """From transformers' MambaConfig JSON (``hidden_size``, ``num_hidden_layers``, ...)."""
-        if raw.get("use_bias") or raw.get("use_conv_bias") is False:
-            raise CheckpointInvalid(
-                "config.json asks for projection biases or no conv bias; no INT8 Quamba model has that"
-            )
+        check_hugging_face(raw)
         d_model = int(raw["hidden_size"])
         dt_rank = raw.get("time_step_rank", "auto")
         return cls(
@@ -127,11 +137,16 @@ _LAYER_NAMES = {
 }
 
 
-def weights_from_tensors(config: MambaConfig, tensors: dict[str, torch.Tensor]) -> MambaWeights:
-    """Build MambaWeights from a state dict of mamba-ssm (``backbone.embedding``) or transformers
-    (``backbone.embeddings``). CheckpointInvalid names a tensor that is missing, of another shape or not finite.
+class Take(Protocol):
+    """Picks a tensor out of a checkpoint: the first of ``names`` it holds, float32."""
+
+    def __call__(self, shape: tuple[int, ...], *names: str) -> torch.Tensor: ...
+
+
+def taker(tensors: dict[str, torch.Tensor], expected: str) -> Take:
+    """How a state dict is read. CheckpointInvalid names a tensor that is missing, of another shape or not finite;
+    ``expected`` says what would have been complete.
     """
-    c = config
 
     def take(shape: tuple[int, ...], *names: str) -> torch.Tensor:
         for name in names:
@@ -146,8 +161,28 @@ def weights_from_tensors(config: MambaConfig, tensors: dict[str, torch.Tensor]) 
                 if not torch.isfinite(tensor).all():
                     raise CheckpointInvalid(f"tensor {name} holds NaN or infinity; the checkpoint is damaged")
                 return tensor.contiguous()
-        raise CheckpointInvalid(f"the checkpoint has no tensor {names[0]}; expected a Mamba-1 of {c.n_layer} layers")
+        raise CheckpointInvalid(f"the checkpoint has no tensor {names[0]}; expected {expected}")
 
+    return take
+
+
+def take_ends(
+    take: Take, tensors: dict[str, torch.Tensor], vocab_size: int, d_model: int
+) -> dict[str, torch.Tensor]:
+    """embedding, norm_f and lm_head, in mamba-ssm's (``backbone.embedding``) or transformers' names; a head that is
+    absent or equal to the embedding is the embedding.
+    """
+    embedding = take((vocab_size, d_model), "backbone.embedding.weight", "backbone.embeddings.weight")
+    head = take((vocab_size, d_model), "lm_head.weight") if "lm_head.weight" in tensors else embedding
+    if head is not embedding and torch.equal(head, embedding):
+        head = embedding
+    return {"embedding": embedding, "norm_f": take((d_model,), "backbone.norm_f.weight"), "lm_head": head}
+
+
+def weights_from_tensors(config: MambaConfig, tensors: dict[str, torch.Tensor]) -> MambaWeights:
+    """Build MambaWeights from a state dict of mamba-ssm or transformers; errors as `taker`'s."""
+    c = config
+    take = taker(tensors, f"a Mamba-1 of {c.n_layer} layers")
     shapes = {
         "norm": (c.d_model,),
         "in_proj": (2 * c.d_inner, c.d_model),
@@ -160,26 +195,33 @@ def weights_from_tensors(config: MambaConfig, tensors: dict[str, torch.Tensor]) 
         "D": (c.d_inner,),
         "out_proj": (c.d_model, c.d_inner),
     }
-    embedding = take((c.vocab_size, c.d_model), "backbone.embedding.weight", "backbone.embeddings.weight")
     layers = tuple(
         LayerWeights(**{key: take(shapes[key], f"backbone.layers.{i}.{name}") for key, name in _LAYER_NAMES.items()})
         for i in range(c.n_layer)
     )
-    head = take((c.vocab_size, c.d_model), "lm_head.weight") if "lm_head.weight" in tensors else embedding
-    if head is not embedding and torch.equal(head, embedding):
-        head = embedding
-    return MambaWeights(c, embedding, layers, take((c.d_model,), "backbone.norm_f.weight"), head)
+    return MambaWeights(c, layers=layers, **take_ends(take, tensors, c.vocab_size, c.d_model))
 
 
 def tensors_of(weights: MambaWeights) -> dict[str, torch.Tensor]:
     """The state dict in mamba-ssm's layout and names (a tied head is left out)."""
-    found = {"backbone.embedding.weight": weights.embedding, "backbone.norm_f.weight": weights.norm_f}
-    for i, layer in enumerate(weights.layers):
-        for key, name in _LAYER_NAMES.items():
+    return name_tensors(weights.embedding, weights.norm_f, weights.lm_head, weights.layers, _LAYER_NAMES)
+
+
+def name_tensors(
+    embedding: torch.Tensor,
+    norm_f: torch.Tensor,
+    lm_head: torch.Tensor,
+    layers: Iterable[object],
+    names: dict[str, str],
+) -> dict[str, torch.Tensor]:
+    """A state dict from the parts of a model; ``names`` maps a layer's fields to mamba-ssm's names."""
+    found = {"backbone.embedding.weight": embedding, "backbone.norm_f.weight": norm_f}
+    for i, layer in enumerate(layers):
+        for key, name in names.items():
             tensor = getattr(layer, key)
             found[f"backbone.layers.{i}.{name}"] = tensor.unsqueeze(1) if key == "conv_weight" else tensor
-    if weights.lm_head is not weights.embedding:
-        found["lm_head.weight"] = weights.lm_head
+    if lm_head is not embedding:
+        found["lm_head.weight"] = lm_head
     return found
 
 
