@@ -78,8 +78,12 @@ def _texts(data: str) -> Iterator[str]:
 
 def _python_docs(part: int) -> Iterator[str]:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    distinct = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # some topics share a text
-    return (passage for text in distinct[part::2] for passage in _passages(text))
+    distinct = dict.fromkeys(topics[name] for name in sorted(topics))  # some topics share a text
+    first_topic: dict[str, int] = {}  # and some share passages
+    for number, text in enumerate(distinct):
+        for passage in _passages(text):
+            first_topic.setdefault(passage, number)
+    return (passage for passage, number in first_topic.items() if number % 2 == part)
 
 
 def _passages(text: str) -> Iterator[str]:
