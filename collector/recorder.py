@@ -22,7 +22,7 @@ Positions = Mapping[int, npt.NDArray[np.int64]]
 
 @dataclass
 class BlockRecorder:
-    """A `quambase.model.mamba.Tap` for the documents of one block; sites without a layout are not looked at.
+    """A `quambase.model.backbone.Tap` for the documents of one block; sites without a layout are not looked at.
 
     ``positions``: document number to the positions whose activations are kept (None: every one);
     ``states``: the documents whose final state is kept (None: all).
@@ -45,7 +45,7 @@ class BlockRecorder:
         self._kept: dict[Key, list[tuple[int, int, npt.NDArray[np.float32]]]] = {key: [] for key in self.layouts}
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
-        """Count one site's activations; see `quambase.model.mamba.Tap` for the shapes."""
+        """Count one site's activations; see `quambase.model.backbone.Tap` for the shapes."""
         key = (layer, site)
         layout = self.layouts.get(key)
         if layout is None:

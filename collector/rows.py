@@ -104,7 +104,7 @@ def groups_rows(run: str, layouts: Mapping[Key, SiteLayout]) -> Iterator[pa.Tabl
             nothing = pa.nulls(1, pa.int32())
             columns: dict[str, object] = {
                 "channels": [channels],
-                "ssd_group": nothing,
+                "ssd_group": [layout.ssd_groups[g]] if layout.ssd_groups else nothing,
                 "head_group": nothing,
                 "channel_group": nothing,
             }

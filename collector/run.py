@@ -12,20 +12,19 @@ from typing import Any
 from tqdm import tqdm
 
 from quambase.collector.checkpoint import load_checkpoint, save_checkpoint
+from quambase.collector.layouts import site_layouts
 from quambase.collector.plan import Keep, Plan, make_plan, run_id, sampled_states, sampled_tokens
 from quambase.collector.recorder import BlockRecorder
 from quambase.collector.rows import Key, Locate
 from quambase.collector.statistics import ENCODINGS, Counter, SiteLayout, SiteStatistics
 from quambase.collector.writer import finish_run, locked, versions, write_part, write_run
 from quambase.model.batch import Batch
-from quambase.model.load import LoadedModel, load_model
-from quambase.model.mamba import Mamba
+from quambase.model.load import LoadedModel, floating_model, load_model
 from quambase.model.prepare import prepare
-from quambase.model.weights import MambaConfig
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DataInvalid
 from quambase.schema.manifest import MANIFEST, Manifest
-from quambase.schema.sites import MAMBA1_SITES, STATE_SITES, find_site, layer_sites
+from quambase.schema.sites import FAMILIES, find_site
 
 CHECKPOINT_SECONDS = 10.0
 """A killed run loses at most about this much work, besides the block it was in."""
@@ -48,28 +47,8 @@ def default_data(model: LoadedModel) -> str:
     return "sample:calibration" if model.bundled else "pile-val"
 
 
-def site_layouts(config: MambaConfig, sites: Sequence[str]) -> dict[Key, SiteLayout]:
-    """Every observed (layer, site) of a model and where its groups lie."""
-    c = config
-    edges = {
-        "in_proj:input": (0, c.d_model),
-        "in_proj:output": (0, c.d_inner, 2 * c.d_inner),
-        "x_proj:input": (0, c.d_inner),
-        "x_proj:output": (0, c.dt_rank, c.dt_rank + c.d_state, c.dt_rank + 2 * c.d_state),
-        "dt_proj:input": (0, c.dt_rank),
-        "dt_proj:output": (0, c.d_inner),
-        "ssm_state_act:input": (0, c.d_state),
-        "ssm_state_act:output": (0, c.d_state),
-        "out_proj:input": (0, c.d_inner),
-        "out_proj:output": (0, c.d_model),
-        "lm_head:input": (0, c.d_model),
-        "lm_head:output": (0, c.vocab_size),
-    }
-    return {
-        (layer, site.name): SiteLayout(site.groups, edges[site.name], site.name in STATE_SITES)
-        for layer, site in layer_sites(c.n_layer)
-        if site.name in sites
-    }
+SIZES = ("n_layer", "d_model", "d_inner", "d_state", "dt_rank", "headdim", "ngroups", "vocab_size")
+"""What the manifest says of a model's sizes, as far as its family has them."""
 
 
 def collect(
@@ -94,12 +73,14 @@ def collect(
     Errors: ModelNotFound, CheckpointInvalid, DataInvalid, UnknownName, RunBusy, TapNeverFired.
     """
     for name in sites:
-        find_site(name)
+        find_site(name, family="")  # any model's, so that a slip is told before the slow part
     loaded = load_model(model, tokenizer=tokenizer)
+    for name in sites:
+        find_site(name, loaded.family)
     source = data or default_data(loaded)
     plan = make_plan(source, loaded.tokenizer, samples, seq_len, progress=progress)
-    observed = [site.name for site in MAMBA1_SITES if not sites or site.name in sites]
-    layouts = site_layouts(loaded.config, observed)
+    observed = [site.name for site in FAMILIES[loaded.family] if not sites or site.name in sites]
+    layouts = site_layouts(loaded.any_weights.config, observed)
     identity = {
         "format_version": FORMAT_VERSION,
         "weights_sha256": loaded.weights_sha256,
@@ -127,18 +108,15 @@ def collect(
         encoding = ENCODINGS["float16"]
         observed_for = time.time() - started
         tables = write_run(folder, run, statistics, encoding, _locator(plan, loaded), blocks)
-        c = loaded.config
+        sizes = loaded.any_weights.config
         manifest = Manifest(
             run=run,
             identity=identity,
             model={
                 "name": loaded.name,
                 "path": str(loaded.path) if not loaded.bundled else loaded.name,
-                "family": "mamba1",
-                **{
-                    key: getattr(c, key)
-                    for key in ("n_layer", "d_model", "d_inner", "d_state", "dt_rank", "vocab_size")
-                },
+                "family": loaded.family,
+                **{key: getattr(sizes, key) for key in SIZES if hasattr(sizes, key)},
             },
             data={
                 "name": source,
@@ -174,13 +152,13 @@ def _observe(
     keep: Keep = identity["keep_tokens"]
     positions = None if keep == "all" else sampled_tokens(plan, keep, identity["seed"])
     # A state has d_state values for every channel of a token.
-    states = None if keep == "all" else sampled_states(plan, keep // loaded.config.d_state, identity["seed"])
+    states = None if keep == "all" else sampled_states(plan, keep // loaded.any_weights.config.d_state, identity["seed"])
     counter = Counter(ENCODINGS["float16"], OUTLIERS, max(len(layout.names) for layout in layouts.values()))
     done, statistics = load_checkpoint(folder, layouts, OUTLIERS)
     blocks = plan.blocks(identity["block"])
     finished = sum(document.tokens.size for block in blocks[:done] for document in block)
     saved = time.monotonic()
-    model = Mamba(prepare(loaded.weights), rotated=True)
+    model = floating_model(prepare(loaded.any_weights), rotated=True)
     with tqdm(
         total=plan.tokens, initial=finished, desc="collect", unit="tok", unit_scale=True, disable=not progress
     ) as bar:
@@ -201,7 +179,7 @@ def _observe(
 def _locator(plan: Plan, loaded: LoadedModel) -> Locate:
     """How `outliers` names a value's place: a state's row and column are one flat channel of the last token."""
     tokens = {document.index: document.tokens for document in plan.documents}
-    states = loaded.config.d_state
+    states = loaded.any_weights.config.d_state
 
     def locate(layout: SiteLayout, document: int, row: int, channel: int) -> tuple[int, int, str, int]:
         position, column = (tokens[document].size - 1, row * states + channel) if layout.state else (row, channel)

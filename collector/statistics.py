@@ -53,11 +53,15 @@ ENCODINGS = {
 
 @dataclass(frozen=True)
 class SiteLayout:
-    """Where a site's groups lie: group ``names[g]`` is channels ``edges[g]:edges[g + 1]``."""
+    """Where a site's groups lie: group ``names[g]`` is channels ``edges[g]:edges[g + 1]``.
+
+    ssd_groups  the SSD group of each group; none at a site that SSD groups share, or of a model without them
+    """
 
     names: tuple[str, ...]
     edges: tuple[int, ...]
     state: bool = False
+    ssd_groups: tuple[int, ...] = ()
 
     @property
     def channels(self) -> int:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from quambase.model.mamba import Mamba, State
+from quambase.model.backbone import Backbone, State
 
 
 def generate(
-    model: Mamba,
+    model: Backbone,
     prompts: Sequence[Sequence[int]],
     lengths: Sequence[int],
     *,

@@ -1,4 +1,4 @@
-"""Compiled CPU kernels of the Mamba-1 block: depthwise causal convolution, selective scan, Hadamard butterflies.
+"""Compiled CPU kernels of the Mamba blocks: depthwise causal convolution, selective and SSD scans, Hadamard butterflies.
 
 Batches are packed: documents lie one after another in ``t`` tokens, document ``i`` being rows
 ``offsets[i]:offsets[i + 1]``; nothing is padded and nothing crosses a document's border. Work is cut into
@@ -132,6 +132,67 @@ def selective_scan(
         for n in range(states):
             for i in range(size):
                 state[document, n, low + i] = h[n, i]
+
+
+HEAD_BLOCK = 8
+"""Channels of a head per piece of an SSD scan: an (HEAD_BLOCK, d_state=128) float32 state is 4 KB."""
+
+
+# Sums over the state may be reordered, or they would not vectorise; nothing else here is sensitive to that.
+@numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True)
+def ssd_scan(
+    x: Float32,
+    delta: Float32,
+    decay: Float32,
+    b: Float32,
+    c: Float32,
+    d: Float32,
+    offsets: Int64,
+    y: Float32,
+    state: Float32,
+) -> None:
+    """State space dual scan with skip connection, without gate (Mamba-2, Dao & Gu 2024, section 3 in recurrent form).
+
+    state[p, n] = decay state[p, n] + delta x[p] B[n];  y[p] = sum_n C[n] state[p, n] + D x[p]; decay = exp(delta A)
+
+    x, y (t, h p); delta (after softplus), decay (t, h); b, c (t, g n): head i reads SSD group i g // h; d (h,);
+    state (documents, h p, n): the state before the first token on entry, after the last one on return. All
+    C-contiguous. Recurrent, since a CPU keeps the state in its first-level cache: at 4 x 512 tokens, 24 heads of 64
+    and d_state 128 this takes 43 ms on two cores; the chunked form by matrix products 500 ms (chunks of 128), and
+    the block's in_proj 157 ms.
+    """
+    documents = offsets.size - 1
+    heads = d.size
+    headdim = x.shape[1] // heads
+    states = state.shape[2]
+    groups = b.shape[1] // states
+    blocks = (headdim + HEAD_BLOCK - 1) // HEAD_BLOCK
+    for piece in numba.prange(documents * heads * blocks):
+        document = piece // (heads * blocks)
+        head = piece // blocks % heads
+        low = head * headdim + piece % blocks * HEAD_BLOCK
+        size = min(HEAD_BLOCK, (head + 1) * headdim - low)
+        first = head * groups // heads * states
+        h = np.empty((HEAD_BLOCK, states), np.float32)
+        for i in range(size):
+            for n in range(states):
+                h[i, n] = state[document, low + i, n]
+        for row in range(offsets[document], offsets[document + 1]):
+            kept = decay[row, head]
+            gain = b[row, first : first + states]
+            read = c[row, first : first + states]
+            for i in range(size):
+                u = x[row, low + i]
+                drive = delta[row, head] * u
+                line = h[i]
+                total = np.float32(0)
+                for n in range(states):
+                    line[n] = kept * line[n] + drive * gain[n]
+                    total += read[n] * line[n]
+                y[row, low + i] = total + d[head] * u
+        for i in range(size):
+            for n in range(states):
+                state[document, low + i, n] = h[i, n]
 
 
 @numba.njit(parallel=True, fastmath={"contract"}, cache=True)

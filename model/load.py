@@ -14,9 +14,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from quambase.model.backbone import Backbone
+from quambase.model.mamba import Mamba
+from quambase.model.mamba2 import Mamba2
+from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, mamba2_weights_from_tensors
 from quambase.model.tokenizer import Tokenizer, load_tokenizer
 from quambase.model.weights import MambaConfig, MambaWeights, weights_from_tensors
 from quambase.schema.errors import CheckpointInvalid, ModelNotFound, UnknownName
+from quambase.schema.sites import MAMBA1, MAMBA2
 
 BUNDLED = Path(__file__).with_name("bundled")
 """Folder of the models that ship with the package."""
@@ -37,15 +42,41 @@ class LoadedModel:
     name: str
     path: Path
     bundled: bool
-    weights: MambaWeights
+    any_weights: MambaWeights | Mamba2Weights
     tokenizer: Tokenizer
     weights_sha256: str
     tokenizer_sha256: str
 
     @property
+    def family(self) -> str:
+        """``mamba1`` or ``mamba2``."""
+        return MAMBA2 if isinstance(self.any_weights, Mamba2Weights) else MAMBA1
+
+    @property
+    def weights(self) -> MambaWeights:
+        """A Mamba-1's weights; CheckpointInvalid for another family."""
+        if isinstance(self.any_weights, MambaWeights):
+            return self.any_weights
+        raise CheckpointInvalid(
+            f"{self.name} is a Mamba-2 model and this needs a Mamba-1; so far Mamba-2 can be collected and analyzed, "
+            "not quantized"
+        )
+
+    @property
     def config(self) -> MambaConfig:
-        """The model's sizes."""
+        """A Mamba-1's sizes; CheckpointInvalid for another family."""
         return self.weights.config
+
+    def floating(self) -> Backbone:
+        """The model as it was trained, ready to run."""
+        return floating_model(self.any_weights)
+
+
+def floating_model(weights: MambaWeights | Mamba2Weights, *, rotated: bool = False) -> Backbone:
+    """The forward pass of weights of any family; ``rotated``: they were prepared."""
+    if isinstance(weights, Mamba2Weights):
+        return Mamba2(weights, rotated=rotated)
+    return Mamba(weights, rotated=rotated)
 
 
 def bundled_models() -> list[str]:
@@ -72,7 +103,7 @@ def load_model(name: str, *, tokenizer: str | None = None) -> LoadedModel:
         name=Path(name).resolve().name if Path(name).is_dir() else name,
         path=folder,
         bundled=folder.parent == BUNDLED,
-        weights=weights,
+        any_weights=weights,
         tokenizer=found,
         weights_sha256=weights_digest(weights),
         tokenizer_sha256=found.sha256,
@@ -116,22 +147,38 @@ def _from_hub(repository: str) -> Path:
         ) from None
 
 
-def load_weights(folder: Path) -> MambaWeights:
+def load_weights(folder: Path) -> MambaWeights | Mamba2Weights:
     """Read config.json and the weights of a model folder, mamba-ssm or Hugging Face layout; float32.
 
     safetensors (one file or an index) before pytorch_model.bin, which is read with ``weights_only=True``.
     """
+    config = _config(folder)
+    tensors = _read_tensors(folder)
+    if isinstance(config, Mamba2Config):
+        return mamba2_weights_from_tensors(config, tensors)
+    return weights_from_tensors(config, tensors)
+
+
+def _config(folder: Path) -> MambaConfig | Mamba2Config:
+    """The sizes in config.json, whichever family and layout it describes."""
     raw = read_config(folder)
     if "d_model" in raw and "n_layer" in raw:
-        config = MambaConfig.from_mamba_ssm(raw)
-    elif raw.get("model_type") == "mamba":
-        config = MambaConfig.from_hugging_face(raw)
-    else:
+        layer = (raw.get("ssm_cfg") or {}).get("layer", "Mamba1")
+        if layer == "Mamba1":
+            return MambaConfig.from_mamba_ssm(raw)
+        if layer == "Mamba2":
+            return Mamba2Config.from_mamba_ssm(raw)
         raise CheckpointInvalid(
-            f"{folder / 'config.json'} describes a '{raw.get('model_type', 'model of unknown type')}'; expected Mamba-1"
-            " in mamba-ssm layout (d_model, n_layer) or Hugging Face layout (model_type mamba)"
+            f"{folder / 'config.json'} says ssm_cfg.layer = {layer}; this version reads Mamba1 and Mamba2 models"
         )
-    return weights_from_tensors(config, _read_tensors(folder))
+    if raw.get("model_type") == "mamba":
+        return MambaConfig.from_hugging_face(raw)
+    if raw.get("model_type") == "mamba2":
+        return Mamba2Config.from_hugging_face(raw)
+    raise CheckpointInvalid(
+        f"{folder / 'config.json'} describes a '{raw.get('model_type', 'model of unknown type')}'; expected Mamba-1 or "
+        "Mamba-2 in mamba-ssm layout (d_model, n_layer) or Hugging Face layout (model_type mamba or mamba2)"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -183,7 +230,7 @@ def _read_tensor_file(path: Path) -> Mapping[str, torch.Tensor]:
     return loaded
 
 
-def weights_digest(weights: MambaWeights) -> str:
+def weights_digest(weights: MambaWeights | Mamba2Weights) -> str:
     """SHA-256 over configuration and every tensor's float32 bytes: the same for the same model in any layout."""
     digest = hashlib.sha256(repr(weights.config).encode())
     for tensor in (weights.embedding, weights.norm_f, weights.lm_head):

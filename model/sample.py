@@ -10,7 +10,6 @@ import numpy as np
 
 from quambase.model.generate import generate
 from quambase.model.load import LoadedModel
-from quambase.model.mamba import Mamba
 from quambase.model.text import BUNDLED_DATA
 from quambase.schema.tables import replacing
 
@@ -44,7 +43,7 @@ def write_sample(
     openings = rng.choice(len(OPENINGS), size=len(lengths))
     prompts = [model.tokenizer.encode(OPENINGS[i]) for i in openings]
     written = generate(
-        Mamba(model.weights),
+        model.floating(),
         prompts,
         [max(length, len(prompt)) for length, prompt in zip(lengths, prompts, strict=True)],
         seed=seed,

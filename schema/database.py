@@ -23,7 +23,7 @@ from quambase.schema.errors import DatabaseInvalid, QuambaseError, QueryInvalid,
 from quambase.schema.manifest import Manifest
 from quambase.schema.runs import runs_table, select_runs
 from quambase.schema.scales import read_scales
-from quambase.schema.sites import MAMBA1_SITES, WHOLE
+from quambase.schema.sites import SITE_NAMES, WHOLE
 from quambase.schema.tables import DOCUMENT_QUANTILES, RESULTS, RUN_TABLES, SCALES
 
 VERIFY_LIMIT_BYTES = 256 << 20
@@ -308,7 +308,7 @@ def _joined(values: npt.NDArray[np.float32], counts: npt.NDArray[np.int64], slic
     )
 
 
-_SITE_ORDER = {site.name: place for place, site in enumerate(MAMBA1_SITES)}
+_SITE_ORDER = {name: place for place, name in enumerate(SITE_NAMES)}
 
 
 def _model_order(layer: int, site: str) -> tuple[bool, int, int, str]:

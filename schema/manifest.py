@@ -31,8 +31,8 @@ class Manifest:
     identity   what determines the bytes of the tables: model weights and tokenizer hashes, documents,
                sites, grouping, activation dtype, samples, sequence length, block size, device type,
                torch version, format version
-    model      name, path, family ("mamba1", or "tensor" for an import), n_layer, d_model, d_inner, d_state, dt_rank,
-               vocab_size
+    model      name, path, family ("mamba1", "mamba2", or "tensor" for an import), n_layer, d_model, d_inner, d_state,
+               vocab_size; of Mamba-1 dt_rank, of Mamba-2 headdim and ngroups
     data       name, path, documents, empty, truncated, tokens
     tables     file name to rows and checksum
     sites      the (layer, site) pairs observed

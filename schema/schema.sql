@@ -9,7 +9,7 @@ SELECT * FROM _runs;
 COMMENT ON VIEW runs IS 'One collection each: what was run on what.';
 COMMENT ON COLUMN runs.run IS 'Run id: a hash of everything that determines the tables.';
 COMMENT ON COLUMN runs.model IS 'Name of the model.';
-COMMENT ON COLUMN runs.family IS 'mamba1, or tensor for an imported file.';
+COMMENT ON COLUMN runs.family IS 'mamba1, mamba2, or tensor for an imported file.';
 COMMENT ON COLUMN runs.model_path IS 'Where the checkpoint was read from.';
 COMMENT ON COLUMN runs.n_layer IS 'Layers of the model.';
 COMMENT ON COLUMN runs.d_model IS 'Width of the model.';

@@ -109,7 +109,7 @@ GROUPS = _schema(
     ("head_group", pa.int32()),
     ("channel_group", pa.int32()),
 )
-"""The channels of each group; the last three are null for Mamba-1."""
+"""The channels of each group; the last three are null where it is no SSD group, head group, channel group."""
 
 SCALES = _schema(
     ("strategy", pa.string()),

@@ -90,7 +90,7 @@ def test_the_bundled_model_loads_and_predicts_english() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer = Mamba2"),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg.layer = Mamba3"),
         ({"rms_norm": False}, "rms_norm = false"),
         ({"attn_layer_idx": [1]}, "hybrid"),
         ({"ssm_cfg": {"d_state": 4, "conv_bias": False}}, "conv bias"),
