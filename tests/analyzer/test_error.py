@@ -92,7 +92,7 @@ def test_two_segments_equal_quantizing_each_value(values: list[float], inner: fl
             code = min(round(a / inner), 120)  # Python rounds ties to even too
             rebuilt = code * inner
         else:
-            code = 120 + min(round((a - 120 * inner) / outer), 7)
+            code = 120 + round(min((a - 120 * inner) / outer, 7))  # a tiny ``outer`` makes it infinite
             rebuilt = 120 * inner + (code - 120) * outer
         histogram[(-code if value < 0 else code) + 128] += 1
         errors.append((a - rebuilt) ** 2)
