@@ -35,7 +35,7 @@ from quambase.apply.scoring import (
 from quambase.apply.store import last_applied
 from quambase.model.load import LoadedModel
 from quambase.model.mamba import Mamba
-from quambase.model.text import read_documents
+from quambase.model.text import BUNDLED_DATA, SAMPLE_AUTHOR, read_documents
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
 from quambase.schema.sites import find_site
@@ -54,8 +54,6 @@ BUNDLED_TASKS = (
     (LAST_WORD, "sample:last-word"),
 )
 """A bundled model's texts by default: its own, real text beside it, its own last-word set."""
-
-SELF_GENERATED = "sample:"
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,11 @@ class TaskData:
                 f"warning: {self.data}: {self.calibrated} of {len(self.items)} documents were in the "
                 "calibration run; figures on them flatter the scales"
             )
-        if self.data.startswith(SELF_GENERATED) and self.task == PERPLEXITY:
-            yield f"{self.data} was written by {model} itself: perplexity there is low by construction"
+        if self.data in BUNDLED_DATA and self.task == PERPLEXITY:
+            if model == SAMPLE_AUTHOR:
+                yield f"{self.data} was written by {model} itself: perplexity there is low by construction"
+            else:
+                yield f"{self.data} was written by the model {SAMPLE_AUTHOR}: no measure of {model} on real text"
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def evaluate(
                 "documents": len(t.items),
                 "skipped": t.skipped,
                 "in_calibration_run": t.calibrated,
-                "self_generated": t.data.startswith(SELF_GENERATED),
+                "self_generated": t.data in BUNDLED_DATA,
             }
             for t in tasks
         ],

@@ -26,7 +26,10 @@ BUNDLED_DATA: dict[str, str] = {
     "sample:evaluation": "evaluation.jsonl",
     "sample:last-word": "last_word.jsonl",
 }
-"""Names of the bundled texts, written by the bundled model itself (`quambase generate`)."""
+"""Names of the bundled texts, written by SAMPLE_AUTHOR (`quambase generate`)."""
+
+SAMPLE_AUTHOR = "mamba-7m"
+"""The bundled model that wrote the bundled texts."""
 
 PYTHON_DOCS = ("python-docs:calibration", "python-docs:evaluation")
 """Real English text on every machine: the language reference inside Python (`pydoc_data.topics`), every other topic, in passages."""

@@ -17,7 +17,7 @@ from tiny_int8 import CONFIG, absmax_scales, documents, tiny_weights
 
 from quambase.apply import evaluate as evaluating
 from quambase.apply.apply import apply
-from quambase.apply.evaluate import evaluate, find_evaluation, list_evaluations
+from quambase.apply.evaluate import TaskData, evaluate, find_evaluation, list_evaluations
 from quambase.apply.quamba1 import build
 from quambase.apply.store import CONFIG as CONFIG_FILE
 from quambase.apply.store import TENSORS, last_applied, load_stored, save_model
@@ -27,7 +27,7 @@ from quambase.cli.results import results as results_command
 from quambase.model.batch import Batch
 from quambase.model.load import load_model
 from quambase.model.prepare import prepare
-from quambase.model.text import read_documents
+from quambase.model.text import SAMPLE_AUTHOR, read_documents
 from quambase.model.weights import tensors_of
 from quambase.schema.errors import CheckpointInvalid, DatabaseInvalid, DataInvalid, RunBusy, ScalesInvalid, UnknownName
 from quambase.schema.scales import write_scales
@@ -336,3 +336,12 @@ def test_errors_are_one_line(world, tmp_path):
     assert code == 1 and "run `evaluate`" in err
     code, _, _ = invoke(evaluate_command, tmp_path, "--scales", world / "scales.parquet")
     assert code == 2
+
+
+def test_notes_say_who_wrote_a_bundled_text() -> None:
+    of = lambda name, model: list(TaskData("perplexity", name, [], 0, None).notes(model))  # noqa: E731
+    assert of("sample:evaluation", SAMPLE_AUTHOR) == [
+        f"sample:evaluation was written by {SAMPLE_AUTHOR} itself: perplexity there is low by construction"
+    ]
+    assert "no measure of tiny on real text" in of("sample:evaluation", "tiny")[0]
+    assert of("python-docs:evaluation", SAMPLE_AUTHOR) == []
