@@ -81,7 +81,9 @@ def test_summaries_of_the_error() -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(halves, min_size=1, max_size=30), st.floats(0.01, 2), st.floats(0.0, 20))
+# An outer step is a difference of float32 values over seven: zero, or far above the float64 numbers whose quotient
+# is infinite.
+@given(st.lists(halves, min_size=1, max_size=30), st.floats(0.01, 2), st.just(0.0) | st.floats(1e-30, 20))
 def test_two_segments_equal_quantizing_each_value(values: list[float], inner: float, outer: float) -> None:
     array = np.array(values, np.float16).astype(np.float32)
     histogram = [0] * 256
@@ -92,7 +94,7 @@ def test_two_segments_equal_quantizing_each_value(values: list[float], inner: fl
             code = min(round(a / inner), 120)  # Python rounds ties to even too
             rebuilt = code * inner
         else:
-            code = 120 + round(min((a - 120 * inner) / outer, 7))  # a tiny ``outer`` makes it infinite
+            code = 120 + min(round((a - 120 * inner) / outer), 7)
             rebuilt = 120 * inner + (code - 120) * outer
         histogram[(-code if value < 0 else code) + 128] += 1
         errors.append((a - rebuilt) ** 2)
