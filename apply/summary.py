@@ -154,27 +154,35 @@ class _Text:
         return {f"vs_{reference}{end}": value for end, value in values.items()}
 
 
-def readable(summary: pa.Table) -> pa.Table:
-    """SUMMARY as a person reads it: intervals in brackets, shares in %, one column per question."""
-    rows = []
+def readable(summary: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """SUMMARY as a person reads it: each strategy's figures, and its differences to the references.
+
+    Intervals are in brackets, shares in %; differences are of perplexity, or of accuracy in points for last words.
+    """
+    figures, differences = [], []
     for row in summary.to_pylist():
         percent = 100.0 if row["task"] == LAST_WORD else 1.0
-        line: dict[str, str | int] = {
-            "text": row["data"],
-            "strategy": row["strategy"],
-            "documents": row["documents"],
-            "perplexity": _bracketed(row, "perplexity"),
-            "KL/token": _bracketed(row, "kl"),
-            "top-1 %": f"{100 * row['top1_agreement']:.2f}",
-            "last word %": _bracketed(row, "accuracy", 100.0),
-        }
+        head = {"text": row["data"], "strategy": row["strategy"]}
+        figures.append(
+            {
+                **head,
+                "documents": row["documents"],
+                "perplexity": _bracketed(row, "perplexity"),
+                "KL/token": _bracketed(row, "kl"),
+                "top-1 %": f"{100 * row['top1_agreement']:.2f}",
+                "last word %": _bracketed(row, "accuracy", 100.0),
+            }
+        )
+        if row["strategy"] == FLOAT:
+            continue
+        line: dict[str, str] = {**head, "difference of": "accuracy %" if row["task"] == LAST_WORD else "perplexity"}
         for reference in REFERENCES:
-            line[f"vs {reference}"] = _bracketed(row, f"vs_{reference}", percent, sign="+")
-            line[f"verdict vs {reference}"] = row[f"vs_{reference}_verdict"] or "-"
+            line[f"to {reference}"] = _bracketed(row, f"vs_{reference}", percent, sign="+")
+            line[f"verdict on {reference}"] = row[f"vs_{reference}_verdict"] or "-"
         detectable = row[f"vs_{FLOAT}_detectable"]
         line["detectable"] = "-" if detectable is None else f"{percent * detectable:.3g}"
-        rows.append(line)
-    return pa.Table.from_pylist(rows)
+        differences.append(line)
+    return pa.Table.from_pylist(figures), pa.Table.from_pylist(differences)
 
 
 def _bracketed(row: dict[str, Any], name: str, factor: float = 1.0, sign: str = "") -> str:

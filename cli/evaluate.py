@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from quambase.cli.apply import int8_options, names
 from quambase.cli.console import Command, database_option, emit, note, output_options
+
+if TYPE_CHECKING:
+    from quambase.apply.evaluate import Evaluation
 
 PEOPLE = ("table", "markdown")
 """Formats for people: intervals in brackets; the others carry every number in its own column."""
@@ -23,6 +27,23 @@ def bootstrap_options(function: click.decorators.FC) -> click.decorators.FC:
         show_default=True,
         help="Resamples of documents for the 95 % intervals.",
     )(function)
+
+
+def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, output: Path | None) -> None:
+    """Print an evaluation: two tables for people, one with every number in its own column for programs."""
+    from quambase.apply.summary import readable, summarize
+
+    summary = summarize(found.results, bootstrap=bootstrap, seed=seed)
+    if format_ not in PEOPLE or output:
+        emit(summary, format_, output)
+    else:
+        figures, differences = readable(summary)
+        emit(figures, format_)
+        if differences.num_rows:
+            click.echo("\ndifferences, paired over documents, with 95 % intervals:")
+            emit(differences, format_)
+    for remark in found.notes:
+        note(remark)
 
 
 @click.command(cls=Command)
@@ -93,7 +114,6 @@ def evaluate(
       evaluate --scales scales.parquet --strategy all --samples 100
     """
     from quambase.apply.evaluate import evaluate as run
-    from quambase.apply.summary import readable, summarize
 
     if folder is not None and scales is not None:
         raise click.UsageError("give MODEL_DIR or --scales, not both")
@@ -112,8 +132,5 @@ def evaluate(
         db=db,
         progress=True,
     )
-    summary = summarize(evaluation.results, bootstrap=bootstrap, seed=seed)
-    emit(readable(summary) if format_ in PEOPLE else summary, format_, output)
-    for remark in evaluation.notes:
-        note(remark)
+    emit_evaluation(evaluation, bootstrap, seed, format_, output)
     note(f"stored: {evaluation.folder}; print it again with: quambase results {evaluation.id} --db {db}")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from quambase.cli.console import Command, database_option, emit, note, output_options
-from quambase.cli.evaluate import PEOPLE, bootstrap_options
+from quambase.cli.console import Command, database_option, emit, output_options
+from quambase.cli.evaluate import bootstrap_options, emit_evaluation
 
 
 @click.command(cls=Command)
@@ -32,13 +32,9 @@ def results(
       quambase results --list
     """
     from quambase.apply.evaluate import find_evaluation, list_evaluations
-    from quambase.apply.summary import readable, summarize
 
     if list_:
         emit(list_evaluations(db), format_, output)
         return
     found = find_evaluation(db, evaluation)
-    summary = summarize(found.results, bootstrap=bootstrap, seed=seed)
-    emit(readable(summary) if format_ in PEOPLE else summary, format_, output)
-    for remark in found.notes:
-        note(remark)
+    emit_evaluation(found, bootstrap, seed, format_, output)

@@ -217,8 +217,11 @@ def test_holm_is_over_the_strategies_compared():
 
 
 def test_readable_has_a_row_per_strategy_and_percents():
-    table = summary.readable(summary.summarize(results(40, {"quamba": 0.3}, task="last-word"), bootstrap=100))
-    assert table["strategy"].to_pylist() == ["float", "quamba"]
-    accuracy = float(table["last word %"].to_pylist()[0].split(" ")[0])
-    assert 1 < accuracy <= 100
+    summed = summary.summarize(results(40, {"quamba": 0.3}, task="last-word"), bootstrap=100)
+    figures, differences = summary.readable(summed)
+    assert figures["strategy"].to_pylist() == ["float", "quamba"]
+    accuracy = float(figures["last word %"].to_pylist()[0].split(" ")[0])
+    assert accuracy == pytest.approx(100 * summed["accuracy"][0].as_py(), rel=1e-3)  # four digits are shown
+    assert differences["strategy"].to_pylist() == ["quamba"]
+    assert differences["difference of"].to_pylist() == ["accuracy %"]
     assert isinstance(difference(0.0, np.zeros(3)), Difference)
