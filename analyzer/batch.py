@@ -87,7 +87,8 @@ def analyze(
 
 def group_rows(run: str, group: ScaleGroup, choices: list[Choice]) -> list[dict[str, Any]]:
     """One row of tables.SCALES for each of ``choices``, one of them selected."""
-    site = find_site(group.site) if is_model_site(group.site) else Site(group.site)
+    known = is_model_site(group.site, group.family)
+    site = find_site(group.site, group.family) if known else Site(group.site)
     key = {"run": run, "layer": group.layer, "site": group.site, "group_name": group.group_name}
     # The model multiplies a divided site by one scale; its groups' own scales are for comparison.
     consumed = site.consumed and group.group_name == WHOLE

@@ -149,7 +149,8 @@ def _site_of_run(
     shape = f"{total // channels} x {channels}" if channels else str(total)
     slice_name = "" if group == WHOLE else f", group {group}"
     title = f"layer {layer} {site}{slice_name} of run {manifest.run}"
-    return title, ScaleGroup(layer, site, group, found[group], series), shape
+    family = str(manifest.model.get("family"))
+    return title, ScaleGroup(layer, site, group, found[group], series, family), shape
 
 
 def _statistics_table(group: ScaleGroup, shape: str) -> pa.Table:

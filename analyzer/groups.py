@@ -12,7 +12,7 @@ import numpy as np
 from quambase.analyzer.error import Figures, figures, signal_energy
 from quambase.schema.database import DocumentSeries, StatsDB
 from quambase.schema.distribution import Distribution
-from quambase.schema.sites import WHOLE
+from quambase.schema.sites import MAMBA1, WHOLE
 from quambase.schema.tables import DOCUMENT_QUANTILES
 
 
@@ -22,6 +22,7 @@ class ScaleGroup:
 
     documents  per-document statistics in file order; of a group without them (an imported tensor), the pooled
                distribution as if it were one document
+    family     of the model: "mamba1", "mamba2", or "tensor" for an import
     """
 
     layer: int
@@ -29,6 +30,7 @@ class ScaleGroup:
     group_name: str
     distribution: Distribution
     documents: DocumentSeries
+    family: str = MAMBA1
 
     @cached_property
     def signal(self) -> float:
@@ -52,12 +54,13 @@ def one_document(distribution: Distribution) -> DocumentSeries:
 def scale_groups(database: StatsDB, run: str, granularity: str = "tensor") -> list[ScaleGroup]:
     """Every scale group of ``run`` in model order; granularity as in `StatsDB.distributions`."""
     documents = database.documents(run)
+    family = str(database.manifest(run).model.get("family"))
     found = []
     for layer, site, group_name, distribution in database.distributions(run, granularity):
         series = documents.get((layer, site, group_name))
         if series is None or not series.documents.size:
             series = one_document(distribution)
-        found.append(ScaleGroup(layer, site, group_name, distribution, series))
+        found.append(ScaleGroup(layer, site, group_name, distribution, series, family))
     return found
 
 

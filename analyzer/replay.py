@@ -26,6 +26,10 @@ SCALE_FLOOR = 1e-6
 EMA_SITES = frozenset({"x_proj:input", "ssm_state_act:input"})
 """Sites whose Mamba-1 observer is the moving percentile; every other one is a float16 absolute maximum."""
 
+FLOAT32_SITES = frozenset({"x_conv_out:input", "ssm_state_act:input"})
+"""Sites whose Mamba-2 observers cast to float32 (observer.py:173-405); every other one is a float16 absolute maximum.
+No Mamba-2 observer takes a percentile: the alpha that run_quamba2_calibration sets is passed to none of them."""
+
 EMA_SIGMA = 0.01
 EMA_ALPHA = 0.9995
 
@@ -47,6 +51,15 @@ def minmax_scale(amax: npt.NDArray[np.float32]) -> np.float32:
     # On CUDA a float16 product is computed in float32 and rounded once.
     quotient = np.float16(np.float32(largest) * _PER_LEVEL)
     return max(np.float32(quotient), np.float32(SCALE_FLOOR))
+
+
+def minmax_scale_float32(amax: npt.NDArray[np.float32]) -> np.float32:
+    """Upstream's Mamba-2 `CrossHeadMinmaxObserver`: the same of values cast to float32, of one of its groups.
+
+    amax  (D,) float32 largest absolute value of each document.
+    """
+    largest = max(amax[np.isfinite(amax)].max(initial=np.float32(0)), np.float32(AMAX_FLOOR))
+    return max(np.float32(largest * _PER_LEVEL), np.float32(SCALE_FLOOR))
 
 
 def ema_scale(observed: npt.NDArray[np.float32], sigma: float = EMA_SIGMA) -> np.float32:

@@ -23,12 +23,15 @@ from quambase.analyzer.replay import (
     EMA_ALPHA,
     EMA_SIGMA,
     EMA_SITES,
+    FLOAT32_SITES,
     SCALE_FLOOR,
     ema_scale,
     minmax_scale,
+    minmax_scale_float32,
     quantile_column,
 )
 from quambase.schema.errors import UnknownName
+from quambase.schema.sites import MAMBA2
 
 LEVELS = 127
 
@@ -199,8 +202,12 @@ def mse(group: ScaleGroup) -> float:
 
 @strategy
 def quamba(group: ScaleGroup) -> float:
-    """What upstream computes for Mamba-1 (analyzer/replay.py): at x_proj:input and ssm_state_act:input a moving average
-    (0.01) of each document's 0.9995 quantile over 127, in float32; elsewhere max a / 127 in float16."""
+    """What upstream computes (analyzer/replay.py). Mamba-1: at x_proj:input and ssm_state_act:input a moving average
+    (0.01) of each document's 0.9995 quantile over 127, in float32; elsewhere max a / 127 in float16. Mamba-2: max a /
+    127 everywhere, at x_conv_out:input and ssm_state_act:input in float32, elsewhere in float16."""
+    if group.family == MAMBA2:
+        replayed = minmax_scale_float32 if group.site in FLOAT32_SITES else minmax_scale
+        return float(replayed(group.documents.amax))
     if group.site in EMA_SITES:
         return float(ema_scale(group.documents.quantiles[quantile_column(EMA_ALPHA)], EMA_SIGMA))
     return float(minmax_scale(group.documents.amax))

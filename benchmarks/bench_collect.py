@@ -19,9 +19,9 @@ from timing import table
 
 from quambase.collector.plan import make_plan
 from quambase.collector.run import collect
+from quambase.model.backbone import HEAD_ROWS
 from quambase.model.batch import Batch
 from quambase.model.load import BUNDLED, bundled_models, load_model
-from quambase.model.backbone import HEAD_ROWS
 from quambase.model.mamba import Mamba
 from quambase.model.prepare import prepare
 from quambase.model.weights import MambaConfig, random_weights, tensors_of

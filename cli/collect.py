@@ -102,7 +102,8 @@ def _describe(found: CollectedRun) -> None:
                 f"warning: {row['site']} of layer {row['layer']} holds {row['nonfinite']} values that are NaN, infinite"
                 f" or too large for 16 bits ({row['overflow']}); they are in no quantile"
             )
-    sites = [not is_model_site(site) or find_site(site).consumed for site in stats["site"].to_pylist()]
+    family = str(manifest.model.get("family"))
+    sites = [not is_model_site(site, family) or find_site(site, family).consumed for site in stats["site"].to_pylist()]
     worst = stats.filter(pa.array(sites)).sort_by([("outlier_ratio", "descending")]).slice(0, 5)
     note("largest outliers among the sites INT8 models read, as amax over the 99.95 % quantile:")
     emit(worst.select(["layer", "site", "group_name", "amax", "q9995", "outlier_ratio"]))

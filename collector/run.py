@@ -150,9 +150,10 @@ def _observe(
 ) -> dict[Key, SiteStatistics]:
     """Run every block that is not in the checkpoint; the statistics of them all."""
     keep: Keep = identity["keep_tokens"]
+    d_state = loaded.any_weights.config.d_state
     positions = None if keep == "all" else sampled_tokens(plan, keep, identity["seed"])
     # A state has d_state values for every channel of a token.
-    states = None if keep == "all" else sampled_states(plan, keep // loaded.any_weights.config.d_state, identity["seed"])
+    states = None if keep == "all" else sampled_states(plan, keep // d_state, identity["seed"])
     counter = Counter(ENCODINGS["float16"], OUTLIERS, max(len(layout.names) for layout in layouts.values()))
     done, statistics = load_checkpoint(folder, layouts, OUTLIERS)
     blocks = plan.blocks(identity["block"])

@@ -1,4 +1,4 @@
-"""Compiled CPU kernels of the Mamba blocks: depthwise causal convolution, selective and SSD scans, Hadamard butterflies.
+"""Compiled CPU kernels of the Mamba blocks: causal convolution, selective and SSD scans, Hadamard butterflies.
 
 Batches are packed: documents lie one after another in ``t`` tokens, document ``i`` being rows
 ``offsets[i]:offsets[i + 1]``; nothing is padded and nothing crosses a document's border. Work is cut into

@@ -17,9 +17,7 @@ from quambase.model.kernels import causal_conv1d_silu, ssd_scan
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights
 
 
-def gated_rms_norm(
-    y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, ngroups: int, eps: float
-) -> torch.Tensor:
+def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, ngroups: int, eps: float) -> torch.Tensor:
     """Gate, then norm: y SiLU(z) over its root mean square within each of ``ngroups`` runs of channels, times weight.
 
     y, z (t, e); weight (e,). mamba_ssm's RMSNormGated with norm_before_gate False and group_size e / ngroups.

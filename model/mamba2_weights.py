@@ -178,7 +178,7 @@ _LAYER_NAMES = {
 
 
 def mamba2_weights_from_tensors(config: Mamba2Config, tensors: dict[str, torch.Tensor]) -> Mamba2Weights:
-    """Build Mamba2Weights from a state dict of mamba-ssm or transformers; errors as `quambase.model.weights.taker`'s."""
+    """Build Mamba2Weights from a state dict of mamba-ssm or transformers; errors as `taker`'s."""
     c = config
     take = taker(tensors, f"a Mamba-2 of {c.n_layer} layers")
     shapes = {

@@ -11,7 +11,6 @@ import torch
 
 from quambase.schema.errors import CheckpointInvalid
 
-
 _BIASES = "config.json asks for projection biases or no conv bias; no INT8 Quamba model has that"
 
 
@@ -166,9 +165,7 @@ def taker(tensors: dict[str, torch.Tensor], expected: str) -> Take:
     return take
 
 
-def take_ends(
-    take: Take, tensors: dict[str, torch.Tensor], vocab_size: int, d_model: int
-) -> dict[str, torch.Tensor]:
+def take_ends(take: Take, tensors: dict[str, torch.Tensor], vocab_size: int, d_model: int) -> dict[str, torch.Tensor]:
     """embedding, norm_f and lm_head, in mamba-ssm's (``backbone.embedding``) or transformers' names; a head that is
     absent or equal to the embedding is the embedding.
     """

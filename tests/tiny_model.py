@@ -1,13 +1,15 @@
-"""A tiny random Mamba on disk with a real tokenizer, and texts of unequal length."""
+"""Tiny random models of both families on disk with a real tokenizer, and texts of unequal length."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from quambase.model.mamba2_weights import Mamba2Config, mamba2_tensors_of, random_mamba2_weights
 from quambase.model.weights import MambaConfig, random_weights, tensors_of
 
 WORDS = [f"w{i}" for i in range(59)]
@@ -17,13 +19,22 @@ TEXTS = ["w1 w2 w3", "", "w4", " ".join(WORDS[:40]), "w9 w9", " ".join(WORDS[20:
 def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     """d_model 16, 2 layers, d_inner 32, d_state 4, dt_rank 1, 60 tokens: a word each."""
     config = MambaConfig(d_model=16, n_layer=2, vocab_size=64, d_inner=32, d_state=4, d_conv=4, dt_rank=1)
-    folder.mkdir(parents=True)
     raw = {"d_model": 16, "n_layer": 2, "vocab_size": 60, "ssm_cfg": {"d_state": 4}}
+    return _write(folder, raw, tensors_of(random_weights(config, seed)))
+
+
+def write_tiny_mamba2(folder: Path, ngroups: int = 2) -> Path:
+    """d_model 16, 2 layers, 4 heads of 8 channels, d_state 4, the same tokens."""
+    config = Mamba2Config(d_model=16, n_layer=2, vocab_size=64, d_inner=32, d_state=4, headdim=8, ngroups=ngroups)
+    ssm = {"layer": "Mamba2", "d_state": 4, "headdim": 8, "ngroups": ngroups}
+    raw = {"d_model": 16, "n_layer": 2, "vocab_size": 60, "ssm_cfg": ssm}
+    return _write(folder, raw, mamba2_tensors_of(random_mamba2_weights(config)))
+
+
+def _write(folder: Path, raw: dict[str, object], tensors: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(raw))
-    save_file(
-        {k: v.contiguous().clone() for k, v in tensors_of(random_weights(config, seed)).items()},
-        folder / "model.safetensors",
-    )
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "model.safetensors")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*WORDS, "?"])}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -74,9 +74,9 @@ def series(documents: list[np.ndarray]) -> DocumentSeries:
     )
 
 
-def group(site: str, documents: list[np.ndarray]) -> ScaleGroup:
+def group(site: str, documents: list[np.ndarray], family: str = "mamba1") -> ScaleGroup:
     pooled = Distribution.of_values(np.concatenate([d.ravel() for d in documents]))
-    return ScaleGroup(0, site, "all", pooled, series(documents))
+    return ScaleGroup(0, site, "all", pooled, series(documents), family)
 
 
 @pytest.mark.parametrize("site", ["in_proj:input", "x_proj:input", "ssm_state_act:input", "x_proj:output"])
@@ -92,6 +92,19 @@ def test_quamba_is_upstreams_scale_to_the_bit(site: str, spread: float) -> None:
     found = parse_label("quamba").scale(group(site, documents))
     assert found == observer.scale().item()
     assert np.float32(found) == found
+
+
+@pytest.mark.parametrize("site", ["in_proj:input", "B_conv_out:input", "x_conv_out:input", "ssm_state_act:input"])
+@pytest.mark.parametrize("spread", [1e-7, 1e-3, 1.0, 300.0])
+def test_quamba_is_upstreams_mamba2_scale_to_the_bit(site: str, spread: float) -> None:
+    """observer.py:173-405: maxima only; those of x_conv_out and of the state cast to float32 first."""
+    random = np.random.default_rng(len(site) * 1000 + round(np.log10(spread)))
+    documents = [(random.standard_t(3, (n, 50)) * spread).astype(np.float16) for n in [7, 1, 40, 3]]
+    observer = MinmaxObserver()
+    for document in documents:
+        wide = site in ("x_conv_out:input", "ssm_state_act:input")
+        observer.update(torch.from_numpy(document).to(torch.float32 if wide else torch.float16))
+    assert parse_label("quamba").scale(group(site, documents, "mamba2")) == observer.scale().item()
 
 
 @pytest.mark.parametrize("alpha", [0.99, 0.9999, 1.0])
