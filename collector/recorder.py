@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,6 +43,7 @@ class BlockRecorder:
         self.statistics = {k: SiteStatistics.empty(layout, self.counter.most) for k, layout in self.layouts.items()}
         self.summaries = {k: np.empty((*shape, len(SUMMARY_COLUMNS)), np.float32) for k, shape in shapes.items()}
         self._seen = dict.fromkeys(self.layouts, 0)
+        self._last: tuple[Key, torch.Tensor] | None = None
         self._kept: dict[Key, list[tuple[int, int, npt.NDArray[np.float32]]]] = {key: [] for key in self.layouts}
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
@@ -58,10 +60,25 @@ class BlockRecorder:
             rows = values
             lengths = [document.tokens.size for document in here]
         offsets = np.cumsum([0, *lengths], dtype=np.int64)
-        summaries = self.summaries[key][documents]
-        self.counter.add(self.statistics[key], rows, offsets, documents.start, summaries)
+        if not self._copied(key, values, len(here)):
+            summaries = self.summaries[key][documents]
+            self.counter.add(self.statistics[key], rows, offsets, documents.start, summaries)
         self._seen[key] += len(here)
+        self._last = key, values
         self._keep(key, layout, rows, offsets, here)
+
+    def _copied(self, key: Key, values: torch.Tensor, documents: int) -> bool:
+        """Take over the statistics of the call before if it brought this very tensor for every document: an identity's
+        output is its input, and counting is what a collection costs.
+        """
+        if self._last is None or self._last[1] is not values or documents != len(self.documents):
+            return False
+        source = self._last[0]
+        if self.layouts[source] != self.layouts[key]:
+            return False
+        self.statistics[key] = deepcopy(self.statistics[source])
+        self.summaries[key] = self.summaries[source].copy()
+        return True
 
     def _keep(
         self,
@@ -94,6 +111,7 @@ class BlockRecorder:
 
         TapNeverFired if a site was not reached for every document.
         """
+        self._last = None
         for (layer, site), seen in self._seen.items():
             if seen != len(self.documents):
                 raise TapNeverFired(
