@@ -95,6 +95,17 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     return min(1.0, float(2 * tail / 2**total))
 
 
+def least_discordant() -> int:
+    """How many discordant pairs, all in one direction, McNemar's exact test needs before it can say anything.
+
+    Fewer cannot be significant, so no difference below this many documents can be shown, however alike the rest are.
+    """
+    pairs = 1
+    while mcnemar_exact(pairs, 0) > 1 - CONFIDENCE:
+        pairs += 1
+    return pairs
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjusted p-values, in the order given."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])

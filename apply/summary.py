@@ -17,6 +17,7 @@ from quambase.apply.statistics import (
     difference,
     holm,
     interval,
+    least_discordant,
     mcnemar_exact,
     resampled_sums,
     verdict,
@@ -139,7 +140,9 @@ class _Text:
             return found
         here, there = self.columns[label, "correct"] > 0, self.columns[reference, "correct"] > 0
         p_value = mcnemar_exact(int((here & ~there).sum()), int((there & ~here).sum()))
-        return Difference(found.estimate, p_value, found.detectable)
+        # The bootstrap's spread is too small, even zero, where few documents differ.
+        detectable = max(found.detectable, least_discordant() / self.documents)
+        return Difference(found.estimate, p_value, detectable)
 
     def _compared(self, reference: str, found: Difference, adjusted: float) -> dict[str, Any]:
         words = verdict(found.estimate, adjusted, smaller_is_better=self.task != LAST_WORD)

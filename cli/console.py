@@ -122,7 +122,8 @@ def format_cell(value: Any) -> str:
     if isinstance(value, list):
         shown = ", ".join(format_cell(v) for v in value[:8])
         return f"[{shown}{f', … {len(value)} in all' if len(value) > 8 else ''}]"
-    return str(value)
+    # A token may be a line break: shown as it would be typed, so that it does not break the table.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def _cells(table: pa.Table) -> list[list[str]]:

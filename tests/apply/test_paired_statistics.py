@@ -225,3 +225,13 @@ def test_readable_has_a_row_per_strategy_and_percents():
     assert differences["strategy"].to_pylist() == ["quamba"]
     assert differences["difference of"].to_pylist() == ["accuracy %"]
     assert isinstance(difference(0.0, np.zeros(3)), Difference)
+
+
+def test_equal_answers_do_not_make_every_difference_detectable():
+    """Six discordant pairs, all one way, are the fewest that McNemar's exact test calls significant: 2/2^6 <= 0.05."""
+    from quambase.apply.statistics import least_discordant
+
+    assert least_discordant() == 6
+    assert mcnemar_exact(6, 0) <= 0.05 < mcnemar_exact(5, 0)
+    row = summary.summarize(results(40, {"same": 0.0}, task="last-word"), bootstrap=100).to_pylist()[1]
+    assert row["vs_float_detectable"] >= 6 / 40

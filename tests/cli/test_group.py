@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
+from quambase.cli.console import emit
 from quambase.cli.main import COMMANDS, load_command, quambase, summary
 
 
@@ -19,3 +21,9 @@ def test_help_lists_every_command() -> None:
     shown = CliRunner().invoke(quambase, ["--help"]).stdout
     listed = [line.split()[0] for line in shown.partition("Commands:")[2].splitlines() if line[2:3].strip()]
     assert listed == list(COMMANDS)
+
+
+def test_a_line_break_in_a_cell_does_not_break_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    emit(pa.table({"token": ["a\nb", "ü\t"], "n": [1, 2]}))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["token  n", "-----  -", "a\\nb   1", "ü\\t    2"]
