@@ -6,7 +6,6 @@ python benchmarks/bench_collect.py [bundled | 130m]
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from quambase.model.mamba import Mamba
 from quambase.model.prepare import prepare
 from quambase.model.weights import MambaConfig, random_weights, tensors_of
 
-SAMPLES, SEQ_LEN, BLOCK = 64, 512, 32
+SEQ_LEN, BLOCK = 512, 32
 
 
 def write_130m(folder: Path) -> Path:
@@ -51,9 +50,10 @@ def plain_forward(model: Mamba, batches: list[Batch]) -> None:
 def memory(model: str, samples: int, folder: str) -> float:
     """Peak resident memory, in MB, of a process that collects ``samples`` documents."""
     script = (
-        "import resource, sys; from pathlib import Path; from quambase.collector.run import collect;"
+        "import re, sys; from pathlib import Path; from quambase.collector.run import collect;"
         "collect(sys.argv[1], int(sys.argv[2]), db=Path(sys.argv[3]), data=sys.argv[4], progress=False);"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        # Not ru_maxrss: that starts at what the parent had.
+        "print(int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024)"
     )
     arguments = [sys.executable, "-c", script, model, str(samples), folder, "sample:calibration"]
     return float(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
@@ -63,9 +63,10 @@ def main(which: str) -> None:
     """Print the table of one model."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        samples = 64 if which == "130m" else 512
         model = str(write_130m(folder / "mamba-130m-shape")) if which == "130m" else bundled_models()[0]
         loaded = load_model(model)
-        plan = make_plan("sample:calibration", loaded.tokenizer, SAMPLES, SEQ_LEN)
+        plan = make_plan("sample:calibration", loaded.tokenizer, samples, SEQ_LEN)
         batches = [Batch.pack([d.tokens.tolist() for d in block]) for block in plan.blocks(BLOCK)]
         float_model = Mamba(prepare(loaded.weights), rotated=True)
         plain_forward(float_model, batches[:1])
@@ -76,7 +77,7 @@ def main(which: str) -> None:
             plain_forward(float_model, batches)
             seconds["plain forward"].append(time.perf_counter() - start)
             run = collect(
-                model, SAMPLES, data="sample:calibration", db=folder / f"db{turn}", batch_size=BLOCK, progress=False
+                model, samples, data="sample:calibration", db=folder / f"db{turn}", batch_size=BLOCK, progress=False
             )
             seconds["collect"].append(run.manifest.created["observe_seconds"] + run.manifest.created["write_seconds"])
         size = sum((run.folder / file).stat().st_size for file in run.manifest.tables)
@@ -86,9 +87,8 @@ def main(which: str) -> None:
         }
         print(f"\n{plan.tokens:,} tokens of {len(plan.documents)} documents; database {size / 1e6:.1f} MB,")
         print(f"{without / 1e6:.1f} MB without activations; {run.manifest.tables['counts.parquet'].rows:,} count rows")
-        for samples, peak in peaks.items():
-            print(f"peak memory at {samples} samples: {peak:,.0f} MB")
-        print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MB")
+        for count, peak in peaks.items():
+            print(f"peak memory at {count} samples: {peak:,.0f} MB")
         table(f"collect, {loaded.name}", "seconds", {k: min(v) for k, v in seconds.items()}, "plain forward")
 
 

@@ -37,7 +37,10 @@ def main() -> None:
         "torch.bincount": lambda: torch.bincount(signed.flatten().to(torch.int32) + 32768, minlength=65536),
         "x.abs().amax() (absmax observer)": lambda: x.abs().amax(),
         "bare counting loop": lambda: loop(patterns, bins),
-        "collector: counts, outliers, document quantiles, channel moments": lambda: counter.add(
+        "collector on 16-bit values: counts, outliers, document quantiles": lambda: counter.count(
+            SiteStatistics.empty(layout, 64), half, offsets, 0, summaries
+        ),
+        "collector on float32: the same and channel moments": lambda: counter.add(
             SiteStatistics.empty(layout, 64), x, offsets, 0, summaries
         ),
     }

@@ -168,11 +168,29 @@ class Counter:
         return self._buffer[: x.numel()].view(x.shape).copy_(x)
 
     def add(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: Float32) -> None:
-        """Add documents ``first`` onwards of a block to ``into``.
+        """Add documents ``first`` onwards of a block to ``into``: their counts, and their channels' moments.
 
         x (rows, channels) float; offsets (documents + 1,) of its rows; summaries (documents, groups + 1, 1 + q),
         written: amax and quantiles (SUMMARY_COLUMNS) of each document, the whole site last.
         """
+        self.count(into, x, offsets, first, summaries)
+        m = into.moments
+        channel_moments(
+            x.to(torch.float32).contiguous().numpy(),
+            offsets,
+            self.encoding.limit,
+            m.count,
+            m.lowest,
+            m.highest,
+            m.total,
+            m.squares,
+            m.mean_abs_max,
+            m.nonfinite,
+            m.overflow,
+        )
+
+    def count(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: Float32) -> None:
+        """The counts, outliers and summaries of `add`, without the moments."""
         documents = offsets.size - 1
         groups = len(into.layout.names)
         workers = self._counts.shape[0]
@@ -201,17 +219,3 @@ class Counter:
             found = [self._top[w, g, : top_sizes[w, g]] for w in range(workers)]
             into.top[g] = largest(np.concatenate([into.top[g], *found]), self.most)
         top_sizes[:] = 0
-        m = into.moments
-        channel_moments(
-            x.to(torch.float32).contiguous().numpy(),
-            offsets,
-            self.encoding.limit,
-            m.count,
-            m.lowest,
-            m.highest,
-            m.total,
-            m.squares,
-            m.mean_abs_max,
-            m.nonfinite,
-            m.overflow,
-        )
