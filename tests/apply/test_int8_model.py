@@ -310,4 +310,8 @@ def test_a_scale_that_is_not_positive_and_finite_is_refused(prepared, scales, va
 
 
 def test_unneeded_sites_may_be_missing(prepared, scales):
-    build(prepared, {key: scales[key] for key in needed()}, quantize_lm_head=True)
+    batch = Batch.pack([[1, 2, 3]])
+    fewer = {key: scales[key] for key in needed()}
+    assert len(fewer) < len(scales)
+    found, whole = (build(prepared, given, quantize_lm_head=True).hidden(batch) for given in (fewer, scales))
+    assert torch.equal(found, whole)
