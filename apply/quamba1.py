@@ -18,15 +18,12 @@ and exp and division are not the GPU's approximations.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from quambase.apply import kernels
+from quambase.apply.backbone import Int8Backbone, Int8State, last_inputs
 from quambase.apply.int8 import (
     Int8Weight,
     dequantize,
@@ -34,15 +31,12 @@ from quambase.apply.int8 import (
     linear_to_half,
     linear_to_int8,
     softplus_delta,
-    to_half,
 )
 from quambase.apply.scales import Scales, check_scales, needed_sites
-from quambase.apply.weights import UPSTREAM, Int8Layer, Int8Weights, quantize
+from quambase.apply.weights import Int8Layer, Int8Weights, quantize
 from quambase.model.batch import Batch
-from quambase.model.hadamard import hadamard
 from quambase.model.kernels import selective_scan
-from quambase.model.weights import MambaWeights
-from quambase.schema.sites import HEAD_LAYER
+from quambase.model.weights import MambaConfig, MambaWeights
 
 Array = npt.NDArray[np.float32]
 
@@ -62,54 +56,23 @@ def build(
     return Int8Mamba(weights, scales, compat=compat)
 
 
-@dataclass
-class Int8State:
-    """What b sequences carry on: per layer int8 conv (b, k, e), oldest first, and ssm (b, n, e)."""
-
-    conv: list[torch.Tensor]
-    ssm: list[torch.Tensor]
-
-
-class Int8Mamba:
+class Int8Mamba(Int8Backbone):
     """The INT8 model; the same interface as `quambase.model.mamba.Mamba`."""
+
+    config: MambaConfig
+    weights: Int8Weights
+    scales: dict[tuple[int, str], float]
 
     def __init__(self, weights: Int8Weights, scales: Scales, *, compat: str | None = None) -> None:
         """ScalesInvalid if ``scales`` lacks a site this model reads or holds one that is not positive."""
         self.weights = weights
         self.config = weights.config
         self.compat = compat
-        self.quantized_lm_head = isinstance(weights.lm_head, Int8Weight)
         self.scales = check_scales(scales, needed_sites(weights.config, self.quantized_lm_head))
 
     def with_scales(self, scales: Scales) -> Int8Mamba:
         """Another strategy on the same INT8 weights; nothing is quantized again."""
         return Int8Mamba(self.weights, scales, compat=self.compat)
-
-    @torch.inference_mode()
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """What lm_head reads (t, d): float16 values in float32, or int8 codes if the head is quantized."""
-        return self._prefill(batch, None)
-
-    @torch.inference_mode()
-    def prefill(self, batch: Batch) -> tuple[torch.Tensor, Int8State]:
-        """`hidden` and the state after each document, to go on with `step`."""
-        state = Int8State([], [])
-        return self._prefill(batch, state), state
-
-    def _prefill(self, batch: Batch, state: Int8State | None) -> torch.Tensor:
-        x = self._embed(batch.tokens)
-        residual = torch.zeros_like(x)
-        for index, layer in enumerate(self.weights.layers):
-            x = self._block(index, layer, self._norm(x, residual, index, "in_proj:input"), batch, state)
-        return self._last_norm(x, residual)
-
-    @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (rows, v) of rows of `hidden`: float16 values held in float32."""
-        if isinstance(self.weights.lm_head, Int8Weight):
-            head = self.weights.lm_head
-            return linear_to_half(hidden, head, head.scale, self.scales[HEAD_LAYER, "lm_head:input"])
-        return to_half(F.linear(hidden, self.weights.lm_head_floats))
 
     def new_state(self, sequences: int) -> Int8State:
         """The state of ``sequences`` sequences before their first token."""
@@ -119,51 +82,12 @@ class Int8Mamba:
             [torch.zeros(sequences, c.d_state, c.d_inner, dtype=torch.int8) for _ in range(c.n_layer)],
         )
 
-    @torch.inference_mode()
-    def step(self, tokens: torch.Tensor, state: Int8State) -> torch.Tensor:
-        """Feed one token to each sequence: tokens (b,) int64; ``state`` is updated in place; logits (b, v).
-
-        As upstream, the state is rounded to codes after every token, and one sequence alone (b = 1)
-        multiplies its products by one combined factor where several multiply by two.
-        """
-        x = self._embed(tokens)
-        residual = torch.zeros_like(x)
-        for index, layer in enumerate(self.weights.layers):
-            x = self._decode(index, layer, self._norm(x, residual, index, "in_proj:input"), state)
-        return self.logits(self._last_norm(x, residual))
-
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        rows = self.weights.embedding[tokens].to(torch.float16)
-        if self.weights.embedding_scales is not None:
-            rows = rows * self.weights.embedding_scales[tokens].unsqueeze(-1)  # float16 product
-        return rows.to(torch.float32)
-
-    def _norm(self, x: torch.Tensor, residual: torch.Tensor, layer: int, site: str) -> torch.Tensor:
-        out = torch.empty(x.shape, dtype=torch.int8)
-        kernels.add_rms_norm_int8(
-            x.numpy(),
-            residual.numpy(),
-            np.float32(self.config.norm_eps),
-            np.float32(self.scales[layer, site]),
-            out.numpy(),
-        )
-        return out
-
-    def _last_norm(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if self.quantized_lm_head:
-            return self._norm(x, residual, HEAD_LAYER, "lm_head:input")
-        out = torch.empty_like(x)
-        kernels.add_rms_norm(x.numpy(), residual.numpy(), np.float32(self.config.norm_eps), out.numpy())
-        return to_half(out)
-
     def _ratio(self, layer: int, source: str, target: str) -> float:
         """``scale in / scale out`` as upstream computes it: in float64, then float32."""
         return float32(self.scales[layer, source] / self.scales[layer, target])
 
-    def _block(
-        self, index: int, layer: Int8Layer, codes: torch.Tensor, batch: Batch, state: Int8State | None
-    ) -> torch.Tensor:
-        c, s = self.config, self.scales
+    def _block(self, index: int, codes: torch.Tensor, batch: Batch, state: Int8State | None) -> torch.Tensor:
+        c, s, layer = self.config, self.scales, self.weights.layers[index]
         offsets = batch.offsets.numpy()
         in_ratio = self._ratio(index, "in_proj:input", "in_proj:output")
         xz = linear_to_int8(codes, layer.in_proj, in_ratio, layer.in_proj.scale)  # (t, 2e)
@@ -184,12 +108,12 @@ class Int8Mamba:
             stored = torch.empty(last.shape, dtype=torch.int8)
             kernels.state_to_int8(last, np.float32(s[index, "ssm_state_act:input"]), stored.numpy())
             state.ssm.append(stored)
-            state.conv.append(self._last_inputs(xz, batch))
+            state.conv.append(last_inputs(xz[:, : c.d_inner], batch, c.d_conv))
         gated = self._rotate(index, y)
         return linear_to_half(gated, layer.out_proj, layer.out_proj.scale, s[index, "out_proj:input"])
 
-    def _decode(self, index: int, layer: Int8Layer, codes: torch.Tensor, state: Int8State) -> torch.Tensor:
-        c, s = self.config, self.scales
+    def _decode(self, index: int, codes: torch.Tensor, state: Int8State) -> torch.Tensor:
+        c, s, layer = self.config, self.scales, self.weights.layers[index]
         xz = self._linear(codes, layer.in_proj, index, "in_proj:input", "in_proj:output")
         u = torch.empty((xz.shape[0], c.d_inner), dtype=torch.int8)
         window = state.conv[index].numpy()
@@ -245,23 +169,3 @@ class Int8Mamba:
             layer.D.dequantized().numpy(),
             dequantize(xz[:, c.d_inner :], s[index, "in_proj:output"]).numpy(),
         )
-
-    def _rotate(self, index: int, y: torch.Tensor) -> torch.Tensor:
-        """The gated output (rows, e) as float16, Hadamard-transformed, to codes (half away from zero)."""
-        # 1/sqrt(e) and the scale are one factor, as upstream (qHadamard.py).
-        factor = 1.0 / math.sqrt(self.config.d_inner) / self.scales[index, "out_proj:input"]
-        rotated = hadamard(to_half(y), factor)
-        out = torch.empty(y.shape, dtype=torch.int8)
-        kernels.round_to_int8(rotated.numpy(), self.compat == UPSTREAM, out.numpy())
-        return out
-
-    def _last_inputs(self, xz: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The last k convolution inputs of each document (documents, k, e), zeros where it was shorter."""
-        c = self.config
-        window = torch.zeros(batch.documents, c.d_conv, c.d_inner, dtype=torch.int8)
-        for document in range(batch.documents):
-            rows = batch.rows(document)
-            taken = xz[max(rows.start, rows.stop - c.d_conv) : rows.stop, : c.d_inner]
-            if taken.shape[0]:
-                window[document, -taken.shape[0] :] = taken
-        return window

@@ -6,10 +6,14 @@ import math
 from collections.abc import Collection, Mapping
 
 from quambase.apply.int8 import float32
+from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.scales import ScaleTable
-from quambase.schema.sites import HEAD_LAYER, find_site, is_model_site, layer_sites
+from quambase.schema.sites import HEAD_LAYER, MAMBA1, MAMBA2, find_site, is_model_site, layer_sites
+
+Scale = float | tuple[float, ...]
+"""A site's one scale, or one per scale group, in channel order."""
 
 Scales = Mapping[tuple[int, str], float]
 """(layer, site) to a positive scale."""
@@ -18,11 +22,12 @@ DEFAULT_OTHERWISE = "quamba"
 """The strategy of the sites that ``at`` does not name: what upstream computes."""
 
 
-def needed_sites(config: MambaConfig, quantize_lm_head: bool) -> list[tuple[int, str]]:
+def needed_sites(config: MambaConfig | Mamba2Config, quantize_lm_head: bool) -> list[tuple[int, str]]:
     """The (layer, site) pairs whose scales the model reads."""
+    family = MAMBA2 if isinstance(config, Mamba2Config) else MAMBA1
     return [
         (layer, site.name)
-        for layer, site in layer_sites(config.n_layer)
+        for layer, site in layer_sites(config.n_layer, family)
         if site.consumed and (layer != HEAD_LAYER or quantize_lm_head)
     ]
 

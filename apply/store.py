@@ -127,7 +127,8 @@ def _model_parts(
         if name.startswith("activation_scales."):
             _, layer, site = name.split(".", 2)
             scales[int(layer), site] = float(tensor)
-    return Int8Weights(config, tensors["embedding"], tensors.get("embedding.scales"), layers, head), scales
+    ends = {"embedding": tensors["embedding"], "embedding_scales": tensors.get("embedding.scales"), "lm_head": head}
+    return Int8Weights(**ends, config=config, layers=layers), scales
 
 
 def read_about(folder: Path) -> dict[str, Any]:

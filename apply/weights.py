@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from quambase.apply.int8 import Int8Weight, quantize_rows, quantize_weight, quantize_weight_float32
+from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.weights import LayerWeights, MambaConfig, MambaWeights
 
 UPSTREAM = "upstream"
@@ -51,17 +53,15 @@ class Int8Layer:
 
 
 @dataclass(frozen=True)
-class Int8Weights:
-    """A whole model.
+class Int8Ends:
+    """What is not in a block.
 
     embedding  (v, d) float16, or int8 codes with ``embedding_scales`` (v,) float16
     lm_head    (v, d) float16, or an Int8Weight
     """
 
-    config: MambaConfig
     embedding: torch.Tensor
     embedding_scales: torch.Tensor | None
-    layers: tuple[Int8Layer, ...]
     lm_head: torch.Tensor | Int8Weight
 
     @cached_property
@@ -69,6 +69,30 @@ class Int8Weights:
         """The float16 head held in float32 for BLAS."""
         assert isinstance(self.lm_head, torch.Tensor)
         return self.lm_head.to(torch.float32)
+
+    @classmethod
+    def arguments(
+        cls,
+        prepared: MambaWeights | Mamba2Weights,
+        *,
+        quantize_lm_head: bool,
+        quantize_embedding: bool,
+        compat: str | None,
+    ) -> dict[str, Any]:
+        """Quantize embedding and head of prepared weights, by field."""
+        embedding, scales = prepared.embedding.to(torch.float16), None
+        if quantize_embedding:
+            embedding, scales = quantize_rows(prepared.embedding, signed_max=compat == UPSTREAM)
+        head = quantize_weight(prepared.lm_head) if quantize_lm_head else prepared.lm_head.to(torch.float16)
+        return {"embedding": embedding, "embedding_scales": scales, "lm_head": head}
+
+
+@dataclass(frozen=True)
+class Int8Weights(Int8Ends):
+    """A whole Mamba-1."""
+
+    config: MambaConfig
+    layers: tuple[Int8Layer, ...]
 
 
 def quantize(
@@ -79,8 +103,7 @@ def quantize(
     compat: str | None = None,
 ) -> Int8Weights:
     """INT8 weights of prepared (folded and rotated, `quambase.model.prepare`) float weights."""
-    embedding, scales = prepared.embedding.to(torch.float16), None
-    if quantize_embedding:
-        embedding, scales = quantize_rows(prepared.embedding, signed_max=compat == UPSTREAM)
-    head = quantize_weight(prepared.lm_head) if quantize_lm_head else prepared.lm_head.to(torch.float16)
-    return Int8Weights(prepared.config, embedding, scales, tuple(map(Int8Layer.of, prepared.layers)), head)
+    ends = Int8Ends.arguments(
+        prepared, quantize_lm_head=quantize_lm_head, quantize_embedding=quantize_embedding, compat=compat
+    )
+    return Int8Weights(**ends, config=prepared.config, layers=tuple(map(Int8Layer.of, prepared.layers)))

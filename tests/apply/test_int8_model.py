@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_int8 import CONFIG, absmax_scales, documents, needed, tiny_prepared
 
-from quambase.apply import quamba1
+from quambase.apply import backbone, quamba1
 from quambase.apply.quamba1 import build
 from quambase.model.batch import Batch
 from quambase.model.mamba import Mamba
@@ -49,8 +49,12 @@ def record(monkeypatch):
     ):
         monkeypatch.setattr(kernels, name, keep(kind, getattr(kernels, name), output))
     monkeypatch.setattr(quamba1, "selective_scan", keep("scan", quamba1.selective_scan, 8))
-    for kind, name in (("int8", "linear_to_int8"), ("half", "linear_to_half"), ("rotate", "hadamard")):
-        monkeypatch.setattr(quamba1, name, keep(kind, getattr(quamba1, name), None))
+    for kind, module, name in (
+        ("int8", quamba1, "linear_to_int8"),
+        ("half", quamba1, "linear_to_half"),
+        ("rotate", backbone, "hadamard"),
+    ):
+        monkeypatch.setattr(module, name, keep(kind, getattr(module, name), None))
     return seen
 
 
