@@ -1,0 +1,87 @@
+"""How the heads and channels of a Mamba-2 layer are sorted into groups that share a scale (Quamba 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+from quambase.schema.errors import DatabaseInvalid
+
+
+class ChannelGroup(NamedTuple):
+    """One scale group of x: its numbers and its channels, ascending, in the reordered layer."""
+
+    ssd_group: int
+    head_group: int
+    channel_group: int
+    channels: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Its ``group_name`` in the tables."""
+        return f"g{self.ssd_group}h{self.head_group}c{self.channel_group}"
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """The order of one layer's heads and channels and the sizes of its groups, by upstream's names.
+
+    head_index     (h,): the head that comes to each place; heads stay within their SSD group
+    head_groups    (g, head groups): consecutive heads of each head group
+    channel_index  (e,): the channel that comes to each place, head by head in the order of ``head_index``
+    channel_group  (g, head groups, channel groups): consecutive channels, the same in every head of a head group
+    DatabaseInvalid where these are no permutations or the sizes do not add up.
+    """
+
+    head_index: tuple[int, ...]
+    head_groups: tuple[tuple[int, ...], ...]
+    channel_index: tuple[int, ...]
+    channel_group: tuple[tuple[tuple[int, ...], ...], ...]
+
+    def __post_init__(self) -> None:
+        heads, channels = len(self.head_index), len(self.channel_index)
+        whole = heads and not channels % heads and sum(map(sum, self.head_groups)) == heads
+        ordered = sorted(self.head_index) == list(range(heads)) and sorted(self.channel_index) == list(range(channels))
+        fits = whole and [len(sizes) for sizes in self.channel_group] == [len(sizes) for sizes in self.head_groups]
+        if not ordered or not fits or any(sum(s) != self.headdim for sizes in self.channel_group for s in sizes):
+            raise DatabaseInvalid(
+                f"groups of {heads} heads and {channels} channels do not fit together; expected permutations and sizes "
+                "that add up: collect again"
+            )
+
+    @property
+    def headdim(self) -> int:
+        """Channels of a head."""
+        return len(self.channel_index) // len(self.head_index)
+
+    def groups(self) -> Iterator[ChannelGroup]:
+        """Every scale group of x, by SSD group, head group, channel group."""
+        first_head = 0
+        for g, sizes in enumerate(self.head_groups):
+            for h, heads in enumerate(sizes):
+                for c, (start, stop) in enumerate(pairwise(accumulate(self.channel_group[g][h], initial=0))):
+                    rows = range(first_head, first_head + heads)
+                    channels = tuple(head * self.headdim + i for head in rows for i in range(start, stop))
+                    yield ChannelGroup(g, h, c, channels)
+                first_head += heads
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists under the fields' names."""
+        return {
+            "head_index": list(self.head_index),
+            "head_groups": [list(sizes) for sizes in self.head_groups],
+            "channel_index": list(self.channel_index),
+            "channel_group": [[list(sizes) for sizes in of_ssd] for of_ssd in self.channel_group],
+        }
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> LayerGroups:
+        """What `to_json` wrote."""
+        return cls(
+            tuple(raw["head_index"]),
+            tuple(tuple(sizes) for sizes in raw["head_groups"]),
+            tuple(raw["channel_index"]),
+            tuple(tuple(tuple(sizes) for sizes in of_ssd) for of_ssd in raw["channel_group"]),
+        )
