@@ -32,15 +32,20 @@ def needed_sites(config: MambaConfig | Mamba2Config, quantize_lm_head: bool) -> 
     ]
 
 
+def missing_scale(missing: list[tuple[int, str]], needed: list[tuple[int, str]]) -> ScalesInvalid:
+    """The error that names the first of the ``missing`` of the ``needed`` scales."""
+    layer, site = missing[0]
+    return ScalesInvalid(
+        f"no scale for layer {layer} {site} ({len(missing)} of {len(needed)} missing); "
+        "collect every site of the model and analyze again"
+    )
+
+
 def check_scales(scales: Scales, needed: list[tuple[int, str]]) -> dict[tuple[int, str], float]:
     """The needed scales, rounded to float32. ScalesInvalid: one is missing, not finite, or not positive."""
     missing = [key for key in needed if key not in scales]
     if missing:
-        layer, site = missing[0]
-        raise ScalesInvalid(
-            f"no scale for layer {layer} {site} ({len(missing)} of {len(needed)} missing); "
-            "collect every site of the model and analyze again"
-        )
+        raise missing_scale(missing, needed)
     found = {key: float32(scales[key]) for key in needed}
     for (layer, site), scale in found.items():
         if not (math.isfinite(scale) and scale > 0):

@@ -127,8 +127,7 @@ def _model_parts(
         if name.startswith("activation_scales."):
             _, layer, site = name.split(".", 2)
             scales[int(layer), site] = float(tensor)
-    ends = {"embedding": tensors["embedding"], "embedding_scales": tensors.get("embedding.scales"), "lm_head": head}
-    return Int8Weights(**ends, config=config, layers=layers), scales
+    return Int8Weights(tensors["embedding"], tensors.get("embedding.scales"), head, config, layers), scales
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""The activation scales of an INT8 Mamba-2: one per tensor, or one per scale group where the model reads groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from quambase.apply.int8 import float32
+from quambase.apply.scales import Scale, missing_scale, needed_sites
+from quambase.model.mamba2_weights import Mamba2Config
+from quambase.schema.errors import ScalesInvalid
+from quambase.schema.sites import MAMBA2, find_site
+
+GroupScales = Mapping[tuple[int, str], Scale]
+"""(layer, site) to a positive scale, or to one per scale group in channel order."""
+
+ChannelGroups = Sequence[torch.Tensor]
+"""Per layer the scale group of each channel of x (e,), int64; empty where groups follow from the sizes."""
+
+BY_CHANNEL_GROUP = ("x_conv_out:input", "ssm_state_act:input")
+"""The sites whose scale groups divide the channels of x."""
+
+
+def values_of(scale: Scale) -> torch.Tensor:
+    """A site's scales as float32 (groups,)."""
+    return torch.tensor(scale if isinstance(scale, tuple) else (scale,), dtype=torch.float32)
+
+
+def channel_groups_of(config: Mamba2Config, channel_groups: ChannelGroups, layer: int, count: int) -> torch.Tensor:
+    """The group (0 to count - 1) of each channel of x (e,), int64: none, by SSD group, or the layer's own map."""
+    if count in (1, config.ngroups):
+        return torch.arange(config.d_inner) // (config.d_inner // count)
+    return channel_groups[layer]
+
+
+def check_group_scales(
+    scales: GroupScales, config: Mamba2Config, channel_groups: ChannelGroups, quantize_lm_head: bool
+) -> dict[tuple[int, str], Scale]:
+    """The scales the model reads, rounded to float32.
+
+    ScalesInvalid: one is missing, not finite, not positive, or there are not as many as the site has groups.
+    """
+    needed = needed_sites(config, quantize_lm_head)
+    missing = [key for key in needed if key not in scales]
+    if missing:
+        raise missing_scale(missing, needed)
+    found: dict[tuple[int, str], Scale] = {}
+    for layer, site in needed:
+        scale = scales[layer, site]
+        _check_count(layer, site, scale, config, channel_groups)
+        values = tuple(float32(value) for value in (scale if isinstance(scale, tuple) else (scale,)))
+        for value in values:
+            if not (math.isfinite(value) and value > 0):
+                raise ScalesInvalid(
+                    f"the scale at layer {layer} {site} is {value}; expected a positive finite number: analyze again"
+                )
+        found[layer, site] = values if isinstance(scale, tuple) and len(values) > 1 else values[0]
+    return found
+
+
+def _check_count(layer: int, site: str, scale: Scale, config: Mamba2Config, channel_groups: ChannelGroups) -> None:
+    if not isinstance(scale, tuple):
+        return
+    expected = {1}
+    if find_site(site, MAMBA2).by_ssd or site in BY_CHANNEL_GROUP:
+        expected.add(config.ngroups)
+    if site in BY_CHANNEL_GROUP and layer < len(channel_groups):
+        expected.add(int(channel_groups[layer].max()) + 1)
+    if len(scale) not in expected:
+        counts = " or ".join(map(str, sorted(expected)))
+        raise ScalesInvalid(
+            f"layer {layer} {site} has {len(scale)} scale groups, expected {counts}; "
+            "analyze with --granularity tensor, or collect this model again"
+        )
