@@ -32,7 +32,7 @@ SAMPLE_AUTHOR = "mamba-7m"
 """The bundled model that wrote the bundled texts."""
 
 PYTHON_DOCS = ("python-docs:calibration", "python-docs:evaluation")
-"""Real English text on every machine: the language reference inside Python (`pydoc_data.topics`), every other topic, in passages."""
+"""Real English on every machine: Python's language reference (`pydoc_data.topics`), every other topic, in passages."""
 
 PASSAGE = 1500
 """Characters after which a topic of the language reference is cut at the next blank line."""
