@@ -58,8 +58,8 @@ def write_card(folder: Path, recipe: Recipe, figures: dict[str, Any]) -> Path:
     (folder / "README.md").write_text(
         f"""# {folder.name}
 
-A small {kind} language model of English novels ({sizes}, vocabulary {shape.vocab_size}; bfloat16, head tied to the
-embedding; mamba-ssm layout), made for tests, examples and measurements of quantization. It writes fluent nonsense.
+A small {kind} language model of English novels, made for tests, examples and measurements of quantization: {sizes},
+vocabulary {shape.vocab_size}; bfloat16, head tied to the embedding, mamba-ssm layout.
 
 ## Training
 

@@ -100,6 +100,13 @@ def test_an_epoch_sees_every_token_once(length: int, batch: int, seed: int, tota
         assert (other.starts(step) == starts[step * batch : (step + 1) * batch]).all()
 
 
+def test_epochs_and_seeds_shuffle_anew() -> None:
+    one, two = (Windows(4000, 10, 399, seed) for seed in (0, 1))
+    orders = [one.starts(0), one.starts(1), two.starts(0)]
+    # Chance leaves about one window of 399 in its place; half of them would be no shuffle.
+    assert all((a - a.min() == b - b.min()).mean() < 0.5 for a, b in zip(orders, orders[1:] + orders[:1], strict=True))
+
+
 def test_learning_rate_rises_then_falls_to_zero() -> None:
     recipe = Recipe(tokens=1000, length=10, batch=1, warmup=200, lr=1.0)
     rates = [recipe.lr_at(step) for step in range(recipe.steps)]
