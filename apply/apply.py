@@ -11,20 +11,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from quambase.apply.quamba1 import build
+from quambase.apply.models import build_model, check_any_scales
 from quambase.apply.scales import (
     DEFAULT_OTHERWISE,
     check_model,
-    check_scales,
     choose_scales,
     describe,
-    needed_sites,
     unsafe_sites,
 )
 from quambase.apply.store import SCALES, remember, save_model
 from quambase.apply.weights import UPSTREAM
 from quambase.model.load import LoadedModel, bundled_models, load_model
-from quambase.model.prepare import prepare
 from quambase.schema.scales import SELECTED, ScaleTable, read_scales, write_scales
 
 
@@ -72,11 +69,11 @@ def apply(
     table = read_scales(scales)
     chosen = choose_scales(table, strategy, at, otherwise)
     loaded = load_source(table, model)
-    needed = needed_sites(loaded.config, quantize_lm_head)
-    chosen = check_scales(chosen, needed)  # before the slow part
-    int8 = build(
-        prepare(loaded.weights),
-        chosen,
+    used_scales = check_any_scales(loaded.any_weights, table, chosen, quantize_lm_head)
+    int8 = build_model(
+        loaded.any_weights,
+        table,
+        used_scales,
         quantize_lm_head=quantize_lm_head,
         quantize_embedding=quantize_embedding,
         compat=compat,
@@ -89,14 +86,14 @@ def apply(
         "run": table.run,
     }
     switches = [quantize_lm_head, quantize_embedding, compat]
-    used = {f"{layer}/{site}": scale for (layer, site), scale in chosen.items()}
+    used = {f"{layer}/{site}": scale for (layer, site), scale in used_scales.items()}
     identity = json.dumps([loaded.weights_sha256, settings["strategy"], switches, used], sort_keys=True)
     folder = out or db / "models" / hashlib.sha256(identity.encode()).hexdigest()[:16]
     save_model(folder, int8, settings, loaded.tokenizer.path)
     labels = [strategy, *([otherwise] if at else []), DEFAULT_OTHERWISE]
     write_scales(folder / SCALES, _rows_of(table, labels), table.provenance)
     remember(db, folder)
-    return Applied(folder, str(settings["strategy"]), unsafe_sites(table, chosen) if compat == UPSTREAM else [])
+    return Applied(folder, str(settings["strategy"]), unsafe_sites(table, used_scales) if compat == UPSTREAM else [])
 
 
 def _rows_of(table: ScaleTable, labels: Collection[str]) -> pa.Table:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from quambase.apply.apply import load_source
-from quambase.apply.quamba1 import Int8Mamba, build
-from quambase.apply.scales import DEFAULT_OTHERWISE, check_model, check_scales, loadable_labels, needed_sites
+from quambase.apply.models import Int8Model, build_model, check_any_scales
+from quambase.apply.scales import DEFAULT_OTHERWISE, check_model, loadable_labels, needed_sites
 from quambase.apply.store import SCALES, load_stored
 from quambase.model.load import LoadedModel, bundled_models, load_model
-from quambase.model.prepare import prepare
 from quambase.schema.scales import SELECTED, read_scales
 from quambase.schema.tables import file_sha256
 
@@ -22,7 +21,7 @@ class Candidates:
     """The models to compare: the float one and INT8 ones by label; ``identity`` determines their outputs."""
 
     source: LoadedModel
-    models: Mapping[str, Int8Mamba]
+    models: Mapping[str, Int8Model]
     scales: str
     run: str | None
     identity: dict[str, Any]
@@ -38,14 +37,14 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
     if name not in bundled_models() and Path(source["path"]).is_dir():
         name = source["path"]
     loaded = load_model(model or name)
-    models = {about["strategy"]: stored.model}
+    models: dict[str, Int8Model] = {about["strategy"]: stored.model}
     path = folder / SCALES
     if path.exists():
         table = read_scales(path)
         check_model(table, loaded.weights_sha256, loaded.name)
-        needed = needed_sites(loaded.config, stored.model.quantized_lm_head)
+        needed = needed_sites(loaded.any_weights.config, stored.model.quantized_lm_head)
         if DEFAULT_OTHERWISE in loadable_labels(table, needed)[0] and DEFAULT_OTHERWISE not in models:
-            models[DEFAULT_OTHERWISE] = stored.model.with_scales(table.scales_for(DEFAULT_OTHERWISE))
+            models[DEFAULT_OTHERWISE] = stored.model.with_scales(table.group_scales_for(DEFAULT_OTHERWISE))
     identity = {"weights": loaded.weights_sha256, "int8": stored.tensors_sha256, "strategies": list(models)}
     return Candidates(loaded, models, str(path), about.get("run"), identity)
 
@@ -62,15 +61,19 @@ def from_scales(
     """Strategies of a scale table, built in memory on one set of INT8 weights."""
     table = read_scales(scales)
     loaded = load_source(table, model)
-    needed = needed_sites(loaded.config, quantize_lm_head)
+    needed = needed_sites(loaded.any_weights.config, quantize_lm_head)
     skipped: list[str] = []
     labels = list(dict.fromkeys(strategies))
     if "all" in labels:
         whole, skipped = loadable_labels(table, needed)
         labels = [*whole, SELECTED]
-    chosen = {label: check_scales(table.scales_for(label), needed) for label in labels}
-    first = build(
-        prepare(loaded.weights),
+    chosen = {
+        label: check_any_scales(loaded.any_weights, table, table.group_scales_for(label), quantize_lm_head)
+        for label in labels
+    }
+    first = build_model(
+        loaded.any_weights,
+        table,
         chosen[labels[0]],
         quantize_lm_head=quantize_lm_head,
         quantize_embedding=quantize_embedding,

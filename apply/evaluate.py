@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from quambase.apply.candidates import Candidates, from_folder, from_scales
+from quambase.apply.scales import Scale
 from quambase.apply.scoring import (
     FLOAT,
     LAST_WORD,
@@ -34,7 +35,6 @@ from quambase.apply.scoring import (
 )
 from quambase.apply.store import last_applied
 from quambase.model.load import LoadedModel
-from quambase.model.mamba import Mamba
 from quambase.model.text import BUNDLED_DATA, SAMPLE_AUTHOR, read_documents
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
@@ -246,11 +246,12 @@ class _Runner:
     def __init__(self, candidates: Candidates, evaluation: str) -> None:
         self.candidates = candidates
         self.evaluation = evaluation
-        self.reference = Mamba(candidates.source.weights)
-        self.same: dict[tuple[float, ...], list[str]] = {}
+        self.reference = candidates.source.floating()
+        self.same: dict[tuple[Scale, ...], list[str]] = {}
+        family = candidates.source.family
         for label, model in candidates.models.items():
             scales = model.scales.items()
-            read = tuple(scale for (_, site), scale in scales if not find_site(site).decode_only)
+            read = tuple(scale for (_, site), scale in scales if not find_site(site, family).decode_only)
             self.same.setdefault(read, []).append(label)
 
     def score(self, task: TaskData, items: Sequence[Item]) -> pa.Table:

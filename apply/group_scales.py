@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from quambase.apply.int8 import float32
-from quambase.apply.scales import Scale, missing_scale, needed_sites
+from quambase.apply.scales import Scale, Scales, checked_scale, missing_scale, needed_sites
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.schema.errors import ScalesInvalid
+from quambase.schema.grouping import LayerGroups
 from quambase.schema.sites import MAMBA2, find_site
-
-GroupScales = Mapping[tuple[int, str], Scale]
-"""(layer, site) to a positive scale, or to one per scale group in channel order."""
 
 ChannelGroups = Sequence[torch.Tensor]
 """Per layer the scale group of each channel of x (e,), int64; empty where groups follow from the sizes."""
@@ -28,6 +24,17 @@ def values_of(scale: Scale) -> torch.Tensor:
     return torch.tensor(scale if isinstance(scale, tuple) else (scale,), dtype=torch.float32)
 
 
+def channel_maps(layers: Sequence[LayerGroups]) -> list[torch.Tensor]:
+    """Each layer's scale group of every channel of x in the reordered model (e,), as `LayerGroups.groups` counts."""
+    maps = []
+    for groups in layers:
+        index = torch.empty(len(groups.channel_index), dtype=torch.int64)
+        for number, group in enumerate(groups.groups()):
+            index[list(group.channels)] = number
+        maps.append(index)
+    return maps
+
+
 def channel_groups_of(config: Mamba2Config, channel_groups: ChannelGroups, layer: int, count: int) -> torch.Tensor:
     """The group (0 to count - 1) of each channel of x (e,), int64: none, by SSD group, or the layer's own map."""
     if count in (1, config.ngroups):
@@ -36,7 +43,7 @@ def channel_groups_of(config: Mamba2Config, channel_groups: ChannelGroups, layer
 
 
 def check_group_scales(
-    scales: GroupScales, config: Mamba2Config, channel_groups: ChannelGroups, quantize_lm_head: bool
+    scales: Scales, config: Mamba2Config, channel_groups: ChannelGroups, quantize_lm_head: bool
 ) -> dict[tuple[int, str], Scale]:
     """The scales the model reads, rounded to float32.
 
@@ -50,13 +57,8 @@ def check_group_scales(
     for layer, site in needed:
         scale = scales[layer, site]
         _check_count(layer, site, scale, config, channel_groups)
-        values = tuple(float32(value) for value in (scale if isinstance(scale, tuple) else (scale,)))
-        for value in values:
-            if not (math.isfinite(value) and value > 0):
-                raise ScalesInvalid(
-                    f"the scale at layer {layer} {site} is {value}; expected a positive finite number: analyze again"
-                )
-        found[layer, site] = values if isinstance(scale, tuple) and len(values) > 1 else values[0]
+        values = tuple(checked_scale(layer, site, value) for value in (scale if isinstance(scale, tuple) else (scale,)))
+        found[layer, site] = values if len(values) > 1 else values[0]
     return found
 
 

@@ -26,10 +26,10 @@ import torch
 
 from quambase.apply import kernels2
 from quambase.apply.backbone import Int8Backbone, Int8State, last_inputs
-from quambase.apply.group_scales import ChannelGroups, GroupScales, channel_groups_of, check_group_scales, values_of
+from quambase.apply.group_scales import ChannelGroups, channel_groups_of, check_group_scales, values_of
 from quambase.apply.int8 import dequantize, float32, linear_to_half, matmul, softplus_delta, to_half
 from quambase.apply.quamba2_weights import Int8Mamba2Layer, Int8Mamba2Weights, quantize
-from quambase.apply.scales import Scale
+from quambase.apply.scales import Scale, Scales
 from quambase.model.batch import Batch
 from quambase.model.kernels import ssd_scan
 from quambase.model.mamba2 import gated_rms_norm
@@ -40,7 +40,7 @@ Array = npt.NDArray[np.float32]
 
 def build(
     prepared: Mamba2Weights,
-    scales: GroupScales,
+    scales: Scales,
     *,
     channel_groups: ChannelGroups = (),
     quantize_lm_head: bool = False,
@@ -81,7 +81,7 @@ class Int8Mamba2(Int8Backbone):
     def __init__(
         self,
         weights: Int8Mamba2Weights,
-        scales: GroupScales,
+        scales: Scales,
         *,
         channel_groups: ChannelGroups = (),
         compat: str | None = None,
@@ -99,7 +99,7 @@ class Int8Mamba2(Int8Backbone):
         self.scales = check_group_scales(scales, weights.config, channel_groups, self.quantized_lm_head)
         self._laid_out = [self._lay_out(index) for index in range(self.config.n_layer)]
 
-    def with_scales(self, scales: GroupScales) -> Int8Mamba2:
+    def with_scales(self, scales: Scales) -> Int8Mamba2:
         """Another strategy on the same INT8 weights and groups; nothing is quantized again."""
         return Int8Mamba2(self.weights, scales, channel_groups=self.channel_groups, compat=self.compat)
 

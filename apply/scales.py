@@ -10,13 +10,13 @@ from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.scales import ScaleTable
-from quambase.schema.sites import HEAD_LAYER, MAMBA1, MAMBA2, find_site, is_model_site, layer_sites
+from quambase.schema.sites import FAMILIES, HEAD_LAYER, MAMBA1, MAMBA2, find_site, is_model_site, layer_sites
 
 Scale = float | tuple[float, ...]
 """A site's one scale, or one per scale group, in channel order."""
 
-Scales = Mapping[tuple[int, str], float]
-"""(layer, site) to a positive scale."""
+Scales = Mapping[tuple[int, str], Scale]
+"""(layer, site) to a positive scale, or to one per scale group where an INT8 Mamba-2 reads groups."""
 
 DEFAULT_OTHERWISE = "quamba"
 """The strategy of the sites that ``at`` does not name: what upstream computes."""
@@ -46,22 +46,35 @@ def check_scales(scales: Scales, needed: list[tuple[int, str]]) -> dict[tuple[in
     missing = [key for key in needed if key not in scales]
     if missing:
         raise missing_scale(missing, needed)
-    found = {key: float32(scales[key]) for key in needed}
-    for (layer, site), scale in found.items():
-        if not (math.isfinite(scale) and scale > 0):
+    found = {}
+    for layer, site in needed:
+        scale = scales[layer, site]
+        if isinstance(scale, tuple):
             raise ScalesInvalid(
-                f"the scale at layer {layer} {site} is {scale}; expected a positive finite number: analyze again"
+                f"layer {layer} {site} has {len(scale)} scale groups, expected one scale; analyze with "
+                "--granularity tensor"
             )
+        found[layer, site] = checked_scale(layer, site, scale)
     return found
+
+
+def checked_scale(layer: int, site: str, scale: float) -> float:
+    """``scale`` rounded to float32; ScalesInvalid unless it is positive and finite."""
+    value = float32(scale)
+    if not (math.isfinite(value) and value > 0):
+        raise ScalesInvalid(
+            f"the scale at layer {layer} {site} is {value}; expected a positive finite number: analyze again"
+        )
+    return value
 
 
 def check_model(table: ScaleTable, weights_sha256: str, name: str) -> None:
     """ScalesInvalid unless the table's scales were computed from a run of the model with these weights."""
     model = table.model
-    if model.get("family") != "mamba1":
+    if model.get("family") not in FAMILIES:
         raise ScalesInvalid(
             f"the scale table describes '{model.get('name')}' (family {model.get('family')}), "
-            "no Mamba-1 model; expected scales of a run of `collect --model NAME`"
+            "no Mamba model; expected scales of a run of `collect --model NAME`"
         )
     found = table.identity.get("weights_sha256")
     if found != weights_sha256:
@@ -74,18 +87,18 @@ def check_model(table: ScaleTable, weights_sha256: str, name: str) -> None:
 
 def choose_scales(
     table: ScaleTable, strategy: str, at: Collection[str] = (), otherwise: str = DEFAULT_OTHERWISE
-) -> dict[tuple[int, str], float]:
+) -> dict[tuple[int, str], Scale]:
     """(layer, site) to scale: those of ``strategy``, or with ``at`` its scales at these sites,
     ``otherwise``'s elsewhere.
 
     UnknownName: a label or site that does not exist.
     """
-    chosen = table.scales_for(strategy)
+    chosen = table.group_scales_for(strategy)
     if not at:
         return chosen
     for name in at:
-        find_site(name)
-    rest = {key: scale for key, scale in table.scales_for(otherwise).items() if key[1] not in at}
+        find_site(name, str(table.model["family"]))
+    rest = {key: scale for key, scale in table.group_scales_for(otherwise).items() if key[1] not in at}
     return rest | {key: scale for key, scale in chosen.items() if key[1] in at}
 
 
@@ -99,7 +112,7 @@ def loadable_labels(table: ScaleTable, needed: list[tuple[int, str]]) -> tuple[l
     whole: list[str] = []
     partial: list[str] = []
     for label in table.labels():
-        (whole if set(needed) <= table.scales_for(label).keys() else partial).append(label)
+        (whole if set(needed) <= table.group_scales_for(label).keys() else partial).append(label)
     return whole, partial
 
 
@@ -108,10 +121,14 @@ def unsafe_sites(table: ScaleTable, scales: Scales) -> list[tuple[int, str]]:
 
     There upstream's kernel would wrap: ``round(amax / scale) > 127``.
     """
+    family = str(table.model["family"])
     rows = table.table.select(["layer", "site", "amax"]).to_pylist()
     amax = {(row["layer"], row["site"]): row["amax"] for row in rows}
     return [
         key
         for key, scale in scales.items()
-        if is_model_site(key[1]) and not find_site(key[1]).saturates and amax[key] >= 127.5 * scale
+        if is_model_site(key[1], family)
+        and not find_site(key[1], family).saturates
+        and isinstance(scale, float)
+        and amax[key] >= 127.5 * scale
     ]

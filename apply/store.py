@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from quambase.apply.int8 import Int8Weight
+from quambase.apply.models import Int8Model
 from quambase.apply.quamba1 import Int8Mamba
+from quambase.apply.quamba2 import Int8Mamba2
+from quambase.apply.quamba2_weights import (
+    Int8Mamba2Layer,
+    Int8Mamba2Weights,
+    SplitInt8Weight,
+    conv_widths,
+    in_proj_widths,
+)
+from quambase.apply.scales import Scale
 from quambase.apply.weights import Int8Layer, Int8Weights
+from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import CheckpointInvalid
 from quambase.schema.tables import file_sha256, replacing
 
-FAMILY = "quamba1-w8a8"
+QUAMBA1, QUAMBA2 = "quamba1-w8a8", "quamba2-w8a8"
 CONFIG, TENSORS, SCALES, TOKENIZER = "config.json", "model.safetensors", "scales.parquet", "tokenizer.json"
 
 LAST = "last.txt"
@@ -38,12 +50,12 @@ class StoredModel:
     """A loaded INT8 model folder; ``about`` is what its config.json says beside the sizes."""
 
     folder: Path
-    model: Int8Mamba
+    model: Int8Model
     about: dict[str, Any]
     tensors_sha256: str
 
 
-def save_model(folder: Path, model: Int8Mamba, about: dict[str, Any], tokenizer: Path | None = None) -> None:
+def save_model(folder: Path, model: Int8Model, about: dict[str, Any], tokenizer: Path | None = None) -> None:
     """Write ``model`` to ``folder``; config.json last, so a folder without it is unfinished.
 
     ``about``: source model, hashes, strategy: whatever JSON should be kept beside the settings.
@@ -56,7 +68,7 @@ def save_model(folder: Path, model: Int8Mamba, about: dict[str, Any], tokenizer:
         shutil.copyfile(tokenizer, folder / TOKENIZER)
     config = {
         "format_version": FORMAT_VERSION,
-        "family": FAMILY,
+        "family": QUAMBA2 if isinstance(model, Int8Mamba2) else QUAMBA1,
         "sizes": asdict(model.config),
         "quantize_lm_head": model.quantized_lm_head,
         "quantize_embedding": model.weights.embedding_scales is not None,
@@ -68,23 +80,27 @@ def save_model(folder: Path, model: Int8Mamba, about: dict[str, Any], tokenizer:
         temporary.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _tensors(model: Int8Mamba) -> dict[str, torch.Tensor]:
+def _tensors(model: Int8Model) -> dict[str, torch.Tensor]:
     weights = model.weights
     found: dict[str, torch.Tensor] = {"embedding": weights.embedding}
     if weights.embedding_scales is not None:
         found["embedding.scales"] = weights.embedding_scales
-    named = {
-        f"layers.{i}.{f.name}": getattr(layer, f.name) for i, layer in enumerate(weights.layers) for f in fields(layer)
-    }
-    if isinstance(weights.lm_head, Int8Weight):
-        named["lm_head"] = weights.lm_head
-    else:
-        found["lm_head"] = weights.lm_head
+    named: dict[str, torch.Tensor | Int8Weight | SplitInt8Weight] = {"lm_head": weights.lm_head}
+    layers: tuple[Int8Layer | Int8Mamba2Layer, ...] = weights.layers
+    for i, layer in enumerate(layers):
+        named |= {f"layers.{i}.{f.name}": getattr(layer, f.name) for f in fields(layer)}
     for name, weight in named.items():
+        if isinstance(weight, torch.Tensor):
+            found[name] = weight
+            continue
         found[name] = weight.codes
-        found[f"{name}.scale"] = torch.tensor(weight.scale, dtype=torch.float32)
-    for (layer, site), scale in model.scales.items():
-        found[f"activation_scales.{layer}.{site}"] = torch.tensor(scale, dtype=torch.float32)
+        scale = weight.scales if isinstance(weight, SplitInt8Weight) else weight.scale
+        found[f"{name}.scale"] = torch.tensor(scale, dtype=torch.float32)
+    scales: Mapping[tuple[int, str], Scale] = model.scales
+    for (layer_number, site), value in scales.items():
+        found[f"activation_scales.{layer_number}.{site}"] = torch.tensor(value, dtype=torch.float32)
+    if isinstance(model, Int8Mamba2):
+        found |= {f"channel_groups.{i}": index for i, index in enumerate(model.channel_groups)}
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
@@ -106,28 +122,52 @@ def load_stored(folder: Path) -> StoredModel:
     if digest != about["tensors_sha256"]:
         raise CheckpointInvalid(f"{path} was altered since `apply` wrote it (its checksum differs); run `apply` again")
     try:
-        weights, scales = _model_parts(MambaConfig(**about["sizes"]), tensors, bool(about["quantize_lm_head"]))
+        model = _model_of(about, tensors)
     except (KeyError, TypeError) as error:
         raise CheckpointInvalid(f"{folder} lacks {error}; run `apply` again") from None
-    return StoredModel(folder, Int8Mamba(weights, scales, compat=about["compat"]), about, digest)
+    return StoredModel(folder, model, about, digest)
 
 
-def _model_parts(
-    config: MambaConfig, tensors: dict[str, torch.Tensor], quantized_head: bool
-) -> tuple[Int8Weights, dict[tuple[int, str], float]]:
-    def weight(name: str) -> Int8Weight:
-        return Int8Weight(tensors[name], float(tensors[f"{name}.scale"]))
-
-    layers = tuple(
-        Int8Layer(**{f.name: weight(f"layers.{i}.{f.name}") for f in fields(Int8Layer)}) for i in range(config.n_layer)
-    )
-    head = weight("lm_head") if quantized_head else tensors["lm_head"]
-    scales: dict[tuple[int, str], float] = {}
+def _model_of(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Int8Model:
+    head = _whole(tensors, "lm_head") if about["quantize_lm_head"] else tensors["lm_head"]
+    ends = (tensors["embedding"], tensors.get("embedding.scales"), head)
+    scales: dict[tuple[int, str], Scale] = {}
     for name, tensor in tensors.items():
         if name.startswith("activation_scales."):
             _, layer, site = name.split(".", 2)
-            scales[int(layer), site] = float(tensor)
-    return Int8Weights(tensors["embedding"], tensors.get("embedding.scales"), head, config, layers), scales
+            scales[int(layer), site] = tuple(tensor.tolist()) if tensor.dim() else float(tensor)
+    if about["family"] == QUAMBA2:
+        config = Mamba2Config(**about["sizes"])
+        blocks = tuple(_mamba2_layer(config, tensors, f"layers.{i}.") for i in range(config.n_layer))
+        groups = [tensors[f"channel_groups.{i}"] for i in range(config.n_layer) if "channel_groups.0" in tensors]
+        weights = Int8Mamba2Weights(*ends, config, blocks)
+        return Int8Mamba2(weights, scales, channel_groups=groups, compat=about["compat"])
+    sizes = MambaConfig(**about["sizes"])
+    layers = tuple(
+        Int8Layer(**{f.name: _whole(tensors, f"layers.{i}.{f.name}") for f in fields(Int8Layer)})
+        for i in range(sizes.n_layer)
+    )
+    return Int8Mamba(Int8Weights(*ends, sizes, layers), scales, compat=about["compat"])
+
+
+def _whole(tensors: dict[str, torch.Tensor], name: str) -> Int8Weight:
+    return Int8Weight(tensors[name], float(tensors[f"{name}.scale"]))
+
+
+def _mamba2_layer(config: Mamba2Config, tensors: dict[str, torch.Tensor], prefix: str) -> Int8Mamba2Layer:
+    def split(name: str, widths: tuple[int, ...]) -> SplitInt8Weight:
+        return SplitInt8Weight(tensors[prefix + name], tuple(tensors[f"{prefix}{name}.scale"].tolist()), widths)
+
+    return Int8Mamba2Layer(
+        in_proj=split("in_proj", in_proj_widths(config)),
+        conv_weight=split("conv_weight", conv_widths(config)),
+        conv_bias=split("conv_bias", conv_widths(config)),
+        A_log=_whole(tensors, f"{prefix}A_log"),
+        D=_whole(tensors, f"{prefix}D"),
+        out_proj=_whole(tensors, f"{prefix}out_proj"),
+        dt_bias=tensors[f"{prefix}dt_bias"],
+        gated_norm=tensors[f"{prefix}gated_norm"],
+    )
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -139,8 +179,8 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise CheckpointInvalid(f"{folder} holds no INT8 model (no {CONFIG}); make one with `apply`") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointInvalid(f"{path} is not valid JSON ({error}); run `apply` again") from None
-    if not isinstance(about, dict) or about.get("family") != FAMILY:
-        raise CheckpointInvalid(f"{folder} is no {FAMILY} model; make one with `apply`")
+    if not isinstance(about, dict) or about.get("family") not in (QUAMBA1, QUAMBA2):
+        raise CheckpointInvalid(f"{folder} is no {QUAMBA1} or {QUAMBA2} model; make one with `apply`")
     if about["format_version"] > FORMAT_VERSION:
         raise CheckpointInvalid(
             f"{path} has format version {about['format_version']}; this quambase reads up to "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,9 @@ from quambase.schema.tables import SCALES, write_table
 
 METADATA_KEY = b"quambase"
 """Key of the Parquet schema metadata whose value is the provenance, as JSON."""
+
+_SCALE_GROUP = r"^g\d+(h\d+c\d+)?$"
+"""The names of groups that have a scale each in a Mamba-2: SSD groups, and those of `quambase.schema.grouping`."""
 
 SELECTED = "selected"
 """The label that stands for each scale group's selected row instead of one strategy."""
@@ -67,6 +71,22 @@ class ScaleTable:
         """The manifest's ``identity`` (weights_sha256, ...) of the one run."""
         identity: dict[str, Any] = self.provenance["runs"][self.run]["identity"]
         return identity
+
+    def group_scales_for(self, label: str) -> dict[tuple[int, str], float | tuple[float, ...]]:
+        """Like `scales_for`, but where the table has rows of a site's scale groups (g0, g0h1c2), those: one scale per
+        group, by SSD group, head group and channel group.
+        """
+        found: dict[tuple[int, str], float | tuple[float, ...]] = {**self.scales_for(label)}
+        chosen = self.table["selected"] if label == SELECTED else pc.equal(self.table["label"], pa.scalar(label))
+        chosen = pc.and_(chosen, pc.match_substring_regex(self.table["group_name"], _SCALE_GROUP))
+        rows = self.table.filter(pc.and_(chosen, pc.invert(self.table["needs_decode"])))
+        by_site: dict[tuple[int, str], dict[tuple[int, ...], float]] = {}
+        columns = (rows[name].to_pylist() for name in ("layer", "site", "group_name", "scale"))
+        for layer, site, name, scale in zip(*columns, strict=True):
+            by_site.setdefault((layer, site), {})[tuple(map(int, re.findall(r"\d+", name)))] = scale
+        for key, groups in by_site.items():
+            found[key] = tuple(groups[numbers] for numbers in sorted(groups))
+        return found
 
     def scales_for(self, label: str) -> dict[tuple[int, str], float]:
         """(layer, site) to the scale of strategy ``label``, for sites that have one scale (``all``).

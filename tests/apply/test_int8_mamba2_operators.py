@@ -73,6 +73,19 @@ def test_convolution_codes_by_channel(decoded):
     assert twin.few(twin.check_codes(out, valued, twin.half_away), valued)
 
 
+def test_convolutions_round_once_and_ties_away():
+    # SiLU is the identity at 1e4, so the code is round(1e4 / 4000 = 2.5): 3, where half to even would give 2.
+    x, one = np.array([[100]], np.int8), np.ones(1, np.float32)
+    for decoded in (False, True):
+        out = np.empty((1, 1), np.int8)
+        arguments = (one[:, None], 100 * one, 0 * one, 4000 * one)
+        if decoded:
+            kernels2.conv_update_channels_int8(x, 0, np.zeros((1, 1, 1), np.int8), *arguments, out)
+        else:
+            kernels2.conv_channels_int8(x, 0, *arguments, np.array([0, 1]), out)
+        assert out[0, 0] == 3
+
+
 def test_prefill_states_are_rounded_half_to_even_by_group():
     state = np.array([[[0.25, 0.75, -0.75], [1.0, 3.0, 900.0]]], np.float32)
     scales = np.array([[2.0, 2.0, 2.0], [0.5, 0.5, 0.5]], np.float32)
