@@ -8,6 +8,7 @@ import click
 import pyarrow as pa
 
 from quambase.cli.console import Command, database_option, emit, note
+from quambase.collector.first_pass import CHOICES
 from quambase.collector.run import CollectedRun, parse_keep
 from quambase.collector.run import collect as collect_run
 from quambase.collector.tensor_file import import_tensor as import_file
@@ -30,6 +31,17 @@ from quambase.schema.tables import SITE_STATS, read_table
 @click.option("--sites", default="", help="Only these sites, apart by commas. [default: every one]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the token sample.")
 @click.option("--tokenizer", help="tokenizer.json, folder or hub id. [default: the model's own]")
+@click.option(
+    "--groups",
+    type=click.Choice(CHOICES),
+    help="Sort a Mamba-2's heads and channels into groups: corrected, as upstream does, or not. [default: fixed]",
+)
+@click.option(
+    "--group-samples",
+    type=click.IntRange(min=1),
+    help="Documents of the first pass that finds the groups. [default: 64; quamba2: all]",
+)
+@click.option("--groups-from", metavar="RUN", help="Find the groups in a stored run's statistics instead.")
 def collect(
     model: str,
     samples: int,
@@ -41,6 +53,9 @@ def collect(
     sites: str,
     seed: int,
     tokenizer: str | None,
+    groups: str | None,
+    group_samples: int | None,
+    groups_from: str | None,
 ) -> None:
     """Run a model over calibration texts and store the exact distribution of its activations.
 
@@ -61,6 +76,9 @@ def collect(
         sites=[site.strip() for site in sites.split(",") if site.strip()],
         seed=seed,
         tokenizer=tokenizer,
+        groups=groups,
+        group_samples=group_samples,
+        groups_from=groups_from,
     )
     _describe(found)
 

@@ -97,7 +97,8 @@ def count_documents(
     offsets: Int64,
     first: int,
     bounds: Int64,
-    edges: Int64,
+    runs: Int64,
+    firsts: Int64,
     infinity: int,
     magnitudes: Float32,
     probabilities: Float32,
@@ -112,17 +113,22 @@ def count_documents(
     bits          (rows, channels) patterns of float16 or bfloat16 values
     first         number of the first of these documents in its block
     bounds        (workers + 1,) document numbers: worker w takes documents bounds[w]:bounds[w + 1]
-    edges         (groups + 1,) channel numbers: group g is channels edges[g]:edges[g + 1]
+    runs          (runs, 2) channel numbers: run r is channels runs[r, 0]:runs[r, 1]
+    firsts        (groups + 1,) run numbers: group g is runs firsts[g]:firsts[g + 1], ascending
     infinity      pattern of +infinity: patterns above it are NaN
     magnitudes    (SIGN,) the value of each non-negative pattern
     counts        (workers, groups, PATTERNS), added to
     scratch       (workers, groups, PATTERNS), zero on entry and on return
     summaries     (documents, groups + 1, 1 + q), written: amax and quantiles, the whole site last
-    top           (workers, groups, most, 5), added to: magnitude, pattern, document, row in document, channel
+    top           (workers, groups, most, 5), added to: magnitude, pattern, document, row in document, place in group
     top_sizes     (workers, groups), added to
     """
-    groups = edges.size - 1
+    groups = firsts.size - 1
     most = top.shape[2]
+    widths = np.zeros(groups, np.int64)
+    for g in range(groups):
+        for run in range(firsts[g], firsts[g + 1]):
+            widths[g] += runs[run, 1] - runs[run, 0]
     for worker in numba.prange(bounds.size - 1):
         finite = np.empty(groups, np.int64)
         highest = np.empty(groups, np.int64)
@@ -137,19 +143,24 @@ def count_documents(
                 # none, the bar itself bounds the document's magnitudes.
                 largest = max(bar, np.int64(0))
                 for row in range(start, stop):
-                    line = bits[row, edges[g] : edges[g + 1]]
-                    for i in range(line.size):
-                        pattern = line[i]
-                        table[pattern] += np.uint32(1)
-                        magnitude = np.int64(pattern & np.uint16(SIGN - 1))
-                        if magnitude > bar:
-                            largest = max(largest, magnitude)
-                            if magnitude < infinity:
-                                size = _insert(best, size, most, magnitude, pattern, first + document, row - start, i)
-                                if size == most:
-                                    bar = best[most - 1, 0]
+                    before = 0
+                    for run in range(firsts[g], firsts[g + 1]):
+                        line = bits[row, runs[run, 0] : runs[run, 1]]
+                        for i in range(line.size):
+                            pattern = line[i]
+                            table[pattern] += np.uint32(1)
+                            magnitude = np.int64(pattern & np.uint16(SIGN - 1))
+                            if magnitude > bar:
+                                largest = max(largest, magnitude)
+                                if magnitude < infinity:
+                                    size = _insert(
+                                        best, size, most, magnitude, pattern, first + document, row - start, before + i
+                                    )
+                                    if size == most:
+                                        bar = best[most - 1, 0]
+                        before += line.size
                 top_sizes[worker, g] = size
-                finite[g] = (stop - start) * (edges[g + 1] - edges[g])
+                finite[g] = (stop - start) * widths[g]
                 if largest >= infinity:
                     for pattern in range(infinity, SIGN):
                         finite[g] -= table[pattern] + table[pattern + SIGN]
@@ -163,12 +174,13 @@ def count_documents(
             for g in range(groups):
                 table = scratch[worker, g]
                 into = counts[worker, g]
-                if (stop - start) * (edges[g + 1] - edges[g]) < FEW:
+                if (stop - start) * widths[g] < FEW:
                     for row in range(start, stop):
-                        for channel in range(edges[g], edges[g + 1]):
-                            pattern = bits[row, channel]
-                            into[pattern] += 1
-                            table[pattern] = 0
+                        for run in range(firsts[g], firsts[g + 1]):
+                            for channel in range(runs[run, 0], runs[run, 1]):
+                                pattern = bits[row, channel]
+                                into[pattern] += 1
+                                table[pattern] = 0
                 else:
                     for pattern in range(PATTERNS):
                         into[pattern] += table[pattern]

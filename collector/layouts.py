@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from quambase.collector.rows import Key
 from quambase.collector.statistics import SiteLayout
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
+from quambase.schema.grouping import LayerGroups
 from quambase.schema.sites import MAMBA1, MAMBA2, STATE_SITES, layer_sites
 
 
-def site_layouts(config: MambaConfig | Mamba2Config, sites: Sequence[str]) -> dict[Key, SiteLayout]:
-    """Every observed (layer, site) of a model and where its groups lie; ``sites``: their names."""
+def site_layouts(
+    config: MambaConfig | Mamba2Config, sites: Sequence[str], groups: Sequence[LayerGroups] | None = None
+) -> dict[Key, SiteLayout]:
+    """Every observed (layer, site) of a model and where its groups lie; ``sites``: their names; ``groups``: of each
+    layer of a reordered Mamba-2, by which x and the state are divided.
+    """
     second = isinstance(config, Mamba2Config)
     edges = _mamba2_edges(config) if isinstance(config, Mamba2Config) else _mamba1_edges(config)
     ngroups = config.ngroups if isinstance(config, Mamba2Config) else 1
-    return {
+    layouts = {
         (layer, site.name): SiteLayout(
             site.group_names(ngroups),
             edges[site.name],
@@ -26,6 +32,28 @@ def site_layouts(config: MambaConfig | Mamba2Config, sites: Sequence[str]) -> di
         for layer, site in layer_sites(config.n_layer, MAMBA2 if second else MAMBA1)
         if site.name in sites
     }
+    for layer, found in enumerate(groups or ()):
+        for name in (*_SORTED_SITES, *STATE_SITES):
+            if (layer, name) in layouts:
+                layouts[layer, name] = _sorted_layout(found, config.d_state if name in STATE_SITES else 0)
+    return layouts
+
+
+_SORTED_SITES = ("x_conv_out:input", "x_conv_out:output")
+
+
+def _sorted_layout(layer: LayerGroups, d_state: int) -> SiteLayout:
+    """A layer's groups of x, or of its state if ``d_state`` is not 0."""
+    groups = list(layer.groups())
+    return SiteLayout(
+        tuple(group.name for group in groups),
+        tuple(accumulate((len(group.channels) for group in groups), initial=0)),
+        d_state > 0,
+        tuple(group.ssd_group for group in groups),
+        tuple(channel for group in groups for channel in group.channels),
+        tuple((group.head_group, group.channel_group) for group in groups),
+        d_state,
+    )
 
 
 def _mamba1_edges(c: MambaConfig) -> dict[str, tuple[int, ...]]:

@@ -53,7 +53,10 @@ class BlockRecorder:
         if layout is None:
             return
         here = self.documents[documents]
-        if layout.state:
+        if layout.d_state:
+            rows = values.transpose(1, 2).reshape(-1, values.shape[1])  # (documents n, e)
+            lengths = [layout.d_state] * len(here)
+        elif layout.state:
             rows = values.reshape(-1, values.shape[-1])  # (documents e, n)
             lengths = [values.shape[1]] * len(here)
         else:
@@ -65,7 +68,7 @@ class BlockRecorder:
             self.counter.add(self.statistics[key], rows, offsets, documents.start, summaries)
         self._seen[key] += len(here)
         self._last = key, values
-        self._keep(key, layout, rows, offsets, here)
+        self._keep(key, layout, values, offsets, here)
 
     def _copied(self, key: Key, values: torch.Tensor, documents: int) -> bool:
         """Take over the statistics of the call before if it brought this very tensor for every document: an identity's
@@ -84,7 +87,7 @@ class BlockRecorder:
         self,
         key: Key,
         layout: SiteLayout,
-        rows: torch.Tensor,
+        values: torch.Tensor,
         offsets: npt.NDArray[np.int64],
         documents: Sequence[PlannedDocument],
     ) -> None:
@@ -92,8 +95,8 @@ class BlockRecorder:
         for place, document in enumerate(documents):
             if layout.state:
                 if self.states is None or document.index in self.states:
-                    state = rows[offsets[place] : offsets[place + 1]].reshape(-1)
-                    kept.append((document.index, document.tokens.size - 1, state.numpy().copy()))
+                    state = values[place].numpy().reshape(-1).copy()
+                    kept.append((document.index, document.tokens.size - 1, state))
                 continue
             if self.positions is None:
                 wanted = np.arange(document.tokens.size)
@@ -101,10 +104,8 @@ class BlockRecorder:
                 wanted = self.positions[document.index]
             else:
                 continue
-            picked = rows[torch.from_numpy(offsets[place] + wanted)].numpy()
-            kept.extend(
-                (document.index, int(position), values) for position, values in zip(wanted, picked, strict=True)
-            )
+            picked = values[torch.from_numpy(offsets[place] + wanted)].numpy()
+            kept.extend((document.index, int(position), row) for position, row in zip(wanted, picked, strict=True))
 
     def finish(self) -> dict[Key, SiteStatistics]:
         """The block's statistics, documents numbered as in the file.
@@ -151,8 +152,12 @@ class BlockRecorder:
             documents, positions, values = zip(*kept, strict=True)
             matrix = np.stack(values)
             for name, g in ordered_groups(layout):
-                # The flat (e, n) state has no channel slices; every other row has.
-                part = matrix if layout.state else matrix[:, layout.edges[g] : layout.edges[g + 1]]
+                if layout.d_state:
+                    states = matrix.reshape(len(kept), -1, layout.d_state)
+                    part = states[:, layout.members(g)].reshape(len(kept), -1)
+                else:
+                    # The flat (e, n) state of an undivided site has no channel slices; every other row has.
+                    part = matrix if layout.state else matrix[:, layout.members(g)]
                 ends = np.arange(len(kept) + 1, dtype=np.int32) * part.shape[1]
                 columns: dict[str, object] = {
                     "document": documents,

@@ -87,12 +87,12 @@ def channels_rows(run: str, statistics: Statistics) -> Iterator[pa.Table]:
     for key in sorted(statistics):
         stats = statistics[key]
         for name, g in ordered_groups(stats.layout):
-            span = slice(stats.layout.edges[g], stats.layout.edges[g + 1])
+            places = stats.layout.moment_rows(g)
             columns: dict[str, object] = {
-                column: getattr(stats.moments, field)[span] for column, field in _MOMENT_COLUMNS.items()
+                column: getattr(stats.moments, field)[places] for column, field in _MOMENT_COLUMNS.items()
             }
-            columns["channel"] = np.arange(span.start, span.stop)
-            yield keyed_rows(run, key, name, span.stop - span.start, columns, CHANNELS)
+            columns["channel"] = np.arange(places.size) if stats.layout.d_state else places
+            yield keyed_rows(run, key, name, places.size, columns, CHANNELS)
 
 
 def groups_rows(run: str, layouts: Mapping[Key, SiteLayout]) -> Iterator[pa.Table]:
@@ -100,13 +100,12 @@ def groups_rows(run: str, layouts: Mapping[Key, SiteLayout]) -> Iterator[pa.Tabl
     for key in sorted(layouts):
         layout = layouts[key]
         for name, g in ordered_groups(layout):
-            channels = list(range(layout.edges[g], layout.edges[g + 1]))
             nothing = pa.nulls(1, pa.int32())
             columns: dict[str, object] = {
-                "channels": [channels],
+                "channels": [layout.members(g).tolist()],
                 "ssd_group": [layout.ssd_groups[g]] if layout.ssd_groups else nothing,
-                "head_group": nothing,
-                "channel_group": nothing,
+                "head_group": [layout.sorted_groups[g][0]] if layout.sorted_groups else nothing,
+                "channel_group": [layout.sorted_groups[g][1]] if layout.sorted_groups else nothing,
             }
             yield keyed_rows(run, key, name, 1, columns, GROUPS)
 
@@ -122,8 +121,8 @@ def outliers_rows(run: str, statistics: Statistics, encoding: Encoding, locate: 
         stats = statistics[key]
         for name, g in ordered_groups(stats.layout):
             top = stats.top[g]
-            first = stats.layout.edges[g]
-            found = [locate(stats.layout, int(d), int(r), int(c) + first) for _, _, d, r, c in top]
+            members = stats.layout.members(g)
+            found = [locate(stats.layout, int(d), int(r), int(members[c])) for _, _, d, r, c in top]
             columns: dict[str, object] = {
                 "document": top[:, 2],
                 "position": [f[0] for f in found],
@@ -139,11 +138,11 @@ def site_stats_rows(run: str, statistics: Statistics, order: PatternOrder) -> It
     """The table `site_stats`: a row for each site and for each group of a divided one."""
     for key in sorted(statistics):
         stats = statistics[key]
-        edges = stats.layout.edges
-        parts = [(name, stats.counts[g], slice(edges[g], edges[g + 1])) for name, g in ordered_groups(stats.layout)]
-        if stats.layout.names != (WHOLE,):
-            parts.append((WHOLE, stats.counts.sum(axis=0), slice(0, edges[-1])))
-        for name, counts, span in sorted(parts, key=lambda part: part[0]):
+        layout = stats.layout
+        parts = [(name, stats.counts[g], layout.moment_rows(g)) for name, g in ordered_groups(layout)]
+        if layout.names != (WHOLE,):
+            parts.append((WHOLE, stats.counts.sum(axis=0), np.arange(layout.moments)))
+        for name, counts, places in sorted(parts, key=lambda part: part[0]):
             row: dict[str, object] = dict(Distribution.of_rows(order.values, order.fold(counts)).summary())
-            row["overflow"] = int(stats.moments.overflow[span].sum())
+            row["overflow"] = int(stats.moments.overflow[places].sum())
             yield keyed_rows(run, key, name, 1, {name: [value] for name, value in row.items()}, SITE_STATS)

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from quambase.collector.checkpoint import load_checkpoint, save_checkpoint
+from quambase.collector.first_pass import choose_grouping, find_groups
 from quambase.collector.layouts import site_layouts
 from quambase.collector.plan import Keep, Plan, make_plan, run_id, sampled_states, sampled_tokens
 from quambase.collector.recorder import BlockRecorder
@@ -20,9 +21,13 @@ from quambase.collector.statistics import ENCODINGS, Counter, SiteLayout, SiteSt
 from quambase.collector.writer import finish_run, locked, versions, write_part, write_run
 from quambase.model.batch import Batch
 from quambase.model.load import LoadedModel, floating_model, load_model
+from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.prepare import prepare
+from quambase.model.reorder import reorder
+from quambase.model.weights import MambaWeights
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DataInvalid
+from quambase.schema.grouping import LayerGroups
 from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.sites import FAMILIES, find_site
 
@@ -63,6 +68,9 @@ def collect(
     sites: Sequence[str] = (),
     seed: int = 0,
     tokenizer: str | None = None,
+    groups: str | None = None,
+    group_samples: int | None = None,
+    groups_from: str | None = None,
     progress: bool = True,
 ) -> CollectedRun:
     """Run ``model`` over the first ``samples`` documents of ``data`` and write a run into ``db``.
@@ -70,7 +78,10 @@ def collect(
     Documents are taken in file order, cut at ``seq_len`` tokens, not packed, without a start token; ``batch_size``
     consecutive ones (a block) share a forward pass. ``keep_tokens`` tokens' raw activations are kept (``"all"``: every
     one). ``sites``: only these (default all). The same arguments find their own run: complete, or to be resumed.
-    Errors: ModelNotFound, CheckpointInvalid, DataInvalid, UnknownName, RunBusy, TapNeverFired.
+    ``groups``: ``fixed`` (of a Mamba-2 the default) or ``quamba2`` sorts heads and channels of a Mamba-2 into groups,
+    observes the model so reordered, and stores the order in the run; ``none`` does not. Channel statistics come from a
+    first pass over ``group_samples`` documents (default 64, of ``quamba2`` all) or from the run ``groups_from`` of db.
+    Errors: ModelNotFound, CheckpointInvalid, DataInvalid, DatabaseInvalid, UnknownName, RunBusy, TapNeverFired.
     """
     for name in sites:
         find_site(name, family="")  # any model's, so that a slip is told before the slow part
@@ -80,8 +91,8 @@ def collect(
     source = data or default_data(loaded)
     plan = make_plan(source, loaded.tokenizer, samples, seq_len, progress=progress)
     observed = [site.name for site in FAMILIES[loaded.family] if not sites or site.name in sites]
-    layouts = site_layouts(loaded.any_weights.config, observed)
-    identity = {
+    grouping = choose_grouping(loaded.family, groups, group_samples, groups_from, len(plan.documents))
+    identity: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "weights_sha256": loaded.weights_sha256,
         "tokenizer_sha256": loaded.tokenizer_sha256,
@@ -96,6 +107,7 @@ def collect(
         "seed": seed,
         "device": "cpu",
         "torch": version("torch"),
+        **({"groups": grouping.identity()} if grouping else {}),
     }
     run = run_id(loaded.name, identity)
     folder = db / "runs" / run
@@ -103,10 +115,13 @@ def collect(
         return CollectedRun(folder, Manifest.load(folder), existed=True)
     with locked(folder):
         started = time.time()
-        statistics = _observe(loaded, plan, layouts, folder, run, identity, progress)
+        layers = find_groups(loaded, plan, grouping, batch_size, db, progress=progress) if grouping else None
+        grouped_for = time.time() - started
+        layouts = site_layouts(loaded.any_weights.config, observed, layers)
+        statistics = _observe(loaded, plan, layouts, layers, folder, run, identity, progress)
         blocks = len(plan.blocks(batch_size))
         encoding = ENCODINGS["float16"]
-        observed_for = time.time() - started
+        observed_for = time.time() - started - grouped_for
         tables = write_run(folder, run, statistics, encoding, _locator(plan, loaded), blocks)
         sizes = loaded.any_weights.config
         manifest = Manifest(
@@ -117,6 +132,7 @@ def collect(
                 "path": str(loaded.path) if not loaded.bundled else loaded.name,
                 "family": loaded.family,
                 **{key: getattr(sizes, key) for key in SIZES if hasattr(sizes, key)},
+                **({"groups": _stored(identity["groups"], layers)} if layers else {}),
             },
             data={
                 "name": source,
@@ -130,8 +146,9 @@ def collect(
             sites=list(layouts),
             created={
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+                **({"group_seconds": round(grouped_for, 3)} if layers else {}),
                 "observe_seconds": round(observed_for, 3),
-                "write_seconds": round(time.time() - started - observed_for, 3),
+                "write_seconds": round(time.time() - started - grouped_for - observed_for, 3),
                 **versions(),
             },
         )
@@ -139,10 +156,19 @@ def collect(
     return CollectedRun(folder, manifest, existed=False)
 
 
+def _stored(origin: dict[str, Any], layers: list[LayerGroups]) -> dict[str, Any]:
+    return {**origin, "layers": [layer.to_json() for layer in layers]}
+
+
+def _reordered(weights: MambaWeights | Mamba2Weights, layers: list[LayerGroups] | None) -> MambaWeights | Mamba2Weights:
+    return reorder(weights, layers) if layers and isinstance(weights, Mamba2Weights) else weights
+
+
 def _observe(
     loaded: LoadedModel,
     plan: Plan,
     layouts: dict[Key, SiteLayout],
+    layers: list[LayerGroups] | None,
     folder: Path,
     run: str,
     identity: dict[str, Any],
@@ -159,7 +185,7 @@ def _observe(
     blocks = plan.blocks(identity["block"])
     finished = sum(document.tokens.size for block in blocks[:done] for document in block)
     saved = time.monotonic()
-    model = floating_model(prepare(loaded.any_weights), rotated=True)
+    model = floating_model(prepare(_reordered(loaded.any_weights, layers)), rotated=True)
     with tqdm(
         total=plan.tokens, initial=finished, desc="collect", unit="tok", unit_scale=True, disable=not progress
     ) as bar:
@@ -183,7 +209,10 @@ def _locator(plan: Plan, loaded: LoadedModel) -> Locate:
     states = loaded.any_weights.config.d_state
 
     def locate(layout: SiteLayout, document: int, row: int, channel: int) -> tuple[int, int, str, int]:
-        position, column = (tokens[document].size - 1, row * states + channel) if layout.state else (row, channel)
+        position, column = row, channel
+        if layout.state:
+            position = tokens[document].size - 1
+            column = channel * states + row if layout.d_state else row * states + channel
         token = int(tokens[document][position])
         return position, token, loaded.tokenizer.decode([token]), column
 

@@ -6,7 +6,8 @@ and resumed, and one that was not, do the same float64 additions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numba
 import numpy as np
@@ -53,20 +54,53 @@ ENCODINGS = {
 
 @dataclass(frozen=True)
 class SiteLayout:
-    """Where a site's groups lie: group ``names[g]`` is channels ``edges[g]:edges[g + 1]``.
+    """Where a site's groups lie: group ``names[g]`` is ``edges[g + 1] - edges[g]`` channels from ``edges[g]`` on.
 
     ssd_groups  the SSD group of each group; none at a site that SSD groups share, or of a model without them
+    order       the channels group by group, ascending in each; none where that is 0, 1, 2, ...
+    sorted_groups  (head group, channel group) of each group; none at a site without them
+    d_state     of a state site whose groups are of channels: the state indices that each channel has. Its rows are
+                state indices then, and its moments are by group and state index. 0 at every other site
     """
 
     names: tuple[str, ...]
     edges: tuple[int, ...]
     state: bool = False
     ssd_groups: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
+    sorted_groups: tuple[tuple[int, int], ...] = ()
+    d_state: int = 0
 
     @property
     def channels(self) -> int:
-        """How many channels (state indices at a state site) the site has."""
+        """How many channels (state indices at an undivided state site) the site has."""
         return self.edges[-1]
+
+    @property
+    def moments(self) -> int:
+        """How many rows of `channels` the site has."""
+        return len(self.names) * self.d_state or self.channels
+
+    def members(self, g: int) -> Int64:
+        """The channels of group ``g``, ascending."""
+        span = slice(self.edges[g], self.edges[g + 1])
+        return np.array(self.order[span], np.int64) if self.order else np.arange(span.start, span.stop)
+
+    def moment_rows(self, g: int) -> Int64:
+        """The places of group ``g`` in the site's moments."""
+        return np.arange(g * self.d_state, (g + 1) * self.d_state) if self.d_state else self.members(g)
+
+    @cached_property
+    def runs(self) -> tuple[Int64, Int64]:
+        """(runs, 2) consecutive channels, first to last + 1, and (groups + 1,) each group's first run."""
+        found: list[tuple[int, int]] = []
+        firsts = [0]
+        for g in range(len(self.names)):
+            channels = self.members(g)
+            breaks = np.flatnonzero(np.diff(channels) != 1) + 1
+            found += [(int(run[0]), int(run[-1]) + 1) for run in np.split(channels, breaks) if run.size]
+            firsts.append(len(found))
+        return np.array(found, np.int64).reshape(-1, 2), np.array(firsts, np.int64)
 
 
 @dataclass
@@ -129,7 +163,7 @@ class SiteStatistics:
             layout,
             most,
             np.zeros((groups, PATTERNS), np.int64),
-            Moments.empty(layout.channels),
+            Moments.empty(layout.moments),
             [np.empty((0, len(TOP_FIELDS)), np.int64) for _ in range(groups)],
         )
 
@@ -170,23 +204,38 @@ class Counter:
     def add(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: Float32) -> None:
         """Add documents ``first`` onwards of a block to ``into``: their counts, and their channels' moments.
 
-        x (rows, channels) float; offsets (documents + 1,) of its rows; summaries (documents, groups + 1, 1 + q),
+        x (rows, channels) float; offsets (documents + 1,) of its rows, where the layout has a d_state that many of each
+        document; summaries (documents, groups + 1, 1 + q),
         written: amax and quantiles (SUMMARY_COLUMNS) of each document, the whole site last.
         """
         self.count(into, x, offsets, first, summaries)
-        m = into.moments
+        moments = into.moments
+        if not into.layout.d_state:
+            self._add_moments(x, offsets, moments)
+            return
+        # (documents, n, e) to each group's (documents channels, n).
+        states = x.view(len(offsets) - 1, into.layout.d_state, -1).transpose(1, 2)
+        for g in range(len(into.layout.names)):
+            members = into.layout.members(g)
+            mine = states[:, torch.from_numpy(members)].reshape(-1, into.layout.d_state)
+            rows = slice(g * into.layout.d_state, (g + 1) * into.layout.d_state)
+            part = Moments(**{field.name: getattr(moments, field.name)[rows] for field in fields(Moments)})
+            self._add_moments(mine, np.arange(len(offsets)) * members.size, part)
+
+    def _add_moments(self, x: torch.Tensor, offsets: Int64, into: Moments) -> None:
+        """Add the documents of x (rows, channels) to ``into``, whose arrays may be views."""
         channel_moments(
             x.to(torch.float32).contiguous().numpy(),
             offsets,
             self.encoding.limit,
-            m.count,
-            m.lowest,
-            m.highest,
-            m.total,
-            m.squares,
-            m.mean_abs_max,
-            m.nonfinite,
-            m.overflow,
+            into.count,
+            into.lowest,
+            into.highest,
+            into.total,
+            into.squares,
+            into.mean_abs_max,
+            into.nonfinite,
+            into.overflow,
         )
 
     def count(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: Float32) -> None:
@@ -203,7 +252,7 @@ class Counter:
             offsets,
             first,
             np.array([0, *borders, documents], np.int64),
-            np.array(into.layout.edges, np.int64),
+            *into.layout.runs,
             self.encoding.infinity,
             self._magnitudes,
             _PROBABILITIES,

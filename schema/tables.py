@@ -75,7 +75,7 @@ CHANNELS = _schema(
     ("nonfinite", pa.int64()),
     ("overflow", pa.int64()),
 )
-"""One row per channel (per state index at the ssm_state sites), of the unrounded float32 values."""
+"""One row per channel (at the ssm_state sites per state index, of each group), of the unrounded float32 values."""
 
 DOCUMENTS = _schema(
     ("document", pa.int32()),
@@ -101,7 +101,8 @@ ACTIVATIONS = _schema(
     ("position", pa.int32()),
     ("values", pa.list_(pa.float32())),
 )
-"""Raw activations of sampled tokens: one row per token and group; at the state sites the last token's, flat (e, n)."""
+"""Raw activations of sampled tokens: one row per token and group; at the state sites the last token's, flat
+(channels of the group, n)."""
 
 GROUPS = _schema(
     ("channels", pa.list_(pa.int32())),

@@ -23,11 +23,11 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     return _write(folder, raw, tensors_of(random_weights(config, seed)))
 
 
-def write_tiny_mamba2(folder: Path, ngroups: int = 2) -> Path:
-    """d_model 16, 2 layers, 4 heads of 8 channels, d_state 4, the same tokens."""
-    config = Mamba2Config(d_model=16, n_layer=2, vocab_size=64, d_inner=32, d_state=4, headdim=8, ngroups=ngroups)
+def write_tiny_mamba2(folder: Path, ngroups: int = 2, d_model: int = 16) -> Path:
+    """2 layers, d_model / 4 heads of 8 channels, d_state 4, the same tokens."""
+    config = Mamba2Config(d_model, 2, vocab_size=64, d_inner=2 * d_model, d_state=4, headdim=8, ngroups=ngroups)
     ssm = {"layer": "Mamba2", "d_state": 4, "headdim": 8, "ngroups": ngroups}
-    raw = {"d_model": 16, "n_layer": 2, "vocab_size": 60, "ssm_cfg": ssm}
+    raw = {"d_model": d_model, "n_layer": 2, "vocab_size": 60, "ssm_cfg": ssm}
     return _write(folder, raw, mamba2_tensors_of(random_mamba2_weights(config)))
 
 

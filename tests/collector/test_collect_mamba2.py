@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_tiny(model: Path, data: Path, db: Path, **options: object) -> CollectedRun:
-    settings = {"samples": 9, "seq_len": 32, "batch_size": 4, "progress": False} | options
+    settings = {"samples": 9, "seq_len": 32, "batch_size": 4, "groups": "none", "progress": False} | options
     return collect(str(model), data=str(data), db=db, **settings)
 
 
@@ -133,12 +133,13 @@ def test_a_model_of_one_ssd_group_is_not_divided(data: Path, tmp_path: Path) -> 
     assert not any(name.startswith("g") for _, name in groups)
 
 
+@pytest.mark.parametrize("groups", ["none", "fixed"])
 def test_an_interrupted_run_resumes_to_the_same_bytes(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str
 ) -> None:
     import quambase.collector.run as run_module
 
-    whole = run_tiny(model, data, tmp_path / "whole")
+    whole = run_tiny(model, data, tmp_path / "whole", groups=groups)
     monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)
     written, calls = run_module.write_part, []
 
@@ -149,9 +150,9 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 
     monkeypatch.setattr(run_module, "write_part", stop)
     with pytest.raises(KeyboardInterrupt):
-        run_tiny(model, data, tmp_path / "cut")
+        run_tiny(model, data, tmp_path / "cut", groups=groups)
     monkeypatch.setattr(run_module, "write_part", written)
-    resumed = run_tiny(model, data, tmp_path / "cut")
+    resumed = run_tiny(model, data, tmp_path / "cut", groups=groups)
     for name in RUN_TABLES:
         files = [run.folder / f"{name}.parquet" for run in (resumed, whole)]
         assert file_sha256(files[0]) == file_sha256(files[1]), name

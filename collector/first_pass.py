@@ -1,0 +1,134 @@
+"""What a Mamba-2 run's groups are made of: channel statistics of a first pass over some documents, or another run's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from quambase.collector.grouping import VARIANTS, Variant, layer_groups
+from quambase.collector.layouts import site_layouts
+from quambase.collector.plan import Plan
+from quambase.collector.recorder import BlockRecorder
+from quambase.collector.statistics import ENCODINGS, Counter, SiteStatistics
+from quambase.model.batch import Batch
+from quambase.model.load import LoadedModel, floating_model
+from quambase.model.mamba2_weights import Mamba2Config
+from quambase.model.prepare import prepare
+from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
+from quambase.schema.grouping import LayerGroups, stored_groups
+from quambase.schema.manifest import Manifest
+from quambase.schema.sites import MAMBA2
+from quambase.schema.tables import CHANNELS, read_table
+
+SITE = "x_conv_out:input"
+"""Its channels are what is sorted: x, the input of the scan."""
+
+NONE = "none"
+CHOICES = (*VARIANTS, NONE)
+
+FIXED_DOCUMENTS = 64
+"""Documents of the first pass; upstream's variant takes every one, as upstream does."""
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How a run's groups are found: ``documents`` of a first pass, or the run ``source``."""
+
+    variant: Variant
+    documents: int
+    source: str | None
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the groups, beside what determines the run anyway."""
+        origin = {"run": self.source} if self.source else {"documents": self.documents}
+        return {"variant": self.variant, **origin, "scikit_learn": version("scikit-learn")}
+
+
+def choose_grouping(
+    family: str, groups: str | None, group_samples: int | None, groups_from: str | None, documents: int
+) -> Grouping | None:
+    """What the options mean for a model of ``family`` and a plan of ``documents``; None: not grouped.
+
+    UnknownName: another word for ``groups``; DataInvalid: options that do not go together.
+    """
+    if groups is not None and groups not in CHOICES:
+        raise UnknownName.of("grouping", groups, CHOICES)
+    if family != MAMBA2 or groups == NONE:
+        if groups_from or group_samples or groups not in (None, NONE):
+            what = "heads to group" if family != MAMBA2 else "groups, as --groups none says,"
+            raise DataInvalid(f"there are no {what} in this run; leave out --groups, --group-samples and --groups-from")
+        return None
+    if groups_from and group_samples:
+        raise DataInvalid("--groups-from needs no first pass; leave out --group-samples")
+    variant: Variant = "quamba2" if groups == "quamba2" else "fixed"
+    wanted = group_samples or (documents if variant == "quamba2" else FIXED_DOCUMENTS)
+    return Grouping(variant, min(wanted, documents), groups_from)
+
+
+def find_groups(
+    loaded: LoadedModel, plan: Plan, grouping: Grouping, block: int, db: Path, *, progress: bool = False
+) -> list[LayerGroups]:
+    """The groups of every layer; errors as `statistics_of_run`'s."""
+    config = loaded.any_weights.config
+    assert isinstance(config, Mamba2Config)
+    if grouping.source:
+        statistics = statistics_of_run(db / "runs" / grouping.source, loaded.weights_sha256)
+    else:
+        statistics = first_pass(loaded, plan, grouping.documents, block, progress=progress)
+    return [layer_groups(layer, config.headdim, config.ngroups, grouping.variant) for layer in statistics]
+
+
+def first_pass(
+    loaded: LoadedModel, plan: Plan, documents: int, block: int, *, progress: bool = False
+) -> list[npt.NDArray[np.float64]]:
+    """(e,) per layer: the largest of the first ``documents`` documents' mean absolute x, as a run not grouped has it.
+
+    The model is the run's, folded and rotated; upstream's statistics are of the folded one before rotation, whose x
+    is the same but for float16's rounding of the weights.
+    """
+    layouts = site_layouts(loaded.any_weights.config, [SITE])
+    counter = Counter(ENCODINGS["float16"], 1, max(len(layout.names) for layout in layouts.values()))
+    statistics = {key: SiteStatistics.empty(layout, 1) for key, layout in layouts.items()}
+    model = floating_model(prepare(loaded.any_weights), rotated=True)
+    some = Plan(plan.documents[:documents], documents, 0, 0)
+    with tqdm(total=some.tokens, desc="group", unit="tok", unit_scale=True, disable=not progress) as bar:
+        for members in some.blocks(block):
+            recorder = BlockRecorder("", members, layouts, counter, {}, set())
+            model.hidden(Batch.pack([document.tokens.tolist() for document in members]), recorder)
+            for key, found in recorder.finish().items():
+                statistics[key].fold(found)
+            bar.update(sum(document.tokens.size for document in members))
+    return [statistics[key].moments.mean_abs_max for key in sorted(statistics)]
+
+
+def statistics_of_run(folder: Path, weights_sha256: str) -> list[npt.NDArray[np.float64]]:
+    """(e,) per layer: ``mean_abs_max`` of x in a stored run, in the order of the model as loaded.
+
+    DatabaseInvalid: no such run, unfinished, of other weights, or without the site.
+    """
+    if not folder.is_dir():
+        raise DatabaseInvalid(f"there is no run {folder.name} beside this one; `quambase stats --help` shows the runs")
+    manifest = Manifest.load(folder)
+    if manifest.identity.get("weights_sha256") != weights_sha256:
+        raise DatabaseInvalid(f"run {folder.name} is of other weights; name a run of the model that is collected")
+    layers = range(int(manifest.model["n_layer"]))
+    if any((layer, SITE) not in manifest.sites for layer in layers):
+        raise DatabaseInvalid(f"run {folder.name} lacks {SITE}; name a run that was collected with that site")
+    manifest.verify(folder, ["channels.parquet"])
+    table = read_table(folder / "channels.parquet", CHANNELS)
+    table = table.filter(pc.equal(table["site"], SITE)).sort_by([("layer", "ascending"), ("channel", "ascending")])
+    stored = table["mean_abs_max"].to_numpy().reshape(len(layers), -1)
+    groups = stored_groups(manifest.model)
+    if groups is None:
+        return list(stored)
+    found = np.empty_like(stored)
+    for layer, order in enumerate(groups):
+        found[layer, list(order.channel_index)] = stored[layer]
+    return list(found)

@@ -1,0 +1,271 @@
+"""Runs of a tiny Mamba-2 whose heads and channels are sorted: what is stored, against the run that is not sorted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
+
+from quambase.analyzer.batch import analyze
+from quambase.cli.main import quambase
+from quambase.collector.first_pass import statistics_of_run
+from quambase.collector.grouping import layer_groups
+from quambase.collector.run import CollectedRun, collect
+from quambase.model.load import load_model
+from quambase.model.prepare import prepare
+from quambase.model.reorder import reorder
+from quambase.schema.database import StatsDB
+from quambase.schema.distribution import Distribution
+from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
+from quambase.schema.grouping import ChannelGroup, LayerGroups, stored_groups
+from quambase.schema.scales import read_scales
+
+Rows = list[dict[str, object]]
+X, STATE = "x_conv_out:input", "ssm_state_act:input"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two SSD groups of five heads: a head group has two of them."""
+    return write_tiny_mamba2(tmp_path_factory.mktemp("model") / "tiny2", d_model=40)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("data") / "texts.jsonl")
+
+
+@pytest.fixture(scope="module")
+def db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("db")
+
+
+def run_tiny(model: Path, data: Path, db: Path, **options: object) -> CollectedRun:
+    settings = {"samples": 9, "seq_len": 32, "batch_size": 4, "progress": False} | options
+    return collect(str(model), data=str(data), db=db, **settings)
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path, data: Path, db: Path) -> CollectedRun:
+    return run_tiny(model, data, db, groups="none", keep_tokens="all")
+
+
+@pytest.fixture(scope="module")
+def grouped(model: Path, data: Path, db: Path) -> CollectedRun:
+    return run_tiny(model, data, db, keep_tokens="all")
+
+
+def table(run: CollectedRun, name: str, site: str = "") -> Rows:
+    rows = pq.read_table(run.folder / f"{name}.parquet").to_pylist()
+    return [row for row in rows if not site or row["site"] == site]
+
+
+def order_of(run: CollectedRun) -> list[LayerGroups]:
+    found = stored_groups(run.manifest.model)
+    assert found is not None
+    return found
+
+
+def named(run: CollectedRun) -> Iterator[tuple[int, ChannelGroup]]:
+    for layer, groups in enumerate(order_of(run)):
+        for group in groups.groups():
+            yield layer, group
+
+
+def raw(run: CollectedRun, site: str) -> dict[tuple[int, str], dict[tuple[int, int], np.ndarray]]:
+    """(layer, group) to (document, position) to the kept values."""
+    found: dict = {}
+    for row in table(run, "activations", site):
+        key = row["layer"], row["group_name"]
+        found.setdefault(key, {})[row["document"], row["position"]] = np.array(row["values"], np.float32)
+    return found
+
+
+def whole(run: CollectedRun, site: str, layer: int) -> dict[tuple[int, int], np.ndarray]:
+    """(document, position) to the site's values, SSD groups put together; a run that is not sorted."""
+    parts = {name: values for (la, name), values in raw(run, site).items() if la == layer}
+    return {
+        place: np.concatenate([parts[name][place] for name in sorted(parts)]) for place in next(iter(parts.values()))
+    }
+
+
+def test_fixed_is_the_default_and_found_in_the_runs_own_statistics(grouped: CollectedRun, plain: CollectedRun) -> None:
+    """The first pass over all seven documents sees what the unsorted run stores."""
+    weights = str(plain.manifest.identity["weights_sha256"])
+    expected = [layer_groups(layer, 8, 2) for layer in statistics_of_run(plain.folder, weights)]
+    assert order_of(grouped) == expected
+    assert [sorted(sizes) for sizes in expected[0].head_groups] == [[1, 1, 1, 2]] * 2
+    stored = grouped.manifest.model["groups"]
+    assert (stored["variant"], stored["documents"]) == ("fixed", 7)
+    assert stored_groups(plain.manifest.model) is None and "groups" not in plain.manifest.identity
+    assert grouped.manifest.created["group_seconds"] >= 0
+
+
+def test_the_table_of_groups_names_them(grouped: CollectedRun) -> None:
+    for site in (X, "x_conv_out:output", STATE, "ssm_state_act:output"):
+        rows = table(grouped, "groups", site)
+        found = {
+            (r["layer"], r["group_name"], r["ssd_group"], r["head_group"], r["channel_group"], tuple(r["channels"]))
+            for r in rows
+        }
+        assert found == {(layer, group.name, *group) for layer, group in named(grouped)}
+        assert len(rows) == 2 * 2 * 4 * 4
+    others = {row["site"] for row in table(grouped, "groups") if row["head_group"] is None}
+    assert "B_conv_out:input" in others and "x_conv_in:input" in others
+
+
+def test_values_are_the_unsorted_runs_at_their_new_places(grouped: CollectedRun, plain: CollectedRun) -> None:
+    for site, width in ((X, 1), (STATE, 4)):
+        found = raw(grouped, site)
+        before = [whole(plain, site, layer) for layer in range(2)]
+        assert found.keys() == {(layer, group.name) for layer, group in named(grouped)}
+        for layer, group in named(grouped):
+            sources = np.array(order_of(grouped)[layer].channel_index)[list(group.channels)]
+            assert found[layer, group.name].keys() == before[layer].keys()
+            for place, values in found[layer, group.name].items():
+                expected = before[layer][place].reshape(-1, width)[sources].reshape(-1)
+                # float16 weights are permuted, not changed, but the second layer's input is summed in another order
+                # and out_proj is rounded to float16 after a rotation of other columns: some float16 ulps.
+                assert np.abs(values - expected).max() <= 30 * 2.0**-11 * max(1, np.abs(before[layer][place]).max())
+
+
+def test_the_run_is_of_the_reordered_model(grouped: CollectedRun, model: Path, data: Path, db: Path) -> None:
+    """Every site's distribution is that of the model reordered first, by the same kernel in the same blocks."""
+    from tiny_model import TEXTS
+
+    from quambase.model.batch import Batch
+    from quambase.model.load import floating_model
+
+    loaded = load_model(str(model))
+    runner = floating_model(prepare(reorder(loaded.any_weights, order_of(grouped))), rotated=True)  # type: ignore[arg-type]
+    texts = [tokens[:32] for text in TEXTS[:4] if (tokens := loaded.tokenizer.encode(text))]
+    seen = {}
+    runner.hidden(Batch.pack(texts), lambda layer, site, values, _: seen.update({(layer, site): values.clone()}))
+    for layer in range(2):
+        for site in ("dt_act:input", "out_proj:input"):
+            rows = raw(grouped, site)[layer, "all"]
+            ours = np.concatenate([rows[place] for place in sorted(rows) if place[0] < 4])
+            np.testing.assert_array_equal(ours, seen[layer, site].numpy().reshape(-1))
+
+
+def test_counts_channels_and_documents_are_of_the_kept_values(grouped: CollectedRun) -> None:
+    for site, width in ((X, 1), (STATE, 4)):
+        values = raw(grouped, site)
+        counts: dict = {}
+        for row in table(grouped, "counts", site):
+            counts.setdefault((row["layer"], row["group_name"]), []).append((row["value"], row["count"]))
+        channels = {(r["layer"], r["group_name"], r["channel"]): r for r in table(grouped, "channels", site)}
+        documents = {(r["layer"], r["group_name"], r["document"]): r["amax"] for r in table(grouped, "documents", site)}
+        used = 0
+        for layer, group in named(grouped):
+            mine = values[layer, group.name]
+            tally = Distribution.of_values(np.concatenate(list(mine.values())))
+            assert list(zip(tally.values.tolist(), tally.counts.tolist(), strict=True)) == counts[layer, group.name]
+            matrix = np.stack([row.reshape(-1, width) for row in mine.values()])  # (rows, members, width)
+            by_row = matrix[..., 0].T if site == X else matrix.reshape(-1, width).T
+            names = group.channels if site == X else range(width)
+            for name, column in zip(names, by_row, strict=True):
+                row = channels[layer, group.name, name]
+                used += 1
+                assert (row["count"], row["min"], row["max"]) == (column.size, column.min(), column.max())
+                # At most 300 float64 additions of values of at most some ten.
+                assert row["sum"] == pytest.approx(column.astype(float).sum(), abs=1e-10)
+                assert row["sum_sq"] == pytest.approx((column.astype(float) ** 2).sum(), rel=1e-12)
+            for document in {place[0] for place in mine}:
+                amax = max(np.abs(row.astype(np.float16)).max() for place, row in mine.items() if place[0] == document)
+                assert documents[layer, group.name, document] == amax
+        assert used == len(channels)
+
+
+def test_outliers_lie_where_they_say(grouped: CollectedRun) -> None:
+    for site, width in ((X, 1), (STATE, 4)):
+        values = raw(grouped, site)
+        members = {(layer, group.name): list(group.channels) for layer, group in named(grouped)}
+        rows = table(grouped, "outliers", site)
+        assert rows
+        for row in rows:
+            key = row["layer"], row["group_name"]
+            channel, index = divmod(row["channel"], width)
+            place = members[key].index(channel) * width + index
+            assert np.float16(values[key][row["document"], row["position"]][place]) == row["value"]
+
+
+def test_groups_from_a_run_in_either_order(grouped: CollectedRun, plain: CollectedRun, model: Path, data: Path) -> None:
+    db = plain.folder.parent.parent
+    for source in (plain, grouped):
+        run = run_tiny(model, data, db, groups_from=source.manifest.run, sites=[X])
+        assert run.manifest.identity["groups"]["run"] == source.manifest.run
+        # The grouped run's first layer sees the same x, its second one's last bits differ: the same clusters.
+        assert order_of(run)[0] == order_of(grouped)[0]
+        heads = [sorted(layer.head_groups) for layer in order_of(run)]
+        assert heads == [sorted(layer.head_groups) for layer in order_of(grouped)]
+    with pytest.raises(DatabaseInvalid, match="there is no run nowhere"):
+        run_tiny(model, data, db, groups_from="nowhere")
+    lacking = run_tiny(model, data, db, groups="none", sites=[STATE])
+    with pytest.raises(DatabaseInvalid, match=f"lacks {X}"):
+        run_tiny(model, data, db, groups_from=lacking.manifest.run)
+
+
+def test_another_models_statistics_are_refused(plain: CollectedRun, data: Path, tmp_path: Path) -> None:
+    other = write_tiny_mamba2(tmp_path / "other")
+    with pytest.raises(DatabaseInvalid, match="of other weights"):
+        run_tiny(other, data, plain.folder.parent.parent, groups_from=plain.manifest.run)
+
+
+def test_quamba2_takes_every_document_and_has_its_own_run(model: Path, data: Path, tmp_path: Path) -> None:
+    origins = []
+    for options in ({"groups": "quamba2"}, {"groups": "quamba2", "group_samples": 3}, {"group_samples": 3}):
+        run = run_tiny(model, data, tmp_path, sites=[X], **options)
+        origins.append((run.manifest.run, run.manifest.identity["groups"]))
+    assert len({run for run, _ in origins}) == 3
+    assert [(o["variant"], o["documents"]) for _, o in origins] == [("quamba2", 7), ("quamba2", 3), ("fixed", 3)]
+
+
+def test_options_that_do_not_go_together(model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="unknown grouping 'fixd'; did you mean fixed"):
+        run_tiny(model, data, tmp_path, groups="fixd")
+    with pytest.raises(DataInvalid, match="--groups none says"):
+        run_tiny(model, data, tmp_path, groups="none", group_samples=2)
+    with pytest.raises(DataInvalid, match="leave out --group-samples"):
+        run_tiny(model, data, tmp_path, groups_from="a", group_samples=2)
+    first = write_tiny_model(tmp_path / "mamba1")
+    with pytest.raises(DataInvalid, match="no heads to group"):
+        run_tiny(first, data, tmp_path, groups="fixed")
+    assert "groups" not in run_tiny(first, data, tmp_path, groups="none").manifest.identity
+
+
+def test_the_scale_table_has_every_group_and_carries_the_order(
+    grouped: CollectedRun, plain: CollectedRun, tmp_path: Path
+) -> None:
+    scale_file = tmp_path / "scales.parquet"
+    analyze(grouped.folder.parent.parent, run=grouped.manifest.run, granularity="group", out=scale_file)
+    found = read_scales(scale_file)
+    rows = [row for row in found.table.to_pylist() if row["label"] == "quamba"]
+    for site in (X, STATE):
+        scales = {(r["layer"], r["group_name"]): r["scale"] for r in rows if r["site"] == site}
+        expected = {(layer, group.name) for layer, group in named(grouped)}
+        assert scales.keys() == expected | {(0, "all"), (1, "all")}
+        assert max(s for (layer, name), s in scales.items() if layer == 1 and name != "all") == scales[1, "all"]
+    assert stored_groups(found.model) == order_of(grouped)
+    with StatsDB(grouped.folder.parent.parent, "all") as db:
+        pooled = {
+            run: {(la, s): d for la, s, _, d in db.distributions(run)}
+            for run in (grouped.manifest.run, plain.manifest.run)
+        }
+    first, second = (pooled[run][0, X] for run in (grouped.manifest.run, plain.manifest.run))
+    # The first layer's x is the same, element for element but for float32's last bits.
+    assert first.total == second.total and abs(first.amax - second.amax) <= 2.0**-10 * second.amax
+
+
+def test_the_command(model: Path, data: Path, tmp_path: Path) -> None:
+    arguments = ["collect", "--model", str(model), "--data", str(data), "--samples", "9", "--db", str(tmp_path)]
+    done = CliRunner().invoke(quambase, [*arguments, "--groups", "quamba2", "--group-samples", "4", "--sites", X])
+    assert done.exit_code == 0, done.output
+    assert "g0h0c" in done.stdout or "g1h" in done.stdout
+    refused = CliRunner().invoke(quambase, [*arguments, "--groups", "nothing"])
+    assert refused.exit_code == 2 and "--groups" in refused.stderr
