@@ -57,10 +57,7 @@ class LoadedModel:
         """A Mamba-1's weights; CheckpointInvalid for another family."""
         if isinstance(self.any_weights, MambaWeights):
             return self.any_weights
-        raise CheckpointInvalid(
-            f"{self.name} is a Mamba-2 model and this needs a Mamba-1; so far Mamba-2 can be collected and analyzed, "
-            "not quantized"
-        )
+        raise CheckpointInvalid(f"{self.name} is a Mamba-2 model and this needs a Mamba-1; name one with --model")
 
     @property
     def config(self) -> MambaConfig:

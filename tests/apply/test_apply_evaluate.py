@@ -31,13 +31,13 @@ from quambase.model.text import SAMPLE_AUTHOR, read_documents
 from quambase.model.weights import tensors_of
 from quambase.schema.errors import CheckpointInvalid, DatabaseInvalid, DataInvalid, RunBusy, ScalesInvalid, UnknownName
 from quambase.schema.scales import write_scales
-from quambase.schema.sites import find_site
+from quambase.schema.sites import MAMBA1, find_site
 from quambase.schema.tables import DOCUMENTS, RESULTS, SCALES, write_table
 
 WORDS = [f"w{i}" for i in range(CONFIG.vocab_size)]
 
 
-def scale_rows(scales: dict[tuple[int, str], float], label: str, selected: bool = False) -> list[dict]:
+def scale_rows(scales: dict[tuple[int, str], float], label: str, selected: bool = False, family=MAMBA1) -> list[dict]:
     blank = dict.fromkeys(SCALES.names, 0) | {
         "run": "run-a",
         "group_name": "all",
@@ -51,8 +51,8 @@ def scale_rows(scales: dict[tuple[int, str], float], label: str, selected: bool 
     }
     return [
         blank
-        | {"layer": layer, "site": site, "scale": scale, "amax": 127 * scale, "consumed": find_site(site).consumed}
-        | {"decode_only": find_site(site).decode_only}
+        | {"layer": layer, "site": site, "scale": scale, "amax": 127 * scale}
+        | {name: getattr(find_site(site, family), name) for name in ("consumed", "decode_only")}
         for (layer, site), scale in scales.items()
     ]
 
