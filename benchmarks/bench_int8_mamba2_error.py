@@ -1,0 +1,226 @@
+"""Where the error of the INT8 Mamba-2 comes from: KL and top-1 agreement with one operator quantized, or all but one.
+
+    python benchmarks/bench_int8_mamba2_error.py [MODEL]
+
+Without a model: random weights of two shapes, once with channels of unequal size. One operator is quantized in the
+float32 model (codes times scale, the INT8 model's own weights and scales); the last rows are the INT8 model itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from timing import machine
+
+from quambase.apply.group_scales import channel_groups_of, values_of
+from quambase.apply.quamba2 import Int8Mamba2, build
+from quambase.apply.quamba2_weights import SplitInt8Weight
+from quambase.apply.scales import Scale
+from quambase.model.backbone import Tap
+from quambase.model.batch import Batch
+from quambase.model.hadamard import hadamard
+from quambase.model.kernels import causal_conv1d_silu
+from quambase.model.load import load_model
+from quambase.model.mamba2 import Mamba2, gated_rms_norm
+from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
+from quambase.model.prepare import prepare
+from quambase.model.text import read_documents
+from quambase.schema.sites import MAMBA2, layer_sites
+
+SHAPES = {
+    "tiny, 8 SSD groups": Mamba2Config(64, 4, 1024, 512, d_state=32, headdim=16, ngroups=8),
+    "24 layers like mamba2-130m, 192 wide": Mamba2Config(192, 24, 4096, 384, d_state=128, headdim=32),
+}
+
+WEIGHTS = ("in_proj weight", "conv weight and bias", "A_log", "D", "out_proj weight")
+ACTIVATIONS = {
+    "in_proj input": "in_proj:input",
+    "z": "z_act:input",
+    "x before conv": "x_conv_in:input",
+    "B before conv": "B_conv_in:input",
+    "C before conv": "C_conv_in:input",
+    "dt": "dt_act:input",
+    "x": "x_conv_out:input",
+    "B": "B_conv_out:input",
+    "C": "C_conv_out:input",
+    "out_proj input": "out_proj:input",
+}
+OPERATORS = (*ACTIVATIONS, *WEIGHTS)
+
+DOCUMENTS, LENGTH, GROUPS = 4, 256, 16
+
+
+def dequantized(weight: SplitInt8Weight) -> torch.Tensor:
+    """Codes times their row's scale."""
+    scales = weight.row_scales.view(-1, *[1] * (weight.codes.dim() - 1))
+    return weight.codes.to(torch.float32) * scales
+
+
+class SomeQuantized(Mamba2):
+    """The rotated float32 model with the ``chosen`` operators rounded to INT8 codes and back."""
+
+    def __init__(self, prepared: Mamba2Weights, int8: Int8Mamba2, chosen: frozenset[str]) -> None:
+        blocks = []
+        for layer, codes in zip(prepared.layers, int8.weights.layers, strict=True):
+            changed = {
+                "in_proj weight": {"in_proj": dequantized(codes.in_proj)},
+                "conv weight and bias": {
+                    "conv_weight": dequantized(codes.conv_weight),
+                    "conv_bias": dequantized(codes.conv_bias),
+                },
+                "A_log": {"A_log": codes.A_log.dequantized()},
+                "D": {"D": codes.D.dequantized()},
+                "out_proj weight": {"out_proj": codes.out_proj.dequantized()},
+            }
+            for name in chosen & changed.keys():
+                layer = dataclasses.replace(layer, **changed[name])
+            blocks.append(layer)
+        super().__init__(dataclasses.replace(prepared, layers=tuple(blocks)), rotated=True)
+        self.chosen, self.int8 = chosen, int8
+
+    def _rounded(self, index: int, name: str, values: torch.Tensor) -> torch.Tensor:
+        if name not in self.chosen:
+            return values
+        scale = values_of(self.int8.scales[index, ACTIVATIONS[name]])
+        if name == "x":
+            scale = scale[channel_groups_of(self.config, self.int8.channel_groups, index, len(scale))]
+        elif name in ("B", "C"):
+            scale = torch.repeat_interleave(scale, self.config.bc_width // len(scale))
+        return (values / scale).round().clamp(-128, 127) * scale
+
+    def _block(self, index: int, normalised: torch.Tensor, batch: Batch, tap: Tap | None) -> torch.Tensor:
+        c, layer = self.config, self.weights.layers[index]
+        sizes = [c.d_inner, c.d_inner, c.bc_width, c.bc_width, c.heads]
+        projected = F.linear(self._rounded(index, "in_proj input", normalised), layer.in_proj)
+        names = ("z", "x before conv", "B before conv", "C before conv", "dt")
+        parts = zip(names, torch.split(projected, sizes, dim=1), strict=True)
+        z, *conv_parts, dt = (self._rounded(index, name, part) for name, part in parts)
+        conv_in = torch.cat(conv_parts, dim=1)
+        conv_out = torch.empty_like(conv_in)
+        bias = layer.conv_bias.numpy()
+        offsets = batch.offsets.numpy()
+        causal_conv1d_silu(conv_in.numpy(), self._conv[index], bias, offsets, conv_out.numpy())
+        after = zip("xBC", torch.split(conv_out, sizes[1:4], dim=1), strict=True)
+        x, b, read = (self._rounded(index, name, part).contiguous() for name, part in after)
+        state = torch.zeros(batch.documents, c.d_inner, c.d_state)
+        y = self._scan(index, x, dt, b, read, offsets, state)
+        rotated = hadamard(gated_rms_norm(y, z, layer.gated_norm, c.ngroups, c.norm_eps))
+        return F.linear(self._rounded(index, "out_proj input", rotated), layer.out_proj)
+
+
+def observe(prepared: Mamba2Weights, batch: Batch) -> dict[tuple[int, str], torch.Tensor]:
+    """Absmax of every site over the batch, by channel (the state's over its last axis)."""
+    found: dict[tuple[int, str], torch.Tensor] = {}
+
+    def tap(layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
+        amax = values.abs().amax(0)
+        amax = amax.amax(1) if amax.dim() == 2 else amax
+        found[layer, site] = torch.maximum(found[layer, site], amax) if (layer, site) in found else amax
+
+    Mamba2(prepared, rotated=True).hidden(batch, tap)
+    return found
+
+
+def scales_of(
+    config: Mamba2Config, amax: dict[tuple[int, str], torch.Tensor], groups: list[torch.Tensor]
+) -> dict[tuple[int, str], Scale]:
+    """Absmax / 127 of every site; by group of channels and SSD group if there are ``groups``."""
+    scales: dict[tuple[int, str], Scale] = {}
+    for layer, site in layer_sites(config.n_layer, MAMBA2):
+        values = amax[layer, site.name]
+        index = torch.zeros(len(values), dtype=torch.int64)
+        if groups and site.name in ("x_conv_out:input", "ssm_state_act:input"):
+            index = groups[layer]
+        elif groups and site.name in ("B_conv_out:input", "C_conv_out:input"):
+            index = torch.arange(len(values)) * config.ngroups // len(values)
+        parts = [float(values[index == g].max().clamp(min=1e-5)) / 127 for g in range(int(index.max()) + 1)]
+        scales[layer, site.name] = tuple(parts) if len(parts) > 1 else parts[0]
+    return scales
+
+
+def groups_by_size(config: Mamba2Config, amax: dict[tuple[int, str], torch.Tensor]) -> list[torch.Tensor]:
+    """Channels of x sorted by absmax and cut in GROUPS equal groups: what sorting and clustering is after."""
+    maps = []
+    for layer in range(config.n_layer):
+        order = amax[layer, "x_conv_out:input"].argsort(stable=True)
+        index = torch.empty_like(order)
+        index[order] = torch.arange(config.d_inner) * GROUPS // config.d_inner
+        maps.append(index)
+    return maps
+
+
+def random_weights(config: Mamba2Config, spread: float) -> Mamba2Weights:
+    """Random blocks that make up most of the residual stream, a head of its own, x of log-normally unequal size."""
+    weights = random_mamba2_weights(config)
+    generator = torch.Generator().manual_seed(1)
+    head = torch.randn(config.vocab_size, config.d_model, generator=generator) * 3 / config.d_model**0.5
+    layers = []
+    for layer in weights.layers:
+        conv = layer.conv_weight.clone()
+        conv[: config.d_inner] *= torch.exp(spread * torch.randn(config.d_inner, 1, generator=generator))
+        layers.append(dataclasses.replace(layer, conv_weight=conv))
+    return dataclasses.replace(weights, embedding=weights.embedding * 15, lm_head=head, layers=tuple(layers))
+
+
+def compare(expected: torch.Tensor, logits: torch.Tensor) -> tuple[float, float]:
+    """Mean KL in nats per token and top-1 agreement."""
+    p, q = expected.log_softmax(-1), logits.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean()), float((p.argmax(-1) == q.argmax(-1)).float().mean())
+
+
+def rows_of(weights: Mamba2Weights, calibration: Batch, batch: Batch) -> Iterator[tuple[str, float, float]]:
+    """Label, KL and top-1 agreement of every variant, on tokens other than the calibration's."""
+    prepared = prepare(weights)
+    amax = observe(prepared, calibration)
+    reference = Mamba2(weights)
+    expected = reference.logits(reference.hidden(batch))
+    groups = groups_by_size(weights.config, amax)
+    int8 = build(prepared, scales_of(weights.config, amax, []), channel_groups=groups)
+
+    def measured(model: Mamba2 | Int8Mamba2) -> tuple[float, float]:
+        return compare(expected, model.logits(model.hidden(batch)))
+
+    everything = frozenset(OPERATORS)
+    yield "float16 weights only", *measured(Mamba2(prepared, rotated=True))
+    for name in OPERATORS:
+        yield f"only {name}", *measured(SomeQuantized(prepared, int8, frozenset({name})))
+    for name in ("z", "x", "dt", "out_proj input", "in_proj input", "in_proj weight"):
+        yield f"all but {name}", *measured(SomeQuantized(prepared, int8, everything - {name}))
+    yield "all, in float32", *measured(SomeQuantized(prepared, int8, everything))
+    yield "INT8, one scale per tensor", *measured(int8)
+    yield f"INT8, x in {GROUPS} groups", *measured(int8.with_scales(scales_of(weights.config, amax, groups)))
+
+
+def main() -> None:
+    """Print one table per model."""
+    torch.manual_seed(0)
+    cases: dict[str, tuple[Mamba2Weights, Batch, Batch]] = {}
+    if sys.argv[1:]:
+        loaded = load_model(sys.argv[1])
+        assert isinstance(loaded.any_weights, Mamba2Weights), "no Mamba-2"
+        texts = [loaded.tokenizer.encode(d.text)[:LENGTH] for d in read_documents("python-docs:evaluation", 40)]
+        texts = [text for text in texts if len(text) > 1]
+        half = len(texts) // 2
+        cases[loaded.name] = loaded.any_weights, Batch.pack(texts[:half]), Batch.pack(texts[half:])
+    else:
+        for title, config in SHAPES.items():
+            for spread in (0.0, 1.0):
+                tokens = torch.randint(0, config.vocab_size, (2 * DOCUMENTS, LENGTH)).tolist()
+                halves = Batch.pack(tokens[:DOCUMENTS]), Batch.pack(tokens[DOCUMENTS:])
+                cases[f"{title}, {'unequal' if spread else 'equal'} channels"] = (
+                    random_weights(config, spread),
+                    *halves,
+                )
+    print(machine())
+    for title, case in cases.items():
+        print(f"\n{title}\n{'':32}{'KL/token':>12}{'top-1 %':>10}")
+        for label, kl, top1 in rows_of(*case):
+            print(f"{label:32}{kl:12.6f}{100 * top1:10.2f}")
+
+
+if __name__ == "__main__":
+    main()
