@@ -32,17 +32,19 @@ def decay_of(delta: Valued, a: Valued) -> Valued:
     return value, value * (np.expm1(error) + EXP)
 
 
-def scan(x, b, c, skip_x, delta: Valued, decay: Valued, d, offsets, ngroups: int):
+def scan(x, b, c, skip_x, delta: Valued, decay: Valued, d, offsets, ngroups: int, initial=None):
     """State space dual scan, one head, channel and token at a time: y (t, e), last states [(e, n)], error bounds.
 
-    x, b, c are what the products read, ``skip_x`` what D (h,) multiplies; delta and decay (t, h).
+    x, b, c are what the products read, ``skip_x`` what D (h,) multiplies; delta and decay (t, h); ``initial``: float32
+    state (e, n) of each document before its first token, else zeros.
     """
     x, b, c = (np.asarray(v, np.float64) for v in (x, b, c))
     heads, n = d.size, b.shape[1] // ngroups
     headdim = x.shape[1] // heads
     y, y_error, states = np.zeros(x.shape), np.zeros(x.shape), []
-    for start, end in itertools.pairwise(offsets):
-        h, e_h = np.zeros((x.shape[1], n)), np.zeros((x.shape[1], n))
+    for document, (start, end) in enumerate(itertools.pairwise(offsets)):
+        h = np.zeros((x.shape[1], n)) if initial is None else initial[document].astype(np.float64)
+        e_h = np.zeros(h.shape)
         for t in range(start, end):
             for head in range(heads):
                 group = head // (heads // ngroups)

@@ -49,6 +49,20 @@ def channel_scales(scale, channels, index):
     return values[index].astype(np.float64)
 
 
+def in_proj_factor(weights, site):
+    """Accumulator to code, by column."""
+    inputs = [site[f"{name}:input"] for name in ("z_act", "x_conv_in", "B_conv_in", "C_conv_in", "dt_act")]
+    return weights["in_proj"][1] / twin2.by_row(inputs, IN_PROJ) * site["in_proj:input"]
+
+
+def conv_of(weights, site, index, codes, offsets):
+    """The twin's convolution of codes (t, channels)."""
+    outputs = [channel_scales(site[f"{name}_conv_out:input"], n, index) for name, n in zip("xBC", CONV, strict=True)]
+    inputs = twin2.by_row([site[f"{name}_conv_in:input"] for name in "xBC"], CONV)
+    codes_and_scales = (weights["conv"][0], weights["bias"][0], inputs, weights["conv"][1], weights["bias"][1])
+    return twin.conv(codes, *codes_and_scales, np.concatenate(outputs), offsets)
+
+
 def record(monkeypatch):
     """Arguments (copied before the call) and result of every operator, by kind, in call order."""
     seen: dict[str, list] = {}
@@ -70,6 +84,7 @@ def record(monkeypatch):
     keep("norm", backbone.kernels, "add_rms_norm_int8", 4)
     keep("in_proj", quamba2.kernels2, "scale_columns_to_int8", 4)
     keep("conv", quamba2.kernels2, "conv_channels_int8", 7)
+    keep("decoded", quamba2.kernels2, "conv_update_channels_int8", 7)
     keep("gate", quamba2, "gated_rms_norm", None)
     keep("rotate", backbone, "hadamard", None)
     keep("had", backbone.kernels, "round_to_int8", 2)
@@ -93,14 +108,16 @@ def quantized(layer):
     }
 
 
-def scanned(weights, layer, site, groups, in_proj, conv, offsets):
-    """The twin's scan of our codes: y, last states."""
+def scanned(weights, layer, site, groups, in_proj, conv, offsets, initial=None):
+    """The twin's scan of our codes: y, last states; with ``initial`` states a decoded token, whose x, B and C are not
+    rounded to float16.
+    """
     index = groups.numpy()
     scales = np.concatenate(
         [channel_scales(site[f"{name}_conv_out:input"], size, index) for name, size in zip("xBC", CONV, strict=True)]
     )
     values = twin2.dequantized(conv, scales)
-    x, b, c = np.split(twin2.half(values), [E, E + W], axis=1)
+    x, b, c = np.split(twin2.half(values) if initial is None else values, [E, E + W], axis=1)
     first = site["dt_act:input"] * np.asarray(in_proj[:, -CONFIG.heads :], np.float64)
     bias = layer.dt_bias.numpy().astype(np.float16).astype(np.float64)
     total = first + bias
@@ -111,7 +128,7 @@ def scanned(weights, layer, site, groups, in_proj, conv, offsets):
     a = -np.exp(exponent), np.exp(exponent) * (twin.EXP + twin.U * np.abs(exponent))
     d = weights["D"][1] * weights["D"][0]
     decay = twin2.decay_of((delta, e_delta), a)
-    return twin2.scan(x, b, c, values[:, :E], (delta, e_delta), decay, d, offsets, CONFIG.ngroups)
+    return twin2.scan(x, b, c, values[:, :E], (delta, e_delta), decay, d, offsets, CONFIG.ngroups, initial)
 
 
 @pytest.mark.parametrize(
@@ -134,18 +151,8 @@ def test_every_layer_follows_the_twin(prepared, by_granularity, granularity, spr
         site = {name: scale for (number, name), scale in scales.items() if number == i}
         norm, in_proj, conv, had = (seen[kind][i][1] for kind in ("norm", "in_proj", "conv", "had"))
         residual = residual + block_out
-        inputs = [site[f"{name}:input"] for name in ("z_act", "x_conv_in", "B_conv_in", "C_conv_in", "dt_act")]
-        factor = weights["in_proj"][1] / twin2.by_row(inputs, IN_PROJ) * site["in_proj:input"]
-        index = GROUPS[i].numpy()
-        outputs = [
-            channel_scales(site[f"{name}_conv_out:input"], n, index) for name, n in zip("xBC", CONV, strict=True)
-        ]
-        convolved = twin.conv(
-            in_proj[:, E : 2 * E + 2 * W],
-            *(weights["conv"][0], weights["bias"][0]),
-            *(twin2.by_row(inputs[1:4], CONV), weights["conv"][1], weights["bias"][1], np.concatenate(outputs)),
-            offsets,
-        )
+        factor, index = in_proj_factor(weights, site), GROUPS[i].numpy()
+        convolved = conv_of(weights, site, index, in_proj[:, E : 2 * E + 2 * W], offsets)
         steps = [
             (norm, twin.rms_norm(residual, 1e-5, site["in_proj:input"]), twin.half_even),
             (in_proj, twin.scaled(twin.gemm(norm, weights["in_proj"][0]), factor), twin.half_even),
@@ -177,6 +184,66 @@ def test_every_layer_follows_the_twin(prepared, by_granularity, granularity, spr
             np.testing.assert_array_equal(state.conv[i][document].numpy(), padded)
     assert near < total / 1000
     assert min(np.abs(seen[kind][1][1]).max() for kind in ("norm", "in_proj", "conv", "had")) > 60
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_a_decoded_token_follows_the_twin(prepared, by_granularity, sequences, monkeypatch):
+    """One row alone is projected by one combined factor and rounded half away from zero, several half to even."""
+    model = build(prepared, uneven(by_granularity["channel"]), channel_groups=GROUPS)
+    _, state = model.prefill(Batch.pack(documents(5, (9, 6)[:sequences])))
+    before = [(window.numpy().copy(), ssm.numpy().copy()) for window, ssm in zip(state.conv, state.ssm, strict=True)]
+    seen = record(monkeypatch)
+    calls = []
+    epilogue = quamba2.kernels2.scale_columns_to_int8
+    monkeypatch.setattr(
+        quamba2.kernels2,
+        "scale_columns_to_int8",
+        lambda acc, first, second, away, out: (calls.append(away), epilogue(acc, first, second, away, out)),
+    )
+    model.step(torch.tensor([3, 7][:sequences]), state)
+    assert calls == [sequences == 1] * CONFIG.n_layer
+    for i, layer in enumerate(prepared.layers):
+        weights = quantized(layer)
+        site = {name: scale for (number, name), scale in model.scales.items() if number == i}
+        norm, in_proj, conv = (seen[kind][i][1] for kind in ("norm", "in_proj", "decoded"))
+        rounding = twin.half_away if sequences == 1 else twin.half_even
+        twin.check_codes(
+            in_proj, twin.scaled(twin.gemm(norm, weights["in_proj"][0]), in_proj_factor(weights, site)), rounding
+        )
+        window = np.concatenate([before[i][0][:, 1:], in_proj[:, None, E : 2 * E + 2 * W]], axis=1)
+        np.testing.assert_array_equal(state.conv[i].numpy(), window)
+        width, index = CONFIG.d_conv, GROUPS[i].numpy()
+        every = range(0, width * sequences + 1, width)
+        valued = conv_of(weights, site, index, window.reshape(width * sequences, -1), every)
+        twin.check_codes(conv, tuple(part[width - 1 :: width] for part in valued), twin.half_away)
+        by_channel = channel_scales(site["ssm_state_act:input"], E, index)[:, None]
+        initial = twin2.dequantized(before[i][1], by_channel)
+        y, states = scanned(weights, layer, site, GROUPS[i], in_proj, conv, range(sequences + 1), initial)
+        twin.check_half(seen["gate"][i][0], y)
+        for document, (value, error) in enumerate(states):
+            last = value / by_channel, (error + 4 * twin.U * np.abs(value)) / by_channel
+            twin.check_codes(state.ssm[i][document].numpy(), last, twin.half_even)
+        acc = twin.gemm(seen["had"][i][1], weights["out_proj"][0])
+        twin.check_half(seen["out"][i][1], twin.scaled(acc, weights["out_proj"][1] * site["out_proj:input"]))
+
+
+def test_out_proj_multiplies_by_the_weights_scale_first(prepared, by_granularity, monkeypatch):
+    """And one row alone by both at once (upstream's W8A8B16O16Linear)."""
+    calls = []
+    original = quamba2.linear_to_half
+
+    def spy(x, weight, first, second):
+        calls.append((weight.scale, first, second))
+        return original(x, weight, first, second)
+
+    monkeypatch.setattr(quamba2, "linear_to_half", spy)
+    model = build(prepared, by_granularity["tensor"])
+    _, state = model.prefill(Batch.pack(documents(5, (9,))))
+    model.step(torch.tensor([3]), state)
+    scales = [model.scales[i, "out_proj:input"] for i in range(CONFIG.n_layer)] * 2
+    for place, ((weight, first, second), scale) in enumerate(zip(calls, scales, strict=True)):
+        alone = place >= CONFIG.n_layer
+        assert (first, second) == ((np.float32(weight * scale), 1) if alone else (weight, scale))
 
 
 def test_one_scale_given_to_every_group_is_one_scale(prepared, by_granularity):
