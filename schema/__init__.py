@@ -7,7 +7,9 @@ group
     The smallest slice of a site's channels that has its own statistics: ``x`` and
     ``z`` of ``in_proj:output``; ``dt``, ``B``, ``C`` of ``x_proj:output``. A site
     that is not divided has one group, ``all``. Where a table also holds the whole
-    of a divided site, that row is called ``all`` too.
+    of a divided site, that row is called ``all`` too. In a Mamba-2 whose heads and
+    channels are sorted, x and the state have groups of an SSD group, a head group and
+    a channel group: ``g0h1c2``; channels are numbered as the sorted model has them.
 scale group
     The groups that share one INT8 scale; its distribution is the sum of theirs.
 document

@@ -71,7 +71,7 @@ COMMENT ON COLUMN site_stats.overflow IS 'Finite float32 values that became infi
 
 CREATE VIEW channels AS
 SELECT * FROM _channels;
-COMMENT ON VIEW channels IS 'Per channel (per state index at the ssm_state sites), of the unrounded float32 values.';
+COMMENT ON VIEW channels IS 'Per channel (at the ssm_state sites per state index, of each group), of the unrounded float32 values.';
 COMMENT ON COLUMN channels.run IS 'Run id.';
 COMMENT ON COLUMN channels.layer IS 'Layer number from 0; -1 is the language-model head.';
 COMMENT ON COLUMN channels.site IS 'Observed point, by upstream Quamba''s key, such as in_proj:input.';
@@ -137,7 +137,7 @@ COMMENT ON COLUMN groups.run IS 'Run id.';
 COMMENT ON COLUMN groups.layer IS 'Layer number from 0; -1 is the language-model head.';
 COMMENT ON COLUMN groups.site IS 'Observed point, by upstream Quamba''s key, such as in_proj:input.';
 COMMENT ON COLUMN groups.group_name IS 'Channel slice of the site (x, z; dt, B, C), or all for the whole of it.';
-COMMENT ON COLUMN groups.channels IS 'Channel indices within the site.';
+COMMENT ON COLUMN groups.channels IS 'Channel indices within the site, as the model that was run has them: a sorted Mamba-2''s are sorted.';
 COMMENT ON COLUMN groups.ssd_group IS 'SSD group (Mamba-2), else null.';
 COMMENT ON COLUMN groups.head_group IS 'Head group (Mamba-2), else null.';
 COMMENT ON COLUMN groups.channel_group IS 'Channel group (Mamba-2), else null.';
