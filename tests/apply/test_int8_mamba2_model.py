@@ -198,10 +198,11 @@ def test_a_decoded_token_follows_the_twin(prepared, by_granularity, sequences, m
     monkeypatch.setattr(
         quamba2.kernels2,
         "scale_columns_to_int8",
-        lambda acc, first, second, away, out: (calls.append(away), epilogue(acc, first, second, away, out)),
+        lambda acc, first, second, away, out: (calls.append((away, second)), epilogue(acc, first, second, away, out)),
     )
     model.step(torch.tensor([3, 7][:sequences]), state)
-    assert calls == [sequences == 1] * CONFIG.n_layer
+    factors = [1 if sequences == 1 else model.scales[i, "in_proj:input"] for i in range(CONFIG.n_layer)]
+    assert calls == [(sequences == 1, factor) for factor in factors]
     for i, layer in enumerate(prepared.layers):
         weights = quantized(layer)
         site = {name: scale for (number, name), scale in model.scales.items() if number == i}
