@@ -16,7 +16,7 @@ from quambase.model.weights import MambaConfig, random_weights, tensors_of
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 SHAPES = {
-    "mamba-7m shape, 8 x 512": (MambaConfig(256, 12, 8192, 512, dt_rank=16), 8, 512),
+    "7 M shape, 8 x 512": (MambaConfig(256, 12, 8192, 512, dt_rank=16), 8, 512),
     "mamba-130m shape (random weights), 2 x 512": (MambaConfig(768, 24, 50280, 1536, dt_rank=48), 2, 512),
 }
 

@@ -63,7 +63,7 @@ def collect(
 
     \b
     Example:
-      collect --model mamba-7m --samples 128
+      collect --model mamba-5m --samples 128
     """
     found = collect_run(
         model,

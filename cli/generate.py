@@ -10,7 +10,7 @@ from quambase.cli.console import Command, note
 
 
 @click.command(cls=Command)
-@click.option("--model", default="mamba-7m", show_default=True, help="Bundled name, folder, short name or hub id.")
+@click.option("--model", default="mamba-5m", show_default=True, help="Bundled name, folder, short name or hub id.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the files.")
 @click.option("--tokens", default=300_000, show_default=True, type=click.IntRange(min=1), help="Tokens to write.")
 @click.option("--seed", default=0, show_default=True, help="Seed of lengths and sampling.")
@@ -21,7 +21,7 @@ def generate(model: str, out: Path, tokens: int, seed: int) -> None:
 
     \b
     Example:
-      quambase generate --model mamba-7m --out sample --tokens 20000
+      quambase generate --model mamba-5m --out sample --tokens 20000
     """
     from quambase.model.load import load_model
     from quambase.model.sample import write_sample

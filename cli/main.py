@@ -80,7 +80,7 @@ def quambase() -> None:
 
     \b
     Example:
-      collect --model mamba-7m --samples 128
+      collect --model mamba-5m --samples 128
       analyze
       evaluate --strategy all
     """

@@ -11,7 +11,7 @@ cd demo
 start=$SECONDS
 
 say "1. Run the bundled model over 128 texts and keep the exact distribution of every activation."
-run collect --model mamba-7m --samples 128
+run collect --model mamba-5m --samples 128
 
 say "2. Ask: which sites that an INT8 model reads have outliers, and which tokens make the largest?"
 run quambase sql "select layer, site, amax, q9995, amax / q9995 as ratio from site_stats

@@ -28,7 +28,7 @@ BUNDLED_DATA: dict[str, str] = {
 }
 """Names of the bundled texts, written by SAMPLE_AUTHOR (`quambase generate`)."""
 
-SAMPLE_AUTHOR = "mamba-7m"
+SAMPLE_AUTHOR = "mamba-5m"
 """The bundled model that wrote the bundled texts."""
 
 PYTHON_DOCS = ("python-docs:calibration", "python-docs:evaluation")

@@ -142,7 +142,7 @@ def test_apply_refuses(world, tmp_path):
     with pytest.raises(ScalesInvalid, match="no scale for layer 0 in_proj:input"):
         apply(table, strategy="partial", at=["in_proj:input"], db=tmp_path)  # not silently quamba's
     with pytest.raises(ScalesInvalid, match="belongs to model tiny"):
-        apply(table, model="mamba-7m", db=tmp_path)
+        apply(table, model="mamba-5m", db=tmp_path)
     assert not list(tmp_path.glob("models/*"))
 
 

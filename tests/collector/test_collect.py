@@ -391,9 +391,9 @@ def test_the_command_reports_what_it_did(model: Path, data: Path, tmp_path: Path
     ("arguments", "message"),
     [
         (["--model", "nothing"], "error: unknown model 'nothing'"),
-        (["--model", "mamba-7m", "--data", "nothing.txt"], "error: no file nothing.txt here"),
-        (["--model", "mamba-7m", "--sites", "x"], "error: unknown site 'x'"),
-        (["--model", "mamba-7m", "--keep-tokens", "x"], "error: --keep-tokens is 'x'"),
+        (["--model", "mamba-5m", "--data", "nothing.txt"], "error: no file nothing.txt here"),
+        (["--model", "mamba-5m", "--sites", "x"], "error: unknown site 'x'"),
+        (["--model", "mamba-5m", "--keep-tokens", "x"], "error: --keep-tokens is 'x'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(arguments: list[str], message: str, tmp_path: Path) -> None:

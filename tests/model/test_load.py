@@ -78,13 +78,13 @@ def test_a_checkpoint_written_by_transformers_loads(tmp_path: Path) -> None:
 
 
 def test_the_bundled_model_loads_and_predicts_english() -> None:
-    loaded = load_model("mamba-7m")
+    loaded = load_model("mamba-5m")
     model = Mamba(loaded.weights)
     state = model.new_state(1)
     for token in loaded.tokenizer.encode("She looked at the old man and said to"):
         logits = model.step(torch.tensor([token]), state)
     assert loaded.tokenizer.decode([int(logits.argmax())]).strip() in {"him", "me", "her", "the", "himself", "herself"}
-    assert loaded.bundled and loaded.path == BUNDLED / "mamba-7m"
+    assert loaded.bundled and loaded.path == BUNDLED / "mamba-5m"
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ def test_nan_weights_are_refused(tmp_path: Path, weights: object) -> None:
 
 
 def test_unknown_names_list_the_nearest() -> None:
-    with pytest.raises(ModelNotFound, match=r"did you mean .*mamba-7m"):
-        resolve("mamba-7x")
+    with pytest.raises(ModelNotFound, match=r"did you mean .*mamba-5m"):
+        resolve("mamba-5x")
 
 
 def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path, weight
     folder = write(tmp_path / "m", MAMBA_SSM, tensors_of(weights), "safetensors")
     with pytest.raises(ModelNotFound, match=r"holds no tokenizer.json; name one with --tokenizer"):
         load_model(str(folder))
-    shutil.copy(BUNDLED / "mamba-7m" / "tokenizer.json", folder)
+    shutil.copy(BUNDLED / "mamba-5m" / "tokenizer.json", folder)
     with pytest.raises(CheckpointInvalid, match="has 8192 tokens, the model's embedding 48 rows"):
         load_model(str(folder))
     (folder / "tokenizer.json").write_text("{}")
