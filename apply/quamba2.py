@@ -13,7 +13,8 @@ Weights never depend on activation scales, so one set of INT8 weights serves eve
     lm_head:input                    last norm -> lm_head (only with a quantized head)
 
 Declared differences from upstream: those of `quambase.apply.quamba1`; and the scan is recurrent in float32, where
-upstream's chunks (256 tokens) round C B^T, B with its decay and the state between chunks to float16.
+upstream's chunks (256 tokens) round C B^T, B with its decay and the state between chunks to float16; and the cached
+state has one scale per scale group, where upstream has one per group and state index.
 """
 
 from __future__ import annotations
