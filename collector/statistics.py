@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quambase.collector.kernels import PATTERNS, SIGN, channel_moments, count_documents
+from quambase.collector.kernels import PATTERNS, SIGN, WIDEST, channel_moments, count_documents
 from quambase.schema.tables import DOCUMENT_QUANTILES
 
 Int64 = npt.NDArray[np.int64]
@@ -228,6 +228,7 @@ class Counter:
             x.to(torch.float32).contiguous().numpy(),
             offsets,
             self.encoding.limit,
+            min(WIDEST, -(-x.shape[1] // numba.get_num_threads())),
             into.count,
             into.lowest,
             into.highest,
