@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from quambase.collector.checkpoint import load_checkpoint, save_checkpoint
-from quambase.collector.first_pass import choose_grouping, find_groups
+from quambase.collector.first_pass import Grouping, choose_grouping, find_groups
 from quambase.collector.layouts import site_layouts
 from quambase.collector.plan import Keep, Plan, make_plan, run_id, sampled_states, sampled_tokens
 from quambase.collector.recorder import BlockRecorder
@@ -92,23 +92,17 @@ def collect(
     plan = make_plan(source, loaded.tokenizer, samples, seq_len, progress=progress)
     observed = [site.name for site in FAMILIES[loaded.family] if not sites or site.name in sites]
     grouping = choose_grouping(loaded.family, groups, group_samples, groups_from, len(plan.documents))
-    identity: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "weights_sha256": loaded.weights_sha256,
-        "tokenizer_sha256": loaded.tokenizer_sha256,
-        "documents": plan.digest(),
-        "samples": samples,
-        "seq_len": seq_len,
-        "block": batch_size,
-        "sites": observed,
-        "activation_dtype": "float16",
-        "keep_tokens": keep_tokens,
-        "outliers": OUTLIERS,
-        "seed": seed,
-        "device": "cpu",
-        "torch": version("torch"),
-        **({"groups": grouping.identity()} if grouping else {}),
-    }
+    identity = _identity(
+        loaded,
+        plan,
+        grouping,
+        samples=samples,
+        seq_len=seq_len,
+        block=batch_size,
+        sites=observed,
+        keep_tokens=keep_tokens,
+        seed=seed,
+    )
     run = run_id(loaded.name, identity)
     folder = db / "runs" / run
     if (folder / MANIFEST).exists():
@@ -123,17 +117,10 @@ def collect(
         encoding = ENCODINGS["float16"]
         observed_for = time.time() - started - grouped_for
         tables = write_run(folder, run, statistics, encoding, _locator(plan, loaded), blocks)
-        sizes = loaded.any_weights.config
         manifest = Manifest(
             run=run,
             identity=identity,
-            model={
-                "name": loaded.name,
-                "path": str(loaded.path) if not loaded.bundled else loaded.name,
-                "family": loaded.family,
-                **{key: getattr(sizes, key) for key in SIZES if hasattr(sizes, key)},
-                **({"groups": _stored(identity["groups"], layers)} if layers else {}),
-            },
+            model=_model(loaded, identity, layers),
             data={
                 "name": source,
                 "read": plan.read,
@@ -156,8 +143,37 @@ def collect(
     return CollectedRun(folder, manifest, existed=False)
 
 
-def _stored(origin: dict[str, Any], layers: list[LayerGroups]) -> dict[str, Any]:
-    return {**origin, "layers": [layer.to_json() for layer in layers]}
+def _identity(
+    loaded: LoadedModel,
+    plan: Plan,
+    grouping: Grouping | None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Everything that determines the bytes of the run's tables, ``settings`` among it; its hash is the run id."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "weights_sha256": loaded.weights_sha256,
+        "tokenizer_sha256": loaded.tokenizer_sha256,
+        "documents": plan.digest(),
+        **settings,
+        "activation_dtype": "float16",
+        "outliers": OUTLIERS,
+        "device": "cpu",
+        "torch": version("torch"),
+        **({"groups": grouping.identity()} if grouping else {}),
+    }
+
+
+def _model(loaded: LoadedModel, identity: dict[str, Any], layers: list[LayerGroups] | None) -> dict[str, Any]:
+    """What the manifest says of the model: name, path, family, sizes, and the order of a sorted Mamba-2."""
+    sizes = loaded.any_weights.config
+    return {
+        "name": loaded.name,
+        "path": str(loaded.path) if not loaded.bundled else loaded.name,
+        "family": loaded.family,
+        **{key: getattr(sizes, key) for key in SIZES if hasattr(sizes, key)},
+        **({"groups": {**identity["groups"], "layers": [layer.to_json() for layer in layers]}} if layers else {}),
+    }
 
 
 def _reordered(weights: MambaWeights | Mamba2Weights, layers: list[LayerGroups] | None) -> MambaWeights | Mamba2Weights:
