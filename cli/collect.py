@@ -1,7 +1,8 @@
-"""`collect` and `quambase import`."""
+"""`collect`, `quambase merge` and `quambase import`."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -9,8 +10,11 @@ import pyarrow as pa
 
 from quambase.cli.console import Command, database_option, emit, note
 from quambase.collector.first_pass import CHOICES
+from quambase.collector.merge import merge as merge_shards
+from quambase.collector.merge import merge_if_last
 from quambase.collector.run import CollectedRun, parse_keep
 from quambase.collector.run import collect as collect_run
+from quambase.collector.shards import parse_shard, torchrun_shard
 from quambase.collector.tensor_file import import_tensor as import_file
 from quambase.schema.sites import WHOLE, find_site, is_model_site
 from quambase.schema.tables import SITE_STATS, read_table
@@ -42,6 +46,12 @@ from quambase.schema.tables import SITE_STATS, read_table
     help="Documents of the first pass that finds the groups. [default: 64; quamba2: all]",
 )
 @click.option("--groups-from", metavar="RUN", help="Find the groups in a stored run's statistics instead.")
+@click.option(
+    "--shard",
+    metavar="i/N",
+    help="Only every N-th block of documents, from block i on (i from 0 to N - 1); see `quambase merge`. "
+    "[default: all, or under torchrun the process's own]",
+)
 def collect(
     model: str,
     samples: int,
@@ -56,15 +66,19 @@ def collect(
     groups: str | None,
     group_samples: int | None,
     groups_from: str | None,
+    shard: str | None,
 ) -> None:
     """Run a model over calibration texts and store the exact distribution of its activations.
 
-    A killed run resumes when the same command is given again.
+    A killed run resumes when the same command is given again. Under torchrun every process takes a shard, and the
+    last one to finish merges them.
 
     \b
     Example:
       collect --model mamba-5m --samples 128
+      torchrun --nproc-per-node 4 $(which collect) --model mamba-5m --samples 128
     """
+    launched = None if shard else torchrun_shard(os.environ)
     found = collect_run(
         model,
         samples,
@@ -79,8 +93,21 @@ def collect(
         groups=groups,
         group_samples=group_samples,
         groups_from=groups_from,
+        shard=parse_shard(shard) if shard else launched,
+        # The bars of several processes in one terminal would overwrite each other.
+        progress=launched is None or launched.index == 0,
     )
-    _describe(found)
+    if found.shard is None:
+        _describe(found)
+        return
+    run = found.manifest.run
+    note(f"{'already there' if found.existed else 'written'}: {found.folder}, shard {found.shard} of run {run}")
+    if launched is None:
+        note(f"when all {found.shard.count} shards are complete: quambase merge --db {db} [OTHER_DB...]")
+    elif merged := merge_if_last(db, run, progress=True):
+        _describe(merged)
+    else:
+        note("the process that finishes last merges the shards")
 
 
 @click.command(cls=Command, name="import")
@@ -98,6 +125,23 @@ def import_tensor(file: Path, site: str, layer: int, tensor: str | None, db: Pat
       quambase compare --site x_proj:input --layer 3
     """
     _describe(import_file(file, site, layer=layer, tensor=tensor, db=db))
+
+
+@click.command(cls=Command)
+@click.argument("sources", nargs=-1, metavar="[FROM_DB]...", type=click.Path(path_type=Path))
+@click.option("--run", help="Run id or its beginning, where shards of several runs are found.")
+@database_option
+def merge(sources: tuple[Path, ...], run: str | None, db: Path) -> None:
+    """Make a complete run of the shards that `collect --shard i/N` wrote, the same bytes as without shards.
+
+    They are taken from --db and from every FROM_DB, a database (or run, or shard) folder of another machine, in any
+    order. The model is not needed.
+
+    \b
+    Example:
+      quambase merge --db quambase-db from-machine-1 from-machine-2
+    """
+    _describe(merge_shards(db, sources, run, progress=True))
 
 
 def _describe(found: CollectedRun) -> None:

@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "compare": "quambase.cli.compare:compare",
     "results": "quambase.cli.results:results",
     "import": "quambase.cli.collect:import_tensor",
+    "merge": "quambase.cli.collect:merge",
     "generate": "quambase.cli.generate:generate",
     "doctor": "quambase.cli.query:doctor",
 }

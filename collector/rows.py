@@ -88,8 +88,9 @@ def channels_rows(run: str, statistics: Statistics) -> Iterator[pa.Table]:
         stats = statistics[key]
         for name, g in ordered_groups(stats.layout):
             places = stats.layout.moment_rows(g)
+            # Adding 0 turns -0 into 0: which of the two is the lower depends on the order they were met in.
             columns: dict[str, object] = {
-                column: getattr(stats.moments, field)[places] for column, field in _MOMENT_COLUMNS.items()
+                column: getattr(stats.moments, field)[places] + 0 for column, field in _MOMENT_COLUMNS.items()
             }
             columns["channel"] = np.arange(places.size) if stats.layout.d_state else places
             yield keyed_rows(run, key, name, places.size, columns, CHANNELS)

@@ -17,8 +17,18 @@ from quambase.collector.layouts import site_layouts
 from quambase.collector.plan import Keep, Plan, make_plan, run_id, sampled_states, sampled_tokens
 from quambase.collector.recorder import BlockRecorder
 from quambase.collector.rows import Key, Locate
+from quambase.collector.shards import (
+    SHARD,
+    Shard,
+    finish_shard,
+    load_shard,
+    refuse_beside_shards,
+    shard_folder,
+    write_places,
+    write_sums,
+)
 from quambase.collector.statistics import ENCODINGS, Counter, SiteLayout, SiteStatistics
-from quambase.collector.writer import finish_run, locked, versions, write_part, write_run
+from quambase.collector.writer import finish_run, locked, part_folder, versions, write_part, write_run
 from quambase.model.batch import Batch
 from quambase.model.load import LoadedModel, floating_model, load_model
 from quambase.model.mamba2_weights import Mamba2Weights
@@ -40,11 +50,12 @@ OUTLIERS = 64
 
 @dataclass(frozen=True)
 class CollectedRun:
-    """A complete run: its folder and manifest, and whether it was there already."""
+    """A complete run, or one ``shard`` of it: its folder and manifest, and whether it was there already."""
 
     folder: Path
     manifest: Manifest
     existed: bool
+    shard: Shard | None = None
 
 
 def default_data(model: LoadedModel) -> str:
@@ -71,6 +82,7 @@ def collect(
     groups: str | None = None,
     group_samples: int | None = None,
     groups_from: str | None = None,
+    shard: Shard | None = None,
     progress: bool = True,
 ) -> CollectedRun:
     """Run ``model`` over the first ``samples`` documents of ``data`` and write a run into ``db``.
@@ -81,6 +93,8 @@ def collect(
     ``groups``: ``fixed`` (of a Mamba-2 the default) or ``quamba2`` sorts heads and channels of a Mamba-2 into groups,
     observes the model so reordered, and stores the order in the run; ``none`` does not. Channel statistics come from a
     first pass over ``group_samples`` documents (default 64, of ``quamba2`` all) or from the run ``groups_from`` of db.
+    ``shard``: only its blocks; `quambase.collector.merge.merge` makes the run of all shards, each of which makes the
+    first pass on its own.
     Errors: ModelNotFound, CheckpointInvalid, DataInvalid, DatabaseInvalid, UnknownName, RunBusy, TapNeverFired.
     """
     for name in sites:
@@ -107,16 +121,28 @@ def collect(
     folder = db / "runs" / run
     if (folder / MANIFEST).exists():
         return CollectedRun(folder, Manifest.load(folder), existed=True)
-    with locked(folder):
+    if shard is None:
+        refuse_beside_shards(folder)
+    else:
+        folder = shard_folder(folder, shard)
+        if (folder / SHARD).exists():
+            return CollectedRun(folder, load_shard(folder).manifest, existed=True, shard=shard)
+    with locked(folder, None if shard is None else f"shard {shard} of run {run}"):
         started = time.time()
         layers = find_groups(loaded, plan, grouping, batch_size, db, progress=progress) if grouping else None
         grouped_for = time.time() - started
         layouts = site_layouts(loaded.any_weights.config, observed, layers)
-        statistics = _observe(loaded, plan, layouts, layers, folder, run, identity, progress)
+        statistics = _observe(loaded, plan, layouts, layers, folder, run, identity, shard, progress)
         blocks = len(plan.blocks(batch_size))
-        encoding = ENCODINGS["float16"]
         observed_for = time.time() - started - grouped_for
-        tables = write_run(folder, run, statistics, encoding, _locator(plan, loaded), blocks)
+        locate = _locator(plan, loaded)
+        if shard is None:
+            parts = [part_folder(folder, block) for block in range(blocks)]
+            tables = write_run(folder, run, statistics, ENCODINGS["float16"], locate, parts)
+        else:
+            save_checkpoint(folder, len(shard.blocks(blocks)), statistics)
+            write_places(folder, statistics, locate)
+            tables = {}
         manifest = Manifest(
             run=run,
             identity=identity,
@@ -139,8 +165,11 @@ def collect(
                 **versions(),
             },
         )
-        finish_run(folder, manifest)
-    return CollectedRun(folder, manifest, existed=False)
+        if shard is None:
+            finish_run(folder, manifest)
+        else:
+            finish_shard(folder, shard, manifest, loaded.any_weights.config, blocks)
+    return CollectedRun(folder, manifest, existed=False, shard=shard)
 
 
 def _identity(
@@ -188,9 +217,10 @@ def _observe(
     folder: Path,
     run: str,
     identity: dict[str, Any],
+    shard: Shard | None,
     progress: bool,
 ) -> dict[Key, SiteStatistics]:
-    """Run every block that is not in the checkpoint; the statistics of them all."""
+    """Run every block (of the shard) that is not in the checkpoint; the statistics of them all."""
     keep: Keep = identity["keep_tokens"]
     d_state = loaded.any_weights.config.d_state
     positions = None if keep == "all" else sampled_tokens(plan, keep, identity["seed"])
@@ -199,23 +229,33 @@ def _observe(
     counter = Counter(ENCODINGS["float16"], OUTLIERS, max(len(layout.names) for layout in layouts.values()))
     done, statistics = load_checkpoint(folder, layouts, OUTLIERS)
     blocks = plan.blocks(identity["block"])
-    finished = sum(document.tokens.size for block in blocks[:done] for document in block)
+    numbers = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
+    tokens = [sum(document.tokens.size for document in blocks[number]) for number in numbers]
     saved = time.monotonic()
     model = floating_model(prepare(_reordered(loaded.any_weights, layers)), rotated=True)
     with tqdm(
-        total=plan.tokens, initial=finished, desc="collect", unit="tok", unit_scale=True, disable=not progress
+        total=sum(tokens),
+        initial=sum(tokens[:done]),
+        desc=f"shard {shard}" if shard else "collect",
+        unit="tok",
+        unit_scale=True,
+        disable=not progress,
     ) as bar:
-        for number in range(done, len(blocks)):
+        for place in range(done, len(numbers)):
+            number = numbers[place]
             documents = blocks[number]
             recorder = BlockRecorder(run, documents, layouts, counter, positions, states)
             model.hidden(Batch.pack([document.tokens.tolist() for document in documents]), recorder)
-            for key, block in recorder.finish().items():
+            found = recorder.finish()
+            for key, block in found.items():
                 statistics[key].fold(block)
             write_part(folder, number, recorder.documents_table(), recorder.activations_table())
+            if shard:
+                write_sums(folder, number, found)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save_checkpoint(folder, number + 1, statistics)
+                save_checkpoint(folder, place + 1, statistics)
                 saved = time.monotonic()
-            bar.update(sum(document.tokens.size for document in documents))
+            bar.update(tokens[place])
     return statistics
 
 

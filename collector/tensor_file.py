@@ -14,7 +14,7 @@ from quambase.collector.plan import run_id
 from quambase.collector.rows import Key, keyed_rows, ordered_groups
 from quambase.collector.run import OUTLIERS, CollectedRun
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
-from quambase.collector.writer import finish_run, locked, versions, write_part, write_run
+from quambase.collector.writer import finish_run, locked, part_folder, versions, write_part, write_run
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import TensorFileInvalid
 from quambase.schema.manifest import MANIFEST, Manifest
@@ -108,8 +108,9 @@ def import_tensor(
     }
     with locked(folder):
         write_part(folder, 0, keyed_rows(run, key, name, documents, columns, DOCUMENTS), ACTIVATIONS.empty_table())
+        parts = [part_folder(folder, 0)]
         tables = write_run(
-            folder, run, {key: stats}, encoding, lambda _, __, row, channel: (row, None, None, channel), 1
+            folder, run, {key: stats}, encoding, lambda _, __, row, channel: (row, None, None, channel), parts
         )
         manifest = Manifest(
             run=run,

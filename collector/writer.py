@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,7 @@ from quambase.collector.rows import (
 )
 from quambase.collector.statistics import Encoding, SiteStatistics
 from quambase.schema.errors import RunBusy
-from quambase.schema.manifest import Manifest, TableFile
+from quambase.schema.manifest import SHARDS, Manifest, TableFile
 from quambase.schema.tables import ACTIVATIONS, DOCUMENTS, RUN_TABLES, file_sha256, write_table
 
 PARTS = "parts"
@@ -34,19 +35,35 @@ PARTS = "parts"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this process; RunBusy if another holds it. The lock goes with the process."""
+def locked(folder: Path, what: str | None = None) -> Iterator[None]:
+    """Hold the run folder for this process; RunBusy if another holds it. The lock goes with the process.
+
+    ``what``: the folder's name in that message.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunBusy(
-                f"another process is writing run {folder.name}; wait for it, or stop it and run the same command again"
-            ) from None
-        yield
-        path.unlink(missing_ok=True)
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunBusy(
+                    f"another process is writing {what or f'run {folder.name}'}; wait for it, or stop it and run the "
+                    "same command again"
+                ) from None
+            # The process that held it before may have removed the file between our opening and our locking it.
+            if not _lies_at(file.fileno(), path):
+                continue
+            yield
+            path.unlink(missing_ok=True)
+            return
+
+
+def _lies_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def part_folder(folder: Path, block: int) -> Path:
@@ -61,10 +78,10 @@ def write_part(folder: Path, block: int, documents: pa.Table, activations: pa.Ta
     write_table(part / "activations.parquet", "activations", activations, ACTIVATIONS)
 
 
-def _part_rows(folder: Path, blocks: int, name: str) -> Iterator[pa.Table]:
+def _part_rows(parts: Sequence[Path], name: str) -> Iterator[pa.Table]:
     """The parts of one table in block order, a row group at a time."""
-    for block in range(blocks):
-        with pq.ParquetFile(part_folder(folder, block) / f"{name}.parquet") as file:
+    for part in parts:
+        with pq.ParquetFile(part / f"{name}.parquet") as file:
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group)
 
@@ -75,17 +92,19 @@ def write_run(
     statistics: Mapping[Key, SiteStatistics],
     encoding: Encoding,
     locate: Locate,
-    blocks: int,
+    parts: Sequence[Path],
 ) -> dict[str, TableFile]:
-    """Write every table of a run from its statistics and its ``blocks`` parts; rows and checksums by file name."""
+    """Write every table of a run from its statistics and its blocks' part folders, in order; rows and checksums by
+    file name.
+    """
     order = PatternOrder(encoding)
     tables: dict[str, Iterator[pa.Table]] = {
         "counts": counts_rows(run, statistics, order),
         "site_stats": site_stats_rows(run, statistics, order),
         "channels": channels_rows(run, statistics),
-        "documents": _part_rows(folder, blocks, "documents"),
+        "documents": _part_rows(parts, "documents"),
         "outliers": outliers_rows(run, statistics, encoding, locate),
-        "activations": _part_rows(folder, blocks, "activations"),
+        "activations": _part_rows(parts, "activations"),
         "groups": groups_rows(run, {key: stats.layout for key, stats in statistics.items()}),
     }
     written = {}
@@ -111,7 +130,8 @@ def _gathered(pieces: Iterator[pa.Table], rows: int = 1 << 18) -> Iterator[pa.Ta
 def finish_run(folder: Path, manifest: Manifest) -> None:
     """Write `run.json`, which makes the run complete, and clear what only an unfinished run needs."""
     manifest.save(folder)
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    for name in (PARTS, SHARDS):
+        shutil.rmtree(folder / name, ignore_errors=True)
     for leftover in (*folder.glob("checkpoint.npz"), *folder.glob(".*.tmp")):
         leftover.unlink(missing_ok=True)
 

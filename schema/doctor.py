@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from quambase.schema.database import StatsDB
 from quambase.schema.errors import QuambaseError
-from quambase.schema.manifest import Manifest
+from quambase.schema.manifest import SHARDS, Manifest
 from quambase.schema.runs import list_runs
 
 PACKAGES = ("quambase", "torch", "numpy", "pyarrow", "duckdb", "numba", "tokenizers", "safetensors", "mamba-ssm")
@@ -43,7 +43,11 @@ def examine(db: Path) -> pa.Table:
         except QuambaseError as error:
             rows.append(_row("run", folder.name, BAD, str(error)))
     for folder in unfinished:
-        rows.append(_row("run", folder.name, "note", "unfinished; run the same collect command again to resume it"))
+        shards = sorted(path.name.replace("-of-", "/") for path in (folder / SHARDS).glob("*-of-*"))
+        begun = f", shards begun: {', '.join(shards)}; `quambase merge` joins them" if shards else ""
+        rows.append(
+            _row("run", folder.name, "note", f"unfinished{begun}; run the same collect command again to resume it")
+        )
     if not complete:
         rows.append(_row("run", str(db), BAD, "no complete run"))
     return pa.Table.from_pylist(rows, schema=REPORT)

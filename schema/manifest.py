@@ -14,6 +14,9 @@ from quambase.schema.tables import file_sha256, replacing
 
 MANIFEST = "run.json"
 
+SHARDS = "shards"
+"""Folder, inside an unfinished run, of a folder for each shard of it: ``0-of-4``."""
+
 
 @dataclass(frozen=True)
 class TableFile:

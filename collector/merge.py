@@ -1,0 +1,248 @@
+"""`quambase merge`: the shards of a run to the run itself, the same bytes as if one process had collected it.
+
+Counts, extrema and largest values add up in any order. The float64 sums do not: every shard kept them block by block,
+and here they are added from 0 in block order, as `SiteStatistics.fold` does in a run that was not divided.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from quambase.collector.checkpoint import load_checkpoint
+from quambase.collector.layouts import site_layouts
+from quambase.collector.plan import run_id
+from quambase.collector.rows import Key
+from quambase.collector.run import CollectedRun
+from quambase.collector.shards import (
+    SHARD,
+    Shard,
+    ShardManifest,
+    load_shard,
+    read_sums,
+    shard_of,
+    stored_locator,
+    verify_shard,
+)
+from quambase.collector.statistics import ENCODINGS, SiteStatistics
+from quambase.collector.writer import finish_run, locked, part_folder, versions, write_run
+from quambase.schema.errors import DatabaseInvalid, QuambaseError, RunBusy, UnknownName
+from quambase.schema.grouping import stored_groups
+from quambase.schema.manifest import MANIFEST, SHARDS, Manifest
+
+Found = Mapping[Shard, ShardManifest]
+Folders = Mapping[Shard, Path]
+
+
+def merge(db: Path, sources: Sequence[Path] = (), run: str | None = None, *, progress: bool = False) -> CollectedRun:
+    """Make the complete run, in ``db``, of its shards in ``db`` and in ``sources``.
+
+    sources  databases, run folders or shard folders, in any order; they stay as they are, while ``db``'s own shards
+             are removed once the run is complete
+    run      its id or the beginning of it, where shards of several are found
+    DatabaseInvalid: no shards, of several runs, a shard missing, unfinished, damaged or of other settings, or the run
+    is complete already. UnknownName: no shards of ``run``. RunBusy: another process is merging.
+    """
+    started = time.time()
+    name, candidates = _choose_run(_find([db, *sources]), run, db)
+    folder = db / "runs" / name
+    _refuse_complete(folder)
+    folders = _every_shard(name, candidates)
+    found = {shard: load_shard(folders[shard]) for shard in sorted(folders)}
+    manifest = _agreed(name, found, folders)
+    for shard in tqdm(found, desc="verify", unit="shard", disable=not progress, delay=2):
+        verify_shard(folders[shard], found[shard])
+    with locked(folder):
+        _refuse_complete(folder)
+        statistics = _fold(found, folders, progress)
+        count, blocks = len(found), found[min(found)].blocks
+        parts = [part_folder(folders[Shard(block % count, count)], block) for block in range(blocks)]
+        encoding = ENCODINGS[manifest.identity["activation_dtype"]]
+        tables = write_run(folder, name, statistics, encoding, stored_locator(list(folders.values())), parts)
+        created = {
+            "started": min(str(each.manifest.created["started"]) for each in found.values()),
+            "shard_seconds": [each.manifest.created["observe_seconds"] for each in found.values()],
+            "merge_seconds": round(time.time() - started, 3),
+            **versions(),
+        }
+        complete = replace(manifest, tables=tables, created=created)
+        finish_run(folder, complete)
+    return CollectedRun(folder, complete, existed=False)
+
+
+def merge_if_last(db: Path, run: str, *, progress: bool = False) -> CollectedRun | None:
+    """`merge` for processes that each finish one shard of ``run`` in ``db``, whichever is the last.
+
+    None while shards are missing or another process merges; nobody waits for anybody. A shard is complete before its
+    process asks, so at least the last one sees all of them.
+    """
+    folder = db / "runs" / run
+    try:
+        if not (folder / MANIFEST).exists():
+            folders = [path for path in (folder / SHARDS).glob("*-of-*") if (path / SHARD).exists()]
+            if not any(len(folders) >= shard.count for shard in map(shard_of, folders) if shard):
+                return None
+            return merge(db, run=run, progress=progress)
+    except RunBusy:
+        return None
+    except (QuambaseError, OSError):
+        # The shards go when another process has merged them; run.json is there before that.
+        if not (folder / MANIFEST).exists():
+            raise
+    return CollectedRun(folder, Manifest.load(folder), existed=True)
+
+
+def _find(sources: Iterable[Path]) -> dict[str, dict[Shard, list[Path]]]:
+    """Every shard folder in databases, run folders and shard folders, by run id; each once."""
+    found: dict[str, dict[Shard, list[Path]]] = {}
+    for number, source in enumerate(sources):
+        inside = (f"runs/*/{SHARDS}/*-of-*", f"{SHARDS}/*-of-*", "*-of-*")
+        paths = [source, *(path for pattern in inside for path in source.glob(pattern))]
+        mine = [path for path in paths if shard_of(path) and path.is_dir()]
+        if number and not mine:  # the first is --db, which may be yet to make
+            raise DatabaseInvalid(
+                f"{source} {'holds no shards' if source.is_dir() else 'is no folder'}; expected a database, run or "
+                "shard folder that `collect --shard i/N` wrote"
+            )
+        for path in map(Path.resolve, mine):
+            shard = shard_of(path)
+            assert shard is not None
+            run = load_shard(path).manifest.run if (path / SHARD).exists() else path.parent.parent.name
+            known = found.setdefault(run, {}).setdefault(shard, [])
+            if path not in known:
+                known.append(path)
+    return found
+
+
+def _choose_run(
+    found: dict[str, dict[Shard, list[Path]]], run: str | None, db: Path
+) -> tuple[str, dict[Shard, list[Path]]]:
+    if run is not None:
+        chosen = [name for name in found if name == run] or [name for name in found if name.startswith(run)]
+        if not chosen:
+            _refuse_complete(db / "runs" / run)
+            raise UnknownName.of("run in shards", run, found)
+    else:
+        chosen = sorted(found)
+    if not chosen:
+        raise DatabaseInvalid(f"{db} holds no shards to merge; collect them with `collect --shard i/N`")
+    if len(chosen) > 1:
+        raise DatabaseInvalid(
+            f"shards of {len(chosen)} runs were found, {', '.join(chosen)}{_differences(found, chosen)}; expected one: "
+            "name it with --run, or collect the shards with the same settings"
+        )
+    return chosen[0], found[chosen[0]]
+
+
+def _differences(found: dict[str, dict[Shard, list[Path]]], names: list[str]) -> str:
+    """What the first two runs' settings differ in, as far as a complete shard of each says it."""
+    identities: list[dict[str, Any]] = []
+    for name in names[:2]:
+        complete = [path for paths in found[name].values() for path in paths if (path / SHARD).exists()]
+        if not complete:
+            return ""
+        identities.append(load_shard(complete[0]).manifest.identity)
+    one, other = identities
+    keys = [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
+    return f", which differ in {', '.join(sorted(keys))}" if keys else ""
+
+
+def _refuse_complete(folder: Path) -> None:
+    if (folder / MANIFEST).exists():
+        raise DatabaseInvalid(f"run {folder.name} is complete already; there is nothing to merge into {folder}")
+
+
+def _every_shard(run: str, candidates: dict[Shard, list[Path]]) -> dict[Shard, Path]:
+    """A folder for each shard of the one count of which all are complete."""
+    problems = []
+    for count in sorted({shard.count for shard in candidates}):
+        wanted = [Shard(index, count) for index in range(count)]
+        missing = [shard for shard in wanted if shard not in candidates]
+        complete = {s: [p for p in candidates.get(s, ()) if (p / SHARD).exists()] for s in wanted}
+        unfinished = [s for s in wanted if s in candidates and not complete[s]]
+        if not missing and not unfinished:
+            return {shard: _the_same(shard, paths) for shard, paths in complete.items()}
+        busy = [s for s in unfinished if any(map(_held, candidates[s]))]
+        stopped = [s for s in unfinished if s not in busy]
+        if missing:
+            problems.append(f"lacks shard {_list(missing)} (collect with --shard {missing[0]})")
+        if busy:
+            problems.append(f"has shard {_list(busy)} still being written (wait for it)")
+        if stopped:
+            problems.append(f"has shard {_list(stopped)} unfinished (run its collect command again to resume it)")
+    raise DatabaseInvalid(f"run {run} {'; '.join(problems)}")
+
+
+def _list(shards: list[Shard]) -> str:
+    return ", ".join(map(str, shards[:8])) + (f" and {len(shards) - 8} more" if len(shards) > 8 else "")
+
+
+def _held(folder: Path) -> bool:
+    """Whether a process of this machine is writing the shard."""
+    try:
+        with (folder / ".lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _the_same(shard: Shard, paths: list[Path]) -> Path:
+    """The first of several copies of a shard."""
+    for path in paths[1:]:
+        if load_shard(path).files != load_shard(paths[0]).files:
+            raise DatabaseInvalid(f"shard {shard} was found twice and the two differ: {paths[0]} and {path}; keep one")
+    return paths[0]
+
+
+def _agreed(run: str, found: Found, folders: Folders) -> Manifest:
+    """The manifest that all shards promise; DatabaseInvalid if one is not of this run."""
+    first, promised = min(found), found[min(found)]
+    for shard, each in found.items():
+        manifest = each.manifest
+        if each.shard != shard or run_id(str(manifest.model["name"]), manifest.identity) != run:
+            raise DatabaseInvalid(
+                f"{folders[shard] / SHARD} was altered: it tells of shard {each.shard} of another run or count, not of "
+                f"{shard} of {run}; copy it again"
+            )
+        if manifest.model.get("groups") != promised.manifest.model.get("groups"):
+            raise DatabaseInvalid(
+                f"shards {first} and {shard} of run {run} found different groups of heads and channels, as different "
+                "kinds of machine can; collect them with --groups-from RUN"
+            )
+        if (each.blocks, manifest.sites) != (promised.blocks, promised.manifest.sites):
+            raise DatabaseInvalid(f"shards {first} and {shard} of run {run} disagree; collect {shard} again")
+    return promised.manifest
+
+
+def _fold(found: Found, folders: Folders, progress: bool) -> dict[Key, SiteStatistics]:
+    """The statistics of all blocks."""
+    count, promised = len(found), found[min(found)]
+    identity = promised.manifest.identity
+    layouts = site_layouts(promised.model_config(), identity["sites"], stored_groups(promised.manifest.model))
+    statistics = {key: SiteStatistics.empty(layout, identity["outliers"]) for key, layout in layouts.items()}
+    for shard in tqdm(found, desc="merge", unit="shard", disable=not progress):
+        _, part = load_checkpoint(folders[shard], layouts, identity["outliers"])
+        for key, stats in statistics.items():
+            stats.fold(part[key])
+    for stats in statistics.values():
+        stats.moments.total[:] = 0
+        stats.moments.squares[:] = 0
+    for block in range(promised.blocks):
+        sums = read_sums(folders[Shard(block % count, count)], block)
+        place = 0
+        for key in sorted(statistics):
+            moments = statistics[key].moments
+            width = moments.total.size
+            moments.total += sums[0, place : place + width]
+            moments.squares += sums[1, place : place + width]
+            place += width
+    return statistics

@@ -1,0 +1,221 @@
+"""One part of a run that several processes share: shard i of N takes every N-th block, from block i on.
+
+A shard is a folder inside the unfinished run: the statistics of its blocks as a checkpoint, what each block adds to
+`documents` and `activations`, and, since float64 sums depend on their order, each block's own sums. `shard.json` is
+written last; `quambase.collector.merge.merge` needs nothing else, no model and no text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from quambase.collector.checkpoint import CHECKPOINT
+from quambase.collector.rows import Key, Locate
+from quambase.collector.statistics import SiteLayout, SiteStatistics
+from quambase.collector.writer import part_folder
+from quambase.model.mamba2_weights import Mamba2Config
+from quambase.model.weights import MambaConfig
+from quambase.schema import FORMAT_VERSION
+from quambase.schema.errors import DatabaseInvalid, DataInvalid
+from quambase.schema.manifest import SHARDS, Manifest
+from quambase.schema.sites import MAMBA2
+from quambase.schema.tables import file_sha256, read_table, replacing, write_table
+
+SHARD = "shard.json"
+SUMS = "sums.npy"
+PLACES = "places.parquet"
+
+_PLACES = pa.schema(
+    [
+        pa.field("state", pa.bool_()),
+        *(pa.field(name, pa.int32()) for name in ("document", "row", "channel")),
+        *(pa.field(name, pa.int32()) for name in ("position", "token_id")),
+        pa.field("token", pa.string()),
+        pa.field("column", pa.int32()),
+    ]
+)
+"""What `rows.Locate` says of the shard's largest values: its arguments, then its answer."""
+
+
+@dataclass(frozen=True, order=True)
+class Shard:
+    """Number ``index`` (from 0) of ``count`` shards."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def folder_name(self) -> str:
+        """Its folder's name inside the run's."""
+        return f"{self.index}-of-{self.count}"
+
+    def blocks(self, blocks: int) -> range:
+        """The numbers of its blocks of a run of ``blocks``; none where there are more shards than blocks."""
+        return range(self.index, blocks, self.count)
+
+
+def parse_shard(text: str) -> Shard:
+    """``--shard``: ``i/N`` with i from 0 to N - 1; DataInvalid otherwise."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise DataInvalid(f"--shard is '{text}'; expected i/N with i from 0 to N - 1, such as 0/4 to 3/4")
+    return Shard(int(found[1]), int(found[2]))
+
+
+def torchrun_shard(environment: Mapping[str, str]) -> Shard | None:
+    """The shard of this process of several that torchrun started; None if it is alone."""
+    rank, world = environment.get("RANK", ""), environment.get("WORLD_SIZE", "")
+    # torchrun sets LOCAL_RANK too; other launchers use RANK and WORLD_SIZE for purposes of their own.
+    if not (rank.isdigit() and world.isdigit() and "LOCAL_RANK" in environment) or int(world) < 2:
+        return None
+    return Shard(int(rank), int(world))
+
+
+def shard_folder(run_folder: Path, shard: Shard) -> Path:
+    """Where a shard of the run is written."""
+    return run_folder / SHARDS / shard.folder_name
+
+
+def shard_of(folder: Path) -> Shard | None:
+    """The shard that a folder called ``0-of-4`` holds; None for another folder."""
+    found = re.fullmatch(r"(\d+)-of-(\d+)", folder.name)
+    return Shard(int(found[1]), int(found[2])) if found and int(found[1]) < int(found[2]) else None
+
+
+def refuse_beside_shards(run_folder: Path) -> None:
+    """DatabaseInvalid if shards of the run were begun: the whole of it would throw their work away."""
+    begun = sorted(p.name.replace("-of-", "/") for p in (run_folder / SHARDS).glob("*-of-*"))
+    if begun:
+        raise DatabaseInvalid(
+            f"run {run_folder.name} was begun in shards ({', '.join(begun)}); go on with --shard and `quambase merge`, "
+            f"or delete {run_folder / SHARDS}"
+        )
+
+
+def write_sums(folder: Path, block: int, statistics: Mapping[Key, SiteStatistics]) -> None:
+    """Keep one block's totals and squares, (2, every site's moments in sorted order) float64."""
+    moments = [statistics[key].moments for key in sorted(statistics)]
+    sums = np.stack([np.concatenate([m.total for m in moments]), np.concatenate([m.squares for m in moments])])
+    with replacing(part_folder(folder, block) / SUMS) as temporary, temporary.open("wb") as file:
+        np.save(file, sums, allow_pickle=False)
+
+
+def read_sums(folder: Path, block: int) -> npt.NDArray[np.float64]:
+    """What `write_sums` wrote."""
+    found: npt.NDArray[np.float64] = np.load(part_folder(folder, block) / SUMS, allow_pickle=False)
+    return found
+
+
+def write_places(folder: Path, statistics: Mapping[Key, SiteStatistics], locate: Locate) -> None:
+    """Keep where each of the largest values is: `outliers` of the whole run are among those of its shards."""
+    found: dict[tuple[bool, int, int, int], tuple[Any, ...]] = {}
+    for stats in statistics.values():
+        for g, top in enumerate(stats.top):
+            members = stats.layout.members(g)
+            for _, _, document, row, channel in top.tolist():
+                place = stats.layout.state, document, row, int(members[channel])
+                if place not in found:
+                    found[place] = locate(stats.layout, *place[1:])
+    rows = [dict(zip(_PLACES.names, (*key, *answer), strict=True)) for key, answer in found.items()]
+    write_table(folder / PLACES, "places", pa.Table.from_pylist(rows, schema=_PLACES), _PLACES)
+
+
+def stored_locator(folders: Sequence[Path]) -> Locate:
+    """What these shards' `write_places` kept, as one function; a place of none of them is a KeyError."""
+    found: dict[tuple[bool, int, int, int], tuple[int, int | None, str | None, int]] = {}
+    for folder in folders:
+        for row in read_table(folder / PLACES, _PLACES).to_pylist():
+            state, document, line, channel, *answer = row.values()
+            found[state, document, line, channel] = (answer[0], answer[1], answer[2], answer[3])
+
+    def locate(layout: SiteLayout, document: int, row: int, channel: int) -> tuple[int, int | None, str | None, int]:
+        return found[layout.state, document, row, channel]
+
+    return locate
+
+
+@dataclass(frozen=True)
+class ShardManifest:
+    """What `shard.json` says.
+
+    manifest  the run's, as `run.json` will have it, but for ``tables`` (empty) and ``created`` (this shard's)
+    config    the fields of the model's configuration
+    blocks    how many blocks the whole run has
+    files     every file of the shard and its SHA-256
+    """
+
+    shard: Shard
+    manifest: Manifest
+    config: dict[str, Any]
+    blocks: int
+    files: dict[str, str]
+
+    def model_config(self) -> MambaConfig | Mamba2Config:
+        """The model's sizes."""
+        return (Mamba2Config if self.manifest.model["family"] == MAMBA2 else MambaConfig)(**self.config)
+
+
+def finish_shard(
+    folder: Path, shard: Shard, manifest: Manifest, config: MambaConfig | Mamba2Config, blocks: int
+) -> None:
+    """Write `shard.json`, which makes the shard complete."""
+    names = [CHECKPOINT, PLACES, *_part_files(shard.blocks(blocks))]
+    files = {name: file_sha256(folder / name) for name in names}
+    content = asdict(ShardManifest(shard, manifest, asdict(config), blocks, files))
+    with replacing(folder / SHARD) as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _part_files(blocks: range) -> Iterator[str]:
+    for block in blocks:
+        part = part_folder(Path(), block)
+        yield from ((part / name).as_posix() for name in ("documents.parquet", "activations.parquet", SUMS))
+
+
+def load_shard(folder: Path) -> ShardManifest:
+    """Read ``folder/shard.json``. DatabaseInvalid: missing (the shard is unfinished), not JSON, a newer format."""
+    path = folder / SHARD
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        version = raw["manifest"]["format_version"]
+        if version > FORMAT_VERSION:
+            raise DatabaseInvalid(
+                f"{path} has format version {version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
+            )
+        manifest = raw["manifest"] | {"sites": [(layer, site) for layer, site in raw["manifest"]["sites"]]}
+        return ShardManifest(
+            Shard(**raw["shard"]),
+            Manifest(**{field.name: manifest[field.name] for field in fields(Manifest)}),
+            raw["config"],
+            raw["blocks"],
+            raw["files"],
+        )
+    except FileNotFoundError:
+        raise DatabaseInvalid(
+            f"{folder} is unfinished (no {SHARD}); run its collect command again to resume it"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatabaseInvalid(
+            f"{path} is damaged ({type(error).__name__}: {error}); delete {folder} and collect the shard again"
+        ) from None
+
+
+def verify_shard(folder: Path, found: ShardManifest) -> None:
+    """DatabaseInvalid names the first file that is missing, was cut short or altered."""
+    for name, sha256 in found.files.items():
+        path = folder / name
+        if not path.exists() or file_sha256(path) != sha256:
+            state = "was altered or cut short" if path.exists() else "is missing"
+            raise DatabaseInvalid(f"{path} {state}; copy shard {found.shard} again, or collect it again")
