@@ -119,7 +119,7 @@ def loadable_labels(table: ScaleTable, needed: list[tuple[int, str]]) -> tuple[l
 def unsafe_sites(table: ScaleTable, scales: Scales) -> list[tuple[int, str]]:
     """Sites whose consumer does not saturate upstream and whose scale clips values seen in calibration.
 
-    There upstream's kernel would wrap: ``round(amax / scale) > 127``.
+    There upstream's kernel would wrap: ``round(amax / scale) > 127``. An imported scale has no amax to tell by.
     """
     family = str(table.model["family"])
     rows = table.table.select(["layer", "site", "amax"]).to_pylist()
@@ -130,5 +130,6 @@ def unsafe_sites(table: ScaleTable, scales: Scales) -> list[tuple[int, str]]:
         if is_model_site(key[1], family)
         and not find_site(key[1], family).saturates
         and isinstance(scale, float)
+        and amax[key] is not None
         and amax[key] >= 127.5 * scale
     ]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from quambase.cli.console import Command, database_option, note
+
+BACKENDS = ("quambase", "quamba")
 
 
 def names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -57,8 +60,28 @@ def int8_options(function: click.decorators.FC) -> click.decorators.FC:
 @database_option
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder to write. [default: DB/models/<id>]",
+    type=click.Path(path_type=Path),
+    help="Folder to write, or with --import the scale table. [default: DB/models/<id>; FILE.parquet]",
+)
+@click.option(
+    "--export",
+    metavar="FILE.pt",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the scales as upstream Quamba's act_scales (and reorder_params) instead of a model.",
+)
+@click.option(
+    "--import",
+    "import_",
+    metavar="FILE.pt",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Make a scale table of upstream's act_scales for the model named with --model instead.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default=BACKENDS[0],
+    show_default=True,
+    help="quamba: build with upstream's own package and kernels, which need a GPU, and save as it does.",
 )
 def apply(
     scales: Path,
@@ -71,6 +94,9 @@ def apply(
     model: str | None,
     db: Path,
     out: Path | None,
+    export: Path | None,
+    import_: Path | None,
+    backend: str,
 ) -> None:
     """Build the INT8 model with one strategy's scales and save it; prints its folder.
 
@@ -79,14 +105,39 @@ def apply(
     \b
     Example:
       apply --scales scales.parquet --strategy mse --at x_proj:input
+      apply --strategy mse --at x_proj:input --export act_scales.pt
     """
+    if sum([export is not None, import_ is not None, backend != BACKENDS[0]]) > 1:
+        raise click.UsageError("give one of --export, --import and --backend quamba")
+    if import_ is not None:
+        _import(import_, model, out)
+        return
+    mix: dict[str, Any] = {"strategy": strategy, "at": at, "otherwise": otherwise}
+    if export is not None:
+        from quambase.apply.act_scales import export_act_scales
+
+        click.echo(export_act_scales(scales, export, **mix))
+        return
+    if backend != BACKENDS[0]:
+        from quambase.apply.upstream import build_upstream
+
+        if out is None or compat is not None:
+            raise click.UsageError("--backend quamba needs --out FOLDER, and --compat is not for it")
+        build_upstream(
+            scales,
+            **mix,
+            quantize_lm_head=quantize_lm_head,
+            quantize_embedding=quantize_embedding,
+            model=model,
+            out=out,
+        )
+        click.echo(out)
+        return
     from quambase.apply.apply import apply as run
 
     applied = run(
         scales,
-        strategy=strategy,
-        at=at,
-        otherwise=otherwise,
+        **mix,
         quantize_lm_head=quantize_lm_head,
         quantize_embedding=quantize_embedding,
         compat=compat,
@@ -102,3 +153,15 @@ def apply(
         )
     note(f"strategy {applied.strategy}; evaluate it with: evaluate --db {db}")
     click.echo(applied.folder)
+
+
+def _import(file: Path, model: str | None, out: Path | None) -> None:
+    """Make the scale table and say how to go on."""
+    from quambase.apply.imported import import_act_scales
+
+    if model is None:
+        raise click.UsageError("--import needs --model NAME, the floating-point model that the scales are for")
+    table = out or file.with_suffix(".parquet")
+    rows = import_act_scales(file, model, table)
+    note(f"written: {table} ({rows} scales); load them with: apply --scales {table} --model {model}")
+    click.echo(table)

@@ -55,5 +55,9 @@ class ScalesInvalid(QuambaseError):
     """A scale table does not fit: another model, missing sites, a scale that is not positive and finite."""
 
 
+class BackendUnavailable(QuambaseError):
+    """Upstream's package, its kernels or a GPU is missing, or its kernels do not compute what they should."""
+
+
 class TensorFileInvalid(QuambaseError):
     """A file to import is not a plain tensor file."""
