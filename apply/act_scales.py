@@ -99,7 +99,7 @@ def upstream_form(
         layer, name = unsafe[0]
         raise ScalesInvalid(
             f"{len(unsafe)} scales clip at {name} (first: layer {layer}), where upstream's kernel does not clamp but "
-            f"wraps modulo 256; choose one that does not, such as --at SITE[,SITE...] without {name}, or absmax"
+            f"wraps modulo 256; keep the strategy to other sites with --at, or choose absmax"
         )
     groups = stored_groups(model)
     state_label = otherwise if at and STATE not in at else strategy

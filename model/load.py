@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from quambase.model.backbone import Backbone
+from quambase.model.hub import HubError, fetch_snapshot, mend
 from quambase.model.mamba import Mamba
 from quambase.model.mamba2 import Mamba2
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, mamba2_weights_from_tensors
@@ -127,20 +128,12 @@ def resolve(name: str) -> tuple[Path, str | None]:
 def _from_hub(repository: str) -> Path:
     """Download a hub repository's config, weights and tokenizer into the hub's cache; the snapshot folder."""
     advice = f"download {repository} on a machine with a network and pass its folder: --model FOLDER"
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ModelNotFound(
-            f"{repository} is a hub model and huggingface_hub is not installed; install quambase[hub], or {advice}"
-        ) from None
     patterns = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model.bin"]
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (OSError, ValueError, RuntimeError) as error:
-        # requests, httpx and the hub's own errors are all of these; their texts span many lines.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return fetch_snapshot(repository, patterns)
+    except HubError as error:
         raise ModelNotFound(
-            f"{repository} is not in the local hub cache and could not be fetched ({reason}); {advice}"
+            f"{repository} is not in the local hub cache and could not be fetched ({error}); or {advice}"
         ) from None
 
 
@@ -186,7 +179,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointInvalid(f"{path} is missing; expected a model folder with config.json and weights") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointInvalid(f"{path} is not valid JSON ({error}); download it again") from None
+        raise CheckpointInvalid(f"{path} is not valid JSON ({error}); {mend(path)}") from None
     if not isinstance(raw, dict):
         raise CheckpointInvalid(f"{path} holds no JSON object; download it again")
     return raw
@@ -221,7 +214,7 @@ def _read_tensor_file(path: Path) -> Mapping[str, torch.Tensor]:
         ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         first = str(error).splitlines()[0]
-        raise CheckpointInvalid(f"{path} cannot be read ({first}); it may be cut short: download it again") from None
+        raise CheckpointInvalid(f"{path} cannot be read ({first}); it may be cut short: {mend(path)}") from None
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
         raise CheckpointInvalid(f"{path} is not a state dict of tensors")
     return loaded

@@ -16,6 +16,7 @@ from typing import IO, cast
 import duckdb
 import pyarrow as pa
 
+from quambase.model.hub import HubError, fetch_file, mend
 from quambase.schema.errors import DataInvalid, UnknownName
 
 SAMPLE = Path(__file__).with_name("bundled") / "sample"
@@ -128,7 +129,7 @@ def _plain_texts(path: Path) -> Iterator[str]:
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start} of a line); convert it"
         ) from None
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise DataInvalid(f"{path} cannot be read ({error}); it may be cut short") from None
+        raise DataInvalid(f"{path} cannot be read ({error}); {mend(path, 'it may be cut short')}") from None
     if lines:
         yield "".join(lines).rstrip("\r\n")
 
@@ -168,24 +169,17 @@ def _table_texts(path: Path, kind: str) -> Iterator[str]:
                     yield "" if text is None else str(text)
         except duckdb.Error as error:
             first = str(error).splitlines()[0]
-            raise DataInvalid(f"{path} cannot be read as {kind[1:]} ({first})") from None
+            raise DataInvalid(f"{path} cannot be read as {kind[1:]} ({first}); {mend(path, 'check it')}") from None
 
 
 def _from_hub(source: str) -> Path:
     repository, _, name = source.removeprefix("hf:").partition(":")
-    advice = "download the file on a machine with a network and pass it: --data FILE"
     if not repository or not name:
         raise DataInvalid(f"'{source}' is not of the form hf:REPOSITORY:FILE")
     try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(repository, name, repo_type="dataset"))
-    except ImportError:
+        return fetch_file(repository, name, dataset=True)
+    except HubError as error:
         raise DataInvalid(
-            f"{source} is on the hub and huggingface_hub is not installed; pip install 'quambase[hub]', or {advice}"
-        ) from None
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataInvalid(
-            f"{source} is not in the local hub cache and could not be fetched ({reason}); {advice}"
+            f"{source} is not in the local hub cache and could not be fetched ({error}); or download the file on a "
+            "machine with a network and pass it: --data FILE"
         ) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tokenizers
 
+from quambase.model.hub import HubError, fetch_file, mend
 from quambase.schema.errors import CheckpointInvalid, ModelNotFound
 
 
@@ -57,22 +58,17 @@ def load_tokenizer(folder: Path, *, name: str | None = None, family: str | None 
         inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the tokenizers library raises bare Exception
         first = str(error).splitlines()[0]
-        raise CheckpointInvalid(f"{path} is not a readable tokenizer.json ({first})") from None
+        raise CheckpointInvalid(f"{path} is not a readable tokenizer.json ({first}); {mend(path)}") from None
     inner.no_padding()
     inner.no_truncation()
     return Tokenizer(path, hashlib.sha256(content).hexdigest(), inner)
 
 
 def _from_hub(repository: str) -> Path:
-    advice = "pass the file: --tokenizer tokenizer.json"
     try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(repository, "tokenizer.json"))
-    except ImportError:
+        return fetch_file(repository, "tokenizer.json")
+    except HubError as error:
         raise ModelNotFound(
-            f"tokenizer {repository} is on the hub and huggingface_hub is not installed; {advice}"
+            f"tokenizer {repository} is not in the local hub cache and could not be fetched ({error}); or pass the "
+            "file: --tokenizer tokenizer.json"
         ) from None
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelNotFound(f"tokenizer {repository} could not be fetched ({reason}); {advice}") from None

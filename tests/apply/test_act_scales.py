@@ -245,6 +245,7 @@ def test_a_scale_that_clips_where_upstream_wraps_is_refused(models: dict[str, Pa
     done = CliRunner().invoke(quambase, [*arguments, "mse"])
     assert done.exit_code == 1 and done.stderr.count("\n") == 1
     assert "2 scales clip at out_proj:input (first: layer 0), where upstream's kernel" in done.stderr
+    assert "keep the strategy to other sites with --at" in done.stderr
     assert not (tmp_path / "e.pt").exists()
 
 

@@ -1,0 +1,187 @@
+"""Models, tokenizers and data sets by their hub names, through the real client, against a hub on the loopback."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from hub_server import Hub, serving
+from safetensors.torch import load_file
+from tiny_model import TEXTS, write_tiny_model
+
+MODEL = "models/state-spaces/mamba-130m"
+CHUNK = 10 << 20
+"""What the client writes at a time: less than that is not kept of a connection that ends."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A tiny model under mamba-130m's name, its tokenizer under GPT-NeoX's, texts under the three data sets' names."""
+    tiny = write_tiny_model(tmp_path / "tiny")
+    weights = io.BytesIO()
+    torch.save(load_file(tiny / "model.safetensors"), weights)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    table = io.BytesIO()
+    pyarrow.parquet.write_table(pa.table({"text": TEXTS}), table)
+    big = lines + b"".join(json.dumps({"text": "w1 " * 350_000}).encode() + b"\n" for _ in range(12))
+    with serving() as found:
+        found.repositories |= {
+            MODEL: {"config.json": (tiny / "config.json").read_bytes(), "pytorch_model.bin": weights.getvalue()},
+            "models/EleutherAI/gpt-neox-20b": {"tokenizer.json": (tiny / "tokenizer.json").read_bytes(), "x.bin": b"x"},
+            "datasets/monology/pile-uncopyrighted": {"val.jsonl.zst": pa.compress(lines, "zstd", asbytes=True)},
+            "datasets/Salesforce/wikitext": {"wikitext-2-raw-v1/test-00000-of-00001.parquet": table.getvalue()},
+            "datasets/EleutherAI/lambada_openai": {"data/lambada_test_en.jsonl": lines, "big.jsonl": big},
+        }
+        yield found
+
+
+@dataclass
+class Done:
+    code: int
+    stderr: str
+
+    @property
+    def error(self) -> str:
+        """The one line of the error; the client's progress and warnings come before it."""
+        assert self.code == 1, self.stderr
+        (line,) = [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+        assert self.stderr.rstrip().endswith(line) and "Traceback" not in self.stderr
+        return line
+
+
+SCRIPT = """
+import json, sys
+from click.testing import CliRunner
+from quambase.cli.main import quambase
+done = [CliRunner().invoke(quambase, ["collect", *command]) for command in json.loads(sys.argv[1])]
+print(json.dumps([[d.exit_code, d.stderr + (repr(d.exception) if d.exit_code > 1 else "")] for d in done]))
+"""
+
+
+def collect(hub: Hub, folder: Path, *commands: list[str], **environment: str) -> list[Done]:
+    """Run ``collect`` with each command's options in one new process: the client reads its settings on import."""
+    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "cache"), "NO_PROXY": "127.0.0.1"} | environment
+    few = ["--samples", "5", "--sites", "x_proj:input", "--db", str(folder / "db")]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps([[*command, *few] for command in commands])],
+        env={key: value for key, value in os.environ.items() if not key.startswith("HF_")} | settings,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # The client's warnings go to the process's own stderr.
+    return [Done(code, stderr) for code, stderr in json.loads(done.stdout.splitlines()[-1])]
+
+
+BY_NAME = [["--model", "mamba-130m", "--data", name] for name in ("lambada", "wikitext2")] + [["--model", "mamba-130m"]]
+
+
+def test_downloaded_once_then_without_a_network(hub: Hub, tmp_path: Path) -> None:
+    for done in collect(hub, tmp_path, *BY_NAME):
+        assert done.code == 0, done.stderr
+    wanted = [path for method, path, _ in hub.requests if method == "GET" and not path.startswith("api/")]
+    assert len(wanted) == len(set(wanted)) == 6, "each file once, and only those asked for"
+    assert any("val.jsonl.zst" in path for path in wanted), "a hub model's own text is the Pile's"
+    hub.requests.clear()
+    again = collect(hub, tmp_path, *BY_NAME, HF_HUB_OFFLINE="1")
+    assert all(done.code == 0 and "already there" in done.stderr for done in again)
+    assert hub.requests == []
+    # One run: the three data sets hold the same documents, and only those count.
+    (run,) = (tmp_path / "db" / "runs").iterdir()
+    assert run.name.startswith("mamba-130m-") and (run / "run.json").exists()
+
+
+def test_without_a_network_and_with_nothing_in_the_cache(hub: Hub, tmp_path: Path) -> None:
+    model, data = collect(
+        hub, tmp_path, ["--model", "mamba-130m"], ["--model", "mamba-5m", "--data", "pile-val"], HF_HUB_OFFLINE="1"
+    )
+    assert re.search(
+        r"state-spaces/mamba-130m is not in the local hub cache and could not be fetched \(HF_HUB_OFFLINE is set\); or "
+        r"download .* and pass its folder: --model FOLDER$",
+        model.error,
+    )
+    assert re.search(r"hf:monology/pile-uncopyrighted:val.jsonl.zst is not in .* pass it: --data FILE$", data.error)
+    (unreachable,) = collect(hub, tmp_path, ["--model", "mamba-130m"], HF_ENDPOINT="http://127.0.0.1:9")
+    assert "(http://127.0.0.1:9 cannot be reached)" in unreachable.error
+
+
+def test_what_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
+    hub.gated = {"models/some/gated", "datasets/some/gated"}
+    hub.repositories["models/some/empty"] = {"README.md": b""}
+    named = {
+        "no such": ["--model", "state-spaces/mamba-9b"],
+        "gated": ["--model", "some/gated"],
+        "empty": ["--model", "some/empty"],
+        "tokenizer": ["--model", "mamba-130m", "--tokenizer", "some/gated"],
+        "data": ["--model", "mamba-5m", "--data", "hf:some/gated:a.jsonl"],
+        "file": ["--model", "mamba-5m", "--data", "hf:EleutherAI/lambada_openai:nothing.jsonl"],
+        "name": ["--model", "mamba-5m", "--data", "hf:not a name:a.jsonl"],
+    }
+    done = dict(zip(named, collect(hub, tmp_path, *named.values()), strict=True))
+    unknown = "the hub knows no such repository, or it is private: check the name, or set HF_TOKEN"
+    terms = "its authors ask to accept terms first: do so on its page and set HF_TOKEN"
+    assert f"state-spaces/mamba-9b is not in the local hub cache and could not be fetched ({unknown})" in (
+        done["no such"].error
+    )
+    assert f"some/gated is not in the local hub cache and could not be fetched ({terms})" in done["gated"].error
+    assert "config.json is missing; expected a model folder" in done["empty"].error
+    assert re.search(r"tokenizer some/gated is not in .*or pass the file: --tokenizer", done["tokenizer"].error)
+    assert f"({terms}); or download the file" in done["data"].error
+    assert "(the repository has no such file); or download the file" in done["file"].error
+    assert re.search(r"hf:not a name:a.jsonl is not in .*\(Repo id must", done["name"].error)
+    assert "repeat the command" not in done["name"].error
+
+
+def test_a_connection_that_ends_half_way(hub: Hub, tmp_path: Path) -> None:
+    command = ["--model", "mamba-130m", "--data", "hf:EleutherAI/lambada_openai:big.jsonl"]
+    hub.cuts = {"big.jsonl": (CHUNK + 1000, 1), "pytorch_model.bin": (1000, 1)}
+    (done,) = collect(hub, tmp_path, command)
+    assert done.code == 0, done.stderr
+    ranges = [range_ for method, path, range_ in hub.requests if method == "GET" and path.endswith("big.jsonl")]
+    assert ranges == [None, f"bytes={CHUNK}-"], "what had arrived is not fetched again"
+
+
+def test_connections_that_always_end_half_way(hub: Hub, tmp_path: Path) -> None:
+    command = ["--model", "mamba-130m", "--data", "hf:EleutherAI/lambada_openai:big.jsonl"]
+    hub.cuts = {"big.jsonl": (1000, 99)}
+    (cut,) = collect(hub, tmp_path, command)
+    assert re.search(
+        r"big.jsonl is not in .* could not be fetched \(peer closed connection .*; repeat the command, files that came "
+        r"whole are kept\); or download",
+        cut.error,
+    )
+    assert not (tmp_path / "db").exists()
+    hub.cuts = {}
+    hub.requests.clear()
+    (done,) = collect(hub, tmp_path, command)
+    assert done.code == 0, done.stderr
+    fetched = [path.split("/")[-1] for method, path, _ in hub.requests if method == "GET" and "api/" not in path]
+    assert fetched == ["big.jsonl"]
+
+
+def test_a_file_that_arrived_damaged(hub: Hub, tmp_path: Path) -> None:
+    """It is in the cache for good, so the message says what to delete; then the same command mends it."""
+    files = hub.repositories[MODEL]
+    good = files["pytorch_model.bin"]
+    files["pytorch_model.bin"] = bytes(len(good))
+    (damaged,) = collect(hub, tmp_path, ["--model", "mamba-130m"])
+    found = re.search(r"pytorch_model.bin .*delete (\S+) and repeat the command$", damaged.error)
+    assert found is not None, damaged.error
+    files["pytorch_model.bin"] = good
+    assert Path(found[1]).is_relative_to(tmp_path / "cache")
+    Path(found[1]).unlink()
+    (done,) = collect(hub, tmp_path, ["--model", "mamba-130m"])
+    assert done.code == 0, done.stderr
