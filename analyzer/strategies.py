@@ -91,6 +91,11 @@ class Choice:
         """The parameters as JSON, keys sorted."""
         return json.dumps(self.params, sort_keys=True)
 
+    @property
+    def needs_document_quantiles(self) -> bool:
+        """Whether it averages a quantile of each document (the Mamba-1 sites where `quamba` does are never united)."""
+        return self.strategy.name == "ema_percentile" and quantile_column(self.params["alpha"]) != "amax"
+
     def scale(self, group: ScaleGroup) -> Scale:
         """The scale of ``group``, as float32 and at least `SCALE_FLOOR`; two for a two-segment strategy."""
         found = self.strategy.function(group, **self.params)

@@ -12,8 +12,9 @@ from quambase.schema.errors import ScalesInvalid
 from quambase.schema.grouping import LayerGroups
 from quambase.schema.sites import MAMBA2, find_site
 
-ChannelGroups = Sequence[torch.Tensor]
-"""Per layer the scale group of each channel of x (e,), int64; empty where groups follow from the sizes."""
+ChannelGroups = Sequence[Sequence[torch.Tensor]]
+"""Per layer the divisions of the channels of x, each the scale group of every channel (e,), int64; empty where groups
+follow from the sizes."""
 
 BY_CHANNEL_GROUP = ("x_conv_out:input", "ssm_state_act:input")
 """The sites whose scale groups divide the channels of x."""
@@ -24,22 +25,28 @@ def values_of(scale: Scale) -> torch.Tensor:
     return torch.tensor(scale if isinstance(scale, tuple) else (scale,), dtype=torch.float32)
 
 
-def channel_maps(layers: Sequence[LayerGroups]) -> list[torch.Tensor]:
-    """Each layer's scale group of every channel of x in the reordered model (e,), as `LayerGroups.groups` counts."""
+def channel_maps(layers: Sequence[LayerGroups]) -> list[list[torch.Tensor]]:
+    """Each layer's head group, and its scale group, of every channel of x (e,) in the reordered model, both numbered as
+    `LayerGroups.groups` counts.
+    """
     maps = []
     for groups in layers:
-        index = torch.empty(len(groups.channel_index), dtype=torch.int64)
+        by_head, by_channel = (torch.empty(len(groups.channel_index), dtype=torch.int64) for _ in range(2))
+        heads: dict[tuple[int, int], int] = {}
         for number, group in enumerate(groups.groups()):
-            index[list(group.channels)] = number
-        maps.append(index)
+            by_channel[list(group.channels)] = number
+            by_head[list(group.channels)] = heads.setdefault((group.ssd_group, group.head_group), len(heads))
+        maps.append([by_head, by_channel])
     return maps
 
 
 def channel_groups_of(config: Mamba2Config, channel_groups: ChannelGroups, layer: int, count: int) -> torch.Tensor:
-    """The group (0 to count - 1) of each channel of x (e,), int64: none, by SSD group, or the layer's own map."""
+    """The group (0 to count - 1) of each channel of x (e,), int64: none, by SSD group, or the layer's own division of
+    that many groups. Divisions are nested, so of the same number they are the same.
+    """
     if count in (1, config.ngroups):
         return torch.arange(config.d_inner) // (config.d_inner // count)
-    return channel_groups[layer]
+    return next(index for index in channel_groups[layer] if int(index.max()) + 1 == count)
 
 
 def check_group_scales(
@@ -66,10 +73,10 @@ def _check_count(layer: int, site: str, scale: Scale, config: Mamba2Config, chan
     if not isinstance(scale, tuple):
         return
     expected = {1}
-    if find_site(site, MAMBA2).by_ssd or site in BY_CHANNEL_GROUP:
+    if find_site(site, MAMBA2).grouped:
         expected.add(config.ngroups)
     if site in BY_CHANNEL_GROUP and layer < len(channel_groups):
-        expected.add(int(channel_groups[layer].max()) + 1)
+        expected |= {int(index.max()) + 1 for index in channel_groups[layer]}
     if len(scale) not in expected:
         counts = " or ".join(map(str, sorted(expected)))
         raise ScalesInvalid(

@@ -87,8 +87,8 @@ class Int8Mamba2(Int8Backbone):
         channel_groups: ChannelGroups = (),
         compat: str | None = None,
     ) -> None:
-        """``channel_groups``: per layer the scale group of each channel of x (e,), int64; not needed for one scale per
-        tensor or per SSD group.
+        """``channel_groups``: per layer the divisions of x in scale groups; not needed for one scale per tensor or per
+        SSD group.
 
         ScalesInvalid: ``scales`` lacks a site this model reads, holds one that is not positive, or as many for a
         site as there are no groups of.

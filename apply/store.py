@@ -100,7 +100,7 @@ def _tensors(model: Int8Model) -> dict[str, torch.Tensor]:
     for (layer_number, site), value in scales.items():
         found[f"activation_scales.{layer_number}.{site}"] = torch.tensor(value, dtype=torch.float32)
     if isinstance(model, Int8Mamba2):
-        found |= {f"channel_groups.{i}": index for i, index in enumerate(model.channel_groups)}
+        found |= {f"channel_groups.{i}": torch.stack(list(maps)) for i, maps in enumerate(model.channel_groups)}
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
@@ -139,7 +139,8 @@ def _model_of(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Int8Mo
     if about["family"] == QUAMBA2:
         config = Mamba2Config(**about["sizes"])
         blocks = tuple(_mamba2_layer(config, tensors, f"layers.{i}.") for i in range(config.n_layer))
-        groups = [tensors[f"channel_groups.{i}"] for i in range(config.n_layer) if "channel_groups.0" in tensors]
+        maps = range(config.n_layer if "channel_groups.0" in tensors else 0)
+        groups = [list(tensors[f"channel_groups.{i}"]) for i in maps]
         weights = Int8Mamba2Weights(*ends, config, blocks)
         return Int8Mamba2(weights, scales, channel_groups=groups, compat=about["compat"])
     sizes = MambaConfig(**about["sizes"])

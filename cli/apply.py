@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from quambase.cli.console import Command, database_option, note
+from quambase.schema.grouping import GRANULARITIES
 
 
 def names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -53,6 +54,11 @@ def int8_options(function: click.decorators.FC) -> click.decorators.FC:
     metavar="LABEL",
     help="The strategy of the other sites.",
 )
+@click.option(
+    "--granularity",
+    type=click.Choice(GRANULARITIES),
+    help="Of a Mamba-2: how finely scales divide its sites. [default: as the table]",
+)
 @int8_options
 @database_option
 @click.option(
@@ -65,6 +71,7 @@ def apply(
     strategy: str,
     at: tuple[str, ...],
     otherwise: str,
+    granularity: str | None,
     quantize_lm_head: bool,
     quantize_embedding: bool,
     compat: str | None,
@@ -87,6 +94,7 @@ def apply(
         strategy=strategy,
         at=at,
         otherwise=otherwise,
+        granularity=granularity,
         quantize_lm_head=quantize_lm_head,
         quantize_embedding=quantize_embedding,
         compat=compat,

@@ -44,6 +44,7 @@ def scale_rows(scales: dict[tuple[int, str], float], label: str, selected: bool 
         "strategy": label,
         "params": "{}",
         "label": label,
+        "granularity": "tensor",
         "component_scales": None,
         "needs_decode": False,
         "clip_safe": True,

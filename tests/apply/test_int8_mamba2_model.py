@@ -17,6 +17,7 @@ from quambase.model.mamba2 import Mamba2
 from quambase.schema.errors import ScalesInvalid
 
 GROUPS = channel_groups()
+DIVISIONS = [[index] for index in GROUPS]
 E, N, W = CONFIG.d_inner, CONFIG.d_state, CONFIG.bc_width
 IN_PROJ = [E, E, W, W, CONFIG.heads]
 CONV = [E, W, W]
@@ -137,7 +138,7 @@ def scanned(weights, layer, site, groups, in_proj, conv, offsets, initial=None):
 def test_every_layer_follows_the_twin(prepared, by_granularity, granularity, spread, monkeypatch):
     """Each operator of each layer, from the codes our model fed it, with the twin's own weights and scales."""
     scales = uneven(by_granularity[granularity]) if spread else by_granularity[granularity]
-    model = build(prepared, scales, channel_groups=GROUPS)
+    model = build(prepared, scales, channel_groups=DIVISIONS)
     scales = model.scales  # rounded to float32
     seen = record(monkeypatch)
     batch = Batch.pack(documents(2, (11, 1, 19)))
@@ -189,7 +190,7 @@ def test_every_layer_follows_the_twin(prepared, by_granularity, granularity, spr
 @pytest.mark.parametrize("sequences", [1, 2])
 def test_a_decoded_token_follows_the_twin(prepared, by_granularity, sequences, monkeypatch):
     """One row alone is projected by one combined factor and rounded half away from zero, several half to even."""
-    model = build(prepared, uneven(by_granularity["channel"]), channel_groups=GROUPS)
+    model = build(prepared, uneven(by_granularity["channel"]), channel_groups=DIVISIONS)
     _, state = model.prefill(Batch.pack(documents(5, (9, 6)[:sequences])))
     before = [(window.numpy().copy(), ssm.numpy().copy()) for window, ssm in zip(state.conv, state.ssm, strict=True)]
     seen = record(monkeypatch)
@@ -251,7 +252,7 @@ def test_one_scale_given_to_every_group_is_one_scale(prepared, by_granularity):
     batch = Batch.pack(documents(3))
     whole = by_granularity["tensor"]
     expected = build(prepared, whole).hidden(batch)
-    for name, groups in (("ssd", ()), ("channel", GROUPS)):
+    for name, groups in (("ssd", ()), ("channel", DIVISIONS)):
         repeated = {
             key: (whole[key],) * len(scale) if isinstance(scale, tuple) else whole[key]
             for key, scale in by_granularity[name].items()
@@ -262,9 +263,9 @@ def test_one_scale_given_to_every_group_is_one_scale(prepared, by_granularity):
 
 def test_other_scales_on_the_same_weights_are_a_new_model(prepared, by_granularity):
     batch = Batch.pack(documents(3))
-    first = build(prepared, by_granularity["tensor"], channel_groups=GROUPS)
+    first = build(prepared, by_granularity["tensor"], channel_groups=DIVISIONS)
     second = first.with_scales(by_granularity["channel"])
-    built = build(prepared, by_granularity["channel"], channel_groups=GROUPS)
+    built = build(prepared, by_granularity["channel"], channel_groups=DIVISIONS)
     assert torch.equal(second.hidden(batch), built.hidden(batch))
     assert not torch.equal(second.hidden(batch), first.hidden(batch))
 
@@ -285,7 +286,7 @@ def test_int8_is_near_the_float_model(prepared, by_granularity, granularity):
     batch = Batch.pack(documents(1))
     reference = Mamba2(prepared, rotated=True)
     expected = reference.logits(reference.hidden(batch))
-    model = build(prepared, by_granularity[granularity], channel_groups=GROUPS)
+    model = build(prepared, by_granularity[granularity], channel_groups=DIVISIONS)
     found = model.logits(model.hidden(batch))
     assert 0 < (found - expected).std() / expected.std() < 0.08
 
@@ -293,7 +294,7 @@ def test_int8_is_near_the_float_model(prepared, by_granularity, granularity):
 @pytest.mark.parametrize("granularity", ["tensor", "ssd", "channel"])
 def test_decoding_is_near_the_prefill(prepared, by_granularity, granularity):
     """Rounded states, unrounded x, B and C: about 0.03 of the spread; it goes on where a prefill stopped too."""
-    model = build(prepared, by_granularity[granularity], channel_groups=GROUPS)
+    model = build(prepared, by_granularity[granularity], channel_groups=DIVISIONS)
     text = documents(7, (25,))[0]
     expected = model.logits(model.hidden(Batch.pack([text])))
     state = model.new_state(1)
@@ -306,7 +307,7 @@ def test_decoding_is_near_the_prefill(prepared, by_granularity, granularity):
 
 def test_sequences_decoded_together_are_nearly_those_decoded_alone(prepared, by_granularity):
     """One sequence alone rounds otherwise: codes may differ by one, logits hardly."""
-    model = build(prepared, by_granularity["channel"], channel_groups=GROUPS)
+    model = build(prepared, by_granularity["channel"], channel_groups=DIVISIONS)
     texts = documents(9, (6, 6))
     together = model.new_state(2)
     both = [model.step(torch.tensor(tokens), together) for tokens in zip(*texts, strict=True)][-1]
@@ -344,7 +345,7 @@ def test_a_wrong_number_of_groups_is_refused(prepared, by_granularity):
     for site in (*BY_CHANNEL_GROUP, "C_conv_out:input", "z_act:input"):
         three = by_granularity["tensor"] | {(1, site): (0.1, 0.1, 0.1)}
         with pytest.raises(ScalesInvalid, match=f"layer 1 {site} has 3 scale groups, expected 1"):
-            build(prepared, three, channel_groups=GROUPS)
+            build(prepared, three, channel_groups=DIVISIONS)
     with pytest.raises(ScalesInvalid, match="has 6 scale groups, expected 1 or 2"):
         build(prepared, by_granularity["channel"])  # their channels are unknown
 

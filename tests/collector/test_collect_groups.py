@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from quambase.model.reorder import reorder
 from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
-from quambase.schema.grouping import ChannelGroup, LayerGroups, stored_groups
+from quambase.schema.grouping import GRANULARITIES, ChannelGroup, LayerGroups, stored_groups
 from quambase.schema.scales import read_scales
 
 Rows = list[dict[str, object]]
@@ -247,10 +249,17 @@ def test_the_scale_table_has_every_group_and_carries_the_order(
     found = read_scales(scale_file)
     rows = [row for row in found.table.to_pylist() if row["label"] == "quamba"]
     for site in (X, STATE):
-        scales = {(r["layer"], r["group_name"]): r["scale"] for r in rows if r["site"] == site}
-        expected = {(layer, group.name) for layer, group in named(grouped)}
-        assert scales.keys() == expected | {(0, "all"), (1, "all")}
-        assert max(s for (layer, name), s in scales.items() if layer == 1 and name != "all") == scales[1, "all"]
+        mine = {(r["layer"], r["group_name"]): r for r in rows if r["site"] == site}
+        smallest = {(layer, group.name) for layer, group in named(grouped)}
+        assert {key for key, row in mine.items() if row["granularity"] == "group"} == smallest
+        assert {key for key, row in mine.items() if row["consumed"]} == smallest
+        united = {(layer, name[:end]) for layer, name in smallest for end in (2, 4)}
+        assert mine.keys() == smallest | united | {(0, "all"), (1, "all")}
+        for (layer, name), row in mine.items():
+            members = [mine[k] for k in smallest if k[0] == layer and (name == "all" or k[1].startswith(name))]
+            # Upstream's scale follows from the largest value, so a larger group's is the largest of its members'.
+            assert row["scale"] == max(m["scale"] for m in members)
+            assert row["count"] == sum(m["count"] for m in members)
     assert stored_groups(found.model) == order_of(grouped)
     with StatsDB(grouped.folder.parent.parent, "all") as db:
         pooled = {
@@ -260,6 +269,40 @@ def test_the_scale_table_has_every_group_and_carries_the_order(
     first, second = (pooled[run][0, X] for run in (grouped.manifest.run, plain.manifest.run))
     # The first layer's x is the same, element for element but for float32's last bits.
     assert first.total == second.total and abs(first.amax - second.amax) <= 2.0**-10 * second.amax
+
+
+def test_larger_groups_are_the_sums_of_their_members(grouped: CollectedRun) -> None:
+    """Every granularity's distributions, tallied from the rows of `counts` by the beginning of the group's name."""
+    tally: dict[tuple[int, str, str], Counter[float]] = {}
+    for row in table(grouped, "counts"):
+        name = str(row["group_name"])
+        larger = {name[:2], name[:4]} if name.startswith("g") else set()
+        for group in {"all", name} | larger:
+            tally.setdefault((row["layer"], row["site"], group), Counter())[row["value"]] += row["count"]
+    with StatsDB(grouped.folder.parent.parent, grouped.manifest.run) as db:
+        rows = list(db.distributions(grouped.manifest.run, "group"))
+    assert {(layer, site, name) for layer, site, name, _ in rows} == tally.keys()
+    for layer, site, name, found in rows:
+        expected = sorted(tally[layer, site, name].items())
+        assert list(zip(found.values.tolist(), found.counts.tolist(), strict=True)) == expected
+
+
+def test_a_finer_granularity_never_has_a_larger_least_error(grouped: CollectedRun) -> None:
+    """The best scale of a group is one its members may use too, so their own best are at least as good together."""
+    found = analyze(grouped.folder.parent.parent, grouped.manifest.run, ["mse", "ema_percentile"], "group", out=None)
+    rows = found.table.to_pylist()
+    error: dict[tuple[int, str], dict[str, float]] = {}
+    for row in (r for r in rows if r["label"] == "mse" and r["site"] in (X, STATE)):
+        levels = error.setdefault((row["layer"], row["site"]), {})
+        levels[row["granularity"]] = levels.get(row["granularity"], 0.0) + row["mse"] * row["count"]
+    for levels in error.values():
+        ordered = [levels[name] for name in GRANULARITIES]
+        # Scales are rounded to float32, which moves an error near its minimum by some 2^-48 of the signal.
+        assert all(fine <= coarse * (1 + 1e-9) for coarse, fine in pairwise(ordered))
+        assert ordered[-1] < ordered[0]
+    # Quantiles of a larger group's documents do not follow from its members', so this strategy has no row there.
+    averaged = {r["granularity"] for r in rows if r["label"] == "ema_percentile" and r["site"] == X}
+    assert averaged == {"tensor", "group"}
 
 
 def test_the_command(model: Path, data: Path, tmp_path: Path) -> None:
