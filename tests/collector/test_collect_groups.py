@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
 from quambase.analyzer.batch import analyze
+from quambase.analyzer.group_spread import group_spread
 from quambase.cli.main import quambase
 from quambase.collector.first_pass import statistics_of_run
 from quambase.collector.grouping import layer_groups
@@ -305,10 +307,107 @@ def test_a_finer_granularity_never_has_a_larger_least_error(grouped: CollectedRu
     assert averaged == {"tensor", "group"}
 
 
+def values_by_channel(run: CollectedRun, layer: int) -> np.ndarray:
+    """(channels,) largest absolute x of every channel, over every token, from the raw activations."""
+    largest = np.zeros(len(order_of(run)[layer].channel_index))
+    members = {r["group_name"]: r["channels"] for r in table(run, "groups", X) if r["layer"] == layer}
+    for row in table(run, "activations", X):
+        if row["layer"] == layer:
+            place = members[row["group_name"]]
+            largest[place] = np.maximum(largest[place], np.abs(np.array(row["values"])))
+    return largest
+
+
+def reach_of(amax: np.ndarray, groups: list[list[int]]) -> tuple[int, float, float]:
+    """Groups, spread and mean step, written out."""
+    reach = [max(amax[c] for c in group) for group in groups]
+    steps = [r for r, group in zip(reach, groups, strict=True) for _ in group]
+    return len(groups), max(reach) / min(reach), sum(steps) / len(steps) / max(amax)
+
+
+def test_spread_before_and_after_sorting(grouped: CollectedRun, tmp_path: Path) -> None:
+    found = group_spread(grouped.folder.parent.parent, grouped.manifest.run, picture=tmp_path / "g.png")
+    assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
+    steps = []
+    for row, layer in zip(found.table.to_pylist(), order_of(grouped), strict=True):
+        after = values_by_channel(grouped, row["layer"])
+        before = np.array([after[layer.channel_index.index(c)] for c in range(after.size)])
+        groups = [list(group.channels) for group in layer.groups()]
+        for name, amax in (("before", before), ("after", after)):
+            count, spread, step = reach_of(amax, groups)
+            # Stored as float32 and summed in another order.
+            assert (row["groups"], row[f"spread_{name}"], row[f"mean_step_{name}"]) == pytest.approx(
+                (count, spread, step), rel=1e-6
+            )
+        steps.append(row["mean_step_after"] / row["mean_step_before"])
+        assert steps[-1] < 1, "sorting is what makes groups alike"
+    assert found.layer == int(np.argmin(steps))
+    with pytest.raises(UnknownName, match="unknown layer '9'"):
+        group_spread(grouped.folder.parent.parent, grouped.manifest.run, 9)
+
+
+def test_spread_of_a_run_that_was_not_sorted(plain: CollectedRun) -> None:
+    with pytest.raises(DatabaseInvalid, match="has no sorted groups; collect a Mamba-2 with --groups fixed"):
+        group_spread(plain.folder.parent.parent, plain.manifest.run)
+    with pytest.raises(UnknownName, match="runs were chosen; groups looks at one"):
+        group_spread(plain.folder.parent.parent, "all")
+
+
+def test_views_answer_what_granularity_buys(grouped: CollectedRun, tmp_path: Path) -> None:
+    """The views group_spread and granularity_gain against the rows they are of, one by one."""
+    db, path = grouped.folder.parent.parent, tmp_path / "s.parquet"
+    scales = analyze(db, grouped.manifest.run, ["mse", "absmax"], "group", out=path).table.to_pylist()
+    with StatsDB(db, grouped.manifest.run, scales=path) as opened:
+        gains = opened.sql("SELECT * FROM granularity_gain").to_pylist()
+        spreads = opened.sql("SELECT * FROM group_spread WHERE site = $site", {"site": X}).to_pylist()
+    error: dict[tuple[object, ...], list[tuple[float, int]]] = {}
+    for row in scales:
+        key = (row["layer"], row["site"], row["label"], row["granularity"])
+        error.setdefault(key, []).append((row["mse"], row["count"]))
+    assert len(gains) == len(error)
+    for row in gains:
+        parts = error[row["layer"], row["site"], row["label"], row["granularity"]]
+        pooled = sum(e * n for e, n in parts) / sum(n for _, n in parts)
+        (whole, _), *none = error[row["layer"], row["site"], row["label"], "tensor"]
+        assert not none and row["groups"] == len(parts)
+        assert (row["mse"], row["tensor_mse"]) == pytest.approx((pooled, whole), rel=1e-12)
+        assert row["gain_db"] == pytest.approx(10 * math.log10(whole / pooled), abs=1e-9)
+    for row in spreads:
+        half = values_by_channel(grouped, row["layer"]).astype(np.float16).astype(np.float64)
+        layer = order_of(grouped)[row["layer"]]
+        count, spread, step = reach_of(half, [list(group.channels) for group in layer.groups()])
+        assert (row["groups"], row["spread"], row["mean_step"]) == pytest.approx((count, spread, step), rel=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "channels"), [(1, 1), (2, 3), (4, 4), (5, 8), (50, 50)])
+def test_macro_regrouped(grouped: CollectedRun, heads: int, channels: int) -> None:
+    """Equal parts of ranked heads and channels, by plain loops."""
+    with StatsDB(grouped.folder.parent.parent, grouped.manifest.run) as db:
+        rows = db.sql("SELECT * FROM regrouped($h, $c)", {"h": heads, "c": channels}).to_pylist()
+    for row in rows:
+        amax = values_by_channel(grouped, row["layer"])
+        per_head = amax.reshape(2, -1, 8)  # two SSD groups of heads of 8
+        groups = []
+        for g, mine in enumerate(per_head):
+            ranked = np.argsort(mine.mean(axis=1), kind="stable")
+            for some in np.array_split(ranked, min(heads, len(ranked))):
+                for part in np.array_split(np.arange(8), min(channels, 8)):
+                    group = []
+                    for head in some:
+                        order = np.argsort(mine[head], kind="stable")
+                        group += [(g * len(mine) + head) * 8 + order[i] for i in part]
+                    groups.append(group)
+        count, spread, step = reach_of(amax, groups)
+        assert (row["groups"], row["spread"], row["mean_step"]) == pytest.approx((count, spread, step), rel=1e-6)
+
+
 def test_the_command(model: Path, data: Path, tmp_path: Path) -> None:
     arguments = ["collect", "--model", str(model), "--data", str(data), "--samples", "9", "--db", str(tmp_path)]
     done = CliRunner().invoke(quambase, [*arguments, "--groups", "quamba2", "--group-samples", "4", "--sites", X])
     assert done.exit_code == 0, done.output
     assert "g0h0c" in done.stdout or "g1h" in done.stdout
+    picture = tmp_path / "groups.svg"
+    shown = CliRunner().invoke(quambase, ["groups", "--db", str(tmp_path), "--picture", str(picture)])
+    assert shown.exit_code == 0 and "mean_step_after" in shown.stdout and picture.exists()
     refused = CliRunner().invoke(quambase, [*arguments, "--groups", "nothing"])
     assert refused.exit_code == 2 and "--groups" in refused.stderr
