@@ -108,7 +108,7 @@ def group_rows(run: str, group: ScaleGroup, choices: list[Choice]) -> list[dict[
             "consumed": consumed,
             "decode_only": site.decode_only,
             "needs_decode": choice.strategy.needs_decode,
-            **scale_columns(group, choice.scale(group), site.saturates),
+            **scale_columns(group, choice.scale(group), site.saturates, choice.state_scales(group)),
             "selected": False,
         }
         for choice in choices
@@ -122,13 +122,16 @@ def group_rows(run: str, group: ScaleGroup, choices: list[Choice]) -> list[dict[
     return rows
 
 
-def scale_columns(group: ScaleGroup, scale: Scale, saturates: bool = True) -> dict[str, Any]:
+def scale_columns(
+    group: ScaleGroup, scale: Scale, saturates: bool = True, state_scales: list[float] | None = None
+) -> dict[str, Any]:
     """The columns of tables.SCALES that follow from a scale: its error, its codes and whether clipping is
     safe.
 
-    ``saturates``: every consumer clamps, so that clipping is safe at any scale.
+    ``saturates``: every consumer clamps, so that clipping is safe at any scale. ``state_scales``: those of each state
+    index, which the figures, of the one scale, know nothing of: a state is counted by group.
     """
-    components = list(scale) if isinstance(scale, tuple) else None
+    components = list(scale) if isinstance(scale, tuple) else state_scales
     single = scale[0] if isinstance(scale, tuple) else scale
     if isinstance(scale, tuple):
         figures = piecewise_figures(group.distribution, *scale, group.signal)

@@ -21,8 +21,8 @@ SITE = "x_conv_out:input"
 class GroupSpread:
     """What `group_spread` found.
 
-    table     a row per layer: groups, spread and mean step (see `quambase.analyzer.division`) with heads and channels in the model's own
-              order and as sorted, both divided into groups of the same sizes
+    table     a row per layer: groups, spread and mean step (`quambase.analyzer.division.Division`) with heads and
+              channels in the model's own order and as sorted, both divided into groups of the same sizes
     layer     the one drawn
     picture   the file saved, None if none was
     """

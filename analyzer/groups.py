@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from quambase.analyzer.error import Figures, figures, signal_energy
 from quambase.schema.database import DocumentSeries, StatsDB
@@ -16,6 +17,8 @@ from quambase.schema.distribution import Distribution
 from quambase.schema.grouping import GROUP, TENSOR, granularity_of, united_groups
 from quambase.schema.sites import MAMBA1, MAMBA2, WHOLE
 from quambase.schema.tables import DOCUMENT_QUANTILES
+
+STATE = "ssm_state_act:input"
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class ScaleGroup:
                distribution as if it were one document; of one made of smaller groups, no quantiles
     family     of the model: "mamba1", "mamba2", or "tensor" for an import
     innermost  no smaller scale group of its site was asked for
+    state_amax  of a Mamba-2's state, (n,) float32: the largest absolute value at each state index; else None
     """
 
     layer: int
@@ -35,6 +39,7 @@ class ScaleGroup:
     documents: DocumentSeries
     family: str = MAMBA1
     innermost: bool = True
+    state_amax: npt.NDArray[np.float32] | None = None
 
     @cached_property
     def signal(self) -> float:
@@ -66,12 +71,27 @@ def scale_groups(database: StatsDB, run: str, granularity: str | None = None) ->
     stored = database.documents(run)
     found = []
     listed = list(database.distributions(run, granularity or default_granularity(family)))
+    states = database.channel_amax(run, STATE) if family == MAMBA2 else {}
     finest = {(layer, site): granularity_of(name) for layer, site, name, _ in listed}  # the last one listed is
     for layer, site, name, distribution in listed:
         innermost = granularity_of(name) == finest[layer, site]
         documents = _documents(stored, layer, site, name, distribution)
-        found.append(ScaleGroup(layer, site, name, distribution, documents, family, innermost))
+        state_amax = _state_amax(states, layer, name) if site == STATE and states else None
+        found.append(ScaleGroup(layer, site, name, distribution, documents, family, innermost, state_amax))
     return found
+
+
+def _members(smallest: list[str], name: str) -> list[str]:
+    """Those of a site's smallest groups that make up its group ``name``."""
+    return united_groups(smallest, granularity_of(name)).get(name, [])
+
+
+def _state_amax(
+    stored: Mapping[tuple[int, str], npt.NDArray[np.float32]], layer: int, name: str
+) -> npt.NDArray[np.float32]:
+    members = _members([group for la, group in stored if la == layer], name)
+    amax: npt.NDArray[np.float32] = np.max([stored[layer, member] for member in members], axis=0)
+    return amax
 
 
 def _documents(
@@ -80,8 +100,7 @@ def _documents(
     series = stored.get((layer, site, name))
     if series is None:
         smallest = [group for la, s, group in stored if (la, s) == (layer, site) and group != WHOLE]
-        members = united_groups(smallest, granularity_of(name)).get(name)
-        if members:
+        if members := _members(smallest, name):
             series = DocumentSeries.united([stored[layer, site, member] for member in members])
     return one_document(distribution) if series is None or not series.documents.size else series
 

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from quambase.apply.candidates import Candidates, from_folder, from_model, from_scales
-from quambase.apply.scales import Scale
 from quambase.apply.scoring import (
     FLOAT,
     LAST_WORD,
@@ -35,9 +34,10 @@ from quambase.apply.scoring import (
 )
 from quambase.apply.store import last_applied
 from quambase.model.load import LoadedModel
-from quambase.model.text import BUNDLED_DATA, SAMPLE_AUTHOR, read_documents
+from quambase.model.text import BUNDLED_DATA, SAMPLE_AUTHORS, read_documents
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
+from quambase.schema.scales import Scale
 from quambase.schema.sites import find_site
 from quambase.schema.tables import RESULTS, read_table, replacing, write_table
 
@@ -76,10 +76,11 @@ class TaskData:
                 "calibration run; figures on them flatter the scales"
             )
         if self.data in BUNDLED_DATA and self.task == PERPLEXITY:
-            if model == SAMPLE_AUTHOR:
-                yield f"{self.data} was written by {model} itself: perplexity there is low by construction"
+            authors = " and ".join(SAMPLE_AUTHORS)
+            if model in SAMPLE_AUTHORS:
+                yield f"{self.data} was written by {authors}: perplexity there is low by construction"
             else:
-                yield f"{self.data} was written by the model {SAMPLE_AUTHOR}: no measure of {model} on real text"
+                yield f"{self.data} was written by the models {authors}: no measure of {model} on real text"
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from quambase.apply.scales import Scale, Scales, checked_scale, missing_scale, needed_sites
+from quambase.apply.scales import Scales, checked_scale, missing_scale, needed_sites
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.grouping import LayerGroups
+from quambase.schema.scales import Scale
 from quambase.schema.sites import MAMBA2, find_site
 
 ChannelGroups = Sequence[Sequence[torch.Tensor]]
@@ -20,8 +21,11 @@ BY_CHANNEL_GROUP = ("x_conv_out:input", "ssm_state_act:input")
 """The sites whose scale groups divide the channels of x."""
 
 
+STATE = "ssm_state_act:input"
+
+
 def values_of(scale: Scale) -> torch.Tensor:
-    """A site's scales as float32 (groups,)."""
+    """A site's scales as float32 (groups,), or (groups, n) of one per group and state index."""
     return torch.tensor(scale if isinstance(scale, tuple) else (scale,), dtype=torch.float32)
 
 
@@ -64,9 +68,31 @@ def check_group_scales(
     for layer, site in needed:
         scale = scales[layer, site]
         _check_count(layer, site, scale, config, channel_groups)
-        values = tuple(checked_scale(layer, site, value) for value in (scale if isinstance(scale, tuple) else (scale,)))
-        found[layer, site] = values if len(values) > 1 else values[0]
+        found[layer, site] = _checked(layer, site, scale, config.d_state)
     return found
+
+
+def _checked(layer: int, site: str, scale: Scale, d_state: int) -> Scale:
+    """``scale`` rounded to float32; one group's is one scale."""
+    if not isinstance(scale, tuple):
+        return checked_scale(layer, site, scale)
+    groups: list[float] = []
+    by_index: list[tuple[float, ...]] = []
+    for part in scale:
+        if not isinstance(part, tuple):
+            groups.append(checked_scale(layer, site, part))
+            continue
+        if site != STATE or len(part) != d_state:
+            expected = f"one for each of the {d_state} state indices" if site == STATE else "one"
+            raise ScalesInvalid(
+                f"layer {layer} {site} has {len(part)} scales in a group, expected {expected}; analyze again"
+            )
+        by_index.append(tuple(checked_scale(layer, site, value) for value in part))
+    if by_index and groups:
+        raise ScalesInvalid(f"layer {layer} {site} has scales by state index in some groups only; analyze again")
+    if by_index:
+        return tuple(by_index)
+    return tuple(groups) if len(groups) > 1 else groups[0]
 
 
 def _check_count(layer: int, site: str, scale: Scale, config: Mamba2Config, channel_groups: ChannelGroups) -> None:

@@ -10,11 +10,8 @@ from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
 from quambase.schema.errors import ScalesInvalid, UnknownName
 from quambase.schema.grouping import GRANULARITIES
-from quambase.schema.scales import ScaleTable
+from quambase.schema.scales import Scale, ScaleTable
 from quambase.schema.sites import FAMILIES, HEAD_LAYER, MAMBA1, MAMBA2, find_site, is_model_site, layer_sites
-
-Scale = float | tuple[float, ...]
-"""A site's one scale, or one per scale group, in channel order."""
 
 Scales = Mapping[tuple[int, str], Scale]
 """(layer, site) to a positive scale, or to one per scale group where an INT8 Mamba-2 reads groups."""

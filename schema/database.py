@@ -208,6 +208,15 @@ class StatsDB:
             )
         return series
 
+    def channel_amax(self, run: str, site: str) -> dict[tuple[int, str], npt.NDArray[np.float32]]:
+        """(layer, group_name) to the largest absolute value of each channel (of a state: of each state index) (m,)."""
+        rows = self.sql(
+            "SELECT layer, group_name, list(greatest(abs(min), abs(max)) ORDER BY channel) AS amax FROM channels "
+            "WHERE run = $run AND site = $site GROUP BY ALL",
+            {"run": run, "site": site},
+        )
+        return {(r["layer"], r["group_name"]): np.array(r["amax"], np.float32) for r in rows.to_pylist()}
+
     def _counts(
         self, run: str
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], list[tuple[int, str, str, slice]]]:

@@ -22,6 +22,9 @@ from quambase.schema.tables import SCALES, write_table
 METADATA_KEY = b"quambase"
 """Key of the Parquet schema metadata whose value is the provenance, as JSON."""
 
+Scale = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
+"""A site's one scale; one per scale group, in channel order; or, of a Mamba-2's state, one per group and index."""
+
 SELECTED = "selected"
 """The label that stands for each scale group's selected row instead of one strategy."""
 
@@ -77,24 +80,23 @@ class ScaleTable:
         found = {granularity_of(name) for name in names if name == WHOLE or is_scale_group(name)}
         return [name for name in GRANULARITIES if name in found]
 
-    def group_scales_for(
-        self, label: str, granularity: str = GROUP
-    ) -> dict[tuple[int, str], float | tuple[float, ...]]:
+    def group_scales_for(self, label: str, granularity: str = GROUP) -> dict[tuple[int, str], Scale]:
         """Like `scales_for`, but where the table has rows of a site's scale groups (g0, g0h1, g0h1c2), those: one scale
-        per group, by SSD group, head group and channel group. Of several divisions the finest up to ``granularity``.
-        UnknownName for another granularity.
+        per group, by SSD group, head group and channel group, or where they have component scales those of each. Of
+        several divisions the finest up to ``granularity``. UnknownName for another granularity.
         """
         if granularity not in GRANULARITIES:
             raise UnknownName.of("granularity", granularity, GRANULARITIES)
-        found: dict[tuple[int, str], float | tuple[float, ...]] = {**self.scales_for(label)}
+        found: dict[tuple[int, str], Scale] = {**self.scales_for(label)}
         rows = self._plain_rows(label)
         finest = GRANULARITIES.index(granularity)
-        by_site: dict[tuple[int, str], dict[int, dict[tuple[int, ...], float]]] = {}
-        columns = (rows[name].to_pylist() for name in ("layer", "site", "group_name", "scale"))
-        for layer, site, name, scale in zip(*columns, strict=True):
+        by_site: dict[tuple[int, str], dict[int, dict[tuple[int, ...], Any]]] = {}
+        columns = (rows[name].to_pylist() for name in ("layer", "site", "group_name", "scale", "component_scales"))
+        for layer, site, name, scale, components in zip(*columns, strict=True):
             level = GRANULARITIES.index(granularity_of(name))
             if is_scale_group(name) and level <= finest:
-                by_site.setdefault((layer, site), {}).setdefault(level, {})[group_numbers(name)] = scale
+                of_group = scale if components is None else tuple(components)
+                by_site.setdefault((layer, site), {}).setdefault(level, {})[group_numbers(name)] = of_group
         for key, levels in by_site.items():
             groups = levels[max(levels)]
             found[key] = tuple(groups[numbers] for numbers in sorted(groups))

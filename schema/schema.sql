@@ -213,7 +213,7 @@ COMMENT ON COLUMN scales.label IS 'Name and parameters, as given on the command 
 COMMENT ON COLUMN scales.granularity IS 'How finely this group divides its site: tensor, ssd_group, head_group, group.';
 COMMENT ON COLUMN scales.count IS 'Finite values that share the scale.';
 COMMENT ON COLUMN scales.scale IS 'INT8 scale: code = clamp(round(x / scale), -128, 127).';
-COMMENT ON COLUMN scales.component_scales IS 'Scales of the two segments (outlier_piecewise), else null.';
+COMMENT ON COLUMN scales.component_scales IS 'Scales of the two segments (outlier_piecewise), or of each state index (absmax and quamba at a Mamba-2''s state), else null.';
 COMMENT ON COLUMN scales.qmin IS 'Smallest code.';
 COMMENT ON COLUMN scales.qmax IS 'Largest code.';
 COMMENT ON COLUMN scales.amax IS 'Largest absolute value of the distribution.';

@@ -236,6 +236,31 @@ def named_levels(table):
     return [{"granularity": levels["a" if r["group_name"] == "all" else len(r["group_name"])]} for r in rows]
 
 
+def test_scales_by_state_index_are_loaded_and_stored(world, tmp_path):
+    table = read_scales(world / "channel.parquet")
+    rows = table.table.to_pylist()
+    state = "ssm_state_act:input"
+    for row in rows:
+        if row["site"] == state:
+            row["component_scales"] = [row["scale"] * (1 + 0.01 * n) for n in range(CONFIG.d_state)]
+    write_scales(tmp_path / "index.parquet", pa.Table.from_pylist(rows, SCALES), table.provenance)
+    scales = read_scales(tmp_path / "index.parquet").group_scales_for("quamba")
+    names = [group.name for group in GROUPS[1].groups()]
+    components = {
+        r["group_name"]: r["component_scales"]
+        for r in pa.Table.from_pylist(rows, SCALES).to_pylist()
+        if (r["layer"], r["site"], r["label"]) == (1, state, "quamba")
+    }
+    assert [list(np.float32(part)) for part in scales[1, state]] == [list(np.float32(components[n])) for n in names]
+    applied = apply(tmp_path / "index.parquet", strategy="quamba", db=tmp_path)
+    stored = load_stored(applied.folder).model
+    built = build(prepared_and_sorted(), scales, channel_groups=channel_maps(GROUPS))
+    assert stored.scales[1, state] == built.scales[1, state] and len(stored.scales[1, state][0]) == CONFIG.d_state
+    batch, tokens = Batch.pack(documents(2)), torch.tensor([1, 2, 3, 4])
+    (_, a), (_, b) = stored.prefill(batch), built.prefill(batch)
+    assert torch.equal(a.ssm[1], b.ssm[1]) and torch.equal(stored.step(tokens, a), built.step(tokens, b))
+
+
 def test_a_granularity_that_the_table_does_not_hold(world, tmp_path):
     with pytest.raises(ScalesInvalid, match="has no scales by head_group \\(it has tensor, ssd_group\\)"):
         apply(world / "ssd.parquet", strategy="quamba", granularity="head_group", db=tmp_path)

@@ -18,6 +18,7 @@ from quambase.schema.errors import ScalesInvalid
 
 GROUPS = channel_groups()
 DIVISIONS = [[index] for index in GROUPS]
+STATE = "ssm_state_act:input"
 E, N, W = CONFIG.d_inner, CONFIG.d_state, CONFIG.bc_width
 IN_PROJ = [E, E, W, W, CONFIG.heads]
 CONV = [E, W, W]
@@ -30,20 +31,30 @@ def prepared():
 
 @pytest.fixture(scope="module")
 def by_granularity(prepared):
-    return {name: absmax_scales(prepared, documents(1), name, GROUPS) for name in ("tensor", "ssd", "channel")}
+    found = {name: absmax_scales(prepared, documents(1), name, GROUPS) for name in ("tensor", "ssd", "channel")}
+    return found | {"index": by_state_index(found["channel"])}
+
+
+def by_state_index(scales):
+    """The state's scales once for every state index."""
+    state = {key: tuple((s,) * CONFIG.d_state for s in scale) for key, scale in scales.items() if key[1] == STATE}
+    assert len(state) == CONFIG.n_layer
+    return scales | state
 
 
 def uneven(scales):
     """Every scale another multiple: one fed to the wrong place shows."""
     factors = (0.8 + 0.07 * (i % 7) for i in range(10**6))
-    return {
-        key: tuple(s * next(factors) for s in scale) if isinstance(scale, tuple) else scale * next(factors)
-        for key, scale in scales.items()
-    }
+
+    def changed(scale):
+        return tuple(map(changed, scale)) if isinstance(scale, tuple) else scale * next(factors)
+
+    return {key: changed(scale) for key, scale in scales.items()}
 
 
 def channel_scales(scale, channels, index):
-    """One float32 number per channel (channels,): of one scale, of one per SSD group, or by ``index``."""
+    """One float32 number per channel (channels,), and state index if there are such scales (channels, n): of one scale,
+    of one per SSD group, or by ``index``."""
     values = np.array(scale if isinstance(scale, tuple) else (scale,), np.float32)
     if len(values) in (1, CONFIG.ngroups):
         index = [i * len(values) // channels for i in range(channels)]
@@ -133,7 +144,7 @@ def scanned(weights, layer, site, groups, in_proj, conv, offsets, initial=None):
 
 
 @pytest.mark.parametrize(
-    ("granularity", "spread"), [("tensor", False), ("tensor", True), ("ssd", True), ("channel", True)]
+    ("granularity", "spread"), [("tensor", False), ("tensor", True), ("ssd", True), ("channel", True), ("index", True)]
 )
 def test_every_layer_follows_the_twin(prepared, by_granularity, granularity, spread, monkeypatch):
     """Each operator of each layer, from the codes our model fed it, with the twin's own weights and scales."""
@@ -177,7 +188,7 @@ def test_every_layer_follows_the_twin(prepared, by_granularity, granularity, spr
         acc = twin.gemm(had, weights["out_proj"][0])
         twin.check_half(out, twin.scaled(acc, weights["out_proj"][1] * site["out_proj:input"]))
         block_out = out
-        by_channel = channel_scales(site["ssm_state_act:input"], E, index)[:, None]
+        by_channel = channel_scales(site[STATE], E, index).reshape(E, -1)
         for document, last in enumerate(states):
             twin.check_codes(state.ssm[i][document].numpy(), twin2.state_codes(last, by_channel), twin.half_even)
             rows = in_proj[offsets[document] : offsets[document + 1], E : 2 * E + 2 * W]
@@ -187,10 +198,10 @@ def test_every_layer_follows_the_twin(prepared, by_granularity, granularity, spr
     assert min(np.abs(seen[kind][1][1]).max() for kind in ("norm", "in_proj", "conv", "had")) > 60
 
 
-@pytest.mark.parametrize("sequences", [1, 2])
-def test_a_decoded_token_follows_the_twin(prepared, by_granularity, sequences, monkeypatch):
+@pytest.mark.parametrize(("sequences", "granularity"), [(1, "channel"), (2, "channel"), (2, "index")])
+def test_a_decoded_token_follows_the_twin(prepared, by_granularity, sequences, granularity, monkeypatch):
     """One row alone is projected by one combined factor and rounded half away from zero, several half to even."""
-    model = build(prepared, uneven(by_granularity["channel"]), channel_groups=DIVISIONS)
+    model = build(prepared, uneven(by_granularity[granularity]), channel_groups=DIVISIONS)
     _, state = model.prefill(Batch.pack(documents(5, (9, 6)[:sequences])))
     before = [(window.numpy().copy(), ssm.numpy().copy()) for window, ssm in zip(state.conv, state.ssm, strict=True)]
     seen = record(monkeypatch)
@@ -218,7 +229,7 @@ def test_a_decoded_token_follows_the_twin(prepared, by_granularity, sequences, m
         every = range(0, width * sequences + 1, width)
         valued = conv_of(weights, site, index, window.reshape(width * sequences, -1), every)
         twin.check_codes(conv, tuple(part[width - 1 :: width] for part in valued), twin.half_away)
-        by_channel = channel_scales(site["ssm_state_act:input"], E, index)[:, None]
+        by_channel = channel_scales(site[STATE], E, index).reshape(E, -1)
         initial = twin2.dequantized(before[i][1], by_channel)
         y, states = scanned(weights, layer, site, GROUPS[i], in_proj, conv, range(sequences + 1), initial)
         twin.check_half(seen["gate"][i][0], y)
@@ -339,6 +350,21 @@ def test_a_scale_that_is_not_positive_and_finite_is_refused(prepared, by_granula
     good = by_granularity["ssd"]
     with pytest.raises(ScalesInvalid, match="positive finite"):
         build(prepared, good | {(1, "B_conv_out:input"): (good[1, "B_conv_out:input"][0], value)})
+
+
+def test_scales_by_state_index_where_there_are_none_are_refused(prepared, by_granularity):
+    good = by_granularity["index"]
+    for key, scale, message in (
+        (
+            (1, STATE),
+            tuple(part[:-1] for part in good[1, STATE]),
+            "15 scales in a group, expected one for each of the 16",
+        ),
+        ((1, STATE), (0.1, *good[1, STATE][1:]), "by state index in some groups only"),
+        ((1, "x_conv_out:input"), good[1, STATE], "16 scales in a group, expected one;"),
+    ):
+        with pytest.raises(ScalesInvalid, match=message):
+            build(prepared, good | {key: scale}, channel_groups=DIVISIONS)
 
 
 def test_a_wrong_number_of_groups_is_refused(prepared, by_granularity):

@@ -307,6 +307,32 @@ def test_a_finer_granularity_never_has_a_larger_least_error(grouped: CollectedRu
     assert averaged == {"tensor", "group"}
 
 
+def test_a_state_has_scales_by_state_index(grouped: CollectedRun) -> None:
+    """absmax and quamba, as upstream: largest value of each index in each group of channels, from the raw states."""
+    rows = analyze(grouped.folder.parent.parent, grouped.manifest.run, out=None).table.to_pylist()
+    largest: dict[tuple[int, str], np.ndarray] = {}
+    for row in table(grouped, "activations", STATE):
+        half = (
+            np.abs(np.array(row["values"], np.float32).astype(np.float16).astype(np.float64)).reshape(-1, 4).max(axis=0)
+        )
+        for group in {"all", row["group_name"], row["group_name"][:2], row["group_name"][:4]}:
+            key = row["layer"], group
+            largest[key] = np.maximum(largest.get(key, 0), half)
+    seen = 0
+    for row in (r for r in rows if r["site"] == STATE):
+        scales = row["component_scales"]
+        if row["label"] not in ("absmax", "quamba"):
+            assert scales is None or row["needs_decode"]
+            continue
+        expected = np.maximum(largest[row["layer"], row["group_name"]], 1e-5 if row["label"] == "quamba" else 0) / 127
+        # A float32 quotient or product: half a unit in the last place of it, and of the reciprocal.
+        assert scales == pytest.approx(np.maximum(expected, 1e-6).tolist(), rel=2 * 2.0**-24)
+        assert row["scale"] == max(scales)
+        seen += 1
+    assert seen == 2 * len(largest)
+    assert not any(r["component_scales"] for r in rows if r["site"] != STATE and not r["needs_decode"])
+
+
 def values_by_channel(run: CollectedRun, layer: int) -> np.ndarray:
     """(channels,) largest absolute x of every channel, over every token, from the raw activations."""
     largest = np.zeros(len(order_of(run)[layer].channel_index))
