@@ -18,6 +18,7 @@ from quambase.analyzer.groups import ScaleGroup, scale_groups
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.database import StatsDB
+from quambase.schema.grouping import granularity_of
 from quambase.schema.manifest import Manifest
 from quambase.schema.scales import write_scales
 from quambase.schema.sites import WHOLE, Site, find_site, is_model_site
@@ -44,7 +45,7 @@ def analyze(
     db: Path,
     run: str | None = None,
     strategies: Sequence[str] | None = None,
-    granularity: str = "tensor",
+    granularity: str | None = None,
     out: Path | None = Path("scales.parquet"),
     progress: Callable[[int, int], None] | None = None,
 ) -> Analysis:
@@ -54,8 +55,9 @@ def analyze(
     run          None for the newest complete run, a run id, or ``"all"``
     strategies   labels such as ``percentile:0.9999``; None for `strategies.DEFAULT_LABELS`, ``all`` for every
                  one
-    granularity  ``tensor``: one scale per site, what the INT8 Mamba-1 model consumes; ``group`` adds a scale
-                 for each group of a divided site
+    granularity  ``tensor``: one scale per site; ``ssd_group``, ``head_group``, ``group``: also one for each SSD
+                 group, each head group, each smallest group of a divided site (each includes the coarser ones).
+                 None: what the INT8 model reads, ``tensor`` of a Mamba-1 and ``group`` of a Mamba-2
     out          where to write; None writes nothing
     progress     called with (groups done, groups in all)
 
@@ -77,7 +79,7 @@ def analyze(
     provenance = {
         "format_version": FORMAT_VERSION,
         "quambase": version("quambase"),
-        "granularity": granularity,
+        "granularity": granularity or "the model's",
         "runs": {m.run: {"model": m.model, "identity": m.identity, "data": m.data} for m in manifests},
     }
     if out is not None:
@@ -86,25 +88,31 @@ def analyze(
 
 
 def group_rows(run: str, group: ScaleGroup, choices: list[Choice]) -> list[dict[str, Any]]:
-    """One row of tables.SCALES for each of ``choices``, one of them selected."""
+    """One row of tables.SCALES for each of ``choices``, one of them selected.
+
+    A strategy that needs the quantiles of each document has no row for a group whose documents' are not known.
+    """
     known = is_model_site(group.site, group.family)
     site = find_site(group.site, group.family) if known else Site(group.site)
     key = {"run": run, "layer": group.layer, "site": group.site, "group_name": group.group_name}
-    # The model multiplies a divided site by one scale; its groups' own scales are for comparison.
-    consumed = site.consumed and group.group_name == WHOLE
+    # The model multiplies most divided sites by one scale; their groups' own scales are for comparison.
+    consumed = site.consumed and (group.innermost if site.grouped else group.group_name == WHOLE)
     rows = [
         {
             **key,
             "strategy": choice.strategy.name,
             "params": choice.params_json,
             "label": choice.label,
+            "granularity": granularity_of(group.group_name),
+            "count": group.distribution.total,
             "consumed": consumed,
             "decode_only": site.decode_only,
             "needs_decode": choice.strategy.needs_decode,
-            **scale_columns(group, choice.scale(group), site.saturates),
+            **scale_columns(group, choice.scale(group), site.saturates, choice.state_scales(group)),
             "selected": False,
         }
         for choice in choices
+        if group.documents.quantiles or not choice.needs_document_quantiles
     ]
     eligible = [i for i, row in enumerate(rows) if not row["needs_decode"] and row["clip_safe"]]
     if eligible:
@@ -114,13 +122,16 @@ def group_rows(run: str, group: ScaleGroup, choices: list[Choice]) -> list[dict[
     return rows
 
 
-def scale_columns(group: ScaleGroup, scale: Scale, saturates: bool = True) -> dict[str, Any]:
+def scale_columns(
+    group: ScaleGroup, scale: Scale, saturates: bool = True, state_scales: list[float] | None = None
+) -> dict[str, Any]:
     """The columns of tables.SCALES that follow from a scale: its error, its codes and whether clipping is
     safe.
 
-    ``saturates``: every consumer clamps, so that clipping is safe at any scale.
+    ``saturates``: every consumer clamps, so that clipping is safe at any scale. ``state_scales``: those of each state
+    index, which the figures, of the one scale, know nothing of: a state is counted by group.
     """
-    components = list(scale) if isinstance(scale, tuple) else None
+    components = list(scale) if isinstance(scale, tuple) else state_scales
     single = scale[0] if isinstance(scale, tuple) else scale
     if isinstance(scale, tuple):
         figures = piecewise_figures(group.distribution, *scale, group.signal)

@@ -4,16 +4,21 @@ documents.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from quambase.analyzer.error import Figures, figures, signal_energy
 from quambase.schema.database import DocumentSeries, StatsDB
 from quambase.schema.distribution import Distribution
-from quambase.schema.sites import MAMBA1, WHOLE
+from quambase.schema.grouping import GROUP, TENSOR, granularity_of, united_groups
+from quambase.schema.sites import MAMBA1, MAMBA2, WHOLE
 from quambase.schema.tables import DOCUMENT_QUANTILES
+
+STATE = "ssm_state_act:input"
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,10 @@ class ScaleGroup:
     """Everything known of the values that share one scale.
 
     documents  per-document statistics in file order; of a group without them (an imported tensor), the pooled
-               distribution as if it were one document
+               distribution as if it were one document; of one made of smaller groups, no quantiles
     family     of the model: "mamba1", "mamba2", or "tensor" for an import
+    innermost  no smaller scale group of its site was asked for
+    state_amax  of a Mamba-2's state, (n,) float32: the largest absolute value at each state index; else None
     """
 
     layer: int
@@ -31,6 +38,8 @@ class ScaleGroup:
     distribution: Distribution
     documents: DocumentSeries
     family: str = MAMBA1
+    innermost: bool = True
+    state_amax: npt.NDArray[np.float32] | None = None
 
     @cached_property
     def signal(self) -> float:
@@ -51,17 +60,49 @@ def one_document(distribution: Distribution) -> DocumentSeries:
     )
 
 
-def scale_groups(database: StatsDB, run: str, granularity: str = "tensor") -> list[ScaleGroup]:
-    """Every scale group of ``run`` in model order; granularity as in `StatsDB.distributions`."""
-    documents = database.documents(run)
+def default_granularity(family: str) -> str:
+    """What the INT8 model of ``family`` reads."""
+    return GROUP if family == MAMBA2 else TENSOR
+
+
+def scale_groups(database: StatsDB, run: str, granularity: str | None = None) -> list[ScaleGroup]:
+    """Every scale group of ``run`` in model order; granularity as in `StatsDB.distributions`, None for the model's."""
     family = str(database.manifest(run).model.get("family"))
+    stored = database.documents(run)
     found = []
-    for layer, site, group_name, distribution in database.distributions(run, granularity):
-        series = documents.get((layer, site, group_name))
-        if series is None or not series.documents.size:
-            series = one_document(distribution)
-        found.append(ScaleGroup(layer, site, group_name, distribution, series, family))
+    listed = list(database.distributions(run, granularity or default_granularity(family)))
+    states = database.channel_amax(run, STATE) if family == MAMBA2 else {}
+    finest = {(layer, site): granularity_of(name) for layer, site, name, _ in listed}  # the last one listed is
+    for layer, site, name, distribution in listed:
+        innermost = granularity_of(name) == finest[layer, site]
+        documents = _documents(stored, layer, site, name, distribution)
+        state_amax = _state_amax(states, layer, name) if site == STATE and states else None
+        found.append(ScaleGroup(layer, site, name, distribution, documents, family, innermost, state_amax))
     return found
+
+
+def _members(smallest: list[str], name: str) -> list[str]:
+    """Those of a site's smallest groups that make up its group ``name``."""
+    return united_groups(smallest, granularity_of(name)).get(name, [])
+
+
+def _state_amax(
+    stored: Mapping[tuple[int, str], npt.NDArray[np.float32]], layer: int, name: str
+) -> npt.NDArray[np.float32]:
+    members = _members([group for la, group in stored if la == layer], name)
+    amax: npt.NDArray[np.float32] = np.max([stored[layer, member] for member in members], axis=0)
+    return amax
+
+
+def _documents(
+    stored: Mapping[tuple[int, str, str], DocumentSeries], layer: int, site: str, name: str, distribution: Distribution
+) -> DocumentSeries:
+    series = stored.get((layer, site, name))
+    if series is None:
+        smallest = [group for la, s, group in stored if (la, s) == (layer, site) and group != WHOLE]
+        if members := _members(smallest, name):
+            series = DocumentSeries.united([stored[layer, site, member] for member in members])
+    return one_document(distribution) if series is None or not series.documents.size else series
 
 
 def group_of_values(values: np.ndarray[tuple[int, ...], np.dtype[np.floating]], site: str = "values") -> ScaleGroup:

@@ -1,4 +1,4 @@
-"""Pictures of a comparison, drawn without a screen."""
+"""Pictures of a comparison and of groups, drawn without a screen."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from quambase.analyzer.division import Division
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import QuambaseError
 from quambase.schema.tables import replacing
@@ -28,26 +29,58 @@ OCTAVES = 14
 
 
 def comparison_picture(path: Path, title: str, distribution: Distribution, reconstructions: Reconstructions) -> None:
-    """Save two panels: reconstruction against original, and the root mean squared error by magnitude.
-
-    The suffix of ``path`` chooses the format (png, svg, pdf); the file takes its place at once.
-    """
+    """Save two panels: reconstruction against original, and the root mean squared error by magnitude; see `_save`."""
     figure = Figure(figsize=(12, 5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    supported = sorted(canvas.get_supported_filetypes())
-    suffix = path.suffix.lstrip(".").lower()
-    if suffix not in supported:
-        raise QuambaseError(f"a picture cannot be saved as '{path.name}'; expected one of .{', .'.join(supported)}")
     left, right = figure.subplots(1, 2)
     figure.suptitle(title)
     labels = list(reconstructions)
     shown = {name: reconstructions[name] for name in labels if name in labels[:SHOWN] or name == "absmax"}
     _draw_reconstruction(left, distribution, shown)
     _draw_error(right, distribution, shown)
+    _save(figure, path)
+
+
+def groups_picture(path: Path, title: str, before: Division, after: Division) -> None:
+    """Save two panels, the model's own order and the sorted one: each channel's largest absolute value and its
+    group's; see `_save`.
+    """
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure.suptitle(title)
+    panels = zip(
+        figure.subplots(1, 2, sharey=True), ("in the model's own order", "sorted"), (before, after), strict=True
+    )
+    for axes, name, division in panels:
+        _draw_division(axes, name, division)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """The suffix of ``path`` chooses the format (png, svg, pdf); the file takes its place at once. QuambaseError for
+    another suffix.
+    """
+    supported = sorted(FigureCanvasAgg(figure).get_supported_filetypes())
+    suffix = path.suffix.lstrip(".").lower()
+    if suffix not in supported:
+        raise QuambaseError(f"a picture cannot be saved as '{path.name}'; expected one of .{', .'.join(supported)}")
     with replacing(path) as temporary:
-        # Without dates the same comparison gives the same picture.
+        # Without dates the same figures give the same picture.
         metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(suffix)
         figure.savefig(temporary, format=suffix, dpi=120, metadata=metadata)
+
+
+def _draw_division(axes: Axes, name: str, division: Division) -> None:
+    axes.plot(division.amax, ".", markersize=3, color="tab:gray", label="channel")
+    edges = np.cumsum([0, *division.sizes]) - 0.5
+    axes.stairs(division.reach, edges, color="tab:red", linewidth=1.5, label="its group: 127 steps of its scale")
+    axes.axhline(division.amax.max(), color="tab:blue", linewidth=0.8, linestyle="--", label="one scale for all")
+    axes.set(
+        xlabel="channels of x, group by group",
+        ylabel="largest absolute value",
+        yscale="log",
+        title=f"{name}: mean step {division.mean_step:.3f} of one scale's, spread {division.spread:.3g}",
+    )
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
 
 
 def _draw_reconstruction(axes: Axes, distribution: Distribution, shown: Reconstructions) -> None:

@@ -91,10 +91,27 @@ class Choice:
         """The parameters as JSON, keys sorted."""
         return json.dumps(self.params, sort_keys=True)
 
+    @property
+    def needs_document_quantiles(self) -> bool:
+        """Whether it averages a quantile of each document (the Mamba-1 sites where `quamba` does are never united)."""
+        return self.strategy.name == "ema_percentile" and quantile_column(self.params["alpha"]) != "amax"
+
     def scale(self, group: ScaleGroup) -> Scale:
         """The scale of ``group``, as float32 and at least `SCALE_FLOOR`; two for a two-segment strategy."""
         found = self.strategy.function(group, **self.params)
         return (_stored(found[0]), _stored(found[1])) if isinstance(found, tuple) else _stored(found)
+
+    def state_scales(self, group: ScaleGroup) -> list[float] | None:
+        """Of a Mamba-2's state, one scale per state index (n,), as upstream has it, where the strategy follows from
+        largest values alone; None of every other group and strategy. Upstream observes the float16 cache.
+        """
+        if group.state_amax is None or self.strategy.name not in ("absmax", "quamba"):
+            return None
+        with np.errstate(over="ignore"):
+            amax = group.state_amax.astype(np.float16).astype(np.float32)
+        if self.strategy.name == "absmax":
+            return [_stored(value / LEVELS) for value in amax.tolist()]
+        return [float(minmax_scale_float32(value)) for value in amax[:, None]]
 
 
 STRATEGIES: dict[str, Strategy] = {}

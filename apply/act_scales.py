@@ -18,18 +18,15 @@ of its calibration: ``reorder_mamba``, ``fuse_had_matrices``, ``quantize_fp16_mo
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 
 from quambase.apply.scales import (
     DEFAULT_OTHERWISE,
-    Scale,
     Scales,
     checked_scale,
     choose_scales,
@@ -40,7 +37,7 @@ from quambase.apply.scales import (
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.grouping import LayerGroups, stored_groups
-from quambase.schema.scales import SELECTED, ScaleTable, read_scales
+from quambase.schema.scales import SELECTED, Scale, ScaleTable, read_scales
 from quambase.schema.sites import FAMILIES, HEAD_LAYER, MAMBA2, layer_sites
 from quambase.schema.tables import replacing
 
@@ -55,9 +52,6 @@ BY_SSD = ("B_conv_out:input", "C_conv_out:input")
 SAME_AS_INPUT = ("z_act", "x_conv_in", "B_conv_in", "C_conv_in", "dt_act")
 """Identities whose ``:output`` upstream's Mamba-2 decodes by, while the code was made with the scale of ``:input``."""
 
-StateScales = dict[tuple[int, tuple[int, ...]], tuple[float, ...]]
-"""(layer, the numbers in the group's name) to a scale for each state index."""
-
 
 def export_act_scales(
     scales: Path,
@@ -66,21 +60,28 @@ def export_act_scales(
     strategy: str = SELECTED,
     at: Collection[str] = (),
     otherwise: str = DEFAULT_OTHERWISE,
+    granularity: str | None = None,
 ) -> Path:
     """Write one strategy's scales (``at`` some sites, ``otherwise``'s elsewhere) to ``out`` as upstream has them.
+
+    Scales of a coarser ``granularity`` than upstream's form has are repeated in it.
 
     ScalesInvalid: a scale the INT8 model reads is missing, one at out_proj:input clips (upstream's Hadamard quantizer
     wraps there), or groups that upstream has no form for.
     """
     table = read_scales(scales)
-    content = upstream_form(table, strategy, at, otherwise)
+    content = upstream_form(table, strategy, at, otherwise, granularity)
     with replacing(out) as temporary:
         torch.save(content, temporary)
     return out
 
 
 def upstream_form(
-    table: ScaleTable, strategy: str, at: Collection[str] = (), otherwise: str = DEFAULT_OTHERWISE
+    table: ScaleTable,
+    strategy: str,
+    at: Collection[str] = (),
+    otherwise: str = DEFAULT_OTHERWISE,
+    granularity: str | None = None,
 ) -> dict[str, Any]:
     """What `export_act_scales` writes."""
     model = table.model
@@ -89,7 +90,7 @@ def upstream_form(
         raise ScalesInvalid(
             f"the scale table describes {model.get('name')} (family {family}); expected a Mamba model's"
         )
-    chosen = choose_scales(table, strategy, at, otherwise)
+    chosen = choose_scales(table, strategy, at, otherwise, granularity)
     n_layer = int(model["n_layer"])
     sites = list(layer_sites(n_layer, family))
     needed = [(layer, site.name) for layer, site in sites if site.consumed and layer != HEAD_LAYER]
@@ -102,8 +103,7 @@ def upstream_form(
             f"wraps modulo 256; keep the strategy to other sites with --at, or choose absmax"
         )
     groups = stored_groups(model)
-    state_label = otherwise if at and STATE not in at else strategy
-    form = _Form(chosen, groups, state_scales(table, state_label), model)
+    form = _Form(chosen, groups, model)
     layers: list[dict[str, UpstreamScale]] = [{} for _ in range(n_layer + 1)]
     for layer, site in sites:
         name, _, end = site.name.partition(":")
@@ -113,7 +113,7 @@ def upstream_form(
     origin = {
         "format_version": FORMAT_VERSION,
         "quambase": version("quambase"),
-        "strategy": describe(strategy, at, otherwise),
+        "strategy": describe(strategy, at, otherwise, granularity),
         "run": table.run,
         "model": {key: value for key, value in model.items() if key not in ("groups", "path")},
         "weights_sha256": table.identity.get("weights_sha256"),
@@ -128,11 +128,8 @@ def upstream_form(
 class _Form:
     """The chosen scales, one by one in upstream's form."""
 
-    def __init__(
-        self, chosen: Scales, groups: Sequence[LayerGroups] | None, states: StateScales, model: dict[str, Any]
-    ) -> None:
-        self.chosen, self.groups, self.states = chosen, groups, states
-        self.ngroups = int(model.get("ngroups", 1))
+    def __init__(self, chosen: Scales, groups: Sequence[LayerGroups] | None, model: dict[str, Any]) -> None:
+        self.chosen, self.groups = chosen, groups
         if groups is not None and "d_state" not in model:
             raise ScalesInvalid("the scale table does not say the model's d_state; collect and analyze again")
         self.d_state = int(model.get("d_state", 0))
@@ -143,33 +140,26 @@ class _Form:
             if site in (X, STATE):
                 return self._grouped(layer, site, scale)
             if site in BY_SSD:
-                return _float32(self._expanded(layer, site, scale, self.ngroups))
+                return _float32(
+                    _repeated(layer, site, scale, [(g,) for g in range(len(self.groups[layer].head_groups))])
+                )
         if isinstance(scale, tuple) and site.endswith(":output"):
             return _float32(max(scale))  # no kernel reads it; upstream has one scale there
         if isinstance(scale, tuple):
             raise ScalesInvalid(
                 f"layer {layer} {site} has {len(scale)} scale groups; upstream has one per tensor, or the sorted ones: "
-                "analyze with --granularity tensor, or collect without --groups none"
+                "take --granularity tensor, or collect without --groups none"
             )
         return _float32(checked_scale(layer, site, scale))
-
-    def _expanded(self, layer: int, site: str, scale: Scale, count: int) -> list[float]:
-        values = list(scale) if isinstance(scale, tuple) else [scale] * count
-        if len(values) != count:
-            raise ScalesInvalid(f"layer {layer} {site} has {len(values)} scale groups, expected {count}; analyze again")
-        return [checked_scale(layer, site, value) for value in values]
 
     def _grouped(self, layer: int, site: str, scale: Scale) -> Grouped:
         assert self.groups is not None
         groups = self.groups[layer]
         check_rectangular(groups, layer)
-        names = [(group.ssd_group, group.head_group, group.channel_group) for group in groups.groups()]
-        values: list[Any] = self._expanded(layer, site, scale, len(names))
+        numbers = [(group.ssd_group, group.head_group, group.channel_group) for group in groups.groups()]
+        values: list[Any] = _repeated(layer, site, scale, numbers)
         if site == STATE:
-            values = [
-                self.states.get((layer, name), (value,) * self.d_state)
-                for name, value in zip(names, values, strict=True)
-            ]
+            values = [value if isinstance(value, tuple) else (value,) * self.d_state for value in values]
         left = iter(values)
         return [
             [
@@ -182,6 +172,26 @@ class _Form:
             ]
             for of_heads, of_channels in zip(groups.head_groups, groups.channel_group, strict=True)
         ]
+
+
+def _repeated(layer: int, site: str, scale: Scale, numbers: Sequence[tuple[int, ...]]) -> list[Any]:
+    """The scale, or scales by state index, of each of the groups ``numbers``. Divisions are nested: by none, some or
+    all of the numbers.
+    """
+
+    def checked(part: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        if isinstance(part, tuple):
+            return tuple(checked_scale(layer, site, value) for value in part)
+        return checked_scale(layer, site, part)
+
+    values = [checked(part) for part in (scale if isinstance(scale, tuple) else (scale,))]
+    for depth in range(len(numbers[0]) + 1):
+        coarse = list(dict.fromkeys(number[:depth] for number in numbers))
+        if len(coarse) == len(values):
+            return [values[coarse.index(number[:depth])] for number in numbers]
+    raise ScalesInvalid(
+        f"layer {layer} {site} has {len(values)} scale groups, which is none of its divisions; analyze again"
+    )
 
 
 def check_rectangular(groups: LayerGroups, layer: int) -> None:
@@ -197,21 +207,6 @@ def check_rectangular(groups: LayerGroups, layer: int) -> None:
 
 def _float32(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32)
-
-
-def state_scales(table: ScaleTable, label: str) -> StateScales:
-    """The scales by state index that rows of ``label`` carry as ``component_scales``, where there is one per index."""
-    chosen = table.table["selected"] if label == SELECTED else pc.equal(table.table["label"], label)
-    chosen = pc.and_(chosen, pc.equal(table.table["site"], STATE))
-    d_state = table.model.get("d_state")
-    found: StateScales = {}
-    for row in table.table.filter(chosen).to_pylist():
-        components = row["component_scales"]
-        if components is not None and not row["needs_decode"] and len(components) == d_state:
-            checked = tuple(checked_scale(row["layer"], STATE, value) for value in components)
-            numbers = tuple(map(int, re.findall(r"\d+", row["group_name"])))
-            found[row["layer"], numbers] = checked
-    return found
 
 
 def reorder_params(groups: Sequence[LayerGroups]) -> dict[str, list[torch.Tensor]]:

@@ -51,6 +51,7 @@ def apply(
     strategy: str = SELECTED,
     at: Collection[str] = (),
     otherwise: str = DEFAULT_OTHERWISE,
+    granularity: str | None = None,
     quantize_lm_head: bool = False,
     quantize_embedding: bool = False,
     compat: str | None = None,
@@ -62,12 +63,13 @@ def apply(
 
     strategy   a label of the table, or "selected": each site's selected row
     at         use it only at these sites, and ``otherwise`` elsewhere
+    granularity  how finely scales divide a Mamba-2's sites at most; None: as finely as the table does
     compat     None, or "upstream": its wrapping Hadamard quantizer and embedding maximum
     model      the floating-point model, if it is not where the scale table says
     Errors: ScalesInvalid, UnknownName, ModelNotFound, CheckpointInvalid.
     """
     table = read_scales(scales)
-    chosen = choose_scales(table, strategy, at, otherwise)
+    chosen = choose_scales(table, strategy, at, otherwise, granularity)
     loaded = load_source(table, model)
     used_scales = check_any_scales(loaded.any_weights, table, chosen, quantize_lm_head)
     int8 = build_model(
@@ -79,7 +81,7 @@ def apply(
         compat=compat,
     )
     settings = {
-        "strategy": describe(strategy, at, otherwise),
+        "strategy": describe(strategy, at, otherwise, granularity),
         "source": {"name": loaded.name, "path": str(loaded.path.resolve()), "bundled": loaded.bundled},
         "weights_sha256": loaded.weights_sha256,
         "tokenizer_sha256": loaded.tokenizer_sha256,

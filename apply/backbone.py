@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 from quambase.apply import kernels
 from quambase.apply.int8 import Int8Weight, linear_to_half, to_half
-from quambase.apply.scales import Scale
 from quambase.apply.weights import UPSTREAM, Int8Ends
 from quambase.model.batch import Batch
 from quambase.model.hadamard import hadamard
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
+from quambase.schema.scales import Scale
 from quambase.schema.sites import HEAD_LAYER
 
 

@@ -1,4 +1,4 @@
-"""The models of one evaluation: an applied folder, or every strategy of a scale table."""
+"""The models of one evaluation: an applied folder, every strategy of a scale table, or the float model alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Any
 
 from quambase.apply.apply import load_source
 from quambase.apply.models import Int8Model, build_model, check_any_scales
-from quambase.apply.scales import DEFAULT_OTHERWISE, check_model, loadable_labels, needed_sites
+from quambase.apply.scales import (
+    DEFAULT_OTHERWISE,
+    check_granularity,
+    check_model,
+    describe,
+    loadable_labels,
+    needed_sites,
+)
 from quambase.apply.store import SCALES, load_stored
 from quambase.model.load import LoadedModel, bundled_models, load_model
 from quambase.schema.scales import SELECTED, read_scales
@@ -49,6 +56,12 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
     return Candidates(loaded, models, str(path), about.get("run"), identity)
 
 
+def from_model(model: str) -> Candidates:
+    """The floating-point model alone."""
+    loaded = load_model(model)
+    return Candidates(loaded, {}, "", None, {"weights": loaded.weights_sha256, "strategies": []})
+
+
 def from_scales(
     scales: Path,
     strategies: Sequence[str],
@@ -57,9 +70,14 @@ def from_scales(
     *,
     quantize_embedding: bool,
     compat: str | None,
+    granularities: Sequence[str] = (),
 ) -> Candidates:
-    """Strategies of a scale table, built in memory on one set of INT8 weights."""
+    """Strategies of a scale table at each of ``granularities`` ("all": every one the table has; none: its finest),
+    built in memory on one set of INT8 weights. Labels name the granularity where it is not the table's finest.
+    """
     table = read_scales(scales)
+    held = table.granularities()
+    levels = held if "all" in granularities else [check_granularity(table, level) for level in granularities]
     loaded = load_source(table, model)
     needed = needed_sites(loaded.any_weights.config, quantize_lm_head)
     skipped: list[str] = []
@@ -68,13 +86,16 @@ def from_scales(
         whole, skipped = loadable_labels(table, needed)
         labels = [*whole, SELECTED]
     chosen = {
-        label: check_any_scales(loaded.any_weights, table, table.group_scales_for(label), quantize_lm_head)
+        describe(label, granularity=None if level == held[-1] else level): check_any_scales(
+            loaded.any_weights, table, table.group_scales_for(label, level), quantize_lm_head
+        )
+        for level in levels or held[-1:]
         for label in labels
     }
     first = build_model(
         loaded.any_weights,
         table,
-        chosen[labels[0]],
+        next(iter(chosen.values())),
         quantize_lm_head=quantize_lm_head,
         quantize_embedding=quantize_embedding,
         compat=compat,
@@ -83,7 +104,7 @@ def from_scales(
     identity = {
         "weights": loaded.weights_sha256,
         "scales": file_sha256(scales),
-        "strategies": labels,
+        "strategies": list(chosen),
         "switches": [quantize_lm_head, quantize_embedding, compat],
     }
     return Candidates(loaded, models, str(scales), table.run, identity, skipped)

@@ -20,8 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from quambase.apply.candidates import Candidates, from_folder, from_scales
-from quambase.apply.scales import Scale
+from quambase.apply.candidates import Candidates, from_folder, from_model, from_scales
 from quambase.apply.scoring import (
     FLOAT,
     LAST_WORD,
@@ -35,9 +34,10 @@ from quambase.apply.scoring import (
 )
 from quambase.apply.store import last_applied
 from quambase.model.load import LoadedModel
-from quambase.model.text import BUNDLED_DATA, SAMPLE_AUTHOR, read_documents
+from quambase.model.text import BUNDLED_DATA, SAMPLE_AUTHORS, read_documents
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
+from quambase.schema.scales import Scale
 from quambase.schema.sites import find_site
 from quambase.schema.tables import RESULTS, read_table, replacing, write_table
 
@@ -76,10 +76,11 @@ class TaskData:
                 "calibration run; figures on them flatter the scales"
             )
         if self.data in BUNDLED_DATA and self.task == PERPLEXITY:
-            if model == SAMPLE_AUTHOR:
-                yield f"{self.data} was written by {model} itself: perplexity there is low by construction"
+            authors = " and ".join(SAMPLE_AUTHORS)
+            if model in SAMPLE_AUTHORS:
+                yield f"{self.data} was written by {authors}: perplexity there is low by construction"
             else:
-                yield f"{self.data} was written by the model {SAMPLE_AUTHOR}: no measure of {model} on real text"
+                yield f"{self.data} was written by the models {authors}: no measure of {model} on real text"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def evaluate(
     *,
     scales: Path | None = None,
     strategies: Sequence[str] = ("all",),
+    granularities: Sequence[str] = (),
+    floating: bool = False,
     data: Sequence[str] = (),
     samples: int | None = None,
     task: str = "both",
@@ -112,6 +115,9 @@ def evaluate(
     """Score an applied model (``folder``, default the one applied last) or every strategy of a scale table.
 
     strategies  labels of ``scales``, "selected", or "all"
+    granularities  with ``scales``, of a Mamba-2: how finely scales divide its sites, each of these; "all" for every one
+                the table has; none for its finest
+    floating    score nothing but the floating-point ``model``
     data        texts (`quambase.model.text`); default: the bundled evaluation texts, for a bundled model
     samples     the first so many documents of each
     task        "perplexity", "last-word" or "both"
@@ -119,11 +125,21 @@ def evaluate(
     A killed evaluation resumes: the same call finds its finished blocks.
     Errors: ScalesInvalid, UnknownName, CheckpointInvalid, ModelNotFound, DataInvalid, RunBusy.
     """
-    if scales is None:
+    if floating:
+        if model is None:
+            raise DataInvalid("no model is named; say which floating-point model to evaluate: --float --model NAME")
+        candidates = from_model(model)
+    elif scales is None:
         candidates = from_folder(folder or last_applied(db), model)
     else:
         candidates = from_scales(
-            scales, strategies, model, quantize_lm_head, quantize_embedding=quantize_embedding, compat=compat
+            scales,
+            strategies,
+            model,
+            quantize_lm_head,
+            quantize_embedding=quantize_embedding,
+            compat=compat,
+            granularities=granularities,
         )
     known = _calibration_hashes(db, candidates.run)
     tasks = [
@@ -264,7 +280,7 @@ class _Runner:
         return pa.concat_tables(tables)
 
     def _table(self, label: str, scored: Score, task: TaskData, items: Sequence[Item]) -> pa.Table:
-        some = next(iter(self.candidates.models.values()))
+        model = self.candidates.models.get(label)  # none: the floating-point one
         count = len(items)
         constant: dict[str, Any] = {
             "evaluation": self.evaluation,
@@ -273,9 +289,9 @@ class _Runner:
             "strategy": label,
             "task": task.task,
             "data": task.data,
-            "quantize_lm_head": some.quantized_lm_head and label != FLOAT,
-            "quantize_embedding": some.weights.embedding_scales is not None and label != FLOAT,
-            "compat_upstream": some.compat is not None and label != FLOAT,
+            "quantize_lm_head": model is not None and model.quantized_lm_head,
+            "quantize_embedding": model is not None and model.weights.embedding_scales is not None,
+            "compat_upstream": model is not None and model.compat is not None,
         }
         columns = {name: [value] * count for name, value in constant.items()} | {
             "document": [item.document for item in items],
@@ -284,6 +300,7 @@ class _Runner:
             "nll": scored.nll,
             "kl": scored.kl,
             "top1_agreement": scored.top1,
+            "top1_right": scored.right,
             "correct": scored.correct if task.task == LAST_WORD else [None] * count,
         }
         return pa.table({f.name: pa.array(columns[f.name], f.type) for f in RESULTS}, schema=RESULTS)

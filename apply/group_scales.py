@@ -6,40 +6,51 @@ from collections.abc import Sequence
 
 import torch
 
-from quambase.apply.scales import Scale, Scales, checked_scale, missing_scale, needed_sites
+from quambase.apply.scales import Scales, checked_scale, missing_scale, needed_sites
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.grouping import LayerGroups
+from quambase.schema.scales import Scale
 from quambase.schema.sites import MAMBA2, find_site
 
-ChannelGroups = Sequence[torch.Tensor]
-"""Per layer the scale group of each channel of x (e,), int64; empty where groups follow from the sizes."""
+ChannelGroups = Sequence[Sequence[torch.Tensor]]
+"""Per layer the divisions of the channels of x, each the scale group of every channel (e,), int64; empty where groups
+follow from the sizes."""
 
 BY_CHANNEL_GROUP = ("x_conv_out:input", "ssm_state_act:input")
 """The sites whose scale groups divide the channels of x."""
 
 
+STATE = "ssm_state_act:input"
+
+
 def values_of(scale: Scale) -> torch.Tensor:
-    """A site's scales as float32 (groups,)."""
+    """A site's scales as float32 (groups,), or (groups, n) of one per group and state index."""
     return torch.tensor(scale if isinstance(scale, tuple) else (scale,), dtype=torch.float32)
 
 
-def channel_maps(layers: Sequence[LayerGroups]) -> list[torch.Tensor]:
-    """Each layer's scale group of every channel of x in the reordered model (e,), as `LayerGroups.groups` counts."""
+def channel_maps(layers: Sequence[LayerGroups]) -> list[list[torch.Tensor]]:
+    """Each layer's head group, and its scale group, of every channel of x (e,) in the reordered model, both numbered as
+    `LayerGroups.groups` counts.
+    """
     maps = []
     for groups in layers:
-        index = torch.empty(len(groups.channel_index), dtype=torch.int64)
+        by_head, by_channel = (torch.empty(len(groups.channel_index), dtype=torch.int64) for _ in range(2))
+        heads: dict[tuple[int, int], int] = {}
         for number, group in enumerate(groups.groups()):
-            index[list(group.channels)] = number
-        maps.append(index)
+            by_channel[list(group.channels)] = number
+            by_head[list(group.channels)] = heads.setdefault((group.ssd_group, group.head_group), len(heads))
+        maps.append([by_head, by_channel])
     return maps
 
 
 def channel_groups_of(config: Mamba2Config, channel_groups: ChannelGroups, layer: int, count: int) -> torch.Tensor:
-    """The group (0 to count - 1) of each channel of x (e,), int64: none, by SSD group, or the layer's own map."""
+    """The group (0 to count - 1) of each channel of x (e,), int64: none, by SSD group, or the layer's own division of
+    that many groups. Divisions are nested, so of the same number they are the same.
+    """
     if count in (1, config.ngroups):
         return torch.arange(config.d_inner) // (config.d_inner // count)
-    return channel_groups[layer]
+    return next(index for index in channel_groups[layer] if int(index.max()) + 1 == count)
 
 
 def check_group_scales(
@@ -57,19 +68,41 @@ def check_group_scales(
     for layer, site in needed:
         scale = scales[layer, site]
         _check_count(layer, site, scale, config, channel_groups)
-        values = tuple(checked_scale(layer, site, value) for value in (scale if isinstance(scale, tuple) else (scale,)))
-        found[layer, site] = values if len(values) > 1 else values[0]
+        found[layer, site] = _checked(layer, site, scale, config.d_state)
     return found
+
+
+def _checked(layer: int, site: str, scale: Scale, d_state: int) -> Scale:
+    """``scale`` rounded to float32; one group's is one scale."""
+    if not isinstance(scale, tuple):
+        return checked_scale(layer, site, scale)
+    groups: list[float] = []
+    by_index: list[tuple[float, ...]] = []
+    for part in scale:
+        if not isinstance(part, tuple):
+            groups.append(checked_scale(layer, site, part))
+            continue
+        if site != STATE or len(part) != d_state:
+            expected = f"one for each of the {d_state} state indices" if site == STATE else "one"
+            raise ScalesInvalid(
+                f"layer {layer} {site} has {len(part)} scales in a group, expected {expected}; analyze again"
+            )
+        by_index.append(tuple(checked_scale(layer, site, value) for value in part))
+    if by_index and groups:
+        raise ScalesInvalid(f"layer {layer} {site} has scales by state index in some groups only; analyze again")
+    if by_index:
+        return tuple(by_index)
+    return tuple(groups) if len(groups) > 1 else groups[0]
 
 
 def _check_count(layer: int, site: str, scale: Scale, config: Mamba2Config, channel_groups: ChannelGroups) -> None:
     if not isinstance(scale, tuple):
         return
     expected = {1}
-    if find_site(site, MAMBA2).by_ssd or site in BY_CHANNEL_GROUP:
+    if find_site(site, MAMBA2).grouped:
         expected.add(config.ngroups)
     if site in BY_CHANNEL_GROUP and layer < len(channel_groups):
-        expected.add(int(channel_groups[layer].max()) + 1)
+        expected |= {int(index.max()) + 1 for index in channel_groups[layer]}
     if len(scale) not in expected:
         counts = " or ".join(map(str, sorted(expected)))
         raise ScalesInvalid(

@@ -19,7 +19,7 @@ from quambase.model.load import LoadedModel, load_model
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, ScalesInvalid
-from quambase.schema.grouping import LayerGroups
+from quambase.schema.grouping import GROUP, TENSOR, LayerGroups, granularity_of
 from quambase.schema.scales import write_scales
 from quambase.schema.sites import HEAD_LAYER, WHOLE, find_site, is_model_site
 from quambase.schema.tables import SCALES, file_sha256
@@ -28,7 +28,7 @@ IMPORTED = "imported"
 """Strategy and label of the rows, which are the selected ones."""
 
 Row = tuple[str, float, list[float] | None]
-"""group_name, scale, and a scale for each state index where those differ (``scale`` is then the largest)."""
+"""group_name, scale, and a scale for each state index if those of the layer differ (``scale`` is the largest)."""
 
 
 def import_act_scales(path: Path, model: str, out: Path) -> int:
@@ -59,7 +59,8 @@ def import_act_scales(path: Path, model: str, out: Path) -> int:
     table = [
         unknown
         | {"run": run, "layer": layer, "site": site, "group_name": name}
-        | {"strategy": IMPORTED, "label": IMPORTED, "params": "{}", "scale": scale, "component_scales": components}
+        | {"strategy": IMPORTED, "label": IMPORTED, "params": "{}", "granularity": granularity_of(name)}
+        | {"scale": scale, "component_scales": components}
         | {"qmin": -128, "qmax": 127, "needs_decode": False, "selected": True}
         | {"consumed": find_site(site, family).consumed, "decode_only": find_site(site, family).decode_only}
         for layer, site, (name, scale, components) in rows
@@ -67,7 +68,7 @@ def import_act_scales(path: Path, model: str, out: Path) -> int:
     provenance = {
         "format_version": FORMAT_VERSION,
         "quambase": version("quambase"),
-        "granularity": "group" if groups else "tensor",
+        "granularity": GROUP if groups else TENSOR,
         "runs": {run: {"model": about, "identity": {"weights_sha256": loaded.weights_sha256}, "data": {}}},
         "imported": {"file": path.name, "origin": origin},
     }
@@ -204,6 +205,7 @@ def _site_rows(
                 values += checked(tensor)
     except (TypeError, ValueError, AttributeError) as error:
         raise ScalesInvalid(f"{path}: layer {layer} {site} has not the groups of reorder_params ({error})") from None
-    for number, group in enumerate(layout.groups()):
-        mine = values[number * per_group : (number + 1) * per_group]
-        yield group.name, max(mine), mine if len(set(mine)) > 1 else None
+    mine = [values[start : start + per_group] for start in range(0, len(values), per_group)]
+    by_index = any(len(set(of_group)) > 1 for of_group in mine)
+    for group, of_group in zip(layout.groups(), mine, strict=True):
+        yield group.name, max(of_group), of_group if by_index else None

@@ -8,13 +8,13 @@ Weights never depend on activation scales, so one set of INT8 weights serves eve
     x_conv_in, B_conv_in, C_conv_in:input   in_proj -> convolution
     dt_act:input                     in_proj -> delta of the scan
     x_conv_out, B_conv_out, C_conv_out:input  convolution -> scan, by scale group
-    ssm_state_act:input              the cached state (decoding only), by scale group
+    ssm_state_act:input              the cached state (decoding only), by scale group (and state index)
     out_proj:input                   Hadamard quantizer -> out_proj
     lm_head:input                    last norm -> lm_head (only with a quantized head)
 
 Declared differences from upstream: those of `quambase.apply.quamba1`; and the scan is recurrent in float32, where
-upstream's chunks (256 tokens) round C B^T, B with its decay and the state between chunks to float16; and the cached
-state has one scale per scale group, where upstream has one per group and state index.
+upstream's chunks (256 tokens) round C B^T, B with its decay and the state between chunks to float16. The cached state
+has upstream's one scale per group and state index where the strategy has them (absmax, quamba), else one per group.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from quambase.apply.backbone import Int8Backbone, Int8State, last_inputs
 from quambase.apply.group_scales import ChannelGroups, channel_groups_of, check_group_scales, values_of
 from quambase.apply.int8 import dequantize, float32, linear_to_half, matmul, softplus_delta, to_half
 from quambase.apply.quamba2_weights import Int8Mamba2Layer, Int8Mamba2Weights, quantize
-from quambase.apply.scales import Scale, Scales
+from quambase.apply.scales import Scales
 from quambase.model.batch import Batch
 from quambase.model.kernels import ssd_scan
 from quambase.model.mamba2 import gated_rms_norm
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights
+from quambase.schema.scales import Scale
 
 Array = npt.NDArray[np.float32]
 
@@ -87,8 +88,8 @@ class Int8Mamba2(Int8Backbone):
         channel_groups: ChannelGroups = (),
         compat: str | None = None,
     ) -> None:
-        """``channel_groups``: per layer the scale group of each channel of x (e,), int64; not needed for one scale per
-        tensor or per SSD group.
+        """``channel_groups``: per layer the divisions of x in scale groups; not needed for one scale per tensor or per
+        SSD group.
 
         ScalesInvalid: ``scales`` lacks a site this model reads, holds one that is not positive, or as many for a
         site as there are no groups of.
@@ -122,7 +123,7 @@ class Int8Mamba2(Int8Backbone):
             torch.repeat_interleave(ratios.to(torch.float32), widths),
             layer.conv_weight.row_scales * conv_in,
             torch.cat(parts),
-            state.unsqueeze(1).repeat(1, c.d_state),
+            state if state.dim() == 2 else state.unsqueeze(1).repeat(1, c.d_state),
             channel_groups_of(c, self.channel_groups, index, len(state)),
         )
 

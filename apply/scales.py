@@ -8,12 +8,10 @@ from collections.abc import Collection, Mapping
 from quambase.apply.int8 import float32
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
-from quambase.schema.errors import ScalesInvalid
-from quambase.schema.scales import ScaleTable
+from quambase.schema.errors import ScalesInvalid, UnknownName
+from quambase.schema.grouping import GRANULARITIES
+from quambase.schema.scales import Scale, ScaleTable
 from quambase.schema.sites import FAMILIES, HEAD_LAYER, MAMBA1, MAMBA2, find_site, is_model_site, layer_sites
-
-Scale = float | tuple[float, ...]
-"""A site's one scale, or one per scale group, in channel order."""
 
 Scales = Mapping[tuple[int, str], Scale]
 """(layer, site) to a positive scale, or to one per scale group where an INT8 Mamba-2 reads groups."""
@@ -86,25 +84,55 @@ def check_model(table: ScaleTable, weights_sha256: str, name: str) -> None:
 
 
 def choose_scales(
-    table: ScaleTable, strategy: str, at: Collection[str] = (), otherwise: str = DEFAULT_OTHERWISE
+    table: ScaleTable,
+    strategy: str,
+    at: Collection[str] = (),
+    otherwise: str = DEFAULT_OTHERWISE,
+    granularity: str | None = None,
 ) -> dict[tuple[int, str], Scale]:
-    """(layer, site) to scale: those of ``strategy``, or with ``at`` its scales at these sites,
-    ``otherwise``'s elsewhere.
+    """(layer, site) to scale, or to scales by group, as finely as ``granularity`` (None: as the table has them): those
+    of ``strategy``, or with ``at`` its scales at these sites, ``otherwise``'s elsewhere.
 
-    UnknownName: a label or site that does not exist.
+    UnknownName: a label, site or granularity that does not exist; ScalesInvalid: one that the table does not hold.
     """
-    chosen = table.group_scales_for(strategy)
+    level = check_granularity(table, granularity)
+    chosen = table.group_scales_for(strategy, level)
     if not at:
         return chosen
     for name in at:
         find_site(name, str(table.model["family"]))
-    rest = {key: scale for key, scale in table.group_scales_for(otherwise).items() if key[1] not in at}
+    rest = {key: scale for key, scale in table.group_scales_for(otherwise, level).items() if key[1] not in at}
     return rest | {key: scale for key, scale in chosen.items() if key[1] in at}
 
 
-def describe(strategy: str, at: Collection[str] = (), otherwise: str = DEFAULT_OTHERWISE) -> str:
-    """What a mix is called in results: ``mse@x_proj:input/quamba``."""
-    return f"{strategy}@{','.join(at)}/{otherwise}" if at else strategy
+def check_granularity(table: ScaleTable, granularity: str | None) -> str:
+    """``granularity``, or the table's finest if it is None. UnknownName: no granularity; ScalesInvalid: one at which
+    the table divides nothing.
+    """
+    held = table.granularities()
+    if granularity is None:
+        return held[-1]
+    if granularity not in GRANULARITIES:
+        raise UnknownName.of("granularity", granularity, GRANULARITIES)
+    if granularity not in held:
+        raise ScalesInvalid(
+            f"the scale table has no scales by {granularity} (it has {', '.join(held)}); "
+            "analyze a grouped Mamba-2 run with --granularity group"
+        )
+    return granularity
+
+
+def describe(
+    strategy: str,
+    at: Collection[str] = (),
+    otherwise: str = DEFAULT_OTHERWISE,
+    granularity: str | None = None,
+) -> str:
+    """What a mix is called in results: ``mse@x_proj:input/quamba``; ``mse (tensor)`` at a granularity that was asked
+    for.
+    """
+    mix = f"{strategy}@{','.join(at)}/{otherwise}" if at else strategy
+    return mix if granularity is None else f"{mix} ({granularity})"
 
 
 def loadable_labels(table: ScaleTable, needed: list[tuple[int, str]]) -> tuple[list[str], list[str]]:

@@ -62,12 +62,14 @@ class Score:
 
     nll, kl   (documents,) float64, nats
     top1      (documents,) int64: predictions whose most likely token is the floating-point model's
+    right     (documents,) int64: predictions whose most likely token is the one that follows
     correct   (documents,) bool: every predicted token was the most likely one
     """
 
     nll: npt.NDArray[np.float64]
     kl: npt.NDArray[np.float64]
     top1: npt.NDArray[np.int64]
+    right: npt.NDArray[np.int64]
     correct: npt.NDArray[np.bool_]
 
 
@@ -173,6 +175,7 @@ def _per_document(
         np.bincount(owner, nll, documents).astype(np.float64),
         np.bincount(owner, kl, documents).astype(np.float64),
         np.bincount(owner[agrees], minlength=documents),
+        np.bincount(owner[right], minlength=documents),
         np.bincount(owner[~right], minlength=documents) == 0,
     )
 

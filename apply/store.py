@@ -30,12 +30,12 @@ from quambase.apply.quamba2_weights import (
     conv_widths,
     in_proj_widths,
 )
-from quambase.apply.scales import Scale
 from quambase.apply.weights import Int8Layer, Int8Weights
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import CheckpointInvalid
+from quambase.schema.scales import Scale
 from quambase.schema.tables import file_sha256, replacing
 
 QUAMBA1, QUAMBA2 = "quamba1-w8a8", "quamba2-w8a8"
@@ -100,7 +100,7 @@ def _tensors(model: Int8Model) -> dict[str, torch.Tensor]:
     for (layer_number, site), value in scales.items():
         found[f"activation_scales.{layer_number}.{site}"] = torch.tensor(value, dtype=torch.float32)
     if isinstance(model, Int8Mamba2):
-        found |= {f"channel_groups.{i}": index for i, index in enumerate(model.channel_groups)}
+        found |= {f"channel_groups.{i}": torch.stack(list(maps)) for i, maps in enumerate(model.channel_groups)}
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
@@ -135,11 +135,12 @@ def _model_of(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Int8Mo
     for name, tensor in tensors.items():
         if name.startswith("activation_scales."):
             _, layer, site = name.split(".", 2)
-            scales[int(layer), site] = tuple(tensor.tolist()) if tensor.dim() else float(tensor)
+            scales[int(layer), site] = _scale_of(tensor)
     if about["family"] == QUAMBA2:
         config = Mamba2Config(**about["sizes"])
         blocks = tuple(_mamba2_layer(config, tensors, f"layers.{i}.") for i in range(config.n_layer))
-        groups = [tensors[f"channel_groups.{i}"] for i in range(config.n_layer) if "channel_groups.0" in tensors]
+        maps = range(config.n_layer if "channel_groups.0" in tensors else 0)
+        groups = [list(tensors[f"channel_groups.{i}"]) for i in maps]
         weights = Int8Mamba2Weights(*ends, config, blocks)
         return Int8Mamba2(weights, scales, channel_groups=groups, compat=about["compat"])
     sizes = MambaConfig(**about["sizes"])
@@ -148,6 +149,13 @@ def _model_of(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Int8Mo
         for i in range(sizes.n_layer)
     )
     return Int8Mamba(Int8Weights(*ends, sizes, layers), scales, compat=about["compat"])
+
+
+def _scale_of(tensor: torch.Tensor) -> Scale:
+    """A float, a tuple, or a tuple of tuples: as many axes as ``tensor``."""
+    if tensor.dim() == 2:
+        return tuple(map(tuple, tensor.tolist()))
+    return tuple(tensor.tolist()) if tensor.dim() else float(tensor)
 
 
 def _whole(tensors: dict[str, torch.Tensor], name: str) -> Int8Weight:

@@ -41,6 +41,7 @@ _COLUMNS: list[tuple[str, pa.DataType]] = [
     ("tokens", pa.int64()),
     *((f"{name}{end}", pa.float64()) for name in _VALUES for end in ("", "_low", "_high")),
     ("top1_agreement", pa.float64()),
+    ("token_accuracy", pa.float64()),
     *(
         (f"vs_{reference}{end}", pa.string() if end == "_verdict" else pa.float64())
         for reference in REFERENCES
@@ -52,6 +53,7 @@ SUMMARY = pa.schema(_COLUMNS)
 """perplexity  exp of the mean nll per predicted token; for last-word per document, as lm-eval has it
 kl          nats per predicted token
 accuracy    share of last words right (null for perplexity)
+token_accuracy  share of predicted tokens that were the most likely one
 vs_*        difference in perplexity (for last-word in accuracy), its p Holm-corrected over the strategies,
             and the smallest difference that this many documents show with power 0.8
 *_low, *_high  95 % intervals"""
@@ -78,7 +80,7 @@ class _Text:
         self.columns: dict[tuple[str, str], Float64] = {}
         for label in self.labels:
             own = results.filter(pc.equal(results["strategy"], pa.scalar(label))).sort_by("document")
-            for name in ("nll", "kl", "top1_agreement", "tokens", "correct"):
+            for name in ("nll", "kl", "top1_agreement", "top1_right", "tokens", "correct"):
                 # `correct` is null where the task has no last word.
                 self.columns[label, name] = np.array([float(v or 0) for v in own[name].to_pylist()])
         self.documents = self.columns[self.labels[0], "tokens"].size
@@ -112,7 +114,7 @@ class _Text:
             return source[label, "kl"] / tokens
         if name == "accuracy":
             return source[label, "correct"] / self.documents
-        return source[label, "top1_agreement"] / tokens
+        return source[label, name] / tokens
 
     def _row(self, label: str) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -122,6 +124,7 @@ class _Text:
             "documents": self.documents,
             "tokens": int(self.sums[label, "tokens"][0]),
             "top1_agreement": float(self._metric("top1_agreement", label, self.sums)[0]),
+            "token_accuracy": float(self._metric("top1_right", label, self.sums)[0]),
         }
         for name in _VALUES:
             if name == "accuracy" and self.task != LAST_WORD:
@@ -173,6 +176,7 @@ def readable(summary: pa.Table) -> tuple[pa.Table, pa.Table]:
                 "perplexity": _bracketed(row, "perplexity"),
                 "KL/token": _bracketed(row, "kl"),
                 "top-1 %": f"{100 * row['top1_agreement']:.2f}",
+                "next token %": f"{100 * row['token_accuracy']:.2f}",
                 "last word %": _bracketed(row, "accuracy", 100.0),
             }
         )

@@ -62,6 +62,7 @@ def build_upstream(
     strategy: str = SELECTED,
     at: Collection[str] = (),
     otherwise: str = DEFAULT_OTHERWISE,
+    granularity: str | None = None,
     quantize_lm_head: bool = False,
     quantize_embedding: bool = False,
     model: str | None = None,
@@ -78,7 +79,7 @@ def build_upstream(
         raise BackendUnavailable(f"upstream's kernels need a CUDA GPU and there is none; {ADVICE}")
     check_gemm(linears.W8A8B16O16Linear, CUDA)
     table = read_scales(scales)
-    content = on_device(upstream_form(table, strategy, at, otherwise), CUDA)
+    content = on_device(upstream_form(table, strategy, at, otherwise, granularity), CUDA)
     if quantize_lm_head and "lm_head:input" not in content["act_scales"][HEAD_LAYER]:
         raise missing_scale([(HEAD_LAYER, "lm_head:input")], [(HEAD_LAYER, "lm_head:input")])
     source = load_source(table, model)

@@ -19,7 +19,6 @@ from timing import machine
 from quambase.apply.group_scales import channel_groups_of, values_of
 from quambase.apply.quamba2 import Int8Mamba2, build
 from quambase.apply.quamba2_weights import SplitInt8Weight
-from quambase.apply.scales import Scale
 from quambase.model.backbone import Tap
 from quambase.model.batch import Batch
 from quambase.model.hadamard import hadamard
@@ -29,6 +28,7 @@ from quambase.model.mamba2 import Mamba2, gated_rms_norm
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
 from quambase.model.prepare import prepare
 from quambase.model.text import read_documents
+from quambase.schema.scales import Scale
 from quambase.schema.sites import MAMBA2, layer_sites
 
 SHAPES = {

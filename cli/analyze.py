@@ -13,7 +13,7 @@ from quambase.analyzer.batch import summarize
 from quambase.analyzer.strategies import DEFAULT_LABELS, STRATEGIES
 from quambase.cli.console import Command, database_option, emit, note, output_options
 from quambase.cli.query import run_option
-from quambase.schema.database import GRANULARITIES
+from quambase.schema.grouping import GRANULARITIES
 
 
 @click.command(cls=Command)
@@ -26,9 +26,7 @@ from quambase.schema.database import GRANULARITIES
 @click.option(
     "--granularity",
     type=click.Choice(GRANULARITIES),
-    default="tensor",
-    show_default=True,
-    help="tensor: one scale per site, as the INT8 model has; group: also one per slice.",
+    help="One scale per site; also one per SSD group, head group, smallest group. [default: what the INT8 model reads]",
 )
 @click.option(
     "--out",
@@ -43,7 +41,7 @@ from quambase.schema.database import GRANULARITIES
 @output_options
 def analyze(
     strategies: tuple[str, ...],
-    granularity: str,
+    granularity: str | None,
     out: Path,
     list_: bool,
     run: str | None,

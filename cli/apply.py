@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from quambase.cli.console import Command, database_option, note
+from quambase.schema.grouping import GRANULARITIES
 
 BACKENDS = ("quambase", "quamba")
 
@@ -56,6 +57,11 @@ def int8_options(function: click.decorators.FC) -> click.decorators.FC:
     metavar="LABEL",
     help="The strategy of the other sites.",
 )
+@click.option(
+    "--granularity",
+    type=click.Choice(GRANULARITIES),
+    help="Of a Mamba-2: how finely scales divide its sites. [default: as the table]",
+)
 @int8_options
 @database_option
 @click.option(
@@ -88,6 +94,7 @@ def apply(
     strategy: str,
     at: tuple[str, ...],
     otherwise: str,
+    granularity: str | None,
     quantize_lm_head: bool,
     quantize_embedding: bool,
     compat: str | None,
@@ -112,7 +119,7 @@ def apply(
     if import_ is not None:
         _import(import_, model, out)
         return
-    mix: dict[str, Any] = {"strategy": strategy, "at": at, "otherwise": otherwise}
+    mix: dict[str, Any] = {"strategy": strategy, "at": at, "otherwise": otherwise, "granularity": granularity}
     if export is not None:
         from quambase.apply.act_scales import export_act_scales
 

@@ -1,4 +1,4 @@
-"""`quambase compare`: the strategies side by side at one site."""
+"""`quambase compare` and `quambase groups`: one site in detail, with a picture."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import click
 
 from quambase.analyzer.compare import MAGNITUDES, Comparison
 from quambase.analyzer.compare import compare as compare_strategies
+from quambase.analyzer.group_spread import group_spread
 from quambase.cli.console import Command, database_option, emit, note, output_options
 from quambase.cli.query import run_option
 from quambase.schema.sites import WHOLE
@@ -89,3 +90,37 @@ def _print_all(found: Comparison) -> None:
         click.echo()
     for line in found.summary:
         click.echo(line)
+
+
+@click.command(cls=Command)
+@click.option("--layer", type=int, help="The layer to draw. [default: the one that sorting helps most]")
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("groups.png"),
+    show_default=True,
+    help="Where to save the picture (png, svg, pdf).",
+)
+@click.option("--no-picture", is_flag=True, help="Save none.")
+@run_option
+@database_option
+@output_options
+def groups(
+    layer: int | None,
+    picture: Path,
+    no_picture: bool,
+    run: str | None,
+    db: Path,
+    format_: str,
+    output: Path | None,
+) -> None:
+    """Show what sorting a Mamba-2's heads and channels did to the spread of its scale groups, layer by layer.
+
+    \b
+    Example:
+      quambase groups --layer 3 --picture groups.png
+    """
+    found = group_spread(db, run, layer, None if no_picture else picture)
+    emit(found.table, format_, output)
+    if found.picture:
+        note(f"written: {found.picture} (layer {found.layer})")

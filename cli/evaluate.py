@@ -63,6 +63,14 @@ def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, 
     help="With --scales: which strategies.",
 )
 @click.option(
+    "--granularity",
+    "granularities",
+    callback=names,
+    metavar="all|LEVEL[,LEVEL...]",
+    help="With --scales, of a Mamba-2: tensor, ssd_group, head_group, group. [default: the table's finest]",
+)
+@click.option("--float", "floating", is_flag=True, help="Evaluate the floating-point --model alone.")
+@click.option(
     "--data",
     multiple=True,
     metavar="FILE|NAME",
@@ -91,6 +99,8 @@ def evaluate(
     folder: Path | None,
     scales: Path | None,
     strategies: tuple[str, ...],
+    granularities: tuple[str, ...],
+    floating: bool,
     data: tuple[str, ...],
     samples: int | None,
     task: str,
@@ -115,12 +125,14 @@ def evaluate(
     """
     from quambase.apply.evaluate import evaluate as run
 
-    if folder is not None and scales is not None:
-        raise click.UsageError("give MODEL_DIR or --scales, not both")
+    if sum([folder is not None, scales is not None, floating]) > 1:
+        raise click.UsageError("give one of MODEL_DIR, --scales and --float")
     evaluation = run(
         folder,
         scales=scales,
         strategies=strategies,
+        granularities=granularities,
+        floating=floating,
         data=data,
         samples=samples,
         task=task,

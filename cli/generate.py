@@ -10,12 +10,19 @@ from quambase.cli.console import Command, note
 
 
 @click.command(cls=Command)
-@click.option("--model", default="mamba-5m", show_default=True, help="Bundled name, folder, short name or hub id.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=("mamba-5m", "mamba2-8m"),
+    show_default=True,
+    help="Bundled name, folder, short name or hub id; several write a document each in turn.",
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the files.")
 @click.option("--tokens", default=300_000, show_default=True, type=click.IntRange(min=1), help="Tokens to write.")
 @click.option("--seed", default=0, show_default=True, help="Seed of lengths and sampling.")
-def generate(model: str, out: Path, tokens: int, seed: int) -> None:
-    """Let a model write a calibration text, an evaluation text and a last-word set.
+def generate(models: tuple[str, ...], out: Path, tokens: int, seed: int) -> None:
+    """Let models write a calibration text, an evaluation text and a last-word set.
 
     Useful where no data set can be had. Perplexity of a model on its own text favours it; `evaluate` says so.
 
@@ -26,5 +33,5 @@ def generate(model: str, out: Path, tokens: int, seed: int) -> None:
     from quambase.model.load import load_model
     from quambase.model.sample import write_sample
 
-    for name, documents in write_sample(load_model(model), out, tokens=tokens, seed=seed).items():
+    for name, documents in write_sample([load_model(name) for name in models], out, tokens=tokens, seed=seed).items():
         note(f"{name}: {documents} documents")

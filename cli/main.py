@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "sql": "quambase.cli.query:sql",
     "stats": "quambase.cli.query:stats",
     "compare": "quambase.cli.compare:compare",
+    "groups": "quambase.cli.compare:groups",
     "results": "quambase.cli.results:results",
     "import": "quambase.cli.collect:import_tensor",
     "merge": "quambase.cli.collect:merge",

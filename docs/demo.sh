@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on the bundled model and text: no network, a few minutes on two cores.
+# The whole pipeline on the bundled models and text: no network, a few minutes on two cores.
 set -euo pipefail
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
@@ -10,7 +10,7 @@ mkdir demo
 cd demo
 start=$SECONDS
 
-say "1. Run the bundled model over 128 texts and keep the exact distribution of every activation."
+say "1. Run the bundled Mamba-1 over 128 texts and keep the exact distribution of every activation."
 run collect --model mamba-5m --samples 128
 
 say "2. Ask: which sites that an INT8 model reads have outliers, and which tokens make the largest?"
@@ -30,11 +30,20 @@ run evaluate --samples 24
 say "5. Every strategy against the floating-point model and against upstream's recipe, on the same texts."
 run evaluate --scales scales.parquet --strategy all --samples 24
 
+say "6. The same for a Mamba-2: heads and channels sorted into groups, a scale for each group, and what that buys."
+run collect --model mamba2-8m --samples 64
+run quambase groups
+run analyze --out scales2.parquet
+run quambase sql --scales scales2.parquet "select granularity, label, sum(groups)::int as scales, avg(gain_db) as gain_db
+  from granularity_gain where site = 'x_conv_out:input' and label in ('quamba', 'mse') group by all order by all"
+run evaluate --scales scales2.parquet --strategy quamba,mse --granularity all --samples 12 --task perplexity
+
 say "Done in $((SECONDS - start)) s. Look at:"
 cat <<'END'
   demo/quambase-db/runs/*/        the database: plain Parquet and run.json
   demo/scales.parquet             every scale of every strategy at every site, with its exact error
   demo/compare.png                one site: original against reconstruction, error by magnitude
+  demo/groups.png                 a Mamba-2 layer's scale groups, in the model's own order and sorted
   demo/quambase-db/models/*/      the INT8 model: safetensors, config, the scales it holds
   demo/quambase-db/results/*/     every document's result, so strategies can be compared again without running
 Next:

@@ -1,9 +1,10 @@
-"""The sample text of a bundled model: calibration, evaluation and last-word parts, written by the model itself."""
+"""The bundled sample text: calibration, evaluation and last-word parts, written by the bundled models themselves."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,10 @@ _PASSAGE = re.compile(r"(?s)^(.*\s)([A-Za-z]{3,})\W*$")
 
 
 def write_sample(
-    model: LoadedModel, folder: Path, *, tokens: int = 300_000, seed: int = 0, progress: bool = True
+    models: Sequence[LoadedModel], folder: Path, *, tokens: int = 300_000, seed: int = 0, progress: bool = True
 ) -> dict[str, int]:
-    """Let ``model`` write about ``tokens`` tokens and save them as the three files of `BUNDLED_DATA` in ``folder``.
+    """Let ``models`` write about ``tokens`` tokens, a document each in turn, and save them as the three files of
+    `BUNDLED_DATA` in ``folder``: lines {"text": ..., "author": the model's name}.
 
     Lengths are log-normal (median 300 tokens, at most 1024), a twelfth of the documents are of 1 to 24 tokens. The
     parts are different documents. Returns the number of documents of each file.
@@ -40,29 +42,33 @@ def write_sample(
         short = rng.random() < 1 / 12
         drawn = rng.integers(1, 25) if short else min(1024, rng.lognormal(np.log(300), 0.6))
         lengths.append(max(1, int(drawn)))
-    openings = rng.choice(len(OPENINGS), size=len(lengths))
-    prompts = [model.tokenizer.encode(OPENINGS[i]) for i in openings]
-    written = generate(
-        model.floating(),
-        prompts,
-        [max(length, len(prompt)) for length, prompt in zip(lengths, prompts, strict=True)],
-        seed=seed,
-        vocabulary=model.tokenizer.size,
-        progress=progress,
-    )
-    texts = [model.tokenizer.decode(ids).strip() for ids in written]
+    openings = [OPENINGS[i] for i in rng.choice(len(OPENINGS), size=len(lengths))]
+    texts: list[tuple[str, str]] = [("", "")] * len(lengths)
+    for turn, model in enumerate(models):
+        mine = range(turn, len(lengths), len(models))
+        prompts = [model.tokenizer.encode(openings[i]) for i in mine]
+        written = generate(
+            model.floating(),
+            prompts,
+            [max(lengths[i], len(prompt)) for i, prompt in zip(mine, prompts, strict=True)],
+            seed=seed,
+            vocabulary=model.tokenizer.size,
+            progress=progress,
+        )
+        for i, ids in zip(mine, written, strict=True):
+            texts[i] = model.tokenizer.decode(ids).strip(), model.name
     cut = int(len(texts) * CALIBRATION_SHARE)
     calibration, evaluation = texts[:cut], texts[cut:]
     for place in EMPTY:
-        calibration.insert(min(place, len(calibration)), "")
+        calibration.insert(min(place, len(calibration)), ("", ""))
     parts = {
         "sample:calibration": calibration,
         "sample:evaluation": evaluation,
-        "sample:last-word": [p for text in evaluation for p in last_word_passages(text)],
+        "sample:last-word": [(p, author) for text, author in evaluation for p in last_word_passages(text)],
     }
     for name, documents in parts.items():
         with replacing(folder / BUNDLED_DATA[name]) as temporary:
-            lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
+            lines = [json.dumps({"text": t, "author": a}, ensure_ascii=False) + "\n" for t, a in documents]
             temporary.write_text("".join(lines), encoding="utf-8")
     return {name: len(documents) for name, documents in parts.items()}
 

@@ -27,10 +27,10 @@ BUNDLED_DATA: dict[str, str] = {
     "sample:evaluation": "evaluation.jsonl",
     "sample:last-word": "last_word.jsonl",
 }
-"""Names of the bundled texts, written by SAMPLE_AUTHOR (`quambase generate`)."""
+"""Names of the bundled texts, written by SAMPLE_AUTHORS (`quambase generate`)."""
 
-SAMPLE_AUTHOR = "mamba-5m"
-"""The bundled model that wrote the bundled texts."""
+SAMPLE_AUTHORS = ("mamba-5m", "mamba2-8m")
+"""The bundled models that wrote the bundled texts, a document each in turn."""
 
 PYTHON_DOCS = ("python-docs:calibration", "python-docs:evaluation")
 """Real English on every machine: Python's language reference (`pydoc_data.topics`), every other topic, in passages."""

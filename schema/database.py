@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,18 +20,17 @@ import pyarrow.parquet as pq
 
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, QueryInvalid, UnknownName
+from quambase.schema.grouping import GRANULARITIES, TENSOR, united_groups
 from quambase.schema.manifest import Manifest
 from quambase.schema.runs import runs_table, select_runs
 from quambase.schema.scales import read_scales
-from quambase.schema.sites import SITE_NAMES, WHOLE
+from quambase.schema.sites import SITE_NAMES
 from quambase.schema.tables import DOCUMENT_QUANTILES, RESULTS, RUN_TABLES, SCALES
 
 VERIFY_LIMIT_BYTES = 256 << 20
 """`activations` above this size is not hashed when a run is opened (`doctor` hashes it); every other table
 is.
 """
-
-GRANULARITIES = ("tensor", "group")
 
 _LOCKDOWN = (
     "SET temp_directory = ''",
@@ -48,12 +47,17 @@ class DocumentSeries:
 
     documents  (D,) int32 document numbers, ascending
     amax       (D,) float32
-    quantiles  name of tables.DOCUMENT_QUANTILES to (D,) float32
+    quantiles  name of tables.DOCUMENT_QUANTILES to (D,) float32; empty where they are not known
     """
 
     documents: npt.NDArray[np.int32]
     amax: npt.NDArray[np.float32]
     quantiles: dict[str, npt.NDArray[np.float32]]
+
+    @classmethod
+    def united(cls, parts: Sequence[Self]) -> Self:
+        """Several groups of one site as one: the largest amax of each document; quantiles do not follow from theirs."""
+        return cls(parts[0].documents, np.max([part.amax for part in parts], axis=0), {})
 
 
 class StatsDB:
@@ -165,10 +169,11 @@ class StatsDB:
             raise UnknownName.of("run", run, found)
         return found[run]
 
-    def distributions(self, run: str, granularity: str = "tensor") -> Iterator[tuple[int, str, str, Distribution]]:
+    def distributions(self, run: str, granularity: str = TENSOR) -> Iterator[tuple[int, str, str, Distribution]]:
         """(layer, site, group_name, distribution) of every scale group of ``run``, in model order, head last.
 
-        ``tensor``: the whole of each site (``all``). ``group``: that, then each group of a divided site.
+        ``tensor``: the whole of each site (``all``). ``ssd_group``, ``head_group``, ``group``: that, then, up to this
+        granularity and coarse to fine, the groups that a site is divided into.
         """
         if granularity not in GRANULARITIES:
             raise UnknownName.of("granularity", granularity, GRANULARITIES)
@@ -177,14 +182,16 @@ class StatsDB:
         for layer, site, group_name, place in places:
             by_site.setdefault((layer, site), {}).setdefault(group_name, []).append(place)
         for (layer, site), groups in sorted(by_site.items(), key=lambda item: _model_order(*item[0])):
-            every = [place for slices in groups.values() for place in slices]
-            yield layer, site, WHOLE, _joined(values, counts, every)
-            if granularity == "group" and set(groups) != {WHOLE}:
-                for group_name, slices in groups.items():
-                    yield layer, site, group_name, _joined(values, counts, slices)
+            for level in GRANULARITIES[: GRANULARITIES.index(granularity) + 1]:
+                for name, members in united_groups(groups, level).items():
+                    slices = [place for member in members for place in groups[member]]
+                    yield layer, site, name, _joined(values, counts, slices)
 
     def documents(self, run: str) -> dict[tuple[int, str, str], DocumentSeries]:
-        """The `documents` table of ``run``, by (layer, site, group_name)."""
+        """The `documents` table of ``run``, by (layer, site, group_name): each site's whole and its smallest groups.
+
+        Larger groups (`quambase.schema.grouping.united_groups`) follow by `DocumentSeries.united`.
+        """
         table = self._read(run, "documents").combine_chunks()
         columns = {name: table[name].to_numpy() for name in ("document", "amax", *DOCUMENT_QUANTILES)}
         series = {}
@@ -200,6 +207,15 @@ class StatsDB:
                 {name: mine[name][order] for name in DOCUMENT_QUANTILES},
             )
         return series
+
+    def channel_amax(self, run: str, site: str) -> dict[tuple[int, str], npt.NDArray[np.float32]]:
+        """(layer, group_name) to the largest absolute value of each channel (of a state: of each state index) (m,)."""
+        rows = self.sql(
+            "SELECT layer, group_name, list(greatest(abs(min), abs(max)) ORDER BY channel) AS amax FROM channels "
+            "WHERE run = $run AND site = $site GROUP BY ALL",
+            {"run": run, "site": site},
+        )
+        return {(r["layer"], r["group_name"]): np.array(r["amax"], np.float32) for r in rows.to_pylist()}
 
     def _counts(
         self, run: str

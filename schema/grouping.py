@@ -2,12 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from quambase.schema.errors import DatabaseInvalid
+from quambase.schema.sites import WHOLE
+
+TENSOR, SSD_GROUP, HEAD_GROUP, GROUP = GRANULARITIES = ("tensor", "ssd_group", "head_group", "group")
+"""How finely scales divide a site, coarse to fine: not at all, by SSD group (g0), by head group (g0h1), by the smallest
+group there is (g0h1c2; x and z; dt, B and C)."""
+
+_NUMBERED = re.compile(r"(g\d+)(?:(h\d+)(c\d+)?)?")
+
+
+def granularity_of(group_name: str) -> str:
+    """The granularity at which a scale group of this name is one."""
+    if group_name == WHOLE:
+        return TENSOR
+    numbered = _NUMBERED.fullmatch(group_name)
+    if not numbered or numbered[3]:
+        return GROUP
+    return HEAD_GROUP if numbered[2] else SSD_GROUP
+
+
+def is_scale_group(group_name: str) -> bool:
+    """Whether an INT8 Mamba-2 may read a scale of its own for a group of this name: by SSD group or finer."""
+    return _NUMBERED.fullmatch(group_name) is not None
+
+
+def group_numbers(group_name: str) -> tuple[int, ...]:
+    """SSD group, head group and channel group in the name of a scale group, as far as it has them."""
+    return tuple(map(int, re.findall(r"\d+", group_name)))
+
+
+def united_groups(names: Iterable[str], granularity: str) -> dict[str, list[str]]:
+    """What the smallest groups ``names`` of a site make up at ``granularity``: name to members, in order.
+
+    Empty where the site has no such division: it is undivided, divided otherwise or less finely, or into one group.
+    """
+    if granularity == TENSOR:
+        return {WHOLE: list(names)}
+    united: dict[str, list[str]] = {}
+    for name in names:
+        finest = granularity_of(name)
+        if GRANULARITIES.index(finest) < GRANULARITIES.index(granularity):
+            return {}
+        numbered = _NUMBERED.fullmatch(name)
+        if granularity == GROUP:
+            united.setdefault(name, []).append(name)
+        elif numbered:
+            parts = numbered.groups(default="")[: GRANULARITIES.index(granularity)]
+            united.setdefault("".join(parts), []).append(name)
+    return united if len(united) > 1 else {}
 
 
 class ChannelGroup(NamedTuple):

@@ -14,7 +14,8 @@ from quambase.schema.manifest import MANIFEST, Manifest
 RUNS = pa.schema(
     [
         *(pa.field(name, pa.string()) for name in ("run", "model", "family", "model_path")),
-        *(pa.field(name, pa.int64()) for name in ("n_layer", "d_model")),
+        *(pa.field(name, pa.int64()) for name in ("n_layer", "d_model", "headdim", "ngroups")),
+        pa.field("grouping", pa.string()),
         pa.field("data", pa.string()),
         *(pa.field(n, pa.int64()) for n in ("documents", "empty", "truncated", "tokens", "format_version")),
         *(pa.field(name, pa.string()) for name in ("identity", "created")),
@@ -72,7 +73,8 @@ def runs_table(manifests: list[Manifest]) -> pa.Table:
             "model_path": None if m.model.get("path") is None else str(m.model["path"]),
             "data": m.data.get("name"),
             "format_version": m.format_version,
-            **{name: m.model.get(name) for name in ("family", "n_layer", "d_model")},
+            **{name: m.model.get(name) for name in ("family", "n_layer", "d_model", "headdim", "ngroups")},
+            "grouping": (m.model.get("groups") or {}).get("variant"),
             **{name: m.data.get(name) for name in ("documents", "empty", "truncated", "tokens")},
             **{name: json.dumps(value, sort_keys=True, default=str) for name, value in texts.items()},
         }

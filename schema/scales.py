@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +15,15 @@ import pyarrow.parquet as pq
 
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import ScalesInvalid, UnknownName
+from quambase.schema.grouping import GRANULARITIES, GROUP, granularity_of, group_numbers, is_scale_group
 from quambase.schema.sites import WHOLE
 from quambase.schema.tables import SCALES, write_table
 
 METADATA_KEY = b"quambase"
 """Key of the Parquet schema metadata whose value is the provenance, as JSON."""
 
-_SCALE_GROUP = r"^g\d+(h\d+c\d+)?$"
-"""The names of groups that have a scale each in a Mamba-2: SSD groups, and those of `quambase.schema.grouping`."""
+Scale = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
+"""A site's one scale; one per scale group, in channel order; or, of a Mamba-2's state, one per group and index."""
 
 SELECTED = "selected"
 """The label that stands for each scale group's selected row instead of one strategy."""
@@ -72,19 +72,33 @@ class ScaleTable:
         identity: dict[str, Any] = self.provenance["runs"][self.run]["identity"]
         return identity
 
-    def group_scales_for(self, label: str) -> dict[tuple[int, str], float | tuple[float, ...]]:
-        """Like `scales_for`, but where the table has rows of a site's scale groups (g0, g0h1c2), those: one scale per
-        group, by SSD group, head group and channel group.
+    def granularities(self) -> list[str]:
+        """The granularities at which this table divides a site that an INT8 model may read by group, coarse to fine;
+        "tensor" is always among them.
         """
-        found: dict[tuple[int, str], float | tuple[float, ...]] = {**self.scales_for(label)}
-        chosen = self.table["selected"] if label == SELECTED else pc.equal(self.table["label"], pa.scalar(label))
-        chosen = pc.and_(chosen, pc.match_substring_regex(self.table["group_name"], _SCALE_GROUP))
-        rows = self.table.filter(pc.and_(chosen, pc.invert(self.table["needs_decode"])))
-        by_site: dict[tuple[int, str], dict[tuple[int, ...], float]] = {}
-        columns = (rows[name].to_pylist() for name in ("layer", "site", "group_name", "scale"))
-        for layer, site, name, scale in zip(*columns, strict=True):
-            by_site.setdefault((layer, site), {})[tuple(map(int, re.findall(r"\d+", name)))] = scale
-        for key, groups in by_site.items():
+        names = [str(name) for name in pc.unique(self.table["group_name"]).to_pylist()]
+        found = {granularity_of(name) for name in names if name == WHOLE or is_scale_group(name)}
+        return [name for name in GRANULARITIES if name in found]
+
+    def group_scales_for(self, label: str, granularity: str = GROUP) -> dict[tuple[int, str], Scale]:
+        """Like `scales_for`, but where the table has rows of a site's scale groups (g0, g0h1, g0h1c2), those: one scale
+        per group, by SSD group, head group and channel group, or where they have component scales those of each. Of
+        several divisions the finest up to ``granularity``. UnknownName for another granularity.
+        """
+        if granularity not in GRANULARITIES:
+            raise UnknownName.of("granularity", granularity, GRANULARITIES)
+        found: dict[tuple[int, str], Scale] = {**self.scales_for(label)}
+        rows = self._plain_rows(label)
+        finest = GRANULARITIES.index(granularity)
+        by_site: dict[tuple[int, str], dict[int, dict[tuple[int, ...], Any]]] = {}
+        columns = (rows[name].to_pylist() for name in ("layer", "site", "group_name", "scale", "component_scales"))
+        for layer, site, name, scale, components in zip(*columns, strict=True):
+            level = GRANULARITIES.index(granularity_of(name))
+            if is_scale_group(name) and level <= finest:
+                of_group = scale if components is None else tuple(components)
+                by_site.setdefault((layer, site), {}).setdefault(level, {})[group_numbers(name)] = of_group
+        for key, levels in by_site.items():
+            groups = levels[max(levels)]
             found[key] = tuple(groups[numbers] for numbers in sorted(groups))
         return found
 
@@ -98,11 +112,15 @@ class ScaleTable:
         if label != SELECTED and label not in self.labels():
             raise UnknownName.of("strategy", label, [*self.labels(), SELECTED])
         _ = self.run
-        chosen = self.table["selected"] if label == SELECTED else pc.equal(self.table["label"], pa.scalar(label))
-        chosen = pc.and_(chosen, pc.equal(self.table["group_name"], pa.scalar(WHOLE)))
-        rows = self.table.filter(pc.and_(chosen, pc.invert(self.table["needs_decode"])))
+        rows = self._plain_rows(label)
+        rows = rows.filter(pc.equal(rows["group_name"], pa.scalar(WHOLE)))
         columns = (rows[name].to_pylist() for name in ("layer", "site", "scale"))
         return {(layer, site): scale for layer, site, scale in zip(*columns, strict=True)}
+
+    def _plain_rows(self, label: str) -> pa.Table:
+        """The rows of ``label`` whose scale is one INT8 multiplication."""
+        chosen = self.table["selected"] if label == SELECTED else pc.equal(self.table["label"], pa.scalar(label))
+        return self.table.filter(pc.and_(chosen, pc.invert(self.table["needs_decode"])))
 
 
 def write_scales(path: Path, table: pa.Table, provenance: dict[str, Any]) -> None:

@@ -13,6 +13,9 @@ COMMENT ON COLUMN runs.family IS 'mamba1, mamba2, or tensor for an imported file
 COMMENT ON COLUMN runs.model_path IS 'Where the checkpoint was read from.';
 COMMENT ON COLUMN runs.n_layer IS 'Layers of the model.';
 COMMENT ON COLUMN runs.d_model IS 'Width of the model.';
+COMMENT ON COLUMN runs.headdim IS 'Channels of a head (Mamba-2), else null.';
+COMMENT ON COLUMN runs.ngroups IS 'SSD groups (Mamba-2), else null.';
+COMMENT ON COLUMN runs.grouping IS 'How heads and channels were sorted into groups: fixed, quamba2; null where they were not.';
 COMMENT ON COLUMN runs.data IS 'Name of the text.';
 COMMENT ON COLUMN runs.documents IS 'Documents in the calibration set.';
 COMMENT ON COLUMN runs.empty IS 'Documents without a token.';
@@ -181,6 +184,22 @@ COMMENT ON COLUMN outlier_channels.mean IS 'Mean.';
 COMMENT ON COLUMN outlier_channels.std IS 'Population standard deviation.';
 COMMENT ON COLUMN outlier_channels.ratio IS 'amax / median amax of the channels of this layer and site; at least 5.';
 
+CREATE VIEW group_spread AS
+SELECT part.run, part.layer, part.site, count(*) AS groups, min(part.amax) AS least_amax, max(part.amax) AS largest_amax,
+    max(part.amax) / nullif(min(part.amax), 0) AS spread,
+    sum(part.amax * part.count::DOUBLE) / nullif(sum(part.count), 0) / nullif(any_value(whole.amax), 0) AS mean_step
+FROM _site_stats AS part JOIN _site_stats AS whole USING (run, layer, site)
+WHERE part.group_name <> 'all' AND whole.group_name = 'all' GROUP BY ALL;
+COMMENT ON VIEW group_spread IS 'How unequal the groups of a divided site are.';
+COMMENT ON COLUMN group_spread.run IS 'Run id.';
+COMMENT ON COLUMN group_spread.layer IS 'Layer number from 0; -1 is the language-model head.';
+COMMENT ON COLUMN group_spread.site IS 'Observed point, by upstream Quamba''s key, such as x_conv_out:input.';
+COMMENT ON COLUMN group_spread.groups IS 'The smallest groups of the site.';
+COMMENT ON COLUMN group_spread.least_amax IS 'Largest absolute value of the group in which it is least.';
+COMMENT ON COLUMN group_spread.largest_amax IS 'Largest absolute value of the site.';
+COMMENT ON COLUMN group_spread.spread IS 'largest_amax / least_amax.';
+COMMENT ON COLUMN group_spread.mean_step IS 'Mean over the values of their group''s amax over the site''s: the mean INT8 step of absmax scales by group, relative to one scale.';
+
 CREATE VIEW scales AS
 SELECT * FROM _scales;
 COMMENT ON VIEW scales IS 'The scale table: one row per scale group and strategy, for the runs opened.';
@@ -191,8 +210,10 @@ COMMENT ON COLUMN scales.group_name IS 'Channel slice of the site (x, z; dt, B, 
 COMMENT ON COLUMN scales.strategy IS 'Name of the strategy.';
 COMMENT ON COLUMN scales.params IS 'Its parameters, as JSON.';
 COMMENT ON COLUMN scales.label IS 'Name and parameters, as given on the command line.';
+COMMENT ON COLUMN scales.granularity IS 'How finely this group divides its site: tensor, ssd_group, head_group, group.';
+COMMENT ON COLUMN scales.count IS 'Finite values that share the scale.';
 COMMENT ON COLUMN scales.scale IS 'INT8 scale: code = clamp(round(x / scale), -128, 127).';
-COMMENT ON COLUMN scales.component_scales IS 'Scales of the two segments (outlier_piecewise), else null.';
+COMMENT ON COLUMN scales.component_scales IS 'Scales of the two segments (outlier_piecewise), or of each state index (absmax and quamba at a Mamba-2''s state), else null.';
 COMMENT ON COLUMN scales.qmin IS 'Smallest code.';
 COMMENT ON COLUMN scales.qmax IS 'Largest code.';
 COMMENT ON COLUMN scales.amax IS 'Largest absolute value of the distribution.';
@@ -202,11 +223,32 @@ COMMENT ON COLUMN scales.sqnr_db IS 'Signal to quantization noise, in dB.';
 COMMENT ON COLUMN scales.codes_used IS 'Distinct codes that occur.';
 COMMENT ON COLUMN scales.codes_above_120 IS 'Distinct codes with |code| > 120 that occur.';
 COMMENT ON COLUMN scales.entropy_bits IS 'Shannon entropy of the codes, in bits.';
-COMMENT ON COLUMN scales.consumed IS 'The INT8 model reads this scale.';
+COMMENT ON COLUMN scales.consumed IS 'The INT8 model reads this scale (of a site it may read by group, the smallest groups of the table).';
 COMMENT ON COLUMN scales.decode_only IS 'Only token-by-token decoding reads it.';
 COMMENT ON COLUMN scales.needs_decode IS 'Not one multiplication: needs a decoder for its segments.';
 COMMENT ON COLUMN scales.clip_safe IS 'The consumer saturates, or nothing clips.';
 COMMENT ON COLUMN scales.selected IS 'The least MSE among uniform, clip-safe strategies of its scale group.';
+
+-- Pooled over the groups: sums of squared errors add up, whatever the groups are.
+CREATE VIEW granularity_gain AS
+WITH pooled AS (
+    SELECT run, layer, site, label, granularity, count(*) AS groups, sum(mse * count) / nullif(sum(count), 0) AS mse
+    FROM _scales GROUP BY ALL
+), whole AS (
+    SELECT run, layer, site, label, mse AS tensor_mse FROM pooled WHERE granularity = 'tensor'
+)
+SELECT *, 10 * log10(nullif(tensor_mse, 0) / nullif(mse, 0)) AS gain_db
+FROM pooled JOIN whole USING (run, layer, site, label);
+COMMENT ON VIEW granularity_gain IS 'What dividing a site buys: the error of all its groups together, beside that of one scale, per strategy.';
+COMMENT ON COLUMN granularity_gain.run IS 'Run id.';
+COMMENT ON COLUMN granularity_gain.layer IS 'Layer number from 0; -1 is the language-model head.';
+COMMENT ON COLUMN granularity_gain.site IS 'Observed point, by upstream Quamba''s key, such as x_conv_out:input.';
+COMMENT ON COLUMN granularity_gain.label IS 'Strategy and parameters.';
+COMMENT ON COLUMN granularity_gain.granularity IS 'How finely scales divide the site: tensor, ssd_group, head_group, group.';
+COMMENT ON COLUMN granularity_gain.groups IS 'Scales of the site at this granularity.';
+COMMENT ON COLUMN granularity_gain.mse IS 'Mean squared error over all values of the site.';
+COMMENT ON COLUMN granularity_gain.tensor_mse IS 'The same with one scale.';
+COMMENT ON COLUMN granularity_gain.gain_db IS '10 log10(tensor_mse / mse): 6.02 is one bit; null where an error is 0.';
 
 CREATE VIEW results AS
 SELECT * FROM _results;
@@ -223,6 +265,7 @@ COMMENT ON COLUMN results.tokens IS 'Predicted tokens.';
 COMMENT ON COLUMN results.nll IS 'Sum of the negative log-likelihood, nats.';
 COMMENT ON COLUMN results.kl IS 'Sum of KL(float || quantized), nats.';
 COMMENT ON COLUMN results.top1_agreement IS 'Tokens whose most likely token is the floating-point model''s.';
+COMMENT ON COLUMN results.top1_right IS 'Tokens whose most likely token is the one that follows.';
 COMMENT ON COLUMN results.correct IS 'Last word right; null for other tasks.';
 COMMENT ON COLUMN results.quantize_lm_head IS 'The head was quantized.';
 COMMENT ON COLUMN results.quantize_embedding IS 'The embedding was quantized.';
@@ -281,3 +324,29 @@ SELECT run, layer, site, group_name,
     coalesce(sum(count) FILTER (WHERE code < -128 OR code > 127), 0) / sum(count) AS share
 FROM whole GROUP BY ALL ORDER BY run, layer, site, group_name;
 COMMENT ON MACRO TABLE clipping IS 'How many values of every group an INT8 scale clips, and their share, such as clipping(0.05).';
+
+-- Equal parts of ranked heads and channels: no clustering, so what other numbers of groups give at least.
+CREATE MACRO regrouped(head_groups, channel_groups) AS TABLE
+WITH placed AS (
+    SELECT run, layer, channel, greatest(abs(c.min), abs(c.max))::DOUBLE AS amax, channel // headdim AS head,
+        channel * ngroups // count(*) OVER (PARTITION BY run, layer) AS ssd_group
+    FROM _channels AS c JOIN _runs USING (run)
+    WHERE site = 'x_conv_out:input' AND headdim IS NOT NULL
+), heads AS (
+    SELECT run, layer, ssd_group, head, avg(amax) AS mean_amax FROM placed GROUP BY ALL
+), by_head AS (
+    SELECT *, ntile(head_groups) OVER (PARTITION BY run, layer, ssd_group ORDER BY mean_amax, head) AS head_group
+    FROM heads
+), by_channel AS (
+    SELECT *, ntile(channel_groups) OVER (PARTITION BY run, layer, head ORDER BY amax, channel) AS channel_group
+    FROM placed
+), grouped AS (
+    SELECT run, layer, count(*) AS channels, max(amax) AS amax
+    FROM by_channel JOIN by_head USING (run, layer, ssd_group, head)
+    GROUP BY run, layer, ssd_group, head_group, channel_group
+)
+SELECT run, layer, count(*) AS groups, min(amax) AS least_amax, max(amax) AS largest_amax,
+    max(amax) / nullif(min(amax), 0) AS spread,
+    sum(amax * channels) / sum(channels) / nullif(max(amax), 0) AS mean_step
+FROM grouped GROUP BY run, layer ORDER BY run, layer;
+COMMENT ON MACRO TABLE regrouped IS 'The spread of x_conv_out:input (columns as group_spread) in other numbers of groups, such as regrouped(8, 4) in each SSD group: heads ranked by mean channel amax and channels ranked by amax, cut in equal parts. From channels, without collecting again.';

@@ -22,6 +22,7 @@ class Site:
     groups      names of its channel slices, in channel order
     by_ssd      divided by SSD group instead: g0, g1, ... of a model that has several
     consumed    the INT8 model reads this site's scale
+    grouped     it may read a scale for each SSD group, head group or channel group instead
     decode_only only token-by-token decoding reads it (no effect on perplexity)
     saturates   every consumer clamps. Upstream's Hadamard quantizer at ``out_proj:input``
                 does not: it wraps modulo 256, so a clipping scale is not safe there
@@ -35,6 +36,7 @@ class Site:
     saturates: bool = True
     head: bool = False
     by_ssd: bool = False
+    grouped: bool = False
 
     def group_names(self, ngroups: int = 1) -> tuple[str, ...]:
         """The names of its groups in a model of ``ngroups`` SSD groups (Mamba-1 has none, which counts as one)."""
@@ -72,15 +74,15 @@ MAMBA2_SITES: tuple[Site, ...] = (
     Site("B_conv_in:output"),
     Site("C_conv_in:input", consumed=True),
     Site("C_conv_in:output"),
-    Site("x_conv_out:input", consumed=True, by_ssd=True),
+    Site("x_conv_out:input", consumed=True, by_ssd=True, grouped=True),
     Site("x_conv_out:output", by_ssd=True),
-    Site("B_conv_out:input", consumed=True, by_ssd=True),
+    Site("B_conv_out:input", consumed=True, by_ssd=True, grouped=True),
     Site("B_conv_out:output", by_ssd=True),
-    Site("C_conv_out:input", consumed=True, by_ssd=True),
+    Site("C_conv_out:input", consumed=True, by_ssd=True, grouped=True),
     Site("C_conv_out:output", by_ssd=True),
     Site("dt_act:input", consumed=True),
     Site("dt_act:output"),
-    Site("ssm_state_act:input", consumed=True, decode_only=True),
+    Site("ssm_state_act:input", consumed=True, decode_only=True, grouped=True),
     Site("ssm_state_act:output"),
     Site("ssd_out_act:input"),
     Site("ssd_out_act:output"),

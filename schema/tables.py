@@ -116,6 +116,8 @@ SCALES = _schema(
     ("strategy", pa.string()),
     ("params", pa.string()),
     ("label", pa.string()),
+    ("granularity", pa.string()),
+    ("count", pa.int64()),
     ("scale", pa.float32()),
     ("component_scales", pa.list_(pa.float32())),
     ("qmin", pa.int16()),
@@ -133,7 +135,8 @@ SCALES = _schema(
     ("clip_safe", pa.bool_()),
     ("selected", pa.bool_()),
 )
-"""One row per run, layer, site, scale group (`group_name`) and strategy with its parameters (`label` names both)."""
+"""One row per run, layer, site, scale group (`group_name`) and strategy with its parameters (`label` names both). A
+table holds the coarser groups too: `granularity` tells them apart, and `count` values share the scale."""
 
 RESULTS = _schema(
     ("evaluation", pa.string()),
@@ -148,6 +151,7 @@ RESULTS = _schema(
     ("nll", pa.float64()),
     ("kl", pa.float64()),
     ("top1_agreement", pa.int32()),
+    ("top1_right", pa.int32()),
     ("correct", pa.bool_()),
     ("quantize_lm_head", pa.bool_()),
     ("quantize_embedding", pa.bool_()),
@@ -155,7 +159,8 @@ RESULTS = _schema(
     key=False,
 )
 """One row per evaluated document and strategy (`float` is the floating-point model). nll and kl are sums, in nats,
-over `tokens` predicted tokens; top1_agreement counts them; `correct` is null unless the task is last-word."""
+over `tokens` predicted tokens; top1_agreement and top1_right count those whose most likely token is the floating-point
+model's, and the one that follows; `correct` is null unless the task is last-word."""
 
 RUN_TABLES: dict[str, pa.Schema] = {
     "counts": COUNTS,

@@ -101,16 +101,17 @@ def sorted_layers(draw) -> list[LayerGroups]:
 
 @st.composite
 def mamba2_rows(draw) -> tuple[list[dict], list[LayerGroups]]:
-    """A table by scale group; the state has a scale for each state index in some of the groups."""
+    """A table by scale group; the state has a scale for each state index in some of the layers."""
     layers = draw(sorted_layers())
     rows = []
     for row in whole_rows(draw, MAMBA2):
         rows.append(row)
+        several = draw(st.booleans())
         if row["site"] in (X, STATE):
             for group in layers[row["layer"]].groups():
                 scale = draw(positive)
-                several = row["site"] == STATE and draw(st.booleans())
-                components = draw(st.lists(positive, min_size=D_STATE, max_size=D_STATE)) if several else None
+                by_index = st.lists(positive, min_size=D_STATE, max_size=D_STATE)
+                components = draw(by_index) if several and row["site"] == STATE else None
                 rows.append(row | {"group_name": group.name, "scale": scale, "component_scales": components})
         elif row["site"] in ("B_conv_out:input", "C_conv_out:input") and draw(st.booleans()):
             rows += [row | {"group_name": f"g{i}", "scale": draw(positive)} for i in range(2)]
@@ -207,6 +208,30 @@ def test_every_channel_finds_its_own_groups_scale(drawn, models: dict[str, Path]
         assert params["head_index"][layer].tolist() == list(groups.head_index)
         assert params["channel_index"][layer].tolist() == list(groups.channel_index)
         assert params["head_groups"][layer].dtype == params["channel_group"][layer].dtype == torch.int32
+
+
+def test_coarser_scales_are_repeated(models: dict[str, Path]) -> None:
+    """2 SSD groups of 2 head groups of 2 channel groups each: eight places whatever the granularity."""
+    sizes = (((3, 5), (6, 2)), ((1, 7), (4, 4)))
+    groups = [LayerGroups(tuple(range(8)), ((1, 3), (2, 2)), tuple(range(64)), sizes)] * 2
+    rows = scale_rows({(la, s.name): 0.5 for la, s in layer_sites(2, MAMBA2)}, "mse", True, family=MAMBA2)
+    for row in [row for row in rows if row["site"] in (X, STATE)]:
+        names = ["g0", "g1", "g0h0", "g0h1", "g1h0", "g1h1"]
+        scales = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+        rows += [row | {"group_name": name, "scale": s} for name, s in zip(names, scales, strict=True)]
+    table = table_of(rows, models[MAMBA2], groups)
+    for granularity, expected in (
+        ("tensor", [0.5] * 8),
+        ("ssd_group", [1.0] * 4 + [2.0] * 4),
+        ("head_group", [3.0, 3.0, 4.0, 4.0, 5.0, 5.0, 6.0, 6.0]),
+    ):
+        layer = upstream_form(table, "mse", granularity=granularity)["act_scales"][1]
+        assert [s for heads in layer[X] for _, _, found in heads for s in found.tolist()] == expected
+        state = torch.cat([found for heads in layer[STATE] for _, _, found in heads])
+        assert state.tolist() == [[s] * D_STATE for s in expected]
+    rows.append(rows[-1] | {"site": X, "group_name": "g2"})
+    with pytest.raises(ScalesInvalid, match="has 3 scale groups, which is none of its divisions"):
+        upstream_form(table_of(rows, models[MAMBA2], groups), "mse", granularity="ssd_group")
 
 
 @pytest.mark.parametrize("family", [MAMBA1, MAMBA2])

@@ -27,7 +27,7 @@ from quambase.cli.results import results as results_command
 from quambase.model.batch import Batch
 from quambase.model.load import load_model
 from quambase.model.prepare import prepare
-from quambase.model.text import SAMPLE_AUTHOR, read_documents
+from quambase.model.text import SAMPLE_AUTHORS, read_documents
 from quambase.model.weights import tensors_of
 from quambase.schema.errors import CheckpointInvalid, DatabaseInvalid, DataInvalid, RunBusy, ScalesInvalid, UnknownName
 from quambase.schema.scales import write_scales
@@ -44,6 +44,7 @@ def scale_rows(scales: dict[tuple[int, str], float], label: str, selected: bool 
         "strategy": label,
         "params": "{}",
         "label": label,
+        "granularity": "tensor",
         "component_scales": None,
         "needs_decode": False,
         "clip_safe": True,
@@ -340,8 +341,9 @@ def test_errors_are_one_line(world, tmp_path):
 
 def test_notes_say_who_wrote_a_bundled_text() -> None:
     of = lambda name, model: list(TaskData("perplexity", name, [], 0, None).notes(model))  # noqa: E731
-    assert of("sample:evaluation", SAMPLE_AUTHOR) == [
-        f"sample:evaluation was written by {SAMPLE_AUTHOR} itself: perplexity there is low by construction"
-    ]
+    for author in SAMPLE_AUTHORS:
+        assert of("sample:evaluation", author) == [
+            f"sample:evaluation was written by {' and '.join(SAMPLE_AUTHORS)}: perplexity there is low by construction"
+        ]
     assert "no measure of tiny on real text" in of("sample:evaluation", "tiny")[0]
-    assert of("python-docs:evaluation", SAMPLE_AUTHOR) == []
+    assert of("python-docs:evaluation", SAMPLE_AUTHORS[0]) == []

@@ -15,17 +15,18 @@ from test_apply_evaluate import scale_rows
 from tiny_int8_mamba2 import CONFIG, absmax_scales, documents, tiny_weights
 
 from quambase.apply.apply import apply
-from quambase.apply.evaluate import evaluate
+from quambase.apply.evaluate import evaluate, find_evaluation, list_evaluations
 from quambase.apply.group_scales import channel_maps
 from quambase.apply.quamba2 import build
 from quambase.apply.store import TENSORS, load_stored, save_model
 from quambase.cli.apply import apply as apply_command
+from quambase.cli.evaluate import evaluate as evaluate_command
 from quambase.model.batch import Batch
 from quambase.model.load import load_model
 from quambase.model.mamba2_weights import mamba2_tensors_of
 from quambase.model.prepare import prepare
 from quambase.model.reorder import reorder
-from quambase.schema.errors import ScalesInvalid
+from quambase.schema.errors import ScalesInvalid, UnknownName
 from quambase.schema.grouping import LayerGroups
 from quambase.schema.scales import read_scales, write_scales
 from quambase.schema.sites import MAMBA2
@@ -46,12 +47,19 @@ def layer_groups(seed: int) -> LayerGroups:
 GROUPS = [layer_groups(i) for i in range(CONFIG.n_layer)]
 
 
+def finest(layers):
+    """Each layer's smallest groups of channels."""
+    return [maps[-1] for maps in channel_maps(layers)]
+
+
 def prepared_and_sorted():
     return prepare(reorder(tiny_weights(), GROUPS))
 
 
 def group_rows(scales, label):
-    """Rows of a table of granularity "group": the whole of each site, and its groups, in no particular order."""
+    """Rows of a table of granularity "group": the whole of each site, and its groups of every level, in no particular
+    order. A larger group's scale is the largest of its members'.
+    """
     rows = []
     whole = {key: scale if isinstance(scale, float) else max(scale) for key, scale in scales.items()}
     for row in scale_rows(whole, label, family=MAMBA2):
@@ -61,7 +69,11 @@ def group_rows(scales, label):
             names = [f"g{i}" for i in range(2)]
             if len(scale) > 2:
                 names = [group.name for group in GROUPS[row["layer"]].groups()]
-            rows += [row | {"group_name": n, "scale": s} for n, s in zip(names, scale, strict=True)][::-1]
+            levels = {}
+            for name, value in zip(names, scale, strict=True):
+                for end in (2, 4, 6)[: len(name) // 2]:
+                    levels[name[:end]] = max(value, levels.get(name[:end], 0.0))
+            rows += [row | {"group_name": n, "scale": s} for n, s in levels.items()][::-1]
     return rows
 
 
@@ -83,7 +95,7 @@ def world(tmp_path_factory):
     (root / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
     loaded = load_model(str(folder))
-    maps = channel_maps(GROUPS)
+    maps = finest(GROUPS)
     for name, model, groups in (
         ("tensor", prepare(weights), None),
         ("ssd", prepare(weights), None),
@@ -106,17 +118,19 @@ def world(tmp_path_factory):
 
 def test_group_rows_come_in_channel_order(world):
     scales = read_scales(world / "channel.parquet").group_scales_for("quamba")
-    expected = absmax_scales(prepared_and_sorted(), documents(1), "channel", channel_maps(GROUPS))
+    expected = absmax_scales(prepared_and_sorted(), documents(1), "channel", finest(GROUPS))
     assert scales == expected
     assert len(scales[0, "x_conv_out:input"]) == 8 and len(set(scales[0, "x_conv_out:input"])) == 8
     assert len(scales[1, "B_conv_out:input"]) == 2
 
 
 def test_channel_maps_number_each_groups_channels():
-    for found, layer in zip(channel_maps(GROUPS), GROUPS, strict=True):
+    for (by_head, by_channel), layer in zip(channel_maps(GROUPS), GROUPS, strict=True):
+        heads = [0, 0, 1, 1, 2, 2, 3, 3]  # two channel groups in each of the four head groups
         for number, group in enumerate(layer.groups()):
-            assert sorted(np.flatnonzero(found.numpy() == number).tolist()) == sorted(group.channels)
-        assert (found >= 0).all() and found.max() == 7
+            assert sorted(np.flatnonzero(by_channel.numpy() == number).tolist()) == sorted(group.channels)
+            assert set(by_head[list(group.channels)].tolist()) == {heads[number]}
+        assert (by_channel >= 0).all() and by_channel.max() == 7
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "ssd", "channel"])
@@ -124,8 +138,8 @@ def test_a_stored_model_gives_the_same_bits(world, tmp_path, granularity):
     applied = apply(world / f"{granularity}.parquet", strategy="quamba", db=tmp_path)
     stored = load_stored(applied.folder).model
     prepared = prepared_and_sorted() if granularity == "channel" else prepare(tiny_weights())
-    maps = channel_maps(GROUPS)
-    built = build(prepared, absmax_scales(prepared, documents(1), granularity, maps), channel_groups=maps)
+    scales = absmax_scales(prepared, documents(1), granularity, finest(GROUPS))
+    built = build(prepared, scales, channel_groups=channel_maps(GROUPS))
     batch = Batch.pack(documents(2))
     assert torch.equal(stored.logits(stored.hidden(batch)), built.logits(built.hidden(batch)))
     tokens = torch.tensor([1, 2, 3, 4])
@@ -181,6 +195,105 @@ def test_a_strategy_at_one_site_keeps_the_other_groups(world, tmp_path):
     for key, scale in mixed.items():
         values = expected["tight" if key[1] == "x_conv_out:input" else "quamba"][key]
         np.testing.assert_allclose(scale, values, rtol=1e-7)  # one rounding to float32
+
+
+def test_every_granularity_of_one_table(world, tmp_path):
+    """A coarser granularity reads the same rows as a table that has no finer ones, and gives the same results."""
+    full = read_scales(world / "channel.parquet")
+    assert full.granularities() == ["tensor", "ssd_group", "head_group", "group"]
+    lengths = {"tensor": 1, "ssd_group": 2, "head_group": 4, "group": 8}
+    found = run(world, "channel", tmp_path, strategies=["quamba"], granularities=["all"])
+    kl = {}
+    for row in found.results.to_pylist():
+        kl.setdefault(row["strategy"], []).append(row["kl"])
+    assert list(kl) == ["float", "quamba (tensor)", "quamba (ssd_group)", "quamba (head_group)", "quamba"]
+    for place, (level, length) in enumerate(lengths.items()):
+        scale = full.group_scales_for("quamba", level)[0, "x_conv_out:input"]
+        assert isinstance(scale, float) if length == 1 else len(scale) == length
+        kept = [row["granularity"] in list(lengths)[: place + 1] for row in named_levels(full.table)]
+        write_scales(tmp_path / "coarse.parquet", full.table.filter(pa.array(kept)), full.provenance)
+        alone = evaluate(
+            scales=tmp_path / "coarse.parquet",
+            strategies=["quamba"],
+            data=[str(world / "text.jsonl")],
+            window=16,
+            task="perplexity",
+            db=tmp_path,
+        ).results.to_pylist()
+        label = "quamba" if level == "group" else f"quamba ({level})"
+        assert [r["kl"] for r in alone if r["strategy"] == "quamba"] == kl[label]
+        applied = apply(world / "channel.parquet", strategy="quamba", granularity=level, db=tmp_path)
+        assert applied.strategy == f"quamba ({level})"
+        assert load_stored(applied.folder).model.scales[1, "x_conv_out:input"] == pytest.approx(
+            full.group_scales_for("quamba", level)[1, "x_conv_out:input"], rel=1e-7
+        )
+
+
+def named_levels(table):
+    """The rows, each with the level its group's name says, written out."""
+    levels = {"a": "tensor", 2: "ssd_group", 4: "head_group", 6: "group"}
+    rows = table.to_pylist()
+    return [{"granularity": levels["a" if r["group_name"] == "all" else len(r["group_name"])]} for r in rows]
+
+
+def test_scales_by_state_index_are_loaded_and_stored(world, tmp_path):
+    table = read_scales(world / "channel.parquet")
+    rows = table.table.to_pylist()
+    state = "ssm_state_act:input"
+    for row in rows:
+        if row["site"] == state:
+            row["component_scales"] = [row["scale"] * (1 + 0.01 * n) for n in range(CONFIG.d_state)]
+    write_scales(tmp_path / "index.parquet", pa.Table.from_pylist(rows, SCALES), table.provenance)
+    scales = read_scales(tmp_path / "index.parquet").group_scales_for("quamba")
+    names = [group.name for group in GROUPS[1].groups()]
+    components = {
+        r["group_name"]: r["component_scales"]
+        for r in pa.Table.from_pylist(rows, SCALES).to_pylist()
+        if (r["layer"], r["site"], r["label"]) == (1, state, "quamba")
+    }
+    assert [list(np.float32(part)) for part in scales[1, state]] == [list(np.float32(components[n])) for n in names]
+    applied = apply(tmp_path / "index.parquet", strategy="quamba", db=tmp_path)
+    stored = load_stored(applied.folder).model
+    built = build(prepared_and_sorted(), scales, channel_groups=channel_maps(GROUPS))
+    assert stored.scales[1, state] == built.scales[1, state] and len(stored.scales[1, state][0]) == CONFIG.d_state
+    batch, tokens = Batch.pack(documents(2)), torch.tensor([1, 2, 3, 4])
+    (_, a), (_, b) = stored.prefill(batch), built.prefill(batch)
+    assert torch.equal(a.ssm[1], b.ssm[1]) and torch.equal(stored.step(tokens, a), built.step(tokens, b))
+
+
+def test_a_granularity_that_the_table_does_not_hold(world, tmp_path):
+    with pytest.raises(ScalesInvalid, match="has no scales by head_group \\(it has tensor, ssd_group\\)"):
+        apply(world / "ssd.parquet", strategy="quamba", granularity="head_group", db=tmp_path)
+    with pytest.raises(UnknownName, match="unknown granularity 'heads'"):
+        run(world, "ssd", tmp_path, strategies=["quamba"], granularities=["heads"])
+
+
+def test_the_float_model_alone(world, tmp_path):
+    """Its rows are those that it has beside INT8 models, and the tokens it gets right are counted one by one."""
+    arguments = ["--float", "--model", str(world / "tiny2"), "--data", str(world / "text.jsonl"), "--window", "16"]
+    done = CliRunner().invoke(
+        evaluate_command, [*arguments, "--task", "perplexity", "--db", str(tmp_path), "--format", "json"]
+    )
+    assert done.exit_code == 0, done.output
+    beside = run(world, "tensor", tmp_path, strategies=["quamba"]).results.to_pylist()
+    stored = {e["strategies"]: e["evaluation"] for e in list_evaluations(tmp_path).to_pylist()}
+    alone = find_evaluation(tmp_path, stored[""]).results.to_pylist()
+    names = ("document", "tokens", "nll", "kl", "top1_agreement", "top1_right")
+    assert [[r[n] for n in names] for r in alone] == [[r[n] for n in names] for r in beside if r["strategy"] == "float"]
+
+    loaded = load_model(str(world / "tiny2"))
+    model, right = loaded.floating(), 0
+    for line in (world / "text.jsonl").read_text().splitlines():
+        tokens = loaded.tokenizer.encode(json.loads(line)["text"])
+        for start in range(0, len(tokens), 16):
+            window = tokens[start : start + 16]
+            best = model.logits(model.hidden(Batch.pack([window]))).argmax(-1).tolist()
+            right += sum(a == b for a, b in zip(best[:-1], window[1:], strict=True))
+    summary = json.loads(done.stdout)[0]
+    assert sum(r["top1_right"] for r in alone) == right > 0
+    assert summary["token_accuracy"] == right / sum(r["tokens"] for r in alone)
+    refused = CliRunner().invoke(evaluate_command, ["--float", "--db", str(tmp_path)])
+    assert refused.exit_code == 1 and "--float --model NAME" in refused.stderr
 
 
 def test_groups_without_their_channels_are_refused(world, tmp_path):

@@ -17,6 +17,8 @@ from quambase.model.mamba2 import Mamba2
 from quambase.schema.errors import ScalesInvalid
 
 GROUPS = channel_groups()
+DIVISIONS = [[index] for index in GROUPS]
+STATE = "ssm_state_act:input"
 E, N, W = CONFIG.d_inner, CONFIG.d_state, CONFIG.bc_width
 IN_PROJ = [E, E, W, W, CONFIG.heads]
 CONV = [E, W, W]
@@ -29,20 +31,30 @@ def prepared():
 
 @pytest.fixture(scope="module")
 def by_granularity(prepared):
-    return {name: absmax_scales(prepared, documents(1), name, GROUPS) for name in ("tensor", "ssd", "channel")}
+    found = {name: absmax_scales(prepared, documents(1), name, GROUPS) for name in ("tensor", "ssd", "channel")}
+    return found | {"index": by_state_index(found["channel"])}
+
+
+def by_state_index(scales):
+    """The state's scales once for every state index."""
+    state = {key: tuple((s,) * CONFIG.d_state for s in scale) for key, scale in scales.items() if key[1] == STATE}
+    assert len(state) == CONFIG.n_layer
+    return scales | state
 
 
 def uneven(scales):
     """Every scale another multiple: one fed to the wrong place shows."""
     factors = (0.8 + 0.07 * (i % 7) for i in range(10**6))
-    return {
-        key: tuple(s * next(factors) for s in scale) if isinstance(scale, tuple) else scale * next(factors)
-        for key, scale in scales.items()
-    }
+
+    def changed(scale):
+        return tuple(map(changed, scale)) if isinstance(scale, tuple) else scale * next(factors)
+
+    return {key: changed(scale) for key, scale in scales.items()}
 
 
 def channel_scales(scale, channels, index):
-    """One float32 number per channel (channels,): of one scale, of one per SSD group, or by ``index``."""
+    """One float32 number per channel (channels,), and state index if there are such scales (channels, n): of one scale,
+    of one per SSD group, or by ``index``."""
     values = np.array(scale if isinstance(scale, tuple) else (scale,), np.float32)
     if len(values) in (1, CONFIG.ngroups):
         index = [i * len(values) // channels for i in range(channels)]
@@ -132,12 +144,12 @@ def scanned(weights, layer, site, groups, in_proj, conv, offsets, initial=None):
 
 
 @pytest.mark.parametrize(
-    ("granularity", "spread"), [("tensor", False), ("tensor", True), ("ssd", True), ("channel", True)]
+    ("granularity", "spread"), [("tensor", False), ("tensor", True), ("ssd", True), ("channel", True), ("index", True)]
 )
 def test_every_layer_follows_the_twin(prepared, by_granularity, granularity, spread, monkeypatch):
     """Each operator of each layer, from the codes our model fed it, with the twin's own weights and scales."""
     scales = uneven(by_granularity[granularity]) if spread else by_granularity[granularity]
-    model = build(prepared, scales, channel_groups=GROUPS)
+    model = build(prepared, scales, channel_groups=DIVISIONS)
     scales = model.scales  # rounded to float32
     seen = record(monkeypatch)
     batch = Batch.pack(documents(2, (11, 1, 19)))
@@ -176,7 +188,7 @@ def test_every_layer_follows_the_twin(prepared, by_granularity, granularity, spr
         acc = twin.gemm(had, weights["out_proj"][0])
         twin.check_half(out, twin.scaled(acc, weights["out_proj"][1] * site["out_proj:input"]))
         block_out = out
-        by_channel = channel_scales(site["ssm_state_act:input"], E, index)[:, None]
+        by_channel = channel_scales(site[STATE], E, index).reshape(E, -1)
         for document, last in enumerate(states):
             twin.check_codes(state.ssm[i][document].numpy(), twin2.state_codes(last, by_channel), twin.half_even)
             rows = in_proj[offsets[document] : offsets[document + 1], E : 2 * E + 2 * W]
@@ -186,10 +198,10 @@ def test_every_layer_follows_the_twin(prepared, by_granularity, granularity, spr
     assert min(np.abs(seen[kind][1][1]).max() for kind in ("norm", "in_proj", "conv", "had")) > 60
 
 
-@pytest.mark.parametrize("sequences", [1, 2])
-def test_a_decoded_token_follows_the_twin(prepared, by_granularity, sequences, monkeypatch):
+@pytest.mark.parametrize(("sequences", "granularity"), [(1, "channel"), (2, "channel"), (2, "index")])
+def test_a_decoded_token_follows_the_twin(prepared, by_granularity, sequences, granularity, monkeypatch):
     """One row alone is projected by one combined factor and rounded half away from zero, several half to even."""
-    model = build(prepared, uneven(by_granularity["channel"]), channel_groups=GROUPS)
+    model = build(prepared, uneven(by_granularity[granularity]), channel_groups=DIVISIONS)
     _, state = model.prefill(Batch.pack(documents(5, (9, 6)[:sequences])))
     before = [(window.numpy().copy(), ssm.numpy().copy()) for window, ssm in zip(state.conv, state.ssm, strict=True)]
     seen = record(monkeypatch)
@@ -217,7 +229,7 @@ def test_a_decoded_token_follows_the_twin(prepared, by_granularity, sequences, m
         every = range(0, width * sequences + 1, width)
         valued = conv_of(weights, site, index, window.reshape(width * sequences, -1), every)
         twin.check_codes(conv, tuple(part[width - 1 :: width] for part in valued), twin.half_away)
-        by_channel = channel_scales(site["ssm_state_act:input"], E, index)[:, None]
+        by_channel = channel_scales(site[STATE], E, index).reshape(E, -1)
         initial = twin2.dequantized(before[i][1], by_channel)
         y, states = scanned(weights, layer, site, GROUPS[i], in_proj, conv, range(sequences + 1), initial)
         twin.check_half(seen["gate"][i][0], y)
@@ -251,7 +263,7 @@ def test_one_scale_given_to_every_group_is_one_scale(prepared, by_granularity):
     batch = Batch.pack(documents(3))
     whole = by_granularity["tensor"]
     expected = build(prepared, whole).hidden(batch)
-    for name, groups in (("ssd", ()), ("channel", GROUPS)):
+    for name, groups in (("ssd", ()), ("channel", DIVISIONS)):
         repeated = {
             key: (whole[key],) * len(scale) if isinstance(scale, tuple) else whole[key]
             for key, scale in by_granularity[name].items()
@@ -262,9 +274,9 @@ def test_one_scale_given_to_every_group_is_one_scale(prepared, by_granularity):
 
 def test_other_scales_on_the_same_weights_are_a_new_model(prepared, by_granularity):
     batch = Batch.pack(documents(3))
-    first = build(prepared, by_granularity["tensor"], channel_groups=GROUPS)
+    first = build(prepared, by_granularity["tensor"], channel_groups=DIVISIONS)
     second = first.with_scales(by_granularity["channel"])
-    built = build(prepared, by_granularity["channel"], channel_groups=GROUPS)
+    built = build(prepared, by_granularity["channel"], channel_groups=DIVISIONS)
     assert torch.equal(second.hidden(batch), built.hidden(batch))
     assert not torch.equal(second.hidden(batch), first.hidden(batch))
 
@@ -285,7 +297,7 @@ def test_int8_is_near_the_float_model(prepared, by_granularity, granularity):
     batch = Batch.pack(documents(1))
     reference = Mamba2(prepared, rotated=True)
     expected = reference.logits(reference.hidden(batch))
-    model = build(prepared, by_granularity[granularity], channel_groups=GROUPS)
+    model = build(prepared, by_granularity[granularity], channel_groups=DIVISIONS)
     found = model.logits(model.hidden(batch))
     assert 0 < (found - expected).std() / expected.std() < 0.08
 
@@ -293,7 +305,7 @@ def test_int8_is_near_the_float_model(prepared, by_granularity, granularity):
 @pytest.mark.parametrize("granularity", ["tensor", "ssd", "channel"])
 def test_decoding_is_near_the_prefill(prepared, by_granularity, granularity):
     """Rounded states, unrounded x, B and C: about 0.03 of the spread; it goes on where a prefill stopped too."""
-    model = build(prepared, by_granularity[granularity], channel_groups=GROUPS)
+    model = build(prepared, by_granularity[granularity], channel_groups=DIVISIONS)
     text = documents(7, (25,))[0]
     expected = model.logits(model.hidden(Batch.pack([text])))
     state = model.new_state(1)
@@ -306,7 +318,7 @@ def test_decoding_is_near_the_prefill(prepared, by_granularity, granularity):
 
 def test_sequences_decoded_together_are_nearly_those_decoded_alone(prepared, by_granularity):
     """One sequence alone rounds otherwise: codes may differ by one, logits hardly."""
-    model = build(prepared, by_granularity["channel"], channel_groups=GROUPS)
+    model = build(prepared, by_granularity["channel"], channel_groups=DIVISIONS)
     texts = documents(9, (6, 6))
     together = model.new_state(2)
     both = [model.step(torch.tensor(tokens), together) for tokens in zip(*texts, strict=True)][-1]
@@ -340,11 +352,26 @@ def test_a_scale_that_is_not_positive_and_finite_is_refused(prepared, by_granula
         build(prepared, good | {(1, "B_conv_out:input"): (good[1, "B_conv_out:input"][0], value)})
 
 
+def test_scales_by_state_index_where_there_are_none_are_refused(prepared, by_granularity):
+    good = by_granularity["index"]
+    for key, scale, message in (
+        (
+            (1, STATE),
+            tuple(part[:-1] for part in good[1, STATE]),
+            "15 scales in a group, expected one for each of the 16",
+        ),
+        ((1, STATE), (0.1, *good[1, STATE][1:]), "by state index in some groups only"),
+        ((1, "x_conv_out:input"), good[1, STATE], "16 scales in a group, expected one;"),
+    ):
+        with pytest.raises(ScalesInvalid, match=message):
+            build(prepared, good | {key: scale}, channel_groups=DIVISIONS)
+
+
 def test_a_wrong_number_of_groups_is_refused(prepared, by_granularity):
     for site in (*BY_CHANNEL_GROUP, "C_conv_out:input", "z_act:input"):
         three = by_granularity["tensor"] | {(1, site): (0.1, 0.1, 0.1)}
         with pytest.raises(ScalesInvalid, match=f"layer 1 {site} has 3 scale groups, expected 1"):
-            build(prepared, three, channel_groups=GROUPS)
+            build(prepared, three, channel_groups=DIVISIONS)
     with pytest.raises(ScalesInvalid, match="has 6 scale groups, expected 1 or 2"):
         build(prepared, by_granularity["channel"])  # their channels are unknown
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from click.testing import CliRunner
 from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
 from quambase.analyzer.batch import analyze
+from quambase.analyzer.group_spread import group_spread
 from quambase.cli.main import quambase
 from quambase.collector.first_pass import statistics_of_run
 from quambase.collector.grouping import layer_groups
@@ -22,7 +26,7 @@ from quambase.model.reorder import reorder
 from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
-from quambase.schema.grouping import ChannelGroup, LayerGroups, stored_groups
+from quambase.schema.grouping import GRANULARITIES, ChannelGroup, LayerGroups, stored_groups
 from quambase.schema.scales import read_scales
 
 Rows = list[dict[str, object]]
@@ -247,10 +251,17 @@ def test_the_scale_table_has_every_group_and_carries_the_order(
     found = read_scales(scale_file)
     rows = [row for row in found.table.to_pylist() if row["label"] == "quamba"]
     for site in (X, STATE):
-        scales = {(r["layer"], r["group_name"]): r["scale"] for r in rows if r["site"] == site}
-        expected = {(layer, group.name) for layer, group in named(grouped)}
-        assert scales.keys() == expected | {(0, "all"), (1, "all")}
-        assert max(s for (layer, name), s in scales.items() if layer == 1 and name != "all") == scales[1, "all"]
+        mine = {(r["layer"], r["group_name"]): r for r in rows if r["site"] == site}
+        smallest = {(layer, group.name) for layer, group in named(grouped)}
+        assert {key for key, row in mine.items() if row["granularity"] == "group"} == smallest
+        assert {key for key, row in mine.items() if row["consumed"]} == smallest
+        united = {(layer, name[:end]) for layer, name in smallest for end in (2, 4)}
+        assert mine.keys() == smallest | united | {(0, "all"), (1, "all")}
+        for (layer, name), row in mine.items():
+            members = [mine[k] for k in smallest if k[0] == layer and (name == "all" or k[1].startswith(name))]
+            # Upstream's scale follows from the largest value, so a larger group's is the largest of its members'.
+            assert row["scale"] == max(m["scale"] for m in members)
+            assert row["count"] == sum(m["count"] for m in members)
     assert stored_groups(found.model) == order_of(grouped)
     with StatsDB(grouped.folder.parent.parent, "all") as db:
         pooled = {
@@ -262,10 +273,167 @@ def test_the_scale_table_has_every_group_and_carries_the_order(
     assert first.total == second.total and abs(first.amax - second.amax) <= 2.0**-10 * second.amax
 
 
+def test_larger_groups_are_the_sums_of_their_members(grouped: CollectedRun) -> None:
+    """Every granularity's distributions, tallied from the rows of `counts` by the beginning of the group's name."""
+    tally: dict[tuple[int, str, str], Counter[float]] = {}
+    for row in table(grouped, "counts"):
+        name = str(row["group_name"])
+        larger = {name[:2], name[:4]} if name.startswith("g") else set()
+        for group in {"all", name} | larger:
+            tally.setdefault((row["layer"], row["site"], group), Counter())[row["value"]] += row["count"]
+    with StatsDB(grouped.folder.parent.parent, grouped.manifest.run) as db:
+        rows = list(db.distributions(grouped.manifest.run, "group"))
+    assert {(layer, site, name) for layer, site, name, _ in rows} == tally.keys()
+    for layer, site, name, found in rows:
+        expected = sorted(tally[layer, site, name].items())
+        assert list(zip(found.values.tolist(), found.counts.tolist(), strict=True)) == expected
+
+
+def test_a_finer_granularity_never_has_a_larger_least_error(grouped: CollectedRun) -> None:
+    """The best scale of a group is one its members may use too, so their own best are at least as good together."""
+    found = analyze(grouped.folder.parent.parent, grouped.manifest.run, ["mse", "ema_percentile"], "group", out=None)
+    rows = found.table.to_pylist()
+    error: dict[tuple[int, str], dict[str, float]] = {}
+    for row in (r for r in rows if r["label"] == "mse" and r["site"] in (X, STATE)):
+        levels = error.setdefault((row["layer"], row["site"]), {})
+        levels[row["granularity"]] = levels.get(row["granularity"], 0.0) + row["mse"] * row["count"]
+    for levels in error.values():
+        ordered = [levels[name] for name in GRANULARITIES]
+        # Scales are rounded to float32, which moves an error near its minimum by some 2^-48 of the signal.
+        assert all(fine <= coarse * (1 + 1e-9) for coarse, fine in pairwise(ordered))
+        assert ordered[-1] < ordered[0]
+    # Quantiles of a larger group's documents do not follow from its members', so this strategy has no row there.
+    averaged = {r["granularity"] for r in rows if r["label"] == "ema_percentile" and r["site"] == X}
+    assert averaged == {"tensor", "group"}
+
+
+def test_a_state_has_scales_by_state_index(grouped: CollectedRun) -> None:
+    """absmax and quamba, as upstream: largest value of each index in each group of channels, from the raw states."""
+    rows = analyze(grouped.folder.parent.parent, grouped.manifest.run, out=None).table.to_pylist()
+    largest: dict[tuple[int, str], np.ndarray] = {}
+    for row in table(grouped, "activations", STATE):
+        half = (
+            np.abs(np.array(row["values"], np.float32).astype(np.float16).astype(np.float64)).reshape(-1, 4).max(axis=0)
+        )
+        for group in {"all", row["group_name"], row["group_name"][:2], row["group_name"][:4]}:
+            key = row["layer"], group
+            largest[key] = np.maximum(largest.get(key, 0), half)
+    seen = 0
+    for row in (r for r in rows if r["site"] == STATE):
+        scales = row["component_scales"]
+        if row["label"] not in ("absmax", "quamba"):
+            assert scales is None or row["needs_decode"]
+            continue
+        expected = np.maximum(largest[row["layer"], row["group_name"]], 1e-5 if row["label"] == "quamba" else 0) / 127
+        # A float32 quotient or product: half a unit in the last place of it, and of the reciprocal.
+        assert scales == pytest.approx(np.maximum(expected, 1e-6).tolist(), rel=2 * 2.0**-24)
+        assert row["scale"] == max(scales)
+        seen += 1
+    assert seen == 2 * len(largest)
+    assert not any(r["component_scales"] for r in rows if r["site"] != STATE and not r["needs_decode"])
+
+
+def values_by_channel(run: CollectedRun, layer: int) -> np.ndarray:
+    """(channels,) largest absolute x of every channel, over every token, from the raw activations."""
+    largest = np.zeros(len(order_of(run)[layer].channel_index))
+    members = {r["group_name"]: r["channels"] for r in table(run, "groups", X) if r["layer"] == layer}
+    for row in table(run, "activations", X):
+        if row["layer"] == layer:
+            place = members[row["group_name"]]
+            largest[place] = np.maximum(largest[place], np.abs(np.array(row["values"])))
+    return largest
+
+
+def reach_of(amax: np.ndarray, groups: list[list[int]]) -> tuple[int, float, float]:
+    """Groups, spread and mean step, written out."""
+    reach = [max(amax[c] for c in group) for group in groups]
+    steps = [r for r, group in zip(reach, groups, strict=True) for _ in group]
+    return len(groups), max(reach) / min(reach), sum(steps) / len(steps) / max(amax)
+
+
+def test_spread_before_and_after_sorting(grouped: CollectedRun, tmp_path: Path) -> None:
+    found = group_spread(grouped.folder.parent.parent, grouped.manifest.run, picture=tmp_path / "g.png")
+    assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
+    steps = []
+    for row, layer in zip(found.table.to_pylist(), order_of(grouped), strict=True):
+        after = values_by_channel(grouped, row["layer"])
+        before = np.array([after[layer.channel_index.index(c)] for c in range(after.size)])
+        groups = [list(group.channels) for group in layer.groups()]
+        for name, amax in (("before", before), ("after", after)):
+            count, spread, step = reach_of(amax, groups)
+            # Stored as float32 and summed in another order.
+            assert (row["groups"], row[f"spread_{name}"], row[f"mean_step_{name}"]) == pytest.approx(
+                (count, spread, step), rel=1e-6
+            )
+        steps.append(row["mean_step_after"] / row["mean_step_before"])
+        assert steps[-1] < 1, "sorting is what makes groups alike"
+    assert found.layer == int(np.argmin(steps))
+    with pytest.raises(UnknownName, match="unknown layer '9'"):
+        group_spread(grouped.folder.parent.parent, grouped.manifest.run, 9)
+
+
+def test_spread_of_a_run_that_was_not_sorted(plain: CollectedRun) -> None:
+    with pytest.raises(DatabaseInvalid, match="has no sorted groups; collect a Mamba-2 with --groups fixed"):
+        group_spread(plain.folder.parent.parent, plain.manifest.run)
+    with pytest.raises(UnknownName, match="runs were chosen; groups looks at one"):
+        group_spread(plain.folder.parent.parent, "all")
+
+
+def test_views_answer_what_granularity_buys(grouped: CollectedRun, tmp_path: Path) -> None:
+    """The views group_spread and granularity_gain against the rows they are of, one by one."""
+    db, path = grouped.folder.parent.parent, tmp_path / "s.parquet"
+    scales = analyze(db, grouped.manifest.run, ["mse", "absmax"], "group", out=path).table.to_pylist()
+    with StatsDB(db, grouped.manifest.run, scales=path) as opened:
+        gains = opened.sql("SELECT * FROM granularity_gain").to_pylist()
+        spreads = opened.sql("SELECT * FROM group_spread WHERE site = $site", {"site": X}).to_pylist()
+    error: dict[tuple[object, ...], list[tuple[float, int]]] = {}
+    for row in scales:
+        key = (row["layer"], row["site"], row["label"], row["granularity"])
+        error.setdefault(key, []).append((row["mse"], row["count"]))
+    assert len(gains) == len(error)
+    for row in gains:
+        parts = error[row["layer"], row["site"], row["label"], row["granularity"]]
+        pooled = sum(e * n for e, n in parts) / sum(n for _, n in parts)
+        (whole, _), *none = error[row["layer"], row["site"], row["label"], "tensor"]
+        assert not none and row["groups"] == len(parts)
+        assert (row["mse"], row["tensor_mse"]) == pytest.approx((pooled, whole), rel=1e-12)
+        assert row["gain_db"] == pytest.approx(10 * math.log10(whole / pooled), abs=1e-9)
+    for row in spreads:
+        half = values_by_channel(grouped, row["layer"]).astype(np.float16).astype(np.float64)
+        layer = order_of(grouped)[row["layer"]]
+        count, spread, step = reach_of(half, [list(group.channels) for group in layer.groups()])
+        assert (row["groups"], row["spread"], row["mean_step"]) == pytest.approx((count, spread, step), rel=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "channels"), [(1, 1), (2, 3), (4, 4), (5, 8), (50, 50)])
+def test_macro_regrouped(grouped: CollectedRun, heads: int, channels: int) -> None:
+    """Equal parts of ranked heads and channels, by plain loops."""
+    with StatsDB(grouped.folder.parent.parent, grouped.manifest.run) as db:
+        rows = db.sql("SELECT * FROM regrouped($h, $c)", {"h": heads, "c": channels}).to_pylist()
+    for row in rows:
+        amax = values_by_channel(grouped, row["layer"])
+        per_head = amax.reshape(2, -1, 8)  # two SSD groups of heads of 8
+        groups = []
+        for g, mine in enumerate(per_head):
+            ranked = np.argsort(mine.mean(axis=1), kind="stable")
+            for some in np.array_split(ranked, min(heads, len(ranked))):
+                for part in np.array_split(np.arange(8), min(channels, 8)):
+                    group = []
+                    for head in some:
+                        order = np.argsort(mine[head], kind="stable")
+                        group += [(g * len(mine) + head) * 8 + order[i] for i in part]
+                    groups.append(group)
+        count, spread, step = reach_of(amax, groups)
+        assert (row["groups"], row["spread"], row["mean_step"]) == pytest.approx((count, spread, step), rel=1e-6)
+
+
 def test_the_command(model: Path, data: Path, tmp_path: Path) -> None:
     arguments = ["collect", "--model", str(model), "--data", str(data), "--samples", "9", "--db", str(tmp_path)]
     done = CliRunner().invoke(quambase, [*arguments, "--groups", "quamba2", "--group-samples", "4", "--sites", X])
     assert done.exit_code == 0, done.output
     assert "g0h0c" in done.stdout or "g1h" in done.stdout
+    picture = tmp_path / "groups.svg"
+    shown = CliRunner().invoke(quambase, ["groups", "--db", str(tmp_path), "--picture", str(picture)])
+    assert shown.exit_code == 0 and "mean_step_after" in shown.stdout and picture.exists()
     refused = CliRunner().invoke(quambase, [*arguments, "--groups", "nothing"])
     assert refused.exit_code == 2 and "--groups" in refused.stderr

@@ -1,0 +1,86 @@
+"""What sorting and clustering did to a Mamba-2's groups: how far each group reaches, before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from quambase.analyzer.division import divide
+from quambase.schema.database import StatsDB
+from quambase.schema.errors import DatabaseInvalid, UnknownName
+from quambase.schema.grouping import stored_groups
+
+SITE = "x_conv_out:input"
+"""Its channels are what is sorted: x, the input of the scan."""
+
+
+@dataclass(frozen=True)
+class GroupSpread:
+    """What `group_spread` found.
+
+    table     a row per layer: groups, spread and mean step (`quambase.analyzer.division.Division`) with heads and
+              channels in the model's own order and as sorted, both divided into groups of the same sizes
+    layer     the one drawn
+    picture   the file saved, None if none was
+    """
+
+    table: pa.Table
+    layer: int
+    picture: Path | None
+
+
+def group_spread(
+    db: Path, run: str | None = None, layer: int | None = None, picture: Path | None = None
+) -> GroupSpread:
+    """Compare the groups of a sorted run with the same division of the model's own order, from `channels` alone.
+
+    layer    the one to draw; None: where sorting shortens the mean step most
+    picture  file to save it to (its suffix says the format); None saves none
+
+    UnknownName: several runs, no such layer; DatabaseInvalid: a run that was not sorted, or without the site.
+    """
+    with StatsDB(db, run) as database:
+        if len(database.runs) != 1:
+            raise UnknownName(f"{len(database.runs)} runs were chosen; groups looks at one: name it with --run")
+        manifest = database.runs[0]
+        layers = stored_groups(manifest.model)
+        if layers is None:
+            raise DatabaseInvalid(
+                f"run {manifest.run} has no sorted groups; collect a Mamba-2 with --groups fixed or --groups quamba2"
+            )
+        rows = database.sql(
+            "SELECT greatest(abs(min), abs(max))::DOUBLE AS amax FROM channels WHERE site = $site "
+            "ORDER BY layer, channel",
+            {"site": SITE},
+        )
+    if rows.num_rows != len(layers) * len(layers[0].channel_index):
+        raise DatabaseInvalid(f"run {manifest.run} lacks {SITE}; collect it with that site")
+    amax = rows["amax"].to_numpy().reshape(len(layers), -1)
+    divisions = [divide(groups, mine) for groups, mine in zip(layers, amax, strict=True)]
+    table = pa.Table.from_pylist(
+        [
+            {
+                "layer": number,
+                "groups": len(after.sizes),
+                "spread_before": before.spread,
+                "spread_after": after.spread,
+                "mean_step_before": before.mean_step,
+                "mean_step_after": after.mean_step,
+            }
+            for number, (before, after) in enumerate(divisions)
+        ]
+    )
+    if layer is None:
+        gains = [after.mean_step / before.mean_step for before, after in divisions]
+        layer = int(np.nanargmin(gains))
+    if layer not in range(len(layers)):
+        raise UnknownName.of("layer", str(layer), [str(number) for number in range(len(layers))])
+    if picture is not None:
+        from quambase.analyzer.plots import groups_picture  # matplotlib takes half a second to import
+
+        before, after = divisions[layer]
+        groups_picture(picture, f"layer {layer} {SITE} of run {manifest.run}", before, after)
+    return GroupSpread(table, layer, picture)
