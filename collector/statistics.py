@@ -22,7 +22,7 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 _DESCENDING = sorted(DOCUMENT_QUANTILES.items(), key=lambda item: -item[1])
-_PROBABILITIES = np.array([p for _, p in _DESCENDING], np.float32)
+PROBABILITIES = np.array([p for _, p in _DESCENDING], np.float32)
 
 SUMMARY_COLUMNS = ("amax", *(name for name, _ in _DESCENDING))
 """What `BlockStatistics.summaries` holds, in order."""
@@ -256,7 +256,7 @@ class Counter:
             *into.layout.runs,
             self.encoding.infinity,
             self._magnitudes,
-            _PROBABILITIES,
+            PROBABILITIES,
             counts,
             self._scratch[:, :groups],
             summaries,
