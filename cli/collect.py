@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from quambase.cli.console import Command, database_option, emit, note
 from quambase.collector.first_pass import CHOICES
+from quambase.collector.observers import DEVICES, DTYPES
 from quambase.collector.run import CollectedRun, parse_keep
 from quambase.collector.run import collect as collect_run
 from quambase.collector.tensor_file import import_tensor as import_file
@@ -42,6 +43,14 @@ from quambase.schema.tables import SITE_STATS, read_table
     help="Documents of the first pass that finds the groups. [default: 64; quamba2: all]",
 )
 @click.option("--groups-from", metavar="RUN", help="Find the groups in a stored run's statistics instead.")
+@click.option(
+    "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="auto: CUDA if there is any."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    help="Of the forward pass on CUDA; the CPU's is float32. [default: float16]",
+)
 def collect(
     model: str,
     samples: int,
@@ -56,6 +65,8 @@ def collect(
     groups: str | None,
     group_samples: int | None,
     groups_from: str | None,
+    device: str,
+    dtype: str | None,
 ) -> None:
     """Run a model over calibration texts and store the exact distribution of its activations.
 
@@ -79,6 +90,8 @@ def collect(
         groups=groups,
         group_samples=group_samples,
         groups_from=groups_from,
+        device=device,
+        dtype=dtype,
     )
     _describe(found)
 

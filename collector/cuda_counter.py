@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import torch
 from quambase.collector.device_statistics import DeviceSite, merged_top
 from quambase.collector.kernels import PATTERNS
 from quambase.collector.packing import moment_segments, pack
-from quambase.collector.statistics import PROBABILITIES, SUMMARY_COLUMNS, TOP_FIELDS, Encoding, SiteLayout
+from quambase.collector.statistics import PROBABILITIES, SUMMARY_COLUMNS, Encoding, SiteLayout
 from quambase.collector.torch_counter import DeviceCounter, TorchCounter
 from quambase.model.cuda import Argument, CompilationFailed, Kernels, multiprocessors, shared_memory
 
@@ -102,7 +102,10 @@ class _Plan:
 
 
 def halvings(shared: int) -> int:
-    """How often the range of patterns is halved for a table to fit in ``shared`` bytes; CompilationFailed if too often."""
+    """How often the range of patterns is halved for a table to fit in ``shared`` bytes.
+
+    CompilationFailed if that is too often.
+    """
     for count in range(MOST_HALVINGS + 1):
         if TABLE >> count <= shared:
             return count
@@ -238,7 +241,7 @@ class CudaCounter:
         for g in range(groups):
             group_of[layout.members(g)] = g
             place_of[layout.members(g)] = np.arange(layout.edges[g + 1] - layout.edges[g])
-        named = {
+        named: dict[str, npt.NDArray[np.integer[Any]]] = {
             "offsets": offsets,
             "runs": runs,
             "run_first": run_first,
@@ -256,7 +259,7 @@ class CudaCounter:
         # One copy, and none that waits for the device.
         there = torch.from_numpy(flat).to(self.device, non_blocking=True)
         sizes = [values.size for values in named.values()]
-        tables = dict(zip(named, there.split(sizes), strict=True))
+        tables = dict(zip(named, torch.split(there, sizes), strict=True))
         call = Call(
             documents=len(offsets) - 1,
             groups=groups,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -80,8 +81,8 @@ class DeviceMoments:
 class DeviceSite:
     """One site's views: what `SiteStatistics` is to a `Counter` on the host.
 
-    counts (groups, PATTERNS) int64 of the run; moments and top (groups, most, 5: TOP_FIELDS) int64 of the block, sorted,
-    magnitude -1 where there are fewer. ``calls`` counts this block's.
+    counts (groups, PATTERNS) int64 of the run; moments and top (groups, most, 5: TOP_FIELDS) int64 of the block, the
+    latter sorted, magnitude -1 where there are fewer. ``calls`` counts this block's.
     """
 
     layout: SiteLayout
@@ -101,6 +102,11 @@ class DeviceSite:
         self.moments.copy_from(other.moments)
         self.top.copy_(other.top)
         self.calls = other.calls
+
+
+def _copy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    copied: npt.NDArray[Any] = tensor.to("cpu", copy=True).numpy()
+    return copied
 
 
 def merged_top(earlier: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
@@ -151,8 +157,8 @@ class DeviceStatistics:
 
     def to_host(self) -> dict[Key, SiteStatistics]:
         """A copy of the run's statistics; waits for the device."""
-        counts, top = self._counts.cpu().numpy(), self._top.cpu().numpy()
-        moments = {name: values.cpu().numpy() for name, values in self._moments.named().items()}
+        counts, top = _copy(self._counts), _copy(self._top)
+        moments = {name: _copy(values) for name, values in self._moments.named().items()}
         found = {}
         for key, layout in self.layouts.items():
             span = slice(*self._channels[key])
@@ -167,7 +173,7 @@ class DeviceStatistics:
 
     def load(self, statistics: Mapping[Key, SiteStatistics]) -> None:
         """Take over what `to_host` gave, or a checkpoint."""
-        moments = {name: values.cpu().numpy() for name, values in self._moments.named().items()}
+        moments = {name: _copy(values) for name, values in self._moments.named().items()}
         top = np.full(self._top.shape, -1, np.int64)
         counts = np.empty(self._counts.shape, np.int64)
         for key, stats in statistics.items():
@@ -179,5 +185,5 @@ class DeviceStatistics:
                 values[slice(*self._channels[key])] = getattr(stats.moments, name)
         self._counts.copy_(torch.from_numpy(counts))
         self._top.copy_(torch.from_numpy(top))
-        for name, values in self._moments.named().items():
-            values.copy_(torch.from_numpy(moments[name]))
+        for name, there in self._moments.named().items():
+            there.copy_(torch.from_numpy(moments[name]))

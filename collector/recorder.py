@@ -50,6 +50,16 @@ def documents_rows(
     return many_keyed_rows(run, keyed, [len(numbers)] * len(keyed), columns, DOCUMENTS)
 
 
+def check_seen(seen: Mapping[Key, int], documents: int) -> None:
+    """TapNeverFired for a site that was not reached for every one of a block's documents."""
+    for (layer, site), count in seen.items():
+        if count != documents:
+            raise TapNeverFired(
+                f"the tap {site} of layer {layer} saw {count} of {documents} documents: the forward"
+                " pass does not reach it; leave the site out with --sites, or report the model"
+            )
+
+
 Kept = tuple[int, int, npt.NDArray[np.float32]]
 """Document, position, and the values of a token at a site, or of a final state, flat (e, n)."""
 
@@ -189,12 +199,7 @@ class BlockRecorder:
         TapNeverFired if a site was not reached for every document.
         """
         self._last = None
-        for (layer, site), seen in self._seen.items():
-            if seen != len(self.documents):
-                raise TapNeverFired(
-                    f"the tap {site} of layer {layer} saw {seen} of {len(self.documents)} documents: the forward"
-                    " pass does not reach it; leave the site out with --sites, or report the model"
-                )
+        check_seen(self._seen, len(self.documents))
         numbers = np.array([document.index for document in self.documents], np.int64)
         for stats in self.statistics.values():
             for top in stats.top:

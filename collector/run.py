@@ -14,13 +14,12 @@ from tqdm import tqdm
 from quambase.collector.checkpoint import load_checkpoint, save_checkpoint
 from quambase.collector.first_pass import Grouping, choose_grouping, find_groups
 from quambase.collector.layouts import site_layouts
+from quambase.collector.observers import Kept, Observer, Where, choose_where, new_observer
 from quambase.collector.plan import Keep, Plan, make_plan, run_id, sampled_states, sampled_tokens
-from quambase.collector.recorder import BlockRecorder
 from quambase.collector.rows import Key, Locate
-from quambase.collector.statistics import ENCODINGS, Counter, SiteLayout, SiteStatistics
+from quambase.collector.statistics import ENCODINGS, SiteLayout, SiteStatistics
 from quambase.collector.writer import finish_run, locked, versions, write_part, write_run
-from quambase.model.batch import Batch
-from quambase.model.load import LoadedModel, floating_model, load_model
+from quambase.model.load import LoadedModel, load_model
 from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.prepare import prepare
 from quambase.model.reorder import reorder
@@ -71,6 +70,8 @@ def collect(
     groups: str | None = None,
     group_samples: int | None = None,
     groups_from: str | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
     progress: bool = True,
 ) -> CollectedRun:
     """Run ``model`` over the first ``samples`` documents of ``data`` and write a run into ``db``.
@@ -81,8 +82,11 @@ def collect(
     ``groups``: ``fixed`` (of a Mamba-2 the default) or ``quamba2`` sorts heads and channels of a Mamba-2 into groups,
     observes the model so reordered, and stores the order in the run; ``none`` does not. Channel statistics come from a
     first pass over ``group_samples`` documents (default 64, of ``quamba2`` all) or from the run ``groups_from`` of db.
+    ``device``: cpu, cuda, or auto (cuda if there is any). On the CPU the model runs in float32; on CUDA in ``dtype``,
+    float16 by default, which is the model as upstream runs it and whose activations are counted without any rounding.
     Errors: ModelNotFound, CheckpointInvalid, DataInvalid, DatabaseInvalid, UnknownName, RunBusy, TapNeverFired.
     """
+    where = choose_where(device, dtype)
     for name in sites:
         find_site(name, family="")  # any model's, so that a slip is told before the slow part
     loaded = load_model(model, tokenizer=tokenizer)
@@ -96,6 +100,7 @@ def collect(
         loaded,
         plan,
         grouping,
+        where,
         samples=samples,
         seq_len=seq_len,
         block=batch_size,
@@ -109,13 +114,28 @@ def collect(
         return CollectedRun(folder, Manifest.load(folder), existed=True)
     with locked(folder):
         started = time.time()
-        layers = find_groups(loaded, plan, grouping, batch_size, db, progress=progress) if grouping else None
+        layers = find_groups(loaded, plan, grouping, batch_size, db, where, progress=progress) if grouping else None
         grouped_for = time.time() - started
         layouts = site_layouts(loaded.any_weights.config, observed, layers)
-        statistics = _observe(loaded, plan, layouts, layers, folder, run, identity, progress)
+        weights = prepare(_reordered(loaded.any_weights, layers))
+        done, statistics = load_checkpoint(folder, layouts, OUTLIERS)
+        keep = _kept(loaded, plan, keep_tokens, seed)
+        observer = new_observer(
+            weights,
+            where,
+            statistics,
+            OUTLIERS,
+            run=run,
+            kept=keep,
+            write=lambda number, documents, activations: write_part(folder, number, documents, activations),
+        )
+        prepared_for = time.time() - started - grouped_for
+        with observer:
+            statistics = _observe(observer, plan, batch_size, done, folder, progress)
         blocks = len(plan.blocks(batch_size))
         encoding = ENCODINGS["float16"]
-        observed_for = time.time() - started - grouped_for
+        before = grouped_for + prepared_for
+        observed_for = time.time() - started - before
         tables = write_run(folder, run, statistics, encoding, _locator(plan, loaded), blocks)
         manifest = Manifest(
             run=run,
@@ -134,8 +154,10 @@ def collect(
             created={
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                 **({"group_seconds": round(grouped_for, 3)} if layers else {}),
+                "prepare_seconds": round(prepared_for, 3),
                 "observe_seconds": round(observed_for, 3),
-                "write_seconds": round(time.time() - started - grouped_for - observed_for, 3),
+                "write_seconds": round(time.time() - started - before - observed_for, 3),
+                **where.described(),
                 **versions(),
             },
         )
@@ -147,6 +169,7 @@ def _identity(
     loaded: LoadedModel,
     plan: Plan,
     grouping: Grouping | None,
+    where: Where,
     **settings: Any,
 ) -> dict[str, Any]:
     """Everything that determines the bytes of the run's tables, ``settings`` among it; its hash is the run id."""
@@ -158,7 +181,7 @@ def _identity(
         **settings,
         "activation_dtype": "float16",
         "outliers": OUTLIERS,
-        "device": "cpu",
+        **where.identity(),
         "torch": version("torch"),
         **({"groups": grouping.identity()} if grouping else {}),
     }
@@ -180,43 +203,33 @@ def _reordered(weights: MambaWeights | Mamba2Weights, layers: list[LayerGroups] 
     return reorder(weights, layers) if layers and isinstance(weights, Mamba2Weights) else weights
 
 
-def _observe(
-    loaded: LoadedModel,
-    plan: Plan,
-    layouts: dict[Key, SiteLayout],
-    layers: list[LayerGroups] | None,
-    folder: Path,
-    run: str,
-    identity: dict[str, Any],
-    progress: bool,
-) -> dict[Key, SiteStatistics]:
-    """Run every block that is not in the checkpoint; the statistics of them all."""
-    keep: Keep = identity["keep_tokens"]
-    d_state = loaded.any_weights.config.d_state
-    positions = None if keep == "all" else sampled_tokens(plan, keep, identity["seed"])
+def _kept(loaded: LoadedModel, plan: Plan, keep: Keep, seed: int) -> Kept:
+    """Which tokens' activations, and which documents' final states, a run of ``keep`` tokens keeps."""
+    if keep == "all":
+        return Kept(None, None)
     # A state has d_state values for every channel of a token.
-    states = None if keep == "all" else sampled_states(plan, keep // d_state, identity["seed"])
-    counter = Counter(ENCODINGS["float16"], OUTLIERS, max(len(layout.names) for layout in layouts.values()))
-    done, statistics = load_checkpoint(folder, layouts, OUTLIERS)
-    blocks = plan.blocks(identity["block"])
-    finished = sum(document.tokens.size for block in blocks[:done] for document in block)
+    states = sampled_states(plan, keep // loaded.any_weights.config.d_state, seed)
+    return Kept(sampled_tokens(plan, keep, seed), states)
+
+
+def _observe(
+    observer: Observer, plan: Plan, block: int, done: int, folder: Path, progress: bool
+) -> dict[Key, SiteStatistics]:
+    """Run every block after the first ``done``, those of the checkpoint; the statistics of them all."""
+    blocks = plan.blocks(block)
+    finished = sum(document.tokens.size for documents in blocks[:done] for document in documents)
     saved = time.monotonic()
-    model = floating_model(prepare(_reordered(loaded.any_weights, layers)), rotated=True)
     with tqdm(
         total=plan.tokens, initial=finished, desc="collect", unit="tok", unit_scale=True, disable=not progress
     ) as bar:
         for number in range(done, len(blocks)):
             documents = blocks[number]
-            recorder = BlockRecorder(run, documents, layouts, counter, positions, states)
-            model.hidden(Batch.pack([document.tokens.tolist() for document in documents]), recorder)
-            for key, block in recorder.finish().items():
-                statistics[key].fold(block)
-            write_part(folder, number, recorder.documents_table(), recorder.activations_table())
+            observer.observe(number, documents)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save_checkpoint(folder, number + 1, statistics)
+                save_checkpoint(folder, number + 1, observer.statistics())
                 saved = time.monotonic()
             bar.update(sum(document.tokens.size for document in documents))
-    return statistics
+        return observer.statistics()
 
 
 def _locator(plan: Plan, loaded: LoadedModel) -> Locate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -37,7 +38,7 @@ class TorchCounter:
         layout = into.layout
         bits = x.to(self.encoding.torch_dtype).contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
         groups = [bits[:, torch.from_numpy(layout.members(g)).to(x.device)] for g in range(len(layout.names))]
-        for document, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        for document, (start, stop) in enumerate(pairwise(offsets.tolist())):
             tables = torch.stack([torch.bincount(part[start:stop].flatten(), minlength=PATTERNS) for part in groups])
             into.counts += tables
             for g in range(len(groups)):
@@ -94,7 +95,7 @@ class TorchCounter:
         """Add the documents of x (rows, channels) float32 to the block's moments low:high, one after the other."""
         moments = into.moments.part(low, high)
         limit = float(self.encoding.limit)
-        for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+        for start, stop in pairwise(offsets.tolist()):
             if start == stop:
                 continue
             part = x[start:stop]

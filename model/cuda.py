@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,18 @@ def _checked(result: tuple[Any, ...], what: str) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+def _bindings(part: str) -> Any:
+    try:
+        return import_module(f"cuda.bindings.{part}")
+    except ImportError as error:
+        raise CompilationFailed(f"cuda-bindings is not installed ({error}); pip install 'quambase[cuda]'") from None
+
+
 def compile_cubin(source: Path, options: Sequence[str]) -> bytes:
     """Machine code of a .cu file that needs no headers; needs no GPU. CompilationFailed if there is no compiler, or it
     refuses the source or the architecture.
     """
-    try:
-        from cuda.bindings import nvrtc
-    except ImportError as error:
-        raise CompilationFailed(f"cuda-bindings is not installed ({error}); pip install 'quambase[cuda]'") from None
+    nvrtc = _bindings("nvrtc")
     try:
         program = _checked(
             nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []), "nvrtcCreateProgram"
@@ -46,7 +51,7 @@ def compile_cubin(source: Path, options: Sequence[str]) -> bytes:
             nvrtc.nvrtcGetProgramLog(program, log)
             lines = [line for line in log.decode(errors="replace").splitlines() if "error" in line]
             raise CompilationFailed(f"{source.name} does not compile: {lines[0] if lines else status.name}")
-        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
+        cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
         _checked(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
         nvrtc.nvrtcDestroyProgram(program)
         return cubin
@@ -61,8 +66,7 @@ class Kernels:
         major, minor = torch.cuda.get_device_capability(device)
         options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "-fmad=true"]
         cubin = compile_cubin(source, [*options, *(f"-D{name}={value}" for name, value in defines.items())])
-        from cuda.bindings import driver
-
+        driver = _bindings("driver")
         self._launch = driver.cuLaunchKernel
         self._most_shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         self._set_attribute = driver.cuFuncSetAttribute
@@ -109,5 +113,8 @@ def multiprocessors(device: torch.device) -> int:
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block may have."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    """Bytes of shared memory that one block may have; CompilationFailed without cuda-bindings."""
+    driver = _bindings("driver")
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    ordinal = _checked(driver.cuDeviceGet(device.index or 0), "cuDeviceGet")
+    return int(_checked(driver.cuDeviceGetAttribute(attribute, ordinal), "asking for the shared memory"))

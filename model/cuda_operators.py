@@ -22,7 +22,7 @@ ROW_SHARED = 48 * 1024
 class CudaOperators:
     """`quambase.model.operators.Operators` for one model's sizes on one device.
 
-    states: d_state; headdim, ngroups: of a Mamba-2. `quambase.model.cuda.CompilationFailed` where it cannot be compiled.
+    states: d_state; headdim, ngroups: of a Mamba-2. CompilationFailed where it cannot be compiled.
     """
 
     def __init__(

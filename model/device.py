@@ -1,9 +1,9 @@
 """The Mamba forward passes on a device, with the same taps as the float32 ones on the CPU.
 
-In float16 they compute what upstream runs: matrix products in float16 (accumulated in float32), the residual stream and
-its norms in float32, convolution, scans and Hadamard transforms in float32 inside and rounded once at their end. Weights
-are prepared, so rounding them to float16 loses nothing. In float32 everything is float32, without TF32. A state is
-float32 either way.
+In float16 they compute what upstream runs: matrix products in float16 (accumulated in float32), the residual stream
+and its norms in float32, convolution, scans and Hadamard transforms in float32 inside and rounded once at their end.
+Weights are prepared, so rounding them to float16 loses nothing. In float32 everything is float32, without TF32. A state
+is float32 either way.
 """
 
 from __future__ import annotations

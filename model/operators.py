@@ -161,8 +161,9 @@ class TorchOperators:
             half *= 2
         if order > 1:
             odd = torch.tensor(odd_factor(order), device=x.device)
-            work = torch.einsum("ij,rjp->rip", odd, work.view(-1, order, dim // order)).reshape(-1, dim)
-        return (work * dim**-0.5).view(x.shape).to(x.dtype)
+            work = (odd @ work.view(-1, order, dim // order)).view(-1, dim)
+        rotated: torch.Tensor = work * dim**-0.5
+        return rotated.view(x.shape).to(x.dtype)
 
 
 def _by_position(batch: DeviceBatch, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -67,7 +67,9 @@ def small_cases() -> Iterator[Case]:
         states = wild(3 * 6, 20, 4).to(dtype)
         groups = np.random.default_rng(4).permutation(np.arange(20) % 3)
         yield Case(f"{name} states", states, [6, 6, 6], sorted_layout(groups, 6), encoding)
-        yield Case(f"{name} nothing finite", torch.full((4, 3), torch.nan).to(dtype), [2, 2], plain_layout(0, 3), encoding)
+        yield Case(
+            f"{name} nothing finite", torch.full((4, 3), torch.nan).to(dtype), [2, 2], plain_layout(0, 3), encoding
+        )
         yield Case(f"{name} no rows", torch.zeros(0, 3).to(dtype), [0, 0], plain_layout(0, 1, 3), encoding)
     yield Case("one row", wild(1, 300, 5).half(), [1], plain_layout(0, 300))
     yield Case("one value", torch.full((1, 1), -2.5).half(), [1], plain_layout(0, 1))

@@ -1,4 +1,4 @@
-"""What the CUDA path computes and a CPU can check: plain-PyTorch counting, packing, folding, the way back to the host."""
+"""What of the CUDA path a CPU can check: plain-PyTorch counting, packing, folding, the way back to the host."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_every_row_of_every_group_is_dealt_out_once(
     layout = plain_layout(*np.cumsum([0, *widths]).tolist())
     offsets = np.cumsum([start, *lengths])
     packing = pack(layout, offsets, blocks)
-    assert packing.block_first.tolist() == sorted(packing.block_first.tolist()) and len(packing.block_first) == blocks + 1
+    assert (
+        packing.block_first.tolist() == sorted(packing.block_first.tolist()) and len(packing.block_first) == blocks + 1
+    )
     assert packing.block_first[0] == packing.segment_first[0] == 0
     assert packing.block_first[-1] == packing.segment_first[-1] == len(packing.items)
     for group in range(len(widths)):
@@ -82,7 +84,9 @@ def test_segments_of_states_are_each_groups_channels() -> None:
     assert moment_segments(plain_layout(0, 3), np.array([0, 4, 8])).tolist() == [[0, 4], [4, 8]]
 
 
-@pytest.mark.parametrize(("shared", "count"), [(232448, 0), (131072, 0), (101376, 1), (65536, 1), (49152, 2), (16384, 3)])
+@pytest.mark.parametrize(
+    ("shared", "count"), [(232448, 0), (131072, 0), (101376, 1), (65536, 1), (49152, 2), (16384, 3)]
+)
 def test_a_table_fits_in_what_shared_memory_there_is(shared: int, count: int) -> None:
     assert halvings(shared) == count
 
