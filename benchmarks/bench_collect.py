@@ -79,7 +79,9 @@ def main(which: str) -> None:
             run = collect(
                 model, samples, data="sample:calibration", db=folder / f"db{turn}", batch_size=BLOCK, progress=False
             )
-            seconds["collect"].append(run.manifest.created["observe_seconds"] + run.manifest.created["write_seconds"])
+            created = run.manifest.created
+            parts = ("prepare_seconds", "observe_seconds", "write_seconds")
+            seconds["collect"].append(sum(created[part] for part in parts))
         size = sum((run.folder / file).stat().st_size for file in run.manifest.tables)
         without = size - (run.folder / "activations.parquet").stat().st_size
         peaks = {

@@ -12,6 +12,7 @@ from quambase.cli.console import Command, database_option, emit, note
 from quambase.collector.first_pass import CHOICES
 from quambase.collector.merge import merge as merge_shards
 from quambase.collector.merge import merge_if_last
+from quambase.collector.observers import DEVICES, DTYPES, take_local_device
 from quambase.collector.run import CollectedRun, parse_keep
 from quambase.collector.run import collect as collect_run
 from quambase.collector.shards import parse_shard, torchrun_shard
@@ -52,6 +53,14 @@ from quambase.schema.tables import SITE_STATS, read_table
     help="Only every N-th block of documents, from block i on (i from 0 to N - 1); see `quambase merge`. "
     "[default: all, or under torchrun the process's own]",
 )
+@click.option(
+    "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="auto: CUDA if there is any."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    help="Of the forward pass on CUDA; the CPU's is float32. [default: float16]",
+)
 def collect(
     model: str,
     samples: int,
@@ -67,6 +76,8 @@ def collect(
     group_samples: int | None,
     groups_from: str | None,
     shard: str | None,
+    device: str,
+    dtype: str | None,
 ) -> None:
     """Run a model over calibration texts and store the exact distribution of its activations.
 
@@ -79,6 +90,8 @@ def collect(
       torchrun --nproc-per-node 4 $(which collect) --model mamba-5m --samples 128
     """
     launched = None if shard else torchrun_shard(os.environ)
+    if launched:
+        take_local_device(os.environ)
     found = collect_run(
         model,
         samples,
@@ -96,6 +109,8 @@ def collect(
         shard=parse_shard(shard) if shard else launched,
         # The bars of several processes in one terminal would overwrite each other.
         progress=launched is None or launched.index == 0,
+        device=device,
+        dtype=dtype,
     )
     if found.shard is None:
         _describe(found)

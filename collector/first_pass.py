@@ -14,11 +14,10 @@ from tqdm import tqdm
 
 from quambase.collector.grouping import VARIANTS, Variant, layer_groups
 from quambase.collector.layouts import site_layouts
+from quambase.collector.observers import Where, new_observer
 from quambase.collector.plan import Plan
-from quambase.collector.recorder import BlockRecorder
-from quambase.collector.statistics import ENCODINGS, Counter, SiteStatistics
-from quambase.model.batch import Batch
-from quambase.model.load import LoadedModel, floating_model
+from quambase.collector.statistics import SiteStatistics
+from quambase.model.load import LoadedModel
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.prepare import prepare
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
@@ -73,7 +72,7 @@ def choose_grouping(
 
 
 def find_groups(
-    loaded: LoadedModel, plan: Plan, grouping: Grouping, block: int, db: Path, *, progress: bool = False
+    loaded: LoadedModel, plan: Plan, grouping: Grouping, block: int, db: Path, where: Where, *, progress: bool = False
 ) -> list[LayerGroups]:
     """The groups of every layer; errors as `statistics_of_run`'s."""
     config = loaded.any_weights.config
@@ -81,12 +80,12 @@ def find_groups(
     if grouping.source:
         statistics = statistics_of_run(db / "runs" / grouping.source, loaded.weights_sha256)
     else:
-        statistics = first_pass(loaded, plan, grouping.documents, block, progress=progress)
+        statistics = first_pass(loaded, plan, grouping.documents, block, where, progress=progress)
     return [layer_groups(layer, config.headdim, config.ngroups, grouping.variant) for layer in statistics]
 
 
 def first_pass(
-    loaded: LoadedModel, plan: Plan, documents: int, block: int, *, progress: bool = False
+    loaded: LoadedModel, plan: Plan, documents: int, block: int, where: Where, *, progress: bool = False
 ) -> list[npt.NDArray[np.float64]]:
     """(e,) per layer: the largest of the first ``documents`` documents' mean absolute x, as a run not grouped has it.
 
@@ -94,17 +93,15 @@ def first_pass(
     is the same but for float16's rounding of the weights.
     """
     layouts = site_layouts(loaded.any_weights.config, [SITE])
-    counter = Counter(ENCODINGS["float16"], 1, max(len(layout.names) for layout in layouts.values()))
-    statistics = {key: SiteStatistics.empty(layout, 1) for key, layout in layouts.items()}
-    model = floating_model(prepare(loaded.any_weights), rotated=True)
+    observer = new_observer(
+        prepare(loaded.any_weights), where, {key: SiteStatistics.empty(layout, 1) for key, layout in layouts.items()}, 1
+    )
     some = Plan(plan.documents[:documents], documents, 0, 0)
-    with tqdm(total=some.tokens, desc="group", unit="tok", unit_scale=True, disable=not progress) as bar:
-        for members in some.blocks(block):
-            recorder = BlockRecorder("", members, layouts, counter, {}, set())
-            model.hidden(Batch.pack([document.tokens.tolist() for document in members]), recorder)
-            for key, found in recorder.finish().items():
-                statistics[key].fold(found)
+    with observer, tqdm(total=some.tokens, desc="group", unit="tok", unit_scale=True, disable=not progress) as bar:
+        for number, members in enumerate(some.blocks(block)):
+            observer.observe(number, members)
             bar.update(sum(document.tokens.size for document in members))
+        statistics = observer.statistics()
     return [statistics[key].moments.mean_abs_max for key in sorted(statistics)]
 
 

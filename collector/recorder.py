@@ -12,13 +12,99 @@ import pyarrow as pa
 import torch
 
 from quambase.collector.plan import PlannedDocument
-from quambase.collector.rows import Key, keyed_rows, ordered_groups
+from quambase.collector.rows import Key, many_keyed_rows, ordered_groups
 from quambase.collector.statistics import SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
 from quambase.schema.errors import TapNeverFired
 from quambase.schema.sites import WHOLE
 from quambase.schema.tables import ACTIVATIONS, DOCUMENTS
 
 Positions = Mapping[int, npt.NDArray[np.int64]]
+
+
+def documents_rows(
+    run: str,
+    documents: Sequence[PlannedDocument],
+    layouts: Mapping[Key, SiteLayout],
+    summaries: Mapping[Key, npt.NDArray[np.float32]],
+) -> pa.Table:
+    """A block's rows of `documents`; ``summaries`` (documents, groups + 1, 1 + q: SUMMARY_COLUMNS), the site last."""
+    numbers = [document.index for document in documents]
+    keyed: list[tuple[Key, str]] = []
+    values = []
+    for key in sorted(layouts):
+        layout = layouts[key]
+        groups = ordered_groups(layout)
+        if layout.names != (WHOLE,):
+            groups = sorted([*groups, (WHOLE, len(layout.names))])
+        keyed += [(key, name) for name, _ in groups]
+        values += [summaries[key][:, g] for _, g in groups]
+    matrix = np.concatenate(values) if values else np.empty((0, len(SUMMARY_COLUMNS)), np.float32)
+    columns: dict[str, object] = {
+        "document": np.tile(np.array(numbers, np.int32), len(keyed)),
+        "tokens": np.tile(np.array([document.tokens.size for document in documents], np.int32), len(keyed)),
+        "sha256": pa.array([document.sha256 for document in documents]).take(
+            np.tile(np.arange(len(numbers)), len(keyed))
+        ),
+        **{name: np.ascontiguousarray(matrix[:, i]) for i, name in enumerate(SUMMARY_COLUMNS)},
+    }
+    return many_keyed_rows(run, keyed, [len(numbers)] * len(keyed), columns, DOCUMENTS)
+
+
+def check_seen(seen: Mapping[Key, int], documents: int) -> None:
+    """TapNeverFired for a site that was not reached for every one of a block's documents."""
+    for (layer, site), count in seen.items():
+        if count != documents:
+            raise TapNeverFired(
+                f"the tap {site} of layer {layer} saw {count} of {documents} documents: the forward"
+                " pass does not reach it; leave the site out with --sites, or report the model"
+            )
+
+
+Kept = tuple[int, int, npt.NDArray[np.float32]]
+"""Document, position, and the values of a token at a site, or of a final state, flat (e, n)."""
+
+
+PIECE = 1 << 24
+"""Values that are joined to one piece of `activations`: Arrow's lists have 32-bit offsets."""
+
+
+def activations_rows(run: str, layouts: Mapping[Key, SiteLayout], kept: Mapping[Key, Sequence[Kept]]) -> pa.Table:
+    """A block's rows of `activations`: raw float32 values, a row per sampled token and group."""
+    pieces = [ACTIVATIONS.empty_table()]
+    parts: list[tuple[Key, str, Sequence[Kept], npt.NDArray[np.float32]]] = []
+
+    def join() -> None:
+        """Make a piece of ``parts``: key, group, whose rows, values (rows, width)."""
+        widths = [np.full(len(values), values.shape[1]) for _, _, _, values in parts]
+        places = np.array([place[:2] for _, _, rows, _ in parts for place in rows], np.int32).reshape(-1, 2)
+        ends = np.cumsum(np.concatenate([[0], *widths])).astype(np.int32)
+        columns: dict[str, object] = {
+            "document": np.ascontiguousarray(places[:, 0]),
+            "position": np.ascontiguousarray(places[:, 1]),
+            "values": pa.ListArray.from_arrays(ends, np.concatenate([values.reshape(-1) for _, _, _, values in parts])),
+        }
+        keys = [(key, name) for key, name, _, _ in parts]
+        pieces.append(many_keyed_rows(run, keys, [len(rows) for _, _, rows, _ in parts], columns, ACTIVATIONS))
+        parts.clear()
+
+    for key in sorted(layouts):
+        layout = layouts[key]
+        if not kept[key]:
+            continue
+        matrix = np.stack([row for _, _, row in kept[key]])
+        for name, g in ordered_groups(layout):
+            if layout.d_state:
+                states = matrix.reshape(len(matrix), -1, layout.d_state)
+                part = states[:, layout.members(g)].reshape(len(matrix), -1)
+            else:
+                # The flat (e, n) state of an undivided site has no channel slices; every other row has.
+                part = matrix if layout.state else matrix[:, layout.members(g)]
+            parts.append((key, name, kept[key], part))
+            if sum(values.size for _, _, _, values in parts) > PIECE:
+                join()
+    if parts:
+        join()
+    return pa.concat_tables(pieces)
 
 
 @dataclass
@@ -44,7 +130,7 @@ class BlockRecorder:
         self.summaries = {k: np.empty((*shape, len(SUMMARY_COLUMNS)), np.float32) for k, shape in shapes.items()}
         self._seen = dict.fromkeys(self.layouts, 0)
         self._last: tuple[Key, torch.Tensor] | None = None
-        self._kept: dict[Key, list[tuple[int, int, npt.NDArray[np.float32]]]] = {key: [] for key in self.layouts}
+        self._kept: dict[Key, list[Kept]] = {key: [] for key in self.layouts}
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
         """Count one site's activations; see `quambase.model.backbone.Tap` for the shapes."""
@@ -113,12 +199,7 @@ class BlockRecorder:
         TapNeverFired if a site was not reached for every document.
         """
         self._last = None
-        for (layer, site), seen in self._seen.items():
-            if seen != len(self.documents):
-                raise TapNeverFired(
-                    f"the tap {site} of layer {layer} saw {seen} of {len(self.documents)} documents: the forward"
-                    " pass does not reach it; leave the site out with --sites, or report the model"
-                )
+        check_seen(self._seen, len(self.documents))
         numbers = np.array([document.index for document in self.documents], np.int64)
         for stats in self.statistics.values():
             for top in stats.top:
@@ -127,42 +208,8 @@ class BlockRecorder:
 
     def documents_table(self) -> pa.Table:
         """The block's rows of `documents`."""
-        numbers = [document.index for document in self.documents]
-        tokens = [document.tokens.size for document in self.documents]
-        hashes = pa.array([document.sha256 for document in self.documents])
-        pieces = []
-        for key in sorted(self.layouts):
-            layout = self.layouts[key]
-            groups = ordered_groups(layout)
-            if layout.names != (WHOLE,):
-                groups = sorted([*groups, (WHOLE, len(layout.names))])
-            for name, g in groups:
-                columns: dict[str, object] = {"document": numbers, "tokens": tokens, "sha256": hashes}
-                columns |= {c: self.summaries[key][:, g, i] for i, c in enumerate(SUMMARY_COLUMNS)}
-                pieces.append(keyed_rows(self.run, key, name, len(numbers), columns, DOCUMENTS))
-        return pa.concat_tables(pieces)
+        return documents_rows(self.run, self.documents, self.layouts, self.summaries)
 
     def activations_table(self) -> pa.Table:
-        """The block's rows of `activations`: raw float32 values, a row per sampled token and group."""
-        pieces = [ACTIVATIONS.empty_table()]
-        for key in sorted(self.layouts):
-            layout, kept = self.layouts[key], self._kept[key]
-            if not kept:
-                continue
-            documents, positions, values = zip(*kept, strict=True)
-            matrix = np.stack(values)
-            for name, g in ordered_groups(layout):
-                if layout.d_state:
-                    states = matrix.reshape(len(kept), -1, layout.d_state)
-                    part = states[:, layout.members(g)].reshape(len(kept), -1)
-                else:
-                    # The flat (e, n) state of an undivided site has no channel slices; every other row has.
-                    part = matrix if layout.state else matrix[:, layout.members(g)]
-                ends = np.arange(len(kept) + 1, dtype=np.int32) * part.shape[1]
-                columns: dict[str, object] = {
-                    "document": documents,
-                    "position": positions,
-                    "values": pa.ListArray.from_arrays(ends, np.ascontiguousarray(part).reshape(-1)),
-                }
-                pieces.append(keyed_rows(self.run, key, name, len(kept), columns, ACTIVATIONS))
-        return pa.concat_tables(pieces)
+        """The block's rows of `activations`."""
+        return activations_rows(self.run, self.layouts, self._kept)

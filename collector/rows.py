@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,29 @@ def keyed_rows(run: str, key: Key, group: str, rows: int, columns: dict[str, obj
         "layer": pa.repeat(pa.scalar(layer, pa.int32()), rows),
         "site": pa.repeat(site, rows),
         "group_name": pa.repeat(group, rows),
+        **columns,
+    }
+    arrays = [
+        column if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column, schema.field(name).type)
+        for name, column in ((name, columns[name]) for name in schema.names)
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def many_keyed_rows(
+    run: str, keys: Sequence[tuple[Key, str]], rows: Sequence[int], columns: dict[str, object], schema: pa.Schema
+) -> pa.Table:
+    """`keyed_rows` of several (key, group) at once: ``rows[i]`` rows are of ``keys[i]``, one after the other."""
+    repeats = np.repeat(np.arange(len(keys)), rows)
+
+    def word(words: list[str]) -> pa.Array:
+        return pa.array(words, pa.string()).take(pa.array(repeats))
+
+    columns = {
+        "run": pa.repeat(pa.scalar(run, pa.string()), len(repeats)),
+        "layer": np.array([layer for (layer, _), _ in keys], np.int32)[repeats],
+        "site": word([site for (_, site), _ in keys]),
+        "group_name": word([name for _, name in keys]),
         **columns,
     }
     arrays = [

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from quambase.collector.checkpoint import load_checkpoint, save_checkpoint
 from quambase.collector.first_pass import Grouping, choose_grouping, find_groups
 from quambase.collector.layouts import site_layouts
-from quambase.collector.plan import Keep, Plan, make_plan, run_id, sampled_states, sampled_tokens
-from quambase.collector.recorder import BlockRecorder
+from quambase.collector.observers import Kept, Observer, Where, choose_where, new_observer
+from quambase.collector.plan import Keep, Plan, PlannedDocument, make_plan, run_id, sampled_states, sampled_tokens
 from quambase.collector.rows import Key, Locate
 from quambase.collector.shards import (
     SHARD,
@@ -27,10 +27,9 @@ from quambase.collector.shards import (
     write_places,
     write_sums,
 )
-from quambase.collector.statistics import ENCODINGS, Counter, SiteLayout, SiteStatistics
+from quambase.collector.statistics import ENCODINGS, SiteLayout, SiteStatistics
 from quambase.collector.writer import finish_run, locked, part_folder, versions, write_part, write_run
-from quambase.model.batch import Batch
-from quambase.model.load import LoadedModel, floating_model, load_model
+from quambase.model.load import LoadedModel, load_model
 from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.prepare import prepare
 from quambase.model.reorder import reorder
@@ -83,6 +82,8 @@ def collect(
     group_samples: int | None = None,
     groups_from: str | None = None,
     shard: Shard | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
     progress: bool = True,
 ) -> CollectedRun:
     """Run ``model`` over the first ``samples`` documents of ``data`` and write a run into ``db``.
@@ -95,8 +96,11 @@ def collect(
     first pass over ``group_samples`` documents (default 64, of ``quamba2`` all) or from the run ``groups_from`` of db.
     ``shard``: only its blocks; `quambase.collector.merge.merge` makes the run of all shards, each of which makes the
     first pass on its own.
+    ``device``: cpu, cuda, or auto (cuda if there is any). On the CPU the model runs in float32; on CUDA in ``dtype``,
+    float16 by default, which is the model as upstream runs it and whose activations are counted without any rounding.
     Errors: ModelNotFound, CheckpointInvalid, DataInvalid, DatabaseInvalid, UnknownName, RunBusy, TapNeverFired.
     """
+    where = choose_where(device, dtype)
     for name in sites:
         find_site(name, family="")  # any model's, so that a slip is told before the slow part
     loaded = load_model(model, tokenizer=tokenizer)
@@ -110,6 +114,7 @@ def collect(
         loaded,
         plan,
         grouping,
+        where,
         samples=samples,
         seq_len=seq_len,
         block=batch_size,
@@ -129,18 +134,35 @@ def collect(
             return CollectedRun(folder, load_shard(folder).manifest, existed=True, shard=shard)
     with locked(folder, None if shard is None else f"shard {shard} of run {run}"):
         started = time.time()
-        layers = find_groups(loaded, plan, grouping, batch_size, db, progress=progress) if grouping else None
+        layers = find_groups(loaded, plan, grouping, batch_size, db, where, progress=progress) if grouping else None
         grouped_for = time.time() - started
         layouts = site_layouts(loaded.any_weights.config, observed, layers)
-        statistics = _observe(loaded, plan, layouts, layers, folder, run, identity, shard, progress)
-        blocks = len(plan.blocks(batch_size))
-        observed_for = time.time() - started - grouped_for
+        weights = prepare(_reordered(loaded.any_weights, layers))
+        done, statistics = load_checkpoint(folder, layouts, OUTLIERS)
+        keep = _kept(loaded, plan, keep_tokens, seed)
+        observer = new_observer(
+            weights,
+            where,
+            statistics,
+            OUTLIERS,
+            run=run,
+            kept=keep,
+            write=lambda number, documents, activations: write_part(folder, number, documents, activations),
+            sums=None if shard is None else lambda number, sums: write_sums(folder, number, sums),
+        )
+        prepared_for = time.time() - started - grouped_for
+        blocks = plan.blocks(batch_size)
+        mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
+        with observer:
+            statistics = _observe(observer, blocks, mine, done, folder, progress)
+        before = grouped_for + prepared_for
+        observed_for = time.time() - started - before
         locate = _locator(plan, loaded)
         if shard is None:
-            parts = [part_folder(folder, block) for block in range(blocks)]
+            parts = [part_folder(folder, block) for block in mine]
             tables = write_run(folder, run, statistics, ENCODINGS["float16"], locate, parts)
         else:
-            save_checkpoint(folder, len(shard.blocks(blocks)), statistics)
+            save_checkpoint(folder, len(mine), statistics)
             write_places(folder, statistics, locate)
             tables = {}
         manifest = Manifest(
@@ -160,15 +182,17 @@ def collect(
             created={
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                 **({"group_seconds": round(grouped_for, 3)} if layers else {}),
+                "prepare_seconds": round(prepared_for, 3),
                 "observe_seconds": round(observed_for, 3),
-                "write_seconds": round(time.time() - started - grouped_for - observed_for, 3),
+                "write_seconds": round(time.time() - started - before - observed_for, 3),
+                **where.described(),
                 **versions(),
             },
         )
         if shard is None:
             finish_run(folder, manifest)
         else:
-            finish_shard(folder, shard, manifest, loaded.any_weights.config, blocks)
+            finish_shard(folder, shard, manifest, loaded.any_weights.config, len(blocks))
     return CollectedRun(folder, manifest, existed=False, shard=shard)
 
 
@@ -176,6 +200,7 @@ def _identity(
     loaded: LoadedModel,
     plan: Plan,
     grouping: Grouping | None,
+    where: Where,
     **settings: Any,
 ) -> dict[str, Any]:
     """Everything that determines the bytes of the run's tables, ``settings`` among it; its hash is the run id."""
@@ -187,7 +212,7 @@ def _identity(
         **settings,
         "activation_dtype": "float16",
         "outliers": OUTLIERS,
-        "device": "cpu",
+        **where.identity(),
         "torch": version("torch"),
         **({"groups": grouping.identity()} if grouping else {}),
     }
@@ -209,54 +234,36 @@ def _reordered(weights: MambaWeights | Mamba2Weights, layers: list[LayerGroups] 
     return reorder(weights, layers) if layers and isinstance(weights, Mamba2Weights) else weights
 
 
-def _observe(
-    loaded: LoadedModel,
-    plan: Plan,
-    layouts: dict[Key, SiteLayout],
-    layers: list[LayerGroups] | None,
-    folder: Path,
-    run: str,
-    identity: dict[str, Any],
-    shard: Shard | None,
-    progress: bool,
-) -> dict[Key, SiteStatistics]:
-    """Run every block (of the shard) that is not in the checkpoint; the statistics of them all."""
-    keep: Keep = identity["keep_tokens"]
-    d_state = loaded.any_weights.config.d_state
-    positions = None if keep == "all" else sampled_tokens(plan, keep, identity["seed"])
+def _kept(loaded: LoadedModel, plan: Plan, keep: Keep, seed: int) -> Kept:
+    """Which tokens' activations, and which documents' final states, a run of ``keep`` tokens keeps."""
+    if keep == "all":
+        return Kept(None, None)
     # A state has d_state values for every channel of a token.
-    states = None if keep == "all" else sampled_states(plan, keep // d_state, identity["seed"])
-    counter = Counter(ENCODINGS["float16"], OUTLIERS, max(len(layout.names) for layout in layouts.values()))
-    done, statistics = load_checkpoint(folder, layouts, OUTLIERS)
-    blocks = plan.blocks(identity["block"])
-    numbers = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
+    states = sampled_states(plan, keep // loaded.any_weights.config.d_state, seed)
+    return Kept(sampled_tokens(plan, keep, seed), states)
+
+
+def _observe(
+    observer: Observer, blocks: list[list[PlannedDocument]], numbers: range, done: int, folder: Path, progress: bool
+) -> dict[Key, SiteStatistics]:
+    """Run the blocks ``numbers`` after the first ``done`` of them, those of the checkpoint; the statistics of all."""
     tokens = [sum(document.tokens.size for document in blocks[number]) for number in numbers]
     saved = time.monotonic()
-    model = floating_model(prepare(_reordered(loaded.any_weights, layers)), rotated=True)
     with tqdm(
         total=sum(tokens),
         initial=sum(tokens[:done]),
-        desc=f"shard {shard}" if shard else "collect",
+        desc="collect",
         unit="tok",
         unit_scale=True,
         disable=not progress,
     ) as bar:
         for place in range(done, len(numbers)):
-            number = numbers[place]
-            documents = blocks[number]
-            recorder = BlockRecorder(run, documents, layouts, counter, positions, states)
-            model.hidden(Batch.pack([document.tokens.tolist() for document in documents]), recorder)
-            found = recorder.finish()
-            for key, block in found.items():
-                statistics[key].fold(block)
-            write_part(folder, number, recorder.documents_table(), recorder.activations_table())
-            if shard:
-                write_sums(folder, number, found)
+            observer.observe(numbers[place], blocks[numbers[place]])
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save_checkpoint(folder, place + 1, statistics)
+                save_checkpoint(folder, place + 1, observer.statistics())
                 saved = time.monotonic()
             bar.update(tokens[place])
-    return statistics
+        return observer.statistics()
 
 
 def _locator(plan: Plan, loaded: LoadedModel) -> Locate:

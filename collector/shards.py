@@ -104,10 +104,8 @@ def refuse_beside_shards(run_folder: Path) -> None:
         )
 
 
-def write_sums(folder: Path, block: int, statistics: Mapping[Key, SiteStatistics]) -> None:
-    """Keep one block's totals and squares, (2, every site's moments in sorted order) float64."""
-    moments = [statistics[key].moments for key in sorted(statistics)]
-    sums = np.stack([np.concatenate([m.total for m in moments]), np.concatenate([m.squares for m in moments])])
+def write_sums(folder: Path, block: int, sums: npt.NDArray[np.float64]) -> None:
+    """Keep one block's `quambase.collector.statistics.sums_of`."""
     with replacing(part_folder(folder, block) / SUMS) as temporary, temporary.open("wb") as file:
         np.save(file, sums, allow_pickle=False)
 

@@ -6,6 +6,7 @@ and resumed, and one that was not, do the same float64 additions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -22,7 +23,7 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 _DESCENDING = sorted(DOCUMENT_QUANTILES.items(), key=lambda item: -item[1])
-_PROBABILITIES = np.array([p for _, p in _DESCENDING], np.float32)
+PROBABILITIES = np.array([p for _, p in _DESCENDING], np.float32)
 
 SUMMARY_COLUMNS = ("amax", *(name for name, _ in _DESCENDING))
 """What `BlockStatistics.summaries` holds, in order."""
@@ -176,6 +177,12 @@ class SiteStatistics:
         ]
 
 
+def sums_of(statistics: Mapping[tuple[int, str], SiteStatistics]) -> Float64:
+    """(2, moments of every site in sorted order): the totals and the squares, which do not add up in any order."""
+    moments = [statistics[key].moments for key in sorted(statistics)]
+    return np.stack([np.concatenate([m.total for m in moments]), np.concatenate([m.squares for m in moments])])
+
+
 class Counter:
     """Counts tensors of any site; owns the kernel's working tables, which every site shares.
 
@@ -256,7 +263,7 @@ class Counter:
             *into.layout.runs,
             self.encoding.infinity,
             self._magnitudes,
-            _PROBABILITIES,
+            PROBABILITIES,
             counts,
             self._scratch[:, :groups],
             summaries,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,10 +21,12 @@ from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 import quambase.collector.run as run_module
 from quambase.cli.main import quambase
 from quambase.collector.merge import merge, merge_if_last
+from quambase.collector.observers import DeviceObserver, take_local_device
 from quambase.collector.rows import channels_rows
 from quambase.collector.run import CollectedRun
 from quambase.collector.shards import SHARD, Shard, parse_shard, read_sums, torchrun_shard
 from quambase.collector.statistics import SiteLayout, SiteStatistics
+from quambase.model.device import device_model
 from quambase.schema.doctor import examine
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
 from quambase.schema.tables import CHANNELS
@@ -129,6 +132,34 @@ def test_the_lower_of_zero_and_minus_zero_is_stored_as_zero() -> None:
         assert table.schema == CHANNELS
         stored.append([np.signbit(table[name].to_numpy()).any() for name in ("min", "max")])
     assert stored == [[False, False]] * 2
+
+
+@pytest.mark.parametrize("family", ["first", "second"])
+def test_shards_of_a_device_give_its_whole_runs_bytes(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is the CPU in plain PyTorch, whose bytes are its own; its statistics never are on the host."""
+    world: World = request.getfixturevalue(family)
+
+    def on_device(weights: object, where: object, statistics: dict, most: int, **named: object) -> DeviceObserver:
+        model = device_model(weights, torch.device("cpu"), torch.float32, rotated=True)
+        return DeviceObserver(model, statistics, most, **named)
+
+    monkeypatch.setattr(run_module, "new_observer", on_device)
+    whole = world.collect(tmp_path / "whole")
+    for index in range(3):
+        world.collect(tmp_path / "shards", shard=Shard(index, 3))
+    assert bytes_of(merge(tmp_path / "shards")) == bytes_of(whole)
+
+
+def test_a_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for rank in ("0", "3", "5"):
+        take_local_device({"LOCAL_RANK": rank})
+    assert taken == [0, 3, 1]
 
 
 @pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])

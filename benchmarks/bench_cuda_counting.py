@@ -1,0 +1,118 @@
+"""Billions of values a CUDA device counts per second: the kernels beside absmax, bincount, histc and a plain copy."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from timing import machine
+
+from quambase.collector.cuda_counter import CudaCounter
+from quambase.collector.device_statistics import DeviceStatistics
+from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, SiteLayout
+from quambase.model.cuda import Argument
+
+DOCUMENTS, LENGTH, CHANNELS = 128, 1024, 1536
+MOST = 64
+
+
+class Only:
+    """Launches some of the kernels only."""
+
+    def __init__(self, counter: CudaCounter, kind: int, names: tuple[str, ...]) -> None:
+        self._launch, self._counter, self._names = counter._kernels(kind).launch, counter, names
+
+    def launch(
+        self, name: str, grid: tuple[int, int], threads: int, arguments: list[Argument], shared: int = 0
+    ) -> None:
+        """Queue one of the kernels; `finish`, which would, is not there to forget the spills."""
+        if name in self._names:
+            self._launch(name, grid, threads, arguments, shared)
+        if name == "finish" and name not in self._names:
+            self._counter._scratch["spill_count"].zero_()
+
+
+def seconds(sides: dict[str, Callable[[], object]], repeats: int = 9) -> dict[str, float]:
+    """Median seconds on the device of each side, in turns, after a round of each."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(-1, repeats):
+        for name, side in sides.items():
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            side()
+            stop.record()
+            stop.synchronize()
+            if turn >= 0:
+                found[name].append(start.elapsed_time(stop) / 1e3)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def data(kind: str, rows: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(rows, CHANNELS) of some distribution."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(rows, CHANNELS, device=device, generator=generator)
+    if kind == "SiLU":
+        x = torch.nn.functional.silu(x * 2)
+    elif kind == "10 % zeros":
+        x = torch.where(torch.rand(x.shape, device=device, generator=generator) < 0.1, 0.0, x)
+    elif kind == "50 % zeros":
+        x = torch.where(torch.rand(x.shape, device=device, generator=generator) < 0.5, 0.0, x)
+    elif kind == "all zeros":
+        x = torch.zeros_like(x)
+    elif kind == "one value":
+        x = torch.full_like(x, -1.5)
+    return x.to(dtype)
+
+
+def measured(encoding: str, kind: int, name: str, device: torch.device) -> dict[str, float]:
+    """Gvalues/s of every side on one distribution."""
+    layout = SiteLayout(("all",), (0, CHANNELS))
+    site = DeviceStatistics({(0, "site"): layout}, MOST, device).sites[0, "site"]
+    offsets = np.arange(DOCUMENTS + 1, dtype=np.int64) * LENGTH
+    summaries = torch.empty(DOCUMENTS, 2, len(SUMMARY_COLUMNS), device=device)
+    whole, count, table = (CudaCounter(ENCODINGS[encoding], MOST, device) for _ in range(3))
+    count._launchers[kind] = Only(count, kind, ("count_items",))
+    table._launchers[kind] = Only(table, kind, ("count_items", "reduce_counts"))
+    x = data(name, DOCUMENTS * LENGTH, ENCODINGS[encoding].torch_dtype, device)
+    copy = torch.empty_like(x)
+
+    def add(counter: CudaCounter) -> None:
+        site.calls = 0
+        counter.add(site, x, offsets, 0, summaries)
+
+    took = seconds(
+        {
+            "counting": lambda: add(count),
+            "+ table": lambda: add(table),
+            "everything": lambda: add(whole),
+            "amax": lambda: x.abs().amax(),
+            "aminmax": lambda: torch.aminmax(x),
+            "copy": lambda: copy.copy_(x),
+            "bincount": lambda: torch.bincount(x.flatten().view(torch.int16).to(torch.int32) + 32768, minlength=65536),
+            "histc": lambda: torch.histc(x.float(), 2048),
+        }
+    )
+    return {side: x.numel() / s / 1e9 for side, s in took.items()}
+
+
+def main() -> None:
+    """Print one table; every side of a row ran in turns on the same values."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    lines: list[str] = []
+    for encoding, kind in (("float16", 0), ("bfloat16", 1)):
+        for name in ("normal", "SiLU", "10 % zeros", "50 % zeros", "all zeros", "one value"):
+            rates = measured(encoding, kind, name, device)
+            if not lines:
+                lines.append(f"{'':21}" + "".join(f"{side:>11}" for side in rates))
+            lines.append(f"{encoding:9} {name:11}" + "".join(f"{rate:11,.1f}" for rate in rates.values()))
+    where = f"{machine()}, {torch.cuda.get_device_name()}"
+    print(f"\nGvalues/s, {DOCUMENTS} documents of {LENGTH} x {CHANNELS} values ({where})")
+    print("counting: the counting kernel; + table: and the run's 64-bit table; everything: and per-document quantiles,")
+    print("channel moments, outliers")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,681 @@
+// Counting of one call's activations on CUDA, the sibling of kernels.py: per document and group every 16-bit pattern,
+// amax and quantiles; per group the largest values; per channel the moments. Compiled at run time (cuda_counting.py).
+//
+// KIND      0 float16, 1 bfloat16, 2 float32 rounded to float16, 3 float32 rounded to bfloat16
+// HALVINGS  how often the range of patterns is halved, one pass each, so that its counters fit in shared memory
+//
+// The kernels of a call run in this order: count_items, reduce_counts, summarise, moments, finish.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#if KIND < 2
+typedef u16 raw;
+#else
+typedef float raw;
+#endif
+
+const u32 PATTERNS = 65536;
+const u32 SIGN = 32768;
+const u32 ALL_WORDS = PATTERNS / 2;                 // 32-bit words of a table, two counters each
+const u32 WORDS = ALL_WORDS >> HALVINGS;            // of one pass
+const u32 FULL = 0xffffffffu;
+const int PER_VECTOR = 16 / sizeof(raw);
+const int VECTORS = 32 / PER_VECTOR;                // per thread between two barriers: 32 values
+const int CANDIDATES = 1024;
+
+// Every member has 8 bytes; cuda_counting.py has the same list. Arrays of int are int32.
+struct Call {
+    const raw* x;               // (rows, channels), rows `stride` apart
+    i64 stride;
+    i64 documents, groups, most, first, infinity;
+    const int* offsets;         // (documents + 1,) of rows
+    const int* runs;            // (runs, 2) of channels, as SiteLayout.runs
+    const int* run_first;       // (groups + 1,)
+    const int* items;           // (items, 3) group, first row, rows; a block's are consecutive, a segment's too
+    const int* block_first;     // (blocks + 1,) of items
+    const int* segment_first;   // (groups documents + 1,) of items; a segment is a document of a group
+    const int* members;         // (channels,) group by group
+    const int* edges;           // (groups + 1,) of members
+    const int* group_of;        // (channels,)
+    const int* place_of;        // (channels,) in its group
+    u32* slots;                 // (items, ALL_WORDS), written: an item's counters
+    u32* spills;                // (spills, 2) item, pattern: 0x8000 more of it
+    u32* spill_count;           // zero on entry and on return
+    u64* call;                  // (groups, PATTERNS), written: this call's counts
+    u64* counts;                // (groups, PATTERNS), added to
+    const float* probabilities; // (quantiles,)
+    i64 quantiles;
+    float* summaries;           // (documents, groups + 1, 1 + quantiles), written
+    int* thresholds;            // (groups, 4), written: the most-th largest magnitude, least one emitted, ties, ordered
+    u64* candidates;            // (groups, CANDIDATES, 2) row width + place, pattern
+    u32* candidate_count;       // (groups,) zero on entry and on return
+    i64* top;                   // (groups, most, 5), written: as TOP_FIELDS; magnitude -1 where there are fewer
+    i64 emit;                   // whether `moments` emits candidates and `finish` sorts them
+    const raw* mx;              // (rows, mchannels) whose moments are formed, rows `mstride` apart
+    i64 mstride, mchannels, mgroups;
+    const int* segments;        // (mgroups documents, 2) first row and last + 1
+    i64 lanes;                  // threads along a row of `moments`, a power of two
+    double limit;               // the smallest magnitude that rounds to infinity
+    double* partial64;          // (3, mgroups documents, mchannels) total, squares, magnitudes
+    float* partial32;           // (2, ...) lowest, highest
+    int* partial_counts;        // (3, ...) used, not finite, overflowing
+    i64 summed;                 // whether moments are formed
+    i64* count;                 // (mgroups mchannels,) and so on: added to
+    float* lowest;
+    float* highest;
+    double* total;
+    double* squares;
+    double* mean_abs_max;
+    i64* nonfinite;
+    i64* overflow;
+};
+
+__device__ __forceinline__ float half_to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
+__device__ __forceinline__ u16 float_to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
+
+// The pattern of a value rounded to nearest even.
+__device__ __forceinline__ u32 to_pattern(float f) {
+#if KIND == 0 || KIND == 2
+    return float_to_half(f);
+#else
+    u32 bits = __float_as_uint(f);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0u;
+    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+#endif
+}
+
+__device__ __forceinline__ float pattern_value(u32 pattern) {
+#if KIND == 0 || KIND == 2
+    return half_to_float((u16)pattern);
+#else
+    return __uint_as_float(pattern << 16);
+#endif
+}
+
+__device__ __forceinline__ float raw_value(raw v) {
+#if KIND < 2
+    return pattern_value(v);
+#else
+    return v;
+#endif
+}
+
+__device__ __forceinline__ u32 raw_pattern(raw v) {
+#if KIND < 2
+    return v;
+#else
+    return to_pattern(v);
+#endif
+}
+
+__device__ __forceinline__ u32 pattern_at(const uint4& data, int j) {
+    const u32 words[4] = {data.x, data.y, data.z, data.w};
+#if KIND < 2
+    return (words[j >> 1] >> ((j & 1) * 16)) & 0xffffu;
+#else
+    return to_pattern(__uint_as_float(words[j]));
+#endif
+}
+
+// ---------------------------------------------------------------- counting
+
+__device__ __forceinline__ bool in_pass(u32 pattern, u32 pass) {
+#if HALVINGS == 0
+    return true;
+#else
+    return (pattern >> (16 - HALVINGS)) == pass;
+#endif
+}
+
+// Add n of a pattern to its 16-bit counter; the word before.
+__device__ __forceinline__ u32 bump(u32* bins, u32 pattern, u32 n) {
+    return atomicAdd(&bins[(pattern >> 1) & (WORDS - 1)], n << ((pattern & 1) * 16));
+}
+
+// The add that brought a counter to 0x8000 or beyond takes 0x8000 out and notes it. Until then nothing carries into the
+// neighbour: after a barrier every counter is below 0x8000, and a block adds at most 1024 * 32 = 0x8000 before the next.
+__device__ __forceinline__ void settle(const Call& c, u32* bins, u32 item, u32 pattern, u32 before, u32 n) {
+    const u32 shift = (pattern & 1) * 16;
+    const u32 old = (before >> shift) & 0xffffu;
+    if (old < 0x8000u && old + n >= 0x8000u) {
+        atomicSub(&bins[(pattern >> 1) & (WORDS - 1)], 0x8000u << shift);
+        const u32 place = atomicAdd(c.spill_count, 1u);
+        c.spills[2 * (u64)place] = item;
+        c.spills[2 * (u64)place + 1] = pattern;
+    }
+}
+
+// Count `rows` rows of `width` values, `row_bytes` apart. Loads are the aligned 16 bytes that hold a wanted value; what
+// else is in them is passed over.
+__device__ void count_rectangle(
+    const Call& c, u32* bins, u32 item, u32 pass, const char* base, i64 row_bytes, i64 width_bytes, int rows
+) {
+    const bool aligned = ((((u64)base) | (u64)row_bytes) & 15) == 0;
+    const u32 vectors = (u32)((width_bytes + 15) / 16) + (aligned ? 0 : 1);
+    const u32 threads = blockDim.x;
+    const i64 total = (i64)vectors * rows;
+    int row = threadIdx.x / vectors;
+    u32 vector = threadIdx.x % vectors;
+    const int row_step = threads / vectors;
+    const u32 vector_step = threads % vectors;
+    for (i64 start = 0; start < total; start += (i64)threads * VECTORS) {
+        uint4 data[VECTORS];
+        int from[VECTORS], to[VECTORS];
+#pragma unroll
+        for (int k = 0; k < VECTORS; k++) {
+            data[k] = make_uint4(0, 0, 0, 0);
+            from[k] = to[k] = 0;
+            if (row < rows) {
+                const char* first = base + row * row_bytes;
+                const char* at = (const char*)((u64)first & ~15ull) + 16 * (i64)vector;
+                const i64 before = first - at, left = first + width_bytes - at;
+                from[k] = before > 0 ? (int)(before / (i64)sizeof(raw)) : 0;
+                to[k] = left >= 16 ? PER_VECTOR : left > 0 ? (int)(left / (i64)sizeof(raw)) : 0;
+                if (to[k] > from[k]) data[k] = *(const uint4*)at;
+            }
+            vector += vector_step;
+            row += row_step;
+            if (vector >= vectors) { vector -= vectors; row++; }
+        }
+        // One value is counted in registers, the warp's share at once: else constant data would queue at one counter.
+        const u32 hot = __shfl_sync(FULL, pattern_at(data[0], 0), 0);
+        u32 hots = 0;
+#pragma unroll
+        for (int k = 0; k < VECTORS; k++) {
+            if (to[k] - from[k] == PER_VECTOR) {
+                u32 before[PER_VECTOR];
+#pragma unroll
+                for (int j = 0; j < PER_VECTOR; j++) {
+                    const u32 pattern = pattern_at(data[k], j);
+                    before[j] = 0;
+                    if (pattern == hot) hots++;
+                    else if (in_pass(pattern, pass)) before[j] = bump(bins, pattern, 1);
+                }
+#pragma unroll
+                for (int j = 0; j < PER_VECTOR; j++) settle(c, bins, item, pattern_at(data[k], j), before[j], 1);
+            } else {
+#pragma unroll
+                for (int j = 0; j < PER_VECTOR; j++) {
+                    if (j < from[k] || j >= to[k]) continue;
+                    const u32 pattern = pattern_at(data[k], j);
+                    if (pattern == hot) hots++;
+                    else if (in_pass(pattern, pass)) settle(c, bins, item, pattern, bump(bins, pattern, 1), 1);
+                }
+            }
+        }
+#pragma unroll
+        for (int step = 16; step; step >>= 1) hots += __shfl_xor_sync(FULL, hots, step);
+        if ((threadIdx.x & 31) == 0 && hots && in_pass(hot, pass)) {
+            settle(c, bins, item, hot, bump(bins, hot, hots), hots);
+        }
+        __syncthreads();
+    }
+}
+
+// One block per multiprocessor, 1024 threads; WORDS words of dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(1024) count_items(const Call c) {
+    extern __shared__ uint4 shared_bins[];
+    u32* bins = (u32*)shared_bins;
+    for (u32 i = threadIdx.x; i < WORDS / 4; i += blockDim.x) shared_bins[i] = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+    for (int item = c.block_first[blockIdx.x]; item < c.block_first[blockIdx.x + 1]; item++) {
+        const int group = c.items[3 * item], rows = c.items[3 * item + 2];
+        const raw* start = c.x + c.items[3 * item + 1] * c.stride;
+        for (u32 pass = 0; pass < (1u << HALVINGS); pass++) {
+            for (int run = c.run_first[group]; run < c.run_first[group + 1]; run++) {
+                const int low = c.runs[2 * run];
+                const i64 width = c.runs[2 * run + 1] - low;
+                const char* base = (const char*)(start + low);
+                const i64 row_bytes = c.stride * (i64)sizeof(raw), width_bytes = width * (i64)sizeof(raw);
+                if (width == c.stride) count_rectangle(c, bins, item, pass, base, 0, width_bytes * rows, 1);
+                else count_rectangle(c, bins, item, pass, base, row_bytes, width_bytes, rows);
+            }
+            uint4* slot = (uint4*)(c.slots + (u64)item * ALL_WORDS + (u64)pass * WORDS);
+            for (u32 i = threadIdx.x; i < WORDS / 4; i += blockDim.x) {
+                slot[i] = shared_bins[i];
+                shared_bins[i] = make_uint4(0, 0, 0, 0);
+            }
+            __syncthreads();
+        }
+    }
+}
+
+// 64-bit counters: no number of values that fit in a memory overflows them.
+extern "C" __global__ void __launch_bounds__(256) reduce_counts(const Call c) {
+    const u32 word = blockIdx.x * blockDim.x + threadIdx.x;
+    const u32 group = blockIdx.y;
+    const int first = c.segment_first[group * c.documents], last = c.segment_first[(group + 1) * c.documents];
+    u64 low = 0, high = 0;
+#pragma unroll 8
+    for (int item = first; item < last; item++) {
+        const u32 both = c.slots[(u64)item * ALL_WORDS + word];
+        low += both & 0xffffu;
+        high += both >> 16;
+    }
+    const u32 spills = *c.spill_count;
+    for (u32 i = 0; i < spills; i++) {
+        const int item = c.spills[2 * (u64)i];
+        const u32 pattern = c.spills[2 * (u64)i + 1];
+        if (pattern >> 1 == word && item >= first && item < last) (pattern & 1 ? high : low) += 0x8000u;
+    }
+    const u64 at = (u64)group * PATTERNS + 2 * word;
+    c.call[at] = low;
+    c.call[at + 1] = high;
+    if (low) c.counts[at] += low;
+    if (high) c.counts[at + 1] += high;
+}
+
+// ---------------------------------------------------------------- order statistics
+
+// Counts of the magnitudes 2 word and 2 word + 1 in one segment.
+__device__ void add_segment(const Call& c, int segment, u32 word, u64& low, u64& high) {
+    const int first = c.segment_first[segment], last = c.segment_first[segment + 1];
+    for (int item = first; item < last; item++) {
+        const u32* slot = c.slots + (u64)item * ALL_WORDS;
+        const u32 positive = slot[word], negative = slot[word + SIGN / 2];
+        low += (positive & 0xffffu) + (negative & 0xffffu);
+        high += (positive >> 16) + (negative >> 16);
+    }
+    const u32 spills = *c.spill_count;
+    for (u32 i = 0; i < spills; i++) {
+        const int item = c.spills[2 * (u64)i];
+        const u32 magnitude = c.spills[2 * (u64)i + 1] & (SIGN - 1);
+        if (magnitude >> 1 == word && item >= first && item < last) (magnitude & 1 ? high : low) += 0x8000u;
+    }
+}
+
+// What the threads before this one hold, and what they all do. sums: 33 words of shared memory.
+__device__ u64 before_me(u64 mine, u64* sums, u64& all) {
+    const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    u64 upto = mine;
+    for (int step = 1; step < 32; step *= 2) {
+        const u64 other = __shfl_up_sync(FULL, upto, step);
+        if (lane >= step) upto += other;
+    }
+    __syncthreads();
+    if (lane == 31) sums[warp] = upto;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        u64 seen = 0;
+        for (u32 i = 0; i < blockDim.x / 32; i++) {
+            const u64 here = sums[i];
+            sums[i] = seen;
+            seen += here;
+        }
+        sums[32] = seen;
+    }
+    __syncthreads();
+    all = sums[32];
+    return sums[warp] + upto - mine;
+}
+
+// torch.quantile's interpolation, as quambase.schema.distribution.lerp_torch.
+__device__ float lerp_torch(float below, float above, float weight) {
+    const double step = (double)__fsub_rn(above, below);
+    if (weight < 0.5f) return (float)__dadd_rn((double)below, __dmul_rn((double)weight, step));
+    return (float)__dadd_rn((double)above, __dmul_rn((double)__fsub_rn(weight, 1.0f), step));
+}
+
+// A block per document and group, per document (the whole site, where it is divided), and per group (its threshold).
+// Counts are walked from the largest magnitude down, 2048 magnitudes at a time, only as far as a wanted rank lies.
+extern "C" __global__ void __launch_bounds__(1024) summarise(const Call c) {
+    __shared__ u64 sums[33];
+    __shared__ u64 target[32];
+    __shared__ u32 answer[32];
+    __shared__ u64 beyond[2];
+    const int groups = c.groups, documents = c.documents, quantiles = c.quantiles;
+    const int parts = groups == 1 ? 1 : groups + 1;
+    const bool of_document = blockIdx.x < (u32)(documents * parts);
+    const int document = of_document ? blockIdx.x / parts : 0;
+    const int group = of_document ? blockIdx.x % parts : blockIdx.x - documents * parts;
+    const bool whole = of_document && group == groups;
+
+    auto look = [&](u32 word, u64& low, u64& high) {
+        if (!of_document) {
+            const u64* table = c.call + (u64)group * PATTERNS + 2 * word;
+            low = table[0] + table[SIGN];
+            high = table[1] + table[SIGN + 1];
+            return;
+        }
+        low = high = 0;
+        for (int g = whole ? 0 : group; g < (whole ? groups : group + 1); g++) {
+            add_segment(c, g * documents + document, word, low, high);
+        }
+    };
+
+    const u32 finite_words = c.infinity / 2;
+    u64 low, high, mine = 0, unfinite, all;
+    for (u32 word = finite_words + threadIdx.x; word < SIGN / 2; word += blockDim.x) {
+        look(word, low, high);
+        mine += low + high;
+    }
+    before_me(mine, sums, unfinite);
+    const i64 rows = of_document ? c.offsets[document + 1] - c.offsets[document] : c.offsets[documents] - c.offsets[0];
+    const i64 width = whole ? c.edges[groups] : c.edges[group + 1] - c.edges[group];
+    const i64 total = rows * width - (i64)unfinite;
+    float* out = c.summaries + ((i64)document * (groups + 1) + group) * (1 + quantiles);
+    if (total == 0) {
+        if (of_document) {
+            if (threadIdx.x <= quantiles) out[threadIdx.x] = __uint_as_float(0x7fc00000u);
+            if (groups == 1 && threadIdx.x <= quantiles) out[1 + quantiles + threadIdx.x] = __uint_as_float(0x7fc00000u);
+        } else if (threadIdx.x < 4) {
+            c.thresholds[4 * group + threadIdx.x] = 0;
+        }
+        return;
+    }
+
+    // target[k]: how many of the largest values reach down to the wanted one.
+    const int targets = of_document ? 1 + 2 * quantiles : 1;
+    if (threadIdx.x == 0) target[0] = of_document ? 1 : (total < c.most ? total : c.most);
+    if (of_document && threadIdx.x < quantiles) {
+        const float position = __fmul_rn(c.probabilities[threadIdx.x], __ll2float_rn(total - 1));
+        const i64 below = (i64)position;
+        i64 above = (i64)ceilf(position);
+        if (above > total - 1) above = total - 1;
+        target[1 + 2 * threadIdx.x] = total - below;
+        target[2 + 2 * threadIdx.x] = total - above;
+    }
+    __syncthreads();
+    u64 furthest = 0;
+    for (int k = 0; k < targets; k++) furthest = target[k] > furthest ? target[k] : furthest;
+    u64 seen = 0;
+    for (int top = finite_words; top > 0 && seen < furthest; top -= blockDim.x) {
+        const int word = top - 1 - (int)threadIdx.x;
+        low = high = 0;
+        if (word >= 0) look(word, low, high);
+        const u64 before = seen + before_me(low + high, sums, all);
+        for (int k = 0; k < targets; k++) {
+            const u64 t = target[k];
+            if (t <= before || t > before + high + low) continue;
+            const bool upper = t <= before + high;
+            answer[k] = 2 * word + (upper ? 1 : 0);
+            if (!of_document) {
+                beyond[0] = upper ? before : before + high;
+                beyond[1] = beyond[0] + (upper ? high : low);
+            }
+        }
+        seen += all;
+    }
+    __syncthreads();
+    if (!of_document) {
+        if (threadIdx.x == 0) {
+            // Too many ties to hold: then only what is larger is emitted, and `finish` looks for the ties in order.
+            const int ordered = beyond[1] > CANDIDATES;
+            int* threshold = c.thresholds + 4 * group;
+            threshold[0] = answer[0];
+            threshold[1] = answer[0] + ordered;
+            threshold[2] = (int)(c.most - (i64)beyond[0]);
+            threshold[3] = ordered;
+        }
+        return;
+    }
+    if (threadIdx.x <= quantiles) {
+        const int k = threadIdx.x;
+        float found = pattern_value(answer[0]);
+        if (k > 0) {
+            const float position = __fmul_rn(c.probabilities[k - 1], __ll2float_rn(total - 1));
+            const float weight = __fsub_rn(position, __ll2float_rn((i64)position));
+            found = lerp_torch(pattern_value(answer[2 * k - 1]), pattern_value(answer[2 * k]), weight);
+        }
+        out[k] = found;
+        if (groups == 1) out[1 + quantiles + k] = found;
+    }
+}
+
+// ---------------------------------------------------------------- moments, and where the largest values are
+
+__device__ void emit(const Call& c, int group, int place, int row, u32 pattern) {
+    const u32 magnitude = pattern & (SIGN - 1);
+    if (magnitude < (u32)c.thresholds[4 * group + 1] || magnitude >= (u32)c.infinity) return;
+    const u32 at = atomicAdd(&c.candidate_count[group], 1u);
+    if (at >= CANDIDATES) return;
+    u64* candidate = c.candidates + ((u64)group * CANDIDATES + at) * 2;
+    candidate[0] = (u64)row * (u32)(c.edges[group + 1] - c.edges[group]) + (u32)place;
+    candidate[1] = pattern;
+}
+
+// A block per segment and run of channels: two channels a thread, rows dealt out along the block's other dimension and
+// joined at the end in a fixed order.
+extern "C" __global__ void __launch_bounds__(256) moments(const Call c) {
+    __shared__ double wide[6][256];
+    __shared__ float narrow[4][256];
+    const int lanes = c.lanes, channels = c.mchannels;
+    const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = blockDim.x / lanes;
+    const int segment = blockIdx.x, column = (blockIdx.y * lanes + tx) * 2;
+    const int first = c.segments[2 * segment], last = c.segments[2 * segment + 1];
+    const bool one = column < channels, two = column + 1 < channels;
+    const raw* base = c.mx + column;
+    const bool paired = two && (c.mstride & 1) == 0 && ((u64)base & (2 * sizeof(raw) - 1)) == 0;
+    const float infinity = __uint_as_float(0x7f800000u);
+
+    int group[2] = {0, 0}, place[2] = {0, 0};
+    float bound[2] = {infinity, infinity}; // only a larger magnitude can be a candidate
+    for (int i = 0; i < 2; i++) {
+        if (!c.emit || column + i >= channels) continue;
+        group[i] = c.group_of[column + i];
+        place[i] = c.place_of[column + i];
+        const int least = c.thresholds[4 * group[i] + 1];
+        bound[i] = least ? pattern_value(least - 1) : -1.0f;
+    }
+    double total[2] = {0, 0}, squares[2] = {0, 0}, absolute[2] = {0, 0};
+    float low[2] = {infinity, infinity}, high[2] = {-infinity, -infinity};
+    if (one) {
+        for (int row = first + ty; row < last; row += 4 * height) {
+            raw values[4][2];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const int here = row + k * height;
+                values[k][0] = values[k][1] = 0;
+                if (here >= last) continue;
+                const raw* at = base + here * c.mstride;
+                if (paired) {
+#if KIND < 2
+                    const u32 both = *(const u32*)at;
+                    values[k][0] = both & 0xffffu;
+                    values[k][1] = both >> 16;
+#else
+                    const float2 both = *(const float2*)at;
+                    values[k][0] = both.x;
+                    values[k][1] = both.y;
+#endif
+                } else {
+                    values[k][0] = at[0];
+                    if (two) values[k][1] = at[1];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float most = -1.0f;
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    if (row + k * height >= last) continue;
+                    const float value = raw_value(values[k][i]);
+                    const double v = value;
+                    total[i] += v;
+                    squares[i] = fma(v, v, squares[i]);
+                    absolute[i] += fabs(v);
+                    low[i] = fminf(low[i], value);
+                    high[i] = fmaxf(high[i], value);
+                    most = fmaxf(most, fabsf(value));
+                }
+                if (most > bound[i]) {
+                    for (int k = 0; k < 4; k++) {
+                        const int here = row + k * height;
+                        if (here < last && (i == 0 || two)) emit(c, group[i], place[i], here, raw_pattern(values[k][i]));
+                    }
+                }
+            }
+        }
+    }
+    if (!c.summed) return;
+    for (int i = 0; i < 2; i++) {
+        wide[3 * i][threadIdx.x] = total[i];
+        wide[3 * i + 1][threadIdx.x] = squares[i];
+        wide[3 * i + 2][threadIdx.x] = absolute[i];
+        narrow[2 * i][threadIdx.x] = low[i];
+        narrow[2 * i + 1][threadIdx.x] = high[i];
+    }
+    for (int half = height / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (ty < half) {
+            const int other = threadIdx.x + half * lanes;
+            for (int i = 0; i < 6; i++) wide[i][threadIdx.x] += wide[i][other];
+            for (int i = 0; i < 2; i++) {
+                narrow[2 * i][threadIdx.x] = fminf(narrow[2 * i][threadIdx.x], narrow[2 * i][other]);
+                narrow[2 * i + 1][threadIdx.x] = fmaxf(narrow[2 * i + 1][threadIdx.x], narrow[2 * i + 1][other]);
+            }
+        }
+    }
+    if (ty > 0) return;
+    const i64 all = c.mgroups * c.documents * channels;
+    const float limit = (float)c.limit;
+    for (int i = 0; i < 2; i++) {
+        if (column + i >= channels) return;
+        double sum = wide[3 * i][threadIdx.x], sum_squares = wide[3 * i + 1][threadIdx.x];
+        double magnitudes = wide[3 * i + 2][threadIdx.x];
+        float lowest = narrow[2 * i][threadIdx.x], highest = narrow[2 * i + 1][threadIdx.x];
+        int used = last - first, unfinite = 0, overflowing = 0;
+        // The sum of magnitudes is finite exactly when every value is: float64 cannot overflow on float32 values.
+        if (!(magnitudes < infinity) || highest >= limit || lowest <= -limit) {
+            lowest = infinity;
+            highest = -infinity;
+            sum = sum_squares = magnitudes = 0;
+            for (int row = first; row < last; row++) {
+                const float value = raw_value(base[row * c.mstride + i]);
+                if (!(fabsf(value) < infinity)) {
+                    unfinite++;
+                    used--;
+                    continue;
+                }
+                if (fabsf(value) >= limit) overflowing++;
+                const double v = value;
+                lowest = fminf(lowest, value);
+                highest = fmaxf(highest, value);
+                sum += v;
+                sum_squares = fma(v, v, sum_squares);
+                magnitudes += fabs(v);
+            }
+        }
+        const i64 at = (i64)segment * channels + column + i;
+        c.partial64[at] = sum;
+        c.partial64[all + at] = sum_squares;
+        c.partial64[2 * all + at] = magnitudes;
+        c.partial32[at] = lowest;
+        c.partial32[all + at] = highest;
+        c.partial_counts[at] = used;
+        c.partial_counts[all + at] = unfinite;
+        c.partial_counts[2 * all + at] = overflowing;
+    }
+}
+
+// Add the documents' moments of one channel in document order.
+__device__ void combine(const Call& c, int index) {
+    const int channels = c.mchannels, documents = c.documents;
+    const i64 all = c.mgroups * c.documents * channels;
+    const i64 start = (i64)(index / channels) * documents * channels + index % channels;
+    i64 count = c.count[index], nonfinite = c.nonfinite[index], overflow = c.overflow[index];
+    float lowest = c.lowest[index], highest = c.highest[index];
+    double total = c.total[index], squares = c.squares[index], mean = c.mean_abs_max[index];
+#pragma unroll 4
+    for (int document = 0; document < documents; document++) {
+        const i64 at = start + (i64)document * channels;
+        const int used = c.partial_counts[at];
+        nonfinite += c.partial_counts[all + at];
+        overflow += c.partial_counts[2 * all + at];
+        lowest = fminf(lowest, c.partial32[at]);
+        highest = fmaxf(highest, c.partial32[all + at]);
+        total += c.partial64[at];
+        squares += c.partial64[all + at];
+        if (used == 0) continue;
+        count += used;
+        const double here = c.partial64[2 * all + at] / used;
+        mean = here > mean ? here : mean;
+    }
+    c.count[index] = count;
+    c.nonfinite[index] = nonfinite;
+    c.overflow[index] = overflow;
+    c.lowest[index] = lowest;
+    c.highest[index] = highest;
+    c.total[index] = total;
+    c.squares[index] = squares;
+    c.mean_abs_max[index] = mean;
+}
+
+__device__ void put(const Call& c, int group, int rank, u32 pattern, i64 row, i64 place) {
+    int low = 0, high = c.documents; // the document whose rows hold `row`
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (c.offsets[middle] <= row) low = middle;
+        else high = middle;
+    }
+    i64* out = c.top + ((i64)group * c.most + rank) * 5;
+    out[0] = pattern & (SIGN - 1);
+    out[1] = pattern;
+    out[2] = c.first + low;
+    out[3] = row - c.offsets[low];
+    out[4] = place;
+}
+
+// A block per group, if candidates were emitted: the largest, by magnitude, then place. Then a thread per channel.
+extern "C" __global__ void __launch_bounds__(256) finish(const Call c) {
+    __shared__ u64 keys[CANDIDATES];
+    __shared__ u32 patterns[CANDIDATES];
+    __shared__ u32 hits[8];
+    const int sorted = c.emit ? c.groups : 0;
+    if ((int)blockIdx.x >= sorted) {
+        const int index = (blockIdx.x - sorted) * blockDim.x + threadIdx.x;
+        if (index < c.mgroups * c.mchannels) combine(c, index);
+        return;
+    }
+    const int group = blockIdx.x, most = c.most;
+    const u32 found = c.candidate_count[group] < CANDIDATES ? c.candidate_count[group] : CANDIDATES;
+    const i64 width = c.edges[group + 1] - c.edges[group];
+    for (u32 i = threadIdx.x; i < found; i += blockDim.x) {
+        keys[i] = c.candidates[((u64)group * CANDIDATES + i) * 2];
+        patterns[i] = (u32)c.candidates[((u64)group * CANDIDATES + i) * 2 + 1];
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        c.candidate_count[group] = 0;
+        if (group == 0) *c.spill_count = 0;
+    }
+    for (u32 i = threadIdx.x; i < found; i += blockDim.x) {
+        const u64 key = keys[i];
+        const u32 magnitude = patterns[i] & (SIGN - 1);
+        int rank = 0;
+        for (u32 j = 0; j < found; j++) {
+            const u32 other = patterns[j] & (SIGN - 1);
+            rank += other > magnitude || (other == magnitude && keys[j] < key);
+        }
+        if (rank < most) put(c, group, rank, patterns[i], key / width, key % width);
+    }
+    int rank = found < (u32)most ? found : most;
+    if (c.thresholds[4 * group + 3]) { // ties, from the first on, until there are enough
+        const u32 wanted = c.thresholds[4 * group];
+        const i64 values = (c.offsets[c.documents] - c.offsets[0]) * width;
+        const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+        for (i64 start = 0; start < values && rank < most; start += blockDim.x) {
+            const i64 at = start + threadIdx.x, row = c.offsets[0] + at / width, place = at % width;
+            u32 pattern = 0;
+            bool hit = false;
+            if (at < values) {
+                pattern = raw_pattern(c.x[row * c.stride + c.members[c.edges[group] + place]]);
+                hit = (pattern & (SIGN - 1)) == wanted;
+            }
+            const u32 mask = __ballot_sync(FULL, hit);
+            if (lane == 0) hits[warp] = __popc(mask);
+            __syncthreads();
+            int mine = rank + __popc(mask & ((1u << lane) - 1));
+            for (u32 i = 0; i < blockDim.x / 32; i++) {
+                if (i < warp) mine += hits[i];
+                rank += hits[i];
+            }
+            if (hit && mine < most) put(c, group, mine, pattern, row, place);
+            __syncthreads();
+        }
+    }
+    for (int i = 5 * rank + threadIdx.x; i < 5 * most; i += blockDim.x) c.top[(i64)group * most * 5 + i] = -1;
+}

@@ -1,0 +1,191 @@
+"""The tap of a collection on a device: counts there, and brings to the host, once a block, what its tables need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from quambase.collector.device_statistics import DeviceStatistics
+from quambase.collector.plan import PlannedDocument
+from quambase.collector.recorder import Kept, Positions, activations_rows, check_seen, documents_rows
+from quambase.collector.rows import Key
+from quambase.collector.statistics import SUMMARY_COLUMNS, SiteLayout
+from quambase.collector.torch_counter import DeviceCounter
+
+Place = tuple[int, int]
+"""Document and position."""
+
+
+@dataclass(frozen=True)
+class ObservedBlock:
+    """What a block's tables are made of, on its way to the host: ``values`` is complete once ``copied`` has passed."""
+
+    run: str
+    documents: Sequence[PlannedDocument]
+    layouts: Mapping[Key, SiteLayout]
+    values: torch.Tensor
+    copied: torch.cuda.Event | None
+    kept: Sequence[tuple[Key, Sequence[Place], tuple[int, int]]]
+
+    def tables(self) -> tuple[pa.Table, pa.Table]:
+        """The rows of `documents` and of `activations`; waits for the copy."""
+        if self.copied:
+            self.copied.synchronize()
+        values = self.values.numpy()
+        summaries: dict[Key, npt.NDArray[np.float32]] = {}
+        start = 0
+        for key, layout in self.layouts.items():
+            shape = (len(self.documents), len(layout.names) + 1, len(SUMMARY_COLUMNS))
+            summaries[key] = values[start : start + int(np.prod(shape))].reshape(shape)
+            start += summaries[key].size
+        kept: dict[Key, list[Kept]] = {key: [] for key in self.layouts}
+        for key, places, (count, width) in self.kept:
+            rows = values[start : start + count * width].reshape(count, width)
+            start += rows.size
+            kept[key] += [(document, position, row) for (document, position), row in zip(places, rows, strict=True)]
+        return (
+            documents_rows(self.run, self.documents, self.layouts, summaries),
+            activations_rows(self.run, self.layouts, kept),
+        )
+
+
+class DeviceRecorder:
+    """A `quambase.model.backbone.Tap` for the documents of one block, as `quambase.collector.recorder.BlockRecorder`.
+
+    Nothing here waits for the device, unless every activation is kept.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        documents: Sequence[PlannedDocument],
+        statistics: DeviceStatistics,
+        counter: DeviceCounter,
+        positions: Positions | None,
+        states: set[int] | None,
+    ) -> None:
+        self.run, self.documents, self.statistics, self.counter = run, documents, statistics, counter
+        self.positions, self.states = positions, states
+        layouts = statistics.layouts
+        shapes = [(len(documents), len(layout.names) + 1, len(SUMMARY_COLUMNS)) for layout in layouts.values()]
+        sizes = [a * b * c for a, b, c in shapes]
+        self._flat = torch.empty(sum(sizes), device=statistics.device)
+        parts = torch.split(self._flat, sizes)
+        self.summaries = {k: p.view(s) for k, p, s in zip(layouts, parts, shapes, strict=True)}
+        self._seen = dict.fromkeys(layouts, 0)
+        self._last: tuple[Key, torch.Tensor] | None = None
+        self._kept: list[tuple[Key, Sequence[Place], torch.Tensor]] = []
+        self._wanted: dict[tuple[int, int], tuple[list[Place], torch.Tensor]] = {}
+
+    def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
+        """Count one site's activations; see `quambase.model.backbone.Tap` for the shapes."""
+        key = (layer, site)
+        layout = self.statistics.layouts.get(key)
+        if layout is None:
+            return
+        here = self.documents[documents]
+        if layout.d_state:
+            rows = values.transpose(1, 2).reshape(-1, values.shape[1])  # (documents n, e)
+            lengths = [layout.d_state] * len(here)
+        elif layout.state:
+            rows = values.reshape(-1, values.shape[-1])  # (documents e, n)
+            lengths = [values.shape[1]] * len(here)
+        else:
+            rows = values
+            lengths = [document.tokens.size for document in here]
+        offsets = np.cumsum([0, *lengths], dtype=np.int64)
+        if not self._copied(key, values, len(here)):
+            into = self.statistics.sites[key]
+            self.counter.add(into, rows, offsets, documents.start, self.summaries[key][documents])
+        self._seen[key] += len(here)
+        self._last = key, values
+        self._keep(key, layout, values, offsets, documents)
+
+    def _copied(self, key: Key, values: torch.Tensor, documents: int) -> bool:
+        """As `BlockRecorder`: take over the statistics of the call before if it brought this very tensor."""
+        if self._last is None or self._last[1] is not values or documents != len(self.documents):
+            return False
+        source = self._last[0]
+        if self.statistics.layouts[source] != self.statistics.layouts[key]:
+            return False
+        self.statistics.sites[key].copy_from(self.statistics.sites[source])
+        self.summaries[key].copy_(self.summaries[source])
+        return True
+
+    def _keep(
+        self, key: Key, layout: SiteLayout, values: torch.Tensor, offsets: npt.NDArray[np.int64], documents: slice
+    ) -> None:
+        here = self.documents[documents]
+        if layout.state:
+            chosen = [i for i, d in enumerate(here) if self.states is None or d.index in self.states]
+            places = [(here[i].index, here[i].tokens.size - 1) for i in chosen]
+            picked = values if self.states is None else values[chosen] if chosen else values[:0]
+            everything = self.states is None
+        else:
+            span = (documents.start, documents.stop)
+            if span not in self._wanted:
+                self._wanted[span] = self._sampled(here, offsets, values.device)
+            places, index = self._wanted[span]
+            everything = self.positions is None
+            picked = values if everything else values[index] if places else values[:0]
+        if places:
+            picked = picked.reshape(len(places), -1).to(torch.float32, copy=True)
+            # Every activation of a block fits in no device: these are not held until the block ends.
+            self._kept.append((key, places, picked.cpu() if everything else picked))
+
+    def _sampled(
+        self, documents: Sequence[PlannedDocument], offsets: npt.NDArray[np.int64], device: torch.device
+    ) -> tuple[list[Place], torch.Tensor]:
+        """The sampled tokens of some documents and their rows."""
+        places: list[Place] = []
+        rows: list[int] = []
+        for start, document in zip(offsets.tolist(), documents, strict=False):
+            if self.positions is None:
+                wanted = range(document.tokens.size)
+            else:
+                wanted = self.positions.get(document.index, np.empty(0, np.int64)).tolist()
+            places += [(document.index, position) for position in wanted]
+            rows += [start + position for position in wanted]
+        return places, torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+
+    def finish(self) -> ObservedBlock:
+        """Fold the block into the run's statistics and send its tables' content to the host.
+
+        TapNeverFired if a site was not reached for every document.
+        """
+        self._last = None
+        check_seen(self._seen, len(self.documents))
+        self.statistics.fold(np.array([document.index for document in self.documents], np.int64))
+        device = self.statistics.device
+        there = [self._flat, *(values.reshape(-1) for _, _, values in self._kept if values.device == device)]
+        copied: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            flat = torch.cat(there)
+            values = torch.empty(flat.shape, pin_memory=True)
+            values.copy_(flat, non_blocking=True)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+            if any(kept.device != device for _, _, kept in self._kept):
+                copied.synchronize()
+                values = self._interleaved(values)
+        else:
+            values = torch.cat(there)
+        kept = [(key, places, (len(places), values.numel() // len(places))) for key, places, values in self._kept]
+        return ObservedBlock(self.run, self.documents, self.statistics.layouts, values, copied, kept)
+
+    def _interleaved(self, copied: torch.Tensor) -> torch.Tensor:
+        """All on the host, in the order of ``_kept``: summaries, then what was kept, wherever it was."""
+        parts = [copied[: self._flat.numel()]]
+        start = self._flat.numel()
+        for _, _, values in self._kept:
+            if values.device.type == "cuda":
+                parts.append(copied[start : start + values.numel()])
+                start += values.numel()
+            else:
+                parts.append(values.reshape(-1))
+        return torch.cat(parts)

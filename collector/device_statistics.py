@@ -1,0 +1,200 @@
+"""A run's statistics on a device, as `quambase.collector.statistics` has them on the host, and how the two convert.
+
+Counts are integers and are added to the run's at once. Moments and outliers are formed per block and folded into the
+run's in block order, by the same additions as on the host, so a resumed run ends in the same bytes. Everything of one
+kind lies in one tensor, so that folding a block is a few operations, whatever the number of sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quambase.collector.kernels import PATTERNS
+from quambase.collector.rows import Key
+from quambase.collector.statistics import TOP_FIELDS, Moments, SiteLayout, SiteStatistics
+
+_INTEGERS = ("count", "nonfinite", "overflow")
+_EXTREMA = ("lowest", "highest")
+_SUMS = ("total", "squares", "mean_abs_max")
+
+
+@dataclass
+class DeviceMoments:
+    """integers (3, channels) int64: count, nonfinite, overflow; extrema (2, channels) float32: lowest, highest;
+    sums (3, channels) float64: total, squares, mean_abs_max.
+    """
+
+    integers: torch.Tensor
+    extrema: torch.Tensor
+    sums: torch.Tensor
+
+    @classmethod
+    def empty(cls, channels: int, device: torch.device) -> DeviceMoments:
+        """Of no values at all."""
+        moments = cls(
+            torch.zeros(3, channels, dtype=torch.int64, device=device),
+            torch.empty(2, channels, device=device),
+            torch.zeros(3, channels, dtype=torch.float64, device=device),
+        )
+        moments.clear()
+        return moments
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.integers.zero_()
+        self.extrema[0].fill_(torch.inf)
+        self.extrema[1].fill_(-torch.inf)
+        self.sums.zero_()
+
+    def part(self, start: int, stop: int) -> DeviceMoments:
+        """A view of some channels."""
+        return DeviceMoments(*(getattr(self, field.name)[:, start:stop] for field in fields(self)))
+
+    def fold(self, later: DeviceMoments) -> None:
+        """As `Moments.fold`."""
+        self.integers += later.integers
+        torch.minimum(self.extrema[0], later.extrema[0], out=self.extrema[0])
+        torch.maximum(self.extrema[1], later.extrema[1], out=self.extrema[1])
+        self.sums[:2] += later.sums[:2]
+        torch.maximum(self.sums[2], later.sums[2], out=self.sums[2])
+
+    def copy_from(self, other: DeviceMoments) -> None:
+        """Become equal to ``other``."""
+        for field in fields(self):
+            getattr(self, field.name).copy_(getattr(other, field.name))
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Every quantity by its name in `Moments`, as views."""
+        rows = ((_INTEGERS, self.integers), (_EXTREMA, self.extrema), (_SUMS, self.sums))
+        return {name: values[i] for names, values in rows for i, name in enumerate(names)}
+
+
+@dataclass
+class DeviceSite:
+    """One site's views: what `SiteStatistics` is to a `Counter` on the host.
+
+    counts (groups, PATTERNS) int64 of the run; moments and top (groups, most, 5: TOP_FIELDS) int64 of the block, the
+    latter sorted, magnitude -1 where there are fewer. ``calls`` counts this block's.
+    """
+
+    layout: SiteLayout
+    counts: torch.Tensor
+    moments: DeviceMoments
+    top: torch.Tensor
+    calls: int = 0
+
+    @cached_property
+    def addresses(self) -> dict[str, int]:
+        """Where counts and moments lie, by their names."""
+        return {"counts": self.counts.data_ptr()} | {k: v.data_ptr() for k, v in self.moments.named().items()}
+
+    def copy_from(self, other: DeviceSite) -> None:
+        """Become equal to a site of the same layout."""
+        self.counts.copy_(other.counts)
+        self.moments.copy_from(other.moments)
+        self.top.copy_(other.top)
+        self.calls = other.calls
+
+
+def _copy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    copied: npt.NDArray[Any] = tensor.to("cpu", copy=True).numpy()
+    return copied
+
+
+def merged_top(earlier: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+    """The largest of two sorted lists (groups, m, 5) of which one is of later documents, as many as ``earlier`` has.
+
+    Ties go to the earlier, as `quambase.collector.statistics.largest` orders them.
+    """
+    both = torch.cat([earlier, later], dim=1)
+    order = torch.argsort(both[..., 0], dim=1, descending=True, stable=True)[:, : earlier.shape[1]]
+    return both.gather(1, order[..., None].expand(-1, -1, both.shape[2]))
+
+
+class DeviceStatistics:
+    """The statistics of every site of a run on one device. ``most``: outliers kept per group; ``block_sums``: the last
+    folded block's totals and squares, (2, channels) float64, for `sums_of`.
+    """
+
+    def __init__(self, layouts: Mapping[Key, SiteLayout], most: int, device: torch.device) -> None:
+        self.layouts, self.most, self.device = dict(layouts), most, device
+        keys = list(self.layouts)
+        groups = np.cumsum([0, *(len(layout.names) for layout in self.layouts.values())]).tolist()
+        channels = np.cumsum([0, *(layout.moments for layout in self.layouts.values())]).tolist()
+        self._groups = dict(zip(keys, pairwise(groups), strict=True))
+        self._channels = dict(zip(keys, pairwise(channels), strict=True))
+        self._counts = torch.zeros(groups[-1], PATTERNS, dtype=torch.int64, device=device)
+        self._moments = DeviceMoments.empty(channels[-1], device)
+        self._block_moments = DeviceMoments.empty(channels[-1], device)
+        self._top = torch.full((groups[-1], most, len(TOP_FIELDS)), -1, dtype=torch.int64, device=device)
+        self._block_top = self._top.clone()
+        self.block_sums = self._block_moments.sums[:2]
+        self.sites = {
+            key: DeviceSite(
+                layout,
+                self._counts[slice(*self._groups[key])],
+                self._block_moments.part(*self._channels[key]),
+                self._block_top[slice(*self._groups[key])],
+            )
+            for key, layout in self.layouts.items()
+        }
+
+    def fold(self, numbers: npt.NDArray[np.int64]) -> None:
+        """Close the block, whose documents are ``numbers`` in the file: add its statistics to the run's."""
+        named = torch.from_numpy(numbers).to(self.device, non_blocking=True)
+        self._block_top[..., 2] = named[self._block_top[..., 2].clamp_(min=0)]
+        self._top.copy_(merged_top(self._top, self._block_top))
+        self._moments.fold(self._block_moments)
+        self.block_sums = self._block_moments.sums[:2].clone()
+        self._block_top.fill_(-1)
+        self._block_moments.clear()
+        for site in self.sites.values():
+            site.calls = 0
+
+    def sums_of(self, block_sums: torch.Tensor) -> npt.NDArray[np.float64]:
+        """What `quambase.collector.statistics.sums_of` says of the block after whose folding ``block_sums`` was taken;
+        waits for the device.
+        """
+        found = _copy(block_sums)
+        return np.concatenate([found[:, slice(*self._channels[key])] for key in sorted(self.layouts)], axis=1)
+
+    def to_host(self) -> dict[Key, SiteStatistics]:
+        """A copy of the run's statistics; waits for the device."""
+        counts, top = _copy(self._counts), _copy(self._top)
+        moments = {name: _copy(values) for name, values in self._moments.named().items()}
+        found = {}
+        for key, layout in self.layouts.items():
+            span = slice(*self._channels[key])
+            found[key] = SiteStatistics(
+                layout,
+                self.most,
+                counts[slice(*self._groups[key])],
+                Moments(**{name: values[span] for name, values in moments.items()}),
+                [rows[rows[:, 0] >= 0] for rows in top[slice(*self._groups[key])]],
+            )
+        return found
+
+    def load(self, statistics: Mapping[Key, SiteStatistics]) -> None:
+        """Take over what `to_host` gave, or a checkpoint."""
+        moments = {name: _copy(values) for name, values in self._moments.named().items()}
+        top = np.full(self._top.shape, -1, np.int64)
+        counts = np.empty(self._counts.shape, np.int64)
+        for key, stats in statistics.items():
+            start, stop = self._groups[key]
+            counts[start:stop] = stats.counts
+            for g, rows in enumerate(stats.top):
+                top[start + g, : len(rows)] = rows
+            for name, values in moments.items():
+                values[slice(*self._channels[key])] = getattr(stats.moments, name)
+        self._counts.copy_(torch.from_numpy(counts))
+        self._top.copy_(torch.from_numpy(top))
+        for name, there in self._moments.named().items():
+            there.copy_(torch.from_numpy(moments[name]))

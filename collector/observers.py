@@ -1,0 +1,227 @@
+"""What runs a block and keeps a run's statistics: on the host, or on a device that works on while parts are written."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from quambase.collector.cuda_counter import choose_counter
+from quambase.collector.device_recorder import DeviceRecorder, ObservedBlock
+from quambase.collector.device_statistics import DeviceStatistics
+from quambase.collector.plan import PlannedDocument
+from quambase.collector.recorder import BlockRecorder, Positions
+from quambase.collector.rows import Key
+from quambase.collector.statistics import ENCODINGS, Counter, SiteLayout, SiteStatistics, sums_of
+from quambase.model.backbone import Backbone
+from quambase.model.batch import Batch
+from quambase.model.device import DeviceModel, device_model
+from quambase.model.load import floating_model
+from quambase.model.mamba2_weights import Mamba2Weights
+from quambase.model.weights import MambaWeights
+from quambase.schema.errors import DataInvalid, UnknownName
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+Write = Callable[[int, pa.Table, pa.Table], None]
+"""Takes a block's number and its rows of `documents` and `activations`."""
+
+Sums = Callable[[int, npt.NDArray[np.float64]], None]
+"""Takes a block's number and its own `quambase.collector.statistics.sums_of`."""
+
+AHEAD = 2
+"""Blocks whose parts may be unwritten while the device goes on."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the model runs, and in which type its forward pass: float32 on the CPU, float16 or float32 on CUDA."""
+
+    device: torch.device
+    dtype: str
+
+    def identity(self) -> dict[str, str]:
+        """What of it determines a run's bytes."""
+        return {"device": self.device.type, **({"forward_dtype": self.dtype} if self.device.type != "cpu" else {})}
+
+    def described(self) -> dict[str, str]:
+        """What the manifest says of the machine beside that: the CUDA device's name."""
+        return {"cuda": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}
+
+
+def choose_where(device: str = "auto", dtype: str | None = None) -> Where:
+    """What ``--device`` and ``--dtype`` mean here: CUDA if there is any, and there float16, as upstream runs the model.
+
+    UnknownName: another device or type; DataInvalid: CUDA where there is none, float16 on the CPU.
+    """
+    if device not in DEVICES:
+        raise UnknownName.of("device", device, DEVICES)
+    if dtype is not None and dtype not in DTYPES:
+        raise UnknownName.of("dtype", dtype, DTYPES)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise DataInvalid(f"torch {torch.__version__} finds no CUDA device here; leave out --device, or say cpu")
+        return Where(torch.device("cuda", torch.cuda.current_device()), dtype or "float16")
+    if dtype == "float16":
+        raise DataInvalid("the CPU runs the model in float32; leave out --dtype float16, or say --device cuda")
+    return Where(torch.device("cpu"), "float32")
+
+
+def take_local_device(environment: Mapping[str, str]) -> None:
+    """Under torchrun: make this process's own GPU of the machine's the current one, which `choose_where` takes."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Whose raw activations are kept: ``positions`` of documents, final states of documents (None: all)."""
+
+    positions: Positions | None
+    states: set[int] | None
+
+
+NOTHING = Kept({}, set())
+
+
+class Observer(AbstractContextManager["Observer"]):
+    """Runs blocks in order and folds each into a run's statistics. ``most``: outliers kept per group."""
+
+    run: str
+    kept: Kept
+    write: Write | None
+    sums: Sums | None
+
+    def observe(self, number: int, documents: Sequence[PlannedDocument]) -> None:
+        """Run one block. TapNeverFired; whatever ``write`` raises, perhaps at a later block."""
+        raise NotImplementedError
+
+    def statistics(self) -> dict[Key, SiteStatistics]:
+        """Of all blocks so far, whose parts are written then."""
+        raise NotImplementedError
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go of everything."""
+
+
+def _packed(documents: Sequence[PlannedDocument]) -> Batch:
+    return Batch.pack([document.tokens.tolist() for document in documents])
+
+
+class HostObserver(Observer):
+    """On the CPU, block after block."""
+
+    def __init__(
+        self,
+        model: Backbone,
+        statistics: dict[Key, SiteStatistics],
+        most: int,
+        run: str,
+        kept: Kept,
+        write: Write | None,
+        sums: Sums | None = None,
+    ) -> None:
+        self.model, self._statistics, self.run, self.kept = model, statistics, run, kept
+        self.write, self.sums = write, sums
+        self._layouts = {key: stats.layout for key, stats in statistics.items()}
+        self._counter = Counter(ENCODINGS["float16"], most, max(len(layout.names) for layout in self._layouts.values()))
+
+    def observe(self, number: int, documents: Sequence[PlannedDocument]) -> None:
+        """As `Observer.observe`."""
+        kept = self.kept
+        recorder = BlockRecorder(self.run, documents, self._layouts, self._counter, kept.positions, kept.states)
+        self.model.hidden(_packed(documents), recorder)
+        found = recorder.finish()
+        for key, block in found.items():
+            self._statistics[key].fold(block)
+        if self.sums:
+            self.sums(number, sums_of(found))
+        if self.write:
+            self.write(number, recorder.documents_table(), recorder.activations_table())
+
+    def statistics(self) -> dict[Key, SiteStatistics]:
+        """As `Observer.statistics`."""
+        return self._statistics
+
+
+class DeviceObserver(Observer):
+    """On a device. Its queue is kept full: a block's tables are made and written by another thread meanwhile."""
+
+    def __init__(
+        self,
+        model: DeviceModel,
+        statistics: Mapping[Key, SiteStatistics],
+        most: int,
+        run: str,
+        kept: Kept,
+        write: Write | None,
+        sums: Sums | None = None,
+    ) -> None:
+        self.model, self.run, self.kept, self.write, self.sums = model, run, kept, write, sums
+        layouts: dict[Key, SiteLayout] = {key: stats.layout for key, stats in statistics.items()}
+        self._statistics = DeviceStatistics(layouts, most, model.device)
+        self._statistics.load(statistics)
+        self._counter = choose_counter(ENCODINGS["float16"], most, model.device)
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._unwritten: deque[Future[None]] = deque()
+
+    @torch.inference_mode()
+    def observe(self, number: int, documents: Sequence[PlannedDocument]) -> None:
+        """As `Observer.observe`."""
+        kept = self.kept
+        recorder = DeviceRecorder(self.run, documents, self._statistics, self._counter, kept.positions, kept.states)
+        self.model.hidden(_packed(documents), recorder)
+        block = recorder.finish()
+        if self.write or self.sums:
+            self._unwritten.append(self._writer.submit(self._write, number, block, self._statistics.block_sums))
+        while len(self._unwritten) > AHEAD:
+            self._unwritten.popleft().result()
+
+    def _write(self, number: int, block: ObservedBlock, sums: torch.Tensor) -> None:
+        if self.sums:
+            self.sums(number, self._statistics.sums_of(sums))
+        if self.write:
+            self.write(number, *block.tables())
+
+    def statistics(self) -> dict[Key, SiteStatistics]:
+        """As `Observer.statistics`."""
+        while self._unwritten:
+            self._unwritten.popleft().result()
+        return self._statistics.to_host()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let what is queued be written, unless something failed."""
+        self._writer.shutdown(wait=True, cancel_futures=error is not None)
+
+
+def new_observer(
+    weights: MambaWeights | Mamba2Weights,
+    where: Where,
+    statistics: dict[Key, SiteStatistics],
+    most: int,
+    *,
+    run: str = "",
+    kept: Kept = NOTHING,
+    write: Write | None = None,
+    sums: Sums | None = None,
+) -> Observer:
+    """An observer of prepared ``weights`` that goes on from ``statistics``; a warning where kernels do not compile."""
+    if where.device.type == "cpu":
+        return HostObserver(floating_model(weights, rotated=True), statistics, most, run, kept, write, sums)
+    model = device_model(weights, where.device, DTYPES[where.dtype], rotated=True)
+    return DeviceObserver(model, statistics, most, run, kept, write, sums)

@@ -1,0 +1,120 @@
+"""CUDA kernels compiled when they are first needed, by NVRTC, through NVIDIA's cuda-bindings."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class CompilationFailed(Exception):
+    """The kernels cannot be compiled or loaded here; the text says why, in one line."""
+
+
+Argument = torch.Tensor | int | float | ctypes.Structure
+"""What a kernel can be given: a tensor's address, an int64, a float32, a struct by value."""
+
+
+def _checked(result: tuple[Any, ...], what: str) -> Any:
+    """The values of a call into cuda-bindings, whose first is its status; CompilationFailed if that is an error."""
+    status, *values = result
+    if int(status) != 0:
+        raise CompilationFailed(f"{what} failed with {getattr(status, 'name', status)}")
+    return values[0] if len(values) == 1 else values
+
+
+def _bindings(part: str) -> Any:
+    try:
+        return import_module(f"cuda.bindings.{part}")
+    except ImportError as error:
+        raise CompilationFailed(f"cuda-bindings is not installed ({error}); pip install 'quambase[cuda]'") from None
+
+
+def compile_cubin(source: Path, options: Sequence[str]) -> bytes:
+    """Machine code of a .cu file that needs no headers; needs no GPU. CompilationFailed if there is no compiler, or it
+    refuses the source or the architecture.
+    """
+    nvrtc = _bindings("nvrtc")
+    try:
+        program = _checked(
+            nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []), "nvrtcCreateProgram"
+        )
+        flags = [option.encode() for option in options]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+        if int(status) != 0:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
+            nvrtc.nvrtcGetProgramLog(program, log)
+            lines = [line for line in log.decode(errors="replace").splitlines() if "error" in line]
+            raise CompilationFailed(f"{source.name} does not compile: {lines[0] if lines else status.name}")
+        cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
+        _checked(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
+        nvrtc.nvrtcDestroyProgram(program)
+        return cubin
+    except RuntimeError as error:  # cuda-bindings' word for a library it does not find
+        raise CompilationFailed(f"NVRTC cannot be used ({str(error).splitlines()[0]})") from None
+
+
+class Kernels:
+    """The kernels of one source file, compiled for one device with ``defines`` (-D). CompilationFailed as above."""
+
+    def __init__(self, source: Path, names: Iterable[str], defines: Mapping[str, int], device: torch.device) -> None:
+        major, minor = torch.cuda.get_device_capability(device)
+        options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "-fmad=true"]
+        cubin = compile_cubin(source, [*options, *(f"-D{name}={value}" for name, value in defines.items())])
+        driver = _bindings("driver")
+        self._launch = driver.cuLaunchKernel
+        self._most_shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._set_attribute = driver.cuFuncSetAttribute
+        self.device = device
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # makes torch's context the current one
+            self._module = _checked(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
+            self._functions = {
+                name: _checked(driver.cuModuleGetFunction(self._module, name.encode()), f"finding {name}")
+                for name in names
+            }
+
+    def allow_shared(self, name: str, size: int) -> None:
+        """Let a kernel have ``size`` bytes of dynamic shared memory, where that is more than 48 KiB."""
+        _checked(self._set_attribute(self._functions[name], self._most_shared, size), f"shared memory of {name}")
+
+    def launch(
+        self, name: str, grid: tuple[int, int], threads: int, arguments: Sequence[Argument], shared: int = 0
+    ) -> None:
+        """Queue a kernel on torch's current stream; the tensors given must live until then, as torch's own do."""
+        values = [_as_argument(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        status = self._launch(
+            self._functions[name], grid[0], grid[1], 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
+        )
+        if int(status[0]) != 0:
+            raise RuntimeError(f"the kernel {name} could not be launched: {status[0].name}")
+
+
+def _as_argument(argument: Argument) -> Any:
+    if isinstance(argument, ctypes.Structure):
+        return argument
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block may have; CompilationFailed without cuda-bindings."""
+    driver = _bindings("driver")
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    ordinal = _checked(driver.cuDeviceGet(device.index or 0), "cuDeviceGet")
+    return int(_checked(driver.cuDeviceGetAttribute(attribute, ordinal), "asking for the shared memory"))

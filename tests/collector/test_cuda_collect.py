@@ -1,0 +1,102 @@
+"""Runs of tiny models on CUDA: recounted, resumed to the same bytes, near the CPU's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
+
+import quambase.collector.run as run_module
+from quambase.collector.run import CollectedRun, collect
+from quambase.schema.distribution import Distribution
+from quambase.schema.tables import RUN_TABLES, file_sha256
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+FAMILIES = ["mamba1", "mamba2"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {"mamba1": write_tiny_model(folder / "m1"), "mamba2": write_tiny_mamba2(folder / "m2", d_model=40)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("data") / "texts.jsonl")
+
+
+def run_tiny(model: Path, data: Path, db: Path, **options: object) -> CollectedRun:
+    settings = {"samples": 9, "seq_len": 32, "batch_size": 4, "progress": False} | options
+    return collect(str(model), data=str(data), db=db, **settings)
+
+
+def table(run: CollectedRun, name: str) -> pa.Table:
+    return pq.read_table(run.folder / f"{name}.parquet")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_recounting_the_kept_activations_gives_the_counts(
+    family: str, dtype: str, models: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    run = run_tiny(models[family], data, tmp_path, keep_tokens="all", dtype=dtype)
+    assert run.manifest.identity["device"] == "cuda" and run.manifest.identity["forward_dtype"] == dtype
+    tally: dict[tuple, list] = {}
+    for row in table(run, "activations").to_pylist():
+        values = np.array(row["values"], np.float32)
+        tally.setdefault((row["layer"], row["site"], row["group_name"]), []).append(values)
+        if dtype == "float16" and "ssm_state" not in row["site"]:
+            assert (values.astype(np.float16).astype(np.float32) == values).all(), "16-bit activations, nothing rounded"
+    stored: dict[tuple, list] = {}
+    for row in table(run, "counts").to_pylist():
+        stored.setdefault((row["layer"], row["site"], row["group_name"]), []).append((row["value"], row["count"]))
+    assert tally.keys() == stored.keys()
+    for key, values in tally.items():
+        found = Distribution.of_values(np.concatenate(values))
+        assert list(zip(found.values.tolist(), found.counts.tolist(), strict=True)) == stored[key], key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_runs_are_near_the_cpus(family: str, models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    runs = [
+        run_tiny(models[family], data, tmp_path, device="cuda", dtype="float32", groups="none"),
+        run_tiny(models[family], data, tmp_path, device="cpu", groups="none"),
+    ]
+    for name, columns in (("channels", ["min", "max", "mean_abs_max"]), ("documents", ["amax", "q99", "q9995"])):
+        mine, theirs = (table(run, name) for run in runs)
+        for column in ("layer", "site", "group_name"):
+            assert mine[column].equals(theirs[column])
+        for column in columns:
+            ours, true = mine[column].to_numpy(), theirs[column].to_numpy()
+            # Activations differ in their last bits, documents' quantiles by a rounding to float16 at most.
+            np.testing.assert_allclose(ours, true, rtol=2.0**-9, atol=1e-5, err_msg=f"{name} {column}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    family: str, models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_tiny(models[family], data, tmp_path / "whole")
+    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)
+    written, calls = run_module.write_part, []
+
+    def stop(*args: object) -> None:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(written(*args))
+
+    monkeypatch.setattr(run_module, "write_part", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(models[family], data, tmp_path / "cut")
+    monkeypatch.setattr(run_module, "write_part", written)
+    resumed = run_tiny(models[family], data, tmp_path / "cut")
+    for name in RUN_TABLES:
+        files = [run.folder / f"{name}.parquet" for run in (resumed, whole)]
+        assert file_sha256(files[0]) == file_sha256(files[1]), name

@@ -1,0 +1,141 @@
+"""A collection as it runs on a device, on the CPU in plain PyTorch: the model, the recorder, the observer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from click.testing import CliRunner
+from device_cases import assert_same
+from device_models import DOCUMENTS, shown, tiny_weights
+
+from quambase.cli.main import quambase
+from quambase.collector.layouts import site_layouts
+from quambase.collector.observers import DeviceObserver, HostObserver, Kept, Observer, choose_where
+from quambase.collector.plan import PlannedDocument
+from quambase.collector.statistics import SiteStatistics
+from quambase.model.device import device_model
+from quambase.model.load import floating_model
+from quambase.schema.errors import DataInvalid, TapNeverFired, UnknownName
+from quambase.schema.sites import FAMILIES
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "mamba2 of one group"])
+def test_a_models_sites_are_the_hosts(family: str) -> None:
+    """float32 on both sides, documents packed: other orders of the same sums."""
+    weights = tiny_weights(family)
+    wanted = shown(floating_model(weights, rotated=True), DOCUMENTS)
+    found = shown(device_model(weights, CPU, torch.float32, rotated=True), DOCUMENTS)
+    assert found.keys() == wanted.keys()
+    for key, values in wanted.items():
+        assert found[key].shape == values.shape, key
+        # Two small float32 layers: some hundred ulps of the site's range.
+        assert (found[key] - values).abs().max() <= 300 * 2.0**-24 * max(1, values.abs().max()), key
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+def test_float16_is_the_same_model_rounded(family: str) -> None:
+    weights = tiny_weights(family)
+    wanted = shown(device_model(weights, CPU, torch.float32, rotated=True), DOCUMENTS)
+    found = shown(device_model(weights, CPU, torch.float16, rotated=True), DOCUMENTS)
+    for key, values in wanted.items():
+        error = (found[key] - values).norm() / values.norm()
+        # Each of some ten roundings in a row is at most 2^-11; nowhere is it zero, but in no site a wrong formula's.
+        assert error < 20 * 2.0**-11, (key, error)
+
+
+def test_documents_of_a_batch_are_as_if_alone() -> None:
+    for family in ("mamba1", "mamba2"):
+        model = device_model(tiny_weights(family), CPU, torch.float32, rotated=True)
+        together = shown(model, DOCUMENTS)
+        alone = [shown(model, [document]) for document in DOCUMENTS]
+        for key, values in together.items():
+            apart = torch.cat([sites[key] for sites in alone])
+            assert (apart - values).abs().max() <= 300 * 2.0**-24 * max(1, values.abs().max()), key
+
+
+# ---------------------------------------------------------------- the observer
+
+Tables = list[tuple[int, pa.Table, pa.Table]]
+
+
+def planned(first: int) -> list[PlannedDocument]:
+    """A block, whose documents' numbers leave some out."""
+    return [PlannedDocument(first + 2 * i, f"{i:064}", np.array(d, np.int32)) for i, d in enumerate(DOCUMENTS)]
+
+
+def observed(observer: Observer) -> None:
+    with observer:
+        observer.observe(0, planned(3))
+        observer.observe(1, planned(40))
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_device_observes_what_the_host_does(family: str, everything: bool) -> None:
+    """The same tensors through both observers: equal tables, equal statistics but for the order of float64 sums."""
+    weights = tiny_weights(family)
+    model = device_model(weights, CPU, torch.float32, rotated=True)
+    layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family[:6]]])
+    kept = Kept(None, None) if everything else Kept({3: np.array([0, 2]), 44: np.array([17])}, {44, 42})
+
+    def run(make: Callable[..., Observer]) -> tuple[dict, Tables]:
+        tables: Tables = []
+        statistics = {key: SiteStatistics.empty(layout, 5) for key, layout in layouts.items()}
+        observer = make(model, statistics, 5, "run", kept, lambda *table: tables.append(table))
+        observed(observer)
+        return observer.statistics(), tables
+
+    host, host_tables = run(HostObserver)
+    device, device_tables = run(DeviceObserver)
+    assert device_tables == host_tables and len(host_tables) == 2
+    assert host_tables[0][2].num_rows > 0
+    nothing = np.zeros(1)
+    for key in layouts:
+        assert_same((device[key], nothing), (host[key], nothing), "float16")
+
+
+def test_a_site_that_is_not_reached_and_a_failing_writer_are_told() -> None:
+    weights = tiny_weights("mamba1")
+    model = device_model(weights, CPU, torch.float32, rotated=True)
+    layouts = site_layouts(weights.config, ["x_proj:input"])
+
+    def observer(layers: int, write: Callable[..., None] | None) -> DeviceObserver:
+        statistics = {(i, "x_proj:input"): SiteStatistics.empty(layouts[0, "x_proj:input"], 5) for i in range(layers)}
+        return DeviceObserver(model, statistics, 5, "run", Kept({}, set()), write)
+
+    with pytest.raises(TapNeverFired, match="x_proj:input of layer 2 saw 0 of 5 documents"):
+        observed(observer(3, None))
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    failing = observer(2, fail)
+    with pytest.raises(OSError, match="no space left"), failing:
+        failing.observe(0, planned(0))
+        failing.statistics()
+
+
+# ---------------------------------------------------------------- the options
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_options_that_do_not_fit_the_machine_are_refused(tmp_path: Path) -> None:
+    assert choose_where().identity() == {"device": "cpu"}
+    assert choose_where("cpu", "float32") == choose_where("auto")
+    with pytest.raises(DataInvalid, match="finds no CUDA device here"):
+        choose_where("cuda")
+    with pytest.raises(DataInvalid, match="the CPU runs the model in float32"):
+        choose_where("auto", "float16")
+    with pytest.raises(UnknownName, match="unknown device 'gpu'"):
+        choose_where("gpu")
+    with pytest.raises(UnknownName, match="unknown dtype 'half'"):
+        choose_where("cpu", "half")
+    result = CliRunner().invoke(quambase, ["collect", "--model", "mamba-5m", "--device", "cuda", "--db", str(tmp_path)])
+    assert result.exit_code == 1 and result.stderr.startswith("error: torch ")

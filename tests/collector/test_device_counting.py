@@ -1,0 +1,138 @@
+"""What of the CUDA path a CPU can check: plain-PyTorch counting, packing, folding, the way back to the host."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from device_cases import (
+    MOST,
+    Case,
+    assert_same,
+    count_on_device,
+    count_on_host,
+    large_cases,
+    plain_layout,
+    small_cases,
+    sorted_layout,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quambase.collector.cuda_counter import halvings
+from quambase.collector.device_statistics import DeviceStatistics, merged_top
+from quambase.collector.packing import moment_segments, pack
+from quambase.collector.statistics import ENCODINGS, largest
+from quambase.collector.torch_counter import TorchCounter
+from quambase.model.cuda import CompilationFailed
+
+CPU = torch.device("cpu")
+CASES = [*small_cases(), *large_cases(30_000)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_plain_torch_counts_as_the_host_does(case: Case) -> None:
+    counter = TorchCounter(ENCODINGS[case.encoding], MOST, CPU)
+    assert_same(count_on_device(counter, case, CPU), count_on_host(case), case.encoding)
+
+
+def test_documents_may_come_in_several_calls() -> None:
+    case = next(small_cases())
+    counter = TorchCounter(ENCODINGS["float16"], MOST, CPU)
+    whole = count_on_device(counter, case, CPU)
+    assert_same(count_on_device(counter, case, CPU, cuts=(1, 3)), whole, "float16")
+
+
+# ---------------------------------------------------------------- packing
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    st.integers(1, 17),
+    st.integers(0, 9),
+)
+def test_every_row_of_every_group_is_dealt_out_once(
+    lengths: list[int], widths: list[int], blocks: int, start: int
+) -> None:
+    layout = plain_layout(*np.cumsum([0, *widths]).tolist())
+    offsets = np.cumsum([start, *lengths])
+    packing = pack(layout, offsets, blocks)
+    assert (
+        packing.block_first.tolist() == sorted(packing.block_first.tolist()) and len(packing.block_first) == blocks + 1
+    )
+    assert packing.block_first[0] == packing.segment_first[0] == 0
+    assert packing.block_first[-1] == packing.segment_first[-1] == len(packing.items)
+    for group in range(len(widths)):
+        for document in range(len(lengths)):
+            segment = group * len(lengths) + document
+            mine = packing.items[packing.segment_first[segment] : packing.segment_first[segment + 1]]
+            rows = [row for g, first, count in mine.tolist() for row in range(first, first + count) if g == group]
+            assert rows == list(range(offsets[document], offsets[document + 1]))
+    assert (packing.items[:, 2] > 0).all()
+    assert len(packing.items) < len(lengths) * len(widths) + blocks
+    values = packing.items[:, 2] * np.array(widths)[packing.items[:, 0]]
+    shares = [values[a:b].sum() for a, b in zip(packing.block_first[:-1], packing.block_first[1:], strict=True)]
+    # Borders are moved by less than a row at either end.
+    assert max(shares) <= sum(lengths) * sum(widths) / blocks + max(widths)
+
+
+def test_segments_of_states_are_each_groups_channels() -> None:
+    layout = sorted_layout(np.array([1, 0, 0, 1, 1]), d_state=4)
+    assert moment_segments(layout, np.array([0, 4, 8])).tolist() == [[0, 2], [5, 7], [2, 5], [7, 10]]
+    assert moment_segments(plain_layout(0, 3), np.array([0, 4, 8])).tolist() == [[0, 4], [4, 8]]
+
+
+@pytest.mark.parametrize(
+    ("shared", "count"), [(232448, 0), (131072, 0), (101376, 1), (65536, 1), (49152, 2), (16384, 3)]
+)
+def test_a_table_fits_in_what_shared_memory_there_is(shared: int, count: int) -> None:
+    assert halvings(shared) == count
+
+
+def test_too_little_shared_memory_is_told() -> None:
+    with pytest.raises(CompilationFailed, match="8192 bytes of shared memory hold no table"):
+        halvings(8192)
+
+
+# ---------------------------------------------------------------- a run's statistics
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 4), max_size=9), st.lists(st.integers(0, 4), max_size=9))
+def test_merging_sorted_outliers_equals_sorting_them_all(first: list[int], second: list[int]) -> None:
+    def rows(magnitudes: list[int], document: int) -> np.ndarray:
+        made = np.array([[m, m, document, i, 0] for i, m in enumerate(magnitudes)], np.int64).reshape(-1, 5)
+        return largest(made, 6)
+
+    def padded(top: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([top, np.full((6 - len(top), 5), -1)]))[None]
+
+    earlier, later = rows(first, 0), rows(second, 1)
+    merged = merged_top(padded(earlier), padded(later))[0].numpy()
+    np.testing.assert_array_equal(merged[merged[:, 0] >= 0], largest(np.concatenate([earlier, later]), 6))
+
+
+def test_blocks_fold_as_on_the_host_and_go_through_a_checkpoint() -> None:
+    """Two blocks of two sites; between them the statistics leave the device and come back."""
+    cases = [next(c for c in CASES if c.name == name) for name in ("float16 groups", "float32 states")]
+    layouts = {(0, "a"): cases[0].layout, (1, "b"): cases[1].layout}
+    counter = TorchCounter(ENCODINGS["float16"], MOST, CPU)
+    device, host = DeviceStatistics(layouts, MOST, CPU), {}
+    for block in range(2):
+        for key, case in zip(layouts, cases, strict=True):
+            summaries = torch.empty(len(case.lengths), len(case.layout.names) + 1, 8)
+            x = case.x * (1 + block)
+            counter.add(device.sites[key], x, np.cumsum([0, *case.lengths]), 0, summaries)
+            stats, _ = count_on_host(Case("", x, case.lengths, case.layout))
+            for top in stats.top:
+                top[:, 2] += 10 * block
+            host.setdefault(key, stats) if block == 0 else host[key].fold(stats)
+        device.fold(np.arange(4) + 10 * block)
+        restored = DeviceStatistics(layouts, MOST, CPU)
+        restored.load(device.to_host())
+        device = restored
+    for key, stats in device.to_host().items():
+        nothing = np.zeros(1)
+        assert_same((stats, nothing), (host[key], nothing), "float16")

@@ -1,0 +1,42 @@
+"""Tiny models of both families on a device, and what their taps show."""
+
+from __future__ import annotations
+
+import torch
+
+from quambase.model.backbone import Backbone, Tap
+from quambase.model.batch import Batch
+from quambase.model.device import DeviceModel
+from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
+from quambase.model.prepare import prepare
+from quambase.model.weights import MambaConfig, MambaWeights, random_weights
+
+DOCUMENTS = [[5, 3, 8], [1], list(range(40)), [7, 7], list(range(20, 58))]
+
+
+def tiny_weights(family: str) -> MambaWeights | Mamba2Weights:
+    """Prepared weights: d_inner 24, whose Hadamard matrix has an odd factor, or, of Mamba-2, heads of 8 channels."""
+    if family == "mamba1":
+        config = MambaConfig(d_model=16, n_layer=2, vocab_size=64, d_inner=24, d_state=4, d_conv=4, dt_rank=1)
+        return prepare(random_weights(config))
+    ngroups = 2 if family == "mamba2" else 1
+    config2 = Mamba2Config(16, 2, vocab_size=64, d_inner=32, d_state=4, headdim=8, ngroups=ngroups)
+    return prepare(random_mamba2_weights(config2))
+
+
+class Shown:
+    """A tap that keeps everything."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[int, str], list[torch.Tensor]] = {}
+
+    def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
+        self.values.setdefault((layer, site), []).append(values.float().cpu().clone())
+
+
+def shown(model: Backbone | DeviceModel, documents: list[list[int]]) -> dict[tuple[int, str], torch.Tensor]:
+    """Every site's values, rows in order."""
+    tap = Shown()
+    typed: Tap = tap
+    model.hidden(Batch.pack(documents), typed)
+    return {key: torch.cat(parts) for key, parts in tap.values.items()}

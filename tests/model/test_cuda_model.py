@@ -1,0 +1,124 @@
+"""The compiled operators on CUDA against plain PyTorch on the CPU, and whole models against the host's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from device_models import DOCUMENTS, shown, tiny_weights
+
+from quambase.model.batch import Batch
+from quambase.model.cuda_operators import CudaOperators
+from quambase.model.device import DeviceModel, device_model
+from quambase.model.hadamard import hadamard
+from quambase.model.load import floating_model
+from quambase.model.operators import DeviceBatch, TorchOperators
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+HALF, SINGLE = torch.float16, torch.float32
+LENGTHS = [17, 1, 40, 8, 33]
+
+
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def batches(device: torch.device) -> tuple[DeviceBatch, DeviceBatch]:
+    batch = Batch.pack([[0] * length for length in LENGTHS])
+    return DeviceBatch.of(batch, torch.device("cpu")), DeviceBatch.of(batch, device)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Float32 inside: equal but for the last roundings, of 2^-24 or, in float16, 2^-11."""
+    unit = 2.0**-10 if wanted.dtype == HALF else 2.0**-18
+    allowed = unit * wanted.float().abs() + unit * 1e-2 * wanted.float().abs().max()
+    return bool(((found.cpu().float() - wanted.float()).abs() <= allowed).all())
+
+
+def draw(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+@pytest.mark.parametrize(("channels", "states"), [(24, 4), (200, 16)])
+def test_mamba1s_operators(dtype: torch.dtype, channels: int, states: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    here, there = batches(device)
+    t = sum(LENGTHS)
+    plain, compiled = TorchOperators(), CudaOperators(device, dtype, states, 4)
+    wide = draw(generator, dtype, t, channels + 6)
+    weight, bias, d = (
+        draw(generator, SINGLE, 4, channels),
+        draw(generator, SINGLE, channels),
+        draw(generator, SINGLE, channels),
+    )
+    convolved = plain.conv_silu(wide[:, :channels], weight, bias, here)
+    found = compiled.conv_silu(wide.to(device)[:, :channels], weight.to(device), bias.to(device), there)
+    assert close(found, convolved)
+    delta, bc = draw(generator, dtype, t, channels), draw(generator, dtype, t, 3 + 2 * states)
+    a = -torch.rand(states, channels, generator=generator) * 8
+    arguments = (convolved, delta, bc[:, 3:], wide[:, 6:], a, d, bias)
+    y, state = plain.selective_scan(*arguments, here)
+    on_device = (convolved.to(device), delta.to(device), bc.to(device)[:, 3:], wide.to(device)[:, 6:])
+    my_y, my_state = compiled.selective_scan(*on_device, *(v.to(device) for v in (a, d, bias)), there)
+    assert close(my_y, y) and close(my_state, state)
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+@pytest.mark.parametrize(
+    ("heads", "headdim", "states", "ngroups"), [(4, 8, 4, 2), (6, 64, 128, 1), (4, 64, 64, 2), (3, 12, 6, 1)]
+)
+def test_mamba2s_scan(
+    dtype: torch.dtype, heads: int, headdim: int, states: int, ngroups: int, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    here, there = batches(device)
+    t, e, w = sum(LENGTHS), heads * headdim, ngroups * states
+    conv, dt = draw(generator, dtype, t, e + 2 * w), draw(generator, dtype, t, heads + 3)
+    a, d, bias = -torch.rand(heads, generator=generator) * 8, *(draw(generator, SINGLE, heads) for _ in range(2))
+    x, b, c = torch.split(conv, [e, w, w], dim=1)
+    y, state = TorchOperators(ngroups).ssd_scan(x, b, c, dt[:, 3:], a, d, bias, here)
+    compiled = CudaOperators(device, dtype, states, 4, headdim, ngroups)
+    my = torch.split(conv.to(device), [e, w, w], dim=1)
+    found = compiled.ssd_scan(*my, dt.to(device)[:, 3:], a.to(device), d.to(device), bias.to(device), there)
+    assert close(found[0], y) and close(found[1], state)
+
+
+@pytest.mark.parametrize("dim", [24, 64, 768, 1536, 2560, 5120])
+def test_hadamard_transforms_equal_the_hosts_bit_for_bit(dim: int, device: torch.device) -> None:
+    x = draw(torch.Generator().manual_seed(2), SINGLE, 33, dim)
+    for dtype in (HALF, SINGLE):
+        found = CudaOperators(device, dtype, 4, 4).hadamard(x.to(device, dtype))
+        assert torch.equal(found.cpu(), hadamard(x.to(dtype)).to(dtype))
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "mamba2 of one group"])
+def test_a_models_sites_are_the_hosts(family: str, device: torch.device) -> None:
+    weights = tiny_weights(family)
+    wanted = shown(floating_model(weights, rotated=True), DOCUMENTS)
+    found = shown(device_model(weights, device, SINGLE, rotated=True), DOCUMENTS)
+    assert found.keys() == wanted.keys()
+    for key, values in wanted.items():
+        # Two small float32 layers: some hundred ulps of the site's range.
+        assert (found[key] - values).abs().max() <= 300 * 2.0**-24 * max(1, values.abs().max()), key
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+def test_documents_do_not_see_their_neighbours(family: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Documents in a batch as if alone, and the same bytes when a neighbour of the same length changes."""
+    model = device_model(tiny_weights(family), device, dtype, rotated=True)
+    together = shown(model, DOCUMENTS)
+    alone = [shown(model, [document]) for document in DOCUMENTS]
+    unit = 2.0**-11 if dtype == HALF else 2.0**-24
+    for key, values in together.items():
+        apart = torch.cat([sites[key] for sites in alone])
+        assert (apart - values).norm() <= 300 * unit * values.norm(), key
+    changed = shown(model, [*DOCUMENTS[:-1], [1] * len(DOCUMENTS[-1])])
+    rows = sum(map(len, DOCUMENTS[:-1]))
+    assert torch.equal(changed[1, "out_proj:output"][:rows], together[1, "out_proj:output"][:rows])
+    states = len(DOCUMENTS) - 1
+    key = (1, "ssm_state_act:input")
+    assert torch.equal(changed[key][:states], together[key][:states])
+    assert isinstance(model, DeviceModel)
