@@ -325,7 +325,7 @@ SELECT run, layer, site, group_name,
 FROM whole GROUP BY ALL ORDER BY run, layer, site, group_name;
 COMMENT ON MACRO TABLE clipping IS 'How many values of every group an INT8 scale clips, and their share, such as clipping(0.05).';
 
--- Equal parts of ranked heads and channels: no clustering, so what other numbers of groups give at least.
+-- Equal parts of ranked heads and channels: no clustering, which SQL cannot do.
 CREATE MACRO regrouped(head_groups, channel_groups) AS TABLE
 WITH placed AS (
     SELECT run, layer, channel, greatest(abs(c.min), abs(c.max))::DOUBLE AS amax, channel // headdim AS head,
