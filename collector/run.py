@@ -16,8 +16,8 @@ from quambase.collector.first_pass import Grouping, choose_grouping, find_groups
 from quambase.collector.layouts import site_layouts
 from quambase.collector.observers import Kept, Observer, Where, choose_where, new_observer
 from quambase.collector.plan import Keep, Plan, make_plan, run_id, sampled_states, sampled_tokens
-from quambase.collector.rows import Key, Locate
-from quambase.collector.statistics import ENCODINGS, SiteLayout, SiteStatistics
+from quambase.collector.rows import Locate
+from quambase.collector.statistics import ENCODINGS, SiteLayout
 from quambase.collector.writer import finish_run, locked, versions, write_part, write_run
 from quambase.model.load import LoadedModel, load_model
 from quambase.model.mamba2_weights import Mamba2Weights
@@ -131,11 +131,12 @@ def collect(
         )
         prepared_for = time.time() - started - grouped_for
         with observer:
-            statistics = _observe(observer, plan, batch_size, done, folder, progress)
+            _observe(observer, plan, batch_size, done, folder, progress)
+            before = grouped_for + prepared_for
+            observed_for = time.time() - started - before
+            statistics = observer.statistics()
         blocks = len(plan.blocks(batch_size))
         encoding = ENCODINGS["float16"]
-        before = grouped_for + prepared_for
-        observed_for = time.time() - started - before
         tables = write_run(folder, run, statistics, encoding, _locator(plan, loaded), blocks)
         manifest = Manifest(
             run=run,
@@ -212,10 +213,8 @@ def _kept(loaded: LoadedModel, plan: Plan, keep: Keep, seed: int) -> Kept:
     return Kept(sampled_tokens(plan, keep, seed), states)
 
 
-def _observe(
-    observer: Observer, plan: Plan, block: int, done: int, folder: Path, progress: bool
-) -> dict[Key, SiteStatistics]:
-    """Run every block after the first ``done``, those of the checkpoint; the statistics of them all."""
+def _observe(observer: Observer, plan: Plan, block: int, done: int, folder: Path, progress: bool) -> None:
+    """Run every block after the first ``done``, those of the checkpoint."""
     blocks = plan.blocks(block)
     finished = sum(document.tokens.size for documents in blocks[:done] for document in documents)
     saved = time.monotonic()
@@ -229,7 +228,7 @@ def _observe(
                 save_checkpoint(folder, number + 1, observer.statistics())
                 saved = time.monotonic()
             bar.update(sum(document.tokens.size for document in documents))
-        return observer.statistics()
+        observer.settle()
 
 
 def _locator(plan: Plan, loaded: LoadedModel) -> Locate:
