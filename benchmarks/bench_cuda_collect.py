@@ -65,8 +65,9 @@ def collecting(
     with observer:
         for number, documents in enumerate(blocks):
             observer.observe(number, documents)
+        observer.settle()
+        observed = time.perf_counter()
         statistics = observer.statistics()
-    observed = time.perf_counter()
     tables = write_run(
         folder, "run", statistics, ENCODINGS["float16"], lambda _, __, row, channel: (row, 0, "", channel), len(blocks)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class Only:
         self._launch, self._counter, self._names = counter._kernels(kind).launch, counter, names
 
     def launch(
-        self, name: str, grid: tuple[int, int], threads: int, arguments: list[Argument], shared: int = 0
+        self, name: str, grid: tuple[int, int], threads: int, arguments: Sequence[Argument], shared: int = 0
     ) -> None:
         """Queue one of the kernels; `finish`, which would, is not there to forget the spills."""
         if name in self._names:

@@ -23,7 +23,7 @@ const u32 ALL_WORDS = PATTERNS / 2;                 // 32-bit words of a table, 
 const u32 WORDS = ALL_WORDS >> HALVINGS;            // of one pass
 const u32 FULL = 0xffffffffu;
 const int PER_VECTOR = 16 / sizeof(raw);
-const int VECTORS = 32 / PER_VECTOR;                // per thread between two barriers: 32 values
+const int VECTORS = 4;                              // per thread between two barriers: 32 values, or 16 float32
 const int CANDIDATES = 1024;
 
 // Every member has 8 bytes; cuda_counting.py has the same list. Arrays of int are int32.
@@ -59,7 +59,7 @@ struct Call {
     const int* segments;        // (mgroups documents, 2) first row and last + 1
     i64 lanes;                  // threads along a row of `moments`, a power of two
     double limit;               // the smallest magnitude that rounds to infinity
-    double* partial64;          // (3, mgroups documents, mchannels) total, squares, magnitudes
+    double* partial64;          // (3, mgroups documents, mchannels) total, squares, mean magnitude
     float* partial32;           // (2, ...) lowest, highest
     int* partial_counts;        // (3, ...) used, not finite, overflowing
     i64 summed;                 // whether moments are formed
@@ -130,87 +130,139 @@ __device__ __forceinline__ bool in_pass(u32 pattern, u32 pass) {
 #endif
 }
 
-// Add n of a pattern to its 16-bit counter; the word before.
-__device__ __forceinline__ u32 bump(u32* bins, u32 pattern, u32 n) {
-    return atomicAdd(&bins[(pattern >> 1) & (WORDS - 1)], n << ((pattern & 1) * 16));
-}
+__device__ __forceinline__ u32 increment(u32 pattern) { return pattern & 1 ? 0x10000u : 1u; }
+
+__device__ __forceinline__ u32* counter_of(u32* bins, u32 pattern) { return bins + ((pattern >> 1) & (WORDS - 1)); }
 
 // The add that brought a counter to 0x8000 or beyond takes 0x8000 out and notes it. Until then nothing carries into the
 // neighbour: after a barrier every counter is below 0x8000, and a block adds at most 1024 * 32 = 0x8000 before the next.
-__device__ __forceinline__ void settle(const Call& c, u32* bins, u32 item, u32 pattern, u32 before, u32 n) {
-    const u32 shift = (pattern & 1) * 16;
-    const u32 old = (before >> shift) & 0xffffu;
-    if (old < 0x8000u && old + n >= 0x8000u) {
-        atomicSub(&bins[(pattern >> 1) & (WORDS - 1)], 0x8000u << shift);
-        const u32 place = atomicAdd(c.spill_count, 1u);
-        c.spills[2 * (u64)place] = item;
-        c.spills[2 * (u64)place + 1] = pattern;
-    }
+__device__ __forceinline__ void spill(const Call& c, u32* bins, u32 item, u32 pattern) {
+    atomicSub(counter_of(bins, pattern), 0x8000u * increment(pattern));
+    const u32 place = atomicAdd(c.spill_count, 1u);
+    c.spills[2 * (u64)place] = item;
+    c.spills[2 * (u64)place + 1] = pattern;
 }
 
-// Count `rows` rows of `width` values, `row_bytes` apart. Loads are the aligned 16 bytes that hold a wanted value; what
-// else is in them is passed over.
-__device__ void count_rectangle(
-    const Call& c, u32* bins, u32 item, u32 pass, const char* base, i64 row_bytes, i64 width_bytes, int rows
-) {
-    const bool aligned = ((((u64)base) | (u64)row_bytes) & 15) == 0;
-    const u32 vectors = (u32)((width_bytes + 15) / 16) + (aligned ? 0 : 1);
-    const u32 threads = blockDim.x;
-    const i64 total = (i64)vectors * rows;
-    int row = threadIdx.x / vectors;
-    u32 vector = threadIdx.x % vectors;
-    const int row_step = threads / vectors;
-    const u32 vector_step = threads % vectors;
-    for (i64 start = 0; start < total; start += (i64)threads * VECTORS) {
-        uint4 data[VECTORS];
-        int from[VECTORS], to[VECTORS];
+// Add n of a pattern to its 16-bit counter.
+__device__ __forceinline__ void add(const Call& c, u32* bins, u32 item, u32 pattern, u32 n) {
+    const u32 more = n * increment(pattern);
+    const u32 before = atomicAdd(counter_of(bins, pattern), more);
+    if ((before + more) & ~before & (0x8000u * increment(pattern))) spill(c, bins, item, pattern);
+}
+
+// What a thread counts between two barriers; of vector k the values from..to, of 4 bits each, are wanted.
+struct Share {
+    uint4 data[VECTORS];
+    u32 ranges;
+};
+
+// A walk over the vectors of a rectangle, each thread from its own.
+struct Walk {
+    const char* base;
+    i64 row_bytes, width_bytes;
+    int row, rows, row_step;
+    u32 vector, vectors, vector_step;
+
+    // Loads are the aligned 16 bytes that hold a wanted value; what else is in them is passed over.
+    __device__ __forceinline__ void next(Share& share) {
+        share.ranges = 0;
 #pragma unroll
         for (int k = 0; k < VECTORS; k++) {
-            data[k] = make_uint4(0, 0, 0, 0);
-            from[k] = to[k] = 0;
+            share.data[k] = make_uint4(0, 0, 0, 0);
             if (row < rows) {
                 const char* first = base + row * row_bytes;
                 const char* at = (const char*)((u64)first & ~15ull) + 16 * (i64)vector;
                 const i64 before = first - at, left = first + width_bytes - at;
-                from[k] = before > 0 ? (int)(before / (i64)sizeof(raw)) : 0;
-                to[k] = left >= 16 ? PER_VECTOR : left > 0 ? (int)(left / (i64)sizeof(raw)) : 0;
-                if (to[k] > from[k]) data[k] = *(const uint4*)at;
+                const u32 from = before > 0 ? (u32)before / sizeof(raw) : 0;
+                const u32 to = left >= 16 ? PER_VECTOR : left > 0 ? (u32)left / sizeof(raw) : 0;
+                if (to > from) {
+                    share.data[k] = *(const uint4*)at;
+                    share.ranges |= (from | to << 4) << (8 * k);
+                }
             }
             vector += vector_step;
             row += row_step;
             if (vector >= vectors) { vector -= vectors; row++; }
         }
-        // One value is counted in registers, the warp's share at once: else constant data would queue at one counter.
-        const u32 hot = __shfl_sync(FULL, pattern_at(data[0], 0), 0);
-        u32 hots = 0;
+    }
+};
+
+template <bool HOT>
+__device__ __forceinline__ void count_share(
+    const Call& c, u32* bins, u32 item, u32 pass, const Share& share, u32 hot
+) {
+    u32 hots = 0;
 #pragma unroll
-        for (int k = 0; k < VECTORS; k++) {
-            if (to[k] - from[k] == PER_VECTOR) {
-                u32 before[PER_VECTOR];
+    for (int k = 0; k < VECTORS; k++) {
+        const u32 from = share.ranges >> (8 * k) & 15u, to = share.ranges >> (8 * k + 4) & 15u;
+        if (to - from == PER_VECTOR) {
+            // Adds first, so that they overlap; whether any crossed 0x8000 is asked once.
+            u32 before[PER_VECTOR], crossed = 0;
+#pragma unroll
+            for (int j = 0; j < PER_VECTOR; j++) {
+                const u32 pattern = pattern_at(share.data[k], j);
+                before[j] = ~0u;
+                if (HOT && pattern == hot) hots++;
+                else if (in_pass(pattern, pass)) before[j] = atomicAdd(counter_of(bins, pattern), increment(pattern));
+            }
+#pragma unroll
+            for (int j = 0; j < PER_VECTOR; j++) {
+                crossed |= (before[j] + increment(pattern_at(share.data[k], j))) & ~before[j];
+            }
+            if (crossed & 0x80008000u) {
 #pragma unroll
                 for (int j = 0; j < PER_VECTOR; j++) {
-                    const u32 pattern = pattern_at(data[k], j);
-                    before[j] = 0;
-                    if (pattern == hot) hots++;
-                    else if (in_pass(pattern, pass)) before[j] = bump(bins, pattern, 1);
-                }
-#pragma unroll
-                for (int j = 0; j < PER_VECTOR; j++) settle(c, bins, item, pattern_at(data[k], j), before[j], 1);
-            } else {
-#pragma unroll
-                for (int j = 0; j < PER_VECTOR; j++) {
-                    if (j < from[k] || j >= to[k]) continue;
-                    const u32 pattern = pattern_at(data[k], j);
-                    if (pattern == hot) hots++;
-                    else if (in_pass(pattern, pass)) settle(c, bins, item, pattern, bump(bins, pattern, 1), 1);
+                    const u32 pattern = pattern_at(share.data[k], j), more = increment(pattern);
+                    if ((before[j] + more) & ~before[j] & (0x8000u * more)) spill(c, bins, item, pattern);
                 }
             }
+        } else {
+#pragma unroll
+            for (int j = 0; j < PER_VECTOR; j++) {
+                if (j < from || j >= to) continue;
+                const u32 pattern = pattern_at(share.data[k], j);
+                if (HOT && pattern == hot) hots++;
+                else if (in_pass(pattern, pass)) add(c, bins, item, pattern, 1);
+            }
         }
+    }
+    if (HOT) {
 #pragma unroll
         for (int step = 16; step; step >>= 1) hots += __shfl_xor_sync(FULL, hots, step);
-        if ((threadIdx.x & 31) == 0 && hots && in_pass(hot, pass)) {
-            settle(c, bins, item, hot, bump(bins, hot, hots), hots);
+        if ((threadIdx.x & 31) == 0 && hots && in_pass(hot, pass)) add(c, bins, item, hot, hots);
+    }
+}
+
+const int MANY = 6; // of a warp's 32 first values, so that one value is worth counting apart
+
+// Count `rows` rows of `width_bytes`, `row_bytes` apart.
+__device__ void count_rectangle(
+    const Call& c, u32* bins, u32 item, u32 pass, const char* base, i64 row_bytes, i64 width_bytes, int rows
+) {
+    const bool aligned = (((u64)base | (u64)row_bytes) & 15) == 0;
+    const u32 vectors = (u32)((width_bytes + 15) / 16) + (aligned ? 0 : 1);
+    const u32 threads = blockDim.x;
+    Walk walk = {
+        base, row_bytes, width_bytes, (int)(threadIdx.x / vectors), rows, (int)(threads / vectors),
+        threadIdx.x % vectors, vectors, threads % vectors,
+    };
+    const i64 total = (i64)vectors * rows, step = (i64)threads * VECTORS;
+    Share share, ahead;
+    walk.next(ahead);
+    for (i64 start = 0; start < total; start += step) {
+        share = ahead;
+        if (start + step < total) walk.next(ahead);
+        // A value that many lanes have would make them queue at one counter: it is counted in registers, and the warp's
+        // share is added at once. Zeros are looked for first.
+        const u32 first = pattern_at(share.data[0], 0);
+        u32 hot = 0;
+        bool many = __popc(__ballot_sync(FULL, first == 0)) >= MANY;
+        if (!many) {
+            hot = __shfl_sync(FULL, first, 0);
+            many = __popc(__ballot_sync(FULL, first == hot)) >= MANY;
         }
+        if (many) count_share<true>(c, bins, item, pass, share, hot);
+        else count_share<false>(c, bins, item, pass, share, hot);
         __syncthreads();
     }
 }
@@ -270,20 +322,34 @@ extern "C" __global__ void __launch_bounds__(256) reduce_counts(const Call c) {
 
 // ---------------------------------------------------------------- order statistics
 
-// Counts of the magnitudes 2 word and 2 word + 1 in one segment.
-__device__ void add_segment(const Call& c, int segment, u32 word, u64& low, u64& high) {
+// Eight neighbouring magnitudes, in a word of a table two each.
+const int TOGETHER = 8;
+
+struct Counts {
+    u64 of[TOGETHER];
+};
+
+// Counts of the magnitudes TOGETHER quad onwards in one segment.
+__device__ __forceinline__ void add_segment(const Call& c, int segment, u32 quad, Counts& counts) {
     const int first = c.segment_first[segment], last = c.segment_first[segment + 1];
+#pragma unroll 2
     for (int item = first; item < last; item++) {
-        const u32* slot = c.slots + (u64)item * ALL_WORDS;
-        const u32 positive = slot[word], negative = slot[word + SIGN / 2];
-        low += (positive & 0xffffu) + (negative & 0xffffu);
-        high += (positive >> 16) + (negative >> 16);
+        const uint4* slot = (const uint4*)(c.slots + (u64)item * ALL_WORDS);
+        const uint4 positive = slot[quad], negative = slot[quad + SIGN / TOGETHER];
+        const u32 words[8] = {positive.x, positive.y, positive.z, positive.w, negative.x, negative.y, negative.z, negative.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            counts.of[2 * (i & 3)] += words[i] & 0xffffu;
+            counts.of[2 * (i & 3) + 1] += words[i] >> 16;
+        }
     }
     const u32 spills = *c.spill_count;
     for (u32 i = 0; i < spills; i++) {
         const int item = c.spills[2 * (u64)i];
         const u32 magnitude = c.spills[2 * (u64)i + 1] & (SIGN - 1);
-        if (magnitude >> 1 == word && item >= first && item < last) (magnitude & 1 ? high : low) += 0x8000u;
+        if (magnitude / TOGETHER != quad || item < first || item >= last) continue;
+#pragma unroll
+        for (u32 j = 0; j < TOGETHER; j++) counts.of[j] += magnitude % TOGETHER == j ? 0x8000u : 0u;
     }
 }
 
@@ -298,14 +364,15 @@ __device__ u64 before_me(u64 mine, u64* sums, u64& all) {
     __syncthreads();
     if (lane == 31) sums[warp] = upto;
     __syncthreads();
-    if (threadIdx.x == 0) {
-        u64 seen = 0;
-        for (u32 i = 0; i < blockDim.x / 32; i++) {
-            const u64 here = sums[i];
-            sums[i] = seen;
-            seen += here;
+    if (warp == 0) {
+        const u64 held = lane < blockDim.x / 32 ? sums[lane] : 0;
+        u64 seen = held;
+        for (int step = 1; step < 32; step *= 2) {
+            const u64 other = __shfl_up_sync(FULL, seen, step);
+            if (lane >= step) seen += other;
         }
-        sums[32] = seen;
+        sums[lane] = seen - held;
+        if (lane == 31) sums[32] = seen;
     }
     __syncthreads();
     all = sums[32];
@@ -320,7 +387,7 @@ __device__ float lerp_torch(float below, float above, float weight) {
 }
 
 // A block per document and group, per document (the whole site, where it is divided), and per group (its threshold).
-// Counts are walked from the largest magnitude down, 2048 magnitudes at a time, only as far as a wanted rank lies.
+// Counts are walked from the largest magnitude down, 8192 magnitudes at a time, only as far as a wanted rank lies.
 extern "C" __global__ void __launch_bounds__(1024) summarise(const Call c) {
     __shared__ u64 sums[33];
     __shared__ u64 target[32];
@@ -333,24 +400,32 @@ extern "C" __global__ void __launch_bounds__(1024) summarise(const Call c) {
     const int group = of_document ? blockIdx.x % parts : blockIdx.x - documents * parts;
     const bool whole = of_document && group == groups;
 
-    auto look = [&](u32 word, u64& low, u64& high) {
+    auto look = [&](u32 quad, Counts& counts) {
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++) counts.of[i] = 0;
         if (!of_document) {
-            const u64* table = c.call + (u64)group * PATTERNS + 2 * word;
-            low = table[0] + table[SIGN];
-            high = table[1] + table[SIGN + 1];
+            const u64* table = c.call + (u64)group * PATTERNS + TOGETHER * quad;
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) counts.of[i] = table[i] + table[i + SIGN];
             return;
         }
-        low = high = 0;
         for (int g = whole ? 0 : group; g < (whole ? groups : group + 1); g++) {
-            add_segment(c, g * documents + document, word, low, high);
+            add_segment(c, g * documents + document, quad, counts);
         }
     };
+    auto sum = [](const Counts& counts) {
+        u64 all = 0;
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++) all += counts.of[i];
+        return all;
+    };
 
-    const u32 finite_words = c.infinity / 2;
-    u64 low, high, mine = 0, unfinite, all;
-    for (u32 word = finite_words + threadIdx.x; word < SIGN / 2; word += blockDim.x) {
-        look(word, low, high);
-        mine += low + high;
+    const u32 finite_quads = c.infinity / TOGETHER;
+    u64 mine = 0, unfinite, all;
+    Counts counts;
+    for (u32 quad = finite_quads + threadIdx.x; quad < SIGN / TOGETHER; quad += blockDim.x) {
+        look(quad, counts);
+        mine += sum(counts);
     }
     before_me(mine, sums, unfinite);
     const i64 rows = of_document ? c.offsets[document + 1] - c.offsets[document] : c.offsets[documents] - c.offsets[0];
@@ -382,22 +457,29 @@ extern "C" __global__ void __launch_bounds__(1024) summarise(const Call c) {
     u64 furthest = 0;
     for (int k = 0; k < targets; k++) furthest = target[k] > furthest ? target[k] : furthest;
     u64 seen = 0;
-    for (int top = finite_words; top > 0 && seen < furthest; top -= blockDim.x) {
-        const int word = top - 1 - (int)threadIdx.x;
-        low = high = 0;
-        if (word >= 0) look(word, low, high);
-        const u64 before = seen + before_me(low + high, sums, all);
-        for (int k = 0; k < targets; k++) {
-            const u64 t = target[k];
-            if (t <= before || t > before + high + low) continue;
-            const bool upper = t <= before + high;
-            answer[k] = 2 * word + (upper ? 1 : 0);
-            if (!of_document) {
-                beyond[0] = upper ? before : before + high;
-                beyond[1] = beyond[0] + (upper ? high : low);
-            }
+    for (int top = finite_quads; top > 0 && seen < furthest; top -= blockDim.x) {
+        const int quad = top - 1 - (int)threadIdx.x;
+        u64 here = 0;
+        if (quad >= 0) {
+            look(quad, counts);
+            here = sum(counts);
         }
+        u64 before = seen + before_me(here, sums, all);
         seen += all;
+        if (here == 0 || before >= furthest) continue;
+#pragma unroll
+        for (int i = TOGETHER - 1; i >= 0; i--) {
+            const u64 upto = before + counts.of[i];
+            for (int k = 0; k < targets; k++) {
+                if (target[k] <= before || target[k] > upto) continue;
+                answer[k] = TOGETHER * quad + i;
+                if (!of_document) {
+                    beyond[0] = before;
+                    beyond[1] = upto;
+                }
+            }
+            before = upto;
+        }
     }
     __syncthreads();
     if (!of_document) {
@@ -437,6 +519,69 @@ __device__ void emit(const Call& c, int group, int place, int row, u32 pattern) 
     candidate[1] = pattern;
 }
 
+struct Column {
+    double total = 0, squares = 0, magnitudes = 0;
+    float low = __uint_as_float(0x7f800000u), high = __uint_as_float(0xff800000u);
+
+    __device__ __forceinline__ void add(float value) {
+        const double v = value;
+        total += v;
+        squares = fma(v, v, squares);
+        magnitudes += fabs(v);
+        low = fminf(low, value);
+        high = fmaxf(high, value);
+    }
+};
+
+const int ROWS = 8; // whose loads are under way together
+
+// Two values as they lie in memory.
+#if KIND < 2
+typedef u32 Pair;
+__device__ __forceinline__ raw part(Pair pair, int i) { return i ? pair >> 16 : pair & 0xffffu; }
+#else
+typedef float2 Pair;
+__device__ __forceinline__ raw part(Pair pair, int i) { return i ? pair.y : pair.x; }
+#endif
+
+// Add rows row, row + height, ... of one channel or two to their columns; found(i, row, value) sees what is beyond bound.
+template <int WIDE, bool PAIRED, class Found>
+__device__ __forceinline__ void accumulate(
+    const raw* base, i64 stride, int row, int last, int height, const float* bound, Column* columns, Found found
+) {
+    const raw* at = base + row * stride;
+    const i64 step = height * stride;
+    auto see = [&](int i, int here, raw stored) {
+        const float value = raw_value(stored);
+        columns[i].add(value);
+        if (fabsf(value) > bound[i]) found(i, here, stored);
+    };
+    for (; row + (ROWS - 1) * height < last; row += ROWS * height, at += ROWS * step) {
+        if (PAIRED) {
+            Pair pairs[ROWS];
+#pragma unroll
+            for (int k = 0; k < ROWS; k++) pairs[k] = *(const Pair*)(at + k * step);
+#pragma unroll
+            for (int k = 0; k < ROWS; k++) {
+                for (int i = 0; i < 2; i++) see(i, row + k * height, part(pairs[k], i));
+            }
+        } else {
+            raw values[ROWS][WIDE];
+#pragma unroll
+            for (int k = 0; k < ROWS; k++) {
+                for (int i = 0; i < WIDE; i++) values[k][i] = at[k * step + i];
+            }
+#pragma unroll
+            for (int k = 0; k < ROWS; k++) {
+                for (int i = 0; i < WIDE; i++) see(i, row + k * height, values[k][i]);
+            }
+        }
+    }
+    for (; row < last; row += height, at += step) {
+        for (int i = 0; i < WIDE; i++) see(i, row, at[i]);
+    }
+}
+
 // A block per segment and run of channels: two channels a thread, rows dealt out along the block's other dimension and
 // joined at the end in a fixed order.
 extern "C" __global__ void __launch_bounds__(256) moments(const Call c) {
@@ -460,63 +605,20 @@ extern "C" __global__ void __launch_bounds__(256) moments(const Call c) {
         const int least = c.thresholds[4 * group[i] + 1];
         bound[i] = least ? pattern_value(least - 1) : -1.0f;
     }
-    double total[2] = {0, 0}, squares[2] = {0, 0}, absolute[2] = {0, 0};
-    float low[2] = {infinity, infinity}, high[2] = {-infinity, -infinity};
+    Column columns[2];
     if (one) {
-        for (int row = first + ty; row < last; row += 4 * height) {
-            raw values[4][2];
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const int here = row + k * height;
-                values[k][0] = values[k][1] = 0;
-                if (here >= last) continue;
-                const raw* at = base + here * c.mstride;
-                if (paired) {
-#if KIND < 2
-                    const u32 both = *(const u32*)at;
-                    values[k][0] = both & 0xffffu;
-                    values[k][1] = both >> 16;
-#else
-                    const float2 both = *(const float2*)at;
-                    values[k][0] = both.x;
-                    values[k][1] = both.y;
-#endif
-                } else {
-                    values[k][0] = at[0];
-                    if (two) values[k][1] = at[1];
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float most = -1.0f;
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    if (row + k * height >= last) continue;
-                    const float value = raw_value(values[k][i]);
-                    const double v = value;
-                    total[i] += v;
-                    squares[i] = fma(v, v, squares[i]);
-                    absolute[i] += fabs(v);
-                    low[i] = fminf(low[i], value);
-                    high[i] = fmaxf(high[i], value);
-                    most = fmaxf(most, fabsf(value));
-                }
-                if (most > bound[i]) {
-                    for (int k = 0; k < 4; k++) {
-                        const int here = row + k * height;
-                        if (here < last && (i == 0 || two)) emit(c, group[i], place[i], here, raw_pattern(values[k][i]));
-                    }
-                }
-            }
-        }
+        auto found = [&](int i, int row, raw value) { emit(c, group[i], place[i], row, raw_pattern(value)); };
+        if (paired) accumulate<2, true>(base, c.mstride, first + ty, last, height, bound, columns, found);
+        else if (two) accumulate<2, false>(base, c.mstride, first + ty, last, height, bound, columns, found);
+        else accumulate<1, false>(base, c.mstride, first + ty, last, height, bound, columns, found);
     }
     if (!c.summed) return;
     for (int i = 0; i < 2; i++) {
-        wide[3 * i][threadIdx.x] = total[i];
-        wide[3 * i + 1][threadIdx.x] = squares[i];
-        wide[3 * i + 2][threadIdx.x] = absolute[i];
-        narrow[2 * i][threadIdx.x] = low[i];
-        narrow[2 * i + 1][threadIdx.x] = high[i];
+        wide[3 * i][threadIdx.x] = columns[i].total;
+        wide[3 * i + 1][threadIdx.x] = columns[i].squares;
+        wide[3 * i + 2][threadIdx.x] = columns[i].magnitudes;
+        narrow[2 * i][threadIdx.x] = columns[i].low;
+        narrow[2 * i + 1][threadIdx.x] = columns[i].high;
     }
     for (int half = height / 2; half > 0; half /= 2) {
         __syncthreads();
@@ -562,7 +664,7 @@ extern "C" __global__ void __launch_bounds__(256) moments(const Call c) {
         const i64 at = (i64)segment * channels + column + i;
         c.partial64[at] = sum;
         c.partial64[all + at] = sum_squares;
-        c.partial64[2 * all + at] = magnitudes;
+        c.partial64[2 * all + at] = used ? magnitudes / used : 0;
         c.partial32[at] = lowest;
         c.partial32[all + at] = highest;
         c.partial_counts[at] = used;
@@ -579,20 +681,17 @@ __device__ void combine(const Call& c, int index) {
     i64 count = c.count[index], nonfinite = c.nonfinite[index], overflow = c.overflow[index];
     float lowest = c.lowest[index], highest = c.highest[index];
     double total = c.total[index], squares = c.squares[index], mean = c.mean_abs_max[index];
-#pragma unroll 4
+#pragma unroll 8
     for (int document = 0; document < documents; document++) {
         const i64 at = start + (i64)document * channels;
-        const int used = c.partial_counts[at];
+        count += c.partial_counts[at];
         nonfinite += c.partial_counts[all + at];
         overflow += c.partial_counts[2 * all + at];
         lowest = fminf(lowest, c.partial32[at]);
         highest = fmaxf(highest, c.partial32[all + at]);
         total += c.partial64[at];
         squares += c.partial64[all + at];
-        if (used == 0) continue;
-        count += used;
-        const double here = c.partial64[2 * all + at] / used;
-        mean = here > mean ? here : mean;
+        mean = fmax(mean, c.partial64[2 * all + at]);
     }
     c.count[index] = count;
     c.nonfinite[index] = nonfinite;

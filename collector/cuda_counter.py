@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,22 +83,48 @@ class Launcher(Protocol):
     """What runs the kernels of one KIND: `quambase.model.cuda.Kernels`."""
 
     def launch(
-        self, name: str, grid: tuple[int, int], threads: int, arguments: list[Argument], shared: int = 0
+        self, name: str, grid: tuple[int, int], threads: int, arguments: Sequence[Argument], shared: int = 0
     ) -> None:
         """Queue a kernel."""
 
 
 @dataclass(frozen=True)
+class _Moments:
+    """How `moments` is launched for (rows, channels) values in segments of rows; the fields of `Call`."""
+
+    mchannels: int
+    mgroups: int
+    segments: int
+    lanes: int
+    partial64: int
+    partial32: int
+    partial_counts: int
+    grid: tuple[int, int]
+
+    def set_in(self, call: Call) -> None:
+        """Make a call's moments these."""
+        call.mchannels, call.mgroups, call.segments, call.lanes = (
+            self.mchannels,
+            self.mgroups,
+            self.segments,
+            self.lanes,
+        )
+        call.partial64, call.partial32, call.partial_counts = self.partial64, self.partial32, self.partial_counts
+
+
+@dataclass(frozen=True)
 class _Plan:
     """What calls of equal layouts and offsets share: ``call`` has what does not differ, ``tables`` on the device are
-    what it points to and, under their names, what else is needed.
+    what it points to; ``states`` where moments are not of the rows as counted.
     """
 
     call: Call
-    blocks: int
-    items: int
-    values: int
     tables: dict[str, torch.Tensor]
+    rows: _Moments
+    states: _Moments | None
+    reduce_grid: tuple[int, int]
+    summarise_grid: tuple[int, int]
+    finish_grid: tuple[int, int]
 
 
 def halvings(shared: int) -> int:
@@ -151,12 +177,16 @@ class CudaCounter:
             if zero:
                 held.zero_()
             self._scratch[name] = held
+            self._plans.clear()  # which hold the old address
         return held.data_ptr()
 
     def add(self, into: DeviceSite, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
         """As `DeviceCounter.add`."""
         documents = len(offsets) - 1
         most = max(1, SEGMENTS // len(into.layout.names))
+        if documents <= most:
+            self._add(into, x, offsets, first, summaries)
+            return
         for start in range(0, documents, most):
             stop = min(start + most, documents)
             rows = x[offsets[start] : offsets[stop]]
@@ -168,72 +198,49 @@ class CudaCounter:
         if kind is None:
             x, kind = x.float(), KINDS[self.encoding.name, torch.float32]
         rows, channels = x.shape
-        if x.stride(1) != 1 or (rows > 1 and x.stride(0) < channels):
+        stride, along = x.stride()
+        if along != 1 or (rows > 1 and stride < channels):
             x = x.contiguous()
-        plan = self._plan(into.layout, offsets)
+            stride = channels
+        plan = self._plan(layout, offsets)
         launch = self._kernels(kind).launch
-        top = into.top
-        if into.calls:
-            top = torch.empty_like(into.top)
-        groups, documents = len(layout.names), len(offsets) - 1
+        top = torch.empty_like(into.top) if into.calls else into.top
 
         call = Call.from_buffer_copy(plan.call)
-        call.x = x.data_ptr()
-        call.stride = x.stride(0) if rows > 1 else channels
-        call.first = first
-        call.slots = self._room("slots", plan.items * PATTERNS // 2, torch.int32)
-        call.spills = self._room("spills", 2 * (plan.values // 0x8000 + 1), torch.int32)
-        call.call = self._room("call", groups * PATTERNS, torch.int64)
-        call.thresholds = self._room("thresholds", 4 * groups, torch.int32)
-        call.candidates = self._room("candidates", 2 * CANDIDATES * groups, torch.int64)
-        call.spill_count = self._room("spill_count", 1, torch.int32, zero=True)
-        call.candidate_count = self._room("candidate_count", groups, torch.int32, zero=True)
-        call.summaries, call.top = summaries.data_ptr(), top.data_ptr()
+        call.x = call.mx = x.data_ptr()
+        call.stride = call.mstride = stride if rows > 1 else channels
+        call.first, call.summaries, call.top = first, summaries.data_ptr(), top.data_ptr()
         for name, address in into.addresses.items():
             setattr(call, name, address)
-
-        parts = documents if groups == 1 else documents * (groups + 1)
-        launch("count_items", (plan.blocks, 1), 1024, [call], TABLE >> self._halvings)
-        launch("reduce_counts", (PATTERNS // 2 // 256, groups), 256, [call])
-        launch("summarise", (parts + groups, 1), 1024, [call])
-        call.emit, call.summed = 1, int(not layout.d_state)
-        self._form_moments(launch, call, x, plan.tables["row_segments"], 1)
-        if layout.d_state:
+        arguments = [call]
+        launch("count_items", (self._blocks, 1), 1024, arguments, TABLE >> self._halvings)
+        launch("reduce_counts", plan.reduce_grid, 256, arguments)
+        launch("summarise", plan.summarise_grid, 1024, arguments)
+        launch("moments", plan.rows.grid, 256, arguments)
+        if plan.states:
             # The outliers were of the rows as counted; the moments are of each group's channels apart.
-            states = x.reshape(documents, layout.d_state, channels).transpose(1, 2)
+            states = x.reshape(len(offsets) - 1, layout.d_state, channels).transpose(1, 2)
             states = states.index_select(1, plan.tables["members"]).reshape(-1, layout.d_state)
-            call.emit, call.summed = 0, 1
-            self._form_moments(launch, call, states, plan.tables["moment_segments"], groups)
+            plan.states.set_in(call)
+            call.mx, call.mstride, call.emit, call.summed = states.data_ptr(), layout.d_state, 0, 1
+            launch("moments", plan.states.grid, 256, arguments)
             call.emit = 1
-        launch("finish", (groups + -(-layout.moments // 256), 1), 256, [call])
+        launch("finish", plan.finish_grid, 256, arguments)
         if into.calls:
             into.top.copy_(merged_top(into.top, top))
         into.calls += 1
 
-    def _form_moments(
-        self, launch: Callable[..., None], call: Call, x: torch.Tensor, segments: torch.Tensor, groups: int
-    ) -> None:
-        """Queue `moments` for x (rows, channels), ``segments`` (groups documents, 2) of its rows."""
-        count, channels = len(segments) // 2, x.shape[1]
-        call.mx, call.mstride, call.mchannels, call.mgroups = x.data_ptr(), x.stride(0), channels, groups
-        if len(x) == 1:
-            call.mstride = channels
-        call.segments, call.lanes = segments.data_ptr(), min(32, _power_of_two(-(-channels // 2)))
-        call.partial64 = self._room("partial64", 3 * count * channels, torch.float64)
-        call.partial32 = self._room("partial32", 2 * count * channels, torch.float32)
-        call.partial_counts = self._room("partial_counts", 3 * count * channels, torch.int32)
-        launch("moments", (count, -(-channels // (2 * call.lanes))), 256, [call])
-
     def _plan(self, layout: SiteLayout, offsets: Int64) -> _Plan:
         key = layout, offsets.tobytes()
         if key not in self._plans:
+            made = self._new_plan(layout, offsets)
             if len(self._plans) >= PLANS:
                 self._plans.clear()
-            self._plans[key] = self._new_plan(layout, offsets)
+            self._plans[key] = made
         return self._plans[key]
 
     def _new_plan(self, layout: SiteLayout, offsets: Int64) -> _Plan:
-        groups = len(layout.names)
+        groups, documents = len(layout.names), len(offsets) - 1
         packing = pack(layout, offsets, self._blocks)
         runs, run_first = layout.runs
         members = np.concatenate([layout.members(g) for g in range(groups)])
@@ -260,18 +267,52 @@ class CudaCounter:
         there = torch.from_numpy(flat).to(self.device, non_blocking=True)
         sizes = [values.size for values in named.values()]
         tables = dict(zip(named, torch.split(there, sizes), strict=True))
+        values = int(offsets[-1] - offsets[0]) * layout.channels
+        rows = self._moments(documents, layout.channels, 1, tables["row_segments"])
+        states = self._moments(documents, layout.d_state, groups, tables["moment_segments"]) if layout.d_state else None
         call = Call(
-            documents=len(offsets) - 1,
+            documents=documents,
             groups=groups,
             most=self.most,
             infinity=self.encoding.infinity,
             quantiles=len(SUMMARY_COLUMNS) - 1,
             limit=float(self.encoding.limit),
             probabilities=self._probabilities.data_ptr(),
+            slots=self._room("slots", len(packing.items) * PATTERNS // 2, torch.int32),
+            spills=self._room("spills", 2 * (values // 0x8000 + 1), torch.int32),
+            call=self._room("call", groups * PATTERNS, torch.int64),
+            thresholds=self._room("thresholds", 4 * groups, torch.int32),
+            candidates=self._room("candidates", 2 * CANDIDATES * groups, torch.int64),
+            spill_count=self._room("spill_count", 1, torch.int32, zero=True),
+            candidate_count=self._room("candidate_count", groups, torch.int32, zero=True),
+            emit=1,
+            summed=int(not layout.d_state),
             **{name: values.data_ptr() for name, values in tables.items() if name in _ADDRESSES},
         )
-        values = int(offsets[-1] - offsets[0]) * layout.channels
-        return _Plan(call, self._blocks, len(packing.items), values, tables)
+        rows.set_in(call)
+        return _Plan(
+            call,
+            tables,
+            rows,
+            states,
+            (PATTERNS // 2 // 256, groups),
+            ((documents if groups == 1 else documents * (groups + 1)) + groups, 1),
+            (groups + -(-layout.moments // 256), 1),
+        )
+
+    def _moments(self, documents: int, channels: int, groups: int, segments: torch.Tensor) -> _Moments:
+        count = documents * groups
+        lanes = min(32, _power_of_two(-(-channels // 2)))
+        return _Moments(
+            channels,
+            groups,
+            segments.data_ptr(),
+            lanes,
+            self._room("partial64", 3 * count * channels, torch.float64),
+            self._room("partial32", 2 * count * channels, torch.float32),
+            self._room("partial_counts", 3 * count * channels, torch.int32),
+            (count, -(-channels // (2 * lanes))),
+        )
 
 
 def choose_counter(encoding: Encoding, most: int, device: torch.device) -> DeviceCounter:

@@ -80,6 +80,7 @@ class DeviceRecorder:
         self._seen = dict.fromkeys(layouts, 0)
         self._last: tuple[Key, torch.Tensor] | None = None
         self._kept: list[tuple[Key, Sequence[Place], torch.Tensor]] = []
+        self._borders: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
         self._wanted: dict[tuple[int, int], tuple[list[Place], torch.Tensor]] = {}
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
@@ -89,6 +90,7 @@ class DeviceRecorder:
         if layout is None:
             return
         here = self.documents[documents]
+        lengths: list[int] | None
         if layout.d_state:
             rows = values.transpose(1, 2).reshape(-1, values.shape[1])  # (documents n, e)
             lengths = [layout.d_state] * len(here)
@@ -97,14 +99,22 @@ class DeviceRecorder:
             lengths = [values.shape[1]] * len(here)
         else:
             rows = values
-            lengths = [document.tokens.size for document in here]
-        offsets = np.cumsum([0, *lengths], dtype=np.int64)
+            lengths = None
+        offsets = self._offsets(documents) if lengths is None else np.cumsum([0, *lengths], dtype=np.int64)
         if not self._copied(key, values, len(here)):
             into = self.statistics.sites[key]
             self.counter.add(into, rows, offsets, documents.start, self.summaries[key][documents])
         self._seen[key] += len(here)
         self._last = key, values
         self._keep(key, layout, values, offsets, documents)
+
+    def _offsets(self, documents: slice) -> npt.NDArray[np.int64]:
+        """The borders of some documents' rows."""
+        span = documents.start, documents.stop
+        if span not in self._borders:
+            lengths = [document.tokens.size for document in self.documents[documents]]
+            self._borders[span] = np.cumsum([0, *lengths], dtype=np.int64)
+        return self._borders[span]
 
     def _copied(self, key: Key, values: torch.Tensor, documents: int) -> bool:
         """As `BlockRecorder`: take over the statistics of the call before if it brought this very tensor."""
@@ -124,19 +134,19 @@ class DeviceRecorder:
         if layout.state:
             chosen = [i for i, d in enumerate(here) if self.states is None or d.index in self.states]
             places = [(here[i].index, here[i].tokens.size - 1) for i in chosen]
-            picked = values if self.states is None else values[chosen] if chosen else values[:0]
             everything = self.states is None
+            picked = values if everything or not places else values[chosen]
         else:
             span = (documents.start, documents.stop)
             if span not in self._wanted:
                 self._wanted[span] = self._sampled(here, offsets, values.device)
             places, index = self._wanted[span]
             everything = self.positions is None
-            picked = values if everything else values[index] if places else values[:0]
+            picked = values if everything or not places else values.index_select(0, index)
         if places:
-            picked = picked.reshape(len(places), -1).to(torch.float32, copy=True)
             # Every activation of a block fits in no device: these are not held until the block ends.
-            self._kept.append((key, places, picked.cpu() if everything else picked))
+            held = picked.to("cpu", torch.float32, copy=True) if everything else picked
+            self._kept.append((key, places, held.reshape(len(places), -1)))
 
     def _sampled(
         self, documents: Sequence[PlannedDocument], offsets: npt.NDArray[np.int64], device: torch.device
@@ -162,10 +172,11 @@ class DeviceRecorder:
         check_seen(self._seen, len(self.documents))
         self.statistics.fold(np.array([document.index for document in self.documents], np.int64))
         device = self.statistics.device
+        # float16 becomes float32 as it is joined.
         there = [self._flat, *(values.reshape(-1) for _, _, values in self._kept if values.device == device)]
-        copied: torch.cuda.Event | None = None
+        flat = torch.cat(there)
+        values, copied = flat, None
         if device.type == "cuda":
-            flat = torch.cat(there)
             values = torch.empty(flat.shape, pin_memory=True)
             values.copy_(flat, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -173,8 +184,6 @@ class DeviceRecorder:
             if any(kept.device != device for _, _, kept in self._kept):
                 copied.synchronize()
                 values = self._interleaved(values)
-        else:
-            values = torch.cat(there)
         kept = [(key, places, (len(places), values.numel() // len(places))) for key, places, values in self._kept]
         return ObservedBlock(self.run, self.documents, self.statistics.layouts, values, copied, kept)
 

@@ -38,8 +38,11 @@ Write = Callable[[int, pa.Table, pa.Table], None]
 Sums = Callable[[int, npt.NDArray[np.float64]], None]
 """Takes a block's number and its own `quambase.collector.statistics.sums_of`."""
 
-AHEAD = 2
+AHEAD = 4
 """Blocks whose parts may be unwritten while the device goes on."""
+
+WRITERS = 2
+"""Threads that make and write parts, each a file of its own: a part takes longer to write than a block to run."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,11 @@ class Observer(AbstractContextManager["Observer"]):
         """Run one block. TapNeverFired; whatever ``write`` raises, perhaps at a later block."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Wait until every block so far is observed and its part written."""
+
     def statistics(self) -> dict[Key, SiteStatistics]:
-        """Of all blocks so far, whose parts are written then."""
+        """Of all blocks so far; settles."""
         raise NotImplementedError
 
     def __exit__(
@@ -118,7 +124,7 @@ class Observer(AbstractContextManager["Observer"]):
 
 
 def _packed(documents: Sequence[PlannedDocument]) -> Batch:
-    return Batch.pack([document.tokens.tolist() for document in documents])
+    return Batch.join([document.tokens for document in documents])
 
 
 class HostObserver(Observer):
@@ -158,7 +164,7 @@ class HostObserver(Observer):
 
 
 class DeviceObserver(Observer):
-    """On a device. Its queue is kept full: a block's tables are made and written by another thread meanwhile."""
+    """On a device. Its queue is kept full: a block's tables are made and written by other threads meanwhile."""
 
     def __init__(
         self,
@@ -175,7 +181,7 @@ class DeviceObserver(Observer):
         self._statistics = DeviceStatistics(layouts, most, model.device)
         self._statistics.load(statistics)
         self._counter = choose_counter(ENCODINGS["float16"], most, model.device)
-        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writer = ThreadPoolExecutor(WRITERS)
         self._unwritten: deque[Future[None]] = deque()
 
     @torch.inference_mode()
@@ -196,10 +202,16 @@ class DeviceObserver(Observer):
         if self.write:
             self.write(number, *block.tables())
 
-    def statistics(self) -> dict[Key, SiteStatistics]:
-        """As `Observer.statistics`."""
+    def settle(self) -> None:
+        """As `Observer.settle`."""
         while self._unwritten:
             self._unwritten.popleft().result()
+        if self._statistics.device.type == "cuda":
+            torch.cuda.synchronize(self._statistics.device)
+
+    def statistics(self) -> dict[Key, SiteStatistics]:
+        """As `Observer.statistics`."""
+        self.settle()
         return self._statistics.to_host()
 
     def __exit__(

@@ -87,6 +87,7 @@ def activations_rows(run: str, layouts: Mapping[Key, SiteLayout], kept: Mapping[
         pieces.append(many_keyed_rows(run, keys, [len(rows) for _, _, rows, _ in parts], columns, ACTIVATIONS))
         parts.clear()
 
+    held = 0
     for key in sorted(layouts):
         layout = layouts[key]
         if not kept[key]:
@@ -100,8 +101,10 @@ def activations_rows(run: str, layouts: Mapping[Key, SiteLayout], kept: Mapping[
                 # The flat (e, n) state of an undivided site has no channel slices; every other row has.
                 part = matrix if layout.state else matrix[:, layout.members(g)]
             parts.append((key, name, kept[key], part))
-            if sum(values.size for _, _, _, values in parts) > PIECE:
+            held += part.size
+            if held > PIECE:
                 join()
+                held = 0
     if parts:
         join()
     return pa.concat_tables(pieces)

@@ -16,7 +16,7 @@ from quambase.collector.first_pass import Grouping, choose_grouping, find_groups
 from quambase.collector.layouts import site_layouts
 from quambase.collector.observers import Kept, Observer, Where, choose_where, new_observer
 from quambase.collector.plan import Keep, Plan, PlannedDocument, make_plan, run_id, sampled_states, sampled_tokens
-from quambase.collector.rows import Key, Locate
+from quambase.collector.rows import Locate
 from quambase.collector.shards import (
     SHARD,
     Shard,
@@ -27,7 +27,7 @@ from quambase.collector.shards import (
     write_places,
     write_sums,
 )
-from quambase.collector.statistics import ENCODINGS, SiteLayout, SiteStatistics
+from quambase.collector.statistics import ENCODINGS, SiteLayout
 from quambase.collector.writer import finish_run, locked, part_folder, versions, write_part, write_run
 from quambase.model.load import LoadedModel, load_model
 from quambase.model.mamba2_weights import Mamba2Weights
@@ -154,9 +154,10 @@ def collect(
         blocks = plan.blocks(batch_size)
         mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
         with observer:
-            statistics = _observe(observer, blocks, mine, done, folder, progress)
-        before = grouped_for + prepared_for
-        observed_for = time.time() - started - before
+            _observe(observer, blocks, mine, done, folder, progress)
+            before = grouped_for + prepared_for
+            observed_for = time.time() - started - before
+            statistics = observer.statistics()
         locate = _locator(plan, loaded)
         if shard is None:
             parts = [part_folder(folder, block) for block in mine]
@@ -245,8 +246,8 @@ def _kept(loaded: LoadedModel, plan: Plan, keep: Keep, seed: int) -> Kept:
 
 def _observe(
     observer: Observer, blocks: list[list[PlannedDocument]], numbers: range, done: int, folder: Path, progress: bool
-) -> dict[Key, SiteStatistics]:
-    """Run the blocks ``numbers`` after the first ``done`` of them, those of the checkpoint; the statistics of all."""
+) -> None:
+    """Run the blocks ``numbers`` after the first ``done`` of them, those of the checkpoint."""
     tokens = [sum(document.tokens.size for document in blocks[number]) for number in numbers]
     saved = time.monotonic()
     with tqdm(
@@ -263,7 +264,7 @@ def _observe(
                 save_checkpoint(folder, place + 1, observer.statistics())
                 saved = time.monotonic()
             bar.update(tokens[place])
-        return observer.statistics()
+        observer.settle()
 
 
 def _locator(plan: Plan, loaded: LoadedModel) -> Locate:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -25,6 +28,12 @@ class Batch:
         lengths = torch.tensor([0, *(len(document) for document in documents)], dtype=torch.int64)
         tokens = torch.tensor([token for document in documents for token in document], dtype=torch.int64)
         return cls(tokens, lengths.cumsum(0))
+
+    @classmethod
+    def join(cls, documents: Sequence[npt.NDArray[np.integer[Any]]]) -> Batch:
+        """Lay arrays of token ids one after another."""
+        lengths = torch.tensor([0, *(document.size for document in documents)], dtype=torch.int64)
+        return cls(torch.from_numpy(np.concatenate(documents).astype(np.int64)), lengths.cumsum(0))
 
     @property
     def documents(self) -> int:

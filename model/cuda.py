@@ -71,6 +71,7 @@ class Kernels:
         self._most_shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         self._set_attribute = driver.cuFuncSetAttribute
         self.device = device
+        self._index = torch.cuda.current_device() if device.index is None else device.index
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes torch's context the current one
             self._module = _checked(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
@@ -88,8 +89,9 @@ class Kernels:
     ) -> None:
         """Queue a kernel on torch's current stream; the tensors given must live until then, as torch's own do."""
         values = [_as_argument(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        # What torch.cuda.current_stream wraps; a run launches tens of thousands of kernels.
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
         status = self._launch(
             self._functions[name], grid[0], grid[1], 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
         )

@@ -30,8 +30,10 @@ def batches(device: torch.device) -> tuple[DeviceBatch, DeviceBatch]:
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Float32 inside: equal but for the last roundings, of 2^-24 or, in float16, 2^-11."""
-    unit = 2.0**-10 if wanted.dtype == HALF else 2.0**-18
+    """Float32 inside: some tens of steps' and states' roundings of 2^-24, relative to what is summed; and, of a float16
+    result, one of 2^-11.
+    """
+    unit = 2.0**-10 if wanted.dtype == HALF else 2.0**-16
     allowed = unit * wanted.float().abs() + unit * 1e-2 * wanted.float().abs().max()
     return bool(((found.cpu().float() - wanted.float()).abs() <= allowed).all())
 
