@@ -6,6 +6,7 @@ group the sorted channels are. The definition is upstream's quamba/reorder_utils
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, get_args
 
 import numpy as np
@@ -76,7 +77,10 @@ def _cluster_heads(shapes: Float32, most: int) -> npt.NDArray[np.int64]:
     clusters = min(most, len(shapes))
     if clusters == len(shapes):
         return np.arange(clusters)  # nothing to cluster, and the clusterer refuses a single head
-    found = AgglomerativeClustering(n_clusters=clusters, metric="euclidean", linkage="ward").fit(shapes)
+    with warnings.catch_warnings():
+        # As many dead heads as channels are a square of zeros, which scipy takes for a matrix of distances.
+        warnings.filterwarnings("ignore", message=".*uncondensed distance matrix")
+        found = AgglomerativeClustering(n_clusters=clusters, metric="euclidean", linkage="ward").fit(shapes)
     labels: npt.NDArray[np.int64] = found.labels_.astype(np.int64)
     return labels
 
