@@ -115,4 +115,7 @@ def main(documents: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 512)
+    if not torch.cuda.is_available():
+        print("needs a CUDA device")
+    else:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 512)

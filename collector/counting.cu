@@ -42,8 +42,9 @@ struct Call {
     const int* group_of;        // (channels,)
     const int* place_of;        // (channels,) in its group
     u32* slots;                 // (items, ALL_WORDS), written: an item's counters
-    u32* spills;                // (spills, 2) item, pattern: 0x8000 more of it
-    u32* spill_count;           // zero on entry and on return
+    const int* spill_first;     // (items + 1,) where an item's spills lie: as many as its values could bring
+    u32* spill_count;           // (items,), written
+    u32* spills;                // written: a pattern each, 0x8000 more of it
     u64* call;                  // (groups, PATTERNS), written: this call's counts
     u64* counts;                // (groups, PATTERNS), added to
     const float* probabilities; // (quantiles,)
@@ -138,9 +139,7 @@ __device__ __forceinline__ u32* counter_of(u32* bins, u32 pattern) { return bins
 // neighbour: after a barrier every counter is below 0x8000, and a block adds at most 1024 * 32 = 0x8000 before the next.
 __device__ __forceinline__ void spill(const Call& c, u32* bins, u32 item, u32 pattern) {
     atomicSub(counter_of(bins, pattern), 0x8000u * increment(pattern));
-    const u32 place = atomicAdd(c.spill_count, 1u);
-    c.spills[2 * (u64)place] = item;
-    c.spills[2 * (u64)place + 1] = pattern;
+    c.spills[c.spill_first[item] + atomicAdd(&c.spill_count[item], 1u)] = pattern;
 }
 
 // Add n of a pattern to its 16-bit counter.
@@ -276,6 +275,8 @@ extern "C" __global__ void __launch_bounds__(1024) count_items(const Call c) {
     for (int item = c.block_first[blockIdx.x]; item < c.block_first[blockIdx.x + 1]; item++) {
         const int group = c.items[3 * item], rows = c.items[3 * item + 2];
         const raw* start = c.x + c.items[3 * item + 1] * c.stride;
+        if (threadIdx.x == 0) c.spill_count[item] = 0;
+        __syncthreads();
         for (u32 pass = 0; pass < (1u << HALVINGS); pass++) {
             for (int run = c.run_first[group]; run < c.run_first[group + 1]; run++) {
                 const int low = c.runs[2 * run];
@@ -307,12 +308,20 @@ extern "C" __global__ void __launch_bounds__(256) reduce_counts(const Call c) {
         low += both & 0xffffu;
         high += both >> 16;
     }
-    const u32 spills = *c.spill_count;
-    for (u32 i = 0; i < spills; i++) {
-        const int item = c.spills[2 * (u64)i];
-        const u32 pattern = c.spills[2 * (u64)i + 1];
-        if (pattern >> 1 == word && item >= first && item < last) (pattern & 1 ? high : low) += 0x8000u;
+    // Each thread looks at some items' spills, for every word of the block.
+    __shared__ u32 spilled[512];
+    spilled[threadIdx.x] = spilled[threadIdx.x + 256] = 0;
+    __syncthreads();
+    for (int item = first + (int)threadIdx.x; item < last; item += blockDim.x) {
+        const u32* spills = c.spills + c.spill_first[item];
+        const u32 count = c.spill_count[item];
+        for (u32 i = 0; i < count; i++) {
+            if (spills[i] / 512 == blockIdx.x) atomicAdd(&spilled[spills[i] % 512], 1u);
+        }
     }
+    __syncthreads();
+    low += (u64)spilled[2 * threadIdx.x] * 0x8000u;
+    high += (u64)spilled[2 * threadIdx.x + 1] * 0x8000u;
     const u64 at = (u64)group * PATTERNS + 2 * word;
     c.call[at] = low;
     c.call[at + 1] = high;
@@ -342,14 +351,13 @@ __device__ __forceinline__ void add_segment(const Call& c, int segment, u32 quad
             counts.of[2 * (i & 3)] += words[i] & 0xffffu;
             counts.of[2 * (i & 3) + 1] += words[i] >> 16;
         }
-    }
-    const u32 spills = *c.spill_count;
-    for (u32 i = 0; i < spills; i++) {
-        const int item = c.spills[2 * (u64)i];
-        const u32 magnitude = c.spills[2 * (u64)i + 1] & (SIGN - 1);
-        if (magnitude / TOGETHER != quad || item < first || item >= last) continue;
+        const u32 spilled = c.spill_count[item];
+        for (u32 k = 0; k < spilled; k++) {
+            const u32 magnitude = c.spills[c.spill_first[item] + k] & (SIGN - 1);
+            if (magnitude / TOGETHER != quad) continue;
 #pragma unroll
-        for (u32 j = 0; j < TOGETHER; j++) counts.of[j] += magnitude % TOGETHER == j ? 0x8000u : 0u;
+            for (u32 j = 0; j < TOGETHER; j++) counts.of[j] += magnitude % TOGETHER == j ? 0x8000u : 0u;
+        }
     }
 }
 
@@ -737,10 +745,7 @@ extern "C" __global__ void __launch_bounds__(256) finish(const Call c) {
         patterns[i] = (u32)c.candidates[((u64)group * CANDIDATES + i) * 2 + 1];
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        c.candidate_count[group] = 0;
-        if (group == 0) *c.spill_count = 0;
-    }
+    if (threadIdx.x == 0) c.candidate_count[group] = 0;
     for (u32 i = threadIdx.x; i < found; i += blockDim.x) {
         const u64 key = keys[i];
         const u32 magnitude = patterns[i] & (SIGN - 1);

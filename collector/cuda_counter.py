@@ -56,7 +56,10 @@ _FIELDS: tuple[tuple[str, type], ...] = (
     *((name, ctypes.c_int64) for name in ("documents", "groups", "most", "first", "infinity")),
     *((name, ctypes.c_void_p) for name in ("offsets", "runs", "run_first", "items", "block_first", "segment_first")),
     *((name, ctypes.c_void_p) for name in ("members", "edges", "group_of", "place_of")),
-    *((name, ctypes.c_void_p) for name in ("slots", "spills", "spill_count", "call", "counts", "probabilities")),
+    *(
+        (name, ctypes.c_void_p)
+        for name in ("slots", "spill_first", "spill_count", "spills", "call", "counts", "probabilities")
+    ),
     ("quantiles", ctypes.c_int64),
     *((name, ctypes.c_void_p) for name in ("summaries", "thresholds", "candidates", "candidate_count", "top")),
     ("emit", ctypes.c_int64),
@@ -244,6 +247,7 @@ class CudaCounter:
         packing = pack(layout, offsets, self._blocks)
         runs, run_first = layout.runs
         members = np.concatenate([layout.members(g) for g in range(groups)])
+        widths = np.diff(layout.edges)
         group_of, place_of = np.empty(layout.channels, np.int64), np.empty(layout.channels, np.int64)
         for g in range(groups):
             group_of[layout.members(g)] = g
@@ -255,6 +259,9 @@ class CudaCounter:
             "items": packing.items,
             "block_first": packing.block_first,
             "segment_first": packing.segment_first,
+            "spill_first": np.cumsum(
+                [0, *(packing.items[:, 2].astype(np.int64) * widths[packing.items[:, 0]] // 0x8000)]
+            ),
             "members": members,
             "edges": np.array(layout.edges),
             "group_of": group_of,
@@ -267,7 +274,6 @@ class CudaCounter:
         there = torch.from_numpy(flat).to(self.device, non_blocking=True)
         sizes = [values.size for values in named.values()]
         tables = dict(zip(named, torch.split(there, sizes), strict=True))
-        values = int(offsets[-1] - offsets[0]) * layout.channels
         rows = self._moments(documents, layout.channels, 1, tables["row_segments"])
         states = self._moments(documents, layout.d_state, groups, tables["moment_segments"]) if layout.d_state else None
         call = Call(
@@ -279,11 +285,11 @@ class CudaCounter:
             limit=float(self.encoding.limit),
             probabilities=self._probabilities.data_ptr(),
             slots=self._room("slots", len(packing.items) * PATTERNS // 2, torch.int32),
-            spills=self._room("spills", 2 * (values // 0x8000 + 1), torch.int32),
+            spills=self._room("spills", int(named["spill_first"][-1]) + 1, torch.int32),
             call=self._room("call", groups * PATTERNS, torch.int64),
             thresholds=self._room("thresholds", 4 * groups, torch.int32),
             candidates=self._room("candidates", 2 * CANDIDATES * groups, torch.int64),
-            spill_count=self._room("spill_count", 1, torch.int32, zero=True),
+            spill_count=self._room("spill_count", len(packing.items) + 1, torch.int32),
             candidate_count=self._room("candidate_count", groups, torch.int32, zero=True),
             emit=1,
             summed=int(not layout.d_state),

@@ -12,7 +12,7 @@ import torch
 
 from quambase.collector.device_statistics import DeviceStatistics
 from quambase.collector.plan import PlannedDocument
-from quambase.collector.recorder import Kept, Positions, activations_rows, check_seen, documents_rows
+from quambase.collector.recorder import Positions, Rows, activations_rows, check_seen, documents_rows
 from quambase.collector.rows import Key
 from quambase.collector.statistics import SUMMARY_COLUMNS, SiteLayout
 from quambase.collector.torch_counter import DeviceCounter
@@ -43,11 +43,13 @@ class ObservedBlock:
             shape = (len(self.documents), len(layout.names) + 1, len(SUMMARY_COLUMNS))
             summaries[key] = values[start : start + int(np.prod(shape))].reshape(shape)
             start += summaries[key].size
-        kept: dict[Key, list[Kept]] = {key: [] for key in self.layouts}
+        kept: dict[Key, Rows] = {}
         for key, places, (count, width) in self.kept:
             rows = values[start : start + count * width].reshape(count, width)
             start += rows.size
-            kept[key] += [(document, position, row) for (document, position), row in zip(places, rows, strict=True)]
+            if key in kept:
+                places, rows = [*kept[key][0], *places], np.concatenate([kept[key][1], rows])
+            kept[key] = places, rows
         return (
             documents_rows(self.run, self.documents, self.layouts, summaries),
             activations_rows(self.run, self.layouts, kept),

@@ -63,20 +63,23 @@ def check_seen(seen: Mapping[Key, int], documents: int) -> None:
 Kept = tuple[int, int, npt.NDArray[np.float32]]
 """Document, position, and the values of a token at a site, or of a final state, flat (e, n)."""
 
+Rows = tuple[Sequence[tuple[int, int]], npt.NDArray[np.float32]]
+"""Documents and positions, and their values (places, width)."""
+
 
 PIECE = 1 << 24
 """Values that are joined to one piece of `activations`: Arrow's lists have 32-bit offsets."""
 
 
-def activations_rows(run: str, layouts: Mapping[Key, SiteLayout], kept: Mapping[Key, Sequence[Kept]]) -> pa.Table:
+def activations_rows(run: str, layouts: Mapping[Key, SiteLayout], kept: Mapping[Key, Rows]) -> pa.Table:
     """A block's rows of `activations`: raw float32 values, a row per sampled token and group."""
     pieces = [ACTIVATIONS.empty_table()]
-    parts: list[tuple[Key, str, Sequence[Kept], npt.NDArray[np.float32]]] = []
+    parts: list[tuple[Key, str, Sequence[tuple[int, int]], npt.NDArray[np.float32]]] = []
 
     def join() -> None:
         """Make a piece of ``parts``: key, group, whose rows, values (rows, width)."""
         widths = [np.full(len(values), values.shape[1]) for _, _, _, values in parts]
-        places = np.array([place[:2] for _, _, rows, _ in parts for place in rows], np.int32).reshape(-1, 2)
+        places = np.array([place for _, _, rows, _ in parts for place in rows], np.int32).reshape(-1, 2)
         ends = np.cumsum(np.concatenate([[0], *widths])).astype(np.int32)
         columns: dict[str, object] = {
             "document": np.ascontiguousarray(places[:, 0]),
@@ -88,19 +91,19 @@ def activations_rows(run: str, layouts: Mapping[Key, SiteLayout], kept: Mapping[
         parts.clear()
 
     held = 0
-    for key in sorted(layouts):
+    for key in sorted(kept):
         layout = layouts[key]
-        if not kept[key]:
-            continue
-        matrix = np.stack([row for _, _, row in kept[key]])
+        places, matrix = kept[key]
         for name, g in ordered_groups(layout):
             if layout.d_state:
                 states = matrix.reshape(len(matrix), -1, layout.d_state)
                 part = states[:, layout.members(g)].reshape(len(matrix), -1)
+            elif layout.order:
+                part = matrix[:, layout.members(g)]
             else:
                 # The flat (e, n) state of an undivided site has no channel slices; every other row has.
-                part = matrix if layout.state else matrix[:, layout.members(g)]
-            parts.append((key, name, kept[key], part))
+                part = matrix if layout.state else matrix[:, layout.edges[g] : layout.edges[g + 1]]
+            parts.append((key, name, places, part))
             held += part.size
             if held > PIECE:
                 join()
@@ -215,4 +218,9 @@ class BlockRecorder:
 
     def activations_table(self) -> pa.Table:
         """The block's rows of `activations`."""
-        return activations_rows(self.run, self.layouts, self._kept)
+        kept = {
+            key: ([(document, position) for document, position, _ in rows], np.stack([row for _, _, row in rows]))
+            for key, rows in self._kept.items()
+            if rows
+        }
+        return activations_rows(self.run, self.layouts, kept)
