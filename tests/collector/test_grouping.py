@@ -89,9 +89,8 @@ def test_channels_ascend_within_a_head_and_heads_move_whole() -> None:
     assert {head // 6 for head in found.head_index[:6]} == {0}, "heads stay in their SSD group"
 
 
-@example(
-    variant="fixed", ngroups=1, heads=5, headdim=5, levels=1, seed=0
-)  # every head is dead, and as many as channels
+# Every head is dead, and there are as many as channels.
+@example(variant="fixed", ngroups=1, heads=5, headdim=5, levels=1, seed=0)
 @settings(deadline=None, max_examples=40)
 @given(
     variant=st.sampled_from(VARIANTS),
