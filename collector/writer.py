@@ -118,11 +118,13 @@ def write_run(
 def _gathered(pieces: Iterator[pa.Table], rows: int = 1 << 18) -> Iterator[pa.Table]:
     """Small tables joined to pieces of about ``rows`` rows, so that row groups are of a useful size."""
     held: list[pa.Table] = []
+    total = 0
     for piece in pieces:
         held.append(piece)
-        if sum(table.num_rows for table in held) >= rows:
+        total += piece.num_rows
+        if total >= rows:
             yield pa.concat_tables(held).combine_chunks()
-            held = []
+            held, total = [], 0
     if held:
         yield pa.concat_tables(held).combine_chunks()
 
