@@ -35,9 +35,11 @@ def _bindings(part: str) -> Any:
         raise CompilationFailed(f"cuda-bindings is not installed ({error}); pip install 'quambase[cuda]'") from None
 
 
-def compile_cubin(source: Path, options: Sequence[str]) -> bytes:
-    """Machine code of a .cu file that needs no headers; needs no GPU. CompilationFailed if there is no compiler, or it
-    refuses the source or the architecture.
+@cache
+def compile_cubin(source: Path, options: tuple[str, ...]) -> bytes:
+    """Machine code of a .cu file that needs no headers; needs no GPU, and some seconds the first time in a process.
+
+    CompilationFailed if there is no compiler, or it refuses the source or the architecture.
     """
     nvrtc = _bindings("nvrtc")
     try:
@@ -64,8 +66,8 @@ class Kernels:
 
     def __init__(self, source: Path, names: Iterable[str], defines: Mapping[str, int], device: torch.device) -> None:
         major, minor = torch.cuda.get_device_capability(device)
-        options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "-fmad=true"]
-        cubin = compile_cubin(source, [*options, *(f"-D{name}={value}" for name, value in defines.items())])
+        options = (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17")
+        cubin = compile_cubin(source, (*options, *(f"-D{name}={value}" for name, value in defines.items())))
         driver = _bindings("driver")
         self._launch = driver.cuLaunchKernel
         self._most_shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

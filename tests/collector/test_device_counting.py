@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -16,15 +18,19 @@ from device_cases import (
     small_cases,
     sorted_layout,
 )
+from device_models import tiny_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quambase.collector import cuda_counter
 from quambase.collector.cuda_counter import halvings
 from quambase.collector.device_statistics import DeviceStatistics, merged_top
 from quambase.collector.packing import moment_segments, pack
 from quambase.collector.statistics import ENCODINGS, largest
 from quambase.collector.torch_counter import TorchCounter
-from quambase.model.cuda import CompilationFailed
+from quambase.model import device as device_module
+from quambase.model.cuda import CompilationFailed, compile_cubin
+from quambase.model.operators import TorchOperators
 
 CPU = torch.device("cpu")
 CASES = [*small_cases(), *large_cases(30_000)]
@@ -94,6 +100,28 @@ def test_a_table_fits_in_what_shared_memory_there_is(shared: int, count: int) ->
 def test_too_little_shared_memory_is_told() -> None:
     with pytest.raises(CompilationFailed, match="8192 bytes of shared memory hold no table"):
         halvings(8192)
+
+
+def test_where_nothing_compiles_plain_torch_counts_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise CompilationFailed("no compiler here")
+
+    monkeypatch.setattr(cuda_counter, "CudaCounter", fail)
+    monkeypatch.setattr(cuda_counter, "TorchCounter", lambda *_: "plain")
+    assert cuda_counter.choose_counter(ENCODINGS["float16"], MOST, torch.device("cuda")) == "plain"
+    monkeypatch.setattr(device_module, "CudaOperators", fail)
+    chosen = device_module.choose_operators(tiny_weights("mamba1"), torch.device("cuda"), torch.float16)
+    assert isinstance(chosen, TorchOperators)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("warning: ") and "no compiler here" in line for line in lines)
+
+
+@pytest.mark.skipif(find_spec("cuda") is not None, reason="cuda-bindings is installed")
+def test_missing_bindings_are_named() -> None:
+    with pytest.raises(CompilationFailed, match=r"cuda-bindings is not installed .*pip install 'quambase\[cuda\]'"):
+        compile_cubin(cuda_counter.SOURCE, ("--gpu-architecture=sm_90",))
 
 
 # ---------------------------------------------------------------- a run's statistics
