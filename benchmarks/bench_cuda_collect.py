@@ -19,7 +19,7 @@ from quambase.collector.observers import DTYPES, Kept, choose_where, new_observe
 from quambase.collector.plan import Plan, PlannedDocument, sampled_states, sampled_tokens
 from quambase.collector.run import OUTLIERS
 from quambase.collector.statistics import ENCODINGS, SiteStatistics
-from quambase.collector.writer import write_part, write_run
+from quambase.collector.writer import part_folder, write_part, write_run
 from quambase.model.batch import Batch
 from quambase.model.device import HEAD_ROWS, DeviceModel, device_model
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
@@ -68,8 +68,9 @@ def collecting(
         observer.settle()
         observed = time.perf_counter()
         statistics = observer.statistics()
+    parts = [part_folder(folder, number) for number in range(len(blocks))]
     tables = write_run(
-        folder, "run", statistics, ENCODINGS["float16"], lambda _, __, row, channel: (row, 0, "", channel), len(blocks)
+        folder, "run", statistics, ENCODINGS["float16"], lambda _, __, row, channel: (row, 0, "", channel), parts
     )
     written = time.perf_counter()
     return observed - start, written - observed, sum((folder / name).stat().st_size for name in tables)

@@ -179,7 +179,7 @@ def rows_of(weights: Mamba2Weights, calibration: Batch, batch: Batch) -> Iterato
     reference = Mamba2(weights)
     expected = reference.logits(reference.hidden(batch))
     groups = groups_by_size(weights.config, amax)
-    int8 = build(prepared, scales_of(weights.config, amax, []), channel_groups=groups)
+    int8 = build(prepared, scales_of(weights.config, amax, []), channel_groups=[[index] for index in groups])
 
     def measured(model: Mamba2 | Int8Mamba2) -> tuple[float, float]:
         return compare(expected, model.logits(model.hidden(batch)))
