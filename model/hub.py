@@ -57,7 +57,7 @@ def _reason(error: Exception) -> str:
         return "the hub knows no such repository, or it is private: check the name, or set HF_TOKEN"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         offline = constants.HF_HUB_OFFLINE
-        return "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} cannot be reached"
+        return "HF_HUB_OFFLINE is set: unset it" if offline else f"{constants.ENDPOINT} cannot be reached: try again"
     if isinstance(error, errors.EntryNotFoundError):
         return "the repository has no such file"
     first = (str(error).strip().splitlines() or [""])[0] or type(error).__name__

@@ -109,13 +109,13 @@ def test_without_a_network_and_with_nothing_in_the_cache(hub: Hub, tmp_path: Pat
         hub, tmp_path, ["--model", "mamba-130m"], ["--model", "mamba-5m", "--data", "pile-val"], HF_HUB_OFFLINE="1"
     )
     assert re.search(
-        r"state-spaces/mamba-130m is not in the local hub cache and could not be fetched \(HF_HUB_OFFLINE is set\); or "
-        r"download .* and pass its folder: --model FOLDER$",
+        r"state-spaces/mamba-130m is not in the local hub cache and could not be fetched "
+        r"\(HF_HUB_OFFLINE is set: unset it\); or download .* and pass its folder: --model FOLDER$",
         model.error,
     )
     assert re.search(r"hf:monology/pile-uncopyrighted:val.jsonl.zst is not in .* pass it: --data FILE$", data.error)
     (unreachable,) = collect(hub, tmp_path, ["--model", "mamba-130m"], HF_ENDPOINT="http://127.0.0.1:9")
-    assert "(http://127.0.0.1:9 cannot be reached)" in unreachable.error
+    assert "(http://127.0.0.1:9 cannot be reached: try again)" in unreachable.error
 
 
 def test_what_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
