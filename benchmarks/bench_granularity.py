@@ -37,16 +37,16 @@ def size_of(folder: Path, name: str = "*") -> float:
     return sum(path.stat().st_size for path in folder.glob(name)) / 1e6
 
 
-def collected(model: str, db: Path, **options: str) -> str:
+def collected(model: str, db: Path, groups: str | None = None) -> str:
     """Collect and say what it took: one line of a table."""
     start = time.perf_counter()
-    run = collect(model, SAMPLES, db=db, progress=False, **options)
+    run = collect(model, SAMPLES, db=db, groups=groups, progress=False)
     seconds = time.perf_counter() - start
     raw = size_of(run.folder, "activations.parquet")
-    groups = pq.read_metadata(run.folder / "groups.parquet").num_rows
+    found = pq.read_metadata(run.folder / "groups.parquet").num_rows
     return (
-        f"| {model} {' '.join(options.values())} | {run.manifest.data['tokens']:,} | {seconds:.1f} | "
-        f"{run.manifest.created.get('group_seconds', 0)} | {groups} | {size_of(run.folder) - raw:.1f} | {raw:.1f} |"
+        f"| {model} {groups or ''} | {run.manifest.data['tokens']:,} | {seconds:.1f} | "
+        f"{run.manifest.created.get('group_seconds', 0)} | {found} | {size_of(run.folder) - raw:.1f} | {raw:.1f} |"
     )
 
 

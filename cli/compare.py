@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -23,6 +24,22 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str) -> list[floa
         raise click.BadParameter(f"'{text}' is not a list of numbers apart by commas") from None
 
 
+def picture_options(default: str) -> Callable[[click.decorators.FC], click.decorators.FC]:
+    """`--picture`, by default the file ``default``, and `--no-picture`."""
+
+    def add(function: click.decorators.FC) -> click.decorators.FC:
+        function = click.option("--no-picture", is_flag=True, help="Save none.")(function)
+        return click.option(
+            "--picture",
+            type=click.Path(dir_okay=False, path_type=Path),
+            default=Path(default),
+            show_default=True,
+            help="Where to save the picture (png, svg, pdf).",
+        )(function)
+
+    return add
+
+
 @click.command(cls=Command)
 @click.option("--site", help="Site to compare at. [default: the one with the largest outlier ratio]")
 @click.option("--layer", type=int, help="Its layer; -1 is the head. [default: that with the largest outlier ratio]")
@@ -37,14 +54,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str) -> list[floa
 )
 @click.option("--synthetic", is_flag=True, help="No database: a seeded heavy-tailed tensor.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of --synthetic.")
-@click.option(
-    "--picture",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("compare.png"),
-    show_default=True,
-    help="Where to save the picture (png, svg, pdf).",
-)
-@click.option("--no-picture", is_flag=True, help="Save none.")
+@picture_options("compare.png")
 @click.option("--table", type=click.Choice(TABLES), help="Only this table. [default: all, or strategies if not plain]")
 @run_option
 @database_option
@@ -94,14 +104,7 @@ def _print_all(found: Comparison) -> None:
 
 @click.command(cls=Command)
 @click.option("--layer", type=int, help="The layer to draw. [default: the one that sorting helps most]")
-@click.option(
-    "--picture",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("groups.png"),
-    show_default=True,
-    help="Where to save the picture (png, svg, pdf).",
-)
-@click.option("--no-picture", is_flag=True, help="Save none.")
+@picture_options("groups.png")
 @run_option
 @database_option
 @output_options

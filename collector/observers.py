@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -106,16 +107,16 @@ class Observer(AbstractContextManager["Observer"]):
     write: Write | None
     sums: Sums | None
 
+    @abstractmethod
     def observe(self, number: int, documents: Sequence[PlannedDocument]) -> None:
         """Run one block. TapNeverFired; whatever ``write`` raises, perhaps at a later block."""
-        raise NotImplementedError
 
     def settle(self) -> None:
         """Wait until every block so far is observed and its part written."""
 
+    @abstractmethod
     def statistics(self) -> dict[Key, SiteStatistics]:
         """Of all blocks so far; settles."""
-        raise NotImplementedError
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
