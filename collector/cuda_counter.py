@@ -123,6 +123,11 @@ class _Waiting:
     first: int
     summaries: torch.Tensor
 
+    @property
+    def segments(self) -> int:
+        """Tables that counting it takes."""
+        return (len(self.offsets) - 1) * len(self.into.layout.names)
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -169,9 +174,7 @@ class CudaCounter:
         self._blocks = multiprocessors(device)
         self._launchers: dict[int, Launcher] = {}
         self._plans: dict[tuple[tuple[SiteLayout, bytes, int], ...], _Plan] = {}
-        self._waiting: list[_Waiting] = []
-        self._kind = 0  # of what is waiting
-        self._segments = 0
+        self._waiting: dict[int, list[_Waiting]] = {}
         self._scratch: dict[str, torch.Tensor] = {}
         self._probabilities = torch.from_numpy(PROBABILITIES).to(device)
         self._kernels(KINDS[encoding.name, encoding.torch_dtype])  # so that a failure is told at once
@@ -216,21 +219,27 @@ class CudaCounter:
         if along != 1 or (rows > 1 and stride < channels):
             x = x.contiguous()
             stride = channels
-        segments = (len(offsets) - 1) * len(into.layout.names)
-        full = len(self._waiting) == SITES or self._segments + segments > SEGMENTS
-        if self._waiting and (full or kind != self._kind or any(site.into is into for site in self._waiting)):
-            self.flush()
-        self._kind = kind
-        self._segments += segments
-        self._waiting.append(_Waiting(into, x, stride if rows > 1 else channels, offsets, first, summaries))
+        new = _Waiting(into, x, stride if rows > 1 else channels, offsets, first, summaries)
+        waiting = self._waiting.setdefault(kind, [])
+        segments = sum(one.segments for one in (*waiting, new))
+        if len(waiting) == SITES or segments > SEGMENTS or any(one.into is into for one in waiting):
+            self._count(kind)
+        self._waiting[kind].append(new)
 
-    def flush(self) -> None:
+    def flush(self, *, partly: bool = False) -> None:
         """As `DeviceCounter.flush`."""
-        waiting, self._waiting, self._segments = self._waiting, [], 0
+        for kind, waiting in self._waiting.items():
+            # As many more might not fit beside them.
+            if waiting and (not partly or 2 * len(waiting) > SITES):
+                self._count(kind)
+
+    def _count(self, kind: int) -> None:
+        """Queue the counting of what waits of a kind."""
+        waiting, self._waiting[kind] = self._waiting[kind], []
         if not waiting:
             return
         plan = self._plan(waiting)
-        launch = self._kernels(self._kind).launch
+        launch = self._kernels(kind).launch
         batch = Batch.from_buffer_copy(plan.batch)
         held: list[torch.Tensor] = []  # until the kernels are queued
         tops: list[tuple[DeviceSite, torch.Tensor]] = []

@@ -93,8 +93,8 @@ class DeviceRecorder:
         layout = self.statistics.layouts.get(key)
         if layout is None:
             return
-        if layer != self._layer:  # a layer's sites are counted together, and then its activations are let go of
-            self.counter.flush()
+        if layer != self._layer:  # layers are alike, and so are batches of whole layers: one is prepared for all
+            self.counter.flush(partly=True)
             self._layer = layer
         here = self.documents[documents]
         lengths: list[int] | None

@@ -27,8 +27,8 @@ class DeviceCounter(Protocol):
         Perhaps only noted: x must stay as it is until the next `flush`.
         """
 
-    def flush(self) -> None:
-        """Queue the counting of all that was added."""
+    def flush(self, *, partly: bool = False) -> None:
+        """Queue the counting of all that was added; ``partly``: unless as many sites more could join them."""
 
 
 class TorchCounter:
@@ -64,7 +64,7 @@ class TorchCounter:
         else:
             self._add_moments(wide, offsets, into, 0, layout.moments)
 
-    def flush(self) -> None:
+    def flush(self, *, partly: bool = False) -> None:
         """As `DeviceCounter.flush`: nothing was put off."""
 
     def _summary(self, table: torch.Tensor) -> torch.Tensor:
