@@ -1,10 +1,13 @@
 """`collect` on CUDA beside the plain forward pass of the same tokens at the same batch: models of 130m's shapes.
 
 python benchmarks/bench_cuda_collect.py [documents]
+python benchmarks/bench_cuda_collect.py memory      # of 64, 512 and 4096 documents, each in a process of its own
 """
 
 from __future__ import annotations
 
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -45,8 +48,8 @@ def plain_forward(model: DeviceModel, batches: list[Batch]) -> float:
 
 def collecting(
     weights: MambaWeights | Mamba2Weights, family: str, plan: Plan, folder: Path
-) -> tuple[float, float, int]:
-    """Seconds of observing every block and of the final writing; bytes of the database."""
+) -> tuple[float, float, int, int]:
+    """Seconds of observing every block and of the final writing; bytes of the database, and of `activations` in it."""
     layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family]])
     statistics = {key: SiteStatistics.empty(layout, OUTLIERS) for key, layout in layouts.items()}
     kept = Kept(sampled_tokens(plan, KEEP, 0), sampled_states(plan, KEEP // weights.config.d_state, 0))
@@ -73,14 +76,56 @@ def collecting(
         folder, "run", statistics, ENCODINGS["float16"], lambda _, __, row, channel: (row, 0, "", channel), parts
     )
     written = time.perf_counter()
-    return observed - start, written - observed, sum((folder / name).stat().st_size for name in tables)
+    sizes = {name: (folder / name).stat().st_size for name in tables}
+    return observed - start, written - observed, sum(sizes.values()), sizes["activations.parquet"]
+
+
+def new_plan(documents: int) -> Plan:
+    """Documents of SEQ_LEN random tokens."""
+    tokens = np.random.default_rng(0).integers(0, 50277, (documents, SEQ_LEN)).astype(np.int32)
+    return Plan(tuple(PlannedDocument(i, f"{i:064}", row) for i, row in enumerate(tokens)), documents, 0, 0)
+
+
+def upstream_forward(batches: list[Batch]) -> float | None:
+    """Seconds of the same shape's forward pass in float16 by mamba-ssm; None where it is not installed."""
+    try:
+        from mamba_ssm.models.config_mamba import MambaConfig as UpstreamConfig
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+    except ImportError:
+        return None
+    config = UpstreamConfig(d_model=768, n_layer=24, vocab_size=50280)
+    model = MambaLMHeadModel(config, device="cuda", dtype=torch.float16).eval()
+    tokens = [batch.tokens.view(batch.documents, -1).cuda() for batch in batches]
+    with torch.inference_mode():
+        model(tokens[0])
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for part in tokens:
+            model(part)
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak(documents: int) -> None:
+    """Print the most memory that a collection of the Mamba-1 takes in this process."""
+    weights = random_weights(MambaConfig(768, 24, 50280, 1536, dt_rank=48))
+    with tempfile.TemporaryDirectory() as name:
+        collecting(weights, MAMBA1, new_plan(documents), Path(name))
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    cuda = torch.cuda.max_memory_allocated() / 2**30
+    print(f"{documents:8,} documents{host:10.2f} GiB on the host{cuda:10.2f} GiB on the device", flush=True)
+
+
+def memory() -> None:
+    """`peak` of three numbers of documents, each in a process of its own."""
+    print(f"peak memory of collect, mamba1, 130m shape ({machine()}, {torch.cuda.get_device_name()})", flush=True)
+    for documents in (64, 512, 4096):
+        subprocess.run([sys.executable, __file__, "peak", str(documents)], check=True)
 
 
 def main(documents: int) -> None:
     """Print one table, a row per family."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 50277, (documents, SEQ_LEN)).astype(np.int32)
-    plan = Plan(tuple(PlannedDocument(i, f"{i:064}", row) for i, row in enumerate(tokens)), documents, 0, 0)
+    plan = new_plan(documents)
     batches = [Batch.pack([d.tokens.tolist() for d in block]) for block in plan.blocks(BLOCK)]
     device = choose_where("cuda").device
     shapes: dict[str, MambaWeights | Mamba2Weights] = {
@@ -98,18 +143,23 @@ def main(documents: int) -> None:
             for turn in range(2):
                 plain.append(plain_forward(model, batches))
                 turns.append(collecting(weights, family, plan, Path(name) / str(turn)))
-        observed, written, size = min(turns)
+        observed, written, size, raw = min(turns, key=lambda turn: turn[0] + turn[1])
         rate = documents * SEQ_LEN / min(plain)
         lines.append(
             f"{family + ', 130m shape':20}{min(plain):9.2f} s{observed:9.2f} s{observed / min(plain):8.2f}"
-            f"{UPSTREAM * documents / 512 / observed:10.1f}{written:9.2f} s{size / 1e6:9.1f} MB{rate:12,.0f}"
+            f"{written:9.2f} s{observed + written:9.2f} s{UPSTREAM * documents / 512 / (observed + written):10.1f}"
+            f"{size / 1e6:9.1f} MB{(size - raw) / 1e6:9.1f} MB{rate:12,.0f}"
         )
     print(
         f"\ncollect of {documents} x {SEQ_LEN} tokens, all sites, float16 ({machine()}, {torch.cuda.get_device_name()})"
     )
     print(f"upstream: its calibration of the Mamba-1, {UPSTREAM} s for 512 documents")
+    upstream = upstream_forward(batches)
+    said = "is not installed here" if upstream is None else f"{upstream:.2f} s"
+    print(f"mamba-ssm's own forward pass of the Mamba-1, float16: {said}")
     heads = (
-        f"{'plain':>11}{'collect':>11}{'ratio':>8}{'upstream':>10}{'writing':>11}{'database':>12}{'plain tok/s':>12}"
+        f"{'plain':>11}{'observing':>11}{'ratio':>8}{'writing':>11}{'together':>11}{'upstream':>10}{'database':>12}"
+        f"{'w/o raw':>12}{'plain tok/s':>12}"
     )
     print(" " * 20 + heads)
     print("\n".join(lines))
@@ -118,5 +168,9 @@ def main(documents: int) -> None:
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         print("needs a CUDA device")
+    elif sys.argv[1:] == ["memory"]:
+        memory()
+    elif sys.argv[1:2] == ["peak"]:
+        peak(int(sys.argv[2]))
     else:
         main(int(sys.argv[1]) if len(sys.argv) > 1 else 512)

@@ -86,6 +86,7 @@ def measured(encoding: str, kind: int, name: str, device: torch.device) -> dict[
     def add(counter: CudaCounter) -> None:
         site.calls = 0
         counter.add(site, x, offsets, 0, summaries)
+        counter.flush()
 
     took = seconds(
         {

@@ -1,10 +1,10 @@
-// Counting of one call's activations on CUDA, the sibling of kernels.py: per document and group every 16-bit pattern,
+// Counting of some sites' activations on CUDA, the sibling of kernels.py: per document and group every 16-bit pattern,
 // amax and quantiles; per group the largest values; per channel the moments. Compiled at run time (cuda_counting.py).
 //
 // KIND      0 float16, 1 bfloat16, 2 float32 rounded to float16, 3 float32 rounded to bfloat16
 // HALVINGS  how often the range of patterns is halved, one pass each, so that its counters fit in shared memory
 //
-// The kernels of a call run in this order: count_items, reduce_counts, summarise, moments, finish.
+// The kernels of a batch of sites run in this order: count_items, reduce_counts, summarise, moments, finish.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -25,54 +25,85 @@ const u32 FULL = 0xffffffffu;
 const int PER_VECTOR = 16 / sizeof(raw);
 const int VECTORS = 4;                              // per thread between two barriers: 32 values, or 16 float32
 const int CANDIDATES = 1024;
+const int SITES = 16;                               // of a batch at most
 
-// Every member has 8 bytes; cuda_counting.py has the same list. Arrays of int are int32.
-struct Call {
-    const raw* x;               // (rows, channels), rows `stride` apart
-    i64 stride;
-    i64 documents, groups, most, first, infinity;
+// Every member of these structs has 8 bytes but the arrays of int at the end of Batch; cuda_counter.py has the same
+// lists. Arrays of int are int32. Groups, segments and items are numbered through the sites of a batch: a segment is a
+// document of a group, number `first_segment + group documents + document`.
+
+// What of a site depends on its layout, its documents' lengths and its stride only.
+struct Shape {
+    i64 stride;                 // of x (rows, channels)
+    i64 documents, groups, first_group, first_segment;
     const int* offsets;         // (documents + 1,) of rows
     const int* runs;            // (runs, 2) of channels, as SiteLayout.runs
     const int* run_first;       // (groups + 1,)
-    const int* items;           // (items, 3) group, first row, rows; a block's are consecutive, a segment's too
-    const int* block_first;     // (blocks + 1,) of items
-    const int* segment_first;   // (groups documents + 1,) of items; a segment is a document of a group
     const int* members;         // (channels,) group by group
     const int* edges;           // (groups + 1,) of members
     const int* group_of;        // (channels,)
     const int* place_of;        // (channels,) in its group
-    u32* slots;                 // (items, ALL_WORDS), written: an item's counters
-    const int* spill_first;     // (items + 1,) where an item's spills lie: as many as its values could bring
-    u32* spill_count;           // (items,), written
-    u32* spills;                // written: a pattern each, 0x8000 more of it
-    u64* call;                  // (groups, PATTERNS), written: this call's counts
-    u64* counts;                // (groups, PATTERNS), added to
-    const float* probabilities; // (quantiles,)
-    i64 quantiles;
-    float* summaries;           // (documents, groups + 1, 1 + quantiles), written
-    int* thresholds;            // (groups, 4), written: the most-th largest magnitude, least one emitted, ties, ordered
-    u64* candidates;            // (groups, CANDIDATES, 2) row width + place, pattern
-    u32* candidate_count;       // (groups,) zero on entry and on return
-    i64* top;                   // (groups, most, 5), written: as TOP_FIELDS; magnitude -1 where there are fewer
-    i64 emit;                   // whether `moments` emits candidates and `finish` sorts them
-    const raw* mx;              // (rows, mchannels) whose moments are formed, rows `mstride` apart
-    i64 mstride, mchannels, mgroups;
-    const int* segments;        // (mgroups documents, 2) first row and last + 1
-    i64 lanes;                  // threads along a row of `moments`, a power of two
-    double limit;               // the smallest magnitude that rounds to infinity
-    double* partial64;          // (3, mgroups documents, mchannels) total, squares, mean magnitude
+};
+
+// Whose moments are formed, whose largest values are emitted: a site's rows, or both apart.
+struct Job {
+    i64 site, states;           // of `site.x`, or, if `states`, of `site.states`
+    i64 stride, channels, groups;
+    const int* segments;        // (groups documents, 2) first row and last + 1
+    i64 lanes;                  // threads along a row, a power of two
+    i64 emit, summed;           // whether candidates are emitted, moments are formed
+    double* partial64;          // (3, groups documents, channels) total, squares, mean magnitude
     float* partial32;           // (2, ...) lowest, highest
     int* partial_counts;        // (3, ...) used, not finite, overflowing
-    i64 summed;                 // whether moments are formed
-    i64* count;                 // (mgroups mchannels,) and so on: added to
+};
+
+// What of a site is another's in every call.
+struct Site {
+    const raw* x;
+    const raw* states;          // (mgroups documents channels, d_state), where moments are not of x
+    i64 first;                  // number of the first document
+    u64* counts;                // (groups, PATTERNS), added to
+    float* summaries;           // (documents, groups + 1, 1 + quantiles), written
+    i64* top;                   // (groups, most, 5), written: as TOP_FIELDS; magnitude -1 where there are fewer
+    i64* count;                 // (groups channels,) and so on: added to
+    i64* nonfinite;
+    i64* overflow;
     float* lowest;
     float* highest;
     double* total;
     double* squares;
     double* mean_abs_max;
-    i64* nonfinite;
-    i64* overflow;
 };
+
+struct Batch {
+    const Shape* shapes;        // (sites,)
+    const Job* jobs;            // (jobs,)
+    const int* items;           // (items, 4) site, group in it, first row, rows; a block's and a segment's consecutive
+    const int* block_first;     // (blocks + 1,) of items
+    const int* segment_first;   // (segments + 1,) of items
+    u32* slots;                 // (items, ALL_WORDS), written: an item's counters
+    const int* spill_first;     // (items + 1,) where an item's spills lie: as many as its values could bring
+    u32* spill_count;           // (items,), written
+    u32* spills;                // written: a pattern each, 0x8000 more of it
+    u64* call;                  // (groups, PATTERNS), written: this call's counts
+    int* thresholds;            // (groups, 4), written: the most-th largest magnitude, least one emitted, ties, ordered
+    u64* candidates;            // (groups, CANDIDATES, 2) row width + place, pattern
+    u32* candidate_count;       // (groups,) zero on entry and on return
+    const float* probabilities; // (quantiles,)
+    i64 quantiles, most, infinity;
+    double limit;               // the smallest magnitude that rounds to infinity
+    Site sites[SITES];
+    int group_first[SITES + 1];     // where each site's blocks begin: of reduce_counts (in y), of summarise, of finish
+    int summary_first[SITES + 1];
+    int finish_first[SITES + 1];
+    int job_first[2 * SITES + 1];   // and each job's, of moments
+};
+
+// Which of the parts of a grid this block is of, and its number there. Parts that are not used begin at the end.
+__device__ __forceinline__ int part_of(const int* first, int block) {
+    int part = 0;
+    while (block >= first[part + 1]) part++;
+    return part;
+}
 
 __device__ __forceinline__ float half_to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
 __device__ __forceinline__ u16 float_to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
@@ -137,16 +168,16 @@ __device__ __forceinline__ u32* counter_of(u32* bins, u32 pattern) { return bins
 
 // The add that brought a counter to 0x8000 or beyond takes 0x8000 out and notes it. Until then nothing carries into the
 // neighbour: after a barrier every counter is below 0x8000, and a block adds at most 1024 * 32 = 0x8000 before the next.
-__device__ __forceinline__ void spill(const Call& c, u32* bins, u32 item, u32 pattern) {
+__device__ __forceinline__ void spill(const Batch& b, u32* bins, u32 item, u32 pattern) {
     atomicSub(counter_of(bins, pattern), 0x8000u * increment(pattern));
-    c.spills[c.spill_first[item] + atomicAdd(&c.spill_count[item], 1u)] = pattern;
+    b.spills[b.spill_first[item] + atomicAdd(&b.spill_count[item], 1u)] = pattern;
 }
 
 // Add n of a pattern to its 16-bit counter.
-__device__ __forceinline__ void add(const Call& c, u32* bins, u32 item, u32 pattern, u32 n) {
+__device__ __forceinline__ void add(const Batch& b, u32* bins, u32 item, u32 pattern, u32 n) {
     const u32 more = n * increment(pattern);
     const u32 before = atomicAdd(counter_of(bins, pattern), more);
-    if ((before + more) & ~before & (0x8000u * increment(pattern))) spill(c, bins, item, pattern);
+    if ((before + more) & ~before & (0x8000u * increment(pattern))) spill(b, bins, item, pattern);
 }
 
 // What a thread counts between two barriers; of vector k the values from..to, of 4 bits each, are wanted.
@@ -188,7 +219,7 @@ struct Walk {
 
 template <bool HOT>
 __device__ __forceinline__ void count_share(
-    const Call& c, u32* bins, u32 item, u32 pass, const Share& share, u32 hot
+    const Batch& b, u32* bins, u32 item, u32 pass, const Share& share, u32 hot
 ) {
     u32 hots = 0;
 #pragma unroll
@@ -212,7 +243,7 @@ __device__ __forceinline__ void count_share(
 #pragma unroll
                 for (int j = 0; j < PER_VECTOR; j++) {
                     const u32 pattern = pattern_at(share.data[k], j), more = increment(pattern);
-                    if ((before[j] + more) & ~before[j] & (0x8000u * more)) spill(c, bins, item, pattern);
+                    if ((before[j] + more) & ~before[j] & (0x8000u * more)) spill(b, bins, item, pattern);
                 }
             }
         } else {
@@ -221,14 +252,14 @@ __device__ __forceinline__ void count_share(
                 if (j < from || j >= to) continue;
                 const u32 pattern = pattern_at(share.data[k], j);
                 if (HOT && pattern == hot) hots++;
-                else if (in_pass(pattern, pass)) add(c, bins, item, pattern, 1);
+                else if (in_pass(pattern, pass)) add(b, bins, item, pattern, 1);
             }
         }
     }
     if (HOT) {
 #pragma unroll
         for (int step = 16; step; step >>= 1) hots += __shfl_xor_sync(FULL, hots, step);
-        if ((threadIdx.x & 31) == 0 && hots && in_pass(hot, pass)) add(c, bins, item, hot, hots);
+        if ((threadIdx.x & 31) == 0 && hots && in_pass(hot, pass)) add(b, bins, item, hot, hots);
     }
 }
 
@@ -236,7 +267,7 @@ const int MANY = 6; // of a warp's 32 first values, so that one value is worth c
 
 // Count `rows` rows of `width_bytes`, `row_bytes` apart.
 __device__ void count_rectangle(
-    const Call& c, u32* bins, u32 item, u32 pass, const char* base, i64 row_bytes, i64 width_bytes, int rows
+    const Batch& b, u32* bins, u32 item, u32 pass, const char* base, i64 row_bytes, i64 width_bytes, int rows
 ) {
     const bool aligned = (((u64)base | (u64)row_bytes) & 15) == 0;
     const u32 vectors = (u32)((width_bytes + 15) / 16) + (aligned ? 0 : 1);
@@ -260,33 +291,39 @@ __device__ void count_rectangle(
             hot = __shfl_sync(FULL, first, 0);
             many = __popc(__ballot_sync(FULL, first == hot)) >= MANY;
         }
-        if (many) count_share<true>(c, bins, item, pass, share, hot);
-        else count_share<false>(c, bins, item, pass, share, hot);
+        if (many) count_share<true>(b, bins, item, pass, share, hot);
+        else count_share<false>(b, bins, item, pass, share, hot);
         __syncthreads();
     }
 }
 
 // One block per multiprocessor, 1024 threads; WORDS words of dynamic shared memory.
-extern "C" __global__ void __launch_bounds__(1024) count_items(const Call c) {
+extern "C" __global__ void __launch_bounds__(1024) count_items(const __grid_constant__ Batch b) {
     extern __shared__ uint4 shared_bins[];
     u32* bins = (u32*)shared_bins;
     for (u32 i = threadIdx.x; i < WORDS / 4; i += blockDim.x) shared_bins[i] = make_uint4(0, 0, 0, 0);
     __syncthreads();
-    for (int item = c.block_first[blockIdx.x]; item < c.block_first[blockIdx.x + 1]; item++) {
-        const int group = c.items[3 * item], rows = c.items[3 * item + 2];
-        const raw* start = c.x + c.items[3 * item + 1] * c.stride;
-        if (threadIdx.x == 0) c.spill_count[item] = 0;
+    const int last = b.block_first[blockIdx.x + 1];
+    for (int item = b.block_first[blockIdx.x]; item < last; item++) {
+        const int site = b.items[4 * item], group = b.items[4 * item + 1], rows = b.items[4 * item + 3];
+        const Shape& s = b.shapes[site];
+        const i64 stride = s.stride;
+        const raw* start = b.sites[site].x + b.items[4 * item + 2] * stride;
+        const int first_run = s.run_first[group], last_run = s.run_first[group + 1];
+        if (threadIdx.x == 0) b.spill_count[item] = 0;
         __syncthreads();
         for (u32 pass = 0; pass < (1u << HALVINGS); pass++) {
-            for (int run = c.run_first[group]; run < c.run_first[group + 1]; run++) {
-                const int low = c.runs[2 * run];
-                const i64 width = c.runs[2 * run + 1] - low;
+            for (int run = first_run; run < last_run; run++) {
+                const int low = s.runs[2 * run];
+                const i64 width = s.runs[2 * run + 1] - low, size = sizeof(raw);
                 const char* base = (const char*)(start + low);
-                const i64 row_bytes = c.stride * (i64)sizeof(raw), width_bytes = width * (i64)sizeof(raw);
-                if (width == c.stride) count_rectangle(c, bins, item, pass, base, 0, width_bytes * rows, 1);
-                else count_rectangle(c, bins, item, pass, base, row_bytes, width_bytes, rows);
+                const bool joined = width == stride;
+                count_rectangle(
+                    b, bins, item, pass, base, joined ? 0 : stride * size, width * size * (joined ? rows : 1),
+                    joined ? 1 : rows
+                );
             }
-            uint4* slot = (uint4*)(c.slots + (u64)item * ALL_WORDS + (u64)pass * WORDS);
+            uint4* slot = (uint4*)(b.slots + (u64)item * ALL_WORDS + (u64)pass * WORDS);
             for (u32 i = threadIdx.x; i < WORDS / 4; i += blockDim.x) {
                 slot[i] = shared_bins[i];
                 shared_bins[i] = make_uint4(0, 0, 0, 0);
@@ -297,14 +334,16 @@ extern "C" __global__ void __launch_bounds__(1024) count_items(const Call c) {
 }
 
 // 64-bit counters: no number of values that fit in a memory overflows them.
-extern "C" __global__ void __launch_bounds__(256) reduce_counts(const Call c) {
+extern "C" __global__ void __launch_bounds__(256) reduce_counts(const __grid_constant__ Batch b) {
     const u32 word = blockIdx.x * blockDim.x + threadIdx.x;
-    const u32 group = blockIdx.y;
-    const int first = c.segment_first[group * c.documents], last = c.segment_first[(group + 1) * c.documents];
+    const int site = part_of(b.group_first, blockIdx.y), group = blockIdx.y - b.group_first[site];
+    const Shape& s = b.shapes[site];
+    const int* firsts = b.segment_first + s.first_segment;
+    const int first = firsts[group * s.documents], last = firsts[(group + 1) * s.documents];
     u64 low = 0, high = 0;
 #pragma unroll 8
     for (int item = first; item < last; item++) {
-        const u32 both = c.slots[(u64)item * ALL_WORDS + word];
+        const u32 both = b.slots[(u64)item * ALL_WORDS + word];
         low += both & 0xffffu;
         high += both >> 16;
     }
@@ -313,8 +352,8 @@ extern "C" __global__ void __launch_bounds__(256) reduce_counts(const Call c) {
     spilled[threadIdx.x] = spilled[threadIdx.x + 256] = 0;
     __syncthreads();
     for (int item = first + (int)threadIdx.x; item < last; item += blockDim.x) {
-        const u32* spills = c.spills + c.spill_first[item];
-        const u32 count = c.spill_count[item];
+        const u32* spills = b.spills + b.spill_first[item];
+        const u32 count = b.spill_count[item];
         for (u32 i = 0; i < count; i++) {
             if (spills[i] / 512 == blockIdx.x) atomicAdd(&spilled[spills[i] % 512], 1u);
         }
@@ -323,10 +362,12 @@ extern "C" __global__ void __launch_bounds__(256) reduce_counts(const Call c) {
     low += (u64)spilled[2 * threadIdx.x] * 0x8000u;
     high += (u64)spilled[2 * threadIdx.x + 1] * 0x8000u;
     const u64 at = (u64)group * PATTERNS + 2 * word;
-    c.call[at] = low;
-    c.call[at + 1] = high;
-    if (low) c.counts[at] += low;
-    if (high) c.counts[at + 1] += high;
+    u64* call = b.call + (u64)s.first_group * PATTERNS;
+    u64* counts = b.sites[site].counts;
+    call[at] = low;
+    call[at + 1] = high;
+    if (low) counts[at] += low;
+    if (high) counts[at + 1] += high;
 }
 
 // ---------------------------------------------------------------- order statistics
@@ -339,11 +380,11 @@ struct Counts {
 };
 
 // Counts of the magnitudes TOGETHER quad onwards in one segment.
-__device__ __forceinline__ void add_segment(const Call& c, int segment, u32 quad, Counts& counts) {
-    const int first = c.segment_first[segment], last = c.segment_first[segment + 1];
+__device__ __forceinline__ void add_segment(const Batch& b, int segment, u32 quad, Counts& counts) {
+    const int first = b.segment_first[segment], last = b.segment_first[segment + 1];
 #pragma unroll 2
     for (int item = first; item < last; item++) {
-        const uint4* slot = (const uint4*)(c.slots + (u64)item * ALL_WORDS);
+        const uint4* slot = (const uint4*)(b.slots + (u64)item * ALL_WORDS);
         const uint4 positive = slot[quad], negative = slot[quad + SIGN / TOGETHER];
         const u32 words[8] = {positive.x, positive.y, positive.z, positive.w, negative.x, negative.y, negative.z, negative.w};
 #pragma unroll
@@ -351,9 +392,9 @@ __device__ __forceinline__ void add_segment(const Call& c, int segment, u32 quad
             counts.of[2 * (i & 3)] += words[i] & 0xffffu;
             counts.of[2 * (i & 3) + 1] += words[i] >> 16;
         }
-        const u32 spilled = c.spill_count[item];
+        const u32 spilled = b.spill_count[item];
         for (u32 k = 0; k < spilled; k++) {
-            const u32 magnitude = c.spills[c.spill_first[item] + k] & (SIGN - 1);
+            const u32 magnitude = b.spills[b.spill_first[item] + k] & (SIGN - 1);
             if (magnitude / TOGETHER != quad) continue;
 #pragma unroll
             for (u32 j = 0; j < TOGETHER; j++) counts.of[j] += magnitude % TOGETHER == j ? 0x8000u : 0u;
@@ -394,31 +435,35 @@ __device__ float lerp_torch(float below, float above, float weight) {
     return (float)__dadd_rn((double)above, __dmul_rn((double)__fsub_rn(weight, 1.0f), step));
 }
 
-// A block per document and group, per document (the whole site, where it is divided), and per group (its threshold).
+// Of each site a block per document and group, per document (the whole site, where it is divided), and per group (its threshold).
 // Counts are walked from the largest magnitude down, 8192 magnitudes at a time, only as far as a wanted rank lies.
-extern "C" __global__ void __launch_bounds__(1024) summarise(const Call c) {
+extern "C" __global__ void __launch_bounds__(1024) summarise(const __grid_constant__ Batch b) {
     __shared__ u64 sums[33];
     __shared__ u64 target[32];
     __shared__ u32 answer[32];
     __shared__ u64 beyond[2];
-    const int groups = c.groups, documents = c.documents, quantiles = c.quantiles;
+    const int site = part_of(b.summary_first, blockIdx.x);
+    const u32 block = blockIdx.x - b.summary_first[site];
+    const Shape& s = b.shapes[site];
+    const int groups = s.groups, documents = s.documents, quantiles = b.quantiles;
+    const int first_segment = s.first_segment;
     const int parts = groups == 1 ? 1 : groups + 1;
-    const bool of_document = blockIdx.x < (u32)(documents * parts);
-    const int document = of_document ? blockIdx.x / parts : 0;
-    const int group = of_document ? blockIdx.x % parts : blockIdx.x - documents * parts;
+    const bool of_document = block < (u32)(documents * parts);
+    const int document = of_document ? block / parts : 0;
+    const int group = of_document ? block % parts : block - documents * parts;
     const bool whole = of_document && group == groups;
 
     auto look = [&](u32 quad, Counts& counts) {
 #pragma unroll
         for (int i = 0; i < TOGETHER; i++) counts.of[i] = 0;
         if (!of_document) {
-            const u64* table = c.call + (u64)group * PATTERNS + TOGETHER * quad;
+            const u64* table = b.call + (u64)(s.first_group + group) * PATTERNS + TOGETHER * quad;
 #pragma unroll
             for (int i = 0; i < TOGETHER; i++) counts.of[i] = table[i] + table[i + SIGN];
             return;
         }
         for (int g = whole ? 0 : group; g < (whole ? groups : group + 1); g++) {
-            add_segment(c, g * documents + document, quad, counts);
+            add_segment(b, first_segment + g * documents + document, quad, counts);
         }
     };
     auto sum = [](const Counts& counts) {
@@ -428,7 +473,7 @@ extern "C" __global__ void __launch_bounds__(1024) summarise(const Call c) {
         return all;
     };
 
-    const u32 finite_quads = c.infinity / TOGETHER;
+    const u32 finite_quads = b.infinity / TOGETHER;
     u64 mine = 0, unfinite, all;
     Counts counts;
     for (u32 quad = finite_quads + threadIdx.x; quad < SIGN / TOGETHER; quad += blockDim.x) {
@@ -436,25 +481,25 @@ extern "C" __global__ void __launch_bounds__(1024) summarise(const Call c) {
         mine += sum(counts);
     }
     before_me(mine, sums, unfinite);
-    const i64 rows = of_document ? c.offsets[document + 1] - c.offsets[document] : c.offsets[documents] - c.offsets[0];
-    const i64 width = whole ? c.edges[groups] : c.edges[group + 1] - c.edges[group];
+    const i64 rows = of_document ? s.offsets[document + 1] - s.offsets[document] : s.offsets[documents] - s.offsets[0];
+    const i64 width = whole ? s.edges[groups] : s.edges[group + 1] - s.edges[group];
     const i64 total = rows * width - (i64)unfinite;
-    float* out = c.summaries + ((i64)document * (groups + 1) + group) * (1 + quantiles);
+    float* out = b.sites[site].summaries + ((i64)document * (groups + 1) + group) * (1 + quantiles);
     if (total == 0) {
         if (of_document) {
             if (threadIdx.x <= quantiles) out[threadIdx.x] = __uint_as_float(0x7fc00000u);
             if (groups == 1 && threadIdx.x <= quantiles) out[1 + quantiles + threadIdx.x] = __uint_as_float(0x7fc00000u);
         } else if (threadIdx.x < 4) {
-            c.thresholds[4 * group + threadIdx.x] = 0;
+            b.thresholds[4 * (s.first_group + group) + threadIdx.x] = 0;
         }
         return;
     }
 
     // target[k]: how many of the largest values reach down to the wanted one.
     const int targets = of_document ? 1 + 2 * quantiles : 1;
-    if (threadIdx.x == 0) target[0] = of_document ? 1 : (total < c.most ? total : c.most);
+    if (threadIdx.x == 0) target[0] = of_document ? 1 : (total < b.most ? total : b.most);
     if (of_document && threadIdx.x < quantiles) {
-        const float position = __fmul_rn(c.probabilities[threadIdx.x], __ll2float_rn(total - 1));
+        const float position = __fmul_rn(b.probabilities[threadIdx.x], __ll2float_rn(total - 1));
         const i64 below = (i64)position;
         i64 above = (i64)ceilf(position);
         if (above > total - 1) above = total - 1;
@@ -494,10 +539,10 @@ extern "C" __global__ void __launch_bounds__(1024) summarise(const Call c) {
         if (threadIdx.x == 0) {
             // Too many ties to hold: then only what is larger is emitted, and `finish` looks for the ties in order.
             const int ordered = beyond[1] > CANDIDATES;
-            int* threshold = c.thresholds + 4 * group;
+            int* threshold = b.thresholds + 4 * (s.first_group + group);
             threshold[0] = answer[0];
             threshold[1] = answer[0] + ordered;
-            threshold[2] = (int)(c.most - (i64)beyond[0]);
+            threshold[2] = (int)(b.most - (i64)beyond[0]);
             threshold[3] = ordered;
         }
         return;
@@ -506,7 +551,7 @@ extern "C" __global__ void __launch_bounds__(1024) summarise(const Call c) {
         const int k = threadIdx.x;
         float found = pattern_value(answer[0]);
         if (k > 0) {
-            const float position = __fmul_rn(c.probabilities[k - 1], __ll2float_rn(total - 1));
+            const float position = __fmul_rn(b.probabilities[k - 1], __ll2float_rn(total - 1));
             const float weight = __fsub_rn(position, __ll2float_rn((i64)position));
             found = lerp_torch(pattern_value(answer[2 * k - 1]), pattern_value(answer[2 * k]), weight);
         }
@@ -517,13 +562,14 @@ extern "C" __global__ void __launch_bounds__(1024) summarise(const Call c) {
 
 // ---------------------------------------------------------------- moments, and where the largest values are
 
-__device__ void emit(const Call& c, int group, int place, int row, u32 pattern) {
+__device__ void emit(const Batch& b, const Shape& s, int group, int place, int row, u32 pattern) {
     const u32 magnitude = pattern & (SIGN - 1);
-    if (magnitude < (u32)c.thresholds[4 * group + 1] || magnitude >= (u32)c.infinity) return;
-    const u32 at = atomicAdd(&c.candidate_count[group], 1u);
+    const u64 number = s.first_group + group;
+    if (magnitude < (u32)b.thresholds[4 * number + 1] || magnitude >= (u32)b.infinity) return;
+    const u32 at = atomicAdd(&b.candidate_count[number], 1u);
     if (at >= CANDIDATES) return;
-    u64* candidate = c.candidates + ((u64)group * CANDIDATES + at) * 2;
-    candidate[0] = (u64)row * (u32)(c.edges[group + 1] - c.edges[group]) + (u32)place;
+    u64* candidate = b.candidates + (number * CANDIDATES + at) * 2;
+    candidate[0] = (u64)row * (u32)(s.edges[group + 1] - s.edges[group]) + (u32)place;
     candidate[1] = pattern;
 }
 
@@ -590,37 +636,43 @@ __device__ __forceinline__ void accumulate(
     }
 }
 
-// A block per segment and run of channels: two channels a thread, rows dealt out along the block's other dimension and
+// Of each job a block per segment and run of channels: two channels a thread, rows dealt out along the block's other dimension and
 // joined at the end in a fixed order.
-extern "C" __global__ void __launch_bounds__(256) moments(const Call c) {
+extern "C" __global__ void __launch_bounds__(256, 4) moments(const __grid_constant__ Batch b) {
     __shared__ double wide[6][256];
     __shared__ float narrow[4][256];
-    const int lanes = c.lanes, channels = c.mchannels;
+    const int job = part_of(b.job_first, blockIdx.x), block = blockIdx.x - b.job_first[job];
+    const Job& j = b.jobs[job];
+    const Shape& s = b.shapes[j.site];
+    const int lanes = j.lanes, channels = j.channels;
+    const i64 stride = j.stride;
+    const bool emits = j.emit;
+    const int count = j.groups * s.documents; // of segments
     const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = blockDim.x / lanes;
-    const int segment = blockIdx.x, column = (blockIdx.y * lanes + tx) * 2;
-    const int first = c.segments[2 * segment], last = c.segments[2 * segment + 1];
+    const int segment = block % count, column = (block / count * lanes + tx) * 2;
+    const int first = j.segments[2 * segment], last = j.segments[2 * segment + 1];
     const bool one = column < channels, two = column + 1 < channels;
-    const raw* base = c.mx + column;
-    const bool paired = two && (c.mstride & 1) == 0 && ((u64)base & (2 * sizeof(raw) - 1)) == 0;
+    const raw* base = (j.states ? b.sites[j.site].states : b.sites[j.site].x) + column;
+    const bool paired = two && (stride & 1) == 0 && ((u64)base & (2 * sizeof(raw) - 1)) == 0;
     const float infinity = __uint_as_float(0x7f800000u);
 
     int group[2] = {0, 0}, place[2] = {0, 0};
     float bound[2] = {infinity, infinity}; // only a larger magnitude can be a candidate
     for (int i = 0; i < 2; i++) {
-        if (!c.emit || column + i >= channels) continue;
-        group[i] = c.group_of[column + i];
-        place[i] = c.place_of[column + i];
-        const int least = c.thresholds[4 * group[i] + 1];
+        if (!emits || column + i >= channels) continue;
+        group[i] = s.group_of[column + i];
+        place[i] = s.place_of[column + i];
+        const int least = b.thresholds[4 * (s.first_group + group[i]) + 1];
         bound[i] = least ? pattern_value(least - 1) : -1.0f;
     }
     Column columns[2];
     if (one) {
-        auto found = [&](int i, int row, raw value) { emit(c, group[i], place[i], row, raw_pattern(value)); };
-        if (paired) accumulate<2, true>(base, c.mstride, first + ty, last, height, bound, columns, found);
-        else if (two) accumulate<2, false>(base, c.mstride, first + ty, last, height, bound, columns, found);
-        else accumulate<1, false>(base, c.mstride, first + ty, last, height, bound, columns, found);
+        auto found = [&](int i, int row, raw value) { emit(b, s, group[i], place[i], row, raw_pattern(value)); };
+        if (paired) accumulate<2, true>(base, stride, first + ty, last, height, bound, columns, found);
+        else if (two) accumulate<2, false>(base, stride, first + ty, last, height, bound, columns, found);
+        else accumulate<1, false>(base, stride, first + ty, last, height, bound, columns, found);
     }
-    if (!c.summed) return;
+    if (!j.summed) return;
     for (int i = 0; i < 2; i++) {
         wide[3 * i][threadIdx.x] = columns[i].total;
         wide[3 * i + 1][threadIdx.x] = columns[i].squares;
@@ -640,8 +692,8 @@ extern "C" __global__ void __launch_bounds__(256) moments(const Call c) {
         }
     }
     if (ty > 0) return;
-    const i64 all = c.mgroups * c.documents * channels;
-    const float limit = (float)c.limit;
+    const i64 all = (i64)count * channels;
+    const float limit = (float)b.limit;
     for (int i = 0; i < 2; i++) {
         if (column + i >= channels) return;
         double sum = wide[3 * i][threadIdx.x], sum_squares = wide[3 * i + 1][threadIdx.x];
@@ -654,7 +706,7 @@ extern "C" __global__ void __launch_bounds__(256) moments(const Call c) {
             highest = -infinity;
             sum = sum_squares = magnitudes = 0;
             for (int row = first; row < last; row++) {
-                const float value = raw_value(base[row * c.mstride + i]);
+                const float value = raw_value(base[row * stride + i]);
                 if (!(fabsf(value) < infinity)) {
                     unfinite++;
                     used--;
@@ -670,82 +722,89 @@ extern "C" __global__ void __launch_bounds__(256) moments(const Call c) {
             }
         }
         const i64 at = (i64)segment * channels + column + i;
-        c.partial64[at] = sum;
-        c.partial64[all + at] = sum_squares;
-        c.partial64[2 * all + at] = used ? magnitudes / used : 0;
-        c.partial32[at] = lowest;
-        c.partial32[all + at] = highest;
-        c.partial_counts[at] = used;
-        c.partial_counts[all + at] = unfinite;
-        c.partial_counts[2 * all + at] = overflowing;
+        j.partial64[at] = sum;
+        j.partial64[all + at] = sum_squares;
+        j.partial64[2 * all + at] = used ? magnitudes / used : 0;
+        j.partial32[at] = lowest;
+        j.partial32[all + at] = highest;
+        j.partial_counts[at] = used;
+        j.partial_counts[all + at] = unfinite;
+        j.partial_counts[2 * all + at] = overflowing;
     }
 }
 
 // Add the documents' moments of one channel in document order.
-__device__ void combine(const Call& c, int index) {
-    const int channels = c.mchannels, documents = c.documents;
-    const i64 all = c.mgroups * c.documents * channels;
+__device__ void combine(const Job& j, const Site& v, int documents, int index) {
+    const int channels = j.channels;
+    const i64 all = j.groups * documents * channels;
     const i64 start = (i64)(index / channels) * documents * channels + index % channels;
-    i64 count = c.count[index], nonfinite = c.nonfinite[index], overflow = c.overflow[index];
-    float lowest = c.lowest[index], highest = c.highest[index];
-    double total = c.total[index], squares = c.squares[index], mean = c.mean_abs_max[index];
+    i64 count = v.count[index], nonfinite = v.nonfinite[index], overflow = v.overflow[index];
+    float lowest = v.lowest[index], highest = v.highest[index];
+    double total = v.total[index], squares = v.squares[index], mean = v.mean_abs_max[index];
 #pragma unroll 8
     for (int document = 0; document < documents; document++) {
         const i64 at = start + (i64)document * channels;
-        count += c.partial_counts[at];
-        nonfinite += c.partial_counts[all + at];
-        overflow += c.partial_counts[2 * all + at];
-        lowest = fminf(lowest, c.partial32[at]);
-        highest = fmaxf(highest, c.partial32[all + at]);
-        total += c.partial64[at];
-        squares += c.partial64[all + at];
-        mean = fmax(mean, c.partial64[2 * all + at]);
+        count += j.partial_counts[at];
+        nonfinite += j.partial_counts[all + at];
+        overflow += j.partial_counts[2 * all + at];
+        lowest = fminf(lowest, j.partial32[at]);
+        highest = fmaxf(highest, j.partial32[all + at]);
+        total += j.partial64[at];
+        squares += j.partial64[all + at];
+        mean = fmax(mean, j.partial64[2 * all + at]);
     }
-    c.count[index] = count;
-    c.nonfinite[index] = nonfinite;
-    c.overflow[index] = overflow;
-    c.lowest[index] = lowest;
-    c.highest[index] = highest;
-    c.total[index] = total;
-    c.squares[index] = squares;
-    c.mean_abs_max[index] = mean;
+    v.count[index] = count;
+    v.nonfinite[index] = nonfinite;
+    v.overflow[index] = overflow;
+    v.lowest[index] = lowest;
+    v.highest[index] = highest;
+    v.total[index] = total;
+    v.squares[index] = squares;
+    v.mean_abs_max[index] = mean;
 }
 
-__device__ void put(const Call& c, int group, int rank, u32 pattern, i64 row, i64 place) {
-    int low = 0, high = c.documents; // the document whose rows hold `row`
+__device__ void put(const Batch& b, const Shape& s, const Site& v, int group, int rank, u32 pattern, i64 row, i64 place) {
+    int low = 0, high = s.documents; // the document whose rows hold `row`
     while (high - low > 1) {
         const int middle = (low + high) / 2;
-        if (c.offsets[middle] <= row) low = middle;
+        if (s.offsets[middle] <= row) low = middle;
         else high = middle;
     }
-    i64* out = c.top + ((i64)group * c.most + rank) * 5;
+    i64* out = v.top + ((i64)group * b.most + rank) * 5;
     out[0] = pattern & (SIGN - 1);
     out[1] = pattern;
-    out[2] = c.first + low;
-    out[3] = row - c.offsets[low];
+    out[2] = v.first + low;
+    out[3] = row - s.offsets[low];
     out[4] = place;
 }
 
-// A block per group, if candidates were emitted: the largest, by magnitude, then place. Then a thread per channel.
-extern "C" __global__ void __launch_bounds__(256) finish(const Call c) {
+// Of each site a block per group: the largest, by magnitude, then place. Then a thread per channel.
+extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__ Batch b) {
     __shared__ u64 keys[CANDIDATES];
     __shared__ u32 patterns[CANDIDATES];
     __shared__ u32 hits[8];
-    const int sorted = c.emit ? c.groups : 0;
-    if ((int)blockIdx.x >= sorted) {
-        const int index = (blockIdx.x - sorted) * blockDim.x + threadIdx.x;
-        if (index < c.mgroups * c.mchannels) combine(c, index);
+    const int site = part_of(b.finish_first, blockIdx.x), block = blockIdx.x - b.finish_first[site];
+    const Shape& s = b.shapes[site];
+    const Site& v = b.sites[site];
+    const int groups = s.groups, most = b.most;
+    if (block >= groups) {
+        int job = 0;
+        while (b.jobs[job].site != site || !b.jobs[job].summed) job++;
+        const Job& j = b.jobs[job];
+        const int index = (block - groups) * blockDim.x + threadIdx.x;
+        if (index < j.groups * j.channels) combine(j, v, s.documents, index);
         return;
     }
-    const int group = blockIdx.x, most = c.most;
-    const u32 found = c.candidate_count[group] < CANDIDATES ? c.candidate_count[group] : CANDIDATES;
-    const i64 width = c.edges[group + 1] - c.edges[group];
+    const int group = block;
+    const u64 number = s.first_group + group;
+    const u32 found = b.candidate_count[number] < CANDIDATES ? b.candidate_count[number] : CANDIDATES;
+    const i64 width = s.edges[group + 1] - s.edges[group];
     for (u32 i = threadIdx.x; i < found; i += blockDim.x) {
-        keys[i] = c.candidates[((u64)group * CANDIDATES + i) * 2];
-        patterns[i] = (u32)c.candidates[((u64)group * CANDIDATES + i) * 2 + 1];
+        keys[i] = b.candidates[(number * CANDIDATES + i) * 2];
+        patterns[i] = (u32)b.candidates[(number * CANDIDATES + i) * 2 + 1];
     }
     __syncthreads();
-    if (threadIdx.x == 0) c.candidate_count[group] = 0;
+    if (threadIdx.x == 0) b.candidate_count[number] = 0;
     for (u32 i = threadIdx.x; i < found; i += blockDim.x) {
         const u64 key = keys[i];
         const u32 magnitude = patterns[i] & (SIGN - 1);
@@ -754,19 +813,19 @@ extern "C" __global__ void __launch_bounds__(256) finish(const Call c) {
             const u32 other = patterns[j] & (SIGN - 1);
             rank += other > magnitude || (other == magnitude && keys[j] < key);
         }
-        if (rank < most) put(c, group, rank, patterns[i], key / width, key % width);
+        if (rank < most) put(b, s, v, group, rank, patterns[i], key / width, key % width);
     }
     int rank = found < (u32)most ? found : most;
-    if (c.thresholds[4 * group + 3]) { // ties, from the first on, until there are enough
-        const u32 wanted = c.thresholds[4 * group];
-        const i64 values = (c.offsets[c.documents] - c.offsets[0]) * width;
+    if (b.thresholds[4 * number + 3]) { // ties, from the first on, until there are enough
+        const u32 wanted = b.thresholds[4 * number];
+        const i64 values = (s.offsets[s.documents] - s.offsets[0]) * width;
         const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
         for (i64 start = 0; start < values && rank < most; start += blockDim.x) {
-            const i64 at = start + threadIdx.x, row = c.offsets[0] + at / width, place = at % width;
+            const i64 at = start + threadIdx.x, row = s.offsets[0] + at / width, place = at % width;
             u32 pattern = 0;
             bool hit = false;
             if (at < values) {
-                pattern = raw_pattern(c.x[row * c.stride + c.members[c.edges[group] + place]]);
+                pattern = raw_pattern(v.x[row * s.stride + s.members[s.edges[group] + place]]);
                 hit = (pattern & (SIGN - 1)) == wanted;
             }
             const u32 mask = __ballot_sync(FULL, hit);
@@ -777,9 +836,9 @@ extern "C" __global__ void __launch_bounds__(256) finish(const Call c) {
                 if (i < warp) mine += hits[i];
                 rank += hits[i];
             }
-            if (hit && mine < most) put(c, group, mine, pattern, row, place);
+            if (hit && mine < most) put(b, s, v, group, mine, pattern, row, place);
             __syncthreads();
         }
     }
-    for (int i = 5 * rank + threadIdx.x; i < 5 * most; i += blockDim.x) c.top[(i64)group * most * 5 + i] = -1;
+    for (int i = 5 * rank + threadIdx.x; i < 5 * most; i += blockDim.x) v.top[(i64)group * most * 5 + i] = -1;
 }

@@ -2,7 +2,8 @@
 
 Counters are 16 bits wide in shared memory, one table per multiprocessor, and exact: what would overflow is moved out in
 time. At each site the activations are read twice: for the counts, and for moments and outliers, whose threshold the
-counts give.
+counts give. Sites that follow each other are counted by the same launches: a launch takes the host longer than a small
+site takes the device, and a block of threads that goes on to the next site leaves no multiprocessor waiting.
 """
 
 from __future__ import annotations
@@ -45,41 +46,61 @@ CANDIDATES = 1024
 """As in the source: outliers of a group held before they are sorted."""
 
 SEGMENTS = 1024
-"""Documents times groups of one call at most: each has a table of its own."""
+"""Documents times groups of one batch at most: each has a table of its own."""
+
+SITES = 16
+"""As in the source: sites of a batch at most."""
 
 PLANS = 256
-"""How many calls' preparations are remembered."""
+"""How many batches' preparations are remembered."""
 
-_FIELDS: tuple[tuple[str, type], ...] = (
-    ("x", ctypes.c_void_p),
-    ("stride", ctypes.c_int64),
-    *((name, ctypes.c_int64) for name in ("documents", "groups", "most", "first", "infinity")),
-    *((name, ctypes.c_void_p) for name in ("offsets", "runs", "run_first", "items", "block_first", "segment_first")),
-    *((name, ctypes.c_void_p) for name in ("members", "edges", "group_of", "place_of")),
-    *(
-        (name, ctypes.c_void_p)
-        for name in ("slots", "spill_first", "spill_count", "spills", "call", "counts", "probabilities")
-    ),
-    ("quantiles", ctypes.c_int64),
-    *((name, ctypes.c_void_p) for name in ("summaries", "thresholds", "candidates", "candidate_count", "top")),
-    ("emit", ctypes.c_int64),
-    ("mx", ctypes.c_void_p),
-    *((name, ctypes.c_int64) for name in ("mstride", "mchannels", "mgroups")),
-    ("segments", ctypes.c_void_p),
-    ("lanes", ctypes.c_int64),
-    ("limit", ctypes.c_double),
-    *((name, ctypes.c_void_p) for name in ("partial64", "partial32", "partial_counts")),
-    ("summed", ctypes.c_int64),
-    *((name, ctypes.c_void_p) for name in ("count", "lowest", "highest", "total", "squares", "mean_abs_max")),
-    *((name, ctypes.c_void_p) for name in ("nonfinite", "overflow")),
-)
-_ADDRESSES = {name for name, kind in _FIELDS if kind is ctypes.c_void_p}
+_I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
-class Call(ctypes.Structure):
+class Shape(ctypes.Structure):
     """The source's struct of the same name."""
 
-    _fields_ = list(_FIELDS)
+    _fields_ = [
+        *((name, _I64) for name in ("stride", "documents", "groups", "first_group", "first_segment")),
+        *((name, _POINTER) for name in ("offsets", "runs", "run_first", "members", "edges", "group_of", "place_of")),
+    ]
+
+
+class Job(ctypes.Structure):
+    """The source's struct of the same name."""
+
+    _fields_ = [
+        *((name, _I64) for name in ("site", "states", "stride", "channels", "groups")),
+        ("segments", _POINTER),
+        *((name, _I64) for name in ("lanes", "emit", "summed")),
+        *((name, _POINTER) for name in ("partial64", "partial32", "partial_counts")),
+    ]
+
+
+class Site(ctypes.Structure):
+    """The source's struct of the same name."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("x", "states")),
+        ("first", _I64),
+        *((name, _POINTER) for name in ("counts", "summaries", "top", "count", "nonfinite", "overflow")),
+        *((name, _POINTER) for name in ("lowest", "highest", "total", "squares", "mean_abs_max")),
+    ]
+
+
+class Batch(ctypes.Structure):
+    """The source's struct of the same name."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("shapes", "jobs", "items", "block_first", "segment_first", "slots")),
+        *((name, _POINTER) for name in ("spill_first", "spill_count", "spills", "call", "thresholds", "candidates")),
+        *((name, _POINTER) for name in ("candidate_count", "probabilities")),
+        *((name, _I64) for name in ("quantiles", "most", "infinity")),
+        ("limit", ctypes.c_double),
+        ("sites", Site * SITES),
+        *((name, ctypes.c_int32 * (SITES + 1)) for name in ("group_first", "summary_first", "finish_first")),
+        ("job_first", ctypes.c_int32 * (2 * SITES + 1)),
+    ]
 
 
 class Launcher(Protocol):
@@ -92,42 +113,35 @@ class Launcher(Protocol):
 
 
 @dataclass(frozen=True)
-class _Moments:
-    """How `moments` is launched for (rows, channels) values in segments of rows; the fields of `Call`."""
+class _Waiting:
+    """A site that was added and is not counted yet; x, contiguous along its rows, of the batch's type."""
 
-    mchannels: int
-    mgroups: int
-    segments: int
-    lanes: int
-    partial64: int
-    partial32: int
-    partial_counts: int
-    grid: tuple[int, int]
+    into: DeviceSite
+    x: torch.Tensor
+    stride: int
+    offsets: Int64
+    first: int
+    summaries: torch.Tensor
 
-    def set_in(self, call: Call) -> None:
-        """Make a call's moments these."""
-        call.mchannels, call.mgroups, call.segments, call.lanes = (
-            self.mchannels,
-            self.mgroups,
-            self.segments,
-            self.lanes,
-        )
-        call.partial64, call.partial32, call.partial_counts = self.partial64, self.partial32, self.partial_counts
+    @property
+    def segments(self) -> int:
+        """Tables that counting it takes."""
+        return (len(self.offsets) - 1) * len(self.into.layout.names)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What calls of equal layouts and offsets share: ``call`` has what does not differ, ``tables`` on the device are
-    what it points to; ``states`` where moments are not of the rows as counted.
+    """What batches of equal layouts, offsets and strides share: ``batch`` has what does not differ, ``tables`` on the
+    device is what it points to; ``members`` of each site, as there; how many blocks each kernel has.
     """
 
-    call: Call
-    tables: dict[str, torch.Tensor]
-    rows: _Moments
-    states: _Moments | None
-    reduce_grid: tuple[int, int]
-    summarise_grid: tuple[int, int]
-    finish_grid: tuple[int, int]
+    batch: Batch
+    tables: torch.Tensor
+    members: list[torch.Tensor]
+    groups: int
+    summaries: int
+    jobs: int
+    finishing: int
 
 
 def halvings(shared: int) -> int:
@@ -159,7 +173,8 @@ class CudaCounter:
         self._halvings = halvings(shared_memory(device) if shared is None else shared)
         self._blocks = multiprocessors(device)
         self._launchers: dict[int, Launcher] = {}
-        self._plans: dict[tuple[SiteLayout, bytes], _Plan] = {}
+        self._plans: dict[tuple[tuple[SiteLayout, bytes, int], ...], _Plan] = {}
+        self._waiting: dict[int, list[_Waiting]] = {}
         self._scratch: dict[str, torch.Tensor] = {}
         self._probabilities = torch.from_numpy(PROBABILITIES).to(device)
         self._kernels(KINDS[encoding.name, encoding.torch_dtype])  # so that a failure is told at once
@@ -196,7 +211,6 @@ class CudaCounter:
             self._add(into, rows, offsets[start : stop + 1] - offsets[start], first + start, summaries[start:stop])
 
     def _add(self, into: DeviceSite, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
-        layout = into.layout
         kind = KINDS.get((self.encoding.name, x.dtype))
         if kind is None:
             x, kind = x.float(), KINDS[self.encoding.name, torch.float32]
@@ -205,120 +219,201 @@ class CudaCounter:
         if along != 1 or (rows > 1 and stride < channels):
             x = x.contiguous()
             stride = channels
-        plan = self._plan(layout, offsets)
+        new = _Waiting(into, x, stride if rows > 1 else channels, offsets, first, summaries)
+        waiting = self._waiting.setdefault(kind, [])
+        segments = sum(one.segments for one in (*waiting, new))
+        if len(waiting) == SITES or segments > SEGMENTS or any(one.into is into for one in waiting):
+            self._count(kind)
+        self._waiting[kind].append(new)
+
+    def flush(self, *, partly: bool = False) -> None:
+        """As `DeviceCounter.flush`."""
+        for kind, waiting in self._waiting.items():
+            # As many more might not fit beside them.
+            if waiting and (not partly or 2 * len(waiting) > SITES):
+                self._count(kind)
+
+    def _count(self, kind: int) -> None:
+        """Queue the counting of what waits of a kind."""
+        waiting, self._waiting[kind] = self._waiting[kind], []
+        if not waiting:
+            return
+        plan = self._plan(waiting)
         launch = self._kernels(kind).launch
-        top = torch.empty_like(into.top) if into.calls else into.top
-
-        call = Call.from_buffer_copy(plan.call)
-        call.x = call.mx = x.data_ptr()
-        call.stride = call.mstride = stride if rows > 1 else channels
-        call.first, call.summaries, call.top = first, summaries.data_ptr(), top.data_ptr()
-        for name, address in into.addresses.items():
-            setattr(call, name, address)
-        arguments = [call]
+        batch = Batch.from_buffer_copy(plan.batch)
+        held: list[torch.Tensor] = []  # until the kernels are queued
+        tops: list[tuple[DeviceSite, torch.Tensor]] = []
+        for number, one in enumerate(waiting):
+            site, into = batch.sites[number], one.into
+            for name, address in into.addresses.items():
+                setattr(site, name, address)
+            site.x, site.first, site.summaries = one.x.data_ptr(), one.first, one.summaries.data_ptr()
+            if into.calls:
+                tops.append((into, torch.empty_like(into.top)))
+                site.top = tops[-1][1].data_ptr()
+            if into.layout.d_state:
+                # The outliers are of the rows as counted; the moments are of each group's channels apart.
+                states = one.x.reshape(len(one.offsets) - 1, into.layout.d_state, -1).transpose(1, 2)
+                held.append(states.index_select(1, plan.members[number]))
+                site.states = held[-1].data_ptr()
+        arguments = [batch]
         launch("count_items", (self._blocks, 1), 1024, arguments, TABLE >> self._halvings)
-        launch("reduce_counts", plan.reduce_grid, 256, arguments)
-        launch("summarise", plan.summarise_grid, 1024, arguments)
-        launch("moments", plan.rows.grid, 256, arguments)
-        if plan.states:
-            # The outliers were of the rows as counted; the moments are of each group's channels apart.
-            states = x.reshape(len(offsets) - 1, layout.d_state, channels).transpose(1, 2)
-            states = states.index_select(1, plan.tables["members"]).reshape(-1, layout.d_state)
-            plan.states.set_in(call)
-            call.mx, call.mstride, call.emit, call.summed = states.data_ptr(), layout.d_state, 0, 1
-            launch("moments", plan.states.grid, 256, arguments)
-            call.emit = 1
-        launch("finish", plan.finish_grid, 256, arguments)
-        if into.calls:
+        launch("reduce_counts", (PATTERNS // 2 // 256, plan.groups), 256, arguments)
+        launch("summarise", (plan.summaries, 1), 1024, arguments)
+        launch("moments", (plan.jobs, 1), 256, arguments)
+        launch("finish", (plan.finishing, 1), 256, arguments)
+        for into, top in tops:
             into.top.copy_(merged_top(into.top, top))
-        into.calls += 1
+        for one in waiting:
+            one.into.calls += 1
 
-    def _plan(self, layout: SiteLayout, offsets: Int64) -> _Plan:
-        key = layout, offsets.tobytes()
+    def _plan(self, waiting: Sequence[_Waiting]) -> _Plan:
+        key = tuple((one.into.layout, one.offsets.tobytes(), one.stride) for one in waiting)
         if key not in self._plans:
-            made = self._new_plan(layout, offsets)
+            made = self._new_plan([(one.into.layout, one.offsets, one.stride) for one in waiting])
             if len(self._plans) >= PLANS:
                 self._plans.clear()
             self._plans[key] = made
         return self._plans[key]
 
-    def _new_plan(self, layout: SiteLayout, offsets: Int64) -> _Plan:
-        groups, documents = len(layout.names), len(offsets) - 1
-        packing = pack(layout, offsets, self._blocks)
-        runs, run_first = layout.runs
-        members = np.concatenate([layout.members(g) for g in range(groups)])
-        widths = np.diff(layout.edges)
-        group_of, place_of = np.empty(layout.channels, np.int64), np.empty(layout.channels, np.int64)
-        for g in range(groups):
-            group_of[layout.members(g)] = g
-            place_of[layout.members(g)] = np.arange(layout.edges[g + 1] - layout.edges[g])
-        named: dict[str, npt.NDArray[np.integer[Any]]] = {
-            "offsets": offsets,
-            "runs": runs,
-            "run_first": run_first,
-            "items": packing.items,
-            "block_first": packing.block_first,
-            "segment_first": packing.segment_first,
-            "spill_first": np.cumsum(
-                [0, *(packing.items[:, 2].astype(np.int64) * widths[packing.items[:, 0]] // 0x8000)]
-            ),
-            "members": members,
-            "edges": np.array(layout.edges),
-            "group_of": group_of,
-            "place_of": place_of,
-            "row_segments": np.stack([offsets[:-1], offsets[1:]], axis=1),
-            "moment_segments": moment_segments(layout, offsets),
+    def _new_plan(self, sites: Sequence[tuple[SiteLayout, Int64, int]]) -> _Plan:
+        packing = pack([(layout, offsets) for layout, offsets, _ in sites], self._blocks)
+        widths = [np.diff(layout.edges) for layout, _, _ in sites]
+        brought = [
+            rows * int(widths[site][group]) // 0x8000 for site, group, _, rows in packing.items.tolist()
+        ]  # spills that an item's values could bring
+        tables = _Tables()
+        for name in ("items", "block_first", "segment_first"):
+            tables.put(name, getattr(packing, name))
+        tables.put("spill_first", np.cumsum([0, *brought]))
+        shapes, jobs, members = (Shape * len(sites))(), list[Job](), []
+        starts = {name: [0] for name in ("group_first", "summary_first", "finish_first", "job_first")}
+        segments = 0
+        for number, (layout, offsets, stride) in enumerate(sites):
+            groups, documents = len(layout.names), len(offsets) - 1
+            shape = shapes[number]
+            shape.stride, shape.documents, shape.groups = stride, documents, groups
+            shape.first_group, shape.first_segment = starts["group_first"][-1], segments
+            segments += groups * documents
+            order = np.concatenate([layout.members(g) for g in range(groups)])
+            group_of, place_of = np.empty(layout.channels, np.int64), np.empty(layout.channels, np.int64)
+            group_of[order] = np.repeat(np.arange(groups), widths[number])
+            place_of[order] = np.concatenate([np.arange(width) for width in widths[number]])
+            runs, run_first = layout.runs
+            for name, values in (
+                ("offsets", offsets), ("runs", runs), ("run_first", run_first), ("members", order),
+                ("edges", np.array(layout.edges)), ("group_of", group_of), ("place_of", place_of),
+            ):  # fmt: skip
+                tables.put(f"{number} {name}", values)
+            members.append(order.size)
+            rows = np.stack([offsets[:-1], offsets[1:]], axis=1)
+            jobs.append(self._job(tables, number, rows, stride, layout.channels, 1, summed=not layout.d_state))
+            starts["job_first"].append(starts["job_first"][-1] + _blocks_of(jobs[-1], documents))
+            if layout.d_state:
+                apart = moment_segments(layout, offsets)
+                jobs.append(self._job(tables, number, apart, layout.d_state, layout.d_state, groups, states=True))
+                starts["job_first"].append(starts["job_first"][-1] + _blocks_of(jobs[-1], documents))
+            starts["group_first"].append(starts["group_first"][-1] + groups)
+            parts = documents if groups == 1 else documents * (groups + 1)
+            starts["summary_first"].append(starts["summary_first"][-1] + parts + groups)
+            starts["finish_first"].append(starts["finish_first"][-1] + groups + -(-layout.moments // 256))
+        groups = starts["group_first"][-1]
+        sizes = [shapes[job.site].documents * job.groups * job.channels for job in jobs]
+        rooms = {
+            "partial64": (self._room("partial64", 3 * sum(sizes), torch.float64), 3 * 8),
+            "partial32": (self._room("partial32", 2 * sum(sizes), torch.float32), 2 * 4),
+            "partial_counts": (self._room("partial_counts", 3 * sum(sizes), torch.int32), 3 * 4),
         }
-        flat = np.concatenate([values.ravel() for values in named.values()]).astype(np.int32)
-        # One copy, and none that waits for the device.
-        there = torch.from_numpy(flat).to(self.device, non_blocking=True)
-        sizes = [values.size for values in named.values()]
-        tables = dict(zip(named, torch.split(there, sizes), strict=True))
-        rows = self._moments(documents, layout.channels, 1, tables["row_segments"])
-        states = self._moments(documents, layout.d_state, groups, tables["moment_segments"]) if layout.d_state else None
-        call = Call(
-            documents=documents,
-            groups=groups,
-            most=self.most,
-            infinity=self.encoding.infinity,
-            quantiles=len(SUMMARY_COLUMNS) - 1,
-            limit=float(self.encoding.limit),
-            probabilities=self._probabilities.data_ptr(),
+        batch = Batch(
             slots=self._room("slots", len(packing.items) * PATTERNS // 2, torch.int32),
-            spills=self._room("spills", int(named["spill_first"][-1]) + 1, torch.int32),
+            spills=self._room("spills", sum(brought) + 1, torch.int32),
             call=self._room("call", groups * PATTERNS, torch.int64),
             thresholds=self._room("thresholds", 4 * groups, torch.int32),
             candidates=self._room("candidates", 2 * CANDIDATES * groups, torch.int64),
             spill_count=self._room("spill_count", len(packing.items) + 1, torch.int32),
             candidate_count=self._room("candidate_count", groups, torch.int32, zero=True),
-            emit=1,
-            summed=int(not layout.d_state),
-            **{name: values.data_ptr() for name, values in tables.items() if name in _ADDRESSES},
+            probabilities=self._probabilities.data_ptr(),
+            quantiles=len(SUMMARY_COLUMNS) - 1,
+            most=self.most,
+            infinity=self.encoding.infinity,
+            limit=float(self.encoding.limit),
         )
-        rows.set_in(call)
+        for name, firsts in starts.items():
+            array = getattr(batch, name)
+            # A part that is not used begins at the end, where no block is.
+            array[:] = [*firsts, *[firsts[-1]] * (len(array) - len(firsts))]
+        words = (ctypes.sizeof(shapes) + len(jobs) * ctypes.sizeof(Job)) // 4
+        there = torch.empty(tables.size + words, dtype=torch.int32, device=self.device)
+        base = there.data_ptr()
+        for number, shape in enumerate(shapes):
+            for name in ("offsets", "runs", "run_first", "members", "edges", "group_of", "place_of"):
+                setattr(shape, name, base + 4 * tables.places[f"{number} {name}"])
+        for number, job in enumerate(jobs):
+            job.segments = base + 4 * tables.places[f"segments {number}"]
+            for name, (address, size) in rooms.items():
+                setattr(job, name, address + size * sum(sizes[:number]))
+        for name in ("items", "block_first", "segment_first", "spill_first"):
+            setattr(batch, name, base + 4 * tables.places[name])
+        batch.shapes = base + 4 * tables.size
+        batch.jobs = batch.shapes + ctypes.sizeof(shapes)
+        structs = bytes(shapes) + b"".join(bytes(job) for job in jobs)
+        flat = np.concatenate([*tables.parts, np.frombuffer(structs, np.int32)])
+        there.copy_(torch.from_numpy(flat), non_blocking=True)
+        places = [tables.places[f"{number} members"] for number in range(len(sites))]
         return _Plan(
-            call,
-            tables,
-            rows,
-            states,
-            (PATTERNS // 2 // 256, groups),
-            ((documents if groups == 1 else documents * (groups + 1)) + groups, 1),
-            (groups + -(-layout.moments // 256), 1),
+            batch,
+            there,
+            [there[place : place + count] for place, count in zip(places, members, strict=True)],
+            *(starts[name][-1] for name in ("group_first", "summary_first", "job_first", "finish_first")),
         )
 
-    def _moments(self, documents: int, channels: int, groups: int, segments: torch.Tensor) -> _Moments:
-        count = documents * groups
-        lanes = min(32, _power_of_two(-(-channels // 2)))
-        return _Moments(
-            channels,
-            groups,
-            segments.data_ptr(),
-            lanes,
-            self._room("partial64", 3 * count * channels, torch.float64),
-            self._room("partial32", 2 * count * channels, torch.float32),
-            self._room("partial_counts", 3 * count * channels, torch.int32),
-            (count, -(-channels // (2 * lanes))),
+    def _job(
+        self,
+        tables: _Tables,
+        site: int,
+        segments: npt.NDArray[np.integer[Any]],
+        stride: int,
+        channels: int,
+        groups: int,
+        *,
+        states: bool = False,
+        summed: bool = True,
+    ) -> Job:
+        """A job of (rows, channels) values in segments of rows; where they lie is filled in later."""
+        tables.put(f"segments {tables.jobs}", segments)
+        tables.jobs += 1
+        return Job(
+            site=site,
+            states=states,
+            stride=stride,
+            channels=channels,
+            groups=groups,
+            lanes=min(32, _power_of_two(-(-channels // 2))),
+            emit=not states,
+            summed=summed,
         )
+
+
+class _Tables:
+    """Arrays of int32 one after the other, each at an even place, so that structs can follow."""
+
+    def __init__(self) -> None:
+        self.parts: list[npt.NDArray[np.int32]] = []
+        self.places: dict[str, int] = {}
+        self.size = 0
+        self.jobs = 0
+
+    def put(self, name: str, values: npt.NDArray[np.integer[Any]]) -> None:
+        """Append an array."""
+        flat = values.astype(np.int32).ravel()
+        self.places[name] = self.size
+        self.parts += [flat, np.zeros(flat.size % 2, np.int32)]
+        self.size += flat.size + flat.size % 2
+
+
+def _blocks_of(job: Job, documents: int) -> int:
+    """How many blocks of `moments` a job has: each segment's, run of channels after run of channels."""
+    return int(documents * job.groups * -(-job.channels // (2 * job.lanes)))
 
 
 def choose_counter(encoding: Encoding, most: int, device: torch.device) -> DeviceCounter:

@@ -81,6 +81,8 @@ class DeviceRecorder:
         self.summaries = {k: p.view(s) for k, p, s in zip(layouts, parts, shapes, strict=True)}
         self._seen = dict.fromkeys(layouts, 0)
         self._last: tuple[Key, torch.Tensor] | None = None
+        self._identities: list[tuple[Key, Key]] = []
+        self._layer: int | None = None
         self._kept: list[tuple[Key, Sequence[Place], torch.Tensor]] = []
         self._borders: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
         self._wanted: dict[tuple[int, int], tuple[list[Place], torch.Tensor]] = {}
@@ -91,6 +93,9 @@ class DeviceRecorder:
         layout = self.statistics.layouts.get(key)
         if layout is None:
             return
+        if layer != self._layer:  # layers are alike, and so are batches of whole layers: one is prepared for all
+            self.counter.flush(partly=True)
+            self._layer = layer
         here = self.documents[documents]
         lengths: list[int] | None
         if layout.d_state:
@@ -103,7 +108,7 @@ class DeviceRecorder:
             rows = values
             lengths = None
         offsets = self._offsets(documents) if lengths is None else np.cumsum([0, *lengths], dtype=np.int64)
-        if not self._copied(key, values, len(here)):
+        if not self._identity(key, values, len(here)):
             into = self.statistics.sites[key]
             self.counter.add(into, rows, offsets, documents.start, self.summaries[key][documents])
         self._seen[key] += len(here)
@@ -118,15 +123,14 @@ class DeviceRecorder:
             self._borders[span] = np.cumsum([0, *lengths], dtype=np.int64)
         return self._borders[span]
 
-    def _copied(self, key: Key, values: torch.Tensor, documents: int) -> bool:
-        """As `BlockRecorder`: take over the statistics of the call before if it brought this very tensor."""
+    def _identity(self, key: Key, values: torch.Tensor, documents: int) -> bool:
+        """As `BlockRecorder`: whether the call before brought this very tensor, whose statistics `finish` copies."""
         if self._last is None or self._last[1] is not values or documents != len(self.documents):
             return False
         source = self._last[0]
         if self.statistics.layouts[source] != self.statistics.layouts[key]:
             return False
-        self.statistics.sites[key].copy_from(self.statistics.sites[source])
-        self.summaries[key].copy_(self.summaries[source])
+        self._identities.append((source, key))
         return True
 
     def _keep(
@@ -172,6 +176,10 @@ class DeviceRecorder:
         """
         self._last = None
         check_seen(self._seen, len(self.documents))
+        self.counter.flush()
+        for source, key in self._identities:
+            self.statistics.sites[key].copy_from(self.statistics.sites[source])
+            self.summaries[key].copy_(self.summaries[source])
         self.statistics.fold(np.array([document.index for document in self.documents], np.int64))
         device = self.statistics.device
         # float16 becomes float32 as it is joined.

@@ -93,8 +93,9 @@ class DeviceSite:
 
     @cached_property
     def addresses(self) -> dict[str, int]:
-        """Where counts and moments lie, by their names."""
-        return {"counts": self.counts.data_ptr()} | {k: v.data_ptr() for k, v in self.moments.named().items()}
+        """Where counts, outliers and moments lie, by their names."""
+        own = {"counts": self.counts.data_ptr(), "top": self.top.data_ptr()}
+        return own | {name: values.data_ptr() for name, values in self.moments.named().items()}
 
     def copy_from(self, other: DeviceSite) -> None:
         """Become equal to a site of the same layout."""
@@ -125,7 +126,10 @@ class DeviceStatistics:
     """
 
     def __init__(self, layouts: Mapping[Key, SiteLayout], most: int, device: torch.device) -> None:
-        self.layouts, self.most, self.device = dict(layouts), most, device
+        # Equal layouts become one object, so that comparing them costs nothing.
+        distinct: dict[SiteLayout, SiteLayout] = {}
+        self.layouts = {key: distinct.setdefault(layout, layout) for key, layout in layouts.items()}
+        self.most, self.device = most, device
         keys = list(self.layouts)
         groups = np.cumsum([0, *(len(layout.names) for layout in self.layouts.values())]).tolist()
         channels = np.cumsum([0, *(layout.moments for layout in self.layouts.values())]).tolist()

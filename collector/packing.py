@@ -1,7 +1,8 @@
-"""How a call of the CUDA counter is dealt out: which block counts which rows of which group."""
+"""How a batch of sites is dealt out to the CUDA counter's blocks: which counts which rows of which group."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,14 +13,18 @@ from quambase.collector.statistics import SiteLayout
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
+FLUSH = 1 << 15
+"""What emptying a table of counters takes, in values counted meanwhile: 128 KiB are written, and read again."""
+
 
 @dataclass(frozen=True)
 class Packing:
-    """Items of work, all int32. A segment is one document of one group, number ``group documents + document``.
+    """Items of work, all int32. A segment is one document of one group of one site; they are numbered in that order
+    from the last to the first: document by document of a group, group by group of a site, site by site.
 
-    items          (items, 3): group, first row, rows; in the order of segments, and of rows within
+    items          (items, 4): site, group in it, first row, rows; in the order of segments, and of rows within
     block_first    (blocks + 1,) of items: block b counts items block_first[b]:block_first[b + 1]
-    segment_first  (groups documents + 1,) of items, likewise
+    segment_first  (segments + 1,) of items, likewise
     """
 
     items: Int32
@@ -27,35 +32,40 @@ class Packing:
     segment_first: Int32
 
 
-def pack(layout: SiteLayout, offsets: Int64, blocks: int) -> Packing:
-    """Deal every group's rows of every document out to ``blocks`` blocks of about equal numbers of values.
+def pack(sites: Sequence[tuple[SiteLayout, Int64]], blocks: int) -> Packing:
+    """Deal every group's rows of every document out to ``blocks`` blocks of about equal work; sites: layout, and
+    offsets (documents + 1,) of rows.
 
     A block's share is consecutive and is cut at whole rows and where segments meet, so there are fewer than segments +
     blocks items, whatever the lengths of documents and the widths of groups.
     """
-    widths = np.diff(layout.edges).tolist()
-    spans = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
-    total = sum(widths) * int(offsets[-1] - offsets[0])
-    items: list[tuple[int, int, int]] = []
+    segments = [
+        (site, group, width, start, stop - start)
+        for site, (layout, offsets) in enumerate(sites)
+        for group, width in enumerate(np.diff(layout.edges).tolist())
+        for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    ]
+    total = sum(FLUSH + width * rows for _, _, width, _, rows in segments)
+    items: list[tuple[int, int, int, int]] = []
     block_first, segment_first = [0], [0]
-    before = 0  # values of the segments so far
-    for group, width in enumerate(widths):
-        for start, stop in spans:
-            row, rows = 0, stop - start
-            while True:
-                last = len(block_first) == blocks
-                border = rows + 1 if last else round((total * len(block_first) / blocks - before) / max(width, 1))
-                if min(border, rows) > row:
-                    items.append((group, start + row, min(border, rows) - row))
-                    row = min(border, rows)
-                if border > rows:
-                    break
-                block_first.append(len(items))
-            before += rows * width
-            segment_first.append(len(items))
+    before = 0  # the work of the segments so far
+    for site, group, width, start, rows in segments:
+        row = 0
+        before += FLUSH
+        while True:
+            last = len(block_first) == blocks
+            border = rows + 1 if last else round((total * len(block_first) / blocks - before) / max(width, 1))
+            if min(border, rows) > row:
+                items.append((site, group, start + row, min(border, rows) - row))
+                row = min(border, rows)
+            if border > rows:
+                break
+            block_first.append(len(items))
+        before += rows * width
+        segment_first.append(len(items))
     block_first += [len(items)] * (blocks + 1 - len(block_first))
     return Packing(
-        np.array(items, np.int32).reshape(-1, 3), np.array(block_first, np.int32), np.array(segment_first, np.int32)
+        np.array(items, np.int32).reshape(-1, 4), np.array(block_first, np.int32), np.array(segment_first, np.int32)
     )
 
 

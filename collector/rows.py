@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from quambase.collector.kernels import PATTERNS, SIGN
+from quambase.collector.kernels import SIGN
 from quambase.collector.statistics import Encoding, SiteLayout, SiteStatistics
 from quambase.schema.distribution import Distribution
 from quambase.schema.sites import WHOLE
@@ -83,14 +83,15 @@ class PatternOrder:
         infinity = encoding.infinity
         patterns = np.concatenate([np.arange(SIGN + infinity, SIGN, -1), np.arange(0, infinity + 1)])
         self.values = np.append(encoding.values()[patterns], np.float32("nan")).astype(np.float32)
-        self._place = np.full(PATTERNS, self.values.size - 1)
-        self._place[patterns] = np.arange(patterns.size)
-        self._place[SIGN] = self._place[0]
+        self._patterns = patterns
+        self._infinity = infinity
 
     def fold(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """(PATTERNS,) counts by pattern to (values,) counts in this order."""
-        folded = np.zeros(self.values.size, np.int64)
-        np.add.at(folded, self._place, counts)
+        folded = np.empty(self.values.size, np.int64)
+        np.take(counts, self._patterns, out=folded[:-1])
+        folded[self._infinity] += counts[SIGN]
+        folded[-1] = counts[self._infinity + 1 : SIGN].sum() + counts[SIGN + self._infinity + 1 :].sum()
         return folded
 
 

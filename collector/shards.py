@@ -21,7 +21,7 @@ import pyarrow as pa
 from quambase.collector.checkpoint import CHECKPOINT
 from quambase.collector.rows import Key, Locate
 from quambase.collector.statistics import SiteLayout, SiteStatistics
-from quambase.collector.writer import part_folder
+from quambase.collector.writer import PART_FILES, part_folder
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
 from quambase.schema import FORMAT_VERSION
@@ -179,7 +179,7 @@ def finish_shard(
 def _part_files(blocks: range) -> Iterator[str]:
     for block in blocks:
         part = part_folder(Path(), block)
-        yield from ((part / name).as_posix() for name in ("documents.parquet", "activations.parquet", SUMS))
+        yield from ((part / name).as_posix() for name in (*PART_FILES, SUMS))
 
 
 def load_shard(folder: Path) -> ShardManifest:

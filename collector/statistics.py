@@ -72,6 +72,14 @@ class SiteLayout:
     sorted_groups: tuple[tuple[int, int], ...] = ()
     d_state: int = 0
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:
+        """Formed once: a layout is looked up at every tap, and may name thousands of channels."""
+        return self._hash
+
     @property
     def channels(self) -> int:
         """How many channels (state indices at an undivided state site) the site has."""

@@ -22,7 +22,13 @@ class DeviceCounter(Protocol):
     most: int
 
     def add(self, into: DeviceSite, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
-        """As `quambase.collector.statistics.Counter.add`; x, float16, bfloat16 or float32, and summaries are there."""
+        """As `quambase.collector.statistics.Counter.add`; x, float16, bfloat16 or float32, and summaries are there.
+
+        Perhaps only noted: x must stay as it is until the next `flush`.
+        """
+
+    def flush(self, *, partly: bool = False) -> None:
+        """Queue the counting of all that was added; ``partly``: unless as many sites more could join them."""
 
 
 class TorchCounter:
@@ -57,6 +63,9 @@ class TorchCounter:
                 self._add_moments(mine, np.arange(len(offsets)) * len(members), into, *span)
         else:
             self._add_moments(wide, offsets, into, 0, layout.moments)
+
+    def flush(self, *, partly: bool = False) -> None:
+        """As `DeviceCounter.flush`: nothing was put off."""
 
     def _summary(self, table: torch.Tensor) -> torch.Tensor:
         """(1 + q,): amax and quantiles of one table (PATTERNS,), by torch.quantile's rule (float32 rank and lerp)."""

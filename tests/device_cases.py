@@ -127,6 +127,7 @@ def count_on_device(
         for start, stop in zip((0, *cuts), (*cuts, documents), strict=True):
             part = offsets[start : stop + 1]
             counter.add(site, x[part[0] : part[-1]], part - part[0], start, summaries[start:stop])
+        counter.flush()
         statistics.fold(np.arange(documents))
     return statistics.to_host()[0, "site"], summaries.cpu().numpy()
 

@@ -21,7 +21,7 @@ from device_cases import (
 
 from quambase.collector.cuda_counter import CudaCounter, choose_counter
 from quambase.collector.device_statistics import DeviceMoments, DeviceStatistics
-from quambase.collector.statistics import ENCODINGS, Moments
+from quambase.collector.statistics import ENCODINGS, PROBABILITIES, SUMMARY_COLUMNS, Moments
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -52,6 +52,41 @@ def test_counters_that_fill_up_and_values_that_queue(case: Case, counters: dict,
     wanted = count_on_host(case)
     for shared in (None, 65536):
         assert_same(count_on_device(counters[case.encoding, shared], case, device), wanted, case.encoding)
+
+
+@pytest.mark.parametrize("encoding", list(ENCODINGS))
+def test_sites_are_counted_together(encoding: str, counters: dict, device: torch.device) -> None:
+    """Every small case and a large one added before the first flush: as each of them alone."""
+    cases = [*SMALL, next(large_cases(2_000_000))]
+    cases = sorted((c for c in cases if c.encoding == encoding), key=lambda c: str(c.x.dtype))
+    for most in (len(cases), 3):
+        statistics = DeviceStatistics({(i, "site"): c.layout for i, c in enumerate(cases)}, MOST, device)
+        counter, summaries = counters[encoding, None], []
+        with torch.inference_mode():
+            for i, case in enumerate(cases):
+                shape = (len(case.lengths), len(case.layout.names) + 1, len(SUMMARY_COLUMNS))
+                summaries.append(torch.full(shape, -1.0, device=device))
+                offsets = np.cumsum([0, *case.lengths])
+                counter.add(statistics.sites[i, "site"], case.x.to(device), offsets, 0, summaries[i])
+                if i % most == most - 1:
+                    counter.flush()
+            counter.flush()
+            statistics.fold(np.arange(10))
+        found = statistics.to_host()
+        for i, case in enumerate(cases):
+            assert_same((found[i, "site"], summaries[i].cpu().numpy()), count_on_host(case), encoding)
+
+
+def test_quantiles_of_documents_are_torchs_on_cuda(counters: dict, device: torch.device) -> None:
+    """float32 rank and interpolation as torch.quantile's kernel on the same device has them: equal, or an ulp apart."""
+    case = Case("quantiles", wild(4096, 33, 5, special=0).clamp(-6e4, 6e4).half(), [4000, 1, 95], plain_layout(0, 33))
+    _, summaries = count_on_device(counters["float16", None], case, device)
+    probabilities = torch.from_numpy(PROBABILITIES).to(device)
+    for document, part in enumerate(case.x.to(device).float().abs().split(case.lengths)):
+        wanted = torch.quantile(part.flatten(), probabilities).cpu().numpy()
+        ulp = np.abs(summaries[document, 0, 1:].view(np.int32) - wanted.view(np.int32))
+        assert ulp.max() <= 1, (document, ulp)
+        assert summaries[document, 0, 0] == part.max().item()
 
 
 def test_more_documents_and_groups_than_one_call_takes(counters: dict, device: torch.device) -> None:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from quambase.collector import cuda_counter
 from quambase.collector.cuda_counter import halvings
 from quambase.collector.device_statistics import DeviceStatistics, merged_top
-from quambase.collector.packing import moment_segments, pack
+from quambase.collector.packing import FLUSH, moment_segments, pack
 from quambase.collector.statistics import ENCODINGS, largest
 from quambase.collector.torch_counter import TorchCounter
 from quambase.model import device as device_module
@@ -62,26 +62,33 @@ def test_documents_may_come_in_several_calls() -> None:
 def test_every_row_of_every_group_is_dealt_out_once(
     lengths: list[int], widths: list[int], blocks: int, start: int
 ) -> None:
-    layout = plain_layout(*np.cumsum([0, *widths]).tolist())
-    offsets = np.cumsum([start, *lengths])
-    packing = pack(layout, offsets, blocks)
+    sites = [
+        (plain_layout(*np.cumsum([0, *widths]).tolist()), np.cumsum([start, *lengths])),
+        (plain_layout(0, 7), np.cumsum([0, 5, *lengths])),
+    ]
+    packing = pack(sites, blocks)
     assert (
         packing.block_first.tolist() == sorted(packing.block_first.tolist()) and len(packing.block_first) == blocks + 1
     )
     assert packing.block_first[0] == packing.segment_first[0] == 0
     assert packing.block_first[-1] == packing.segment_first[-1] == len(packing.items)
-    for group in range(len(widths)):
-        for document in range(len(lengths)):
-            segment = group * len(lengths) + document
-            mine = packing.items[packing.segment_first[segment] : packing.segment_first[segment + 1]]
-            rows = [row for g, first, count in mine.tolist() for row in range(first, first + count) if g == group]
-            assert rows == list(range(offsets[document], offsets[document + 1]))
-    assert (packing.items[:, 2] > 0).all()
-    assert len(packing.items) < len(lengths) * len(widths) + blocks
-    values = packing.items[:, 2] * np.array(widths)[packing.items[:, 0]]
-    shares = [values[a:b].sum() for a, b in zip(packing.block_first[:-1], packing.block_first[1:], strict=True)]
-    # Borders are moved by less than a row at either end.
-    assert max(shares) <= sum(lengths) * sum(widths) / blocks + max(widths)
+    segment = 0
+    work = np.empty(len(packing.items))
+    for site, (layout, offsets) in enumerate(sites):
+        for group, width in enumerate(np.diff(layout.edges).tolist()):
+            for document in range(len(offsets) - 1):
+                span = slice(*packing.segment_first[segment : segment + 2])
+                mine = packing.items[span].tolist()
+                rows = [row for *of, first, count in mine for row in range(first, first + count) if of == [site, group]]
+                assert rows == list(range(offsets[document], offsets[document + 1]))
+                work[span] = packing.items[span, 3] * width
+                segment += 1
+    assert len(packing.segment_first) == segment + 1
+    assert (packing.items[:, 3] > 0).all()
+    assert len(packing.items) < segment + blocks
+    shares = [work[a:b].sum() for a, b in zip(packing.block_first[:-1], packing.block_first[1:], strict=True)]
+    # Borders are moved by less than a row at either end; beside values there are the segments' tables.
+    assert max(shares) <= (work.sum() + segment * FLUSH) / blocks + max(7, *widths)
 
 
 def test_segments_of_states_are_each_groups_channels() -> None:
