@@ -26,7 +26,7 @@ from quambase.collector.rows import (
     site_stats_rows,
 )
 from quambase.collector.statistics import Encoding, SiteStatistics
-from quambase.schema.errors import RunBusy
+from quambase.schema.errors import DatabaseInvalid, RunBusy
 from quambase.schema.manifest import SHARDS, Manifest, TableFile
 from quambase.schema.tables import RUN_TABLES, file_sha256, replacing, write_table
 
@@ -89,10 +89,21 @@ PART_ROWS = 1 << 20
 def _part_rows(parts: Sequence[Path], name: str) -> Iterator[pa.Table]:
     """The parts of one table in block order, some rows at a time."""
     for part in parts:
-        with pa.memory_map(str(part / f"{name}.arrow")) as file:
-            table = pa.ipc.open_file(file).read_all()  # mapped, not read
-            for start in range(0, table.num_rows, PART_ROWS):
-                yield table.slice(start, PART_ROWS)
+        table = _read_part(part / f"{name}.arrow")
+        for start in range(0, table.num_rows, PART_ROWS):
+            yield table.slice(start, PART_ROWS)
+
+
+def _read_part(path: Path) -> pa.Table:
+    """Map a part in memory; DatabaseInvalid if it is gone, cut short, or an earlier version's Parquet."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            return pa.ipc.open_file(file).read_all()
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else "is cut short or altered"
+        raise DatabaseInvalid(
+            f"{path} {what}, so this unfinished run cannot be completed; remove {path.parents[2]} and collect again"
+        ) from None
 
 
 def write_run(

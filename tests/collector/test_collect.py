@@ -20,11 +20,12 @@ import quambase.collector.run as run_module
 from quambase.cli.main import quambase
 from quambase.collector.run import CollectedRun, collect, parse_keep
 from quambase.collector.tensor_file import import_tensor
+from quambase.collector.writer import part_folder
 from quambase.model.hadamard import hadamard
 from quambase.model.load import load_model
 from quambase.model.prepare import prepare
 from quambase.schema.distribution import Distribution
-from quambase.schema.errors import DataInvalid, RunBusy, TapNeverFired, TensorFileInvalid, UnknownName
+from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, TapNeverFired, TensorFileInvalid, UnknownName
 from quambase.schema.sites import layer_sites
 from quambase.schema.tables import RUN_TABLES, file_sha256
 
@@ -241,6 +242,26 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert resumed.folder.name == whole.folder.name
     assert bytes_of(resumed) == bytes_of(whole)
     assert resumed.manifest.tables == whole.manifest.tables
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_damaged_part_is_named_with_what_to_do(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    written = run_module.write_part
+
+    def spoil(folder: Path, block: int, documents: pa.Table, activations: pa.Table) -> None:
+        written(folder, block, documents, activations)
+        path = part_folder(folder, block) / "documents.arrow"
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:-20])
+
+    monkeypatch.setattr(run_module, "write_part", spoil)
+    what = "is missing" if damage == "missing" else "is cut short"
+    with pytest.raises(DatabaseInvalid, match=rf"documents\.arrow {what}.*remove .*collect again"):
+        run_tiny(model, data, tmp_path)
 
 
 def test_a_process_killed_in_the_middle_resumes_to_the_same_bytes(model: Path, data: Path, tmp_path: Path) -> None:

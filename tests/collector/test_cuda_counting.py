@@ -94,6 +94,13 @@ def test_more_documents_and_groups_than_one_call_takes(counters: dict, device: t
     assert_same(count_on_device(counters["float16", None], case, device), count_on_host(case), "float16")
 
 
+def test_slices_of_tensors_of_several_widths_follow_one_another(counters: dict, device: torch.device) -> None:
+    """Equal layouts and documents, other strides: what was prepared for one call must not serve the next."""
+    for width in (37, 80, 200):
+        case = Case(str(width), wild(23, width, width).half()[:, :37], [5, 0, 1, 17], plain_layout(0, 2, 37))
+        assert_same(count_on_device(counters["float16", None], case, device), count_on_host(case), "float16")
+
+
 def test_documents_may_come_in_several_calls(counters: dict, device: torch.device) -> None:
     for case in (SMALL[0], SMALL[1]):
         found = count_on_device(counters["float16", None], case, device, cuts=(1, 3))
