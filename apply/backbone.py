@@ -68,7 +68,7 @@ class Int8Backbone(ABC):
         """Logits (rows, v) of rows of `hidden`: float16 values held in float32."""
         head = self.weights.lm_head
         if isinstance(head, Int8Weight):
-            return linear_to_half(hidden, head, head.scale, self._whole(HEAD_LAYER, "lm_head:input"))
+            return linear_to_half(hidden, head, head.scale, self.whole_scale(HEAD_LAYER, "lm_head:input"))
         return to_half(F.linear(hidden, self.weights.lm_head_floats))
 
     @torch.inference_mode()
@@ -96,11 +96,15 @@ class Int8Backbone(ABC):
     def _decode(self, index: int, codes: torch.Tensor, state: Int8State) -> torch.Tensor:
         """The same for one token of each sequence, (b, d); updates ``state``."""
 
-    def _whole(self, layer: int, site: str) -> float:
+    def whole_scale(self, layer: int, site: str) -> float:
         """The one scale of an undivided site."""
         scale = self.scales[layer, site]
         assert isinstance(scale, float)
         return scale
+
+    def rotation_factor(self, layer: int) -> float:
+        """The Hadamard quantizer's: 1/sqrt(e) and the scale are one factor, as upstream (qHadamard.py)."""
+        return 1.0 / math.sqrt(self.config.d_inner) / self.whole_scale(layer, "out_proj:input")
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         rows = self.weights.embedding[tokens].to(torch.float16)
@@ -114,7 +118,7 @@ class Int8Backbone(ABC):
             x.numpy(),
             residual.numpy(),
             np.float32(self.config.norm_eps),
-            np.float32(self._whole(layer, site)),
+            np.float32(self.whole_scale(layer, site)),
             out.numpy(),
         )
         return out
@@ -128,9 +132,7 @@ class Int8Backbone(ABC):
 
     def _rotate(self, index: int, y: torch.Tensor) -> torch.Tensor:
         """The gated output (rows, e) as float16, Hadamard-transformed, to codes (half away from zero)."""
-        # 1/sqrt(e) and the scale are one factor, as upstream (qHadamard.py).
-        factor = 1.0 / math.sqrt(self.config.d_inner) / self._whole(index, "out_proj:input")
-        rotated = hadamard(to_half(y), factor)
+        rotated = hadamard(to_half(y), self.rotation_factor(index))
         out = torch.empty(y.shape, dtype=torch.int8)
         kernels.round_to_int8(rotated.numpy(), self.compat == UPSTREAM, out.numpy())
         return out

@@ -9,7 +9,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from tqdm import tqdm
 
 from quambase.apply.candidates import Candidates, from_folder, from_model, from_scales
+from quambase.apply.device import int8_on_cuda
 from quambase.apply.scoring import (
     FLOAT,
     LAST_WORD,
     PERPLEXITY,
     Item,
+    LanguageModel,
     Score,
     blocks,
     last_word_items,
@@ -33,6 +37,8 @@ from quambase.apply.scoring import (
     score,
 )
 from quambase.apply.store import last_applied
+from quambase.model.cuda import CompilationFailed
+from quambase.model.device import choose_device, device_model
 from quambase.model.load import LoadedModel
 from quambase.model.text import BUNDLED_DATA, SAMPLE_AUTHORS, read_documents
 from quambase.schema import FORMAT_VERSION
@@ -43,7 +49,7 @@ from quambase.schema.tables import RESULTS, read_table, replacing, write_table
 
 EVALUATION, RESULTS_FILE = "evaluation.json", "results.parquet"
 
-BLOCK_TOKENS = 4096
+BLOCK_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Tokens of one forward pass; part of the evaluation id, since float32 rows depend on the batch."""
 
 TASKS = (PERPLEXITY, LAST_WORD, "both")
@@ -110,6 +116,7 @@ def evaluate(
     compat: str | None = None,
     db: Path = Path("quambase-db"),
     model: str | None = None,
+    device: str = "auto",
     progress: bool = False,
 ) -> Evaluation:
     """Score an applied model (``folder``, default the one applied last) or every strategy of a scale table.
@@ -122,9 +129,11 @@ def evaluate(
     samples     the first so many documents of each
     task        "perplexity", "last-word" or "both"
     window      tokens; longer documents are cut in non-overlapping windows
+    device      "auto" (CUDA if there is any), "cpu" or "cuda"; results of either are kept apart
     A killed evaluation resumes: the same call finds its finished blocks.
     Errors: ScalesInvalid, UnknownName, CheckpointInvalid, ModelNotFound, DataInvalid, RunBusy.
     """
+    where = choose_device(device)
     if floating:
         if model is None:
             raise DataInvalid("no model is named; say which floating-point model to evaluate: --float --model NAME")
@@ -141,6 +150,7 @@ def evaluate(
             compat=compat,
             granularities=granularities,
         )
+    models = _Models.on(where, candidates, required=device != "auto")
     known = _calibration_hashes(db, candidates.run)
     tasks = [
         read_task(name, text, candidates.source, samples, window, known)
@@ -151,12 +161,13 @@ def evaluate(
         "tasks": [[t.task, t.data, [item.sha256 for item in t.items]] for t in tasks],
         "samples": samples,
         "window": window,
-        "block_tokens": BLOCK_TOKENS,
+        "block_tokens": BLOCK_TOKENS[models.device.type],
         "format_version": FORMAT_VERSION,
+        **({} if models.device.type == "cpu" else {"device": models.device.type}),
     }
     evaluation = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     target = db / "results" / evaluation
-    results = _run_blocks(target, evaluation, candidates, tasks, progress)
+    results = _run_blocks(target, _Runner(candidates, models, evaluation), tasks, progress)
     notes = [note for t in tasks for note in t.notes(candidates.source.name)]
     if candidates.skipped:
         notes.append(f"not loadable as one INT8 scale per site, left out: {', '.join(candidates.skipped)}")
@@ -168,6 +179,7 @@ def evaluate(
         "scales": candidates.scales,
         "run": candidates.run,
         "strategies": list(candidates.models),
+        "device": models.device.type,
         "window": window,
         "tasks": [
             {
@@ -219,15 +231,13 @@ def _calibration_hashes(db: Path, run: str | None) -> frozenset[str] | None:
     return frozenset(str(digest) for digest in pc.unique(column).to_pylist())
 
 
-def _run_blocks(
-    target: Path, evaluation: str, candidates: Candidates, tasks: Sequence[TaskData], progress: bool
-) -> pa.Table:
+def _run_blocks(target: Path, runner: _Runner, tasks: Sequence[TaskData], progress: bool) -> pa.Table:
     if (target / EVALUATION).exists():
         return read_table(target / RESULTS_FILE, RESULTS)
     with _locked(target):
-        planned = [(t, block) for t in tasks for block in blocks(t.items, BLOCK_TOKENS)]
+        size = BLOCK_TOKENS[runner.models.device.type]
+        planned = [(t, block) for t in tasks for block in blocks(t.items, size)]
         total = sum(item.tokens for _, block in planned for item in block)
-        runner = _Runner(candidates, evaluation)
         parts = []
         with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress, desc="evaluate") as bar:
             for number, (task, block) in enumerate(planned):
@@ -256,13 +266,38 @@ def _locked(target: Path) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class _Models:
+    """What is run, on one device: the float32 model and, by label, the INT8 ones."""
+
+    device: torch.device
+    reference: LanguageModel
+    int8: Mapping[str, LanguageModel]
+
+    @classmethod
+    def on(cls, device: torch.device, candidates: Candidates, *, required: bool) -> _Models:
+        """The CPU's models, with a warning, where the INT8 kernels cannot be compiled for ``device``; DataInvalid if it
+        is ``required``.
+        """
+        source = candidates.source
+        if device.type == "cuda":
+            try:
+                int8 = int8_on_cuda(candidates.models, device)
+                return cls(device, device_model(source.any_weights, device, torch.float32), int8)
+            except CompilationFailed as error:
+                if required:
+                    raise DataInvalid(f"the INT8 kernels do not run on this CUDA device: {error}; say cpu") from None
+                print(f"warning: evaluating on the CPU: {error}", file=sys.stderr)
+        return cls(torch.device("cpu"), source.floating(), candidates.models)
+
+
 class _Runner:
     """Scores blocks; strategies whose scales differ only where prefill does not read them are run once."""
 
-    def __init__(self, candidates: Candidates, evaluation: str) -> None:
+    def __init__(self, candidates: Candidates, models: _Models, evaluation: str) -> None:
         self.candidates = candidates
+        self.models = models
         self.evaluation = evaluation
-        self.reference = candidates.source.floating()
         self.same: dict[tuple[Scale, ...], list[str]] = {}
         family = candidates.source.family
         for label, model in candidates.models.items():
@@ -271,8 +306,8 @@ class _Runner:
             self.same.setdefault(read, []).append(label)
 
     def score(self, task: TaskData, items: Sequence[Item]) -> pa.Table:
-        distinct = {labels[0]: self.candidates.models[labels[0]] for labels in self.same.values()}
-        scores = score(self.reference, distinct, items)
+        distinct = {labels[0]: self.models.int8[labels[0]] for labels in self.same.values()}
+        scores = score(self.models.reference, distinct, items)
         tables = [self._table(FLOAT, scores[FLOAT], task, items)]
         representative = {label: labels[0] for labels in self.same.values() for label in labels}
         for label in self.candidates.models:

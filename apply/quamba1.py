@@ -82,23 +82,21 @@ class Int8Mamba(Int8Backbone):
             [torch.zeros(sequences, c.d_state, c.d_inner, dtype=torch.int8) for _ in range(c.n_layer)],
         )
 
-    def _ratio(self, layer: int, source: str, target: str) -> float:
+    def ratio(self, layer: int, source: str, target: str) -> float:
         """``scale in / scale out`` as upstream computes it: in float64, then float32."""
         return float32(self.scales[layer, source] / self.scales[layer, target])
 
     def _block(self, index: int, codes: torch.Tensor, batch: Batch, state: Int8State | None) -> torch.Tensor:
         c, s, layer = self.config, self.scales, self.weights.layers[index]
         offsets = batch.offsets.numpy()
-        in_ratio = self._ratio(index, "in_proj:input", "in_proj:output")
+        in_ratio = self.ratio(index, "in_proj:input", "in_proj:output")
         xz = linear_to_int8(codes, layer.in_proj, in_ratio, layer.in_proj.scale)  # (t, 2e)
         u = torch.empty((xz.shape[0], c.d_inner), dtype=torch.int8)
-        kernels.conv_silu_int8(xz.numpy(), *self._conv_arguments(index, layer), offsets, u.numpy())
+        kernels.conv_silu_int8(xz.numpy(), *self.conv_arguments(index), offsets, u.numpy())
         # Upstream's `forward` multiplies by the weight scale first, its `to_seqlen_last`
         # (in_proj, dt_proj) by the ratio first.
-        dt_b_c = linear_to_int8(
-            u, layer.x_proj, layer.x_proj.scale, self._ratio(index, "x_proj:input", "x_proj:output")
-        )
-        dt_ratio = self._ratio(index, "x_proj:output", "dt_proj:output")
+        dt_b_c = linear_to_int8(u, layer.x_proj, layer.x_proj.scale, self.ratio(index, "x_proj:input", "x_proj:output"))
+        dt_ratio = self.ratio(index, "x_proj:output", "dt_proj:output")
         dt = linear_to_int8(dt_b_c[:, : c.dt_rank], layer.dt_proj, dt_ratio, layer.dt_proj.scale)
 
         last = np.zeros((batch.documents, c.d_state, c.d_inner), np.float32)
@@ -117,7 +115,7 @@ class Int8Mamba(Int8Backbone):
         xz = self._linear(codes, layer.in_proj, index, "in_proj:input", "in_proj:output")
         u = torch.empty((xz.shape[0], c.d_inner), dtype=torch.int8)
         window = state.conv[index].numpy()
-        kernels.conv_update_int8(xz.numpy(), window, *self._conv_arguments(index, layer), u.numpy())
+        kernels.conv_update_int8(xz.numpy(), window, *self.conv_arguments(index), u.numpy())
         dt_b_c = self._linear(u, layer.x_proj, index, "x_proj:input", "x_proj:output")
         dt = self._linear(dt_b_c[:, : c.dt_rank], layer.dt_proj, index, "x_proj:output", "dt_proj:output")
         y = torch.empty(u.shape)
@@ -137,10 +135,11 @@ class Int8Mamba(Int8Backbone):
         if x.shape[0] == 1:
             product = float32(weight.scale * self.scales[layer, source])
             return linear_to_int8(x, weight, float32(product / self.scales[layer, target]), 1.0)
-        return linear_to_int8(x, weight, weight.scale, self._ratio(layer, source, target))
+        return linear_to_int8(x, weight, weight.scale, self.ratio(layer, source, target))
 
-    def _conv_arguments(self, index: int, layer: Int8Layer) -> tuple[Array, np.float32, Array, np.float32]:
+    def conv_arguments(self, index: int) -> tuple[Array, np.float32, Array, np.float32]:
         """weight (k, e), scale_wx, bias (e,), scale_out of the convolution kernels."""
+        layer = self.weights.layers[index]
         return (
             layer.conv_taps.numpy(),
             np.float32(layer.conv_weight.scale) * np.float32(self.scales[index, "in_proj:output"]),

@@ -57,7 +57,7 @@ def build(
 
 
 @dataclass(frozen=True)
-class _LayerScales:
+class LayerScales:
     """One layer's scales laid out for the kernels, float32.
 
     columns    (2e + 2gn + h,) weight scale over output scale of in_proj
@@ -99,16 +99,16 @@ class Int8Mamba2(Int8Backbone):
         self.compat = compat
         self.channel_groups = channel_groups
         self.scales = check_group_scales(scales, weights.config, channel_groups, self.quantized_lm_head)
-        self._laid_out = [self._lay_out(index) for index in range(self.config.n_layer)]
+        self.laid_out = [self._lay_out(index) for index in range(self.config.n_layer)]
 
     def with_scales(self, scales: Scales) -> Int8Mamba2:
         """Another strategy on the same INT8 weights and groups; nothing is quantized again."""
         return Int8Mamba2(self.weights, scales, channel_groups=self.channel_groups, compat=self.compat)
 
-    def _lay_out(self, index: int) -> _LayerScales:
+    def _lay_out(self, index: int) -> LayerScales:
         c, layer = self.config, self.weights.layers[index]
-        inputs = [self._whole(index, f"{site}:input") for site in ("z_act", "x_conv_in", "B_conv_in", "C_conv_in")]
-        outputs = torch.tensor([*inputs, self._whole(index, "dt_act:input")], dtype=torch.float64)
+        inputs = [self.whole_scale(index, f"{site}:input") for site in ("z_act", "x_conv_in", "B_conv_in", "C_conv_in")]
+        outputs = torch.tensor([*inputs, self.whole_scale(index, "dt_act:input")], dtype=torch.float64)
         # Upstream divides two Python floats, then stores float32.
         ratios = torch.tensor(layer.in_proj.scales, dtype=torch.float64) / outputs
         widths = torch.tensor(layer.in_proj.widths)
@@ -119,7 +119,7 @@ class Int8Mamba2(Int8Backbone):
             values = values_of(self.scales[index, site])
             parts.append(torch.repeat_interleave(values, c.bc_width // len(values)))
         state = values_of(self.scales[index, "ssm_state_act:input"])
-        return _LayerScales(
+        return LayerScales(
             torch.repeat_interleave(ratios.to(torch.float32), widths),
             layer.conv_weight.row_scales * conv_in,
             torch.cat(parts),
@@ -136,18 +136,18 @@ class Int8Mamba2(Int8Backbone):
         )
 
     def _block(self, index: int, codes: torch.Tensor, batch: Batch, state: Int8State | None) -> torch.Tensor:
-        c, layer, laid_out = self.config, self.weights.layers[index], self._laid_out[index]
+        c, layer, laid_out = self.config, self.weights.layers[index], self.laid_out[index]
         offsets = batch.offsets.numpy()
         projected = self._project(index, codes)
         conv_out = torch.empty(len(codes), c.conv_width, dtype=torch.int8)
         kernels2.conv_channels_int8(
-            projected.numpy(), c.d_inner, *self._conv_arguments(index), offsets, conv_out.numpy()
+            projected.numpy(), c.d_inner, *self.conv_arguments(index), offsets, conv_out.numpy()
         )
         values = conv_out.to(torch.float32) * laid_out.conv_out
         x = values[:, : c.d_inner]
         # Upstream's tensor cores take float16; its skip connection the unrounded float32.
         x16, b16, c16 = self._parts(to_half(values))
-        delta = softplus_delta(projected[:, -c.heads :], self._whole(index, "dt_act:input"), self._dt_bias(layer))
+        delta = softplus_delta(projected[:, -c.heads :], self.whole_scale(index, "dt_act:input"), self._dt_bias(layer))
         y = torch.empty(x16.shape)
         last = torch.zeros(batch.documents, c.d_inner, c.d_state)
         no_skip = np.zeros(c.heads, np.float32)
@@ -173,14 +173,14 @@ class Int8Mamba2(Int8Backbone):
         return self._finish(index, projected, y)
 
     def _decode(self, index: int, codes: torch.Tensor, state: Int8State) -> torch.Tensor:
-        c, layer, laid_out = self.config, self.weights.layers[index], self._laid_out[index]
+        c, layer, laid_out = self.config, self.weights.layers[index], self.laid_out[index]
         projected = self._project(index, codes, alone=len(codes) == 1)
         conv_out = torch.empty(len(codes), c.conv_width, dtype=torch.int8)
         kernels2.conv_update_channels_int8(
-            projected.numpy(), c.d_inner, state.conv[index].numpy(), *self._conv_arguments(index), conv_out.numpy()
+            projected.numpy(), c.d_inner, state.conv[index].numpy(), *self.conv_arguments(index), conv_out.numpy()
         )
         x, b, read = self._parts(conv_out.to(torch.float32) * laid_out.conv_out)
-        delta = softplus_delta(projected[:, -c.heads :], self._whole(index, "dt_act:input"), self._dt_bias(layer))
+        delta = softplus_delta(projected[:, -c.heads :], self.whole_scale(index, "dt_act:input"), self._dt_bias(layer))
         y = torch.empty(x.shape)
         kernels2.ssd_update_int8(
             x.numpy(),
@@ -201,15 +201,15 @@ class Int8Mamba2(Int8Backbone):
         multiplies by one combined factor and rounds half away from zero."""
         acc = matmul(codes, self.weights.layers[index].in_proj.joined)
         out = torch.empty(acc.shape, dtype=torch.int8)
-        columns, scale = self._laid_out[index].columns.numpy(), np.float32(self._whole(index, "in_proj:input"))
+        columns, scale = self.laid_out[index].columns.numpy(), np.float32(self.whole_scale(index, "in_proj:input"))
         if alone:
             columns, scale = columns * scale, np.float32(1)
         kernels2.scale_columns_to_int8(acc.numpy(), columns, scale, alone, out.numpy())
         return out
 
-    def _conv_arguments(self, index: int) -> tuple[Array, Array, Array, Array]:
+    def conv_arguments(self, index: int) -> tuple[Array, Array, Array, Array]:
         """weight (k, channels), scale_wx, bias, scale_out (channels,) of the convolution kernels."""
-        layer, laid_out = self.weights.layers[index], self._laid_out[index]
+        layer, laid_out = self.weights.layers[index], self.laid_out[index]
         parts = (layer.conv_taps, laid_out.conv_in, layer.conv_bias_floats, laid_out.conv_out)
         first, second, third, fourth = (part.numpy() for part in parts)
         return first, second, third, fourth
@@ -227,10 +227,10 @@ class Int8Mamba2(Int8Backbone):
     def _finish(self, index: int, projected: torch.Tensor, y: torch.Tensor, alone: bool = False) -> torch.Tensor:
         """Gated norm (float16 in and out), Hadamard quantizer and out_proj of y (rows, e): (rows, d)."""
         c, layer = self.config, self.weights.layers[index]
-        z = dequantize(projected[:, : c.d_inner], self._whole(index, "z_act:input"))
+        z = dequantize(projected[:, : c.d_inner], self.whole_scale(index, "z_act:input"))
         weight = layer.gated_norm.to(torch.float32)
         rotated = self._rotate(index, gated_rms_norm(to_half(y), z, weight, c.ngroups, c.norm_eps))
-        scale = self._whole(index, "out_proj:input")
+        scale = self.whole_scale(index, "out_proj:input")
         if alone:
             return linear_to_half(rotated, layer.out_proj, float32(layer.out_proj.scale * scale), 1.0)
         return linear_to_half(rotated, layer.out_proj, layer.out_proj.scale, scale)

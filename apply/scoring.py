@@ -10,13 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quambase.apply import kernels
+from quambase.apply.likelihood import compare, log_probabilities
 from quambase.model.batch import Batch
 from quambase.model.text import Document
 from quambase.model.tokenizer import Tokenizer
 
 LOGIT_CELLS = 16_000_000
 """Logits held at once (64 MB of float32), whatever the vocabulary."""
+
+DEVICE_LOGIT_CELLS = 8 * LOGIT_CELLS
+"""On a device, where several such tensors are held: 0.5 GB each."""
 
 PERPLEXITY, LAST_WORD = "perplexity", "last-word"
 
@@ -124,43 +127,45 @@ def last_word_items(documents: Sequence[Document], tokenizer: Tokenizer, window:
 def score(reference: LanguageModel, models: Mapping[str, LanguageModel], items: Sequence[Item]) -> dict[str, Score]:
     """Score every item by the floating-point model (label `FLOAT`) and by each model; one forward pass each.
 
+    All models are on one device.
+
     Softmax and cross-entropy are float32, natural logarithm; sums over a document are float64.
     """
     sequences = [sequence for item in items for sequence in item.sequences]
     batch = Batch.pack(sequences)
     first = [item.first for item in items for _ in item.sequences]
-    rows = np.concatenate(
+    rows = torch.cat(
         [
-            np.arange(int(start) + skip - 1, int(end) - 1)
+            torch.arange(int(start) + skip - 1, int(end) - 1)
             for start, end, skip in zip(batch.offsets[:-1], batch.offsets[1:], first, strict=True)
         ]
     )
-    targets = batch.tokens.numpy()[rows + 1]
+    following = batch.tokens[rows + 1]
     owner = np.repeat(np.arange(len(items)), [item.targets for item in items])
 
-    hidden = {label: _rows(model.hidden(batch), rows) for label, model in models.items()}
-    expected = _rows(reference.hidden(batch), rows)
-    shape = (len(models) + 1, rows.size)
-    nll, kl, top = np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int64)
-    step = max(1, LOGIT_CELLS // reference.logits(expected[:1]).shape[1])
-    for start in range(0, rows.size, step):
+    expected = reference.hidden(batch)
+    device = expected.device
+    rows, targets = rows.to(device), following.to(device)
+    expected = expected[rows]
+    hidden = {label: model.hidden(batch)[rows] for label, model in models.items()}
+    shape = (len(models) + 1, len(rows))
+    nll, kl = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
+    top = torch.zeros(shape, dtype=torch.int64, device=device)
+    cells = LOGIT_CELLS if device.type == "cpu" else DEVICE_LOGIT_CELLS
+    step = max(1, cells // reference.logits(expected[:1]).shape[1])
+    for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        logp = reference.logits(expected[part].to(torch.float32)).numpy()
-        kernels.log_softmax_rows(logp, top[0, part])
-        nll[0, part] = -logp[np.arange(len(logp)), targets[part]]
+        logp, top[0, part] = log_probabilities(reference.logits(expected[part]))
+        nll[0, part] = -logp.gather(1, targets[part, None])[:, 0].double()
         for i, (label, model) in enumerate(models.items(), 1):
-            states = hidden[label][part]
-            logits = model.logits(states.to(torch.float32) if states.is_floating_point() else states).numpy()
-            kernels.compare_rows(logp, logits, targets[part], nll[i, part], kl[i, part], top[i, part])
+            found = compare(logp, model.logits(hidden[label][part]), targets[part])
+            nll[i, part], kl[i, part], top[i, part] = found
+    nlls, kls, tops = (figures.cpu().numpy() for figures in (nll, kl, top))
+    right = following.numpy()
     return {
-        label: _per_document(nll[i], kl[i], top[i] == top[0], top[i] == targets, owner, len(items))
+        label: _per_document(nlls[i], kls[i], tops[i] == tops[0], tops[i] == right, owner, len(items))
         for i, label in enumerate([FLOAT, *models])
     }
-
-
-def _rows(hidden: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
-    """The rows that predict something."""
-    return hidden[torch.from_numpy(rows)]
 
 
 def _per_document(

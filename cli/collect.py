@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 import pyarrow as pa
 
-from quambase.cli.console import Command, database_option, emit, note
+from quambase.cli.console import Command, database_option, device_option, emit, note
 from quambase.collector.first_pass import CHOICES
 from quambase.collector.merge import merge as merge_shards
 from quambase.collector.merge import merge_if_last
-from quambase.collector.observers import DEVICES, DTYPES, take_local_device
+from quambase.collector.observers import DTYPES, take_local_device
 from quambase.collector.run import CollectedRun, parse_keep
 from quambase.collector.run import collect as collect_run
 from quambase.collector.shards import parse_shard, torchrun_shard
@@ -53,9 +53,7 @@ from quambase.schema.tables import SITE_STATS, read_table
     help="Only every N-th block of documents, from block i on (i from 0 to N - 1); see `quambase merge`. "
     "[default: all, or under torchrun the process's own]",
 )
-@click.option(
-    "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="auto: CUDA if there is any."
-)
+@device_option
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPES)),

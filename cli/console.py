@@ -75,6 +75,17 @@ def database_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--device NAME`: where models run."""
+    return click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where models run; auto: CUDA if there is any.",
+    )(function)
+
+
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--format` and `--output` of a command that prints a table."""
 

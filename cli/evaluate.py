@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quambase.cli.apply import int8_options, names
-from quambase.cli.console import Command, database_option, emit, note, output_options
+from quambase.cli.console import Command, database_option, device_option, emit, note, output_options
 
 if TYPE_CHECKING:
     from quambase.apply.evaluate import Evaluation
@@ -91,6 +91,7 @@ def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, 
     show_default=True,
     help="Tokens; longer documents are cut in non-overlapping windows.",
 )
+@device_option
 @bootstrap_options
 @int8_options
 @database_option
@@ -105,6 +106,7 @@ def evaluate(
     samples: int | None,
     task: str,
     window: int,
+    device: str,
     bootstrap: int,
     seed: int,
     quantize_lm_head: bool,
@@ -142,6 +144,7 @@ def evaluate(
         compat=compat,
         model=model,
         db=db,
+        device=device,
         progress=True,
     )
     emit_evaluation(evaluation, bootstrap, seed, format_, output)

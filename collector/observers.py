@@ -24,13 +24,12 @@ from quambase.collector.rows import Key
 from quambase.collector.statistics import ENCODINGS, Counter, SiteLayout, SiteStatistics, sums_of
 from quambase.model.backbone import Backbone
 from quambase.model.batch import Batch
-from quambase.model.device import DeviceModel, device_model
+from quambase.model.device import DeviceModel, choose_device, device_model
 from quambase.model.load import floating_model
 from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.weights import MambaWeights
 from quambase.schema.errors import DataInvalid, UnknownName
 
-DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 Write = Callable[[int, pa.Table, pa.Table], None]
@@ -67,19 +66,14 @@ def choose_where(device: str = "auto", dtype: str | None = None) -> Where:
 
     UnknownName: another device or type; DataInvalid: CUDA where there is none, float16 on the CPU.
     """
-    if device not in DEVICES:
-        raise UnknownName.of("device", device, DEVICES)
     if dtype is not None and dtype not in DTYPES:
         raise UnknownName.of("dtype", dtype, DTYPES)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise DataInvalid(f"torch {torch.__version__} finds no CUDA device here; leave out --device, or say cpu")
-        return Where(torch.device("cuda", torch.cuda.current_device()), dtype or "float16")
+    where = choose_device(device)
+    if where.type == "cuda":
+        return Where(where, dtype or "float16")
     if dtype == "float16":
         raise DataInvalid("the CPU runs the model in float32; leave out --dtype float16, or say --device cuda")
-    return Where(torch.device("cpu"), "float32")
+    return Where(where, "float32")
 
 
 def take_local_device(environment: Mapping[str, str]) -> None:

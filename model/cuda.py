@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+BUFFER_POINTER, BUFFER_SIZE = 1, 2
+"""CU_LAUNCH_PARAM_BUFFER_POINTER and CU_LAUNCH_PARAM_BUFFER_SIZE: all of a kernel's parameters in one buffer."""
 
 
 class CompilationFailed(Exception):
@@ -35,17 +39,21 @@ def _bindings(part: str) -> Any:
         raise CompilationFailed(f"cuda-bindings is not installed ({error}); pip install 'quambase[cuda]'") from None
 
 
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.cuh")))
+"""What a source may include."""
+
+
 @cache
 def compile_cubin(source: Path, options: tuple[str, ...]) -> bytes:
-    """Machine code of a .cu file that needs no headers; needs no GPU, and some seconds the first time in a process.
+    """Machine code of a .cu file; needs no GPU, and some seconds the first time in a process.
 
     CompilationFailed if there is no compiler, or it refuses the source or the architecture.
     """
     nvrtc = _bindings("nvrtc")
     try:
-        program = _checked(
-            nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []), "nvrtcCreateProgram"
-        )
+        headers, names = [path.read_bytes() for path in HEADERS], [path.name.encode() for path in HEADERS]
+        created = nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(headers), headers, names)
+        program = _checked(created, "nvrtcCreateProgram")
         flags = [option.encode() for option in options]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
         if int(status) != 0:
@@ -62,16 +70,28 @@ def compile_cubin(source: Path, options: tuple[str, ...]) -> bytes:
 
 
 class Kernels:
-    """The kernels of one source file, compiled for one device with ``defines`` (-D). CompilationFailed as above."""
+    """The kernels of one source file, compiled for one device with ``defines`` (-D) and further ``flags`` of NVRTC.
 
-    def __init__(self, source: Path, names: Iterable[str], defines: Mapping[str, int], device: torch.device) -> None:
+    CompilationFailed as above.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        names: Iterable[str],
+        defines: Mapping[str, int],
+        device: torch.device,
+        flags: tuple[str, ...] = (),
+    ) -> None:
         major, minor = torch.cuda.get_device_capability(device)
-        options = (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17")
+        own = "a" if (major, minor) == (9, 0) else ""  # Hopper's warpgroup products are its alone
+        options = (f"--gpu-architecture=sm_{major}{minor}{own}", "--std=c++17", *flags)
         cubin = compile_cubin(source, (*options, *(f"-D{name}={value}" for name, value in defines.items())))
         driver = _bindings("driver")
         self._launch = driver.cuLaunchKernel
         self._most_shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         self._set_attribute = driver.cuFuncSetAttribute
+        self._layouts: dict[str, struct.Struct] = {}
         self.device = device
         self._index = torch.cuda.current_device() if device.index is None else device.index
         with torch.cuda.device(device):
@@ -90,23 +110,35 @@ class Kernels:
         self, name: str, grid: tuple[int, int], threads: int, arguments: Sequence[Argument], shared: int = 0
     ) -> None:
         """Queue a kernel on torch's current stream; the tensors given must live until then, as torch's own do."""
-        values = [_as_argument(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        # What torch.cuda.current_stream wraps; a run launches tens of thousands of kernels.
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
-        status = self._launch(
-            self._functions[name], grid[0], grid[1], 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
+        layout = self._layouts.get(name)
+        if layout is None:
+            layout = self._layouts[name] = struct.Struct("@" + "".join(map(_format, arguments)))
+        # One buffer laid out as the kernel's parameters: a run launches tens of thousands of kernels.
+        buffer = ctypes.create_string_buffer(layout.pack(*map(_as_argument, arguments)), layout.size)
+        size = ctypes.c_size_t(layout.size)
+        extra = (ctypes.c_void_p * 5)(
+            BUFFER_POINTER, ctypes.addressof(buffer), BUFFER_SIZE, ctypes.addressof(size), None
         )
+        # What torch.cuda.current_stream wraps.
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        function = self._functions[name]
+        status = self._launch(function, grid[0], grid[1], 1, threads, 1, 1, shared, stream, 0, ctypes.addressof(extra))
         if int(status[0]) != 0:
             raise RuntimeError(f"the kernel {name} could not be launched: {status[0].name}")
 
 
-def _as_argument(argument: Argument) -> Any:
+def _format(argument: Argument) -> str:
+    """How `struct` lays out an argument; a struct by value is a run of words of 8 bytes."""
     if isinstance(argument, ctypes.Structure):
-        return argument
+        assert ctypes.sizeof(argument) % 8 == 0 == ctypes.alignment(argument) % 8
+        return f"0q{ctypes.sizeof(argument)}s"
+    return "f" if isinstance(argument, float) else "q"
+
+
+def _as_argument(argument: Argument) -> int | float | bytes:
     if isinstance(argument, torch.Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+        return argument.data_ptr()
+    return bytes(argument) if isinstance(argument, ctypes.Structure) else argument
 
 
 @cache

@@ -19,6 +19,17 @@ ROW_SHARED = 48 * 1024
 """Shared memory that a kernel has without asking: the longest row of the Hadamard transform, in bytes."""
 
 
+SCAN_THREADS = 128
+"""Of a block of the selective scan, one a channel, as in scans.cuh."""
+
+
+def ssd_division(states: int, headdim: int) -> tuple[int, int]:
+    """Threads that share a channel of an SSD scan, and channels of a thread: SPLIT and JOINED of the sources."""
+    split = math.gcd(states, 16)
+    # Four channels a thread where that leaves whole warps.
+    return split, 4 if headdim % 4 == 0 and headdim // 4 * split % 32 == 0 else 1
+
+
 class CudaOperators:
     """`quambase.model.operators.Operators` for one model's sizes on one device.
 
@@ -29,11 +40,15 @@ class CudaOperators:
         self, device: torch.device, dtype: torch.dtype, states: int, taps: int, headdim: int = 1, ngroups: int = 1
     ) -> None:
         self.ngroups = ngroups
-        split = math.gcd(states, 16)
-        # Four channels a thread where that leaves whole warps.
-        joined = 4 if headdim % 4 == 0 and headdim // 4 * split % 32 == 0 else 1
+        split, joined = ssd_division(states, headdim)
         self._ssd_threads = headdim // joined * split
-        sizes = {"STATES": states, "HEADDIM": headdim, "SPLIT": split, "JOINED": joined, "WIDTH": taps}
+        sizes = {
+            "STATES": states,
+            "HEADDIM": headdim,
+            "SPLIT": split,
+            "JOINED": joined,
+            "WIDTH": taps,
+        }
         self._kernels = Kernels(
             SOURCE,
             ("conv_silu", "selective_scan", "ssd_scan", "hadamard"),
@@ -67,9 +82,9 @@ class CudaOperators:
         y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         state = torch.empty(documents, channels, len(a), device=u.device)
         arguments = (u.contiguous(), delta.contiguous(), bc, bc.stride(0), z, z.stride(0), a, d, bias)
-        self._kernels.launch(
-            "selective_scan", (-(-channels // 128), documents), 128, (*arguments, batch.offsets, channels, y, state)
-        )
+        grid = (-(-channels // SCAN_THREADS), documents)
+        rest = (batch.offsets, channels, y, state)
+        self._kernels.launch("selective_scan", grid, SCAN_THREADS, (*arguments, *rest))
         return y, state
 
     def ssd_scan(

@@ -23,10 +23,28 @@ from quambase.model.cuda_operators import CudaOperators
 from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.operators import DeviceBatch, Operators, TorchOperators
 from quambase.model.weights import MambaWeights
+from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.sites import HEAD_LAYER
+
+DEVICES = ("auto", "cpu", "cuda")
 
 HEAD_ROWS = 4096
 """Tokens per chunk of logits: 0.4 GB of float16 at a vocabulary of 50,280."""
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """What ``--device`` means here: ``auto`` is CUDA if there is any.
+
+    UnknownName: another device; DataInvalid: CUDA where there is none.
+    """
+    if name not in DEVICES:
+        raise UnknownName.of("device", name, DEVICES)
+    available = torch.cuda.is_available()
+    if name == "cpu" or (name == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise DataInvalid(f"torch {torch.__version__} finds no CUDA device here; leave out --device, or say cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @contextmanager
@@ -104,7 +122,8 @@ class DeviceModel(ABC):
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (rows, v) of normalised hidden states (rows, d)."""
-        return F.linear(hidden, self.lm_head)
+        with without_tf32():
+            return F.linear(hidden, self.lm_head)
 
     @property
     @abstractmethod

@@ -2,25 +2,16 @@
 // Compiled at run time (cuda_operators.py).
 //
 // HALF      1: activations are float16, 0: float32
-// STATES    d_state
-// HEADDIM   channels of a Mamba-2 head
-// SPLIT     threads that share a channel of ssd_scan, a power of two that divides STATES, 32 at most
-// JOINED    channels of a thread of ssd_scan, a divisor of HEADDIM
 // WIDTH     taps of the convolution
+// and those of scans.cuh.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "scans.cuh"
 
 #if HALF
 typedef u16 real;
 #else
 typedef float real;
 #endif
-
-__device__ __forceinline__ float half_to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
-__device__ __forceinline__ u16 float_to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
 
 __device__ __forceinline__ float get(real v) {
 #if HALF
@@ -37,14 +28,6 @@ __device__ __forceinline__ real as_real(float v) {
     return v;
 #endif
 }
-
-// 2^x to 2 ulp, 0 where the result would be subnormal.
-__device__ __forceinline__ float power_of_two(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-
-__device__ __forceinline__ float silu(float v) { return v / (1.0f + expf(-v)); }
-
-// The identity above 20, as in mamba_ssm.
-__device__ __forceinline__ float softplus(float v) { return v > 20.0f ? v : log1pf(expf(v)); }
 
 const int CONV_ROWS = 16;
 
@@ -85,136 +68,58 @@ extern "C" __global__ void __launch_bounds__(128) conv_silu(
     }
 }
 
-const int SCAN_TOKENS = 8;
+struct Channels {
+    typedef real Raw;
+    const real *u_start, *delta_start, *bc;
+    i64 bc_stride;
+    const real* z;
+    i64 z_stride, channels;
+    real* y;
 
-// Mamba-1's scan with skip connection and gate, as kernels.selective_scan, softplus included. A thread has one channel
-// of one document. u, y (t, e); delta (t, e) without bias; bc (t, 2 STATES) B then C, rows bc_stride apart; z (t, e)
-// rows z_stride apart; a (STATES, e) negative; d, bias (e,); state (documents, e, STATES), written.
-extern "C" __global__ void __launch_bounds__(128) selective_scan(
+    __device__ real u_at(i64 row, int channel) const { return u_start[row * channels + channel]; }
+    __device__ real delta_at(i64 row, int channel) const { return delta_start[row * channels + channel]; }
+    __device__ real z_at(i64 row, int channel) const { return z[row * z_stride + channel]; }
+    __device__ real b_c_at(i64 row, int n) const { return bc[row * bc_stride + n]; }
+    __device__ float u(real raw) const { return get(raw); }
+    __device__ float delta(real raw) const { return get(raw); }
+    __device__ float gate(real raw) const { return silu(get(raw)); }
+    __device__ float b_c(real raw) const { return get(raw); }
+    __device__ void put(i64 row, int channel, float value) const { y[row * channels + channel] = as_real(value); }
+};
+
+// u, y (t, e); delta (t, e) without bias; bc (t, 2 STATES) B then C, rows bc_stride apart; z (t, e) rows z_stride apart;
+// the rest as in scan_channels.
+extern "C" __global__ void __launch_bounds__(SCAN_THREADS) selective_scan(
     const real* u, const real* delta, const real* bc, i64 bc_stride, const real* z, i64 z_stride, const float* a,
     const float* d, const float* bias, const int* offsets, i64 channels, real* y, float* state
 ) {
-    __shared__ float shared_bc[SCAN_TOKENS][2 * STATES];
-    const int channel = blockIdx.x * blockDim.x + threadIdx.x;
-    const bool mine = channel < channels;
-    const int at = mine ? channel : 0;
-    const int document = blockIdx.y;
-    float h[STATES], rate[STATES];
-#pragma unroll
-    for (int n = 0; n < STATES; n++) {
-        h[n] = 0.0f;
-        rate[n] = a[n * channels + at] * 1.4426950408889634f; // exp(x) = 2^(x log2 e)
-    }
-    const float skip = d[at], shift = bias[at];
-    const int last = offsets[document + 1];
-    for (int first = offsets[document]; first < last; first += SCAN_TOKENS) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < SCAN_TOKENS * 2 * STATES; i += blockDim.x) {
-            const int token = i / (2 * STATES), n = i % (2 * STATES);
-            shared_bc[token][n] = first + token < last ? get(bc[(first + token) * bc_stride + n]) : 0.0f;
-        }
-        float in[SCAN_TOKENS], step[SCAN_TOKENS], gate[SCAN_TOKENS];
-#pragma unroll
-        for (int k = 0; k < SCAN_TOKENS; k++) {
-            const i64 row = first + k < last ? first + k : last - 1;
-            in[k] = get(u[row * channels + at]);
-            step[k] = get(delta[row * channels + at]);
-            gate[k] = get(z[row * z_stride + at]);
-        }
-        __syncthreads();
-#pragma unroll
-        for (int k = 0; k < SCAN_TOKENS; k++) {
-            if (first + k >= last) break;
-            const float s = softplus(step[k] + shift);
-            const float drive = s * in[k];
-            float total = skip * in[k];
-#pragma unroll
-            for (int n = 0; n < STATES; n++) {
-                h[n] = power_of_two(s * rate[n]) * h[n] + shared_bc[k][n] * drive;
-                total += shared_bc[k][STATES + n] * h[n];
-            }
-            if (mine) y[(first + k) * channels + channel] = as_real(total * silu(gate[k]));
-        }
-    }
-    if (!mine) return;
-#pragma unroll
-    for (int n = 0; n < STATES; n++) state[((i64)document * channels + channel) * STATES + n] = h[n];
+    const Channels in = {u, delta, bc, bc_stride, z, z_stride, channels, y};
+    scan_channels(in, a, d, bias, offsets, channels, state);
 }
 
-const int SSD_TOKENS = 16;
-const int OWN = STATES / SPLIT;
+struct Head {
+    const real *x_at, *b_at, *c_at;
+    i64 stride;
+    const real* dt_at;
+    i64 dt_stride, width;
+    real* y;
 
-// Mamba-2's scan with skip connection, not gated, as kernels.ssd_scan, softplus included. A block has one head of one
-// document, SPLIT threads JOINED channels of it, thread `part` the states part, part + SPLIT, ... (several channels a
-// thread, since reading B and C from shared memory is what bounds it). x (t, heads HEADDIM) rows x_stride apart, b and
-// c (t, ngroups STATES) likewise, dt (t, heads) rows dt_stride apart and without bias; a (heads,) negative; y (t, heads
-// HEADDIM); state (documents, heads HEADDIM, STATES), written.
+    __device__ float x(i64 row, i64 column) const { return get(x_at[row * stride + column]); }
+    __device__ float skipped(i64 row, i64 column) const { return x(row, column); }
+    __device__ float b(i64 row, i64 column) const { return get(b_at[row * stride + column]); }
+    __device__ float c(i64 row, i64 column) const { return get(c_at[row * stride + column]); }
+    __device__ float dt(i64 row, int head) const { return get(dt_at[row * dt_stride + head]); }
+    __device__ void put(i64 row, i64 column, float value) const { y[row * width + column] = as_real(value); }
+};
+
+// x (t, heads HEADDIM) rows x_stride apart, b and c (t, ngroups STATES) likewise, dt (t, heads) rows dt_stride apart and
+// without bias; y (t, heads HEADDIM); the rest as in scan_head.
 extern "C" __global__ void __launch_bounds__(HEADDIM / JOINED * SPLIT) ssd_scan(
     const real* x, const real* b, const real* c, i64 x_stride, const real* dt, i64 dt_stride, const float* a,
     const float* d, const float* bias, const int* offsets, i64 heads, i64 ngroups, real* y, float* state
 ) {
-    __shared__ float shared_b[SSD_TOKENS][STATES], shared_c[SSD_TOKENS][STATES], shared_x[SSD_TOKENS][HEADDIM];
-    __shared__ float step[SSD_TOKENS], decay[SSD_TOKENS];
-    const int head = blockIdx.x, document = blockIdx.y;
-    const int part = threadIdx.x % SPLIT, channel = threadIdx.x / SPLIT * JOINED;
-    const u32 lanes = blockDim.x - (threadIdx.x & ~31u);
-    const u32 warp = lanes >= 32 ? 0xffffffffu : (1u << lanes) - 1;
-    const i64 group = head * ngroups / heads;
-    float h[JOINED][OWN];
-#pragma unroll
-    for (int j = 0; j < JOINED; j++) {
-#pragma unroll
-        for (int i = 0; i < OWN; i++) h[j][i] = 0.0f;
-    }
-    const int last = offsets[document + 1];
-    for (int first = offsets[document]; first < last; first += SSD_TOKENS) {
-        const int tokens = last - first < SSD_TOKENS ? last - first : SSD_TOKENS;
-        __syncthreads();
-        for (int i = threadIdx.x; i < tokens * STATES; i += blockDim.x) {
-            const i64 from = (first + i / STATES) * x_stride + group * STATES + i % STATES;
-            shared_b[i / STATES][i % STATES] = get(b[from]);
-            shared_c[i / STATES][i % STATES] = get(c[from]);
-        }
-        for (int i = threadIdx.x; i < tokens * HEADDIM; i += blockDim.x) {
-            shared_x[i / HEADDIM][i % HEADDIM] = get(x[(first + i / HEADDIM) * x_stride + head * HEADDIM + i % HEADDIM]);
-        }
-        for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
-            step[i] = softplus(get(dt[(first + i) * dt_stride + head]) + bias[head]);
-            decay[i] = expf(step[i] * a[head]);
-        }
-        __syncthreads();
-        for (int k = 0; k < tokens; k++) {
-            const float kept = decay[k];
-            float in[JOINED], total[JOINED];
-#pragma unroll
-            for (int j = 0; j < JOINED; j++) {
-                in[j] = shared_x[k][channel + j];
-                total[j] = 0.0f;
-            }
-#pragma unroll
-            for (int i = 0; i < OWN; i++) {
-                const float gain = shared_b[k][i * SPLIT + part] * step[k], read = shared_c[k][i * SPLIT + part];
-#pragma unroll
-                for (int j = 0; j < JOINED; j++) {
-                    h[j][i] = kept * h[j][i] + gain * in[j];
-                    total[j] += read * h[j][i];
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < JOINED; j++) {
-#pragma unroll
-                for (int offset = SPLIT / 2; offset; offset /= 2) total[j] += __shfl_xor_sync(warp, total[j], offset);
-                const i64 at = (first + k) * heads * HEADDIM + head * HEADDIM + channel + j;
-                if (part == j % SPLIT) y[at] = as_real(total[j] + d[head] * in[j]);
-            }
-        }
-    }
-#pragma unroll
-    for (int j = 0; j < JOINED; j++) {
-        float* out = state + (((i64)document * heads + head) * HEADDIM + channel + j) * STATES;
-#pragma unroll
-        for (int i = 0; i < OWN; i++) out[i * SPLIT + part] = h[j][i];
-    }
+    const Head in = {x, b, c, x_stride, dt, dt_stride, heads * HEADDIM, y};
+    scan_head(in, a, d, bias, offsets, heads, ngroups, state);
 }
 
 // Every row times (odd kron H_2^k), times factor, in the order of kernels.butterflies: a block per row, dim floats of

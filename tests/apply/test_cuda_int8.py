@@ -1,0 +1,294 @@
+"""INT8 on CUDA: every operator against the CPU's on the same codes, and bundled models on the bundled text.
+
+Integer products, epilogues and Hadamard transforms are exact, so their results are equal. Where float32 sums run in
+another order, or exp is the device's, a value that falls between two codes may be rounded to the other one: those are
+counted, and no code is further off than one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from host_int8_operators import HostInt8Operators
+from test_device_int8 import host_model
+
+from quambase.analyzer.batch import analyze
+from quambase.apply import evaluate as evaluating
+from quambase.apply.device import DeviceWeights, int8_on_cuda, on_device
+from quambase.apply.device_operators import CudaInt8Operators, ScanScales, pad_weight, padded_rows
+from quambase.apply.models import build_model
+from quambase.collector.run import collect
+from quambase.model.batch import Batch
+from quambase.model.load import load_model
+from quambase.model.mamba2_weights import Mamba2Config
+from quambase.model.operators import DeviceBatch
+from quambase.model.text import read_documents
+from quambase.model.weights import MambaConfig
+from quambase.schema.scales import read_scales
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+LENGTHS = [17, 1, 40, 8, 33, 300]
+
+
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def mamba1(d_inner: int = 64, states: int = 16, taps: int = 4) -> MambaConfig:
+    return MambaConfig(d_model=32, n_layer=1, vocab_size=64, d_inner=d_inner, d_state=states, d_conv=taps, dt_rank=3)
+
+
+def codes(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+
+
+def batches(device: torch.device) -> tuple[DeviceBatch, DeviceBatch]:
+    batch = Batch.pack([[0] * length for length in LENGTHS])
+    return DeviceBatch.of(batch, torch.device("cpu")), DeviceBatch.of(batch, device)
+
+
+def on(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.to(device) for tensor in tensors]
+
+
+def padded(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Codes as the device's operators leave them: a slice of rows whose rest is anything."""
+    width = -(-x.shape[1] // 16) * 16
+    wide = torch.full((len(x), width), 77, dtype=torch.int8, device=device)[:, : x.shape[1]]
+    return wide.copy_(x)
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"),
+    [(1, 16, 8), (5, 3, 7), (128, 64, 128), (129, 65, 130), (300, 768, 3072), (257, 1536, 80), (64, 5120, 72)],
+)
+def test_products_are_exact(rows: int, depth: int, columns: int, device: torch.device) -> None:
+    """Beyond 2^24 too, where float32 sums would not be: the largest row sums to 128 * 128 * 5120."""
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = codes(generator, rows, depth), codes(generator, columns, depth)
+    x[0], weight[0] = -128, -128
+    here, there = HostInt8Operators(), CudaInt8Operators(device, mamba1())
+    on_it = padded(x, device), pad_weight(weight).to(device)
+    sums = x.long() @ weight.long().T
+    first, second = 1 / float(sums.abs().float().mean()), 50.0
+    columns_first = torch.rand(columns, generator=generator) * first
+    half = there.linear_to_half(*on_it, 1e-3, 1.0)
+    assert torch.equal(half.cpu(), (sums.int().float() * 1e-3).half())
+    assert torch.equal(half.cpu(), here.linear_to_half(x, pad_weight(weight), 1e-3, 1.0))
+    for factor in (first, columns_first):
+        found = there.linear_to_int8(*on_it, factor.to(device) if isinstance(factor, torch.Tensor) else factor, second)
+        wanted = here.linear_to_int8(x, pad_weight(weight), factor, second)
+        assert torch.equal(found.cpu(), wanted)
+        assert rows * columns < 1000 or len(wanted.unique()) > 200  # clipped ones and the rest
+
+
+def test_rows_that_are_not_padded_are_multiplied_too(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, weight = codes(generator, 40, 23), pad_weight(codes(generator, 9, 23))
+    found = CudaInt8Operators(device, mamba1()).linear_to_int8(x.to(device)[3:], weight.to(device), 1e-3, 1.0)
+    assert torch.equal(found.cpu(), HostInt8Operators().linear_to_int8(x[3:], weight, 1e-3, 1.0))
+
+
+@pytest.mark.parametrize("dim", [24, 64, 96, 768, 1536, 2560, 4096, 5120])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_hadamard_codes_are_equal(dim: int, wrap: bool, device: torch.device) -> None:
+    y = torch.randn(67, dim, generator=torch.Generator().manual_seed(dim)).half()
+    y[1] = 1  # one output takes all of it
+    y[2] = 60000 * (torch.arange(dim) % 2)  # far beyond the codes, and, wrapped, beyond int32
+    for factor in (20 / dim**0.5, 30.0):
+        found = CudaInt8Operators(device, mamba1(dim)).rotate(y.to(device), factor, wrap)
+        assert torch.equal(found.cpu(), HostInt8Operators().rotate(y, factor, wrap))
+
+
+def differences(found: torch.Tensor, wanted: torch.Tensor, share: float = 1e-3) -> None:
+    """Codes: equal but for at most ``share`` of them, off by one. Float16: within a last place and 1e-5 of all."""
+    found = found.cpu()
+    if wanted.dtype == torch.int8:
+        apart = (found.int() - wanted.int()).abs()
+        assert int(apart.max()) <= 1 and float((apart > 0).float().mean()) <= share
+        return
+    apart = (found.float() - wanted.float()).abs()
+    # A float32 recurrence of some hundred steps, or one rounding to float16 that went the other way.
+    assert bool((apart <= 2.0**-10 * wanted.float().abs() + 1e-5 * wanted.float().abs().max()).all())
+
+
+@pytest.mark.parametrize("width", [16, 33, 768])
+def test_norms(width: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x, residual = torch.randn(70, width, generator=generator).half(), torch.randn(70, width, generator=generator) * 3
+    x[5], residual[5] = 0, 0
+    here, there = HostInt8Operators(), CudaInt8Operators(device, mamba1())
+    wide = padded_rows(70, width + 24, torch.float16, device)[:, :width].copy_(x)
+    kept, moved = residual.clone(), padded_rows(70, width, torch.float32, device).copy_(residual)
+    differences(there.add_norm_to_int8(wide, moved, 1e-5, 0.02), here.add_norm_to_int8(x, kept, 1e-5, 0.02))
+    assert torch.equal(moved.cpu(), kept)
+    differences(there.add_norm_to_half(wide, moved, 1e-5), here.add_norm_to_half(x, kept, 1e-5))
+
+
+@pytest.mark.parametrize(("channels", "taps"), [(24, 4), (64, 2), (1536, 4)])
+def test_convolution(channels: int, taps: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(channels)
+    batch, moved = batches(device)
+    x, weight = codes(generator, sum(LENGTHS), channels + 20), codes(generator, taps, channels).float()
+    scale_wx = torch.rand(channels, generator=generator) * 2e-4
+    bias, scale_out = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) / 30 + 1e-3
+    vectors = (weight, scale_wx, bias, scale_out)
+    wanted = HostInt8Operators().conv_silu(x[:, 4 : 4 + channels], *vectors, batch)
+    operators = CudaInt8Operators(device, mamba1(channels, taps=taps))
+    found = operators.conv_silu(padded(x, device)[:, 4 : 4 + channels], *on(device, *vectors), moved)
+    differences(found, wanted)
+    assert len(wanted.unique()) > 100
+
+
+@pytest.mark.parametrize(("channels", "states"), [(24, 4), (64, 16), (1536, 16)])
+def test_selective_scan(channels: int, states: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(channels)
+    batch, moved = batches(device)
+    t = sum(LENGTHS)
+    u, delta, bc, z = (codes(generator, t, width) for width in (channels, channels, 3 + 2 * states, 2 * channels))
+    a = -torch.rand(states, channels, generator=generator) * 8
+    d, bias = torch.randn(channels, generator=generator), torch.randn(channels, generator=generator) - 3
+    scales = ScanScales(0.02, 0.03, 0.01, 0.04)
+    wanted = HostInt8Operators().selective_scan(u, delta, bc[:, 3:], z[:, channels:], scales, a, d, bias, batch)
+    inputs = [padded(part, device) for part in (u, delta, bc, z)]
+    inputs[2], inputs[3] = inputs[2][:, 3:], inputs[3][:, channels:]
+    operators = CudaInt8Operators(device, mamba1(channels, states))
+    found = operators.selective_scan(*inputs, scales, *on(device, a, d, bias), moved)
+    differences(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("heads", "headdim", "states", "ngroups"), [(4, 8, 4, 2), (6, 64, 128, 1), (4, 64, 64, 2), (3, 8, 6, 1)]
+)
+def test_mamba2s_scan_and_gated_norm(heads: int, headdim: int, states: int, ngroups: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(heads)
+    batch, moved = batches(device)
+    t, e, w = sum(LENGTHS), heads * headdim, ngroups * states
+    config = Mamba2Config(32, 1, vocab_size=64, d_inner=e, d_state=states, headdim=headdim, ngroups=ngroups)
+    here, there = HostInt8Operators(ngroups, e), CudaInt8Operators(device, config)
+    conv_out, dt, z = codes(generator, t, e + 2 * w), codes(generator, t, heads + 3), codes(generator, t, e + 5)
+    scales = torch.rand(e + 2 * w, generator=generator) / 50
+    a, d, bias = -torch.rand(heads, generator=generator) * 8, *(torch.randn(heads, generator=generator) for _ in "db")
+    wanted = here.ssd_scan(conv_out, scales, dt[:, 3:], 0.03, a, d, bias, batch)
+    inputs = (padded(conv_out, device), scales.to(device), padded(dt, device)[:, 3:], 0.03)
+    differences(there.ssd_scan(*inputs, *on(device, a, d, bias), moved), wanted)
+    weight = torch.randn(e, generator=generator)
+    rest = (0.03, weight, 1e-5, 30 / e**0.5, False)
+    found = there.gated_rotate(wanted.to(device), padded(z, device)[:, :e], 0.03, weight.to(device), *rest[2:])
+    # A norm's float16 that went the other way moves every output of its row by a little.
+    differences(found, here.gated_rotate(wanted, z[:, :e], *rest), 1e-2)
+
+
+class Checked:
+    """The device's operators; each result is compared with the CPU's of the same inputs."""
+
+    def __init__(self, device: CudaInt8Operators, host: HostInt8Operators) -> None:
+        self.device, self.host = device, host
+        self.seen: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> torch.Tensor:
+            copies = [_on_host(argument) for argument in arguments]
+            found: torch.Tensor = getattr(self.device, name)(*arguments)
+            wanted = getattr(self.host, name)(*copies)
+            got = found.cpu()
+            if got.dtype == torch.int8:
+                apart = (got.int() - wanted.int()).abs()
+            else:  # float16, in its last places
+                apart = (_ordered(got) - _ordered(wanted)).abs()
+            counts = self.seen[name]
+            for i, count in enumerate((apart.numel(), int((apart == 1).sum()), int((apart > 1).sum()))):
+                counts[i] += count
+            return found
+
+        return call
+
+
+def _ordered(x: torch.Tensor) -> torch.Tensor:
+    """float16 as integers whose differences count last places."""
+    bits = x.contiguous().view(torch.int16).int()
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+def _on_host(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return argument.cpu()
+    if is_dataclass(argument) and not isinstance(argument, ScanScales):
+        return type(argument)(*(_on_host(getattr(argument, f.name)) for f in fields(argument)))
+    return argument
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+@pytest.mark.parametrize(
+    "switches", [{}, {"quantize_lm_head": True, "quantize_embedding": True}, {"compat": "upstream"}]
+)
+def test_tiny_models_logits_are_the_hosts(family: str, switches: dict[str, Any], device: torch.device) -> None:
+    host = host_model(family, **switches)
+    (model,) = int8_on_cuda({"it": host}, device).values()
+    generator = np.random.default_rng(0)
+    batch = Batch.pack([generator.integers(0, 40, length).tolist() for length in LENGTHS])
+    found, wanted = model.logits(model.hidden(batch)).float().cpu(), host.logits(host.hidden(batch))
+    # A code that goes the other way is followed by others: the models are as close as that leaves them.
+    assert (found - wanted).norm() <= 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", ["mamba-5m", "mamba2-8m"])
+def test_a_bundled_models_codes_on_real_text(name: str, device: torch.device, tmp_path: Path) -> None:
+    """Every operator inside the model on the bundled text, on the inputs that the device's own codes make."""
+    db = tmp_path / "db"
+    collect(name, samples=8, db=db, device="cpu")
+    analyze(db, out=tmp_path / "scales.parquet")
+    table, loaded = read_scales(tmp_path / "scales.parquet"), load_model(name)
+    host = build_model(loaded.any_weights, table, table.group_scales_for("quamba"))
+    config = host.config
+    twin = HostInt8Operators(*((config.ngroups, config.d_inner) if isinstance(config, Mamba2Config) else ()))
+    checked = Checked(CudaInt8Operators(device, config), twin)
+    model = on_device(host, DeviceWeights.of(host.weights, device), checked)
+    texts = [document.text for document in read_documents("sample:evaluation", 8)]
+    model.hidden(Batch.pack([tokens[:512] for tokens in loaded.tokenizer.encode_batch(texts)]))
+    print({name: tuple(counts) for name, counts in checked.seen.items()})
+    for operator, (total, one, more) in checked.seen.items():
+        if operator in ("linear_to_int8", "linear_to_half", "rotate"):
+            assert one + more == 0, operator
+        elif operator in ("selective_scan", "ssd_scan"):
+            # Float16 of sums that cancel: few are off, and by more than a last place only where y is small.
+            assert one + more <= 0.05 * total, operator
+        else:
+            assert more == 0 and one <= 1e-3 * total, operator
+
+
+def test_evaluate_on_cuda_agrees_with_the_cpu(device: torch.device, tmp_path: Path) -> None:
+    db = tmp_path / "db"
+    collect("mamba-5m", samples=8, db=db, device="cpu")
+    analyze(db, out=tmp_path / "scales.parquet")
+    options: dict[str, Any] = {
+        "scales": tmp_path / "scales.parquet",
+        "strategies": ["quamba", "absmax"],
+        "samples": 6,
+        "db": db,
+    }
+    found = evaluating.evaluate(**options, device="cuda")
+    wanted = evaluating.evaluate(**options, device="cpu")
+    assert found.id != wanted.id and found.about["device"] == "cuda"
+    nll = {
+        (e.about["device"], label): np.array([r["nll"] for r in e.results.to_pylist() if r["strategy"] == label])
+        for e in (found, wanted)
+        for label in ("float", "quamba", "absmax")
+    }
+    tokens = np.array([row["tokens"] for row in wanted.results.to_pylist() if row["strategy"] == "float"])
+    # Nats a token, of float32 sums in another order.
+    assert (np.abs(nll["cuda", "float"] - nll["cpu", "float"]) / tokens).max() < 1e-4
+    for label in ("quamba", "absmax"):
+        # One code that goes the other way is followed by others, but they are few beside all that quantization moves.
+        moved = np.abs(nll["cuda", label] - nll["cpu", label]).sum()
+        assert moved < np.abs(nll["cpu", label] - nll["cpu", "float"]).sum() / 4
+    again = evaluating.evaluate(**options, device="cuda")
+    assert again.id == found.id

@@ -1,0 +1,66 @@
+"""The device models' wiring, on the CPU: over the CPU's own operators they are the host models to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_int8
+import tiny_int8_mamba2
+import torch
+from host_int8_operators import HostInt8Operators
+
+from quambase.apply import quamba1, quamba2
+from quambase.apply.device import DeviceWeights, on_device
+from quambase.apply.likelihood import compare, log_probabilities, torch_compare, torch_log_probabilities
+from quambase.apply.models import Int8Model
+from quambase.model.batch import Batch
+
+CPU = torch.device("cpu")
+
+
+def host_model(family: str, **switches: object) -> Int8Model:
+    """A tiny INT8 model; of a Mamba-2, with a scale per channel group."""
+    if family == "mamba1":
+        prepared = tiny_int8.tiny_prepared()
+        scales = tiny_int8.absmax_scales(prepared, tiny_int8.documents())
+        return quamba1.build(prepared, scales, **switches)
+    prepared2 = tiny_int8_mamba2.tiny_prepared()
+    groups = tiny_int8_mamba2.channel_groups()
+    scales2 = tiny_int8_mamba2.absmax_scales(prepared2, tiny_int8_mamba2.documents(), "channel", groups)
+    return quamba2.build(prepared2, scales2, channel_groups=[[index] for index in groups], **switches)
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+@pytest.mark.parametrize(
+    "switches", [{}, {"quantize_lm_head": True, "quantize_embedding": True}, {"compat": "upstream"}]
+)
+def test_over_the_hosts_operators_a_device_model_is_the_host_model(family: str, switches: dict[str, object]) -> None:
+    host = host_model(family, **switches)
+    operators = HostInt8Operators(*((2, 64) if family == "mamba2" else ()))
+    model = on_device(host, DeviceWeights.of(host.weights, CPU), operators)
+    batch = Batch.pack(tiny_int8.documents())
+    wanted, found = host.hidden(batch), model.hidden(batch)
+    assert torch.equal(found.float(), wanted.float())
+    if wanted.dtype == torch.int8:
+        assert torch.equal(model.logits(found).float(), host.logits(wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_of_logits_in_torch_are_those_of_the_compiled_loops(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(50, 300, generator=generator) * 4
+    logits = (reference + torch.randn(50, 300, generator=generator)).to(dtype)
+    logits[3, 200] = logits[3, 7] = logits[3].max() + 1  # a tie
+    targets = torch.randint(0, 300, (50,), generator=generator)
+    logp, top = torch_log_probabilities(reference)
+    wanted_logp, wanted_top = log_probabilities(reference.clone())
+    assert torch.equal(top, wanted_top) and torch.equal(top, reference.argmax(1))
+    # Both round a sum of 300 exponentials, its logarithm and a difference of size up to 2^5: a few 2^-24 of it.
+    assert (logp - wanted_logp).abs().max() < 2**5 * 4 * 2.0**-24
+    found, wanted = torch_compare(logp, logits, targets), compare(wanted_logp, logits.float(), targets)
+    assert torch.equal(found[2], wanted[2]) and found[2][3] == 7
+    exact = torch.log_softmax(logits.double(), 1)
+    p = torch.log_softmax(reference.double(), 1)
+    for nll, kl, _ in (found, wanted):
+        assert (nll + exact.gather(1, targets[:, None])[:, 0]).abs().max() < 2**5 * 4 * 2.0**-24
+        # Weighted by p, which sums to one, so no more than the differences themselves are off.
+        assert (kl - (p.exp() * (p - exact)).sum(1)).abs().max() < 2**5 * 16 * 2.0**-24
