@@ -16,7 +16,7 @@ from quambase.collector.rows import Key, many_keyed_rows, ordered_groups
 from quambase.collector.statistics import SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
 from quambase.schema.errors import TapNeverFired
 from quambase.schema.sites import WHOLE
-from quambase.schema.tables import ACTIVATIONS, DOCUMENTS
+from quambase.schema.tables import ACTIVATIONS, DOCUMENTS, as_made
 
 Positions = Mapping[int, npt.NDArray[np.int64]]
 
@@ -73,7 +73,7 @@ PIECE = 1 << 24
 
 def activations_rows(run: str, layouts: Mapping[Key, SiteLayout], kept: Mapping[Key, Rows]) -> pa.Table:
     """A block's rows of `activations`: raw float32 values, a row per sampled token and group."""
-    pieces = [ACTIVATIONS.empty_table()]
+    pieces = [as_made(ACTIVATIONS).empty_table()]
     parts: list[tuple[Key, str, Sequence[tuple[int, int]], npt.NDArray[np.float32]]] = []
 
     def join() -> None:

@@ -12,7 +12,7 @@ from quambase.collector.kernels import SIGN
 from quambase.collector.statistics import Encoding, SiteLayout, SiteStatistics
 from quambase.schema.distribution import Distribution
 from quambase.schema.sites import WHOLE
-from quambase.schema.tables import CHANNELS, COUNTS, GROUPS, OUTLIERS, SITE_STATS
+from quambase.schema.tables import CHANNELS, COUNTS, GROUPS, OUTLIERS, SITE_STATS, as_made
 
 Key = tuple[int, str]
 """(layer, site)."""
@@ -33,19 +33,7 @@ _MOMENT_COLUMNS = {
 
 def keyed_rows(run: str, key: Key, group: str, rows: int, columns: dict[str, object], schema: pa.Schema) -> pa.Table:
     """A table of ``schema`` whose key columns are constant and whose other columns are ``columns``."""
-    layer, site = key
-    columns = {
-        "run": pa.repeat(run, rows),
-        "layer": pa.repeat(pa.scalar(layer, pa.int32()), rows),
-        "site": pa.repeat(site, rows),
-        "group_name": pa.repeat(group, rows),
-        **columns,
-    }
-    arrays = [
-        column if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column, schema.field(name).type)
-        for name, column in ((name, columns[name]) for name in schema.names)
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)
+    return many_keyed_rows(run, [(key, group)], [rows], columns, schema)
 
 
 def many_keyed_rows(
@@ -54,21 +42,25 @@ def many_keyed_rows(
     """`keyed_rows` of several (key, group) at once: ``rows[i]`` rows are of ``keys[i]``, one after the other."""
     repeats = np.repeat(np.arange(len(keys)), rows)
 
-    def word(words: list[str]) -> pa.Array:
-        return pa.array(words, pa.string()).take(pa.array(repeats))
+    def words(of_keys: Sequence[str]) -> pa.DictionaryArray:
+        """Each row's; the dictionary holds every word once, as Parquet's must."""
+        numbers = {word: number for number, word in enumerate(dict.fromkeys(of_keys))}
+        indices = np.array([numbers[word] for word in of_keys], np.int32)
+        return pa.DictionaryArray.from_arrays(indices[repeats], pa.array(list(numbers), pa.string()))
 
     columns = {
-        "run": pa.repeat(pa.scalar(run, pa.string()), len(repeats)),
+        "run": words([run] * len(keys)),
         "layer": np.array([layer for (layer, _), _ in keys], np.int32)[repeats],
-        "site": word([site for (_, site), _ in keys]),
-        "group_name": word([name for _, name in keys]),
+        "site": words([site for (_, site), _ in keys]),
+        "group_name": words([name for _, name in keys]),
         **columns,
     }
+    made = as_made(schema)
     arrays = [
-        column if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column, schema.field(name).type)
-        for name, column in ((name, columns[name]) for name in schema.names)
+        column if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column, made.field(name).type)
+        for name, column in ((name, columns[name]) for name in made.names)
     ]
-    return pa.Table.from_arrays(arrays, schema=schema)
+    return pa.Table.from_arrays(arrays, schema=made)
 
 
 def ordered_groups(layout: SiteLayout) -> list[tuple[str, int]]:
@@ -161,13 +153,19 @@ def outliers_rows(run: str, statistics: Statistics, encoding: Encoding, locate: 
 
 def site_stats_rows(run: str, statistics: Statistics, order: PatternOrder) -> Iterator[pa.Table]:
     """The table `site_stats`: a row for each site and for each group of a divided one."""
+    places: list[tuple[Key, str]] = []
+    found: list[dict[str, object]] = []
     for key in sorted(statistics):
         stats = statistics[key]
         layout = stats.layout
         parts = [(name, stats.counts[g], layout.moment_rows(g)) for name, g in ordered_groups(layout)]
         if layout.names != (WHOLE,):
             parts.append((WHOLE, stats.counts.sum(axis=0), np.arange(layout.moments)))
-        for name, counts, places in sorted(parts, key=lambda part: part[0]):
+        for name, counts, rows in sorted(parts, key=lambda part: part[0]):
             row: dict[str, object] = dict(Distribution.of_rows(order.values, order.fold(counts)).summary())
-            row["overflow"] = int(stats.moments.overflow[places].sum())
-            yield keyed_rows(run, key, name, 1, {name: [value] for name, value in row.items()}, SITE_STATS)
+            row["overflow"] = int(stats.moments.overflow[rows].sum())
+            places.append((key, name))
+            found.append(row)
+    if found:
+        columns: dict[str, object] = {name: [row[name] for row in found] for name in found[0]}
+        yield many_keyed_rows(run, places, [1] * len(found), columns, SITE_STATS)

@@ -28,10 +28,13 @@ from quambase.collector.rows import (
 from quambase.collector.statistics import Encoding, SiteStatistics
 from quambase.schema.errors import DatabaseInvalid, RunBusy
 from quambase.schema.manifest import SHARDS, Manifest, TableFile
-from quambase.schema.tables import RUN_TABLES, file_sha256, replacing, write_table
+from quambase.schema.tables import RUN_TABLES, as_made, cast_to, file_sha256, replacing, write_table
 
 PARTS = "parts"
 """Folder, inside an unfinished run, of what each block adds to `documents` and `activations`."""
+
+_ONE_DICTIONARY = pa.ipc.IpcWriteOptions(unify_dictionaries=True)
+"""An Arrow file has one of each column."""
 
 PART_FILES = {f"{name}.arrow": RUN_TABLES[name] for name in ("documents", "activations")}
 """What a block leaves there: Arrow's own format, which takes a fraction of Parquet's time to write."""
@@ -78,8 +81,12 @@ def write_part(folder: Path, block: int, documents: pa.Table, activations: pa.Ta
     """Write one block's rows of `documents` and `activations`."""
     part = part_folder(folder, block)
     for (name, schema), table in zip(PART_FILES.items(), (documents, activations), strict=True):
-        with replacing(part / name) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
-            writer.write_table(table.cast(schema))
+        made = as_made(schema)
+        with (
+            replacing(part / name) as temporary,
+            pa.ipc.new_file(str(temporary), made, options=_ONE_DICTIONARY) as file,
+        ):
+            file.write_table(cast_to(table, made))
 
 
 PART_ROWS = 1 << 20
@@ -89,7 +96,7 @@ PART_ROWS = 1 << 20
 def _part_rows(parts: Sequence[Path], name: str) -> Iterator[pa.Table]:
     """The parts of one table in block order, some rows at a time."""
     for part in parts:
-        table = _read_part(part / f"{name}.arrow")
+        table = cast_to(_read_part(part / f"{name}.arrow"), as_made(RUN_TABLES[name]))
         for start in range(0, table.num_rows, PART_ROWS):
             yield table.slice(start, PART_ROWS)
 
@@ -154,10 +161,10 @@ def _gathered(pieces: Iterator[pa.Table], rows: int = 1 << 18) -> Iterator[pa.Ta
         held.append(piece)
         total += piece.num_rows
         if total >= rows:
-            yield pa.concat_tables(held).combine_chunks()
+            yield pa.concat_tables(held).unify_dictionaries().combine_chunks()
             held, total = [], 0
     if held:
-        yield pa.concat_tables(held).combine_chunks()
+        yield pa.concat_tables(held).unify_dictionaries().combine_chunks()
 
 
 def finish_run(folder: Path, manifest: Manifest) -> None:

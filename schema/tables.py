@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +20,21 @@ _KEY = [
     pa.field("site", pa.string(), nullable=False),
     pa.field("group_name", pa.string(), nullable=False),
 ]
+
+
+WORDS = pa.dictionary(pa.int32(), pa.string())
+"""Of the key's strings while a run's tables are made and written: of the few there are, each is held once."""
+
+
+@cache
+def as_made(schema: pa.Schema) -> pa.Schema:
+    """``schema`` of a run's table with the strings of its key as `WORDS`; stored and read again they are strings."""
+    return pa.schema([f.with_type(WORDS) if f in _KEY and pa.types.is_string(f.type) else f for f in schema])
+
+
+def cast_to(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """``table`` with that schema; itself if it has it, since a cast copies dictionaries and their indices."""
+    return table if table.schema.equals(schema) else table.cast(schema)
 
 
 def _schema(*fields: tuple[str, pa.DataType], key: bool = True) -> pa.Schema:
@@ -178,15 +194,16 @@ _ENCODINGS = {"counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PA
 
 
 def _writer(path: Path, name: str, schema: pa.Schema) -> pq.ParquetWriter:
-    encodings = _ENCODINGS.get(name)
-    words = [f.name for f in schema if pa.types.is_string(f.type)]
+    words = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_dictionary(f.type)]
     return pq.ParquetWriter(
         path,
         schema,
         compression="zstd",
         use_dictionary=words,
-        column_encoding=encodings,
+        column_encoding=_ENCODINGS.get(name),
         write_statistics=True,
+        # Arrow's own schema would make dictionaries of the strings when they are read; scale tables keep more in it.
+        store_schema=name not in RUN_TABLES,
     )
 
 
@@ -210,9 +227,10 @@ def write_table(path: Path, name: str, batches: pa.Table | Iterable[pa.Table], s
     ``name`` chooses the column encodings; ``batches`` may be a stream, each piece of which becomes row groups.
     """
     rows = 0
-    with replacing(path) as temporary, _writer(temporary, name, schema) as writer:
+    made = as_made(schema) if name in RUN_TABLES else schema
+    with replacing(path) as temporary, _writer(temporary, name, made) as writer:
         for table in [batches] if isinstance(batches, pa.Table) else batches:
-            writer.write_table(table.cast(schema))
+            writer.write_table(cast_to(table, made))
             rows += table.num_rows
     return rows
 

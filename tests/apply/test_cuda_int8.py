@@ -278,17 +278,21 @@ def test_evaluate_on_cuda_agrees_with_the_cpu(device: torch.device, tmp_path: Pa
     found = evaluating.evaluate(**options, device="cuda")
     wanted = evaluating.evaluate(**options, device="cpu")
     assert found.id != wanted.id and found.about["device"] == "cuda"
-    nll = {
-        (e.about["device"], label): np.array([r["nll"] for r in e.results.to_pylist() if r["strategy"] == label])
+    figures = {
+        (e.about["device"], label, name): np.array([r[name] for r in e.results.to_pylist() if r["strategy"] == label])
         for e in (found, wanted)
         for label in ("float", "quamba", "absmax")
+        for name in ("nll", "kl", "tokens")
     }
-    tokens = np.array([row["tokens"] for row in wanted.results.to_pylist() if row["strategy"] == "float"])
+    tokens = figures["cpu", "float", "tokens"]
     # Nats a token, of float32 sums in another order.
-    assert (np.abs(nll["cuda", "float"] - nll["cpu", "float"]) / tokens).max() < 1e-4
+    assert (np.abs(figures["cuda", "float", "nll"] - figures["cpu", "float", "nll"]) / tokens).max() < 1e-4
     for label in ("quamba", "absmax"):
-        # One code that goes the other way is followed by others, but they are few beside all that quantization moves.
-        moved = np.abs(nll["cuda", label] - nll["cpu", label]).sum()
-        assert moved < np.abs(nll["cpu", label] - nll["cpu", "float"]).sum() / 4
+        # A code that goes the other way is followed by others, until much of the rounding is drawn anew: a document's
+        # likelihood moves, but the distance from the float model, over all of them, is what quantization makes it.
+        mine, theirs = (figures[where, label, "kl"].sum() / tokens.sum() for where in ("cuda", "cpu"))
+        assert abs(mine - theirs) < 0.1 * theirs
+        moved = np.abs(figures["cuda", label, "nll"] - figures["cpu", label, "nll"]).sum()
+        assert moved < np.abs(figures["cpu", label, "nll"] - figures["cpu", "float", "nll"]).sum()
     again = evaluating.evaluate(**options, device="cuda")
     assert again.id == found.id

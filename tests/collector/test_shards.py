@@ -29,7 +29,7 @@ from quambase.collector.statistics import SiteLayout, SiteStatistics
 from quambase.model.device import device_model
 from quambase.schema.doctor import examine
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
-from quambase.schema.tables import CHANNELS
+from quambase.schema.tables import CHANNELS, as_made
 
 COUNTS = (1, 2, 3, 7)
 """Numbers of shards tried. The texts make five blocks, so that two of seven shards are empty."""
@@ -129,7 +129,7 @@ def test_the_lower_of_zero_and_minus_zero_is_stored_as_zero() -> None:
             block.moments.highest[:] = value
             stats.fold(block)
         (table,) = channels_rows("run", {(0, "site"): stats})
-        assert table.schema == CHANNELS
+        assert table.schema == as_made(CHANNELS)
         stored.append([np.signbit(table[name].to_numpy()).any() for name in ("min", "max")])
     assert stored == [[False, False]] * 2
 
