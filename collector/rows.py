@@ -40,17 +40,16 @@ def many_keyed_rows(
     run: str, keys: Sequence[tuple[Key, str]], rows: Sequence[int], columns: dict[str, object], schema: pa.Schema
 ) -> pa.Table:
     """`keyed_rows` of several (key, group) at once: ``rows[i]`` rows are of ``keys[i]``, one after the other."""
-    repeats = np.repeat(np.arange(len(keys)), rows)
 
     def words(of_keys: Sequence[str]) -> pa.DictionaryArray:
         """Each row's; the dictionary holds every word once, as Parquet's must."""
         numbers = {word: number for number, word in enumerate(dict.fromkeys(of_keys))}
         indices = np.array([numbers[word] for word in of_keys], np.int32)
-        return pa.DictionaryArray.from_arrays(indices[repeats], pa.array(list(numbers), pa.string()))
+        return pa.DictionaryArray.from_arrays(np.repeat(indices, rows), pa.array(list(numbers), pa.string()))
 
     columns = {
         "run": words([run] * len(keys)),
-        "layer": np.array([layer for (layer, _), _ in keys], np.int32)[repeats],
+        "layer": np.repeat(np.array([layer for (layer, _), _ in keys], np.int32), rows),
         "site": words([site for (_, site), _ in keys]),
         "group_name": words([name for _, name in keys]),
         **columns,
@@ -87,15 +86,33 @@ class PatternOrder:
         return folded
 
 
+PIECE_ROWS = 1 << 18
+"""Rows of a table that are made and written together, about: a row group of a useful size."""
+
+
 def counts_rows(run: str, statistics: Statistics, order: PatternOrder) -> Iterator[pa.Table]:
-    """The table `counts`, a piece per group."""
+    """The table `counts`, several groups a piece: it has by far the most rows."""
+    keys: list[tuple[Key, str]] = []
+    values: list[npt.NDArray[np.float32]] = []
+    counts: list[npt.NDArray[np.int64]] = []
+
+    def piece() -> pa.Table:
+        columns: dict[str, object] = {"value": np.concatenate(values), "count": np.concatenate(counts)}
+        return many_keyed_rows(run, keys, [part.size for part in values], columns, COUNTS)
+
     for key in sorted(statistics):
         stats = statistics[key]
         for name, g in ordered_groups(stats.layout):
             folded = order.fold(stats.counts[g])
             present = np.flatnonzero(folded)
-            columns: dict[str, object] = {"value": order.values[present], "count": folded[present]}
-            yield keyed_rows(run, key, name, present.size, columns, COUNTS)
+            keys.append((key, name))
+            values.append(order.values[present])
+            counts.append(folded[present])
+            if sum(part.size for part in values) >= PIECE_ROWS:
+                yield piece()
+                keys, values, counts = [], [], []
+    if keys:
+        yield piece()
 
 
 def channels_rows(run: str, statistics: Statistics) -> Iterator[pa.Table]:
@@ -162,7 +179,10 @@ def site_stats_rows(run: str, statistics: Statistics, order: PatternOrder) -> It
         if layout.names != (WHOLE,):
             parts.append((WHOLE, stats.counts.sum(axis=0), np.arange(layout.moments)))
         for name, counts, rows in sorted(parts, key=lambda part: part[0]):
-            row: dict[str, object] = dict(Distribution.of_rows(order.values, order.fold(counts)).summary())
+            folded = order.fold(counts)
+            present = np.flatnonzero(folded)
+            distribution = Distribution.of_rows(order.values[present], folded[present])
+            row: dict[str, object] = dict(distribution.summary())
             row["overflow"] = int(stats.moments.overflow[rows].sum())
             places.append((key, name))
             found.append(row)

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from quambase.collector.rows import (
+    PIECE_ROWS,
     Key,
     Locate,
     PatternOrder,
@@ -153,18 +154,22 @@ def _ahead(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
             yield piece
 
 
-def _gathered(pieces: Iterator[pa.Table], rows: int = 1 << 18) -> Iterator[pa.Table]:
-    """Small tables joined to pieces of about ``rows`` rows, so that row groups are of a useful size."""
+def _gathered(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Small tables joined to pieces of about PIECE_ROWS rows."""
     held: list[pa.Table] = []
     total = 0
     for piece in pieces:
         held.append(piece)
         total += piece.num_rows
-        if total >= rows:
-            yield pa.concat_tables(held).unify_dictionaries().combine_chunks()
+        if total >= PIECE_ROWS:
+            yield _joined(held)
             held, total = [], 0
     if held:
-        yield pa.concat_tables(held).unify_dictionaries().combine_chunks()
+        yield _joined(held)
+
+
+def _joined(held: Sequence[pa.Table]) -> pa.Table:
+    return held[0] if len(held) == 1 else pa.concat_tables(held).unify_dictionaries().combine_chunks()
 
 
 def finish_run(folder: Path, manifest: Manifest) -> None:

@@ -53,7 +53,7 @@ class Distribution:
         found, counts = np.unique(half.astype(np.float32), return_counts=True)
         return cls.of_rows(found, counts.astype(np.int64))
 
-    @property
+    @cached_property
     def total(self) -> int:
         """How many finite values."""
         return int(self.counts.sum())

@@ -202,6 +202,9 @@ def _writer(path: Path, name: str, schema: pa.Schema) -> pq.ParquetWriter:
         use_dictionary=words,
         column_encoding=_ENCODINGS.get(name),
         write_statistics=True,
+        # Statistics of dictionaries are computed batch by batch: in batches of the default 1,024 rows that took half of
+        # the time of `counts`.
+        write_batch_size=1 << 16,
         # Arrow's own schema would make dictionaries of the strings when they are read; scale tables keep more in it.
         store_schema=name not in RUN_TABLES,
     )
