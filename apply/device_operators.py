@@ -166,7 +166,8 @@ class CudaInt8Operators:
     CompilationFailed where it cannot be compiled: the integer products need compute capability 8.0.
     """
 
-    def __init__(self, device: torch.device, config: MambaConfig | Mamba2Config) -> None:
+    def __init__(self, device: torch.device, config: MambaConfig | Mamba2Config, *, hopper: bool | None = None) -> None:
+        """``hopper``: whether products are Hopper's own (compute capability 9.0); default: if the device is one."""
         self.device = device
         order = odd_order(config.d_inner)
         self._rotated_rows = 2 if config.d_inner <= 4096 else 1  # of a block, as in blocks.cu
@@ -191,7 +192,8 @@ class CudaInt8Operators:
         names = ("norm_to_int8", "norm_to_half", "conv_silu", *own)
         # No contraction, so that codes are rounded from the same float32 values as on the CPU.
         self._blocks = Kernels(BLOCKS, names, sizes, device, ("-fmad=false",))
-        hopper = torch.cuda.get_device_capability(device) == (9, 0)
+        if hopper is None:
+            hopper = torch.cuda.get_device_capability(device) == (9, 0)
         self._product_block = HOPPER if hopper else OTHERS
         products = ("product_to_int8", "product_to_half")
         self._products = Kernels(PRODUCTS, products, {"HOPPER": int(hopper)}, device)

@@ -286,7 +286,7 @@ class _Models:
                 return cls(device, device_model(source.any_weights, device, torch.float32), int8)
             except CompilationFailed as error:
                 if required:
-                    raise DataInvalid(f"the INT8 kernels do not run on this CUDA device: {error}; say cpu") from None
+                    raise DataInvalid(f"INT8 does not run on this CUDA device: {error}; say --device cpu") from None
                 print(f"warning: evaluating on the CPU: {error}", file=sys.stderr)
         return cls(torch.device("cpu"), source.floating(), candidates.models)
 

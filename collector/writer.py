@@ -169,7 +169,7 @@ def _gathered(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _joined(held: Sequence[pa.Table]) -> pa.Table:
-    return held[0] if len(held) == 1 else pa.concat_tables(held).unify_dictionaries().combine_chunks()
+    return held[0] if len(held) == 1 else pa.concat_tables(held).combine_chunks()
 
 
 def finish_run(folder: Path, manifest: Manifest) -> None:

@@ -25,6 +25,7 @@ from quambase.cli.apply import apply as apply_command
 from quambase.cli.evaluate import evaluate as evaluate_command
 from quambase.cli.results import results as results_command
 from quambase.model.batch import Batch
+from quambase.model.cuda import CompilationFailed
 from quambase.model.load import load_model
 from quambase.model.prepare import prepare
 from quambase.model.text import SAMPLE_AUTHORS, read_documents
@@ -175,8 +176,9 @@ def test_a_damaged_model_folder_is_refused(world, tmp_path):
         load_stored(folder)
 
 
-def run(world, db, **settings):
-    return evaluate(scales=world / "scales.parquet", data=[str(world / "text.jsonl")], window=16, db=db, **settings)
+def run(world, db, device="cpu", **settings):
+    texts = [str(world / "text.jsonl")]
+    return evaluate(scales=world / "scales.parquet", data=texts, window=16, db=db, device=device, **settings)
 
 
 def test_evaluate_all_strategies(world, tmp_path):
@@ -252,6 +254,30 @@ def test_two_processes_on_one_evaluation(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluating, "score", second_process)
     run(world, tmp_path, strategies=["tight"])
+
+
+def test_where_the_int8_kernels_do_not_compile(world, tmp_path, monkeypatch, capsys):
+    """`auto` says so and takes the CPU, with the CPU's results; asked for CUDA, evaluation stops with what to do."""
+
+    def refuses(models, device):
+        raise CompilationFailed("gemm.cu does not compile: error: needs compute capability 8.0")
+
+    wanted = run(world, tmp_path, strategies=["tight"], task="perplexity", device="cpu")
+    monkeypatch.setattr(evaluating, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(evaluating, "int8_on_cuda", refuses)
+    found = run(world, tmp_path, strategies=["tight"], task="perplexity", device="auto")
+    assert found.id == wanted.id and found.about["device"] == "cpu"
+    assert capsys.readouterr().err == (
+        "warning: evaluating on the CPU: gemm.cu does not compile: error: needs compute capability 8.0\n"
+    )
+    with pytest.raises(DataInvalid, match=r"compute capability 8\.0; say --device cpu$"):
+        run(world, tmp_path, strategies=["tight"], task="perplexity", device="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_cuda_it_cannot_be_asked_for(world, tmp_path):
+    with pytest.raises(DataInvalid, match="finds no CUDA device here; leave out --device, or say cpu"):
+        run(world, tmp_path, strategies=["tight"], device="cuda")
 
 
 def test_documents_of_the_calibration_run_are_warned_of(world, tmp_path):

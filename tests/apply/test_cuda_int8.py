@@ -70,12 +70,15 @@ def padded(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     ("rows", "depth", "columns"),
     [(1, 16, 8), (5, 3, 7), (128, 64, 128), (129, 65, 130), (300, 768, 3072), (257, 1536, 80), (64, 5120, 72)],
 )
-def test_products_are_exact(rows: int, depth: int, columns: int, device: torch.device) -> None:
+@pytest.mark.parametrize("hopper", [False, True])
+def test_products_are_exact(rows: int, depth: int, columns: int, hopper: bool, device: torch.device) -> None:
     """Beyond 2^24 too, where float32 sums would not be: the largest row sums to 128 * 128 * 5120."""
+    if hopper and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("needs a Hopper")
     generator = torch.Generator().manual_seed(rows)
     x, weight = codes(generator, rows, depth), codes(generator, columns, depth)
     x[0], weight[0] = -128, -128
-    here, there = HostInt8Operators(), CudaInt8Operators(device, mamba1())
+    here, there = HostInt8Operators(), CudaInt8Operators(device, mamba1(), hopper=hopper)
     on_it = padded(x, device), pad_weight(weight).to(device)
     sums = x.long() @ weight.long().T
     first, second = 1 / float(sums.abs().float().mean()), 50.0
