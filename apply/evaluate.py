@@ -150,7 +150,8 @@ def evaluate(
             compat=compat,
             granularities=granularities,
         )
-    models = _Models.on(where, candidates, required=device != "auto")
+    with _enough_memory():
+        models = _Models.on(where, candidates, required=device != "auto")
     known = _calibration_hashes(db, candidates.run)
     tasks = [
         read_task(name, text, candidates.source, samples, window, known)
@@ -169,6 +170,8 @@ def evaluate(
     target = db / "results" / evaluation
     results = _run_blocks(target, _Runner(candidates, models, evaluation), tasks, progress)
     notes = [note for t in tasks for note in t.notes(candidates.source.name)]
+    if models.device.type == "cuda":
+        notes.append(f"run on {torch.cuda.get_device_name(models.device)}; the CPU's results are kept apart")
     if candidates.skipped:
         notes.append(f"not loadable as one INT8 scale per site, left out: {', '.join(candidates.skipped)}")
     about = {
@@ -243,7 +246,9 @@ def _run_blocks(target: Path, runner: _Runner, tasks: Sequence[TaskData], progre
             for number, (task, block) in enumerate(planned):
                 path = target / "parts" / f"{number:06d}.parquet"
                 if not path.exists():
-                    write_table(path, "results", runner.score(task, block), RESULTS)
+                    with _enough_memory():
+                        scored = runner.score(task, block)
+                    write_table(path, "results", scored, RESULTS)
                 parts.append(read_table(path, RESULTS))
                 bar.update(sum(item.tokens for item in block))
         results = pa.concat_tables(parts)
@@ -252,6 +257,16 @@ def _run_blocks(target: Path, runner: _Runner, tasks: Sequence[TaskData], progre
             (target / "parts" / f"{number:06d}.parquet").unlink()
         (target / "parts").rmdir()
     return results
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """DataInvalid where a CUDA device has too little."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        raise DataInvalid(f"the CUDA device has too little memory for this model ({first}); say --device cpu") from None
 
 
 @contextmanager

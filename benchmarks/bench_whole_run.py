@@ -2,8 +2,8 @@
 
 python benchmarks/bench_whole_run.py [samples] [evaluated documents] [auto | cpu | cuda]
 
-Times are of whole processes: starting Python, loading and preparing the weights and compiling kernels included. The text
-is the bundled one, or DATA if that variable of the environment names another.
+Times are of whole processes: starting Python, loading and preparing the weights and compiling kernels included. The
+text is the bundled one, or DATA if that variable of the environment names another.
 """
 
 from __future__ import annotations

@@ -274,6 +274,15 @@ def test_where_the_int8_kernels_do_not_compile(world, tmp_path, monkeypatch, cap
         run(world, tmp_path, strategies=["tight"], task="perplexity", device="cuda")
 
 
+def test_a_device_without_enough_memory(world, tmp_path, monkeypatch):
+    def too_much(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(evaluating, "score", too_much)
+    with pytest.raises(DataInvalid, match=r"\(CUDA out of memory\. Tried .* GiB\.\); say --device cpu$"):
+        run(world, tmp_path, strategies=["tight"], task="perplexity")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_cuda_it_cannot_be_asked_for(world, tmp_path):
     with pytest.raises(DataInvalid, match="finds no CUDA device here; leave out --device, or say cpu"):
