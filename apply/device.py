@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import torch
 import torch.nn.functional as F
 
-from quambase.apply.device_operators import CudaInt8Operators, Int8Operators, ScanScales, pad_weight, padded_rows
+from quambase.apply.device_operators import CudaInt8Operators, ScanScales, pad_weight, padded_rows
 from quambase.apply.int8 import Int8Weight, float32
 from quambase.apply.models import Int8Model
 from quambase.apply.quamba1 import Int8Mamba
@@ -81,7 +81,7 @@ Host = TypeVar("Host", Int8Mamba, Int8Mamba2)
 class DeviceInt8Model(ABC, Generic[Host]):
     """An INT8 language model on a device: `hidden` and `logits` as `quambase.apply.backbone.Int8Backbone` has them."""
 
-    def __init__(self, host: Host, weights: DeviceWeights, operators: Int8Operators) -> None:
+    def __init__(self, host: Host, weights: DeviceWeights, operators: CudaInt8Operators) -> None:
         self.host: Host = host
         self.weights, self.operators = weights, operators
         self.device = weights.embedding.device
@@ -167,7 +167,7 @@ class DeviceInt8Mamba(DeviceInt8Model[Int8Mamba]):
 class DeviceInt8Mamba2(DeviceInt8Model[Int8Mamba2]):
     """`quambase.apply.quamba2.Int8Mamba2` on a device."""
 
-    def __init__(self, host: Int8Mamba2, weights: DeviceWeights, operators: Int8Operators) -> None:
+    def __init__(self, host: Int8Mamba2, weights: DeviceWeights, operators: CudaInt8Operators) -> None:
         super().__init__(host, weights, operators)
         self._columns = [laid_out.columns.to(self.device) for laid_out in host.laid_out]
 
@@ -194,7 +194,7 @@ class DeviceInt8Mamba2(DeviceInt8Model[Int8Mamba2]):
 AnyDeviceInt8Model = DeviceInt8Mamba | DeviceInt8Mamba2
 
 
-def on_device(host: Int8Model, weights: DeviceWeights, operators: Int8Operators) -> AnyDeviceInt8Model:
+def on_device(host: Int8Model, weights: DeviceWeights, operators: CudaInt8Operators) -> AnyDeviceInt8Model:
     """The model of any family over weights that are there already."""
     if isinstance(host, Int8Mamba2):
         return DeviceInt8Mamba2(host, weights, operators)

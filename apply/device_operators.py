@@ -1,15 +1,14 @@
-"""The operators of the INT8 models on a device: the interface, and compiled CUDA kernels.
+"""The operators of the INT8 models as compiled CUDA kernels.
 
-Codes are int8. On CUDA every row of codes is padded to 16 bytes, of float16 likewise, so that kernels read and write
-whole words: results are slices of wider tensors. Weights are padded with zeros, so what a row holds beyond its width
-counts for nothing.
+Codes are int8. Every row of codes is padded to 16 bytes, of float16 likewise, so that kernels work on whole words:
+results are slices of wider tensors. Weights are padded with zeros, so what a row holds beyond its width counts for
+nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,6 @@ ALIGNMENT = 16
 """Bytes."""
 
 PRODUCTS, BLOCKS = (Path(__file__).with_name(name) for name in ("gemm.cu", "blocks.cu"))
-
 
 TILE = 128
 """Outputs of a product's block along either side, as in gemm.cu."""
@@ -58,91 +56,6 @@ class ScanScales:
     z: float
 
 
-class Int8Operators(Protocol):
-    """The INT8 blocks' steps; each rounds once, as the CPU's sibling named says. Rows may be apart."""
-
-    def add_norm_to_int8(self, x: torch.Tensor, residual: torch.Tensor, eps: float, scale: float) -> torch.Tensor:
-        """`kernels.add_rms_norm_int8`: x (t, d) float16; residual (t, d) float32, updated, its rows as `padded_rows`
-        lays them, and so x's; codes (t, d).
-        """
-
-    def add_norm_to_half(self, x: torch.Tensor, residual: torch.Tensor, eps: float) -> torch.Tensor:
-        """`kernels.add_rms_norm`, rounded to float16."""
-
-    def linear_to_int8(
-        self, x: torch.Tensor, weight: torch.Tensor, first: float | torch.Tensor, second: float
-    ) -> torch.Tensor:
-        """`int8.linear_to_int8`: x (rows, in) codes, weight (out, in) as `pad_weight` makes it; ``first`` may be one
-        factor per column (out,).
-        """
-
-    def linear_to_half(self, x: torch.Tensor, weight: torch.Tensor, first: float, second: float) -> torch.Tensor:
-        """`int8.linear_to_half`, the result float16."""
-
-    def conv_silu(
-        self,
-        x: torch.Tensor,
-        taps: torch.Tensor,
-        scale_wx: torch.Tensor,
-        bias: torch.Tensor,
-        scale_out: torch.Tensor,
-        batch: DeviceBatch,
-    ) -> torch.Tensor:
-        """`kernels2.conv_channels_int8`: x codes (t, e); taps (k, e); scale_wx, bias, scale_out (e,); codes (t, e)."""
-
-    def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        scales: ScanScales,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: DeviceBatch,
-    ) -> torch.Tensor:
-        """`quambase.model.kernels.selective_scan` of codes, rounded to float16 (t, e).
-
-        u, delta (before bias and softplus), z (t, e); bc (t, 2n), B then C; a (n, e) negative; d, bias (e,).
-        """
-
-    def rotate(self, y: torch.Tensor, factor: float, wrap: bool) -> torch.Tensor:
-        """The Hadamard quantizer: codes of ``factor`` times the transform of y (t, e) float16; `round_to_int8`."""
-
-    def ssd_scan(
-        self,
-        conv_out: torch.Tensor,
-        scales: torch.Tensor,
-        dt: torch.Tensor,
-        dt_scale: float,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: DeviceBatch,
-    ) -> torch.Tensor:
-        """`quambase.model.kernels.ssd_scan` of values rounded to float16, the skip connection of unrounded ones;
-        rounded to float16 (t, e).
-
-        conv_out (t, e + 2gn) codes of x, B, C with ``scales`` (e + 2gn,); dt (t, h) codes before bias and softplus;
-        a (h,) negative; d, bias (h,).
-        """
-
-    def gated_rotate(
-        self,
-        y: torch.Tensor,
-        z: torch.Tensor,
-        z_scale: float,
-        weight: torch.Tensor,
-        eps: float,
-        factor: float,
-        wrap: bool,
-    ) -> torch.Tensor:
-        """`quambase.model.mamba2.gated_rms_norm`, rounded to float16, then `rotate`: y (t, e) float16, z (t, e) codes,
-        weight (e,).
-        """
-
-
 def _padded(width: int, item: int) -> int:
     """``width`` items of ``item`` bytes, up to whole ALIGNMENTs."""
     return -(-width * item // ALIGNMENT) * ALIGNMENT // item
@@ -161,9 +74,10 @@ def pad_weight(codes: torch.Tensor) -> torch.Tensor:
 
 
 class CudaInt8Operators:
-    """`Int8Operators` for one model's sizes on one device.
+    """The INT8 blocks' steps for one model's sizes on one device; each rounds once, as the CPU's sibling named says.
 
-    CompilationFailed where it cannot be compiled: the integer products need compute capability 8.0.
+    Tensors are on the device; rows may be apart. CompilationFailed where it cannot be compiled: the integer products
+    need compute capability 8.0.
     """
 
     def __init__(self, device: torch.device, config: MambaConfig | Mamba2Config, *, hopper: bool | None = None) -> None:
@@ -211,7 +125,9 @@ class CudaInt8Operators:
         return padded_rows(rows, width, torch.float16, self.device)
 
     def add_norm_to_int8(self, x: torch.Tensor, residual: torch.Tensor, eps: float, scale: float) -> torch.Tensor:
-        """As `Int8Operators.add_norm_to_int8`."""
+        """`kernels.add_rms_norm_int8`: x (t, d) float16; residual (t, d) float32, updated, its rows as `padded_rows`
+        lays them, and so x's; codes (t, d).
+        """
         rows, width = residual.shape
         out = self._codes(rows, width)
         arguments = (x, x.stride(0), residual, residual.stride(0), width, eps, scale, out, out.stride(0))
@@ -219,7 +135,7 @@ class CudaInt8Operators:
         return out
 
     def add_norm_to_half(self, x: torch.Tensor, residual: torch.Tensor, eps: float) -> torch.Tensor:
-        """As `Int8Operators.add_norm_to_half`."""
+        """`kernels.add_rms_norm`, rounded to float16."""
         rows, width = residual.shape
         out = self._halves(rows, width)
         arguments = (x, x.stride(0), residual, residual.stride(0), width, eps, out, out.stride(0))
@@ -229,11 +145,13 @@ class CudaInt8Operators:
     def linear_to_int8(
         self, x: torch.Tensor, weight: torch.Tensor, first: float | torch.Tensor, second: float
     ) -> torch.Tensor:
-        """As `Int8Operators.linear_to_int8`."""
+        """`int8.linear_to_int8`: x (rows, in) codes, weight (out, in) as `pad_weight` makes it; ``first`` may be one
+        factor per column (out,).
+        """
         return self._product("product_to_int8", x, weight, first, second, self._codes(len(x), len(weight)))
 
     def linear_to_half(self, x: torch.Tensor, weight: torch.Tensor, first: float, second: float) -> torch.Tensor:
-        """As `Int8Operators.linear_to_half`."""
+        """`int8.linear_to_half`, the result float16."""
         return self._product("product_to_half", x, weight, first, second, self._halves(len(x), len(weight)))
 
     def _product(
@@ -264,7 +182,7 @@ class CudaInt8Operators:
         scale_out: torch.Tensor,
         batch: DeviceBatch,
     ) -> torch.Tensor:
-        """As `Int8Operators.conv_silu`."""
+        """`kernels2.conv_channels_int8`: x codes (t, e); taps (k, e); scale_wx, bias, scale_out (e,); codes (t, e)."""
         rows, channels = x.shape
         out = self._codes(rows, channels)
         grid = (-(-channels // CONV_CHANNELS), -(-rows // CONV_ROWS))
@@ -284,7 +202,10 @@ class CudaInt8Operators:
         bias: torch.Tensor,
         batch: DeviceBatch,
     ) -> torch.Tensor:
-        """As `Int8Operators.selective_scan`."""
+        """`quambase.model.kernels.selective_scan` of codes, rounded to float16 (t, e).
+
+        u, delta (before bias and softplus), z (t, e); bc (t, 2n), B then C; a (n, e) negative; d, bias (e,).
+        """
         rows, channels = u.shape
         y = torch.empty(rows, channels, dtype=torch.float16, device=self.device)
         codes = (u, u.stride(0), delta, delta.stride(0), bc, bc.stride(0), z, z.stride(0))
@@ -295,7 +216,7 @@ class CudaInt8Operators:
         return y
 
     def rotate(self, y: torch.Tensor, factor: float, wrap: bool) -> torch.Tensor:
-        """As `Int8Operators.rotate`."""
+        """The Hadamard quantizer: codes of ``factor`` times the transform of y (t, e) float16; `round_to_int8`."""
         out = self._codes(*y.shape)
         arguments = (y, len(y), self._odd, factor, int(wrap), out, out.stride(0))
         self._blocks.launch("rotate", self._row_blocks(len(y)), ROW_THREADS, arguments)
@@ -312,7 +233,12 @@ class CudaInt8Operators:
         bias: torch.Tensor,
         batch: DeviceBatch,
     ) -> torch.Tensor:
-        """As `Int8Operators.ssd_scan`."""
+        """`quambase.model.kernels.ssd_scan` of values rounded to float16, the skip connection of unrounded ones;
+        rounded to float16 (t, e).
+
+        conv_out (t, e + 2gn) codes of x, B, C with ``scales`` (e + 2gn,); dt (t, h) codes before bias and softplus;
+        a (h,) negative; d, bias (h,).
+        """
         heads, rows = len(a), len(conv_out)
         widths = self._widths
         y = torch.empty(rows, widths[0], dtype=torch.float16, device=self.device)
@@ -332,7 +258,9 @@ class CudaInt8Operators:
         factor: float,
         wrap: bool,
     ) -> torch.Tensor:
-        """As `Int8Operators.gated_rotate`."""
+        """`quambase.model.mamba2.gated_rms_norm`, rounded to float16, then `rotate`: y (t, e) float16, z (t, e) codes,
+        weight (e,).
+        """
         out = self._codes(*y.shape)
         norm = (z, z.stride(0), z_scale, weight, self._ngroups, eps)
         arguments = (y, len(y), *norm, self._odd, factor, int(wrap), out, out.stride(0))

@@ -15,7 +15,7 @@ from quambase.model.operators import DeviceBatch
 
 
 class HostInt8Operators:
-    """`quambase.apply.device_operators.Int8Operators` on the CPU. ``ngroups``, ``d_inner``: of a Mamba-2."""
+    """`quambase.apply.device_operators.CudaInt8Operators` on the CPU. ``ngroups``, ``d_inner``: of a Mamba-2."""
 
     def __init__(self, ngroups: int = 1, d_inner: int = 0) -> None:
         self.ngroups, self.d_inner = ngroups, d_inner
