@@ -10,18 +10,9 @@
 
 __device__ __forceinline__ float round_to_half(float f) { return half_to_float(float_to_half(f)); }
 
-// The code of v: half to even, saturating.
-__device__ __forceinline__ s8 half_even(float v) { int code; asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(code) : "f"(v)); return (s8)code; }
-
 // The code of v: half away from zero, saturating. What is added is the largest float below a half: a half itself would
 // round 0.49999997 up.
-__device__ __forceinline__ s8 half_away(float v) {
-    int code;
-    asm("cvt.rzi.sat.s8.f32 %0, %1;" : "=r"(code) : "f"(v + copysignf(0.49999997f, v)));
-    return (s8)code;
-}
-
-__device__ __forceinline__ float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ s8 half_away(float v) { return toward_zero(v + copysignf(0.49999997f, v)); }
 
 // The code of silu(v) / divisor, half away from zero, saturating. `inverse` is about 1 / divisor: the approximations are
 // off by less than 1e-3 where the quotient is within 130 (2^-17 of it for the exponential of up to -88, 2^-22 for the
@@ -225,7 +216,7 @@ __device__ __forceinline__ void remaining_stages(float (*lines)[LINE]) {
 // The code of factor * v, half away from zero: saturating, or modulo 256 as upstream's float to int32 to int8.
 __device__ __forceinline__ s8 rounded(float v, float factor, i64 wrap) {
     const float scaled = v * factor;
-    return wrap ? (s8)((int)roundf(scaled) & 255) : half_away(scaled);
+    return wrap ? (s8)(__float2int_rz(roundf(scaled)) & 255) : half_away(scaled);
 }
 
 // What is left of the transform, in the order of model/kernels.butterflies, and the codes of the block's rows.

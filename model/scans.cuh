@@ -9,16 +9,7 @@
 // An `In` gives the float32 values of a row's inputs and takes its outputs. Arithmetic is float32; scan_head's sums over
 // the states are split over threads, so they run in another order than the CPU's.
 
-typedef signed char s8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-
-__device__ __forceinline__ float half_to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
-__device__ __forceinline__ u16 float_to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
-
-// 2^x to 2 ulp, 0 where the result would be subnormal.
-__device__ __forceinline__ float power_of_two(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+#include "ptx.cuh"
 
 const float LOG2_E = 1.4426950408889634f;
 

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cuda_kernels_on_host import run_kernels_on_host
 from host_int8_operators import HostInt8Operators
 from test_device_int8 import host_model
 
 from quambase.analyzer.batch import analyze
+from quambase.apply import device_operators
 from quambase.apply import evaluate as evaluating
 from quambase.apply.device import DeviceWeights, int8_on_cuda, on_device
 from quambase.apply.device_operators import CudaInt8Operators, ScanScales, pad_weight, padded_rows
@@ -32,14 +34,21 @@ from quambase.model.text import read_documents
 from quambase.model.weights import MambaConfig
 from quambase.schema.scales import read_scales
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 LENGTHS = [17, 1, 40, 8, 33, 300]
 
 
-@pytest.fixture(scope="module")
-def device() -> torch.device:
+@pytest.fixture(params=["cuda", "host"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A CUDA device, or the host, whose threads then run the kernels."""
+    if request.param == "host":
+        return run_kernels_on_host(monkeypatch, device_operators)
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+on_cuda = pytest.mark.parametrize("device", ["cuda"], indirect=True)
+"""Tests of what needs tensor cores."""
 
 
 def mamba1(d_inner: int = 64, states: int = 16, taps: int = 4) -> MambaConfig:
@@ -66,6 +75,7 @@ def padded(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return wide.copy_(x)
 
 
+@on_cuda
 @pytest.mark.parametrize(
     ("rows", "depth", "columns"),
     [(1, 16, 8), (5, 3, 7), (128, 64, 128), (129, 65, 130), (300, 768, 3072), (257, 1536, 80), (64, 5120, 72)],
@@ -93,6 +103,7 @@ def test_products_are_exact(rows: int, depth: int, columns: int, hopper: bool, d
         assert rows * columns < 1000 or len(wanted.unique()) > 200  # clipped ones and the rest
 
 
+@on_cuda
 def test_rows_that_are_not_padded_are_multiplied_too(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(3)
     x, weight = codes(generator, 40, 23), pad_weight(codes(generator, 9, 23))
@@ -229,6 +240,7 @@ def _on_host(argument: Any) -> Any:
     return argument
 
 
+@on_cuda
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
 @pytest.mark.parametrize(
     "switches", [{}, {"quantize_lm_head": True, "quantize_embedding": True}, {"compat": "upstream"}]
@@ -243,6 +255,7 @@ def test_tiny_models_logits_are_the_hosts(family: str, switches: dict[str, Any],
     assert (found - wanted).norm() <= 0.02 * wanted.norm()
 
 
+@on_cuda
 @pytest.mark.parametrize("name", ["mamba-5m", "mamba2-8m"])
 def test_a_bundled_models_codes_on_real_text(name: str, device: torch.device, tmp_path: Path) -> None:
     """Every operator inside the model on the bundled text, on the inputs that the device's own codes make."""
@@ -268,6 +281,7 @@ def test_a_bundled_models_codes_on_real_text(name: str, device: torch.device, tm
             assert more == 0 and one <= 1e-3 * total, operator
 
 
+@on_cuda
 def test_evaluate_on_cuda_agrees_with_the_cpu(device: torch.device, tmp_path: Path) -> None:
     db = tmp_path / "db"
     collect("mamba-5m", samples=8, db=db, device="cpu")

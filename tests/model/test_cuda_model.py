@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_kernels_on_host import run_kernels_on_host
 from device_models import DOCUMENTS, shown, tiny_weights
 
+from quambase.model import cuda_operators
 from quambase.model.batch import Batch
 from quambase.model.cuda_operators import CudaOperators
 from quambase.model.device import DeviceModel, device_model
@@ -13,15 +15,22 @@ from quambase.model.hadamard import hadamard
 from quambase.model.load import floating_model
 from quambase.model.operators import DeviceBatch, TorchOperators
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 HALF, SINGLE = torch.float16, torch.float32
 LENGTHS = [17, 1, 40, 8, 33]
 
 
-@pytest.fixture(scope="module")
-def device() -> torch.device:
+@pytest.fixture(params=["cuda", "host"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A CUDA device, or the host, whose threads then run the kernels."""
+    if request.param == "host":
+        return run_kernels_on_host(monkeypatch, cuda_operators)
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+on_cuda = pytest.mark.parametrize("device", ["cuda"], indirect=True)
+"""Tests of whole models, which choose their operators by the device."""
 
 
 def batches(device: torch.device) -> tuple[DeviceBatch, DeviceBatch]:
@@ -95,6 +104,7 @@ def test_hadamard_transforms_equal_the_hosts_bit_for_bit(dim: int, device: torch
         assert torch.equal(found.cpu(), hadamard(x.to(dtype)).to(dtype))
 
 
+@on_cuda
 @pytest.mark.parametrize("family", ["mamba1", "mamba2", "mamba2 of one group"])
 def test_a_models_sites_are_the_hosts(family: str, device: torch.device) -> None:
     weights = tiny_weights(family)
@@ -106,6 +116,7 @@ def test_a_models_sites_are_the_hosts(family: str, device: torch.device) -> None
         assert (found[key] - values).abs().max() <= 300 * 2.0**-24 * max(1, values.abs().max()), key
 
 
+@on_cuda
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
 def test_documents_do_not_see_their_neighbours(family: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,0 +1,85 @@
+"""CUDA sources compiled for the host by g++ and run thread by thread: kernels' arithmetic and indexing without a GPU.
+
+What only a device has stays out: tensor cores (apply/gemm.cu), atomics (collector/counting.cu), and whether it is fast.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from quambase.model.cuda import HEADERS, Argument, _as_argument, _format
+
+HERE = Path(__file__).with_name("cuda_on_host")
+COMPILER = shutil.which("g++")
+
+
+@functools.cache
+def compile_for_host(source: Path, names: tuple[str, ...], defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    """A library whose ``launch_NAME`` runs a kernel: (blocks across, down, threads, its parameters)."""
+    text = source.read_text()
+    for header in HEADERS:
+        if header.name != "ptx.cuh":  # which cuda_on_host has in C++
+            text = text.replace(f'#include "{header.name}"', header.read_text())
+    # Shared memory of a size that the launch chooses is an array of cuda.hpp; of a fixed one, a static one.
+    text = text.replace("extern __shared__", "extern")
+    lines = ['#include "cuda.hpp"', *(f"#define {name} {value}" for name, value in defines), text]
+    for name in names:
+        lines.append(
+            f'extern "C" VISIBLE void launch_{name}(unsigned x, unsigned y, unsigned threads, const char* buffer) {{\n'
+            f"    run_blocks([](const char* b) {{ call({name}, b); }}, x, y, threads, buffer);\n}}"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        written, library = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
+        written.write_text("\n".join(lines))
+        options = ["-std=c++20", "-O2", "-mfma", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w", f"-I{HERE}"]
+        # Or every library of the process would have the first one's shared memory, of that one's sizes.
+        options += ["-fvisibility=hidden", "-fno-gnu-unique"]
+        subprocess.run([str(COMPILER), *options, str(written), "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library))
+
+
+class HostKernels:
+    """`quambase.model.cuda.Kernels` for tensors on the host."""
+
+    def __init__(
+        self,
+        source: Path,
+        names: Iterable[str],
+        defines: Mapping[str, int],
+        device: torch.device,
+        flags: tuple[str, ...] = (),
+    ) -> None:
+        self._source, self._names, self._defines = source, tuple(names), tuple(defines.items())
+
+    def allow_shared(self, name: str, size: int) -> None:
+        """There is enough."""
+
+    def launch(
+        self, name: str, grid: tuple[int, int], threads: int, arguments: Sequence[Argument], shared: int = 0
+    ) -> None:
+        """Run a kernel to its end."""
+        library: Any = compile_for_host(self._source, self._names, self._defines)
+        layout = struct.Struct("@" + "".join(map(_format, arguments)))
+        values = [_as_argument(argument) for argument in arguments]
+        getattr(library, f"launch_{name}")(grid[0], grid[1], threads, layout.pack(*values))
+
+
+def run_kernels_on_host(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> torch.device:
+    """Let ``module``'s operators launch their kernels on the host: the device to give them. Skips without g++."""
+    if COMPILER is None:
+        pytest.skip("needs g++")
+    monkeypatch.setattr(module, "Kernels", HostKernels)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    return torch.device("cpu")

@@ -1,0 +1,13 @@
+// model/ptx.cuh in C++.
+
+typedef signed char s8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+inline float half_to_float(u16 h) { return (float)same_bits<_Float16>(h); }
+inline u16 float_to_half(float f) { return same_bits<u16>((_Float16)f); }
+inline float power_of_two(float x) { return exp2f(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+inline s8 half_even(float v) { return (s8)rintf(fminf(fmaxf(v, -128.0f), 127.0f)); }
+inline s8 toward_zero(float v) { return (s8)truncf(fminf(fmaxf(v, -128.0f), 127.0f)); }
