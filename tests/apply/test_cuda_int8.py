@@ -153,12 +153,13 @@ def test_convolution(channels: int, taps: int, device: torch.device) -> None:
     batch, moved = batches(device)
     x, weight = codes(generator, sum(LENGTHS), channels + 20), codes(generator, taps, channels).float()
     scale_wx = torch.rand(channels, generator=generator) * 2e-4
-    bias, scale_out = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) / 30 + 1e-3
+    bias, scale_out = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) / 60 + 0.01
     vectors = (weight, scale_wx, bias, scale_out)
     wanted = HostInt8Operators().conv_silu(x[:, 4 : 4 + channels], *vectors, batch)
     operators = CudaInt8Operators(device, mamba1(channels, taps=taps))
     found = operators.conv_silu(padded(x, device)[:, 4 : 4 + channels], *on(device, *vectors), moved)
-    differences(found, wanted)
+    # Only another exp tells them apart, by some 2^-23 of a code of up to 2^7: one in a million lies that near a half.
+    differences(found, wanted, 2e-6)
     assert len(wanted.unique()) > 100
 
 
