@@ -174,7 +174,22 @@ def evaluate(
         notes.append(f"run on {torch.cuda.get_device_name(models.device)}; the CPU's results are kept apart")
     if candidates.skipped:
         notes.append(f"not loadable as one INT8 scale per site, left out: {', '.join(candidates.skipped)}")
-    about = {
+    about = _about(evaluation, candidates, tasks, models.device, window, notes)
+    with replacing(target / EVALUATION) as temporary:
+        temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return Evaluation(evaluation, target, results, about, notes)
+
+
+def _about(
+    evaluation: str,
+    candidates: Candidates,
+    tasks: Sequence[TaskData],
+    device: torch.device,
+    window: int,
+    notes: list[str],
+) -> dict[str, Any]:
+    """What evaluation.json says."""
+    return {
         "format_version": FORMAT_VERSION,
         "evaluation": evaluation,
         "model": candidates.source.name,
@@ -182,7 +197,7 @@ def evaluate(
         "scales": candidates.scales,
         "run": candidates.run,
         "strategies": list(candidates.models),
-        "device": models.device.type,
+        "device": device.type,
         "window": window,
         "tasks": [
             {
@@ -197,9 +212,6 @@ def evaluate(
         ],
         "notes": notes,
     }
-    with replacing(target / EVALUATION) as temporary:
-        temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return Evaluation(evaluation, target, results, about, notes)
 
 
 def plan_tasks(source: LoadedModel, task: str, data: Sequence[str]) -> list[tuple[str, str]]:

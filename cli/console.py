@@ -79,7 +79,7 @@ def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--device NAME`: where models run."""
     return click.option(
         "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),
+        type=click.Choice(["auto", "cpu", "cuda"]),  # model.device.DEVICES, whose import would bring torch
         default="auto",
         show_default=True,
         help="Where models run; auto: CUDA if there is any.",

@@ -112,9 +112,9 @@ class Kernels:
         """Queue a kernel on torch's current stream; the tensors given must live until then, as torch's own do."""
         layout = self._layouts.get(name)
         if layout is None:
-            layout = self._layouts[name] = struct.Struct("@" + "".join(map(_format, arguments)))
+            layout = self._layouts[name] = struct.Struct("@" + "".join(map(parameter_format, arguments)))
         # One buffer laid out as the kernel's parameters: a run launches tens of thousands of kernels.
-        buffer = ctypes.create_string_buffer(layout.pack(*map(_as_argument, arguments)), layout.size)
+        buffer = ctypes.create_string_buffer(layout.pack(*map(parameter_value, arguments)), layout.size)
         size = ctypes.c_size_t(layout.size)
         extra = (ctypes.c_void_p * 5)(
             BUFFER_POINTER, ctypes.addressof(buffer), BUFFER_SIZE, ctypes.addressof(size), None
@@ -127,7 +127,7 @@ class Kernels:
             raise RuntimeError(f"the kernel {name} could not be launched: {status[0].name}")
 
 
-def _format(argument: Argument) -> str:
+def parameter_format(argument: Argument) -> str:
     """How `struct` lays out an argument; a struct by value is a run of words of 8 bytes."""
     if isinstance(argument, ctypes.Structure):
         assert ctypes.sizeof(argument) % 8 == 0 == ctypes.alignment(argument) % 8
@@ -135,7 +135,8 @@ def _format(argument: Argument) -> str:
     return "f" if isinstance(argument, float) else "q"
 
 
-def _as_argument(argument: Argument) -> int | float | bytes:
+def parameter_value(argument: Argument) -> int | float | bytes:
+    """What `struct` packs for it."""
     if isinstance(argument, torch.Tensor):
         return argument.data_ptr()
     return bytes(argument) if isinstance(argument, ctypes.Structure) else argument

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from quambase.model.cuda import HEADERS, Argument, _as_argument, _format
+from quambase.model.cuda import HEADERS, Argument, parameter_format, parameter_value
 
 HERE = Path(__file__).with_name("cuda_on_host")
 COMPILER = shutil.which("g++")
@@ -71,13 +71,20 @@ class HostKernels:
     ) -> None:
         """Run a kernel to its end."""
         library: Any = compile_for_host(self._source, self._names, self._defines)
-        layout = struct.Struct("@" + "".join(map(_format, arguments)))
-        values = [_as_argument(argument) for argument in arguments]
+        layout = struct.Struct("@" + "".join(map(parameter_format, arguments)))
+        values = [parameter_value(argument) for argument in arguments]
         getattr(library, f"launch_{name}")(grid[0], grid[1], threads, layout.pack(*values))
 
 
-def run_kernels_on_host(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> torch.device:
-    """Let ``module``'s operators launch their kernels on the host: the device to give them. Skips without g++."""
+def cuda_or_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> torch.device:
+    """The device ``request.param`` names: "cuda", or "host", where ``module``'s operators then launch their kernels.
+
+    Skips without a CUDA device, or without g++.
+    """
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        return torch.device("cuda", torch.cuda.current_device())
     if COMPILER is None:
         pytest.skip("needs g++")
     monkeypatch.setattr(module, "Kernels", HostKernels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_kernels_on_host import run_kernels_on_host
+from cuda_kernels_on_host import cuda_or_host
 from device_models import DOCUMENTS, shown, tiny_weights
 
 from quambase.model import cuda_operators
@@ -22,11 +22,7 @@ LENGTHS = [17, 1, 40, 8, 33]
 @pytest.fixture(params=["cuda", "host"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A CUDA device, or the host, whose threads then run the kernels."""
-    if request.param == "host":
-        return run_kernels_on_host(monkeypatch, cuda_operators)
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return torch.device("cuda", torch.cuda.current_device())
+    return cuda_or_host(request, monkeypatch, cuda_operators)
 
 
 on_cuda = pytest.mark.parametrize("device", ["cuda"], indirect=True)
