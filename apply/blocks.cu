@@ -3,9 +3,9 @@
 //
 // MAMBA2   1: a Mamba-2, 0: a Mamba-1
 // WIDTH    taps of the convolution
-// ORDER    order of the Hadamard matrix that is not a power of two, or 1;  BITS: log2 of the power of two
-// and those of model/scans.cuh.
+// and those of model/rows.cuh and model/scans.cuh.
 
+#include "rows.cuh"
 #include "scans.cuh"
 
 __device__ __forceinline__ float round_to_half(float f) { return half_to_float(float_to_half(f)); }
@@ -33,46 +33,7 @@ __device__ __forceinline__ void code_floats(u32 codes, float (&to)[4]) {
     for (int j = 0; j < 4; j++) to[j] = __uint_as_float(__byte_perm(codes, 0x4b000000u, 0x7440 + j)) - 8388736.0f;
 }
 
-// The sum over `threads` (a multiple of 32) neighbouring threads of a block of up to 1024, in float64; each gets its own
-// neighbours'. `room` is for 32 values.
-__device__ __forceinline__ double block_sum(double v, double* room, int threads) {
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = v;
-    __syncthreads();
-    const int first = threadIdx.x / threads * (threads / 32);
-    double total = 0.0;
-    for (int i = 0; i < threads / 32; i++) total += room[first + i];
-    return total;
-}
-
 const int LANES = 4; // neighbours that a thread has at a time: rows are padded, and read and written whole
-
-// residual += x, and the reciprocal of its root mean square; the row stays in `line`. A block per row.
-__device__ __forceinline__ float add_and_measure(
-    const u16* x, i64 x_stride, float* residual, i64 residual_stride, i64 width, float eps, float* line
-) {
-    __shared__ double room[32];
-    const u16* added = x + blockIdx.x * x_stride;
-    float* row = residual + blockIdx.x * residual_stride;
-    double squares = 0.0;
-    for (int i = threadIdx.x * LANES; i < width; i += blockDim.x * LANES) {
-        const ushort4 halves = *(const ushort4*)(added + i);
-        float4 v = *(const float4*)(row + i);
-        v.x += half_to_float(halves.x), v.y += half_to_float(halves.y);
-        v.z += half_to_float(halves.z), v.w += half_to_float(halves.w);
-        *(float4*)(row + i) = v;
-        *(float4*)(line + i) = v;
-        const float values[LANES] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int j = 0; j < LANES; j++) {
-            if (i + j < width) squares += (double)values[j] * (double)values[j];
-        }
-    }
-    const float mean = (float)(block_sum(squares, room, blockDim.x) / (double)width);
-    return 1.0f / sqrtf(mean + eps);
-}
 
 // residual += x, then the code (half to even) of residual / rms / scale. x, residual, out (rows, width), each with its
 // stride; `width`, rounded up to LANES, floats of dynamic shared memory.
@@ -81,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(256) norm_to_int8(
     i64 out_stride
 ) {
     extern __shared__ __align__(16) float line[];
-    const float rstd = add_and_measure(x, x_stride, residual, residual_stride, width, eps, line);
+    const float rstd = add_and_measure<LANES>(x, x_stride, residual, residual_stride, width, eps, line);
     for (int i = threadIdx.x * LANES; i < width; i += blockDim.x * LANES) {
         const float4 v = *(const float4*)(line + i);
         *(char4*)(out + blockIdx.x * out_stride + i) = make_char4(
@@ -96,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(256) norm_to_half(
     const u16* x, i64 x_stride, float* residual, i64 residual_stride, i64 width, float eps, u16* out, i64 out_stride
 ) {
     extern __shared__ __align__(16) float line[];
-    const float rstd = add_and_measure(x, x_stride, residual, residual_stride, width, eps, line);
+    const float rstd = add_and_measure<LANES>(x, x_stride, residual, residual_stride, width, eps, line);
     for (int i = threadIdx.x * LANES; i < width; i += blockDim.x * LANES) {
         const float4 v = *(const float4*)(line + i);
         *(ushort4*)(out + blockIdx.x * out_stride + i) = make_ushort4(
@@ -163,107 +124,10 @@ extern "C" __global__ void __launch_bounds__(128) conv_silu(
     }
 }
 
-const int DIM = ORDER << BITS;
-const int INNER = 1 << BITS;
-
-const int ROWS = DIM <= 4096 ? 2 : 1; // of a block of the Hadamard quantizer
-const int ROW_THREADS = 256;
-
-// A row of DIM floats in shared memory, one word of every 33 left out: threads that read eight neighbours each would
-// otherwise all want the same banks.
-const int LINE = DIM + DIM / 32 + 1;
-__device__ __forceinline__ int padded(int i) { return i + (i >> 5); }
-
-template <int COUNT>
-struct alignas(2 * COUNT) Halves {
-    u16 at[COUNT];
-};
-
-template <int COUNT>
-__device__ __forceinline__ void butterflies(float (&v)[COUNT]) {
-#pragma unroll
-    for (int half = 1; half < COUNT; half *= 2)
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            if (i & half) continue;
-            const float low = v[i], high = v[i + half];
-            v[i] = low + high;
-            v[i + half] = low - high;
-        }
-}
-
-// The stages of the transform of ROWS rows from bit FIRST on, up to four at a time in registers.
-template <int FIRST>
-__device__ __forceinline__ void remaining_stages(float (*lines)[LINE]) {
-    if constexpr (FIRST < BITS) {
-        constexpr int TAKEN = BITS - FIRST < 4 ? BITS - FIRST : 4, COUNT = 1 << TAKEN, GROUPS = DIM / COUNT;
-        __syncthreads();
-        for (int i = threadIdx.x; i < ROWS * GROUPS; i += ROW_THREADS) {
-            float* line = lines[i / GROUPS];
-            const int group = i % GROUPS;
-            const int low = group & ((1 << FIRST) - 1), start = ((group >> FIRST) << (FIRST + TAKEN)) | low;
-            float v[COUNT];
-#pragma unroll
-            for (int k = 0; k < COUNT; k++) v[k] = line[padded(start + (k << FIRST))];
-            butterflies(v);
-#pragma unroll
-            for (int k = 0; k < COUNT; k++) line[padded(start + (k << FIRST))] = v[k];
-        }
-        remaining_stages<FIRST + TAKEN>(lines);
-    }
-}
-
 // The code of factor * v, half away from zero: saturating, or modulo 256 as upstream's float to int32 to int8.
 __device__ __forceinline__ s8 rounded(float v, float factor, i64 wrap) {
     const float scaled = v * factor;
     return wrap ? (s8)(__float2int_rz(roundf(scaled)) & 255) : half_away(scaled);
-}
-
-// What is left of the transform, in the order of model/kernels.butterflies, and the codes of the block's rows.
-template <int FIRST>
-__device__ __forceinline__ void finish_rows(
-    float (*lines)[LINE], const float* signs, float factor, i64 wrap, i64 rows, s8* out, i64 out_stride
-) {
-    remaining_stages<FIRST>(lines);
-    __syncthreads();
-    const i64 first = (i64)blockIdx.x * ROWS;
-    if constexpr (ORDER == 1) {
-        for (int i = threadIdx.x; i < ROWS * DIM; i += ROW_THREADS) {
-            const i64 row = first + i / DIM;
-            if (row < rows) out[row * out_stride + i % DIM] = rounded(lines[i / DIM][padded(i % DIM)], factor, wrap);
-        }
-    } else {
-        // A thread has all ORDER inputs of a place, and all of its outputs or, where rows are long, half of them.
-        constexpr int PARTS = ROWS == 2 ? 1 : 2, OUTPUTS = ORDER / PARTS;
-        for (int i = threadIdx.x; i < ROWS * PARTS * INNER; i += ROW_THREADS) {
-            const int p = i % INNER, begin = i / INNER % PARTS * OUTPUTS;
-            const i64 row = first + i / (PARTS * INNER);
-            if (row >= rows) continue;
-            const float* line = lines[i / (PARTS * INNER)];
-            float v[ORDER];
-#pragma unroll
-            for (int j = 0; j < ORDER; j++) v[j] = line[padded(j * INNER + p)];
-#pragma unroll 4
-            for (int k = 0; k < OUTPUTS; k++) {
-                float total = 0.0f;
-#pragma unroll
-                for (int j = 0; j < ORDER; j += 4) {
-                    const float4 sign = *(const float4*)(signs + (begin + k) * ORDER + j);
-                    // Products with +-1 are exact, so contracting them changes nothing.
-                    total = fmaf(sign.x, v[j], total);
-                    total = fmaf(sign.y, v[j + 1], total);
-                    total = fmaf(sign.z, v[j + 2], total);
-                    total = fmaf(sign.w, v[j + 3], total);
-                }
-                out[row * out_stride + (begin + k) * INNER + p] = rounded(total, factor, wrap);
-            }
-        }
-    }
-}
-
-__device__ __forceinline__ void copy_signs(const float* odd, float* signs) {
-    if (ORDER == 1) return;
-    for (int i = threadIdx.x; i < ORDER * ORDER; i += ROW_THREADS) signs[i] = odd[i];
 }
 
 #if !MAMBA2
@@ -303,28 +167,18 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS) selective_scan(
     scan_channels(in, a, d, bias, offsets, channels, nullptr);
 }
 
-// The Hadamard quantizer: codes of factor * (odd kron H) y. A block has ROWS rows; y (rows, DIM) float16; odd (ORDER,
-// ORDER); out (rows, DIM), rows out_stride apart.
+// The Hadamard quantizer: codes of factor * (odd kron H) y. y (rows, DIM) float16; odd (ORDER, ORDER); out (rows, DIM),
+// rows out_stride apart.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate(
     const u16* y, i64 rows, const float* odd, float factor, i64 wrap, s8* out, i64 out_stride
 ) {
-    __shared__ float lines[ROWS][LINE];
+    extern __shared__ __align__(16) float line[];
     __shared__ __align__(16) float signs[ORDER * ORDER];
-    copy_signs(odd, signs);
-    constexpr int TAKEN = BITS < 3 ? BITS : 3, COUNT = 1 << TAKEN; // neighbours that are read together
-    for (int i = threadIdx.x; i < ROWS * DIM / COUNT; i += ROW_THREADS) {
-        const i64 row = (i64)blockIdx.x * ROWS + i / (DIM / COUNT);
-        const int start = i % (DIM / COUNT) * COUNT;
-        if (row >= rows) continue;
-        const Halves<COUNT> packed = *(const Halves<COUNT>*)(y + row * DIM + start);
-        float v[COUNT];
-#pragma unroll
-        for (int k = 0; k < COUNT; k++) v[k] = half_to_float(packed.at[k]);
-        butterflies(v);
-#pragma unroll
-        for (int k = 0; k < COUNT; k++) lines[i / (DIM / COUNT)][padded(start + k)] = v[k];
-    }
-    finish_rows<TAKEN>(lines, signs, factor, wrap, rows, out, out_stride);
+    Line* lines = (Line*)line;
+    read_rows(y, rows, lines);
+    finish_rows<READ_STAGES>(lines, odd, signs, rows, [=](i64 row, int channel, float value) {
+        out[row * out_stride + channel] = rounded(value, factor, wrap);
+    });
 }
 
 #else
@@ -363,36 +217,24 @@ extern "C" __global__ void __launch_bounds__(HEADDIM / JOINED * SPLIT) ssd_scan(
     scan_head(in, a, d, bias, offsets, heads, ngroups, nullptr);
 }
 
-// Gated norm, rounded to float16, then the Hadamard quantizer. A block has ROWS rows; y (rows, DIM) float16; z codes, rows
-// z_stride apart, with z_scale; weight (DIM,); each of `groups` runs of channels has its own norm.
+// Gated norm, rounded to float16, then the Hadamard quantizer. y (rows, DIM) float16; z codes, rows z_stride apart, with
+// z_scale; weight (DIM,); the rest as in gated_norm_rows and rotate.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) gated_rotate(
     const u16* y, i64 rows, const s8* z, i64 z_stride, float z_scale, const float* weight, i64 groups, float eps,
     const float* odd, float factor, i64 wrap, s8* out, i64 out_stride
 ) {
-    __shared__ float lines[ROWS][LINE], gates[256]; // SiLU of every code
+    extern __shared__ __align__(16) float line[];
     __shared__ __align__(16) float signs[ORDER * ORDER];
-    __shared__ double room[32];
-    constexpr int SIDE = ROW_THREADS / ROWS; // threads of a row
+    __shared__ float gates[256]; // SiLU of every code
+    Line* lines = (Line*)line;
     for (int i = threadIdx.x; i < 256; i += ROW_THREADS) gates[i] = silu(z_scale * (float)(i - 128));
-    copy_signs(odd, signs);
     __syncthreads();
-    const int width = DIM / (int)groups, me = threadIdx.x % SIDE;
-    const i64 here = (i64)blockIdx.x * ROWS + threadIdx.x / SIDE, row = here < rows ? here : rows - 1;
-    float* line = lines[threadIdx.x / SIDE];
-    for (int g = 0; g < groups; g++) {
-        double squares = 0.0;
-        for (int i = g * width + me; i < (g + 1) * width; i += SIDE) {
-            const float value = half_to_float(y[row * DIM + i]) * gates[z[row * z_stride + i] + 128];
-            line[padded(i)] = value;
-            squares += (double)value * (double)value;
-        }
-        const float mean = (float)(block_sum(squares, room, SIDE) / (double)width);
-        const float rstd = 1.0f / sqrtf(mean + eps);
-        for (int i = g * width + me; i < (g + 1) * width; i += SIDE) {
-            line[padded(i)] = round_to_half(line[padded(i)] * rstd * weight[i]);
-        }
-    }
-    finish_rows<0>(lines, signs, factor, wrap, rows, out, out_stride);
+    const auto gated = [=](i64 row, int i) { return half_to_float(y[row * DIM + i]) * gates[z[row * z_stride + i] + 128]; };
+    const auto keep = [](i64, int, float value, float* place) { *place = round_to_half(value); };
+    gated_norm_rows(lines, rows, weight, groups, eps, gated, keep);
+    finish_rows<0>(lines, odd, signs, rows, [=](i64 row, int channel, float value) {
+        out[row * out_stride + channel] = rounded(value, factor, wrap);
+    });
 }
 
 #endif

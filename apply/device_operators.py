@@ -14,8 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from quambase.model.cuda import Argument, Kernels
-from quambase.model.cuda_operators import ROW_SHARED, SCAN_THREADS, ssd_division
-from quambase.model.hadamard import odd_factor, odd_order
+from quambase.model.cuda_operators import (
+    FREE_SHARED,
+    ROW_THREADS,
+    SCAN_THREADS,
+    kernel_sizes,
+    rows_of_block,
+    rows_shared,
+)
+from quambase.model.hadamard import odd_factor
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.operators import DeviceBatch
 from quambase.model.weights import MambaConfig
@@ -41,9 +48,6 @@ HOPPER, OTHERS = ProductBlock(256, 3 * 2 * TILE * 128), ProductBlock(128, 4 * 2 
 
 CONV_ROWS, CONV_CHANNELS = 8, 4 * 128
 """Rows and channels of a block of the convolution, as in blocks.cu."""
-
-ROW_THREADS = 256
-"""Of a kernel with a block per row."""
 
 
 @dataclass(frozen=True)
@@ -83,29 +87,17 @@ class CudaInt8Operators:
     def __init__(self, device: torch.device, config: MambaConfig | Mamba2Config, *, hopper: bool | None = None) -> None:
         """``hopper``: whether products are Hopper's own (compute capability 9.0); default: if the device is one."""
         self.device = device
-        order = odd_order(config.d_inner)
-        self._rotated_rows = 2 if config.d_inner <= 4096 else 1  # of a block, as in blocks.cu
-        self._odd = torch.tensor(odd_factor(order), device=device)
+        sizes = kernel_sizes(config)
+        self._rotated_rows, self._rotated_shared = rows_of_block(config.d_inner), rows_shared(config.d_inner)
+        self._odd = torch.tensor(odd_factor(sizes["ORDER"]), device=device)
         mamba2 = isinstance(config, Mamba2Config)
-        headdim = config.headdim if isinstance(config, Mamba2Config) else 1
-        split, joined = ssd_division(config.d_state, headdim)
-        self._ssd_threads = headdim // joined * split
+        self._ssd_threads = sizes["HEADDIM"] // sizes["JOINED"] * sizes["SPLIT"]
         if isinstance(config, Mamba2Config):
             self._ngroups, self._widths = config.ngroups, [config.d_inner, config.bc_width, config.bc_width]
-        sizes = {
-            "MAMBA2": int(mamba2),
-            "WIDTH": config.d_conv,
-            "ORDER": order,
-            "BITS": (config.d_inner // order).bit_length() - 1,
-            "STATES": config.d_state,
-            "HEADDIM": headdim,
-            "SPLIT": split,
-            "JOINED": joined,
-        }
         own = ("ssd_scan", "gated_rotate") if mamba2 else ("selective_scan", "rotate")
         names = ("norm_to_int8", "norm_to_half", "conv_silu", *own)
         # No contraction, so that codes are rounded from the same float32 values as on the CPU.
-        self._blocks = Kernels(BLOCKS, names, sizes, device, ("-fmad=false",))
+        self._blocks = Kernels(BLOCKS, names, {"MAMBA2": int(mamba2), **sizes}, device, ("-fmad=false",))
         if hopper is None:
             hopper = torch.cuda.get_device_capability(device) == (9, 0)
         self._product_block = HOPPER if hopper else OTHERS
@@ -113,10 +105,11 @@ class CudaInt8Operators:
         self._products = Kernels(PRODUCTS, products, {"HOPPER": int(hopper)}, device)
         for name in products:
             self._products.allow_shared(name, self._product_block.shared)
-        row = 4 * _padded(config.d_model, 4)
-        for name in ("norm_to_int8", "norm_to_half"):
-            if row > ROW_SHARED:
-                self._blocks.allow_shared(name, row)
+        shared = dict.fromkeys(("norm_to_int8", "norm_to_half"), 4 * _padded(config.d_model, 4))
+        shared["gated_rotate" if mamba2 else "rotate"] = self._rotated_shared
+        for name, size in shared.items():
+            if size > FREE_SHARED:
+                self._blocks.allow_shared(name, size)
 
     def _codes(self, rows: int, width: int) -> torch.Tensor:
         return padded_rows(rows, width, torch.int8, self.device)
@@ -219,7 +212,7 @@ class CudaInt8Operators:
         """The Hadamard quantizer: codes of ``factor`` times the transform of y (t, e) float16; `round_to_int8`."""
         out = self._codes(*y.shape)
         arguments = (y, len(y), self._odd, factor, int(wrap), out, out.stride(0))
-        self._blocks.launch("rotate", self._row_blocks(len(y)), ROW_THREADS, arguments)
+        self._blocks.launch("rotate", self._row_blocks(len(y)), ROW_THREADS, arguments, self._rotated_shared)
         return out
 
     def ssd_scan(
@@ -264,7 +257,7 @@ class CudaInt8Operators:
         out = self._codes(*y.shape)
         norm = (z, z.stride(0), z_scale, weight, self._ngroups, eps)
         arguments = (y, len(y), *norm, self._odd, factor, int(wrap), out, out.stride(0))
-        self._blocks.launch("gated_rotate", self._row_blocks(len(y)), ROW_THREADS, arguments)
+        self._blocks.launch("gated_rotate", self._row_blocks(len(y)), ROW_THREADS, arguments, self._rotated_shared)
         return out
 
     def _row_blocks(self, rows: int) -> tuple[int, int]:

@@ -62,15 +62,12 @@ def choose_operators(
     weights: MambaWeights | Mamba2Weights, device: torch.device, dtype: torch.dtype, *, compiled: bool = True
 ) -> Operators:
     """Compiled kernels on CUDA; plain PyTorch elsewhere, and, after a warning on stderr, where they do not compile."""
-    c = weights.config
-    ngroups = weights.config.ngroups if isinstance(weights, Mamba2Weights) else 1
-    headdim = weights.config.headdim if isinstance(weights, Mamba2Weights) else 1
     if device.type == "cuda" and compiled:
         try:
-            return CudaOperators(device, dtype, c.d_state, c.d_conv, headdim, ngroups)
+            return CudaOperators(device, dtype, weights.config)
         except CompilationFailed as error:
             print(f"warning: scans run in plain PyTorch, some hundred times slower: {error}", file=sys.stderr)
-    return TorchOperators(ngroups)
+    return TorchOperators(dtype, weights.config.ngroups if isinstance(weights, Mamba2Weights) else 1)
 
 
 class DeviceModel(ABC):
@@ -88,6 +85,7 @@ class DeviceModel(ABC):
         self.device, self.dtype, self.operators, self.rotated = device, dtype, operators, rotated
         self.eps = weights.config.norm_eps
         self.embedding = self._matrix(weights.embedding)
+        self.norms = [self._vector(layer.norm) for layer in weights.layers]
         self.norm_f = self._vector(weights.norm_f)
         self.lm_head = self._matrix(weights.lm_head)
 
@@ -97,9 +95,6 @@ class DeviceModel(ABC):
     def _vector(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.to(self.device, torch.float32).contiguous()
 
-    def _norm(self, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(residual, (residual.shape[-1],), weight, self.eps).to(self.dtype)
-
     @torch.inference_mode()
     def hidden(self, batch: Batch, tap: Tap | None = None) -> torch.Tensor:
         """As `quambase.model.backbone.Backbone.hidden`, on the device and of its dtype; so are the tensors of the tap,
@@ -108,10 +103,11 @@ class DeviceModel(ABC):
         here = DeviceBatch.of(batch, self.device)
         everything = slice(0, batch.documents)
         with without_tf32():
-            residual = F.embedding(here.tokens, self.embedding).float()
-            for index in range(self.layers):
-                residual += self._block(index, residual, here, tap)
-            out = self._norm(residual, self.norm_f)
+            x = F.embedding(here.tokens, self.embedding)
+            residual = torch.zeros(x.shape, device=self.device)
+            for index, norm in enumerate(self.norms):
+                x = self._block(index, self.operators.add_norm(x, residual, norm, self.eps), here, tap)
+            out = self.operators.add_norm(x, residual, self.norm_f, self.eps)
             if tap:
                 tap(HEAD_LAYER, "lm_head:input", out, everything)
                 for documents in batch.chunks(HEAD_ROWS):
@@ -125,14 +121,9 @@ class DeviceModel(ABC):
         with without_tf32():
             return F.linear(hidden, self.lm_head)
 
-    @property
     @abstractmethod
-    def layers(self) -> int:
-        """How many blocks."""
-
-    @abstractmethod
-    def _block(self, index: int, residual: torch.Tensor, batch: DeviceBatch, tap: Tap | None) -> torch.Tensor:
-        """Block ``index``, its norm included, of the residual stream (t, d); what is added to it."""
+    def _block(self, index: int, normalised: torch.Tensor, batch: DeviceBatch, tap: Tap | None) -> torch.Tensor:
+        """Block ``index`` of the normalised residual stream (t, d); what is added to the residual stream."""
 
 
 class DeviceMamba(DeviceModel):
@@ -149,7 +140,7 @@ class DeviceMamba(DeviceModel):
     ) -> None:
         super().__init__(weights, device, dtype, operators, rotated=rotated)
         self.config = weights.config
-        matrices, vectors = ("in_proj", "x_proj", "dt_proj", "out_proj"), ("norm", "conv_bias", "dt_bias", "D")
+        matrices, vectors = ("in_proj", "x_proj", "dt_proj", "out_proj"), ("conv_bias", "dt_bias", "D")
         self._layers = [
             {
                 **{name: self._matrix(getattr(layer, name)) for name in matrices},
@@ -160,16 +151,10 @@ class DeviceMamba(DeviceModel):
             for layer in weights.layers
         ]
 
-    @property
-    def layers(self) -> int:
-        """How many blocks."""
-        return len(self._layers)
-
-    def _block(self, index: int, residual: torch.Tensor, batch: DeviceBatch, tap: Tap | None) -> torch.Tensor:
+    def _block(self, index: int, normalised: torch.Tensor, batch: DeviceBatch, tap: Tap | None) -> torch.Tensor:
         w = self._layers[index]
         c = self.config
         documents = slice(0, batch.host.documents)
-        normalised = self._norm(residual, w["norm"])
         xz = F.linear(normalised, w["in_proj"])  # (t, 2e)
         u = self.operators.conv_silu(xz[:, : c.d_inner], w["conv_weight"], w["conv_bias"], batch)
         dt_b_c = F.linear(u, w["x_proj"])  # (t, r + 2n)
@@ -208,7 +193,7 @@ class DeviceMamba2(DeviceModel):
     ) -> None:
         super().__init__(weights, device, dtype, operators, rotated=rotated)
         self.config = weights.config
-        vectors = ("norm", "conv_bias", "dt_bias", "D", "gated_norm")
+        vectors = ("conv_bias", "dt_bias", "D", "gated_norm")
         self._layers = [
             {
                 **{name: self._matrix(getattr(layer, name)) for name in ("in_proj", "out_proj")},
@@ -219,28 +204,17 @@ class DeviceMamba2(DeviceModel):
             for layer in weights.layers
         ]
 
-    @property
-    def layers(self) -> int:
-        """How many blocks."""
-        return len(self._layers)
-
-    def _gated_norm(self, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        gated = (y.float() * F.silu(z.float())).view(len(y), self.config.ngroups, -1)
-        return (F.rms_norm(gated, gated.shape[-1:], None, self.eps).view(y.shape) * weight).to(self.dtype)
-
-    def _block(self, index: int, residual: torch.Tensor, batch: DeviceBatch, tap: Tap | None) -> torch.Tensor:
+    def _block(self, index: int, normalised: torch.Tensor, batch: DeviceBatch, tap: Tap | None) -> torch.Tensor:
         w = self._layers[index]
         c = self.config
         documents = slice(0, batch.host.documents)
         widths = [c.d_inner, c.bc_width, c.bc_width]
-        normalised = self._norm(residual, w["norm"])
         projected = F.linear(normalised, w["in_proj"])  # (t, 2e + 2gn + h)
         z, conv_in, dt = torch.split(projected, [c.d_inner, c.conv_width, c.heads], dim=1)
         conv_out = self.operators.conv_silu(conv_in, w["conv_weight"], w["conv_bias"], batch)
         x, b, read = torch.split(conv_out, widths, dim=1)
         y, state = self.operators.ssd_scan(x, b, read, dt, w["A"], w["D"], w["dt_bias"], batch)
-        normed = self._gated_norm(y, z, w["gated_norm"])
-        gated = self.operators.hadamard(normed) if self.rotated else normed
+        gated = self.operators.gated_norm(y, z, w["gated_norm"], self.eps, rotated=self.rotated)
         out = F.linear(gated, w["out_proj"])  # (t, d)
         if tap:
             x_in, b_in, c_in = torch.split(conv_in, widths, dim=1)

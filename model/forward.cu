@@ -3,8 +3,10 @@
 //
 // HALF      1: activations are float16, 0: float32
 // WIDTH     taps of the convolution
-// and those of scans.cuh.
+// LANES     4 if d_model is a multiple of it, else 1
+// and those of rows.cuh and scans.cuh.
 
+#include "rows.cuh"
 #include "scans.cuh"
 
 #if HALF
@@ -12,14 +14,6 @@ typedef u16 real;
 #else
 typedef float real;
 #endif
-
-__device__ __forceinline__ float get(real v) {
-#if HALF
-    return half_to_float(v);
-#else
-    return v;
-#endif
-}
 
 __device__ __forceinline__ real as_real(float v) {
 #if HALF
@@ -48,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_silu(
 #pragma unroll
     for (int k = 1; k < WIDTH; k++) {
         const i64 row = first - (WIDTH - k);
-        window[k] = row >= 0 ? get(x[row * x_stride + channel]) : 0.0f;
+        window[k] = row >= 0 ? to_float(x[row * x_stride + channel]) : 0.0f;
     }
     const float start = bias[channel];
 #pragma unroll 4
@@ -57,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_silu(
         if (row >= rows) return;
 #pragma unroll
         for (int k = 1; k < WIDTH; k++) window[k - 1] = window[k];
-        window[WIDTH - 1] = get(x[row * x_stride + channel]);
+        window[WIDTH - 1] = to_float(x[row * x_stride + channel]);
         const int mine = (int)row - starts[row]; // rows of the document before this one
         float total = start;
 #pragma unroll
@@ -80,10 +74,10 @@ struct Channels {
     __device__ real delta_at(i64 row, int channel) const { return delta_start[row * channels + channel]; }
     __device__ real z_at(i64 row, int channel) const { return z[row * z_stride + channel]; }
     __device__ real b_c_at(i64 row, int n) const { return bc[row * bc_stride + n]; }
-    __device__ float u(real raw) const { return get(raw); }
-    __device__ float delta(real raw) const { return get(raw); }
-    __device__ float gate(real raw) const { return silu(get(raw)); }
-    __device__ float b_c(real raw) const { return get(raw); }
+    __device__ float u(real raw) const { return to_float(raw); }
+    __device__ float delta(real raw) const { return to_float(raw); }
+    __device__ float gate(real raw) const { return silu(to_float(raw)); }
+    __device__ float b_c(real raw) const { return to_float(raw); }
     __device__ void put(i64 row, int channel, float value) const { y[row * channels + channel] = as_real(value); }
 };
 
@@ -104,11 +98,11 @@ struct Head {
     i64 dt_stride, width;
     real* y;
 
-    __device__ float x(i64 row, i64 column) const { return get(x_at[row * stride + column]); }
+    __device__ float x(i64 row, i64 column) const { return to_float(x_at[row * stride + column]); }
     __device__ float skipped(i64 row, i64 column) const { return x(row, column); }
-    __device__ float b(i64 row, i64 column) const { return get(b_at[row * stride + column]); }
-    __device__ float c(i64 row, i64 column) const { return get(c_at[row * stride + column]); }
-    __device__ float dt(i64 row, int head) const { return get(dt_at[row * dt_stride + head]); }
+    __device__ float b(i64 row, i64 column) const { return to_float(b_at[row * stride + column]); }
+    __device__ float c(i64 row, i64 column) const { return to_float(c_at[row * stride + column]); }
+    __device__ float dt(i64 row, int head) const { return to_float(dt_at[row * dt_stride + head]); }
     __device__ void put(i64 row, i64 column, float value) const { y[row * width + column] = as_real(value); }
 };
 
@@ -122,32 +116,56 @@ extern "C" __global__ void __launch_bounds__(HEADDIM / JOINED * SPLIT) ssd_scan(
     scan_head(in, a, d, bias, offsets, heads, ngroups, state);
 }
 
-// Every row times (odd kron H_2^k), times factor, in the order of kernels.butterflies: a block per row, dim floats of
-// dynamic shared memory. x, out (rows, dim); odd (order, order).
-extern "C" __global__ void __launch_bounds__(256) hadamard(
-    const real* x, const float* odd, i64 order, i64 dim, float factor, real* out
+// residual += x, then residual / rms * weight. x, out (rows, width) and residual (rows, width), contiguous; weight
+// (width,); `width` floats of dynamic shared memory. A block per row.
+extern "C" __global__ void __launch_bounds__(256) add_norm(
+    const real* x, float* residual, const float* weight, i64 width, float eps, real* out
 ) {
-    extern __shared__ float line[];
-    const int size = dim, inner = dim / order;
-    const i64 start = (i64)blockIdx.x * dim;
-    for (int i = threadIdx.x; i < size; i += blockDim.x) line[i] = get(x[start + i]);
-    __syncthreads();
-    for (int half = 1; half < inner; half *= 2) {
-        for (int i = threadIdx.x; i < size / 2; i += blockDim.x) {
-            const int low = (i & ~(half - 1)) * 2 + (i & (half - 1));
-            const float first = line[low], second = line[low + half];
-            line[low] = first + second;
-            line[low + half] = first - second;
-        }
-        __syncthreads();
+    extern __shared__ __align__(16) float line[];
+    const float rstd = add_and_measure<LANES>(x, width, residual, width, width, eps, line);
+    for (int i = threadIdx.x * LANES; i < width; i += blockDim.x * LANES) {
+        Packed<real, LANES> done;
+#pragma unroll
+        for (int j = 0; j < LANES; j++) done.at[j] = as_real(line[i + j] * rstd * weight[i + j]);
+        *(Packed<real, LANES>*)(out + blockIdx.x * width + i) = done;
     }
-    for (int i = threadIdx.x; i < size; i += blockDim.x) {
-        float total = line[i];
-        if (order > 1) {
-            total = 0.0f;
-            const float* signs = odd + (i / inner) * order;
-            for (int j = 0; j < order; j++) total += signs[j] * line[j * inner + i % inner];
-        }
-        out[start + i] = as_real(total * factor);
-    }
+}
+
+// Every row times (odd kron H), times factor. x, out (rows, DIM); odd (ORDER, ORDER).
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) hadamard(
+    const real* x, i64 rows, const float* odd, float factor, real* out
+) {
+    extern __shared__ __align__(16) float line[];
+    __shared__ __align__(16) float signs[ORDER * ORDER];
+    Line* lines = (Line*)line;
+    read_rows(x, rows, lines);
+    finish_rows<READ_STAGES>(lines, odd, signs, rows, [=](i64 row, int channel, float value) {
+        out[row * DIM + channel] = as_real(value * factor);
+    });
+}
+
+// RMS norm of y * SiLU(z), as gated_norm_rows. y, out (rows, DIM); z (rows, DIM), rows z_stride apart.
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) gated_norm(
+    const real* y, i64 rows, const real* z, i64 z_stride, const float* weight, i64 groups, float eps, real* out
+) {
+    extern __shared__ __align__(16) float line[];
+    const auto gated = [=](i64 row, int i) { return to_float(y[row * DIM + i]) * silu(to_float(z[row * z_stride + i])); };
+    const auto write = [=](i64 row, int i, float value, float*) { out[row * DIM + i] = as_real(value); };
+    gated_norm_rows((Line*)line, rows, weight, groups, eps, gated, write);
+}
+
+// The same, rounded, and transformed as by hadamard.
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) gated_norm_hadamard(
+    const real* y, i64 rows, const real* z, i64 z_stride, const float* weight, i64 groups, float eps, const float* odd,
+    float factor, real* out
+) {
+    extern __shared__ __align__(16) float line[];
+    __shared__ __align__(16) float signs[ORDER * ORDER];
+    Line* lines = (Line*)line;
+    const auto gated = [=](i64 row, int i) { return to_float(y[row * DIM + i]) * silu(to_float(z[row * z_stride + i])); };
+    const auto keep = [](i64, int, float value, float* place) { *place = to_float(as_real(value)); };
+    gated_norm_rows(lines, rows, weight, groups, eps, gated, keep);
+    finish_rows<0>(lines, odd, signs, rows, [=](i64 row, int channel, float value) {
+        out[row * DIM + channel] = as_real(value * factor);
+    });
 }

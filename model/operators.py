@@ -42,6 +42,12 @@ class DeviceBatch:
 class Operators(Protocol):
     """What lies between the matrix products."""
 
+    def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """``residual`` += x, then its RMS norm times ``weight``, of the activation dtype.
+
+        x (t, d); residual (t, d) float32, contiguous, updated; weight (d,).
+        """
+
     def conv_silu(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, batch: DeviceBatch) -> torch.Tensor:
         """Depthwise causal convolution, then SiLU: (t, e) of x (t, e), whose rows may be apart; weight (k, e)."""
 
@@ -77,15 +83,31 @@ class Operators(Protocol):
         x (t, h p); b, c (t, g n); dt (t, h) before bias and softplus; a (h,) negative; d, bias (h,).
         """
 
+    def gated_norm(
+        self, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, *, rotated: bool
+    ) -> torch.Tensor:
+        """RMS norm of y SiLU(z), each SSD group's channels apart, times ``weight``; if ``rotated``, then `hadamard`.
+
+        y (t, e); z (t, e), whose rows may be apart; weight (e,).
+        """
+
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """`quambase.model.hadamard.hadamard` of x (t, e), in x's dtype."""
 
 
 class TorchOperators:
-    """Operators in plain PyTorch, a Python loop over time: exact, and slow. ``ngroups``: SSD groups of a Mamba-2."""
+    """Operators in plain PyTorch, a Python loop over time: exact, and slow.
 
-    def __init__(self, ngroups: int = 1) -> None:
-        self.ngroups = ngroups
+    ``dtype``: of activations; ``ngroups``: SSD groups of a Mamba-2.
+    """
+
+    def __init__(self, dtype: torch.dtype, ngroups: int = 1) -> None:
+        self.dtype, self.ngroups = dtype, ngroups
+
+    def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """As `Operators.add_norm`."""
+        residual += x
+        return F.rms_norm(residual, weight.shape, weight, eps).to(self.dtype)
 
     def conv_silu(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, batch: DeviceBatch) -> torch.Tensor:
         """As `Operators.conv_silu`."""
@@ -148,6 +170,14 @@ class TorchOperators:
             state[documents] = now
             y[rows] += (now * read).sum(-1)
         return y.view(x.shape).to(x.dtype), state.flatten(1, 2)
+
+    def gated_norm(
+        self, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, *, rotated: bool
+    ) -> torch.Tensor:
+        """As `Operators.gated_norm`."""
+        gated = (y.float() * F.silu(z.float())).view(len(y), self.ngroups, -1)
+        normed = (F.rms_norm(gated, gated.shape[-1:], None, eps).view(y.shape) * weight).to(self.dtype)
+        return self.hadamard(normed) if rotated else normed
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """As `Operators.hadamard`."""

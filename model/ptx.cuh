@@ -1,6 +1,8 @@
 // What the kernels need that is an instruction of the device, by name. (tests/cuda_on_host has the same in C++, to run the
 // kernels without a device.)
 
+#pragma once
+
 typedef signed char s8;
 typedef unsigned short u16;
 typedef unsigned int u32;

@@ -1,5 +1,7 @@
 // model/ptx.cuh in C++.
 
+#pragma once
+
 typedef signed char s8;
 typedef unsigned short u16;
 typedef unsigned int u32;

@@ -8,6 +8,7 @@ import torch
 from quambase.model.batch import Batch
 from quambase.model.cuda_operators import CudaOperators
 from quambase.model.device import device_model
+from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.operators import DeviceBatch
 from quambase.model.weights import MambaConfig, random_weights, tensors_of
 
@@ -48,7 +49,8 @@ def test_selective_scan(device: torch.device, batch: DeviceBatch) -> None:
     delta, z = delta[:, :channels].contiguous(), z[:, :channels]
     a, d, bias = -torch.rand(states, channels, device=device) * 8, draw(device, channels), draw(device, channels + 3)
     bias = bias[:channels] - 3
-    y, state = CudaOperators(device, HALF, states, 4).selective_scan(u, delta, bc, z, a, d, bias, batch)
+    config = MambaConfig(16, 1, vocab_size=64, d_inner=channels, d_state=states, dt_rank=1)
+    y, state = CudaOperators(device, HALF, config).selective_scan(u, delta, bc, z, a, d, bias, batch)
     b, c = (channels_last(part) for part in bc.split(states, dim=1))
     wanted, last = interface.selective_scan_fn(
         channels_last(u),
@@ -74,7 +76,8 @@ def test_ssd_scan(device: torch.device, batch: DeviceBatch) -> None:
     conv, dt = draw(device, t, e + 2 * w).to(HALF), draw(device, t, heads).to(HALF)
     a, d, bias = -torch.rand(heads, device=device) * 8, draw(device, heads + 1)[:heads], draw(device, heads + 2)[:heads]
     parts = torch.split(conv, [e, w, w], dim=1)
-    y, state = CudaOperators(device, HALF, states, 4, headdim, ngroups).ssd_scan(*parts, dt, a, d, bias - 3, batch)
+    config = Mamba2Config(16, 1, vocab_size=64, d_inner=e, d_state=states, headdim=headdim, ngroups=ngroups)
+    y, state = CudaOperators(device, HALF, config).ssd_scan(*parts, dt, a, d, bias - 3, batch)
     x, b, c = (
         part.reshape(DOCUMENTS, LENGTH, count, -1) for part, count in zip(parts, (heads, ngroups, ngroups), strict=True)
     )
