@@ -12,6 +12,7 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -123,7 +124,7 @@ class _Waiting:
     first: int
     summaries: torch.Tensor
 
-    @property
+    @cached_property
     def segments(self) -> int:
         """Tables that counting it takes."""
         return (len(self.offsets) - 1) * len(self.into.layout.names)

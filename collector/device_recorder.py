@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from quambase.collector.device_statistics import DeviceStatistics
+from quambase.collector.gather import Gather
 from quambase.collector.plan import PlannedDocument
 from quambase.collector.recorder import Positions, Rows, activations_rows, check_seen, documents_rows
 from quambase.collector.rows import Key
@@ -22,15 +24,40 @@ Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class KeptRows:
+    """Raw values (places, width) of a site: float32 on the host where all are kept, otherwise at ``start`` of a block's
+    values.
+    """
+
+    places: Sequence[Place]
+    width: int
+    start: int = 0
+    rows: torch.Tensor | None = None
+
+    def of(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Them, out of the block's values."""
+        if self.rows is not None:
+            found: npt.NDArray[np.float32] = self.rows.numpy()
+            return found
+        return values[self.start : self.start + len(self.places) * self.width].reshape(-1, self.width)
+
+
+@dataclass(frozen=True)
 class ObservedBlock:
-    """What a block's tables are made of, on its way to the host: ``values`` is complete once ``copied`` has passed."""
+    """What a block's tables are made of, on its way to the host: ``values`` is complete once ``copied`` has passed.
+
+    values    float32, flat: summaries of every layout in turn, then what was gathered
+    same      a site whose summaries are another's, and which
+    kept      in the order in which they were brought
+    """
 
     run: str
     documents: Sequence[PlannedDocument]
     layouts: Mapping[Key, SiteLayout]
     values: torch.Tensor
     copied: torch.cuda.Event | None
-    kept: Sequence[tuple[Key, Sequence[Place], tuple[int, int]]]
+    same: Mapping[Key, Key]
+    kept: Mapping[Key, Sequence[KeptRows]]
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
         """The rows of `documents` and of `activations`; waits for the copy."""
@@ -41,15 +68,15 @@ class ObservedBlock:
         start = 0
         for key, layout in self.layouts.items():
             shape = (len(self.documents), len(layout.names) + 1, len(SUMMARY_COLUMNS))
-            summaries[key] = values[start : start + int(np.prod(shape))].reshape(shape)
-            start += summaries[key].size
+            stop = start + math.prod(shape)
+            summaries[key] = values[start:stop].reshape(shape)
+            start = stop
+        summaries |= {key: summaries[source] for key, source in self.same.items()}
         kept: dict[Key, Rows] = {}
-        for key, places, (count, width) in self.kept:
-            rows = values[start : start + count * width].reshape(count, width)
-            start += rows.size
-            if key in kept:
-                places, rows = [*kept[key][0], *places], np.concatenate([kept[key][1], rows])
-            kept[key] = places, rows
+        for key, parts in self.kept.items():
+            rows = [part.of(values) for part in parts]
+            places = [place for part in parts for place in part.places]
+            kept[key] = places, rows[0] if len(rows) == 1 else np.concatenate(rows)
         return (
             documents_rows(self.run, self.documents, self.layouts, summaries),
             activations_rows(self.run, self.layouts, kept),
@@ -68,10 +95,12 @@ class DeviceRecorder:
         documents: Sequence[PlannedDocument],
         statistics: DeviceStatistics,
         counter: DeviceCounter,
+        gather: Gather,
         positions: Positions | None,
         states: set[int] | None,
     ) -> None:
-        self.run, self.documents, self.statistics, self.counter = run, documents, statistics, counter
+        self.run, self.documents, self.statistics = run, documents, statistics
+        self.counter, self.gather = counter, gather
         self.positions, self.states = positions, states
         layouts = statistics.layouts
         shapes = [(len(documents), len(layout.names) + 1, len(SUMMARY_COLUMNS)) for layout in layouts.values()]
@@ -81,11 +110,12 @@ class DeviceRecorder:
         self.summaries = {k: p.view(s) for k, p, s in zip(layouts, parts, shapes, strict=True)}
         self._seen = dict.fromkeys(layouts, 0)
         self._last: tuple[Key, torch.Tensor] | None = None
-        self._identities: list[tuple[Key, Key]] = []
+        self._same: dict[Key, Key] = {}
         self._layer: int | None = None
-        self._kept: list[tuple[Key, Sequence[Place], torch.Tensor]] = []
+        self._kept: dict[Key, list[KeptRows]] = {}
+        self._gathered = self._flat.numel()
         self._borders: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
-        self._wanted: dict[tuple[int, int], tuple[list[Place], torch.Tensor]] = {}
+        self._wanted: dict[tuple[int, int, bool], tuple[list[Place], torch.Tensor]] = {}
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
         """Count one site's activations; see `quambase.model.backbone.Tap` for the shapes."""
@@ -108,11 +138,16 @@ class DeviceRecorder:
             rows = values
             lengths = None
         offsets = self._offsets(documents) if lengths is None else np.cumsum([0, *lengths], dtype=np.int64)
-        if not self._identity(key, values, len(here)):
-            into = self.statistics.sites[key]
-            self.counter.add(into, rows, offsets, documents.start, self.summaries[key][documents])
         self._seen[key] += len(here)
+        source = self._identity(key, values, len(here))
         self._last = key, values
+        if source:
+            self._same[key] = source
+            if source in self._kept:
+                self._kept[key] = self._kept[source]
+            return
+        assert key not in self.statistics.shared, f"{key} was {self.statistics.shared[key]} in an earlier block"
+        self.counter.add(self.statistics.sites[key], rows, offsets, documents.start, self.summaries[key][documents])
         self._keep(key, layout, values, offsets, documents)
 
     def _offsets(self, documents: slice) -> npt.NDArray[np.int64]:
@@ -123,51 +158,53 @@ class DeviceRecorder:
             self._borders[span] = np.cumsum([0, *lengths], dtype=np.int64)
         return self._borders[span]
 
-    def _identity(self, key: Key, values: torch.Tensor, documents: int) -> bool:
-        """As `BlockRecorder`: whether the call before brought this very tensor, whose statistics `finish` copies."""
+    def _identity(self, key: Key, values: torch.Tensor, documents: int) -> Key | None:
+        """As `BlockRecorder`: the site that the call before brought this very tensor for, of every document."""
         if self._last is None or self._last[1] is not values or documents != len(self.documents):
-            return False
-        source = self._last[0]
-        if self.statistics.layouts[source] != self.statistics.layouts[key]:
-            return False
-        self._identities.append((source, key))
-        return True
+            return None
+        source = self._same.get(self._last[0], self._last[0])
+        return source if self.statistics.layouts[source] == self.statistics.layouts[key] else None
 
     def _keep(
         self, key: Key, layout: SiteLayout, values: torch.Tensor, offsets: npt.NDArray[np.int64], documents: slice
     ) -> None:
-        here = self.documents[documents]
-        if layout.state:
-            chosen = [i for i, d in enumerate(here) if self.states is None or d.index in self.states]
-            places = [(here[i].index, here[i].tokens.size - 1) for i in chosen]
-            everything = self.states is None
-            picked = values if everything or not places else values[chosen]
-        else:
-            span = (documents.start, documents.stop)
-            if span not in self._wanted:
-                self._wanted[span] = self._sampled(here, offsets, values.device)
-            places, index = self._wanted[span]
-            everything = self.positions is None
-            picked = values if everything or not places else values.index_select(0, index)
-        if places:
+        span = (documents.start, documents.stop, layout.state)
+        if span not in self._wanted:
+            wanted = self._sampled_states(documents) if layout.state else self._sampled(documents, offsets)
+            places, rows = wanted
+            self._wanted[span] = places, torch.tensor(rows, dtype=torch.int64).to(values.device, non_blocking=True)
+        places, index = self._wanted[span]
+        if not places:
+            return
+        flat = values.reshape(len(values), -1)  # a state is (documents, e, n)
+        width = flat.shape[1]
+        if (self.states if layout.state else self.positions) is None:
             # Every activation of a block fits in no device: these are not held until the block ends.
-            held = picked.to("cpu", torch.float32, copy=True) if everything else picked
-            self._kept.append((key, places, held.reshape(len(places), -1)))
+            kept = KeptRows(places, width, rows=flat.to("cpu", torch.float32, copy=True))
+        else:
+            kept = KeptRows(places, width, self._gathered)
+            self.gather.add(flat, index)
+            self._gathered += len(places) * width
+        self._kept.setdefault(key, []).append(kept)
 
-    def _sampled(
-        self, documents: Sequence[PlannedDocument], offsets: npt.NDArray[np.int64], device: torch.device
-    ) -> tuple[list[Place], torch.Tensor]:
+    def _sampled(self, documents: slice, offsets: npt.NDArray[np.int64]) -> tuple[list[Place], list[int]]:
         """The sampled tokens of some documents and their rows."""
         places: list[Place] = []
         rows: list[int] = []
-        for start, document in zip(offsets.tolist(), documents, strict=False):
+        for start, document in zip(offsets.tolist(), self.documents[documents], strict=False):
             if self.positions is None:
                 wanted = range(document.tokens.size)
             else:
                 wanted = self.positions.get(document.index, np.empty(0, np.int64)).tolist()
             places += [(document.index, position) for position in wanted]
             rows += [start + position for position in wanted]
-        return places, torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+        return places, rows
+
+    def _sampled_states(self, documents: slice) -> tuple[list[Place], list[int]]:
+        """The last tokens of the documents whose states are kept, and their numbers among some documents."""
+        here = self.documents[documents]
+        rows = [i for i, document in enumerate(here) if self.states is None or document.index in self.states]
+        return [(here[i].index, here[i].tokens.size - 1) for i in rows], rows
 
     def finish(self) -> ObservedBlock:
         """Fold the block into the run's statistics and send its tables' content to the host.
@@ -177,34 +214,14 @@ class DeviceRecorder:
         self._last = None
         check_seen(self._seen, len(self.documents))
         self.counter.flush()
-        for source, key in self._identities:
-            self.statistics.sites[key].copy_from(self.statistics.sites[source])
-            self.summaries[key].copy_(self.summaries[source])
+        for key, source in self._same.items():
+            self.statistics.share(key, source)
         self.statistics.fold(np.array([document.index for document in self.documents], np.int64))
-        device = self.statistics.device
-        # float16 becomes float32 as it is joined.
-        there = [self._flat, *(values.reshape(-1) for _, _, values in self._kept if values.device == device)]
-        flat = torch.cat(there)
+        flat = torch.cat([self._flat, *self.gather.taken()])
         values, copied = flat, None
-        if device.type == "cuda":
+        if flat.device.type == "cuda":
             values = torch.empty(flat.shape, pin_memory=True)
             values.copy_(flat, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
-            if any(kept.device != device for _, _, kept in self._kept):
-                copied.synchronize()
-                values = self._interleaved(values)
-        kept = [(key, places, (len(places), values.numel() // len(places))) for key, places, values in self._kept]
-        return ObservedBlock(self.run, self.documents, self.statistics.layouts, values, copied, kept)
-
-    def _interleaved(self, copied: torch.Tensor) -> torch.Tensor:
-        """All on the host, in the order of ``_kept``: summaries, then what was kept, wherever it was."""
-        parts = [copied[: self._flat.numel()]]
-        start = self._flat.numel()
-        for _, _, values in self._kept:
-            if values.device.type == "cuda":
-                parts.append(copied[start : start + values.numel()])
-                start += values.numel()
-            else:
-                parts.append(values.reshape(-1))
-        return torch.cat(parts)
+        return ObservedBlock(self.run, self.documents, self.statistics.layouts, values, copied, self._same, self._kept)

@@ -66,11 +66,6 @@ class DeviceMoments:
         self.sums[:2] += later.sums[:2]
         torch.maximum(self.sums[2], later.sums[2], out=self.sums[2])
 
-    def copy_from(self, other: DeviceMoments) -> None:
-        """Become equal to ``other``."""
-        for field in fields(self):
-            getattr(self, field.name).copy_(getattr(other, field.name))
-
     def named(self) -> dict[str, torch.Tensor]:
         """Every quantity by its name in `Moments`, as views."""
         rows = ((_INTEGERS, self.integers), (_EXTREMA, self.extrema), (_SUMS, self.sums))
@@ -97,13 +92,6 @@ class DeviceSite:
         own = {"counts": self.counts.data_ptr(), "top": self.top.data_ptr()}
         return own | {name: values.data_ptr() for name, values in self.moments.named().items()}
 
-    def copy_from(self, other: DeviceSite) -> None:
-        """Become equal to a site of the same layout."""
-        self.counts.copy_(other.counts)
-        self.moments.copy_from(other.moments)
-        self.top.copy_(other.top)
-        self.calls = other.calls
-
 
 def _copy(tensor: torch.Tensor) -> npt.NDArray[Any]:
     copied: npt.NDArray[Any] = tensor.to("cpu", copy=True).numpy()
@@ -122,7 +110,7 @@ def merged_top(earlier: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
 
 class DeviceStatistics:
     """The statistics of every site of a run on one device. ``most``: outliers kept per group; ``block_sums``: the last
-    folded block's totals and squares, (2, channels) float64, for `sums_of`.
+    folded block's totals and squares, (2, channels) float64, for `sums_of`; ``shared``: the sites that are another's.
     """
 
     def __init__(self, layouts: Mapping[Key, SiteLayout], most: int, device: torch.device) -> None:
@@ -141,6 +129,7 @@ class DeviceStatistics:
         self._top = torch.full((groups[-1], most, len(TOP_FIELDS)), -1, dtype=torch.int64, device=device)
         self._block_top = self._top.clone()
         self.block_sums = self._block_moments.sums[:2]
+        self.shared: dict[Key, Key] = {}
         self.sites = {
             key: DeviceSite(
                 layout,
@@ -150,6 +139,13 @@ class DeviceStatistics:
             )
             for key, layout in self.layouts.items()
         }
+
+    def share(self, key: Key, source: Key) -> None:
+        """Make ``key`` the same as ``source``, of an equal layout: every block brings both of them one tensor."""
+        if key not in self.shared:
+            self.shared[key] = source
+            self.sites[key] = self.sites[source]
+            self._groups[key], self._channels[key] = self._groups[source], self._channels[source]
 
     def fold(self, numbers: npt.NDArray[np.int64]) -> None:
         """Close the block, whose documents are ``numbers`` in the file: add its statistics to the run's."""
@@ -171,7 +167,7 @@ class DeviceStatistics:
         return np.concatenate([found[:, slice(*self._channels[key])] for key in sorted(self.layouts)], axis=1)
 
     def to_host(self) -> dict[Key, SiteStatistics]:
-        """A copy of the run's statistics; waits for the device."""
+        """A copy of the run's statistics, arrays of sites that are shared being the same; waits for the device."""
         counts, top = _copy(self._counts), _copy(self._top)
         moments = {name: _copy(values) for name, values in self._moments.named().items()}
         found = {}

@@ -18,6 +18,7 @@ import torch
 from quambase.collector.cuda_counter import choose_counter
 from quambase.collector.device_recorder import DeviceRecorder, ObservedBlock
 from quambase.collector.device_statistics import DeviceStatistics
+from quambase.collector.gather import choose_gather
 from quambase.collector.plan import PlannedDocument
 from quambase.collector.recorder import BlockRecorder, Positions
 from quambase.collector.rows import Key
@@ -176,6 +177,7 @@ class DeviceObserver(Observer):
         self._statistics = DeviceStatistics(layouts, most, model.device)
         self._statistics.load(statistics)
         self._counter = choose_counter(ENCODINGS["float16"], most, model.device)
+        self._gather = choose_gather(model.device)
         self._writer = ThreadPoolExecutor(WRITERS)
         self._unwritten: deque[Future[None]] = deque()
 
@@ -183,7 +185,9 @@ class DeviceObserver(Observer):
     def observe(self, number: int, documents: Sequence[PlannedDocument]) -> None:
         """As `Observer.observe`."""
         kept = self.kept
-        recorder = DeviceRecorder(self.run, documents, self._statistics, self._counter, kept.positions, kept.states)
+        recorder = DeviceRecorder(
+            self.run, documents, self._statistics, self._counter, self._gather, kept.positions, kept.states
+        )
         self.model.hidden(_packed(documents), recorder)
         block = recorder.finish()
         if self.write or self.sums:
