@@ -1,5 +1,5 @@
 // Counting of some sites' activations on CUDA, the sibling of kernels.py: per document and group every 16-bit pattern,
-// amax and quantiles; per group the largest values; per channel the moments. Compiled at run time (cuda_counting.py).
+// amax and quantiles; per group the largest values; per channel the moments. Compiled at run time (cuda_counter.py).
 //
 // KIND      0 float16, 1 bfloat16, 2 float32 rounded to float16, 3 float32 rounded to bfloat16
 // HALVINGS  how often the range of patterns is halved, one pass each, so that its counters fit in shared memory
@@ -27,7 +27,7 @@ const int VECTORS = 4;                              // per thread between two ba
 const int CANDIDATES = 1024;
 const int SITES = 16;                               // of a batch at most
 
-// Every member of these structs has 8 bytes but the arrays of int at the end of Batch; cuda_counter.py has the same
+// Every member of these structs has 8 bytes but the arrays of int at the end of SiteBatch; cuda_counter.py has the same
 // lists. Arrays of int are int32. Groups, segments and items are numbered through the sites of a batch: a segment is a
 // document of a group, number `first_segment + group documents + document`.
 
@@ -74,7 +74,7 @@ struct Site {
     double* mean_abs_max;
 };
 
-struct Batch {
+struct SiteBatch {
     const Shape* shapes;        // (sites,)
     const Job* jobs;            // (jobs,)
     const int* items;           // (items, 4) site, group in it, first row, rows; a block's and a segment's consecutive
@@ -168,13 +168,13 @@ __device__ __forceinline__ u32* counter_of(u32* bins, u32 pattern) { return bins
 
 // The add that brought a counter to 0x8000 or beyond takes 0x8000 out and notes it. Until then nothing carries into the
 // neighbour: after a barrier every counter is below 0x8000, and a block adds at most 1024 * 32 = 0x8000 before the next.
-__device__ __forceinline__ void spill(const Batch& b, u32* bins, u32 item, u32 pattern) {
+__device__ __forceinline__ void spill(const SiteBatch& b, u32* bins, u32 item, u32 pattern) {
     atomicSub(counter_of(bins, pattern), 0x8000u * increment(pattern));
     b.spills[b.spill_first[item] + atomicAdd(&b.spill_count[item], 1u)] = pattern;
 }
 
 // Add n of a pattern to its 16-bit counter.
-__device__ __forceinline__ void add(const Batch& b, u32* bins, u32 item, u32 pattern, u32 n) {
+__device__ __forceinline__ void add(const SiteBatch& b, u32* bins, u32 item, u32 pattern, u32 n) {
     const u32 more = n * increment(pattern);
     const u32 before = atomicAdd(counter_of(bins, pattern), more);
     if ((before + more) & ~before & (0x8000u * increment(pattern))) spill(b, bins, item, pattern);
@@ -219,7 +219,7 @@ struct Walk {
 
 template <bool HOT>
 __device__ __forceinline__ void count_share(
-    const Batch& b, u32* bins, u32 item, u32 pass, const Share& share, u32 hot
+    const SiteBatch& b, u32* bins, u32 item, u32 pass, const Share& share, u32 hot
 ) {
     u32 hots = 0;
 #pragma unroll
@@ -267,7 +267,7 @@ const int MANY = 6; // of a warp's 32 first values, so that one value is worth c
 
 // Count `rows` rows of `width_bytes`, `row_bytes` apart.
 __device__ void count_rectangle(
-    const Batch& b, u32* bins, u32 item, u32 pass, const char* base, i64 row_bytes, i64 width_bytes, int rows
+    const SiteBatch& b, u32* bins, u32 item, u32 pass, const char* base, i64 row_bytes, i64 width_bytes, int rows
 ) {
     const bool aligned = (((u64)base | (u64)row_bytes) & 15) == 0;
     const u32 vectors = (u32)((width_bytes + 15) / 16) + (aligned ? 0 : 1);
@@ -298,7 +298,7 @@ __device__ void count_rectangle(
 }
 
 // One block per multiprocessor, 1024 threads; WORDS words of dynamic shared memory.
-extern "C" __global__ void __launch_bounds__(1024) count_items(const __grid_constant__ Batch b) {
+extern "C" __global__ void __launch_bounds__(1024) count_items(const __grid_constant__ SiteBatch b) {
     extern __shared__ uint4 shared_bins[];
     u32* bins = (u32*)shared_bins;
     for (u32 i = threadIdx.x; i < WORDS / 4; i += blockDim.x) shared_bins[i] = make_uint4(0, 0, 0, 0);
@@ -334,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(1024) count_items(const __grid_cons
 }
 
 // 64-bit counters: no number of values that fit in a memory overflows them.
-extern "C" __global__ void __launch_bounds__(256) reduce_counts(const __grid_constant__ Batch b) {
+extern "C" __global__ void __launch_bounds__(256) reduce_counts(const __grid_constant__ SiteBatch b) {
     const u32 word = blockIdx.x * blockDim.x + threadIdx.x;
     const int site = part_of(b.group_first, blockIdx.y), group = blockIdx.y - b.group_first[site];
     const Shape& s = b.shapes[site];
@@ -380,7 +380,7 @@ struct Counts {
 };
 
 // Counts of the magnitudes TOGETHER quad onwards in one segment.
-__device__ __forceinline__ void add_segment(const Batch& b, int segment, u32 quad, Counts& counts) {
+__device__ __forceinline__ void add_segment(const SiteBatch& b, int segment, u32 quad, Counts& counts) {
     const int first = b.segment_first[segment], last = b.segment_first[segment + 1];
 #pragma unroll 2
     for (int item = first; item < last; item++) {
@@ -437,7 +437,7 @@ __device__ float lerp_torch(float below, float above, float weight) {
 
 // Of each site a block per document and group, per document (the whole site, where it is divided), and per group (its threshold).
 // Counts are walked from the largest magnitude down, 8192 magnitudes at a time, only as far as a wanted rank lies.
-extern "C" __global__ void __launch_bounds__(1024) summarise(const __grid_constant__ Batch b) {
+extern "C" __global__ void __launch_bounds__(1024) summarise(const __grid_constant__ SiteBatch b) {
     __shared__ u64 sums[33];
     __shared__ u64 target[32];
     __shared__ u32 answer[32];
@@ -562,7 +562,7 @@ extern "C" __global__ void __launch_bounds__(1024) summarise(const __grid_consta
 
 // ---------------------------------------------------------------- moments, and where the largest values are
 
-__device__ void emit(const Batch& b, const Shape& s, int group, int place, int row, u32 pattern) {
+__device__ void emit(const SiteBatch& b, const Shape& s, int group, int place, int row, u32 pattern) {
     const u32 magnitude = pattern & (SIGN - 1);
     const u64 number = s.first_group + group;
     if (magnitude < (u32)b.thresholds[4 * number + 1] || magnitude >= (u32)b.infinity) return;
@@ -636,9 +636,9 @@ __device__ __forceinline__ void accumulate(
     }
 }
 
-// Of each job a block per segment and run of channels: two channels a thread, rows dealt out along the block's other dimension and
-// joined at the end in a fixed order.
-extern "C" __global__ void __launch_bounds__(256, 4) moments(const __grid_constant__ Batch b) {
+// Of each job a block per segment and run of channels: two channels a thread, rows dealt out along the block's other
+// dimension and joined at the end in a fixed order.
+extern "C" __global__ void __launch_bounds__(256, 4) moments(const __grid_constant__ SiteBatch b) {
     __shared__ double wide[6][256];
     __shared__ float narrow[4][256];
     const int job = part_of(b.job_first, blockIdx.x), block = blockIdx.x - b.job_first[job];
@@ -763,7 +763,7 @@ __device__ void combine(const Job& j, const Site& v, int documents, int index) {
     v.mean_abs_max[index] = mean;
 }
 
-__device__ void put(const Batch& b, const Shape& s, const Site& v, int group, int rank, u32 pattern, i64 row, i64 place) {
+__device__ void put(const SiteBatch& b, const Shape& s, const Site& v, int group, int rank, u32 pattern, i64 row, i64 place) {
     int low = 0, high = s.documents; // the document whose rows hold `row`
     while (high - low > 1) {
         const int middle = (low + high) / 2;
@@ -779,7 +779,7 @@ __device__ void put(const Batch& b, const Shape& s, const Site& v, int group, in
 }
 
 // Of each site a block per group: the largest, by magnitude, then place. Then a thread per channel.
-extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__ Batch b) {
+extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__ SiteBatch b) {
     __shared__ u64 keys[CANDIDATES];
     __shared__ u32 patterns[CANDIDATES];
     __shared__ u32 hits[8];

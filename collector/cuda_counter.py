@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,12 +58,19 @@ PLANS = 256
 _I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
+OF_SITE = ("offsets", "runs", "run_first", "members", "edges", "group_of", "place_of")
+"""Arrays that a `Shape` points to."""
+
+PACKED = ("items", "block_first", "segment_first", "spill_first")
+"""Arrays of the `quambase.collector.packing.Packing` that a `SiteBatch` points to, and where an item's spills begin."""
+
+
 class Shape(ctypes.Structure):
     """The source's struct of the same name."""
 
     _fields_ = [
         *((name, _I64) for name in ("stride", "documents", "groups", "first_group", "first_segment")),
-        *((name, _POINTER) for name in ("offsets", "runs", "run_first", "members", "edges", "group_of", "place_of")),
+        *((name, _POINTER) for name in OF_SITE),
     ]
 
 
@@ -89,7 +96,7 @@ class Site(ctypes.Structure):
     ]
 
 
-class Batch(ctypes.Structure):
+class SiteBatch(ctypes.Structure):
     """The source's struct of the same name."""
 
     _fields_ = [
@@ -136,7 +143,7 @@ class _Plan:
     device is what it points to; ``members`` of each site, as there; how many blocks each kernel has.
     """
 
-    batch: Batch
+    batch: SiteBatch
     tables: torch.Tensor
     members: list[torch.Tensor]
     groups: int
@@ -241,7 +248,7 @@ class CudaCounter:
             return
         plan = self._plan(waiting)
         launch = self._kernels(kind).launch
-        batch = Batch.from_buffer_copy(plan.batch)
+        batch = SiteBatch.from_buffer_copy(plan.batch)
         held: list[torch.Tensor] = []  # until the kernels are queued
         tops: list[tuple[DeviceSite, torch.Tensor]] = []
         for number, one in enumerate(waiting):
@@ -284,54 +291,44 @@ class CudaCounter:
             rows * int(widths[site][group]) // 0x8000 for site, group, _, rows in packing.items.tolist()
         ]  # spills that an item's values could bring
         tables = _Tables()
-        for name in ("items", "block_first", "segment_first"):
-            tables.put(name, getattr(packing, name))
-        tables.put("spill_first", np.cumsum([0, *brought]))
-        shapes, jobs, members = (Shape * len(sites))(), list[Job](), []
-        starts = {name: [0] for name in ("group_first", "summary_first", "finish_first", "job_first")}
+        for name in PACKED:
+            tables.put(name, np.cumsum([0, *brought]) if name == "spill_first" else getattr(packing, name))
+        shapes, jobs = (Shape * len(sites))(), list[Job]()
+        firsts = {name: [0] for name in ("group_first", "summary_first", "finish_first", "job_first")}
         segments = 0
         for number, (layout, offsets, stride) in enumerate(sites):
             groups, documents = len(layout.names), len(offsets) - 1
-            shape = shapes[number]
-            shape.stride, shape.documents, shape.groups = stride, documents, groups
-            shape.first_group, shape.first_segment = starts["group_first"][-1], segments
+            first_group = firsts["group_first"][-1]
+            shapes[number] = Shape(stride, documents, groups, first_group, segments)
             segments += groups * documents
-            order = np.concatenate([layout.members(g) for g in range(groups)])
-            group_of, place_of = np.empty(layout.channels, np.int64), np.empty(layout.channels, np.int64)
-            group_of[order] = np.repeat(np.arange(groups), widths[number])
-            place_of[order] = np.concatenate([np.arange(width) for width in widths[number]])
-            runs, run_first = layout.runs
-            for name, values in (
-                ("offsets", offsets), ("runs", runs), ("run_first", run_first), ("members", order),
-                ("edges", np.array(layout.edges)), ("group_of", group_of), ("place_of", place_of),
-            ):  # fmt: skip
-                tables.put(f"{number} {name}", values)
-            members.append(order.size)
-            rows = np.stack([offsets[:-1], offsets[1:]], axis=1)
-            jobs.append(self._job(tables, number, rows, stride, layout.channels, 1, summed=not layout.d_state))
-            starts["job_first"].append(starts["job_first"][-1] + _blocks_of(jobs[-1], documents))
-            if layout.d_state:
-                apart = moment_segments(layout, offsets)
-                jobs.append(self._job(tables, number, apart, layout.d_state, layout.d_state, groups, states=True))
-                starts["job_first"].append(starts["job_first"][-1] + _blocks_of(jobs[-1], documents))
-            starts["group_first"].append(starts["group_first"][-1] + groups)
+            tables.put_site(number, layout, offsets)
+            for job in tables.put_jobs(number, layout, offsets, stride):
+                jobs.append(job)
+                firsts["job_first"].append(firsts["job_first"][-1] + _blocks_of(job, documents))
+            firsts["group_first"].append(first_group + groups)
             parts = documents if groups == 1 else documents * (groups + 1)
-            starts["summary_first"].append(starts["summary_first"][-1] + parts + groups)
-            starts["finish_first"].append(starts["finish_first"][-1] + groups + -(-layout.moments // 256))
-        groups = starts["group_first"][-1]
-        sizes = [shapes[job.site].documents * job.groups * job.channels for job in jobs]
-        rooms = {
-            "partial64": (self._room("partial64", 3 * sum(sizes), torch.float64), 3 * 8),
-            "partial32": (self._room("partial32", 2 * sum(sizes), torch.float32), 2 * 4),
-            "partial_counts": (self._room("partial_counts", 3 * sum(sizes), torch.int32), 3 * 4),
-        }
-        batch = Batch(
-            slots=self._room("slots", len(packing.items) * PATTERNS // 2, torch.int32),
-            spills=self._room("spills", sum(brought) + 1, torch.int32),
+            firsts["summary_first"].append(firsts["summary_first"][-1] + parts + groups)
+            firsts["finish_first"].append(firsts["finish_first"][-1] + groups + -(-layout.moments // 256))
+        batch = self._new_batch(len(packing.items), sum(brought), firsts)
+        self._place_jobs(jobs, [shapes[job.site].documents * job.groups * job.channels for job in jobs])
+        there = tables.to_device(self.device, batch, shapes, jobs)
+        members = [
+            there[place : place + layout.channels]
+            for place, (layout, _, _) in zip(tables.of_sites("members"), sites, strict=True)
+        ]
+        blocks = (firsts[name][-1] for name in ("group_first", "summary_first", "job_first", "finish_first"))
+        return _Plan(batch, there, members, *blocks)
+
+    def _new_batch(self, items: int, spills: int, firsts: Mapping[str, Sequence[int]]) -> SiteBatch:
+        """A batch with working memory for so many items and the spills that they could bring."""
+        groups = firsts["group_first"][-1]
+        batch = SiteBatch(
+            slots=self._room("slots", items * PATTERNS // 2, torch.int32),
+            spills=self._room("spills", spills + 1, torch.int32),
             call=self._room("call", groups * PATTERNS, torch.int64),
             thresholds=self._room("thresholds", 4 * groups, torch.int32),
             candidates=self._room("candidates", 2 * CANDIDATES * groups, torch.int64),
-            spill_count=self._room("spill_count", len(packing.items) + 1, torch.int32),
+            spill_count=self._room("spill_count", items + 1, torch.int32),
             candidate_count=self._room("candidate_count", groups, torch.int32, zero=True),
             probabilities=self._probabilities.data_ptr(),
             quantiles=len(SUMMARY_COLUMNS) - 1,
@@ -339,38 +336,74 @@ class CudaCounter:
             infinity=self.encoding.infinity,
             limit=float(self.encoding.limit),
         )
-        for name, firsts in starts.items():
+        for name, starts in firsts.items():
             array = getattr(batch, name)
             # A part that is not used begins at the end, where no block is.
-            array[:] = [*firsts, *[firsts[-1]] * (len(array) - len(firsts))]
-        words = (ctypes.sizeof(shapes) + len(jobs) * ctypes.sizeof(Job)) // 4
-        there = torch.empty(tables.size + words, dtype=torch.int32, device=self.device)
-        base = there.data_ptr()
-        for number, shape in enumerate(shapes):
-            for name in ("offsets", "runs", "run_first", "members", "edges", "group_of", "place_of"):
-                setattr(shape, name, base + 4 * tables.places[f"{number} {name}"])
-        for number, job in enumerate(jobs):
-            job.segments = base + 4 * tables.places[f"segments {number}"]
-            for name, (address, size) in rooms.items():
-                setattr(job, name, address + size * sum(sizes[:number]))
-        for name in ("items", "block_first", "segment_first", "spill_first"):
-            setattr(batch, name, base + 4 * tables.places[name])
-        batch.shapes = base + 4 * tables.size
-        batch.jobs = batch.shapes + ctypes.sizeof(shapes)
-        structs = bytes(shapes) + b"".join(bytes(job) for job in jobs)
-        flat = np.concatenate([*tables.parts, np.frombuffer(structs, np.int32)])
-        there.copy_(torch.from_numpy(flat), non_blocking=True)
-        places = [tables.places[f"{number} members"] for number in range(len(sites))]
-        return _Plan(
-            batch,
-            there,
-            [there[place : place + count] for place, count in zip(places, members, strict=True)],
-            *(starts[name][-1] for name in ("group_first", "summary_first", "job_first", "finish_first")),
-        )
+            array[:] = [*starts, *[starts[-1]] * (len(array) - len(starts))]
+        return batch
 
-    def _job(
+    def _place_jobs(self, jobs: Sequence[Job], sizes: Sequence[int]) -> None:
+        """Give each job its part of the partial moments' working memory; ``sizes``: segments times channels."""
+        total = sum(sizes)
+        rooms = {
+            "partial64": (self._room("partial64", 3 * total, torch.float64), 3 * 8),
+            "partial32": (self._room("partial32", 2 * total, torch.float32), 2 * 4),
+            "partial_counts": (self._room("partial_counts", 3 * total, torch.int32), 3 * 4),
+        }
+        before = 0
+        for job, size in zip(jobs, sizes, strict=True):
+            for name, (address, bytes_each) in rooms.items():
+                setattr(job, name, address + bytes_each * before)
+            before += size
+
+
+class _Tables:
+    """What a plan's structs point to: arrays of int32 one after the other, each at an even place, so that structs can
+    follow.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[npt.NDArray[np.int32]] = []
+        self.places: dict[str, int] = {}
+        self.size = 0
+        self.sites = self.jobs = 0
+
+    def put(self, name: str, values: npt.NDArray[np.integer[Any]]) -> None:
+        """Append an array."""
+        flat = values.astype(np.int32).ravel()
+        self.places[name] = self.size
+        self.parts += [flat, np.zeros(flat.size % 2, np.int32)]
+        self.size += flat.size + flat.size % 2
+
+    def put_site(self, number: int, layout: SiteLayout, offsets: Int64) -> None:
+        """Append what a site's `Shape` points to."""
+        groups = len(layout.names)
+        order = np.concatenate([layout.members(g) for g in range(groups)])
+        widths = np.diff(layout.edges)
+        group_of, place_of = np.empty(layout.channels, np.int64), np.empty(layout.channels, np.int64)
+        group_of[order] = np.repeat(np.arange(groups), widths)
+        place_of[order] = np.concatenate([np.arange(width) for width in widths])
+        runs, run_first = layout.runs
+        arrays = (offsets, runs, run_first, order, np.array(layout.edges), group_of, place_of)
+        for name, values in zip(OF_SITE, arrays, strict=True):
+            self.put(f"{name} {number}", values)
+        self.sites += 1
+
+    def of_sites(self, name: str) -> list[int]:
+        """Where every site's array of a name is."""
+        return [self.places[f"{name} {number}"] for number in range(self.sites)]
+
+    def put_jobs(self, site: int, layout: SiteLayout, offsets: Int64, stride: int) -> list[Job]:
+        """Append what a site's jobs point to, and return them, not placed yet."""
+        rows = np.stack([offsets[:-1], offsets[1:]], axis=1)
+        found = [self._put_job(site, rows, stride, layout.channels, 1, summed=not layout.d_state)]
+        if layout.d_state:
+            apart = moment_segments(layout, offsets)
+            found.append(self._put_job(site, apart, layout.d_state, layout.d_state, len(layout.names), states=True))
+        return found
+
+    def _put_job(
         self,
-        tables: _Tables,
         site: int,
         segments: npt.NDArray[np.integer[Any]],
         stride: int,
@@ -380,9 +413,9 @@ class CudaCounter:
         states: bool = False,
         summed: bool = True,
     ) -> Job:
-        """A job of (rows, channels) values in segments of rows; where they lie is filled in later."""
-        tables.put(f"segments {tables.jobs}", segments)
-        tables.jobs += 1
+        """A job of (rows, channels) values in segments of rows."""
+        self.put(f"segments {self.jobs}", segments)
+        self.jobs += 1
         return Job(
             site=site,
             states=states,
@@ -394,22 +427,26 @@ class CudaCounter:
             summed=summed,
         )
 
-
-class _Tables:
-    """Arrays of int32 one after the other, each at an even place, so that structs can follow."""
-
-    def __init__(self) -> None:
-        self.parts: list[npt.NDArray[np.int32]] = []
-        self.places: dict[str, int] = {}
-        self.size = 0
-        self.jobs = 0
-
-    def put(self, name: str, values: npt.NDArray[np.integer[Any]]) -> None:
-        """Append an array."""
-        flat = values.astype(np.int32).ravel()
-        self.places[name] = self.size
-        self.parts += [flat, np.zeros(flat.size % 2, np.int32)]
-        self.size += flat.size + flat.size % 2
+    def to_device(
+        self, device: torch.device, batch: SiteBatch, shapes: ctypes.Array[Shape], jobs: Sequence[Job]
+    ) -> torch.Tensor:
+        """Copy them there, shapes and jobs behind them, and let structs point to where they are."""
+        words = (ctypes.sizeof(shapes) + len(jobs) * ctypes.sizeof(Job)) // 4
+        there = torch.empty(self.size + words, dtype=torch.int32, device=device)
+        base = there.data_ptr()
+        for name in OF_SITE:
+            for shape, place in zip(shapes, self.of_sites(name), strict=True):
+                setattr(shape, name, base + 4 * place)
+        for number, job in enumerate(jobs):
+            job.segments = base + 4 * self.places[f"segments {number}"]
+        for name in PACKED:
+            setattr(batch, name, base + 4 * self.places[name])
+        batch.shapes = base + 4 * self.size
+        batch.jobs = batch.shapes + ctypes.sizeof(shapes)
+        structs = bytes(shapes) + b"".join(bytes(job) for job in jobs)
+        flat = np.concatenate([*self.parts, np.frombuffer(structs, np.int32)])
+        there.copy_(torch.from_numpy(flat), non_blocking=True)
+        return there
 
 
 def _blocks_of(job: Job, documents: int) -> int:

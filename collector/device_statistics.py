@@ -94,7 +94,9 @@ class DeviceSite:
 
 
 def _copy(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    copied: npt.NDArray[Any] = tensor.to("cpu", copy=True).numpy()
+    # Into pinned memory the device writes at the bus's speed.
+    there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    copied: npt.NDArray[Any] = there.copy_(tensor).numpy()
     return copied
 
 
