@@ -19,6 +19,9 @@ Key = tuple[int, str]
 
 Statistics = Mapping[Key, SiteStatistics]
 
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+
 _MOMENT_COLUMNS = {
     "count": "count",
     "min": "lowest",
@@ -68,22 +71,36 @@ def ordered_groups(layout: SiteLayout) -> list[tuple[str, int]]:
 
 
 class PatternOrder:
-    """The order of `counts`: values ascending from -inf to inf, then NaN; -0 joins 0, all NaN join one."""
+    """The order of `counts`: values ascending from -inf to inf, then NaN; -0 joins 0, all NaN join one.
+
+    values  (m,) float32: every value there is, in that order
+    """
 
     def __init__(self, encoding: Encoding) -> None:
         infinity = encoding.infinity
         patterns = np.concatenate([np.arange(SIGN + infinity, SIGN, -1), np.arange(0, infinity + 1)])
         self.values = np.append(encoding.values()[patterns], np.float32("nan")).astype(np.float32)
-        self._patterns = patterns
         self._infinity = infinity
 
-    def fold(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """(PATTERNS,) counts by pattern to (values,) counts in this order."""
-        folded = np.empty(self.values.size, np.int64)
-        np.take(counts, self._patterns, out=folded[:-1])
-        folded[self._infinity] += counts[SIGN]
-        folded[-1] = counts[self._infinity + 1 : SIGN].sum() + counts[SIGN + self._infinity + 1 :].sum()
+    def fold(self, counts: Int64, out: Int64 | None = None) -> Int64:
+        """(PATTERNS,) counts by pattern to (m,) counts in this order.
+
+        ``out``: written and returned, if given; fresh memory of that size takes longer to get than to write.
+        """
+        infinity = self._infinity
+        folded = np.empty(self.values.size, np.int64) if out is None else out
+        folded[:infinity] = counts[SIGN + infinity : SIGN : -1]
+        folded[infinity:-1] = counts[: infinity + 1]
+        folded[infinity] += counts[SIGN]
+        folded[-1] = counts[infinity + 1 : SIGN].sum() + counts[SIGN + infinity + 1 :].sum()
         return folded
+
+    def distribution(self, folded: Int64) -> Distribution:
+        """Of (m,) counts in this order."""
+        finite = slice(1, -2)
+        present = np.flatnonzero(folded[finite] != 0)
+        nonfinite = int(folded[0] + folded[-2] + folded[-1])
+        return Distribution(self.values[finite][present], folded[finite][present], nonfinite)
 
 
 PIECE_ROWS = 1 << 18
@@ -93,55 +110,84 @@ PIECE_ROWS = 1 << 18
 def counts_rows(run: str, statistics: Statistics, order: PatternOrder) -> Iterator[pa.Table]:
     """The table `counts`, several groups a piece: it has by far the most rows."""
     keys: list[tuple[Key, str]] = []
-    values: list[npt.NDArray[np.float32]] = []
-    counts: list[npt.NDArray[np.int64]] = []
+    values: list[Float32] = []
+    counts: list[Int64] = []
+    folded = np.empty(order.values.size, np.int64)
 
     def piece() -> pa.Table:
         columns: dict[str, object] = {"value": np.concatenate(values), "count": np.concatenate(counts)}
         return many_keyed_rows(run, keys, [part.size for part in values], columns, COUNTS)
 
+    held = 0
     for key in sorted(statistics):
         stats = statistics[key]
         for name, g in ordered_groups(stats.layout):
-            folded = order.fold(stats.counts[g])
-            present = np.flatnonzero(folded)
+            present = np.flatnonzero(order.fold(stats.counts[g], folded) != 0)
             keys.append((key, name))
             values.append(order.values[present])
             counts.append(folded[present])
-            if sum(part.size for part in values) >= PIECE_ROWS:
+            held += present.size
+            if held >= PIECE_ROWS:
                 yield piece()
-                keys, values, counts = [], [], []
+                keys, values, counts, held = [], [], [], 0
     if keys:
         yield piece()
 
 
 def channels_rows(run: str, statistics: Statistics) -> Iterator[pa.Table]:
-    """The table `channels`, a piece per group."""
+    """The table `channels`, several sites a piece."""
+    for sites in _pieces(statistics, lambda stats: stats.layout.moments):
+        keys: list[tuple[Key, str]] = []
+        places: list[Int64] = []
+        channels: list[Int64] = []
+        before = 0
+        for key in sites:
+            layout = statistics[key].layout
+            for name, g in ordered_groups(layout):
+                keys.append((key, name))
+                mine = layout.moment_rows(g)
+                places.append(mine + before)
+                channels.append(np.arange(mine.size) if layout.d_state else mine)
+            before += layout.moments
+        order = np.concatenate(places)
+        # Adding 0 turns -0 into 0: which of the two is the lower depends on the order they were met in.
+        columns: dict[str, object] = {
+            column: np.concatenate([getattr(statistics[key].moments, field) for key in sites])[order] + 0
+            for column, field in _MOMENT_COLUMNS.items()
+        }
+        columns["channel"] = np.concatenate(channels)
+        yield many_keyed_rows(run, keys, [mine.size for mine in places], columns, CHANNELS)
+
+
+def _pieces(statistics: Statistics, rows: Callable[[SiteStatistics], int]) -> Iterator[list[Key]]:
+    """The sites in order, as many at a time as have about PIECE_ROWS rows."""
+    sites: list[Key] = []
+    held = 0
     for key in sorted(statistics):
-        stats = statistics[key]
-        for name, g in ordered_groups(stats.layout):
-            places = stats.layout.moment_rows(g)
-            # Adding 0 turns -0 into 0: which of the two is the lower depends on the order they were met in.
-            columns: dict[str, object] = {
-                column: getattr(stats.moments, field)[places] + 0 for column, field in _MOMENT_COLUMNS.items()
-            }
-            columns["channel"] = np.arange(places.size) if stats.layout.d_state else places
-            yield keyed_rows(run, key, name, places.size, columns, CHANNELS)
+        sites.append(key)
+        held += rows(statistics[key])
+        if held >= PIECE_ROWS:
+            yield sites
+            sites, held = [], 0
+    if sites:
+        yield sites
 
 
 def groups_rows(run: str, layouts: Mapping[Key, SiteLayout]) -> Iterator[pa.Table]:
-    """The table `groups`, a piece per group."""
-    for key in sorted(layouts):
-        layout = layouts[key]
-        for name, g in ordered_groups(layout):
-            nothing = pa.nulls(1, pa.int32())
-            columns: dict[str, object] = {
-                "channels": [layout.members(g).tolist()],
-                "ssd_group": [layout.ssd_groups[g]] if layout.ssd_groups else nothing,
-                "head_group": [layout.sorted_groups[g][0]] if layout.sorted_groups else nothing,
-                "channel_group": [layout.sorted_groups[g][1]] if layout.sorted_groups else nothing,
-            }
-            yield keyed_rows(run, key, name, 1, columns, GROUPS)
+    """The table `groups`, in one piece: it is little more than the channels' numbers."""
+    found = [(key, layouts[key], name, g) for key in sorted(layouts) for name, g in ordered_groups(layouts[key])]
+    if not found:
+        return
+    members = [layout.members(g) for _, layout, _, g in found]
+    ends = np.cumsum([0, *(part.size for part in members)])
+    sorted_groups = [layout.sorted_groups[g] if layout.sorted_groups else (None, None) for _, layout, _, g in found]
+    columns: dict[str, object] = {
+        "channels": pa.ListArray.from_arrays(ends.astype(np.int32), np.concatenate(members).astype(np.int32)),
+        "ssd_group": [layout.ssd_groups[g] if layout.ssd_groups else None for _, layout, _, g in found],
+        "head_group": [head for head, _ in sorted_groups],
+        "channel_group": [channel for _, channel in sorted_groups],
+    }
+    yield many_keyed_rows(run, [(key, name) for key, _, name, _ in found], [1] * len(found), columns, GROUPS)
 
 
 Locate = Callable[[SiteLayout, int, int, int], tuple[int, int | None, str | None, int]]
@@ -149,29 +195,38 @@ Locate = Callable[[SiteLayout, int, int, int], tuple[int, int | None, str | None
 
 
 def outliers_rows(run: str, statistics: Statistics, encoding: Encoding, locate: Locate) -> Iterator[pa.Table]:
-    """The table `outliers`, a piece per group."""
+    """The table `outliers`, several sites a piece."""
     values = encoding.values()
-    for key in sorted(statistics):
-        stats = statistics[key]
-        for name, g in ordered_groups(stats.layout):
-            top = stats.top[g]
-            members = stats.layout.members(g)
-            found = [locate(stats.layout, int(d), int(r), int(members[c])) for _, _, d, r, c in top]
-            columns: dict[str, object] = {
-                "document": top[:, 2],
-                "position": [f[0] for f in found],
-                "token_id": [f[1] for f in found],
-                "token": [f[2] for f in found],
-                "channel": [f[3] for f in found],
-                "value": values[top[:, 1]],
-            }
-            yield keyed_rows(run, key, name, len(top), columns, OUTLIERS)
+    for sites in _pieces(statistics, lambda stats: stats.most * len(stats.layout.names)):
+        keys: list[tuple[Key, str]] = []
+        tops: list[Int64] = []
+        found: list[tuple[int, int | None, str | None, int]] = []
+        for key in sites:
+            stats = statistics[key]
+            for name, g in ordered_groups(stats.layout):
+                top = stats.top[g]
+                keys.append((key, name))
+                tops.append(top)
+                channels = stats.layout.members(g)[top[:, 4]]
+                places = zip(top[:, 2].tolist(), top[:, 3].tolist(), channels.tolist(), strict=True)
+                found += [locate(stats.layout, *place) for place in places]
+        joined = np.concatenate(tops)
+        columns: dict[str, object] = {
+            "document": joined[:, 2],
+            "position": [f[0] for f in found],
+            "token_id": [f[1] for f in found],
+            "token": [f[2] for f in found],
+            "channel": [f[3] for f in found],
+            "value": values[joined[:, 1]],
+        }
+        yield many_keyed_rows(run, keys, [len(top) for top in tops], columns, OUTLIERS)
 
 
 def site_stats_rows(run: str, statistics: Statistics, order: PatternOrder) -> Iterator[pa.Table]:
     """The table `site_stats`: a row for each site and for each group of a divided one."""
     places: list[tuple[Key, str]] = []
-    found: list[dict[str, object]] = []
+    found: list[dict[str, float | int]] = []
+    folded = np.empty(order.values.size, np.int64)
     for key in sorted(statistics):
         stats = statistics[key]
         layout = stats.layout
@@ -179,10 +234,7 @@ def site_stats_rows(run: str, statistics: Statistics, order: PatternOrder) -> It
         if layout.names != (WHOLE,):
             parts.append((WHOLE, stats.counts.sum(axis=0), np.arange(layout.moments)))
         for name, counts, rows in sorted(parts, key=lambda part: part[0]):
-            folded = order.fold(counts)
-            present = np.flatnonzero(folded)
-            distribution = Distribution.of_rows(order.values[present], folded[present])
-            row: dict[str, object] = dict(distribution.summary())
+            row = order.distribution(order.fold(counts, folded)).summary()
             row["overflow"] = int(stats.moments.overflow[rows].sum())
             places.append((key, name))
             found.append(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -86,16 +87,22 @@ class Distribution:
 
     def quantile(self, p: float) -> float:
         """Quantile of the absolute value as numpy.quantile on float64 data: rank p(n-1), linear; NaN if empty."""
+        return self.quantiles([p])[0]
+
+    def quantiles(self, ps: Sequence[float]) -> list[float]:
+        """`quantile` of each of ``ps``."""
         if not self.values.size:
-            return float("nan")
-        rank = p * (self.total - 1)
-        below = int(np.floor(rank))
+            return [float("nan")] * len(ps)
+        rank = np.array(ps, np.float64) * (self.total - 1)
+        below = np.floor(rank).astype(np.int64)
         weight = rank - below
-        low = float(self.order_statistic(below))
-        high = float(self.order_statistic(min(below + 1, self.total - 1)))
+        ranks = np.stack([below, np.minimum(below + 1, self.total - 1)])
+        places = np.searchsorted(self._cumulative, ranks, side="right")
+        low, high = self.absolute[0][places].astype(np.float64)
         # numpy's _lerp: computed from the nearer end.
         step = high - low
-        return high - step * (1 - weight) if weight >= 0.5 else low + step * weight
+        found: list[float] = np.where(weight >= 0.5, high - step * (1 - weight), low + step * weight).tolist()
+        return found
 
     def quantile_torch(self, p: float) -> np.float32:
         """Quantile of the absolute value as torch.quantile computes it for float32 data on the CPU.
@@ -142,7 +149,7 @@ class Distribution:
             "std": std,
             "kurtosis": kurtosis,
         }
-        row |= {name: self.quantile(p) for name, p in QUANTILES.items()}
+        row |= dict(zip(QUANTILES, self.quantiles(list(QUANTILES.values())), strict=True))
         row["outlier_ratio"] = ratio(self.amax, float(row["q9995"]))
         row["outlier_ratio_q99"] = ratio(self.amax, float(row["q99"]))
         deviation = np.abs(self.values.astype(np.float64) - mean)
