@@ -93,6 +93,11 @@ def write_part(folder: Path, block: int, documents: pa.Table, activations: pa.Ta
 PART_ROWS = 1 << 20
 """Rows of a part that are read at once; the row groups of the tables follow from it."""
 
+PIECE_BYTES = 1 << 22
+"""Bytes of rows that are joined, about: a part of `activations` is written from the file as it is, since memory that a
+process has not had yet takes longer to get than the rows to write.
+"""
+
 
 def _part_rows(parts: Sequence[Path], name: str) -> Iterator[pa.Table]:
     """The parts of one table in block order, some rows at a time."""
@@ -155,15 +160,16 @@ def _ahead(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _gathered(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Small tables joined to pieces of about PIECE_ROWS rows."""
+    """Small tables joined to pieces of about PIECE_ROWS rows or PIECE_BYTES."""
     held: list[pa.Table] = []
-    total = 0
+    rows = size = 0
     for piece in pieces:
         held.append(piece)
-        total += piece.num_rows
-        if total >= PIECE_ROWS:
+        rows += piece.num_rows
+        size += piece.nbytes
+        if rows >= PIECE_ROWS or size >= PIECE_BYTES:
             yield _joined(held)
-            held, total = [], 0
+            held, rows, size = [], 0, 0
     if held:
         yield _joined(held)
 
