@@ -189,8 +189,12 @@ RUN_TABLES: dict[str, pa.Schema] = {
 }
 """The tables of one run folder, each `<name>.parquet`."""
 
-# Sorted 16-bit values differ little from their neighbours byte by byte, and most counts are small.
-_ENCODINGS = {"counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"}}
+# Sorted 16-bit values differ little from their neighbours byte by byte, and most counts are small. Raw activations have
+# few exponents, and those of a float16 model end in zeros.
+_ENCODINGS = {
+    "counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"},
+    "activations": {"values.list.element": "BYTE_STREAM_SPLIT"},
+}
 
 
 def _writer(path: Path, name: str, schema: pa.Schema) -> pq.ParquetWriter:

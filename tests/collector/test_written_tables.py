@@ -77,6 +77,15 @@ def test_only_small_parts_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert pq.read_metadata(tmp_path / str(size) / f"{name}.parquet").num_row_groups == groups, name
 
 
+def test_raw_values_are_stored_byte_by_byte(tmp_path: Path) -> None:
+    """Of a column that has no such name Parquet's writer would say nothing."""
+    written(tmp_path, [0])
+    group = pq.read_metadata(tmp_path / "activations.parquet").row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    (encodings,) = [column.encodings for column in columns if column.path_in_schema.startswith("values.")]
+    assert "BYTE_STREAM_SPLIT" in encodings
+
+
 def test_strings_are_read_as_strings(tmp_path: Path) -> None:
     for name, table in written(tmp_path, [0]).items():
         assert table.schema.equals(RUN_TABLES[name]), name
