@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from quambase.collector.plan import PlannedDocument
-from quambase.collector.rows import Key, many_keyed_rows, ordered_groups
+from quambase.collector.rows import Key, key_columns, many_keyed_rows, table_of
 from quambase.collector.statistics import SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
 from quambase.schema.errors import TapNeverFired
 from quambase.schema.sites import WHOLE
@@ -28,26 +29,49 @@ def documents_rows(
     summaries: Mapping[Key, npt.NDArray[np.float32]],
 ) -> pa.Table:
     """A block's rows of `documents`; ``summaries`` (documents, groups + 1, 1 + q: SUMMARY_COLUMNS), the site last."""
-    numbers = [document.index for document in documents]
-    keyed: list[tuple[Key, str]] = []
-    values = []
-    for key in sorted(layouts):
-        layout = layouts[key]
-        groups = ordered_groups(layout)
-        if layout.names != (WHOLE,):
-            groups = sorted([*groups, (WHOLE, len(layout.names))])
-        keyed += [(key, name) for name, _ in groups]
-        values += [summaries[key][:, g] for _, g in groups]
-    matrix = np.concatenate(values) if values else np.empty((0, len(SUMMARY_COLUMNS)), np.float32)
+    order = _documents_order(run, tuple(layouts.items()), len(documents))
+    flat = np.concatenate([np.empty(0, np.float32), *(summaries[key] for key in layouts)], axis=None)
     columns: dict[str, object] = {
-        "document": np.tile(np.array(numbers, np.int32), len(keyed)),
-        "tokens": np.tile(np.array([document.tokens.size for document in documents], np.int32), len(keyed)),
-        "sha256": pa.array([document.sha256 for document in documents]).take(
-            np.tile(np.arange(len(numbers)), len(keyed))
-        ),
-        **{name: np.ascontiguousarray(matrix[:, i]) for i, name in enumerate(SUMMARY_COLUMNS)},
+        "document": np.array([document.index for document in documents], np.int32)[order.documents],
+        "tokens": np.array([document.tokens.size for document in documents], np.int32)[order.documents],
+        "sha256": pa.array([document.sha256 for document in documents], pa.string()).take(order.documents),
+        **dict(zip(SUMMARY_COLUMNS, flat[order.places], strict=True)),
     }
-    return many_keyed_rows(run, keyed, [len(numbers)] * len(keyed), columns, DOCUMENTS)
+    return table_of(order.keys | columns, DOCUMENTS)
+
+
+@dataclass(frozen=True)
+class _DocumentsOrder:
+    """Of a block's rows of `documents`, what is alike in every block of as many documents.
+
+    keys       the columns of the key
+    documents  (rows,) a row's document in the block
+    places     (1 + q, rows) of its values where every site's summaries lie flat, one site after the other
+    """
+
+    keys: dict[str, object]
+    documents: npt.NDArray[np.int64]
+    places: npt.NDArray[np.int64]
+
+
+@lru_cache(2)
+def _documents_order(run: str, layouts: tuple[tuple[Key, SiteLayout], ...], documents: int) -> _DocumentsOrder:
+    """Kept of the blocks of full size and of the last."""
+    keyed: list[tuple[Key, str]] = []
+    rows: list[npt.NDArray[np.int64]] = []
+    sizes = [documents * (len(layout.names) + 1) for _, layout in layouts]
+    firsts = np.cumsum([0, *sizes])
+    for (key, layout), first in sorted(zip(layouts, firsts.tolist(), strict=False), key=lambda site: site[0][0]):
+        groups = layout.ordered_groups
+        if layout.names != (WHOLE,):
+            groups = tuple(sorted([*groups, (WHOLE, len(layout.names))]))
+        keyed += [(key, name) for name, _ in groups]
+        rows += [first + np.arange(documents) * (len(layout.names) + 1) + g for _, g in groups]
+    columns = len(SUMMARY_COLUMNS)
+    places = np.concatenate([np.empty(0, np.int64), *rows]) * columns + np.arange(columns)[:, None]
+    return _DocumentsOrder(
+        key_columns(run, keyed, [documents] * len(keyed)), np.tile(np.arange(documents), len(keyed)), places
+    )
 
 
 def check_seen(seen: Mapping[Key, int], documents: int) -> None:
@@ -73,28 +97,29 @@ PIECE = 1 << 24
 
 def activations_rows(run: str, layouts: Mapping[Key, SiteLayout], kept: Mapping[Key, Rows]) -> pa.Table:
     """A block's rows of `activations`: raw float32 values, a row per sampled token and group."""
-    pieces = [as_made(ACTIVATIONS).empty_table()]
+    pieces: list[pa.Table] = []
     parts: list[tuple[Key, str, Sequence[tuple[int, int]], npt.NDArray[np.float32]]] = []
 
     def join() -> None:
         """Make a piece of ``parts``: key, group, whose rows, values (rows, width)."""
-        widths = [np.full(len(values), values.shape[1]) for _, _, _, values in parts]
-        places = np.array([place for _, _, rows, _ in parts for place in rows], np.int32).reshape(-1, 2)
-        ends = np.cumsum(np.concatenate([[0], *widths])).astype(np.int32)
+        rows = [len(values) for _, _, _, values in parts]
+        ends = np.zeros(sum(rows) + 1, np.int32)
+        np.cumsum(np.repeat([values.shape[1] for _, _, _, values in parts], rows), dtype=np.int32, out=ends[1:])
+        places = np.array([place for _, _, of_rows, _ in parts for place in of_rows], np.int32).reshape(-1, 2)
         columns: dict[str, object] = {
             "document": np.ascontiguousarray(places[:, 0]),
             "position": np.ascontiguousarray(places[:, 1]),
             "values": pa.ListArray.from_arrays(ends, np.concatenate([values.reshape(-1) for _, _, _, values in parts])),
         }
         keys = [(key, name) for key, name, _, _ in parts]
-        pieces.append(many_keyed_rows(run, keys, [len(rows) for _, _, rows, _ in parts], columns, ACTIVATIONS))
+        pieces.append(many_keyed_rows(run, keys, rows, columns, ACTIVATIONS))
         parts.clear()
 
     held = 0
     for key in sorted(kept):
         layout = layouts[key]
         places, matrix = kept[key]
-        for name, g in ordered_groups(layout):
+        for name, g in layout.ordered_groups:
             if layout.d_state:
                 states = matrix.reshape(len(matrix), -1, layout.d_state)
                 part = states[:, layout.members(g)].reshape(len(matrix), -1)
@@ -110,7 +135,8 @@ def activations_rows(run: str, layouts: Mapping[Key, SiteLayout], kept: Mapping[
                 held = 0
     if parts:
         join()
-    return pa.concat_tables(pieces)
+    # An empty piece beside the others would have dictionaries of its own to be unified.
+    return pa.concat_tables(pieces) if pieces else as_made(ACTIVATIONS).empty_table()
 
 
 @dataclass

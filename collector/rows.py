@@ -43,6 +43,11 @@ def many_keyed_rows(
     run: str, keys: Sequence[tuple[Key, str]], rows: Sequence[int], columns: dict[str, object], schema: pa.Schema
 ) -> pa.Table:
     """`keyed_rows` of several (key, group) at once: ``rows[i]`` rows are of ``keys[i]``, one after the other."""
+    return table_of(key_columns(run, keys, rows) | columns, schema)
+
+
+def key_columns(run: str, keys: Sequence[tuple[Key, str]], rows: Sequence[int]) -> dict[str, object]:
+    """The key columns of ``rows[i]`` rows of each ``keys[i]``."""
 
     def words(of_keys: Sequence[str]) -> pa.DictionaryArray:
         """Each row's; the dictionary holds every word once, as Parquet's must."""
@@ -50,24 +55,22 @@ def many_keyed_rows(
         indices = np.array([numbers[word] for word in of_keys], np.int32)
         return pa.DictionaryArray.from_arrays(np.repeat(indices, rows), pa.array(list(numbers), pa.string()))
 
-    columns = {
+    return {
         "run": words([run] * len(keys)),
         "layer": np.repeat(np.array([layer for (layer, _), _ in keys], np.int32), rows),
         "site": words([site for (_, site), _ in keys]),
         "group_name": words([name for _, name in keys]),
-        **columns,
     }
+
+
+def table_of(columns: dict[str, object], schema: pa.Schema) -> pa.Table:
+    """A table of ``schema`` with the key's strings as dictionaries; ``columns`` in any order."""
     made = as_made(schema)
     arrays = [
         column if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column, made.field(name).type)
         for name, column in ((name, columns[name]) for name in made.names)
     ]
     return pa.Table.from_arrays(arrays, schema=made)
-
-
-def ordered_groups(layout: SiteLayout) -> list[tuple[str, int]]:
-    """Group names in the order of the tables, with their numbers."""
-    return sorted((name, g) for g, name in enumerate(layout.names))
 
 
 class PatternOrder:
@@ -121,7 +124,7 @@ def counts_rows(run: str, statistics: Statistics, order: PatternOrder) -> Iterat
     held = 0
     for key in sorted(statistics):
         stats = statistics[key]
-        for name, g in ordered_groups(stats.layout):
+        for name, g in stats.layout.ordered_groups:
             present = np.flatnonzero(order.fold(stats.counts[g], folded) != 0)
             keys.append((key, name))
             values.append(order.values[present])
@@ -143,7 +146,7 @@ def channels_rows(run: str, statistics: Statistics) -> Iterator[pa.Table]:
         before = 0
         for key in sites:
             layout = statistics[key].layout
-            for name, g in ordered_groups(layout):
+            for name, g in layout.ordered_groups:
                 keys.append((key, name))
                 mine = layout.moment_rows(g)
                 places.append(mine + before)
@@ -175,7 +178,7 @@ def _pieces(statistics: Statistics, rows: Callable[[SiteStatistics], int]) -> It
 
 def groups_rows(run: str, layouts: Mapping[Key, SiteLayout]) -> Iterator[pa.Table]:
     """The table `groups`, in one piece: it is little more than the channels' numbers."""
-    found = [(key, layouts[key], name, g) for key in sorted(layouts) for name, g in ordered_groups(layouts[key])]
+    found = [(key, layouts[key], name, g) for key in sorted(layouts) for name, g in layouts[key].ordered_groups]
     if not found:
         return
     members = [layout.members(g) for _, layout, _, g in found]
@@ -203,7 +206,7 @@ def outliers_rows(run: str, statistics: Statistics, encoding: Encoding, locate: 
         found: list[tuple[int, int | None, str | None, int]] = []
         for key in sites:
             stats = statistics[key]
-            for name, g in ordered_groups(stats.layout):
+            for name, g in stats.layout.ordered_groups:
                 top = stats.top[g]
                 keys.append((key, name))
                 tops.append(top)
@@ -230,7 +233,7 @@ def site_stats_rows(run: str, statistics: Statistics, order: PatternOrder) -> It
     for key in sorted(statistics):
         stats = statistics[key]
         layout = stats.layout
-        parts = [(name, stats.counts[g], layout.moment_rows(g)) for name, g in ordered_groups(layout)]
+        parts = [(name, stats.counts[g], layout.moment_rows(g)) for name, g in layout.ordered_groups]
         if layout.names != (WHOLE,):
             parts.append((WHOLE, stats.counts.sum(axis=0), np.arange(layout.moments)))
         for name, counts, rows in sorted(parts, key=lambda part: part[0]):

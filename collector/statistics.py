@@ -90,6 +90,11 @@ class SiteLayout:
         """How many rows of `channels` the site has."""
         return len(self.names) * self.d_state or self.channels
 
+    @cached_property
+    def ordered_groups(self) -> tuple[tuple[str, int], ...]:
+        """Group names in the order of the tables, with their numbers."""
+        return tuple(sorted((name, g) for g, name in enumerate(self.names)))
+
     def members(self, g: int) -> Int64:
         """The channels of group ``g``, ascending."""
         span = slice(self.edges[g], self.edges[g + 1])

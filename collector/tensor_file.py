@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quambase.collector.plan import run_id
-from quambase.collector.rows import Key, keyed_rows, ordered_groups
+from quambase.collector.rows import Key, keyed_rows
 from quambase.collector.run import OUTLIERS, CollectedRun
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
 from quambase.collector.writer import finish_run, locked, part_folder, versions, write_part, write_run
@@ -99,7 +99,7 @@ def import_tensor(
     # Wider types are first brought to float32: the moments are of those values.
     wide = rows if rows.dtype in (torch.float16, torch.bfloat16) else rows.to(torch.float32)
     Counter(encoding, OUTLIERS, 1).add(stats, wide, offsets, 0, summaries)
-    name, group = ordered_groups(layout)[0]
+    name, group = layout.ordered_groups[0]
     columns: dict[str, object] = {
         "document": np.arange(documents),
         "tokens": np.full(documents, length),

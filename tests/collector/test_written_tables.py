@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from quambase.collector import rows, writer
+from quambase.collector.plan import PlannedDocument
+from quambase.collector.recorder import documents_rows
 from quambase.collector.rows import PatternOrder, keyed_rows
-from quambase.collector.statistics import ENCODINGS, SiteLayout, SiteStatistics
+from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, SiteLayout, SiteStatistics
 from quambase.collector.writer import part_folder, write_part, write_run
 from quambase.schema.distribution import Distribution
 from quambase.schema.tables import ACTIVATIONS, COUNTS, DOCUMENTS, RUN_TABLES
@@ -57,6 +59,30 @@ def written(folder: Path, blocks: list[int]) -> dict[str, pa.Table]:
         name: tables[f"{name}.parquet"].rows for name in RUN_TABLES
     }
     return found
+
+
+@pytest.mark.parametrize("documents", [1, 3])
+def test_rows_of_documents_are_sorted_by_site_and_group(documents: int) -> None:
+    """Sites in another order, twice, since what blocks share is kept."""
+    layouts = {(1, "b"): LAYOUT, (0, "w"): SiteLayout(("all",), (0, 3)), (1, "a"): SiteLayout(("y", "c"), (0, 1, 2))}
+    for first in (5, 40):
+        block = [PlannedDocument(first + 2 * i, f"sha {i}", np.zeros(i + 7, np.int32)) for i in range(documents)]
+        summaries = {
+            key: np.random.default_rng(first).random((documents, len(layout.names) + 1, len(SUMMARY_COLUMNS)), "f4")
+            for key, layout in layouts.items()
+        }
+        wanted = []
+        for key in sorted(layouts):
+            names = layouts[key].names
+            groups = {"all": len(names)} | {name: g for g, name in enumerate(names)}
+            for name in sorted(groups):
+                for i, document in enumerate(block):
+                    values = dict(zip(SUMMARY_COLUMNS, summaries[key][i, groups[name]].tolist(), strict=True))
+                    place = {"run": "run", "layer": key[0], "site": key[1], "group_name": name}
+                    wanted.append(place | {"document": document.index, "tokens": i + 7, "sha256": f"sha {i}"} | values)
+        assert documents_rows("run", block, layouts, summaries).to_pylist() == [
+            {column: row[column] for column in DOCUMENTS.names} for row in wanted
+        ]
 
 
 def test_rows_of_parts_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
