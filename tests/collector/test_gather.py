@@ -23,7 +23,7 @@ def test_rows_of_any_tensor_in_order(compiled: bool, device: torch.device) -> No
     gatherer: Gather = CudaGather(device) if compiled else TorchGather()
     wanted = []
     for number in range(2 * PIECES + 3):
-        width = (1, 7, 300, CHUNK, 3 * CHUNK + 5)[number % 5]
+        width = (1, 7, 300, 2 * CHUNK, 3 * CHUNK + 5)[number % 5]
         x = torch.randn(20, width + 3, generator=generator).to(torch.float32 if number % 2 else torch.float16)[:, 3:]
         if number % 7 == 6:
             x = x.T.contiguous().T
