@@ -100,10 +100,8 @@ class PatternOrder:
 
     def distribution(self, folded: Int64) -> Distribution:
         """Of (m,) counts in this order."""
-        finite = slice(1, -2)
-        present = np.flatnonzero(folded[finite] != 0)
         nonfinite = int(folded[0] + folded[-2] + folded[-1])
-        return Distribution(self.values[finite][present], folded[finite][present], nonfinite)
+        return Distribution.of_symmetric(self.values[1:-2], folded[1:-2], nonfinite)
 
 
 PIECE_ROWS = 1 << 18

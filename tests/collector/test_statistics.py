@@ -222,6 +222,22 @@ def test_distribution_quantiles_equal_numpy_and_torch(values: list[float], p: fl
         assert kurtosis == pytest.approx(fourth / wide.var() ** 2, rel=1e-6)
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(0, 65504, width=16, exclude_min=True), unique=True, max_size=20), st.data())
+def test_distribution_of_symmetric_values_is_that_of_its_rows(magnitudes: list[float], data: st.DataObject) -> None:
+    magnitudes.sort()
+    values = np.array([-value for value in reversed(magnitudes)] + [0.0, *magnitudes], np.float32)
+    drawn = data.draw(st.lists(st.integers(0, 3), min_size=values.size, max_size=values.size))
+    counts = np.array(drawn, np.int64)
+    found, wanted = Distribution.of_symmetric(values, counts, 5), Distribution.of_rows(values, counts)
+    assert found.nonfinite == 5
+    np.testing.assert_array_equal(found.values, wanted.values)
+    np.testing.assert_array_equal(found.counts, wanted.counts)
+    np.testing.assert_array_equal(found.absolute[0], wanted.absolute[0])
+    np.testing.assert_array_equal(found.absolute[1], wanted.absolute[1])
+    assert found.amax == wanted.amax and not np.signbit(found.amax)
+
+
 def test_distribution_of_repeated_rows_adds_up_and_sets_nonfinite_aside() -> None:
     values = np.array([1, -0.0, np.nan, 0.0, 1, np.inf, -2], np.float32)
     found = Distribution.of_rows(values, np.array([1, 2, 3, 4, 5, 6, 7]))
