@@ -170,9 +170,8 @@ class DeviceRecorder:
     ) -> None:
         span = (documents.start, documents.stop, layout.state)
         if span not in self._wanted:
-            wanted = self._sampled_states(documents) if layout.state else self._sampled(documents, offsets)
-            places, rows = wanted
-            self._wanted[span] = places, torch.tensor(rows, dtype=torch.int64).to(values.device, non_blocking=True)
+            found, rows = self._sampled_states(documents) if layout.state else self._sampled(documents, offsets)
+            self._wanted[span] = found, torch.tensor(rows, dtype=torch.int64).to(values.device, non_blocking=True)
         places, index = self._wanted[span]
         if not places:
             return
