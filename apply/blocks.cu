@@ -124,11 +124,19 @@ extern "C" __global__ void __launch_bounds__(128) conv_silu(
     }
 }
 
-// The code of factor * v, half away from zero: saturating, or modulo 256 as upstream's float to int32 to int8.
-__device__ __forceinline__ s8 rounded(float v, float factor, i64 wrap) {
-    const float scaled = v * factor;
-    return wrap ? (s8)(__float2int_rz(roundf(scaled)) & 255) : half_away(scaled);
-}
+// Where transformed rows go: out (rows, DIM), rows out_stride apart, codes of factor times the value, half away from zero:
+// saturating, or, if `wrap`, modulo 256 as upstream's float to int32 to int8.
+struct Codes {
+    s8* out;
+    i64 out_stride;
+    float factor;
+    i64 wrap;
+
+    __device__ void operator()(i64 row, int channel, float value) const {
+        const float scaled = value * factor;
+        out[row * out_stride + channel] = wrap ? (s8)(__float2int_rz(roundf(scaled)) & 255) : half_away(scaled);
+    }
+};
 
 #if !MAMBA2
 
@@ -176,9 +184,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate(
     __shared__ __align__(16) float signs[ORDER * ORDER];
     Line* lines = (Line*)line;
     read_rows(y, rows, lines);
-    finish_rows<READ_STAGES>(lines, odd, signs, rows, [=](i64 row, int channel, float value) {
-        out[row * out_stride + channel] = rounded(value, factor, wrap);
-    });
+    finish_rows<READ_STAGES>(lines, odd, signs, rows, Codes{out, out_stride, factor, wrap});
 }
 
 #else
@@ -232,9 +238,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) gated_rotate(
     const auto gated = [=](i64 row, int i) { return half_to_float(y[row * DIM + i]) * gates[z[row * z_stride + i] + 128]; };
     const auto keep = [](i64, int, float value, float* place) { *place = round_to_half(value); };
     gated_norm_rows(lines, rows, weight, groups, eps, gated, keep);
-    finish_rows<0>(lines, odd, signs, rows, [=](i64 row, int channel, float value) {
-        out[row * out_stride + channel] = rounded(value, factor, wrap);
-    });
+    finish_rows<0>(lines, odd, signs, rows, Codes{out, out_stride, factor, wrap});
 }
 
 #endif

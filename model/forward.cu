@@ -131,6 +131,26 @@ extern "C" __global__ void __launch_bounds__(256) add_norm(
     }
 }
 
+// y SiLU(z) of y (rows, DIM) and z (rows, DIM), rows z_stride apart.
+struct Gated {
+    const real *y, *z;
+    i64 z_stride;
+
+    __device__ float operator()(i64 row, int channel) const {
+        return to_float(y[row * DIM + channel]) * silu(to_float(z[row * z_stride + channel]));
+    }
+};
+
+// Where transformed rows go: out (rows, DIM), times factor.
+struct Scaled {
+    real* out;
+    float factor;
+
+    __device__ void operator()(i64 row, int channel, float value) const {
+        out[row * DIM + channel] = as_real(value * factor);
+    }
+};
+
 // Every row times (odd kron H), times factor. x, out (rows, DIM); odd (ORDER, ORDER).
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) hadamard(
     const real* x, i64 rows, const float* odd, float factor, real* out
@@ -139,17 +159,15 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) hadamard(
     __shared__ __align__(16) float signs[ORDER * ORDER];
     Line* lines = (Line*)line;
     read_rows(x, rows, lines);
-    finish_rows<READ_STAGES>(lines, odd, signs, rows, [=](i64 row, int channel, float value) {
-        out[row * DIM + channel] = as_real(value * factor);
-    });
+    finish_rows<READ_STAGES>(lines, odd, signs, rows, Scaled{out, factor});
 }
 
-// RMS norm of y * SiLU(z), as gated_norm_rows. y, out (rows, DIM); z (rows, DIM), rows z_stride apart.
+// RMS norm of what is Gated, as gated_norm_rows; out (rows, DIM).
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) gated_norm(
     const real* y, i64 rows, const real* z, i64 z_stride, const float* weight, i64 groups, float eps, real* out
 ) {
     extern __shared__ __align__(16) float line[];
-    const auto gated = [=](i64 row, int i) { return to_float(y[row * DIM + i]) * silu(to_float(z[row * z_stride + i])); };
+    const Gated gated = {y, z, z_stride};
     const auto write = [=](i64 row, int i, float value, float*) { out[row * DIM + i] = as_real(value); };
     gated_norm_rows((Line*)line, rows, weight, groups, eps, gated, write);
 }
@@ -162,10 +180,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) gated_norm_hadamard(
     extern __shared__ __align__(16) float line[];
     __shared__ __align__(16) float signs[ORDER * ORDER];
     Line* lines = (Line*)line;
-    const auto gated = [=](i64 row, int i) { return to_float(y[row * DIM + i]) * silu(to_float(z[row * z_stride + i])); };
+    const Gated gated = {y, z, z_stride};
     const auto keep = [](i64, int, float value, float* place) { *place = to_float(as_real(value)); };
     gated_norm_rows(lines, rows, weight, groups, eps, gated, keep);
-    finish_rows<0>(lines, odd, signs, rows, [=](i64 row, int channel, float value) {
-        out[row * DIM + channel] = as_real(value * factor);
-    });
+    finish_rows<0>(lines, odd, signs, rows, Scaled{out, factor});
 }

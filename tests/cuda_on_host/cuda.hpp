@@ -1,4 +1,5 @@
-// As much of CUDA as model/ and apply/ use, in C++: a block's threads are threads of the host, blocks follow one another.
+// As much of CUDA as the kernels of model/ and apply/ and the gathering of rows use, in C++: a block's threads are threads
+// of the host, blocks follow one another.
 // What the two differ in: exp and log1p are the C library's, and nothing is approximate.
 
 #include <barrier>
