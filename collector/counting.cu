@@ -143,12 +143,14 @@ __device__ __forceinline__ u32 raw_pattern(raw v) {
 #endif
 }
 
+// Of the j-th value, which need not be known when compiled.
 __device__ __forceinline__ u32 pattern_at(const uint4& data, int j) {
-    const u32 words[4] = {data.x, data.y, data.z, data.w};
+    const int at = j * sizeof(raw) / 4;
+    const u32 word = at < 2 ? (at ? data.y : data.x) : at == 2 ? data.z : data.w;
 #if KIND < 2
-    return (words[j >> 1] >> ((j & 1) * 16)) & 0xffffu;
+    return (word >> ((j & 1) * 16)) & 0xffffu;
 #else
-    return to_pattern(__uint_as_float(words[j]));
+    return to_pattern(__uint_as_float(word));
 #endif
 }
 
@@ -162,22 +164,39 @@ __device__ __forceinline__ bool in_pass(u32 pattern, u32 pass) {
 #endif
 }
 
-__device__ __forceinline__ u32 increment(u32 pattern) { return pattern & 1 ? 0x10000u : 1u; }
+// Of the counter in the upper half of its word, or in the lower; as a product it needs none of the few predicates.
+__device__ __forceinline__ u32 increment(u32 pattern) { return 1u + (pattern & 1u) * 0xffffu; }
 
 __device__ __forceinline__ u32* counter_of(u32* bins, u32 pattern) { return bins + ((pattern >> 1) & (WORDS - 1)); }
 
-// The add that brought a counter to 0x8000 or beyond takes 0x8000 out and notes it. Until then nothing carries into the
-// neighbour: after a barrier every counter is below 0x8000, and a block adds at most 1024 * 32 = 0x8000 before the next.
-__device__ __forceinline__ void spill(const SiteBatch& b, u32* bins, u32 item, u32 pattern) {
-    atomicSub(counter_of(bins, pattern), 0x8000u * increment(pattern));
-    b.spills[b.spill_first[item] + atomicAdd(&b.spill_count[item], 1u)] = pattern;
+// The sum of a warp's values.
+__device__ __forceinline__ u32 warp_sum(u32 value) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(FULL, value);
+#else
+#pragma unroll
+    for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(FULL, value, step);
+    return value;
+#endif
 }
+
+// A counter that has come to 0x8000 or beyond: whoever finds it first takes 0x8000 out and notes it. Until then nothing
+// carries into the neighbour: after a barrier every counter is below 0x8000, and a block adds at most 1024 * 32 = 0x8000
+// before the next.
+__device__ __forceinline__ void spill(const SiteBatch& b, u32* bins, u32 item, u32 pattern) {
+    const u32 half = 0x8000u * increment(pattern);
+    if (atomicAnd(counter_of(bins, pattern), ~half) & half) {
+        b.spills[b.spill_first[item] + atomicAdd(&b.spill_count[item], 1u)] = pattern;
+    }
+}
+
+// Whether an add brought a counter there.
+__device__ __forceinline__ bool crossed(u32 before, u32 more) { return (before + more) & ~before & 0x80008000u; }
 
 // Add n of a pattern to its 16-bit counter.
 __device__ __forceinline__ void add(const SiteBatch& b, u32* bins, u32 item, u32 pattern, u32 n) {
     const u32 more = n * increment(pattern);
-    const u32 before = atomicAdd(counter_of(bins, pattern), more);
-    if ((before + more) & ~before & (0x8000u * increment(pattern))) spill(b, bins, item, pattern);
+    if (crossed(atomicAdd(counter_of(bins, pattern), more), more)) spill(b, bins, item, pattern);
 }
 
 // What a thread counts between two barriers; of vector k the values from..to, of 4 bits each, are wanted.
@@ -222,34 +241,36 @@ __device__ __forceinline__ void count_share(
     const SiteBatch& b, u32* bins, u32 item, u32 pass, const Share& share, u32 hot
 ) {
     u32 hots = 0;
+    u32* idle = bins + (threadIdx.x & 31);
 #pragma unroll
     for (int k = 0; k < VECTORS; k++) {
         const u32 from = share.ranges >> (8 * k) & 15u, to = share.ranges >> (8 * k + 4) & 15u;
         if (to - from == PER_VECTOR) {
             // Adds first, so that they overlap; whether any crossed 0x8000 is asked once.
-            u32 before[PER_VECTOR], crossed = 0;
+            u32 before[PER_VECTOR], more[PER_VECTOR];
 #pragma unroll
             for (int j = 0; j < PER_VECTOR; j++) {
                 const u32 pattern = pattern_at(share.data[k], j);
-                before[j] = ~0u;
-                if (HOT && pattern == hot) hots++;
-                else if (in_pass(pattern, pass)) before[j] = atomicAdd(counter_of(bins, pattern), increment(pattern));
+                const bool apart = HOT && pattern == hot, here = !apart && in_pass(pattern, pass);
+                hots += apart;
+                // What is not counted here adds nothing, each lane in a bank of its own: behind a branch for each value
+                // the others would take longer.
+                more[j] = here ? increment(pattern) : 0;
+                before[j] = atomicAdd(here ? counter_of(bins, pattern) : idle, more[j]);
             }
+            bool any = false;
 #pragma unroll
-            for (int j = 0; j < PER_VECTOR; j++) {
-                crossed |= (before[j] + increment(pattern_at(share.data[k], j))) & ~before[j];
-            }
-            if (crossed & 0x80008000u) {
-#pragma unroll
+            for (int j = 0; j < PER_VECTOR; j++) any |= crossed(before[j], more[j]);
+            if (any) {
+#pragma unroll 1
                 for (int j = 0; j < PER_VECTOR; j++) {
-                    const u32 pattern = pattern_at(share.data[k], j), more = increment(pattern);
-                    if ((before[j] + more) & ~before[j] & (0x8000u * more)) spill(b, bins, item, pattern);
+                    const u32 pattern = pattern_at(share.data[k], j);
+                    if (in_pass(pattern, pass)) spill(b, bins, item, pattern);
                 }
             }
         } else {
-#pragma unroll
-            for (int j = 0; j < PER_VECTOR; j++) {
-                if (j < from || j >= to) continue;
+#pragma unroll 1
+            for (int j = from; j < to; j++) {
                 const u32 pattern = pattern_at(share.data[k], j);
                 if (HOT && pattern == hot) hots++;
                 else if (in_pass(pattern, pass)) add(b, bins, item, pattern, 1);
@@ -257,8 +278,7 @@ __device__ __forceinline__ void count_share(
         }
     }
     if (HOT) {
-#pragma unroll
-        for (int step = 16; step; step >>= 1) hots += __shfl_xor_sync(FULL, hots, step);
+        hots = warp_sum(hots);
         if ((threadIdx.x & 31) == 0 && hots && in_pass(hot, pass)) add(b, bins, item, hot, hots);
     }
 }
@@ -372,60 +392,60 @@ extern "C" __global__ void __launch_bounds__(256) reduce_counts(const __grid_con
 
 // ---------------------------------------------------------------- order statistics
 
-// Eight neighbouring magnitudes, in a word of a table two each.
-const int TOGETHER = 8;
+const int TOGETHER = 32;                            // neighbouring magnitudes, of one thread of `summarise`
+const int THREADS = SIGN / TOGETHER;
 
-struct Counts {
-    u64 of[TOGETHER];
-};
-
-// Counts of the magnitudes TOGETHER quad onwards in one segment.
-__device__ __forceinline__ void add_segment(const SiteBatch& b, int segment, u32 quad, Counts& counts) {
+// How many values of a segment have the magnitudes of a thread of `summarise`; their words are in `positive` and `negative`.
+__device__ __forceinline__ u64 in_segment(const SiteBatch& b, int segment, u32 thread) {
     const int first = b.segment_first[segment], last = b.segment_first[segment + 1];
-#pragma unroll 2
+    u64 all = 0;
     for (int item = first; item < last; item++) {
-        const uint4* slot = (const uint4*)(b.slots + (u64)item * ALL_WORDS);
-        const uint4 positive = slot[quad], negative = slot[quad + SIGN / TOGETHER];
-        const u32 words[8] = {positive.x, positive.y, positive.z, positive.w, negative.x, negative.y, negative.z, negative.w};
+        const uint4* positive = (const uint4*)(b.slots + (u64)item * ALL_WORDS) + thread * (TOGETHER / 8);
+        const uint4* negative = positive + SIGN / 8;
+        uint4 words[TOGETHER / 4];
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            counts.of[2 * (i & 3)] += words[i] & 0xffffu;
-            counts.of[2 * (i & 3) + 1] += words[i] >> 16;
+        for (int i = 0; i < TOGETHER / 8; i++) {
+            words[2 * i] = positive[i];
+            words[2 * i + 1] = negative[i];
         }
+        u32 here = 0;
+#pragma unroll
+        for (int i = 0; i < TOGETHER / 4; i++) {
+            const uint4 w = words[i];
+            here += (w.x & 0xffffu) + (w.x >> 16) + (w.y & 0xffffu) + (w.y >> 16);
+            here += (w.z & 0xffffu) + (w.z >> 16) + (w.w & 0xffffu) + (w.w >> 16);
+        }
+        all += here;
         const u32 spilled = b.spill_count[item];
-        for (u32 k = 0; k < spilled; k++) {
-            const u32 magnitude = b.spills[b.spill_first[item] + k] & (SIGN - 1);
-            if (magnitude / TOGETHER != quad) continue;
-#pragma unroll
-            for (u32 j = 0; j < TOGETHER; j++) counts.of[j] += magnitude % TOGETHER == j ? 0x8000u : 0u;
-        }
+        const u32* spills = b.spills + b.spill_first[item];
+        for (u32 k = 0; k < spilled; k++) all += (spills[k] & (SIGN - 1)) / TOGETHER == thread ? 0x8000u : 0u;
     }
+    return all;
 }
 
-// What the threads before this one hold, and what they all do. sums: 33 words of shared memory.
-__device__ u64 before_me(u64 mine, u64* sums, u64& all) {
-    const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    u64 upto = mine;
+// How many values of a segment have one magnitude.
+__device__ __forceinline__ u64 of_magnitude(const SiteBatch& b, int segment, u32 magnitude) {
+    const int first = b.segment_first[segment], last = b.segment_first[segment + 1];
+    u64 all = 0;
+#pragma unroll 4
+    for (int item = first; item < last; item++) {
+        const u16* counters = (const u16*)(b.slots + (u64)item * ALL_WORDS);
+        all += counters[magnitude] + counters[magnitude + SIGN];
+        const u32 spilled = b.spill_count[item];
+        const u32* spills = b.spills + b.spill_first[item];
+        for (u32 k = 0; k < spilled; k++) all += (spills[k] & (SIGN - 1)) == magnitude ? 0x8000u : 0u;
+    }
+    return all;
+}
+
+// What this lane and those before it in its warp hold.
+__device__ __forceinline__ u64 upto_lane(u64 mine) {
+    const u32 lane = threadIdx.x & 31;
     for (int step = 1; step < 32; step *= 2) {
-        const u64 other = __shfl_up_sync(FULL, upto, step);
-        if (lane >= step) upto += other;
+        const u64 other = __shfl_up_sync(FULL, mine, step);
+        if (lane >= step) mine += other;
     }
-    __syncthreads();
-    if (lane == 31) sums[warp] = upto;
-    __syncthreads();
-    if (warp == 0) {
-        const u64 held = lane < blockDim.x / 32 ? sums[lane] : 0;
-        u64 seen = held;
-        for (int step = 1; step < 32; step *= 2) {
-            const u64 other = __shfl_up_sync(FULL, seen, step);
-            if (lane >= step) seen += other;
-        }
-        sums[lane] = seen - held;
-        if (lane == 31) sums[32] = seen;
-    }
-    __syncthreads();
-    all = sums[32];
-    return sums[warp] + upto - mine;
+    return mine;
 }
 
 // torch.quantile's interpolation, as quambase.schema.distribution.lerp_torch.
@@ -435,52 +455,46 @@ __device__ float lerp_torch(float below, float above, float weight) {
     return (float)__dadd_rn((double)above, __dmul_rn((double)__fsub_rn(weight, 1.0f), step));
 }
 
-// Of each site a block per document and group, per document (the whole site, where it is divided), and per group (its threshold).
-// Counts are walked from the largest magnitude down, 8192 magnitudes at a time, only as far as a wanted rank lies.
-extern "C" __global__ void __launch_bounds__(1024) summarise(const __grid_constant__ SiteBatch b) {
-    __shared__ u64 sums[33];
+// Of each site a block per document and group, per document (the whole site, where it is divided), and per group (its
+// threshold). The first thread has the largest magnitudes. How many values every thread and those before it have says which
+// has a wanted rank; a warp each then looks at that one's magnitudes.
+extern "C" __global__ void __launch_bounds__(THREADS) summarise(const __grid_constant__ SiteBatch b) {
+    __shared__ u64 upto[THREADS];
+    __shared__ u64 of_warps[32];
     __shared__ u64 target[32];
     __shared__ u32 answer[32];
-    __shared__ u64 beyond[2];
     const int site = part_of(b.summary_first, blockIdx.x);
-    const u32 block = blockIdx.x - b.summary_first[site];
+    const u32 block = blockIdx.x - b.summary_first[site], lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const Shape& s = b.shapes[site];
     const int groups = s.groups, documents = s.documents, quantiles = b.quantiles;
-    const int first_segment = s.first_segment;
     const int parts = groups == 1 ? 1 : groups + 1;
     const bool of_document = block < (u32)(documents * parts);
     const int document = of_document ? block / parts : 0;
     const int group = of_document ? block % parts : block - documents * parts;
     const bool whole = of_document && group == groups;
+    const int first_group = whole ? 0 : group, last_group = whole ? groups : group + 1;
+    const u64* call = b.call + (u64)(s.first_group + group) * PATTERNS;
 
-    auto look = [&](u32 quad, Counts& counts) {
-#pragma unroll
-        for (int i = 0; i < TOGETHER; i++) counts.of[i] = 0;
-        if (!of_document) {
-            const u64* table = b.call + (u64)(s.first_group + group) * PATTERNS + TOGETHER * quad;
-#pragma unroll
-            for (int i = 0; i < TOGETHER; i++) counts.of[i] = table[i] + table[i + SIGN];
-            return;
+    const u32 mine = THREADS - 1 - threadIdx.x; // its magnitudes begin at TOGETHER times this
+    u64 here = 0;
+    if (of_document) {
+        for (int g = first_group; g < last_group; g++) {
+            here += in_segment(b, s.first_segment + g * documents + document, mine);
         }
-        for (int g = whole ? 0 : group; g < (whole ? groups : group + 1); g++) {
-            add_segment(b, first_segment + g * documents + document, quad, counts);
-        }
-    };
-    auto sum = [](const Counts& counts) {
-        u64 all = 0;
-#pragma unroll
-        for (int i = 0; i < TOGETHER; i++) all += counts.of[i];
-        return all;
-    };
-
-    const u32 finite_quads = b.infinity / TOGETHER;
-    u64 mine = 0, unfinite, all;
-    Counts counts;
-    for (u32 quad = finite_quads + threadIdx.x; quad < SIGN / TOGETHER; quad += blockDim.x) {
-        look(quad, counts);
-        mine += sum(counts);
+    } else {
+#pragma unroll 8
+        for (int i = 0; i < TOGETHER; i++) here += call[TOGETHER * mine + i] + call[TOGETHER * mine + i + SIGN];
     }
-    before_me(mine, sums, unfinite);
+    u64 before = upto_lane(here);
+    if (lane == 31) of_warps[warp] = before;
+    __syncthreads();
+    if (warp == 0) of_warps[lane] = upto_lane(of_warps[lane]);
+    __syncthreads();
+    upto[threadIdx.x] = before + (warp ? of_warps[warp - 1] : 0);
+    __syncthreads();
+
+    const u32 finite = THREADS - (u32)b.infinity / TOGETHER; // the first thread whose magnitudes are
+    const u64 unfinite = upto[finite - 1];
     const i64 rows = of_document ? s.offsets[document + 1] - s.offsets[document] : s.offsets[documents] - s.offsets[0];
     const i64 width = whole ? s.edges[groups] : s.edges[group + 1] - s.edges[group];
     const i64 total = rows * width - (i64)unfinite;
@@ -507,46 +521,39 @@ extern "C" __global__ void __launch_bounds__(1024) summarise(const __grid_consta
         target[2 + 2 * threadIdx.x] = total - above;
     }
     __syncthreads();
-    u64 furthest = 0;
-    for (int k = 0; k < targets; k++) furthest = target[k] > furthest ? target[k] : furthest;
-    u64 seen = 0;
-    for (int top = finite_quads; top > 0 && seen < furthest; top -= blockDim.x) {
-        const int quad = top - 1 - (int)threadIdx.x;
-        u64 here = 0;
-        if (quad >= 0) {
-            look(quad, counts);
-            here = sum(counts);
+    if (warp < (u32)targets) {
+        const u64 wanted = target[warp] + unfinite;
+        u32 low = finite, high = THREADS - 1; // the first thread that it is reached with
+        while (low < high) {
+            const u32 middle = (low + high) / 2;
+            if (upto[middle] >= wanted) high = middle;
+            else low = middle + 1;
         }
-        u64 before = seen + before_me(here, sums, all);
-        seen += all;
-        if (here == 0 || before >= furthest) continue;
-#pragma unroll
-        for (int i = TOGETHER - 1; i >= 0; i--) {
-            const u64 upto = before + counts.of[i];
-            for (int k = 0; k < targets; k++) {
-                if (target[k] <= before || target[k] > upto) continue;
-                answer[k] = TOGETHER * quad + i;
-                if (!of_document) {
-                    beyond[0] = before;
-                    beyond[1] = upto;
-                }
+        const u32 magnitude = TOGETHER * (THREADS - low) - 1 - lane;
+        u64 held = 0;
+        if (of_document) {
+            for (int g = first_group; g < last_group; g++) {
+                held += of_magnitude(b, s.first_segment + g * documents + document, magnitude);
             }
-            before = upto;
+        } else {
+            held = call[magnitude] + call[magnitude + SIGN];
+        }
+        const u64 reached = upto[low - 1] + upto_lane(held);
+        if (lane == __ffs(__ballot_sync(FULL, reached >= wanted)) - 1) {
+            answer[warp] = magnitude;
+            if (!of_document) {
+                // Too many ties to hold: then only what is larger is emitted, and `finish` looks for the ties in order.
+                const int ordered = reached - unfinite > CANDIDATES;
+                int* threshold = b.thresholds + 4 * (s.first_group + group);
+                threshold[0] = magnitude;
+                threshold[1] = magnitude + ordered;
+                threshold[2] = (int)(b.most - (i64)(reached - held - unfinite));
+                threshold[3] = ordered;
+            }
         }
     }
+    if (!of_document) return;
     __syncthreads();
-    if (!of_document) {
-        if (threadIdx.x == 0) {
-            // Too many ties to hold: then only what is larger is emitted, and `finish` looks for the ties in order.
-            const int ordered = beyond[1] > CANDIDATES;
-            int* threshold = b.thresholds + 4 * (s.first_group + group);
-            threshold[0] = answer[0];
-            threshold[1] = answer[0] + ordered;
-            threshold[2] = (int)(b.most - (i64)beyond[0]);
-            threshold[3] = ordered;
-        }
-        return;
-    }
     if (threadIdx.x <= quantiles) {
         const int k = threadIdx.x;
         float found = pattern_value(answer[0]);
@@ -562,8 +569,9 @@ extern "C" __global__ void __launch_bounds__(1024) summarise(const __grid_consta
 
 // ---------------------------------------------------------------- moments, and where the largest values are
 
-__device__ void emit(const SiteBatch& b, const Shape& s, int group, int place, int row, u32 pattern) {
+__device__ void emit(const SiteBatch& b, const Shape& s, int channel, int row, u32 pattern) {
     const u32 magnitude = pattern & (SIGN - 1);
+    const int group = s.group_of[channel], place = s.place_of[channel];
     const u64 number = s.first_group + group;
     if (magnitude < (u32)b.thresholds[4 * number + 1] || magnitude >= (u32)b.infinity) return;
     const u32 at = atomicAdd(&b.candidate_count[number], 1u);
@@ -573,88 +581,150 @@ __device__ void emit(const SiteBatch& b, const Shape& s, int group, int place, i
     candidate[1] = pattern;
 }
 
-struct Column {
-    double total = 0, squares = 0, magnitudes = 0;
-    float low = __uint_as_float(0x7f800000u), high = __uint_as_float(0xff800000u);
+// Two neighbouring channels' values as they lie in memory.
+#if KIND < 2
+typedef u32 Pair;
+__device__ __forceinline__ Pair pair_of(raw first, raw second) { return first | (u32)second << 16; }
+__device__ __forceinline__ raw part(Pair pair, int i) { return i ? pair >> 16 : pair & 0xffffu; }
+__device__ __forceinline__ raw raw_of(float value) { return to_pattern(value); }
+#else
+typedef float2 Pair;
+__device__ __forceinline__ Pair pair_of(raw first, raw second) { return make_float2(first, second); }
+__device__ __forceinline__ raw part(Pair pair, int i) { return i ? pair.y : pair.x; }
+__device__ __forceinline__ raw raw_of(float value) { return value; }
+#endif
 
-    __device__ __forceinline__ void add(float value) {
-        const double v = value;
-        total += v;
-        squares = fma(v, v, squares);
-        magnitudes += fabs(v);
+__device__ __forceinline__ float value_of(Pair pair, int i) { return raw_value(part(pair, i)); }
+
+// The lesser and the greater of two values, NaN if one of them is.
+__device__ __forceinline__ float lesser(float a, float b) { return a < b || a != a ? a : b; }
+__device__ __forceinline__ float greater(float a, float b) { return a > b || a != a ? a : b; }
+
+#if KIND < 2 && __CUDA_ARCH__ >= 800
+#if KIND == 0
+#define OF_TWO "f16x2"
+#else
+#define OF_TWO "bf16x2"
+#endif
+__device__ __forceinline__ Pair lesser(Pair a, Pair b) {
+    Pair c;
+    asm("min.NaN." OF_TWO " %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+__device__ __forceinline__ Pair greater(Pair a, Pair b) {
+    Pair c;
+    asm("max.NaN." OF_TWO " %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+#else
+__device__ __forceinline__ Pair lesser(Pair a, Pair b) {
+    return pair_of(raw_of(lesser(value_of(a, 0), value_of(b, 0))), raw_of(lesser(value_of(a, 1), value_of(b, 1))));
+}
+__device__ __forceinline__ Pair greater(Pair a, Pair b) {
+    return pair_of(raw_of(greater(value_of(a, 0), value_of(b, 0))), raw_of(greater(value_of(a, 1), value_of(b, 1))));
+}
+#endif
+
+// A finite value in float64: sign, exponent and mantissa are moved to their places there, subnormal or not, and a product
+// makes up for the exponents' different bias. A conversion would take as long as four such products. (What is not finite
+// becomes some number.)
+__device__ __forceinline__ double exact(Pair pair, int i) {
+#if KIND < 2
+    const u32 bits = i ? pair : pair << 16, low = 0, places = 0x7fff0000u;
+#else
+    const u32 bits = __float_as_uint(part(pair, i)), low = bits << 29, places = 0x7fffffffu;
+#endif
+    const int narrower = KIND == 0 ? 6 : 3; // bits of the exponent
+    const u32 high = (u32)((int)bits >> narrower) & (0x80000000u | places >> narrower);
+    return __hiloint2double(high, low) * (KIND == 0 ? 0x1p1008 : 0x1p896);
+}
+
+// Of two channels; the sums mean something where low and high are finite.
+struct Columns {
+    double total[2] = {0, 0}, squares[2] = {0, 0}, magnitudes[2] = {0, 0};
+    Pair low, high;
+
+    __device__ __forceinline__ Columns() {
+        const raw largest = raw_of(__uint_as_float(0x7f800000u)), least = raw_of(__uint_as_float(0xff800000u));
+        low = pair_of(largest, largest);
+        high = pair_of(least, least);
     }
 
-    __device__ __forceinline__ void widen(float least, float largest) {
-        low = fminf(low, least);
-        high = fmaxf(high, largest);
+    __device__ __forceinline__ void add(Pair values) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const double v = exact(values, i);
+            total[i] += v;
+            squares[i] = fma(v, v, squares[i]);
+            magnitudes[i] += fabs(v);
+        }
+    }
+
+    __device__ __forceinline__ void widen(Pair least, Pair largest) {
+        low = lesser(low, least);
+        high = greater(high, largest);
     }
 };
 
-const int ROWS = 8; // whose loads are under way together
-
-// Two values as they lie in memory.
-#if KIND < 2
-typedef u32 Pair;
-__device__ __forceinline__ raw part(Pair pair, int i) { return i ? pair >> 16 : pair & 0xffffu; }
-#else
-typedef float2 Pair;
-__device__ __forceinline__ raw part(Pair pair, int i) { return i ? pair.y : pair.x; }
-#endif
+const int ROWS = 8; // whose loads are under way together, while as many are added
 
 // Add rows row, row + height, ... of one channel or two to their columns; found(i, row, value) sees what is beyond bound.
 template <int WIDE, bool PAIRED, class Found>
 __device__ __forceinline__ void accumulate(
-    const raw* base, i64 stride, int row, int last, int height, const float* bound, Column* columns, Found found
+    const raw* base, i64 stride, int row, int last, int height, const float* bound, Columns& columns, Found found
 ) {
     const raw* at = base + row * stride;
     const i64 step = height * stride;
+    auto load = [](const raw* from) {
+        return PAIRED ? *(const Pair*)from : pair_of(from[0], WIDE == 2 ? from[1] : raw_of(0.0f));
+    };
     auto look = [&](int i, int here, raw stored) {
         if (fabsf(raw_value(stored)) > bound[i]) found(i, here, stored);
     };
+    Pair ahead[ROWS];
+    if (row + (ROWS - 1) * height < last) {
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) ahead[k] = load(at + k * step);
+    }
     for (; row + (ROWS - 1) * height < last; row += ROWS * height, at += ROWS * step) {
-        raw values[ROWS][WIDE];
+        Pair values[ROWS];
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) values[k] = ahead[k];
+        if (row + (2 * ROWS - 1) * height < last) {
+#pragma unroll
+            for (int k = 0; k < ROWS; k++) ahead[k] = load(at + (ROWS + k) * step);
+        }
+        Pair least = values[0], largest = values[0];
 #pragma unroll
         for (int k = 0; k < ROWS; k++) {
-            if (PAIRED) {
-                const Pair pair = *(const Pair*)(at + k * step);
-                for (int i = 0; i < WIDE; i++) values[k][i] = part(pair, i);
-            } else {
-                for (int i = 0; i < WIDE; i++) values[k][i] = at[k * step + i];
-            }
+            columns.add(values[k]);
+            least = lesser(least, values[k]);
+            largest = greater(largest, values[k]);
         }
+        columns.widen(least, largest);
 #pragma unroll
         for (int i = 0; i < WIDE; i++) {
-            float least = __uint_as_float(0x7f800000u), largest = __uint_as_float(0xff800000u);
-#pragma unroll
-            for (int k = 0; k < ROWS; k++) {
-                const float value = raw_value(values[k][i]);
-                columns[i].add(value);
-                least = fminf(least, value);
-                largest = fmaxf(largest, value);
-            }
-            columns[i].widen(least, largest);
-            // So seldom that they are read again: with a test for each value and all that follows it, this took a tenth more.
-            if (fmaxf(largest, -least) > bound[i]) {
+            // So seldom that they are read again: with a test for each value and all that follows it, this took a tenth
+            // more. Where one is NaN, another may still be beyond.
+            if (!(fmaxf(value_of(largest, i), -value_of(least, i)) <= bound[i])) {
 #pragma unroll 1
                 for (int k = 0; k < ROWS; k++) look(i, row + k * height, at[k * step + i]);
             }
         }
     }
     for (; row < last; row += height, at += step) {
-        for (int i = 0; i < WIDE; i++) {
-            const float value = raw_value(at[i]);
-            columns[i].add(value);
-            columns[i].widen(value, value);
-            look(i, row, at[i]);
-        }
+        const Pair values = load(at);
+        columns.add(values);
+        columns.widen(values, values);
+        for (int i = 0; i < WIDE; i++) look(i, row, part(values, i));
     }
 }
 
-// Of each job a block per segment and run of channels: two channels a thread, rows dealt out along the block's other
-// dimension and joined at the end in a fixed order.
-extern "C" __global__ void __launch_bounds__(256, 4) moments(const __grid_constant__ SiteBatch b) {
+// Of each job a block per segment and run of channels, runs of a segment next to each other, as its rows' bytes are: two
+// channels a thread, rows dealt out along the block's other dimension and joined at the end in a fixed order.
+extern "C" __global__ void __launch_bounds__(256, 3) moments(const __grid_constant__ SiteBatch b) {
     __shared__ double wide[6][256];
-    __shared__ float narrow[4][256];
+    __shared__ Pair lows[256], highs[256];
     const int job = part_of(b.job_first, blockIdx.x), block = blockIdx.x - b.job_first[job];
     const Job& j = b.jobs[job];
     const Shape& s = b.shapes[j.site];
@@ -663,46 +733,42 @@ extern "C" __global__ void __launch_bounds__(256, 4) moments(const __grid_consta
     const bool emits = j.emit;
     const int count = j.groups * s.documents; // of segments
     const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = blockDim.x / lanes;
-    const int segment = block % count, column = (block / count * lanes + tx) * 2;
+    const int runs = (channels + 2 * lanes - 1) / (2 * lanes), segment = block / runs;
+    const int column = (block % runs * lanes + tx) * 2;
     const int first = j.segments[2 * segment], last = j.segments[2 * segment + 1];
     const bool one = column < channels, two = column + 1 < channels;
     const raw* base = (j.states ? b.sites[j.site].states : b.sites[j.site].x) + column;
     const bool paired = two && (stride & 1) == 0 && ((u64)base & (2 * sizeof(raw) - 1)) == 0;
     const float infinity = __uint_as_float(0x7f800000u);
 
-    int group[2] = {0, 0}, place[2] = {0, 0};
     float bound[2] = {infinity, infinity}; // only a larger magnitude can be a candidate
     for (int i = 0; i < 2; i++) {
         if (!emits || column + i >= channels) continue;
-        group[i] = s.group_of[column + i];
-        place[i] = s.place_of[column + i];
-        const int least = b.thresholds[4 * (s.first_group + group[i]) + 1];
+        const int least = b.thresholds[4 * (s.first_group + s.group_of[column + i]) + 1];
         bound[i] = least ? pattern_value(least - 1) : -1.0f;
     }
-    Column columns[2];
+    Columns columns;
     if (one) {
-        auto found = [&](int i, int row, raw value) { emit(b, s, group[i], place[i], row, raw_pattern(value)); };
+        auto found = [&](int i, int row, raw value) { emit(b, s, column + i, row, raw_pattern(value)); };
         if (paired) accumulate<2, true>(base, stride, first + ty, last, height, bound, columns, found);
         else if (two) accumulate<2, false>(base, stride, first + ty, last, height, bound, columns, found);
         else accumulate<1, false>(base, stride, first + ty, last, height, bound, columns, found);
     }
     if (!j.summed) return;
     for (int i = 0; i < 2; i++) {
-        wide[3 * i][threadIdx.x] = columns[i].total;
-        wide[3 * i + 1][threadIdx.x] = columns[i].squares;
-        wide[3 * i + 2][threadIdx.x] = columns[i].magnitudes;
-        narrow[2 * i][threadIdx.x] = columns[i].low;
-        narrow[2 * i + 1][threadIdx.x] = columns[i].high;
+        wide[3 * i][threadIdx.x] = columns.total[i];
+        wide[3 * i + 1][threadIdx.x] = columns.squares[i];
+        wide[3 * i + 2][threadIdx.x] = columns.magnitudes[i];
     }
+    lows[threadIdx.x] = columns.low;
+    highs[threadIdx.x] = columns.high;
     for (int half = height / 2; half > 0; half /= 2) {
         __syncthreads();
         if (ty < half) {
             const int other = threadIdx.x + half * lanes;
             for (int i = 0; i < 6; i++) wide[i][threadIdx.x] += wide[i][other];
-            for (int i = 0; i < 2; i++) {
-                narrow[2 * i][threadIdx.x] = fminf(narrow[2 * i][threadIdx.x], narrow[2 * i][other]);
-                narrow[2 * i + 1][threadIdx.x] = fmaxf(narrow[2 * i + 1][threadIdx.x], narrow[2 * i + 1][other]);
-            }
+            lows[threadIdx.x] = lesser(lows[threadIdx.x], lows[other]);
+            highs[threadIdx.x] = greater(highs[threadIdx.x], highs[other]);
         }
     }
     if (ty > 0) return;
@@ -712,10 +778,9 @@ extern "C" __global__ void __launch_bounds__(256, 4) moments(const __grid_consta
         if (column + i >= channels) return;
         double sum = wide[3 * i][threadIdx.x], sum_squares = wide[3 * i + 1][threadIdx.x];
         double magnitudes = wide[3 * i + 2][threadIdx.x];
-        float lowest = narrow[2 * i][threadIdx.x], highest = narrow[2 * i + 1][threadIdx.x];
+        float lowest = value_of(lows[threadIdx.x], i), highest = value_of(highs[threadIdx.x], i);
         int used = last - first, unfinite = 0, overflowing = 0;
-        // The sum of magnitudes is finite exactly when every value is: float64 cannot overflow on float32 values.
-        if (!(magnitudes < infinity) || highest >= limit || lowest <= -limit) {
+        if (!(highest < limit && lowest > -limit)) { // or NaN
             lowest = infinity;
             highest = -infinity;
             sum = sum_squares = magnitudes = 0;

@@ -13,8 +13,8 @@ from quambase.collector.statistics import SiteLayout
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
-FLUSH = 1 << 15
-"""What emptying a table of counters takes, in values counted meanwhile: 128 KiB are written, and read again."""
+FLUSH = 100_000
+"""What an item takes beside its values, in values counted meanwhile: a table to write, its first values to wait for."""
 
 
 @dataclass(frozen=True)

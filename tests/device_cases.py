@@ -62,6 +62,8 @@ def small_cases() -> Iterator[Case]:
         yield Case(f"{name} aligned", wide, [32, 32], plain_layout(0, 16, 48), encoding)
         yield Case(f"{name} slice", wide[:, 3:30], [60, 4], plain_layout(0, 27), encoding)
         yield Case(f"{name} later rows", wide[5:, 1:2], [59], plain_layout(0, 1), encoding)
+        widest = wild(45, 3500, 9).to(dtype)
+        yield Case(f"{name} widest", widest, [13, 0, 31, 1], plain_layout(0, 12, 40, 3500), encoding)
         mapping = np.random.default_rng(3).permutation(np.arange(48) % 5)
         yield Case(f"{name} sorted", wide, [40, 20, 4], sorted_layout(mapping), encoding)
         states = wild(3 * 6, 20, 4).to(dtype)
