@@ -395,10 +395,11 @@ extern "C" __global__ void __launch_bounds__(256) reduce_counts(const __grid_con
 const int TOGETHER = 32;                            // neighbouring magnitudes, of one thread of `summarise`
 const int THREADS = SIGN / TOGETHER;
 
-// How many values of a segment have the magnitudes of a thread of `summarise`; their words are in `positive` and `negative`.
+// How many values of a segment have the magnitudes of a thread of `summarise`.
 __device__ __forceinline__ u64 in_segment(const SiteBatch& b, int segment, u32 thread) {
     const int first = b.segment_first[segment], last = b.segment_first[segment + 1];
     u64 all = 0;
+#pragma unroll 2
     for (int item = first; item < last; item++) {
         const uint4* positive = (const uint4*)(b.slots + (u64)item * ALL_WORDS) + thread * (TOGETHER / 8);
         const uint4* negative = positive + SIGN / 8;
@@ -416,9 +417,10 @@ __device__ __forceinline__ u64 in_segment(const SiteBatch& b, int segment, u32 t
             here += (w.z & 0xffffu) + (w.z >> 16) + (w.w & 0xffffu) + (w.w >> 16);
         }
         all += here;
-        const u32 spilled = b.spill_count[item];
+    }
+    for (int item = first; item < last; item++) {
         const u32* spills = b.spills + b.spill_first[item];
-        for (u32 k = 0; k < spilled; k++) all += (spills[k] & (SIGN - 1)) / TOGETHER == thread ? 0x8000u : 0u;
+        for (u32 k = 0; k < b.spill_count[item]; k++) all += (spills[k] & (SIGN - 1)) / TOGETHER == thread ? 0x8000u : 0u;
     }
     return all;
 }
@@ -431,11 +433,18 @@ __device__ __forceinline__ u64 of_magnitude(const SiteBatch& b, int segment, u32
     for (int item = first; item < last; item++) {
         const u16* counters = (const u16*)(b.slots + (u64)item * ALL_WORDS);
         all += counters[magnitude] + counters[magnitude + SIGN];
-        const u32 spilled = b.spill_count[item];
+    }
+    for (int item = first; item < last; item++) {
         const u32* spills = b.spills + b.spill_first[item];
-        for (u32 k = 0; k < spilled; k++) all += (spills[k] & (SIGN - 1)) == magnitude ? 0x8000u : 0u;
+        for (u32 k = 0; k < b.spill_count[item]; k++) all += (spills[k] & (SIGN - 1)) == magnitude ? 0x8000u : 0u;
     }
     return all;
+}
+
+__device__ __forceinline__ u64 warp_sum64(u64 value) {
+#pragma unroll
+    for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(FULL, value, step);
+    return value;
 }
 
 // What this lane and those before it in its warp hold.
@@ -482,8 +491,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) summarise(const __grid_con
             here += in_segment(b, s.first_segment + g * documents + document, mine);
         }
     } else {
+        // A warp reads what its threads need in turn, so that neighbours read neighbouring counts.
+        const u64* counts = call + TOGETHER * (mine + lane) + lane; // the magnitude of this lane among its first thread's
 #pragma unroll 8
-        for (int i = 0; i < TOGETHER; i++) here += call[TOGETHER * mine + i] + call[TOGETHER * mine + i + SIGN];
+        for (u32 i = 0; i < 32; i++) {
+            const u64 sum = warp_sum64(counts[-(i64)TOGETHER * i] + counts[SIGN - (i64)TOGETHER * i]);
+            if (lane == i) here = sum;
+        }
     }
     u64 before = upto_lane(here);
     if (lane == 31) of_warps[warp] = before;

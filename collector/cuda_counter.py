@@ -12,7 +12,7 @@ import ctypes
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -287,9 +287,8 @@ class CudaCounter:
     def _new_plan(self, sites: Sequence[tuple[SiteLayout, Int64, int]]) -> _Plan:
         packing = pack([(layout, offsets) for layout, offsets, _ in sites], self._blocks)
         widths = [np.diff(layout.edges) for layout, _, _ in sites]
-        brought = [
-            rows * int(widths[site][group]) // 0x8000 for site, group, _, rows in packing.items.tolist()
-        ]  # spills that an item's values could bring
+        # Spills that an item's values could bring.
+        brought = [rows * int(widths[site][group]) // 0x8000 for site, group, _, rows in packing.items.tolist()]
         tables = _Tables()
         for name in PACKED:
             tables.put(name, np.cumsum([0, *brought]) if name == "spill_first" else getattr(packing, name))
@@ -357,6 +356,17 @@ class CudaCounter:
             before += size
 
 
+@lru_cache(maxsize=1024)
+def _of_layout(layout: SiteLayout) -> tuple[Int64, ...]:
+    """What of OF_SITE is the same whatever the documents."""
+    groups, widths = len(layout.names), np.diff(layout.edges)
+    order = np.concatenate([layout.members(g) for g in range(groups)])
+    group_of, place_of = np.empty(layout.channels, np.int64), np.empty(layout.channels, np.int64)
+    group_of[order] = np.repeat(np.arange(groups), widths)
+    place_of[order] = np.concatenate([np.arange(width) for width in widths])
+    return *layout.runs, order, np.array(layout.edges), group_of, place_of
+
+
 class _Tables:
     """What a plan's structs point to: arrays of int32 one after the other, each at an even place, so that structs can
     follow.
@@ -377,15 +387,7 @@ class _Tables:
 
     def put_site(self, number: int, layout: SiteLayout, offsets: Int64) -> None:
         """Append what a site's `Shape` points to."""
-        groups = len(layout.names)
-        order = np.concatenate([layout.members(g) for g in range(groups)])
-        widths = np.diff(layout.edges)
-        group_of, place_of = np.empty(layout.channels, np.int64), np.empty(layout.channels, np.int64)
-        group_of[order] = np.repeat(np.arange(groups), widths)
-        place_of[order] = np.concatenate([np.arange(width) for width in widths])
-        runs, run_first = layout.runs
-        arrays = (offsets, runs, run_first, order, np.array(layout.edges), group_of, place_of)
-        for name, values in zip(OF_SITE, arrays, strict=True):
+        for name, values in zip(OF_SITE, (offsets, *_of_layout(layout)), strict=True):
             self.put(f"{name} {number}", values)
         self.sites += 1
 

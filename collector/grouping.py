@@ -11,7 +11,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.cluster import AgglomerativeClustering, KMeans
 
 from quambase.schema.errors import UnknownName
 from quambase.schema.grouping import LayerGroups
@@ -77,6 +76,8 @@ def _cluster_heads(shapes: Float32, most: int) -> npt.NDArray[np.int64]:
     clusters = min(most, len(shapes))
     if clusters == len(shapes):
         return np.arange(clusters)  # nothing to cluster, and the clusterer refuses a single head
+    from sklearn.cluster import AgglomerativeClustering  # which takes a second to load, and most runs group nothing
+
     with warnings.catch_warnings():
         # As many dead heads as channels are a square of zeros, which scipy takes for a matrix of distances.
         warnings.filterwarnings("ignore", message=".*uncondensed distance matrix")
@@ -96,6 +97,8 @@ def _channel_sizes(shapes: Float32, most: int) -> tuple[int, ...]:
     p = len(columns)
     clusters = min(most, p)
     if clusters < p and len(np.unique(columns, axis=0)) > clusters:
+        from sklearn.cluster import KMeans  # as above
+
         starts = columns[:: p // clusters][:clusters]
         labels = KMeans(n_clusters=clusters, init=starts, n_init=1).fit(columns).labels_
         sizes = np.bincount(labels, minlength=clusters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -181,6 +182,13 @@ class DeviceObserver(Observer):
         self._writer = ThreadPoolExecutor(WRITERS)
         self._unwritten: deque[Future[None]] = deque()
 
+    def __enter__(self) -> DeviceObserver:
+        """Until the end Python looks through no object that is there now: doing so takes it as long as some blocks take
+        the device, which would wait.
+        """
+        gc.freeze()
+        return self
+
     @torch.inference_mode()
     def observe(self, number: int, documents: Sequence[PlannedDocument]) -> None:
         """As `Observer.observe`."""
@@ -217,6 +225,7 @@ class DeviceObserver(Observer):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let what is queued be written, unless something failed."""
+        gc.unfreeze()
         self._writer.shutdown(wait=True, cancel_futures=error is not None)
 
 

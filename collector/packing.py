@@ -39,34 +39,33 @@ def pack(sites: Sequence[tuple[SiteLayout, Int64]], blocks: int) -> Packing:
     A block's share is consecutive and is cut at whole rows and where segments meet, so there are fewer than segments +
     blocks items, whatever the lengths of documents and the widths of groups.
     """
-    segments = [
-        (site, group, width, start, stop - start)
-        for site, (layout, offsets) in enumerate(sites)
-        for group, width in enumerate(np.diff(layout.edges).tolist())
-        for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
-    ]
-    total = sum(FLUSH + width * rows for _, _, width, _, rows in segments)
-    items: list[tuple[int, int, int, int]] = []
-    block_first, segment_first = [0], [0]
-    before = 0  # the work of the segments so far
-    for site, group, width, start, rows in segments:
-        row = 0
-        before += FLUSH
-        while True:
-            last = len(block_first) == blocks
-            border = rows + 1 if last else round((total * len(block_first) / blocks - before) / max(width, 1))
-            if min(border, rows) > row:
-                items.append((site, group, start + row, min(border, rows) - row))
-                row = min(border, rows)
-            if border > rows:
-                break
-            block_first.append(len(items))
-        before += rows * width
-        segment_first.append(len(items))
-    block_first += [len(items)] * (blocks + 1 - len(block_first))
-    return Packing(
-        np.array(items, np.int32).reshape(-1, 4), np.array(block_first, np.int32), np.array(segment_first, np.int32)
-    )
+    parts = [_segments(site, layout, offsets) for site, (layout, offsets) in enumerate(sites)]
+    site, group, width, start, rows = np.concatenate(parts, axis=1)
+    after = np.cumsum(FLUSH + width * rows)  # the work until each segment's end
+    before = after - width * rows
+    # Each border lies in the first segment at whose end no row more would bring the work nearer to its share.
+    shares = after[-1] / blocks * np.arange(1, blocks)
+    bordering = np.searchsorted(np.maximum.accumulate(after + width / 2), shares)
+    rows_before = np.rint((shares - before[bordering]) / np.maximum(width[bordering], 1)).astype(np.int64)
+    # Rows are numbered through all segments, with a number more after each one's last.
+    base = np.cumsum([0, *(rows + 1)])
+    borders = base[bordering] + rows_before.clip(0, rows[bordering])
+    firsts = np.unique(np.concatenate([base[:-1], borders]))
+    of = np.searchsorted(base, firsts, side="right") - 1
+    ends = np.minimum(np.append(firsts[1:], base[-1]), base[of] + rows[of])
+    some = ends > firsts
+    firsts, of, ends = firsts[some], of[some], ends[some]
+    items = np.stack([site[of], group[of], start[of] + firsts - base[of], ends - firsts], axis=1)
+    block_first = np.concatenate([[0], np.searchsorted(firsts, borders), [len(items)]])
+    return Packing(items.astype(np.int32), block_first.astype(np.int32), np.searchsorted(firsts, base).astype(np.int32))
+
+
+def _segments(site: int, layout: SiteLayout, offsets: Int64) -> Int64:
+    """(5, segments): site, group, its width, first row, rows."""
+    groups, documents = len(layout.names), len(offsets) - 1
+    of_groups = np.stack([np.full(groups, site), np.arange(groups), np.diff(layout.edges)])
+    of_documents = np.stack([offsets[:-1], np.diff(offsets)])
+    return np.concatenate([np.repeat(of_groups, documents, axis=1), np.tile(of_documents, groups)])
 
 
 def moment_segments(layout: SiteLayout, offsets: Int64) -> Int32:

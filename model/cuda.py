@@ -1,4 +1,4 @@
-"""CUDA kernels compiled when they are first needed, by NVRTC, through NVIDIA's cuda-bindings."""
+"""CUDA kernels compiled when they are first needed, by NVRTC, through NVIDIA's cuda-bindings, and kept for later."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from quambase.model.kernel_cache import digest, kept
 
 BUFFER_POINTER, BUFFER_SIZE = 1, 2
 """CU_LAUNCH_PARAM_BUFFER_POINTER and CU_LAUNCH_PARAM_BUFFER_SIZE: all of a kernel's parameters in one buffer."""
@@ -45,28 +47,35 @@ HEADERS = tuple(sorted(Path(__file__).parent.glob("*.cuh")))
 
 @cache
 def compile_cubin(source: Path, options: tuple[str, ...]) -> bytes:
-    """Machine code of a .cu file; needs no GPU, and some seconds the first time in a process.
+    """Machine code of a .cu file; needs no GPU, and some seconds where no process compiled the same before.
 
     CompilationFailed if there is no compiler, or it refuses the source or the architecture.
     """
     nvrtc = _bindings("nvrtc")
     try:
-        headers, names = [path.read_bytes() for path in HEADERS], [path.name.encode() for path in HEADERS]
-        created = nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(headers), headers, names)
-        program = _checked(created, "nvrtcCreateProgram")
-        flags = [option.encode() for option in options]
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
-        if int(status) != 0:
-            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
-            nvrtc.nvrtcGetProgramLog(program, log)
-            lines = [line for line in log.decode(errors="replace").splitlines() if "error" in line]
-            raise CompilationFailed(f"{source.name} does not compile: {lines[0] if lines else status.name}")
-        cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
-        _checked(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
-        nvrtc.nvrtcDestroyProgram(program)
-        return cubin
+        version = _checked(nvrtc.nvrtcVersion(), "nvrtcVersion")
+        files = [part for path in (source, *HEADERS) for part in (path.name.encode(), path.read_bytes())]
+        made_of = [str(version).encode(), *(option.encode() for option in options), *files]
+        return kept(digest(made_of), lambda: _compile(nvrtc, source, options))
     except RuntimeError as error:  # cuda-bindings' word for a library it does not find
         raise CompilationFailed(f"NVRTC cannot be used ({str(error).splitlines()[0]})") from None
+
+
+def _compile(nvrtc: Any, source: Path, options: tuple[str, ...]) -> bytes:
+    headers, names = [path.read_bytes() for path in HEADERS], [path.name.encode() for path in HEADERS]
+    created = nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(headers), headers, names)
+    program = _checked(created, "nvrtcCreateProgram")
+    flags = [option.encode() for option in options]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+    if int(status) != 0:
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
+        nvrtc.nvrtcGetProgramLog(program, log)
+        lines = [line for line in log.decode(errors="replace").splitlines() if "error" in line]
+        raise CompilationFailed(f"{source.name} does not compile: {lines[0] if lines else status.name}")
+    cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
+    _checked(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
+    nvrtc.nvrtcDestroyProgram(program)
+    return cubin
 
 
 class Kernels:
