@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -120,8 +121,7 @@ class Launcher(Protocol):
         """Queue a kernel."""
 
 
-@dataclass(frozen=True)
-class _Waiting:
+class _Waiting(NamedTuple):
     """A site that was added and is not counted yet; x, contiguous along its rows, of the batch's type."""
 
     into: DeviceSite
@@ -131,10 +131,14 @@ class _Waiting:
     first: int
     summaries: torch.Tensor
 
-    @cached_property
-    def segments(self) -> int:
-        """Tables that counting it takes."""
-        return (len(self.offsets) - 1) * len(self.into.layout.names)
+
+@dataclass
+class _Queue:
+    """The sites that wait, which they are, and how many tables counting them takes."""
+
+    sites: list[_Waiting] = field(default_factory=list)
+    into: set[int] = field(default_factory=set)
+    segments: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ class CudaCounter:
         self._blocks = multiprocessors(device)
         self._launchers: dict[int, Launcher] = {}
         self._plans: dict[tuple[tuple[SiteLayout, bytes, int], ...], _Plan] = {}
-        self._waiting: dict[int, list[_Waiting]] = {}
+        self._waiting: defaultdict[int, _Queue] = defaultdict(_Queue)
         self._scratch: dict[str, torch.Tensor] = {}
         self._probabilities = torch.from_numpy(PROBABILITIES).to(device)
         self._kernels(KINDS[encoding.name, encoding.torch_dtype])  # so that a failure is told at once
@@ -227,23 +231,25 @@ class CudaCounter:
         if along != 1 or (rows > 1 and stride < channels):
             x = x.contiguous()
             stride = channels
-        new = _Waiting(into, x, stride if rows > 1 else channels, offsets, first, summaries)
-        waiting = self._waiting.setdefault(kind, [])
-        segments = sum(one.segments for one in (*waiting, new))
-        if len(waiting) == SITES or segments > SEGMENTS or any(one.into is into for one in waiting):
+        segments = (len(offsets) - 1) * len(into.layout.names)
+        waiting = self._waiting[kind]
+        if len(waiting.sites) == SITES or waiting.segments + segments > SEGMENTS or id(into) in waiting.into:
             self._count(kind)
-        self._waiting[kind].append(new)
+            waiting = self._waiting[kind]
+        waiting.sites.append(_Waiting(into, x, stride if rows > 1 else channels, offsets, first, summaries))
+        waiting.into.add(id(into))
+        waiting.segments += segments
 
     def flush(self, *, partly: bool = False) -> None:
         """As `DeviceCounter.flush`."""
-        for kind, waiting in self._waiting.items():
+        for kind in list(self._waiting):
             # As many more might not fit beside them.
-            if waiting and (not partly or 2 * len(waiting) > SITES):
+            if not partly or 2 * len(self._waiting[kind].sites) > SITES:
                 self._count(kind)
 
     def _count(self, kind: int) -> None:
         """Queue the counting of what waits of a kind."""
-        waiting, self._waiting[kind] = self._waiting[kind], []
+        waiting = self._waiting.pop(kind).sites
         if not waiting:
             return
         plan = self._plan(waiting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,7 @@ Place = tuple[int, int]
 """Document and position."""
 
 
-@dataclass(frozen=True)
-class KeptRows:
+class KeptRows(NamedTuple):
     """Raw values (places, width) of a site: float32 on the host where all are kept, otherwise at ``start`` of a block's
     values.
     """
@@ -114,7 +114,7 @@ class DeviceRecorder:
         self._layer: int | None = None
         self._kept: dict[Key, list[KeptRows]] = {}
         self._gathered = self._flat.numel()
-        self._borders: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
+        self._borders: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}
         self._wanted: dict[tuple[int, int, bool], tuple[list[Place], torch.Tensor]] = {}
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
@@ -126,20 +126,19 @@ class DeviceRecorder:
         if layer != self._layer:  # layers are alike, and so are batches of whole layers: one is prepared for all
             self.counter.flush(partly=True)
             self._layer = layer
-        here = self.documents[documents]
-        lengths: list[int] | None
         if layout.d_state:
             rows = values.transpose(1, 2).reshape(-1, values.shape[1])  # (documents n, e)
-            lengths = [layout.d_state] * len(here)
+            length = layout.d_state
         elif layout.state:
             rows = values.reshape(-1, values.shape[-1])  # (documents e, n)
-            lengths = [values.shape[1]] * len(here)
+            length = values.shape[1]
         else:
             rows = values
-            lengths = None
-        offsets = self._offsets(documents) if lengths is None else np.cumsum([0, *lengths], dtype=np.int64)
-        self._seen[key] += len(here)
-        source = self._identity(key, values, len(here))
+            length = 0
+        offsets = self._offsets(documents, length)
+        here = documents.stop - documents.start
+        self._seen[key] += here
+        source = self._identity(key, values, here)
         self._last = key, values
         if source:
             self._same[key] = source
@@ -150,11 +149,11 @@ class DeviceRecorder:
         self.counter.add(self.statistics.sites[key], rows, offsets, documents.start, self.summaries[key][documents])
         self._keep(key, layout, values, offsets, documents)
 
-    def _offsets(self, documents: slice) -> npt.NDArray[np.int64]:
-        """The borders of some documents' rows."""
-        span = documents.start, documents.stop
+    def _offsets(self, documents: slice, length: int) -> npt.NDArray[np.int64]:
+        """The borders of some documents' rows: ``length`` each, or, if that is 0, one for each token."""
+        span = documents.start, documents.stop, length
         if span not in self._borders:
-            lengths = [document.tokens.size for document in self.documents[documents]]
+            lengths = [length or document.tokens.size for document in self.documents[documents]]
             self._borders[span] = np.cumsum([0, *lengths], dtype=np.int64)
         return self._borders[span]
 
@@ -175,7 +174,7 @@ class DeviceRecorder:
         places, index = self._wanted[span]
         if not places:
             return
-        flat = values.reshape(len(values), -1)  # a state is (documents, e, n)
+        flat = values if values.ndim == 2 else values.flatten(1)  # a state is (documents, e, n)
         width = flat.shape[1]
         if (self.states if layout.state else self.positions) is None:
             # Every activation of a block fits in no device: these are not held until the block ends.

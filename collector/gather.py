@@ -83,7 +83,7 @@ class CudaGather:
 
     def _copy(self) -> None:
         waiting, self._waiting = self._waiting, []
-        counts, widths = [len(rows) for _, rows in waiting], [x.shape[1] for x, _ in waiting]
+        counts, widths = [rows.shape[0] for _, rows in waiting], [x.shape[1] for x, _ in waiting]
         sizes = [count * width for count, width in zip(counts, widths, strict=True)]
         out = torch.empty(sum(sizes), device=waiting[0][0].device)
         pieces = Pieces()

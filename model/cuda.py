@@ -100,7 +100,7 @@ class Kernels:
         self._launch = driver.cuLaunchKernel
         self._most_shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         self._set_attribute = driver.cuFuncSetAttribute
-        self._layouts: dict[str, struct.Struct] = {}
+        self._parameters: dict[str, _Parameters] = {}
         self.device = device
         self._index = torch.cuda.current_device() if device.index is None else device.index
         with torch.cuda.device(device):
@@ -118,22 +118,35 @@ class Kernels:
     def launch(
         self, name: str, grid: tuple[int, int], threads: int, arguments: Sequence[Argument], shared: int = 0
     ) -> None:
-        """Queue a kernel on torch's current stream; the tensors given must live until then, as torch's own do."""
-        layout = self._layouts.get(name)
-        if layout is None:
-            layout = self._layouts[name] = struct.Struct("@" + "".join(map(parameter_format, arguments)))
-        # One buffer laid out as the kernel's parameters: a run launches tens of thousands of kernels.
-        buffer = ctypes.create_string_buffer(layout.pack(*map(parameter_value, arguments)), layout.size)
-        size = ctypes.c_size_t(layout.size)
-        extra = (ctypes.c_void_p * 5)(
-            BUFFER_POINTER, ctypes.addressof(buffer), BUFFER_SIZE, ctypes.addressof(size), None
-        )
+        """Queue a kernel on torch's current stream; the tensors given must live until then, as torch's own do.
+
+        One thread at a time: all launches of a kernel share one buffer, which the driver has read when this returns.
+        """
+        parameters = self._parameters.get(name)
+        if parameters is None:
+            parameters = self._parameters[name] = _Parameters(arguments)
+        parameters.layout.pack_into(parameters.buffer, 0, *map(parameter_value, arguments))
         # What torch.cuda.current_stream wraps.
         stream = torch._C._cuda_getCurrentRawStream(self._index)
         function = self._functions[name]
-        status = self._launch(function, grid[0], grid[1], 1, threads, 1, 1, shared, stream, 0, ctypes.addressof(extra))
+        status = self._launch(function, grid[0], grid[1], 1, threads, 1, 1, shared, stream, 0, parameters.address)
         if int(status[0]) != 0:
             raise RuntimeError(f"the kernel {name} could not be launched: {status[0].name}")
+
+
+class _Parameters:
+    """A kernel's parameters in one buffer, and how the driver is told of it: made once, for a run launches tens of
+    thousands of kernels.
+    """
+
+    def __init__(self, arguments: Sequence[Argument]) -> None:
+        self.layout = struct.Struct("@" + "".join(map(parameter_format, arguments)))
+        self.buffer = ctypes.create_string_buffer(self.layout.size)
+        self._size = ctypes.c_size_t(self.layout.size)
+        self._extra = (ctypes.c_void_p * 5)(
+            BUFFER_POINTER, ctypes.addressof(self.buffer), BUFFER_SIZE, ctypes.addressof(self._size), None
+        )
+        self.address = ctypes.addressof(self._extra)
 
 
 def parameter_format(argument: Argument) -> str:
