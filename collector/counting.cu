@@ -653,7 +653,7 @@ __device__ __forceinline__ double exact(Pair pair, int i) {
     return __hiloint2double(high, low) * (KIND == 0 ? 0x1p1008 : 0x1p896);
 }
 
-// Of two channels; the sums mean something where low and high are finite.
+// Moments of two channels; the sums mean something where low and high are finite.
 struct Columns {
     double total[2] = {0, 0}, squares[2] = {0, 0}, magnitudes[2] = {0, 0};
     Pair low, high;
@@ -680,65 +680,101 @@ struct Columns {
     }
 };
 
-const int ROWS = 8; // whose loads are under way together, while as many are added
+const int ALONG = 4;                    // neighbouring channels of a thread
+const int ROWS = KIND < 2 ? 8 : 4;      // whose loads are under way together, while as many are added
 
-// Add rows row, row + height, ... of one channel or two to their columns; found(i, row, value) sees what is beyond bound.
-template <int WIDE, bool PAIRED, class Found>
+struct Quad {
+    Pair of[2];
+};
+
+// The values of `channels` of them, zeros beyond; where all are loaded at once, `at` is a multiple of four values.
+template <bool AT_ONCE> __device__ __forceinline__ Quad load_quad(const raw* at, int channels) {
+    Quad quad;
+    if (AT_ONCE) {
+#if KIND < 2
+        const uint2 both = *(const uint2*)at;
+        quad.of[0] = both.x, quad.of[1] = both.y;
+#else
+        const float4 all = *(const float4*)at;
+        quad.of[0] = make_float2(all.x, all.y), quad.of[1] = make_float2(all.z, all.w);
+#endif
+    } else {
+        const raw zero = raw_of(0.0f);
+        const raw second = channels > 1 ? at[1] : zero, third = channels > 2 ? at[2] : zero;
+        quad.of[0] = pair_of(at[0], second);
+        quad.of[1] = pair_of(third, channels > 3 ? at[3] : zero);
+    }
+    return quad;
+}
+
+// Add rows row, row + height, ... of some channels to their columns. bounds_of(bound) says beyond what magnitude found(i,
+// row, value) sees a value; it is asked once the first rows are under way.
+template <bool AT_ONCE, class Bounds, class Found>
 __device__ __forceinline__ void accumulate(
-    const raw* base, i64 stride, int row, int last, int height, const float* bound, Columns& columns, Found found
+    const raw* base, i64 stride, int channels, int row, int last, int height, Columns (&columns)[2], Bounds bounds_of,
+    Found found
 ) {
     const raw* at = base + row * stride;
     const i64 step = height * stride;
-    auto load = [](const raw* from) {
-        return PAIRED ? *(const Pair*)from : pair_of(from[0], WIDE == 2 ? from[1] : raw_of(0.0f));
-    };
+    Quad ahead[ROWS];
+    if (row + (ROWS - 1) * height < last) {
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) ahead[k] = load_quad<AT_ONCE>(at + k * step, channels);
+    }
+    float bound[ALONG];
+    bounds_of(bound);
     auto look = [&](int i, int here, raw stored) {
         if (fabsf(raw_value(stored)) > bound[i]) found(i, here, stored);
     };
-    Pair ahead[ROWS];
-    if (row + (ROWS - 1) * height < last) {
-#pragma unroll
-        for (int k = 0; k < ROWS; k++) ahead[k] = load(at + k * step);
-    }
     for (; row + (ROWS - 1) * height < last; row += ROWS * height, at += ROWS * step) {
-        Pair values[ROWS];
+        Quad values[ROWS];
 #pragma unroll
         for (int k = 0; k < ROWS; k++) values[k] = ahead[k];
         if (row + (2 * ROWS - 1) * height < last) {
 #pragma unroll
-            for (int k = 0; k < ROWS; k++) ahead[k] = load(at + (ROWS + k) * step);
+            for (int k = 0; k < ROWS; k++) ahead[k] = load_quad<AT_ONCE>(at + (ROWS + k) * step, channels);
         }
-        Pair least = values[0], largest = values[0];
 #pragma unroll
-        for (int k = 0; k < ROWS; k++) {
-            columns.add(values[k]);
-            least = lesser(least, values[k]);
-            largest = greater(largest, values[k]);
-        }
-        columns.widen(least, largest);
+        for (int pair = 0; pair < 2; pair++) {
+            Pair least = values[0].of[pair], largest = least;
 #pragma unroll
-        for (int i = 0; i < WIDE; i++) {
-            // So seldom that they are read again: with a test for each value and all that follows it, this took a tenth
-            // more. Where one is NaN, another may still be beyond.
-            if (!(fmaxf(value_of(largest, i), -value_of(least, i)) <= bound[i])) {
+            for (int k = 0; k < ROWS; k++) {
+                columns[pair].add(values[k].of[pair]);
+                least = lesser(least, values[k].of[pair]);
+                largest = greater(largest, values[k].of[pair]);
+            }
+            columns[pair].widen(least, largest);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                // So seldom that they are read again: with a test for each value and all that follows it, this took a
+                // tenth more. Where one is NaN, another may still be beyond.
+                const int channel = 2 * pair + i;
+                if (!(fmaxf(value_of(largest, i), -value_of(least, i)) <= bound[channel]) && channel < channels) {
 #pragma unroll 1
-                for (int k = 0; k < ROWS; k++) look(i, row + k * height, at[k * step + i]);
+                    for (int k = 0; k < ROWS; k++) look(channel, row + k * height, at[k * step + channel]);
+                }
             }
         }
     }
     for (; row < last; row += height, at += step) {
-        const Pair values = load(at);
-        columns.add(values);
-        columns.widen(values, values);
-        for (int i = 0; i < WIDE; i++) look(i, row, part(values, i));
+        const Quad values = load_quad<AT_ONCE>(at, channels);
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++) {
+            columns[pair].add(values.of[pair]);
+            columns[pair].widen(values.of[pair], values.of[pair]);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (2 * pair + i < channels) look(2 * pair + i, row, part(values.of[pair], i));
+            }
+        }
     }
 }
 
-// Of each job a block per segment and run of channels, runs of a segment next to each other, as its rows' bytes are: two
+// Of each job a block per segment and run of channels, runs of a segment next to each other, as its rows' bytes are: ALONG
 // channels a thread, rows dealt out along the block's other dimension and joined at the end in a fixed order.
-extern "C" __global__ void __launch_bounds__(256, 3) moments(const __grid_constant__ SiteBatch b) {
-    __shared__ double wide[6][256];
-    __shared__ Pair lows[256], highs[256];
+extern "C" __global__ void __launch_bounds__(256, 2) moments(const __grid_constant__ SiteBatch b) {
+    __shared__ double wide[3 * ALONG][256];
+    __shared__ Pair lows[2][256], highs[2][256];
     const int job = part_of(b.job_first, blockIdx.x), block = blockIdx.x - b.job_first[job];
     const Job& j = b.jobs[job];
     const Shape& s = b.shapes[j.site];
@@ -747,59 +783,68 @@ extern "C" __global__ void __launch_bounds__(256, 3) moments(const __grid_consta
     const bool emits = j.emit;
     const int count = j.groups * s.documents; // of segments
     const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = blockDim.x / lanes;
-    const int runs = (channels + 2 * lanes - 1) / (2 * lanes), segment = block / runs;
-    const int column = (block % runs * lanes + tx) * 2;
+    const int across = ALONG * lanes, runs = (channels + across - 1) / across;
+    const int segment = block / runs, start = block % runs * across, column = start + ALONG * tx;
     const int first = j.segments[2 * segment], last = j.segments[2 * segment + 1];
-    const bool one = column < channels, two = column + 1 < channels;
-    const raw* base = (j.states ? b.sites[j.site].states : b.sites[j.site].x) + column;
-    const bool paired = two && (stride & 1) == 0 && ((u64)base & (2 * sizeof(raw) - 1)) == 0;
+    const raw* all_channels = j.states ? b.sites[j.site].states : b.sites[j.site].x;
+    const raw* base = all_channels + column;
+    const int mine = channels - column < ALONG ? channels - column : ALONG;
+    const bool at_once = mine == ALONG && ((u64)base | stride * sizeof(raw)) % (ALONG * sizeof(raw)) == 0;
     const float infinity = __uint_as_float(0x7f800000u);
 
-    float bound[2] = {infinity, infinity}; // only a larger magnitude can be a candidate
-    for (int i = 0; i < 2; i++) {
-        if (!emits || column + i >= channels) continue;
-        const int least = b.thresholds[4 * (s.first_group + s.group_of[column + i]) + 1];
-        bound[i] = least ? pattern_value(least - 1) : -1.0f;
-    }
-    Columns columns;
-    if (one) {
+    Columns columns[2];
+    if (mine > 0) {
+        auto bounds_of = [&](float* bound) { // only a larger magnitude can be a candidate
+#pragma unroll
+            for (int i = 0; i < ALONG; i++) {
+                bound[i] = infinity;
+                if (!emits || i >= mine) continue;
+                const int least = b.thresholds[4 * (s.first_group + s.group_of[column + i]) + 1];
+                bound[i] = least ? pattern_value(least - 1) : -1.0f;
+            }
+        };
         auto found = [&](int i, int row, raw value) { emit(b, s, column + i, row, raw_pattern(value)); };
-        if (paired) accumulate<2, true>(base, stride, first + ty, last, height, bound, columns, found);
-        else if (two) accumulate<2, false>(base, stride, first + ty, last, height, bound, columns, found);
-        else accumulate<1, false>(base, stride, first + ty, last, height, bound, columns, found);
+        if (at_once) accumulate<true>(base, stride, mine, first + ty, last, height, columns, bounds_of, found);
+        else accumulate<false>(base, stride, mine, first + ty, last, height, columns, bounds_of, found);
     }
     if (!j.summed) return;
-    for (int i = 0; i < 2; i++) {
-        wide[3 * i][threadIdx.x] = columns.total[i];
-        wide[3 * i + 1][threadIdx.x] = columns.squares[i];
-        wide[3 * i + 2][threadIdx.x] = columns.magnitudes[i];
+#pragma unroll
+    for (int i = 0; i < ALONG; i++) {
+        wide[3 * i][threadIdx.x] = columns[i / 2].total[i & 1];
+        wide[3 * i + 1][threadIdx.x] = columns[i / 2].squares[i & 1];
+        wide[3 * i + 2][threadIdx.x] = columns[i / 2].magnitudes[i & 1];
     }
-    lows[threadIdx.x] = columns.low;
-    highs[threadIdx.x] = columns.high;
+    for (int pair = 0; pair < 2; pair++) {
+        lows[pair][threadIdx.x] = columns[pair].low;
+        highs[pair][threadIdx.x] = columns[pair].high;
+    }
     for (int half = height / 2; half > 0; half /= 2) {
         __syncthreads();
         if (ty < half) {
             const int other = threadIdx.x + half * lanes;
-            for (int i = 0; i < 6; i++) wide[i][threadIdx.x] += wide[i][other];
-            lows[threadIdx.x] = lesser(lows[threadIdx.x], lows[other]);
-            highs[threadIdx.x] = greater(highs[threadIdx.x], highs[other]);
+            for (int i = 0; i < 3 * ALONG; i++) wide[i][threadIdx.x] += wide[i][other];
+            for (int pair = 0; pair < 2; pair++) {
+                lows[pair][threadIdx.x] = lesser(lows[pair][threadIdx.x], lows[pair][other]);
+                highs[pair][threadIdx.x] = greater(highs[pair][threadIdx.x], highs[pair][other]);
+            }
         }
     }
-    if (ty > 0) return;
+    __syncthreads();
+
+    // A channel a thread, so that neighbours write next to each other.
     const i64 all = (i64)count * channels;
     const float limit = (float)b.limit;
-    for (int i = 0; i < 2; i++) {
-        if (column + i >= channels) return;
-        double sum = wide[3 * i][threadIdx.x], sum_squares = wide[3 * i + 1][threadIdx.x];
-        double magnitudes = wide[3 * i + 2][threadIdx.x];
-        float lowest = value_of(lows[threadIdx.x], i), highest = value_of(highs[threadIdx.x], i);
+    for (int place = threadIdx.x; place < across && start + place < channels; place += blockDim.x) {
+        const int i = place % ALONG, from = place / ALONG;
+        double sum = wide[3 * i][from], sum_squares = wide[3 * i + 1][from], magnitudes = wide[3 * i + 2][from];
+        float lowest = value_of(lows[i / 2][from], i & 1), highest = value_of(highs[i / 2][from], i & 1);
         int used = last - first, unfinite = 0, overflowing = 0;
         if (!(highest < limit && lowest > -limit)) { // or NaN
             lowest = infinity;
             highest = -infinity;
             sum = sum_squares = magnitudes = 0;
             for (int row = first; row < last; row++) {
-                const float value = raw_value(base[row * stride + i]);
+                const float value = raw_value(all_channels[row * stride + start + place]);
                 if (!(fabsf(value) < infinity)) {
                     unfinite++;
                     used--;
@@ -814,7 +859,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) moments(const __grid_consta
                 magnitudes += fabs(v);
             }
         }
-        const i64 at = (i64)segment * channels + column + i;
+        const i64 at = (i64)segment * channels + start + place;
         j.partial64[at] = sum;
         j.partial64[all + at] = sum_squares;
         j.partial64[2 * all + at] = used ? magnitudes / used : 0;

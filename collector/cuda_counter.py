@@ -47,6 +47,9 @@ MOST_HALVINGS = 3
 CANDIDATES = 1024
 """As in the source: outliers of a group held before they are sorted."""
 
+ALONG = 4
+"""As in the source: channels whose moments one thread forms."""
+
 SEGMENTS = 1024
 """Documents times groups of one batch at most: each has a table of its own."""
 
@@ -174,16 +177,25 @@ def _power_of_two(least: int) -> int:
 class CudaCounter:
     """A `DeviceCounter` by compiled kernels; owns their working memory, which every site shares.
 
-    ``most``: outliers kept per group. ``shared``: bytes of shared memory a block may have (default: the device's).
-    CompilationFailed where they cannot be compiled.
+    ``most``: outliers kept per group. ``shared``: bytes of shared memory a block may have (default: the device's);
+    ``blocks``: how many count at a time (default: one per multiprocessor). CompilationFailed where they cannot be
+    compiled.
     """
 
-    def __init__(self, encoding: Encoding, most: int, device: torch.device, *, shared: int | None = None) -> None:
+    def __init__(
+        self,
+        encoding: Encoding,
+        most: int,
+        device: torch.device,
+        *,
+        shared: int | None = None,
+        blocks: int | None = None,
+    ) -> None:
         if not 1 <= most <= CANDIDATES:
             raise ValueError(f"the number of outliers kept must lie in 1..{CANDIDATES}")
         self.encoding, self.most, self.device = encoding, most, device
         self._halvings = halvings(shared_memory(device) if shared is None else shared)
-        self._blocks = multiprocessors(device)
+        self._blocks = blocks or multiprocessors(device)
         self._launchers: dict[int, Launcher] = {}
         self._plans: dict[tuple[tuple[SiteLayout, bytes, int], ...], _Plan] = {}
         self._waiting: defaultdict[int, _Queue] = defaultdict(_Queue)
@@ -430,7 +442,7 @@ class _Tables:
             stride=stride,
             channels=channels,
             groups=groups,
-            lanes=min(32, _power_of_two(-(-channels // 2))),
+            lanes=min(32, _power_of_two(-(-channels // ALONG))),
             emit=not states,
             summed=summed,
         )
@@ -459,7 +471,7 @@ class _Tables:
 
 def _blocks_of(job: Job, documents: int) -> int:
     """How many blocks of `moments` a job has: each segment's, run of channels after run of channels."""
-    return int(documents * job.groups * -(-job.channels // (2 * job.lanes)))
+    return int(documents * job.groups * -(-job.channels // (ALONG * job.lanes)))
 
 
 def choose_counter(encoding: Encoding, most: int, device: torch.device) -> DeviceCounter:

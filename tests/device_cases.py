@@ -96,6 +96,9 @@ def large_cases(values: int) -> Iterator[Case]:
     yield Case("one value", torch.full((rows, channels), -1.5), lengths, plain_layout(0, 96))
     two = torch.tensor([1.0, 1.0009765625]).half()[torch.randint(0, 2, (rows, channels), generator=generator)]
     yield Case("two neighbours in one word", two, lengths, layout)
+    # Among many rows: what is not finite lies beside what is large.
+    yield Case("wild", wild(rows, channels, 10).half(), lengths, layout)
+    yield Case("wild, odd", wild(rows, 7, 11).bfloat16(), lengths, plain_layout(0, 3, 7), "bfloat16")
     late = torch.full((rows, channels), 2.0).half()
     late[-1, -5:] = 3.0
     late[0, 90] = -3.0

@@ -40,6 +40,13 @@ def counters(device: torch.device) -> dict[tuple[str, int | None], CudaCounter]:
     return {(e, s): CudaCounter(ENCODINGS[e], MOST, device, shared=s) for e in ENCODINGS for s in sizes}
 
 
+@pytest.fixture(scope="module")
+def few_blocks(device: torch.device) -> dict[tuple[str, int | None], CudaCounter]:
+    """The same, counting with three blocks, so that a large case brings each table far more than 65,536 of a value."""
+    sizes = (None, 65536)
+    return {(e, s): CudaCounter(ENCODINGS[e], MOST, device, shared=s, blocks=3) for e in ENCODINGS for s in sizes}
+
+
 @pytest.mark.parametrize("shared", [None, 65536, 16384])
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_every_table_equals_the_hosts(case: Case, shared: int | None, counters: dict, device: torch.device) -> None:
@@ -48,10 +55,13 @@ def test_every_table_equals_the_hosts(case: Case, shared: int | None, counters: 
 
 
 @pytest.mark.parametrize("case", list(large_cases(6_000_000)), ids=lambda case: case.name)
-def test_counters_that_fill_up_and_values_that_queue(case: Case, counters: dict, device: torch.device) -> None:
+def test_counters_that_fill_up_and_values_that_queue(
+    case: Case, counters: dict, few_blocks: dict, device: torch.device
+) -> None:
     wanted = count_on_host(case)
     for shared in (None, 65536):
-        assert_same(count_on_device(counters[case.encoding, shared], case, device), wanted, case.encoding)
+        for some in (counters, few_blocks):
+            assert_same(count_on_device(some[case.encoding, shared], case, device), wanted, case.encoding)
 
 
 @pytest.mark.parametrize("encoding", list(ENCODINGS))
