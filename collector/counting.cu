@@ -6,10 +6,9 @@
 //
 // The kernels of a batch of sites run in this order: count_items, reduce_counts, summarise, moments, finish.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
+#include "ptx.cuh"
+
 typedef unsigned long long u64;
-typedef long long i64;
 
 #if KIND < 2
 typedef u16 raw;
@@ -104,9 +103,6 @@ __device__ __forceinline__ int part_of(const int* first, int block) {
     while (block >= first[part + 1]) part++;
     return part;
 }
-
-__device__ __forceinline__ float half_to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
-__device__ __forceinline__ u16 float_to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
 
 // The pattern of a value rounded to nearest even.
 __device__ __forceinline__ u32 to_pattern(float f) {

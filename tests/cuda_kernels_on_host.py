@@ -43,7 +43,7 @@ def compile_for_host(source: Path, names: tuple[str, ...], defines: tuple[tuple[
     with tempfile.TemporaryDirectory() as folder:
         written, library = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         written.write_text("\n".join(lines))
-        options = ["-std=c++20", "-O2", "-mfma", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w", f"-I{HERE}"]
+        options = ["-std=c++20", "-O2", "-mfma", "-ffp-contract=off", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-w", f"-I{HERE}"]
         # Or every library of the process would have the first one's shared memory, of that one's sizes.
         options += ["-fvisibility=hidden", "-fno-gnu-unique"]
         subprocess.run([str(COMPILER), *options, str(written), "-o", str(library)], check=True)
