@@ -1,6 +1,6 @@
 """CUDA sources compiled for the host by g++ and run thread by thread: kernels' arithmetic and indexing without a GPU.
 
-What only a device has stays out: tensor cores (apply/gemm.cu), atomics (collector/counting.cu), and whether it is fast.
+What only a device has stays out: tensor cores (apply/gemm.cu), threads that really run beside each other, and speed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,17 @@ def compile_for_host(source: Path, names: tuple[str, ...], defines: tuple[tuple[
     with tempfile.TemporaryDirectory() as folder:
         written, library = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         written.write_text("\n".join(lines))
-        options = ["-std=c++20", "-O2", "-mfma", "-ffp-contract=off", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-w", f"-I{HERE}"]
+        options = [
+            "-std=c++20",
+            "-O2",
+            "-mfma",
+            "-ffp-contract=off",
+            "-fPIC",
+            "-shared",
+            "-U_FORTIFY_SOURCE",
+            "-w",
+            f"-I{HERE}",
+        ]
         # Or every library of the process would have the first one's shared memory, of that one's sizes.
         options += ["-fvisibility=hidden", "-fno-gnu-unique"]
         subprocess.run([str(COMPILER), *options, str(written), "-o", str(library)], check=True)

@@ -1,12 +1,15 @@
-"""The compiled counter on CUDA against the CPU's, on the same tensors: every table."""
+"""The compiled counter against the CPU's, on the same tensors: every table. Kernels run on CUDA, and on the host."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from cuda_kernels_on_host import COMPILER, HostKernels
 from device_cases import (
     MOST,
     Case,
@@ -19,78 +22,98 @@ from device_cases import (
     wild,
 )
 
+from quambase.collector import cuda_counter
 from quambase.collector.cuda_counter import CudaCounter, choose_counter
 from quambase.collector.device_statistics import DeviceMoments, DeviceStatistics
 from quambase.collector.statistics import ENCODINGS, PROBABILITIES, SUMMARY_COLUMNS, Moments
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 SMALL = list(small_cases())
+WHOLE, HALF, EIGHTH = 131072, 65536, 16384
+"""Bytes of shared memory: for a table, and for parts of it."""
+
+FEW = 3
+"""Blocks that count at a time, so that a large case brings each table far more than 65,536 of a value."""
+
+NewCounter = Callable[..., CudaCounter]
+
+
+@pytest.fixture(scope="module", params=["cuda", "host"])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the kernels run; on the host as `cuda_kernels_on_host` runs them."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        yield torch.device("cuda", torch.cuda.current_device())
+        return
+    if COMPILER is None:
+        pytest.skip("needs g++")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_counter, "Kernels", HostKernels)
+        yield torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device())
+def counter(device: torch.device) -> NewCounter:
+    """A counter for an encoding, shared memory and number of blocks, made once."""
+
+    @cache
+    def made(encoding: str = "float16", shared: int = WHOLE, blocks: int = FEW) -> CudaCounter:
+        return CudaCounter(ENCODINGS[encoding], MOST, device, shared=shared, blocks=blocks)
+
+    return made
 
 
-@pytest.fixture(scope="module")
-def counters(device: torch.device) -> dict[tuple[str, int | None], CudaCounter]:
-    """By encoding and shared memory: whole tables, and halves and eighths of them."""
-    sizes = (None, 65536, 16384)
-    return {(e, s): CudaCounter(ENCODINGS[e], MOST, device, shared=s) for e in ENCODINGS for s in sizes}
+def halved(device: torch.device, *sizes: int) -> tuple[int, ...]:
+    """On the host a source takes seconds to compile for each: there, whole tables and one of the sizes."""
+    return (WHOLE, *(sizes if device.type == "cuda" else sizes[:1]))
 
 
-@pytest.fixture(scope="module")
-def few_blocks(device: torch.device) -> dict[tuple[str, int | None], CudaCounter]:
-    """The same, counting with three blocks, so that a large case brings each table far more than 65,536 of a value."""
-    sizes = (None, 65536)
-    return {(e, s): CudaCounter(ENCODINGS[e], MOST, device, shared=s, blocks=3) for e in ENCODINGS for s in sizes}
-
-
-@pytest.mark.parametrize("shared", [None, 65536, 16384])
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_every_table_equals_the_hosts(case: Case, shared: int | None, counters: dict, device: torch.device) -> None:
-    found = count_on_device(counters[case.encoding, shared], case, device)
-    assert_same(found, count_on_host(case), case.encoding)
-
-
-@pytest.mark.parametrize("case", list(large_cases(6_000_000)), ids=lambda case: case.name)
-def test_counters_that_fill_up_and_values_that_queue(
-    case: Case, counters: dict, few_blocks: dict, device: torch.device
-) -> None:
+def test_every_table_equals_the_hosts(case: Case, counter: NewCounter, device: torch.device) -> None:
     wanted = count_on_host(case)
-    for shared in (None, 65536):
-        for some in (counters, few_blocks):
-            assert_same(count_on_device(some[case.encoding, shared], case, device), wanted, case.encoding)
+    for shared in halved(device, HALF, EIGHTH):
+        assert_same(count_on_device(counter(case.encoding, shared), case, device), wanted, case.encoding)
+
+
+LARGE = {"cuda": 6_000_000, "cpu": 450_000}
+
+
+@pytest.mark.parametrize("name", [case.name for case in large_cases(96)])
+def test_counters_that_fill_up_and_values_that_queue(name: str, counter: NewCounter, device: torch.device) -> None:
+    (case,) = (case for case in large_cases(LARGE[device.type]) if case.name == name)
+    wanted = count_on_host(case)
+    for shared in (WHOLE, HALF) if device.type == "cuda" else (WHOLE,):
+        for blocks in (FEW, 132) if device.type == "cuda" else (FEW,):
+            assert_same(count_on_device(counter(case.encoding, shared, blocks), case, device), wanted, case.encoding)
 
 
 @pytest.mark.parametrize("encoding", list(ENCODINGS))
-def test_sites_are_counted_together(encoding: str, counters: dict, device: torch.device) -> None:
+def test_sites_are_counted_together(encoding: str, counter: NewCounter, device: torch.device) -> None:
     """Every small case and a large one added before the first flush: as each of them alone."""
-    cases = [*SMALL, next(large_cases(2_000_000))]
+    cases = [*SMALL, next(large_cases(2_000_000 if device.type == "cuda" else 100_000))]
     cases = sorted((c for c in cases if c.encoding == encoding), key=lambda c: str(c.x.dtype))
     for most in (len(cases), 3):
         statistics = DeviceStatistics({(i, "site"): c.layout for i, c in enumerate(cases)}, MOST, device)
-        counter, summaries = counters[encoding, None], []
+        counts, summaries = counter(encoding), []
         with torch.inference_mode():
             for i, case in enumerate(cases):
                 shape = (len(case.lengths), len(case.layout.names) + 1, len(SUMMARY_COLUMNS))
                 summaries.append(torch.full(shape, -1.0, device=device))
                 offsets = np.cumsum([0, *case.lengths])
-                counter.add(statistics.sites[i, "site"], case.x.to(device), offsets, 0, summaries[i])
+                counts.add(statistics.sites[i, "site"], case.x.to(device), offsets, 0, summaries[i])
                 if i % most == most - 1:
-                    counter.flush()
-            counter.flush()
+                    counts.flush()
+            counts.flush()
             statistics.fold(np.arange(10))
         found = statistics.to_host()
         for i, case in enumerate(cases):
             assert_same((found[i, "site"], summaries[i].cpu().numpy()), count_on_host(case), encoding)
 
 
-def test_quantiles_of_documents_are_torchs_on_cuda(counters: dict, device: torch.device) -> None:
+def test_quantiles_of_documents_are_torchs(counter: NewCounter, device: torch.device) -> None:
     """float32 rank and interpolation as torch.quantile's kernel on the same device has them: bit for bit."""
     case = Case("quantiles", wild(4096, 33, 5, special=0).clamp(-6e4, 6e4).half(), [4000, 1, 95], plain_layout(0, 33))
-    _, summaries = count_on_device(counters["float16", None], case, device)
+    _, summaries = count_on_device(counter(), case, device)
     probabilities = torch.from_numpy(PROBABILITIES).to(device)
     for document, part in enumerate(case.x.to(device).float().abs().split(case.lengths)):
         wanted = torch.quantile(part.flatten(), probabilities).cpu().numpy()
@@ -98,29 +121,29 @@ def test_quantiles_of_documents_are_torchs_on_cuda(counters: dict, device: torch
         assert summaries[document, 0, 0] == part.max().item()
 
 
-def test_more_documents_and_groups_than_one_call_takes(counters: dict, device: torch.device) -> None:
+def test_more_documents_and_groups_than_one_call_takes(counter: NewCounter, device: torch.device) -> None:
     case = Case("many", wild(900, 40, 1).half(), [3] * 300, plain_layout(0, 5, 10, 20, 39, 40))
-    assert_same(count_on_device(counters["float16", None], case, device), count_on_host(case), "float16")
+    assert_same(count_on_device(counter(), case, device), count_on_host(case), "float16")
 
 
-def test_slices_of_tensors_of_several_widths_follow_one_another(counters: dict, device: torch.device) -> None:
+def test_slices_of_tensors_of_several_widths_follow_one_another(counter: NewCounter, device: torch.device) -> None:
     """Equal layouts and documents, other strides: what was prepared for one call must not serve the next."""
     for width in (37, 80, 200):
         case = Case(str(width), wild(23, width, width).half()[:, :37], [5, 0, 1, 17], plain_layout(0, 2, 37))
-        assert_same(count_on_device(counters["float16", None], case, device), count_on_host(case), "float16")
+        assert_same(count_on_device(counter(), case, device), count_on_host(case), "float16")
 
 
-def test_documents_may_come_in_several_calls(counters: dict, device: torch.device) -> None:
+def test_documents_may_come_in_several_calls(counter: NewCounter, device: torch.device) -> None:
     for case in (SMALL[0], SMALL[1]):
-        found = count_on_device(counters["float16", None], case, device, cuts=(1, 3))
+        found = count_on_device(counter(), case, device, cuts=(1, 3))
         assert_same(found, count_on_host(case), "float16")
 
 
-def test_the_same_block_gives_the_same_bytes(counters: dict, device: torch.device) -> None:
+def test_the_same_block_gives_the_same_bytes(counter: NewCounter, device: torch.device) -> None:
     case = Case(
         "again", torch.randn(4096, 200, generator=torch.Generator().manual_seed(0)), [4000, 96], plain_layout(0, 200)
     )
-    first, again = (count_on_device(counters["float16", None], case, device) for _ in range(2))
+    first, again = (count_on_device(counter(), case, device) for _ in range(2))
     assert first[1].tobytes() == again[1].tobytes()
     for field in fields(Moments):
         assert getattr(first[0].moments, field.name).tobytes() == getattr(again[0].moments, field.name).tobytes()
@@ -137,5 +160,7 @@ def test_the_host_structures_go_there_and_back(device: torch.device) -> None:
 
 
 def test_kernels_compile_here(device: torch.device, capfd: pytest.CaptureFixture[str]) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
     assert isinstance(choose_counter(ENCODINGS["float16"], 64, device), CudaCounter)
     assert capfd.readouterr().err == ""
