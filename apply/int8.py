@@ -21,6 +21,7 @@ EXACT_CHUNK = 1024
 """128 * 128 * 1024 = 2^24: so many products of codes sum exactly in float32, in any order."""
 
 _EXACT = 2**24
+_PER_LEVEL = torch.tensor(1.0) / INT8_MAX
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,12 @@ def quantize_weight(weight: torch.Tensor) -> Int8Weight:
 
 
 def quantize_weight_float32(weight: torch.Tensor) -> Int8Weight:
-    """The same in float32 arithmetic, as upstream does for A_log, D and the dt bias (qSelectiveScan.py)."""
-    scale = weight.abs().amax().clamp(min=1e-5) / INT8_MAX
+    """The same in float32 arithmetic, as upstream does for A_log, D and the dt bias (qSelectiveScan.py).
+
+    On CUDA, where upstream quantizes, ``x / 127`` is ``x * (1 / 127)``, which a float32 often shows in its last bit
+    (`quambase.analyzer.replay`) and a float16 never. So a weight of just half the maximum becomes 63 or 64.
+    """
+    scale = weight.abs().amax().clamp(min=1e-5) * _PER_LEVEL
     codes = torch.round(weight / scale).clamp(INT8_MIN, INT8_MAX).to(torch.int8)
     return Int8Weight(codes, float(scale))
 

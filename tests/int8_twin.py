@@ -78,10 +78,10 @@ def quantize_half(weight) -> tuple[Int, float]:
 
 
 def quantize_float32(weight) -> tuple[Int, float]:
-    """Codes and scale in float32 arithmetic (A_log, D, dt bias)."""
+    """Codes and scale in float32 arithmetic (A_log, D, dt bias), where CUDA multiplies by 1 / 127."""
     single = np.asarray(weight, np.float32)
     amax = max(max(abs(x) for x in single.ravel()), np.float32(1e-5))
-    scale = np.float32(amax / np.float32(127))
+    scale = np.float32(amax * (np.float32(1) / np.float32(127)))
     codes = np.array([min(127, max(-128, round(float(np.float32(x / scale))))) for x in single.ravel()], np.int64)
     return codes.reshape(single.shape), float(scale)
 

@@ -40,6 +40,13 @@ def test_scan_parameters_are_quantized_in_float32():
     np.testing.assert_array_equal(ours.codes.numpy(), expected)
 
 
+def test_half_the_largest_scan_parameter_is_rounded_as_on_cuda():
+    """A_log in layer 3 of mamba-5m, whose every 63 was 64 in upstream's model on a GPU."""
+    ours = int8.quantize_weight_float32(torch.tensor([4.46875, 2.234375]))
+    assert ours.codes.tolist() == [127, 64]
+    assert ours.scale == 0.0351870059967041  # 0.0351870097219944 would be the quotient by 127
+
+
 def test_a_weight_of_zeros_keeps_a_positive_scale():
     ours = int8.quantize_weight(torch.zeros(3, 4))
     assert ours.scale > 0 and not ours.codes.any()
