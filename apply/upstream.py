@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ import torch
 from quambase.apply.act_scales import on_device, upstream_form
 from quambase.apply.apply import load_source
 from quambase.apply.scales import DEFAULT_OTHERWISE, missing_scale
-from quambase.schema.errors import BackendUnavailable
+from quambase.model.load import LoadedModel
+from quambase.model.mamba2_weights import Mamba2Weights, mamba2_tensors_of
+from quambase.model.weights import tensors_of
+from quambase.schema.errors import BackendUnavailable, CheckpointInvalid
 from quambase.schema.scales import SELECTED, read_scales
 from quambase.schema.sites import HEAD_LAYER, MAMBA2
 
 CUDA = "cuda"  # upstream's functions name this device themselves
+NORM_EPS = 1e-5  # mamba-ssm's, which its configuration cannot change
 
 ADVICE = "leave out --backend for quambase's own INT8 model, or take the scales there with --export FILE.pt"
 
@@ -70,11 +75,11 @@ def build_upstream(
 ) -> Any:
     """Upstream's W8A8 model with one strategy's scales, on the GPU; also saved to ``out`` if that is given.
 
-    The float model must be in mamba-ssm's layout, which upstream loads itself. Errors: BackendUnavailable (no package,
-    no GPU, a GEMM that computes nothing), and those of `quambase.apply.act_scales.upstream_form` and of `apply`.
+    Errors: BackendUnavailable (no package, no GPU, a GEMM that computes nothing), CheckpointInvalid (sizes that
+    mamba-ssm cannot have), and those of `quambase.apply.act_scales.upstream_form` and of `apply`.
     """
     utils, reordering = _module("quamba.modelutils_mamba"), _module("quamba.reorder_utils")
-    linears, language = _module("quamba.qLinearLayer"), _module("mamba_ssm.models.mixer_seq_simple")
+    linears = _module("quamba.qLinearLayer")
     if not torch.cuda.is_available():
         raise BackendUnavailable(f"upstream's kernels need a CUDA GPU and there is none; {ADVICE}")
     check_gemm(linears.W8A8B16O16Linear, CUDA)
@@ -84,8 +89,7 @@ def build_upstream(
         raise missing_scale([(HEAD_LAYER, "lm_head:input")], [(HEAD_LAYER, "lm_head:input")])
     source = load_source(table, model)
     kind = "mamba2" if source.family == MAMBA2 else "mamba"
-    found = language.MambaLMHeadModel.from_pretrained(str(source.path), device=CUDA, dtype=torch.float16)
-    found = utils.configure_model(found, kind, use_had_transform=True)
+    found = utils.configure_model(_float_model(source), kind, use_had_transform=True)
     if content["reorder_params"] is not None:
         reordering.reorder_mamba(found, content["reorder_params"])
     found = utils.fuse_had_matrices(found)
@@ -101,6 +105,36 @@ def build_upstream(
     )
     if out is not None:
         _save(found, out)
+    return found
+
+
+def _float_model(source: LoadedModel) -> Any:
+    """Upstream's float16 model of these weights, on the GPU.
+
+    Its own `from_pretrained` reads mamba-ssm's layout in a pytorch_model.bin only, ours every layout and format.
+    """
+    language, configs = _module("mamba_ssm.models.mixer_seq_simple"), _module("mamba_ssm.models.config_mamba")
+    weights = source.any_weights
+    sizes = asdict(weights.config)
+    d_model, d_inner, eps = sizes.pop("d_model"), sizes.pop("d_inner"), sizes.pop("norm_eps")
+    if d_inner % d_model or eps != NORM_EPS:
+        raise CheckpointInvalid(
+            f"{source.name} has {d_inner} channels of {d_model} and norms with epsilon {eps:g}; upstream's model can "
+            f"only have whole multiples and {NORM_EPS:g}: {ADVICE}"
+        )
+    n_layer, vocab_size = sizes.pop("n_layer"), sizes.pop("vocab_size")
+    layer = "Mamba2" if isinstance(weights, Mamba2Weights) else "Mamba1"
+    config = configs.MambaConfig(
+        d_model=d_model,
+        n_layer=n_layer,
+        vocab_size=vocab_size,
+        ssm_cfg={"layer": layer, "expand": d_inner // d_model, **sizes},
+        pad_vocab_size_multiple=1,  # padding rows are counted already
+        tie_embeddings=False,  # `configure_model` unties them
+    )
+    tensors = mamba2_tensors_of(weights) if isinstance(weights, Mamba2Weights) else tensors_of(weights)
+    found = language.MambaLMHeadModel(config, device=CUDA, dtype=torch.float16)
+    found.load_state_dict({"lm_head.weight": weights.lm_head} | tensors)
     return found
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from test_act_scales import models, table_of, write  # noqa: F401  a fixture
 from test_apply_evaluate import scale_rows
 
 from quambase.apply import upstream
 from quambase.cli.main import quambase
-from quambase.schema.errors import BackendUnavailable, ScalesInvalid
+from quambase.schema.errors import BackendUnavailable, CheckpointInvalid, ScalesInvalid
 from quambase.schema.grouping import LayerGroups
 from quambase.schema.sites import MAMBA1, MAMBA2, layer_sites
 
@@ -44,12 +49,18 @@ class Empty(Linear):
 
 
 class Model:
-    def __init__(self, calls: list) -> None:
-        self.calls = calls
+    """mamba-ssm's MambaLMHeadModel as it is called."""
+
+    def __init__(self, config: SimpleNamespace, *, calls: list, **kwargs: object) -> None:
+        self.calls, self.config = calls, config
+        calls.append(("MambaLMHeadModel", deepcopy(vars(config)), kwargs))
+        config.use_cache = False  # as upstream's functions leave it; its own classes cannot be made with it
         layer = SimpleNamespace(mixer=torch.nn.Identity(), norm=torch.nn.Identity())
         self.backbone = SimpleNamespace(layers=[layer], embedding=torch.nn.Identity())
         self.lm_head = torch.nn.Identity()
-        self.config = SimpleNamespace(ssm_cfg={}, use_cache=False)
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.calls.append(("load_state_dict", tensors))
 
     def save_pretrained(self, folder: str) -> None:
         self.calls.append(("save_pretrained", folder, vars(self.config).copy()))
@@ -67,10 +78,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list:
 
         return called
 
-    def load(path: str, **kwargs: object) -> Model:
-        made.append(("from_pretrained", path, kwargs))
-        return Model(made)
-
     functions = ("configure_model", "fuse_had_matrices", "quantize_fp16_model")
     contents = {
         "quamba": {},
@@ -79,7 +86,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list:
         "quamba.qLinearLayer": {"W8A8B16O16Linear": Linear},
         "mamba_ssm": {},
         "mamba_ssm.models": {},
-        "mamba_ssm.models.mixer_seq_simple": {"MambaLMHeadModel": SimpleNamespace(from_pretrained=load)},
+        "mamba_ssm.models.config_mamba": {"MambaConfig": SimpleNamespace},
+        "mamba_ssm.models.mixer_seq_simple": {"MambaLMHeadModel": partial(Model, calls=made)},
     }
     for name, content in contents.items():
         module = ModuleType(name)
@@ -99,22 +107,28 @@ def table(family: str, models: dict[str, Path], folder: Path, groups: list[Layer
 def test_mamba1_is_built_as_upstream_builds_it(calls: list, models: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
     upstream.build_upstream(table(MAMBA1, models, tmp_path), quantize_lm_head=True, out=tmp_path / "out")
     assert [call[0] for call in calls] == [
-        "from_pretrained", "configure_model", "fuse_had_matrices", "quantize_fp16_model", "save_pretrained",
+        "MambaLMHeadModel", "load_state_dict", "configure_model", "fuse_had_matrices", "quantize_fp16_model",
+        "save_pretrained",
     ]  # fmt: skip
-    load, configure, _, quantize, save = calls
-    assert load[1:] == (str(models[MAMBA1]), {"device": "cpu", "dtype": torch.float16})
+    made, loaded, configure, _, quantize, save = calls
+    ssm = {"layer": "Mamba1", "expand": 2, "d_state": 4, "d_conv": 4, "dt_rank": 1}
+    # The folder has 60 rows in its config.json, padded to a multiple of 8.
+    sizes = {"d_model": 16, "n_layer": 2, "vocab_size": 64, "pad_vocab_size_multiple": 1, "tie_embeddings": False}
+    assert made[1:] == (sizes | {"ssm_cfg": ssm}, {"device": "cpu", "dtype": torch.float16})
+    # A tied head too has to be given: upstream's classes are made with one of their own.
+    names = {*load_file(models[MAMBA1] / "model.safetensors"), "lm_head.weight"}
+    assert loaded[1].keys() == names
     assert configure[1:] == (("mamba",), {"use_had_transform": True})
     kind, act_scales, device = quantize[1]
     assert (kind, device) == ("mamba", "cpu") and act_scales[0]["x_proj:input"].item() == 0.5
     # Upstream's own defaults are 4 bits, and a quantized head and embedding.
     assert quantize[2] == {"w_bits": 8, "a_bits": 8, "quantize_embedding": False, "quantize_lm_head": True}
     assert save[1] == str(tmp_path / "out")
-    assert save[2] == {
-        "ssm_cfg": {"layer": "Identity"},
+    assert save[2] == sizes | {
+        "ssm_cfg": ssm | {"layer": "Identity"},
         "norm_cfg": {"norm": "Identity"},
         "embedding_cfg": {"layer": "Identity"},
         "lm_head_cfg": {"layer": "Identity"},
-        "tie_embeddings": False,
     }
 
 
@@ -122,9 +136,14 @@ def test_a_sorted_mamba2_is_reordered_before_the_rotation(calls: list, models: d
     groups = [LayerGroups(tuple(range(8)), ((2, 2), (2, 2)), tuple(range(64)), (((8,), (8,)),) * 2)] * 2
     upstream.build_upstream(table(MAMBA2, models, tmp_path, groups))
     assert [call[0] for call in calls] == [
-        "from_pretrained", "configure_model", "reorder_mamba", "fuse_had_matrices", "quantize_fp16_model",
+        "MambaLMHeadModel", "load_state_dict", "configure_model", "reorder_mamba", "fuse_had_matrices",
+        "quantize_fp16_model",
     ]  # fmt: skip
-    (params,) = calls[2][1]
+    assert calls[0][1]["ssm_cfg"] == {
+        "layer": "Mamba2", "expand": 2, "d_state": 16, "d_conv": 4, "headdim": 8, "ngroups": 2,
+    }  # fmt: skip
+    assert "backbone.layers.1.mixer.norm.weight" in calls[1][1]
+    (params,) = calls[3][1]
     assert params["head_index"][1].tolist() == list(range(8))
     assert calls[-1][1][0] == "mamba2" and len(calls[-1][1][1][0]["x_conv_out:input"]) == 2
 
@@ -151,6 +170,16 @@ def test_one_wrong_element_is_noticed() -> None:
 
     with pytest.raises(BackendUnavailable):
         upstream.check_gemm(Off, "cpu")
+
+
+def test_sizes_that_mamba_ssm_cannot_have(calls: list, models: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+    folder = tmp_path / "model"
+    shutil.copytree(models[MAMBA1], folder)
+    raw = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4}
+    raw |= {"time_step_rank": 1, "layer_norm_epsilon": 1e-6}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointInvalid, match="32 channels of 16 and norms with epsilon 1e-06"):
+        upstream.build_upstream(table(MAMBA1, {MAMBA1: folder}, tmp_path))
 
 
 def test_a_quantized_head_needs_its_scale(calls: list, models: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
