@@ -12,9 +12,10 @@ Weights never depend on activation scales, so one set of INT8 weights serves eve
     out_proj:input                   Hadamard quantizer -> out_proj
     lm_head:input                    last norm -> lm_head (only with a quantized head)
 
-Declared differences from upstream: those of `quambase.apply.quamba1`; and the scan is recurrent in float32, where
-upstream's chunks (256 tokens) round C B^T, B with its decay and the state between chunks to float16. The cached state
-has upstream's one scale per group and state index where the strategy has them (absmax, quamba), else one per group.
+Declared differences from upstream: those of `quambase.apply.quamba1`; and the scan is recurrent in float32. Upstream's
+chunks (256 tokens) form C B^T in TF32, whose operands are cut, so that what a chunk gives itself is some 5e-4 too
+small; and round C B^T with its decay, B with its decay, C and the state between chunks to float16. The cached state has
+upstream's one scale per group and state index where the strategy has them (absmax, quamba), else one per group.
 """
 
 from __future__ import annotations

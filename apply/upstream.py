@@ -1,7 +1,7 @@
 """The INT8 model built by upstream Quamba's own functions and kernels, with scales from a scale table.
 
-An adapter to the package `quamba` (enyac-group/Quamba), its `mamba_ssm` and a CUDA GPU. It was written against
-upstream's source and is tested against a stand-in that records the calls; it has not been run with the real package.
+An adapter to the package `quamba` (enyac-group/Quamba), its `mamba_ssm` and a CUDA GPU. docs/upstream.md says how they
+were built and how far upstream's model is from ours; without them a stand-in that records the calls is tested.
 """
 
 from __future__ import annotations
@@ -74,6 +74,9 @@ def build_upstream(
     out: Path | None = None,
 ) -> Any:
     """Upstream's W8A8 model with one strategy's scales, on the GPU; also saved to ``out`` if that is given.
+
+    Upstream's own loader reads a saved model only if its head is quantized, and a Mamba-2 only if it is sorted into
+    four by four groups.
 
     Errors: BackendUnavailable (no package, no GPU, a GEMM that computes nothing), CheckpointInvalid (sizes that
     mamba-ssm cannot have), and those of `quambase.apply.act_scales.upstream_form` and of `apply`.

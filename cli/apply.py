@@ -138,6 +138,8 @@ def apply(
             model=model,
             out=out,
         )
+        if not quantize_lm_head:
+            note("note: upstream's own loader reads no model without --quantize-lm-head")
         click.echo(out)
         return
     from quambase.apply.apply import apply as run

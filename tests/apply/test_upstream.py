@@ -148,6 +148,19 @@ def test_a_sorted_mamba2_is_reordered_before_the_rotation(calls: list, models: d
     assert calls[-1][1][0] == "mamba2" and len(calls[-1][1][1][0]["x_conv_out:input"]) == 2
 
 
+def test_the_command_prints_the_folder_and_says_what_upstream_cannot_read(
+    calls: list,
+    models: dict[str, Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    command = ["apply", "--scales", str(table(MAMBA1, models, tmp_path)), "--backend", "quamba", "--out", "folder"]
+    done = CliRunner().invoke(quambase, command)
+    assert (done.exit_code, done.stdout) == (0, "folder\n")
+    assert done.stderr == "note: upstream's own loader reads no model without --quantize-lm-head\n"
+    done = CliRunner().invoke(quambase, [*command, "--quantize-lm-head"])
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "folder\n", "")
+
+
 def test_a_kernel_that_computes_nothing_is_noticed(
     calls: list,
     models: dict[str, Path],  # noqa: F811
