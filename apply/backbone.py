@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from quambase.apply import kernels
-from quambase.apply.int8 import Int8Weight, linear_to_half, to_half
+from quambase.apply.int8 import Int8Weight, float32, linear_to_half, to_half
 from quambase.apply.weights import UPSTREAM, Int8Ends
 from quambase.model.batch import Batch
 from quambase.model.hadamard import hadamard
@@ -82,7 +82,11 @@ class Int8Backbone(ABC):
         residual = torch.zeros_like(x)
         for index in range(self.config.n_layer):
             x = self._decode(index, self._norm(x, residual, index, "in_proj:input"), state)
-        return self.logits(self._last_norm(x, residual))
+        hidden, head = self._last_norm(x, residual), self.weights.lm_head
+        if len(tokens) == 1 and isinstance(head, Int8Weight):
+            factor = float32(head.scale * self.whole_scale(HEAD_LAYER, "lm_head:input"))
+            return linear_to_half(hidden, head, factor, 1.0)
+        return self.logits(hidden)
 
     @abstractmethod
     def new_state(self, sequences: int) -> Int8State:

@@ -280,6 +280,24 @@ def test_sequences_decoded_together_are_nearly_those_decoded_alone(prepared, sca
         assert (alone[0] - both[i]).std() / both.std() < 0.05
 
 
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_a_quantized_head_multiplies_one_row_alone_by_one_factor(prepared, scales, sequences, monkeypatch):
+    """As upstream's W8A8B16O16Linear, which the head is too."""
+    calls = []
+    original = backbone.linear_to_half
+
+    def spy(x, weight, first, second):
+        calls.append((first, second))
+        return original(x, weight, first, second)
+
+    monkeypatch.setattr(backbone, "linear_to_half", spy)
+    model = build(prepared, scales, quantize_lm_head=True)
+    logits = model.step(torch.tensor([3] * sequences), model.new_state(sequences))
+    weight, scale = model.weights.lm_head.scale, model.scales[-1, "lm_head:input"]
+    assert calls == [(float(np.float32(weight * scale)), 1) if sequences == 1 else (weight, scale)]
+    assert logits.shape == (sequences, model.config.vocab_size)
+
+
 def test_compat_wraps_where_the_default_saturates(prepared, scales):
     clipped = {key: scale * (0.3 if key[1] == "out_proj:input" else 1) for key, scale in scales.items()}
     batch = Batch.pack(documents(1))
