@@ -20,7 +20,7 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     """d_model 16, 2 layers, d_inner 32, d_state 4, dt_rank 1, 60 tokens: a word each."""
     config = MambaConfig(d_model=16, n_layer=2, vocab_size=64, d_inner=32, d_state=4, d_conv=4, dt_rank=1)
     raw = {"d_model": 16, "n_layer": 2, "vocab_size": 60, "ssm_cfg": {"d_state": 4}}
-    return _write(folder, raw, tensors_of(random_weights(config, seed)))
+    return write_model(folder, raw, tensors_of(random_weights(config, seed)))
 
 
 def write_tiny_mamba2(folder: Path, ngroups: int = 2, d_model: int = 16) -> Path:
@@ -28,10 +28,11 @@ def write_tiny_mamba2(folder: Path, ngroups: int = 2, d_model: int = 16) -> Path
     config = Mamba2Config(d_model, 2, vocab_size=64, d_inner=2 * d_model, d_state=4, headdim=8, ngroups=ngroups)
     ssm = {"layer": "Mamba2", "d_state": 4, "headdim": 8, "ngroups": ngroups}
     raw = {"d_model": d_model, "n_layer": 2, "vocab_size": 60, "ssm_cfg": ssm}
-    return _write(folder, raw, mamba2_tensors_of(random_mamba2_weights(config)))
+    return write_model(folder, raw, mamba2_tensors_of(random_mamba2_weights(config)))
 
 
-def _write(folder: Path, raw: dict[str, object], tensors: dict[str, torch.Tensor]) -> Path:
+def write_model(folder: Path, raw: dict[str, object], tensors: dict[str, torch.Tensor]) -> Path:
+    """A model folder of 60 tokens: a word each."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(raw))
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "model.safetensors")
