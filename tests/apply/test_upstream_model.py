@@ -94,8 +94,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         if not switches or "kInt8" not in str(error):
             raise
         pytest.skip("this mamba_ssm calls the last norm as a float one (docs/upstream.md)")
-    for owner, attribute in watched:
-        delattr(owner, attribute)  # its class's again
+    unwatch(watched)
     table = read_scales(folder / "scales.parquet")
     scales = table.group_scales_for("quamba", granularity) if granularity else table.group_scales_for("quamba")
     host = build_model(loaded.any_weights, table, scales, compat="upstream", **switches)
@@ -112,12 +111,18 @@ def random_model(folder: Path, family: str) -> Path:
     return write_model(folder / "model", raw | {"ssm_cfg": {"layer": "Mamba2"}}, mamba2_tensors_of(weights2))
 
 
+def unwatch(watched: list[tuple[Any, str]]) -> None:
+    for owner, name in watched:
+        delattr(owner, name)  # its class's again
+
+
 def watch(model: Any, recorded: list[torch.Tensor]) -> list[tuple[Any, str]]:
     """Keep what each step of each block returns, (tokens, channels); which methods were replaced for that."""
     watched: list[tuple[Any, str]] = []
 
-    def rows(found: torch.Tensor) -> torch.Tensor:
-        return found.reshape(DOCUMENTS * LENGTH, -1)
+    def rows(found: Any) -> torch.Tensor:  # (documents, length, ...), first where a residual or a state follows
+        first: torch.Tensor = found[0] if isinstance(found, tuple) else found
+        return first.flatten(2).flatten(0, 1)
 
     def turned(found: torch.Tensor) -> torch.Tensor:  # (documents, channels, length)
         return rows(found.transpose(1, 2))
@@ -135,7 +140,7 @@ def watch(model: Any, recorded: list[torch.Tensor]) -> list[tuple[Any, str]]:
 
     for block in model.backbone.layers:
         mixer = block.mixer
-        step(block.norm, "forward", lambda found: rows(found[0]))
+        step(block.norm, "forward", rows)
         if hasattr(mixer, "x_proj"):
             step(mixer.in_proj, "to_seqlen_last", turned)
             step(mixer.conv1d, "forward", turned)
@@ -263,8 +268,11 @@ def test_decoding(case: Case) -> None:
     for count in (1, 2):
         tokens = documents[:count, :STEPS]
         params = generation.InferenceParams(max_seqlen=STEPS, max_batch_size=count)
+        recorded: list[torch.Tensor] = []
+        watched = watch(case.theirs, recorded)
         with torch.inference_mode():
             theirs = [case.theirs(tokens[:, :PROMPT].cuda(), inference_params=params).logits[:, -1]]
+            unwatch(watched)
             caches = params.key_value_memory_dict
             kept = [(conv.cpu().int(), ssm.cpu().int()) for conv, ssm in (caches[i] for i in sorted(caches))]
             for params.seqlen_offset in range(PROMPT, STEPS):
@@ -272,10 +280,9 @@ def test_decoding(case: Case) -> None:
                 theirs.append(case.theirs(token, inference_params=params).logits[:, -1])
         # Each layer's states of upstream's own codes: one that went the other way before would change many.
         prompt, followed = Batch.pack(tokens[:, :PROMPT].tolist()), Int8State([], [])
-        rows = (torch.arange(count)[:, None] * LENGTH + torch.arange(PROMPT)).flatten().cuda()
         for layer, (conv, ssm) in enumerate(kept):
-            codes = case.recorded[layer * (6 if mamba2 else 8)][rows].cpu()
-            case.host._block(layer, codes, prompt, followed)
+            norms = recorded[:: 6 if mamba2 else 8]  # the first step of each block
+            case.host._block(layer, norms[layer].cpu(), prompt, followed)
             mine = followed.ssm[layer].int() if mamba2 else followed.ssm[layer].int().transpose(1, 2)
             apart = (mine - ssm.reshape(mine.shape)).abs()
             print(f"layer {layer}: {int((apart > 0).sum())} of {apart.numel()} state codes differ")
