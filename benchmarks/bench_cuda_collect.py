@@ -132,7 +132,7 @@ def main(documents: int) -> None:
         MAMBA1: random_weights(MambaConfig(768, 24, 50280, 1536, dt_rank=48)),
         MAMBA2: random_mamba2_weights(Mamba2Config(768, 24, 50288, 1536)),
     }
-    lines = []
+    lines, observing = [], {}
     for family, weights in shapes.items():
         model = device_model(weights, device, DTYPES["float16"], rotated=True)
         plain_forward(model, batches[:1])
@@ -145,6 +145,7 @@ def main(documents: int) -> None:
                 turns.append(collecting(weights, family, plan, Path(name) / str(turn)))
         observed, written, size, raw = min(turns, key=lambda turn: turn[0] + turn[1])
         rate = documents * SEQ_LEN / min(plain)
+        observing[family] = observed
         lines.append(
             f"{family + ', 130m shape':20}{min(plain):9.2f} s{observed:9.2f} s{observed / min(plain):8.2f}"
             f"{written:9.2f} s{observed + written:9.2f} s{UPSTREAM * documents / 512 / (observed + written):10.1f}"
@@ -155,7 +156,9 @@ def main(documents: int) -> None:
     )
     print(f"upstream: its calibration of the Mamba-1, {UPSTREAM} s for 512 documents")
     upstream = upstream_forward(batches)
-    said = "is not installed here" if upstream is None else f"{upstream:.2f} s"
+    said = "mamba-ssm is not installed here"
+    if upstream is not None:
+        said = f"{upstream:.2f} s; observing takes {observing[MAMBA1] / upstream:.2f} times as long"
     print(f"mamba-ssm's own forward pass of the Mamba-1, float16: {said}")
     heads = (
         f"{'plain':>11}{'observing':>11}{'ratio':>8}{'writing':>11}{'together':>11}{'upstream':>10}{'database':>12}"
