@@ -198,7 +198,8 @@ def _sweep(
             at = a / (k - 0.5)
             slot = found
             while slot > 0 and events[slot - 1, 0] > at:
-                events[slot] = events[slot - 1]
+                for part in range(3):
+                    events[slot, part] = events[slot - 1, part]
                 slot -= 1
             events[slot, 0] = at
             events[slot, 1] = n * (2.0 * k - 1.0)
@@ -270,8 +271,8 @@ def least_squares(positive: Float64, counts_positive: Int64, negative: Float64, 
     grid = np.empty((MAX_GRID, 3))
     rows = np.empty((MAX_GRID + MAX_DEPTH + 2, LEVELS), np.int64)
     floor_row, ceiling_row = np.zeros(LEVELS, np.int64), np.empty(LEVELS, np.int64)
-    ceiling_row[:POSITIVE_LEVELS] = positive.size
-    ceiling_row[POSITIVE_LEVELS:] = negative.size
+    for i in range(LEVELS):
+        ceiling_row[i] = positive.size if i < POSITIVE_LEVELS else negative.size
     least = signal
     size = 0
     scale = top
@@ -293,13 +294,15 @@ def least_squares(positive: Float64, counts_positive: Int64, negative: Float64, 
     stack = np.empty((MAX_DEPTH + 2, 6))
     stack_rows = np.empty((MAX_DEPTH + 2, 3), np.int64)
     for j in range(size - 1):
-        stack[0] = np.array([grid[j + 1, 0], grid[j + 1, 1], grid[j + 1, 2], grid[j, 0], grid[j, 1], grid[j, 2]])
-        stack_rows[0] = np.array([j + 1, j, 0])
+        for part in range(3):
+            stack[0, part], stack[0, 3 + part] = grid[j + 1, part], grid[j, part]
+        stack_rows[0, 0], stack_rows[0, 1], stack_rows[0, 2] = j + 1, j, 0
         waiting = 1
         while waiting:
             waiting -= 1
-            left, a1, b1, right, a2, b2 = stack[waiting]
-            row1, row2, depth = stack_rows[waiting]
+            left, a1, b1 = stack[waiting, 0], stack[waiting, 1], stack[waiting, 2]
+            right, a2, b2 = stack[waiting, 3], stack[waiting, 4], stack[waiting, 5]
+            row1, row2, depth = stack_rows[waiting, 0], stack_rows[waiting, 1], stack_rows[waiting, 2]
             if _bound(signal, left, right, a1, b1, a2, b2) > least + tie:
                 continue
             crossings = 0
@@ -311,10 +314,14 @@ def least_squares(positive: Float64, counts_positive: Int64, negative: Float64, 
                 a, b = _assign(middle, positive, negative, zeroth, first, rows[row1], rows[row2], rows[row])
                 if a > 0:
                     least = min(least, signal - b * b / a)
-                stack[waiting] = np.array([left, a1, b1, middle, a, b])
-                stack_rows[waiting] = np.array([row1, row, depth + 1])
-                stack[waiting + 1] = np.array([middle, a, b, right, a2, b2])
-                stack_rows[waiting + 1] = np.array([row, row2, depth + 1])
+                # The lower half stays where the whole was, with a new end; the upper half comes on top of it.
+                upper = waiting + 1
+                for part in range(3):
+                    stack[upper, 3 + part] = stack[waiting, 3 + part]
+                stack[waiting, 3], stack[waiting, 4], stack[waiting, 5] = middle, a, b
+                stack[upper, 0], stack[upper, 1], stack[upper, 2] = middle, a, b
+                stack_rows[waiting, 1], stack_rows[waiting, 2] = row, depth + 1
+                stack_rows[upper, 0], stack_rows[upper, 1], stack_rows[upper, 2] = row, row2, depth + 1
                 waiting += 2
                 continue
             # 3. Sweep: every piece between two breakpoints is one parabola with its own minimum at B / A.
@@ -348,10 +355,18 @@ def _keep_ties(ties: Float64, held: int, limit: float) -> int:
     kept = 0
     for i in range(held):
         if ties[i, 0] <= limit:
-            ties[kept] = ties[i]
+            ties[kept, 0], ties[kept, 1] = ties[i, 0], ties[i, 1]
             kept += 1
     if kept < held:
         return kept
-    order = np.argsort(-ties[:held, 1])
-    ties[:held] = ties[:held][order]
+    gap = held // 2
+    while gap:  # Shell's sort, by descending scale
+        for i in range(gap, held):
+            error, scale = ties[i, 0], ties[i, 1]
+            slot = i
+            while slot >= gap and ties[slot - gap, 1] < scale:
+                ties[slot, 0], ties[slot, 1] = ties[slot - gap, 0], ties[slot - gap, 1]
+                slot -= gap
+            ties[slot, 0], ties[slot, 1] = error, scale
+        gap //= 2
     return held // 2

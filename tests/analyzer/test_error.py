@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quambase.analyzer.error import figures, piecewise_figures, quantize
-from quambase.analyzer.kernels import TIE, suffix_sums
+from quambase.analyzer.kernels import TIE, _keep_ties, suffix_sums
 from quambase.analyzer.optimum import optimal_scale
 from quambase.schema.distribution import Distribution
 
@@ -207,3 +207,19 @@ def test_known_optima(values: list[float], scale: float) -> None:
 
 def test_positive_128_is_not_a_code() -> None:
     assert optimal_scale(Distribution.of_values(np.array([128.0, 1.0]))) != pytest.approx(1.0, rel=1e-6)
+
+
+@settings(deadline=None)  # the first example is compiled
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 2**32 - 1))
+def test_of_too_many_ties_the_larger_half_of_the_scales_is_kept(held: int, worse: int, seed: int) -> None:
+    """Unless some are no ties any more: then only those go."""
+    rng = np.random.default_rng(seed)
+    ties = rng.random((held + worse, 2))
+    ties[held:, 0] += 1.5
+    rng.shuffle(ties)
+    before = ties.copy()
+    kept = _keep_ties(ties, len(ties), 1.0)
+    if worse:
+        np.testing.assert_array_equal(ties[:kept], before[before[:, 0] <= 1.0])
+    else:
+        np.testing.assert_array_equal(ties[:kept], before[np.argsort(-before[:, 1])][: held // 2])
