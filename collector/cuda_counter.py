@@ -1,4 +1,4 @@
-"""Counting on CUDA by compiled kernels; `counting.cu` says how each works.
+"""Counting on CUDA by compiled kernels; `counting.cu` and what it includes say how each works.
 
 Counters are 16 bits wide in shared memory, one table per multiprocessor, and exact: what would overflow is moved out in
 time. At each site the activations are read twice: for the counts, and for moments and outliers, whose threshold the

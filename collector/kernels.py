@@ -52,8 +52,9 @@ def _tail(tables: UInt32, highest: int, total: int, magnitudes: Float32, probabi
     tables (groups, PATTERNS), added up; ``highest`` bounds the magnitude patterns present; ``total`` finite values;
     probabilities (q,) descending; out (1 + q,): amax, then the quantiles in the order of ``probabilities``.
     """
-    out[:] = np.nan
     if total == 0:
+        for i in range(out.size):
+            out[i] = np.nan
         return
     # Walk down from the largest value. ``seen`` values have a magnitude pattern of at
     # least ``magnitude``, so the one of ascending rank r is reached when seen >= total - r.
@@ -233,12 +234,9 @@ def channel_moments(
             start, stop = offsets[document], offsets[document + 1]
             if start == stop:
                 continue
-            low[:] = np.inf
-            high[:] = -np.inf
-            added[:] = 0
-            squared[:] = 0
-            absolute[:] = 0
-            used[:] = stop - start
+            for i in range(width):
+                low[i], high[i], added[i], squared[i], absolute[i] = np.inf, -np.inf, 0.0, 0.0, 0.0
+                used[i] = stop - start
             # Four rows at a time, so that the accumulators are read and written a quarter as often.
             whole = start + (stop - start) // 4 * 4
             for row in range(start, whole, 4):

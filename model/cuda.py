@@ -41,8 +41,12 @@ def _bindings(part: str) -> Any:
         raise CompilationFailed(f"cuda-bindings is not installed ({error}); pip install 'quambase[cuda]'") from None
 
 
-HEADERS = tuple(sorted(Path(__file__).parent.glob("*.cuh")))
-"""What a source may include."""
+HEADERS = Path(__file__).parent
+
+
+def headers_of(source: Path) -> list[Path]:
+    """What a source may include: what is beside it, and what is here."""
+    return sorted({*source.parent.glob("*.cuh"), *HEADERS.glob("*.cuh")})
 
 
 @cache
@@ -54,7 +58,7 @@ def compile_cubin(source: Path, options: tuple[str, ...]) -> bytes:
     nvrtc = _bindings("nvrtc")
     try:
         version = _checked(nvrtc.nvrtcVersion(), "nvrtcVersion")
-        files = [part for path in (source, *HEADERS) for part in (path.name.encode(), path.read_bytes())]
+        files = [part for path in (source, *headers_of(source)) for part in (path.name.encode(), path.read_bytes())]
         made_of = [str(version).encode(), *(option.encode() for option in options), *files]
         return kept(digest(made_of), lambda: _compile(nvrtc, source, options))
     except RuntimeError as error:  # cuda-bindings' word for a library it does not find
@@ -62,7 +66,8 @@ def compile_cubin(source: Path, options: tuple[str, ...]) -> bytes:
 
 
 def _compile(nvrtc: Any, source: Path, options: tuple[str, ...]) -> bytes:
-    headers, names = [path.read_bytes() for path in HEADERS], [path.name.encode() for path in HEADERS]
+    paths = headers_of(source)
+    headers, names = [path.read_bytes() for path in paths], [path.name.encode() for path in paths]
     created = nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(headers), headers, names)
     program = _checked(created, "nvrtcCreateProgram")
     flags = [option.encode() for option in options]

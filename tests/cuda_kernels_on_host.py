@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from quambase.model.cuda import HEADERS, Argument, parameter_format, parameter_value
+from quambase.model.cuda import Argument, headers_of, parameter_format, parameter_value
 
 HERE = Path(__file__).with_name("cuda_on_host")
 COMPILER = shutil.which("g++")
@@ -28,13 +28,12 @@ COMPILER = shutil.which("g++")
 @functools.cache
 def compile_for_host(source: Path, names: tuple[str, ...], defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     """A library whose ``launch_NAME`` runs a kernel: (blocks across, down, threads, its parameters)."""
-    text = source.read_text()
-    for header in HEADERS:
-        if header.name != "ptx.cuh":  # which cuda_on_host has in C++
-            text = text.replace(f'#include "{header.name}"', header.read_text())
-    # Shared memory of a size that the launch chooses is an array of cuda.hpp; of a fixed one, a static one.
-    text = text.replace("extern __shared__", "extern")
-    lines = ['#include "cuda.hpp"', *(f"#define {name} {value}" for name, value in defines), text]
+
+    def adapted(path: Path) -> str:
+        # Shared memory of a size that the launch chooses is an array of cuda.hpp; of a fixed one, a static one.
+        return path.read_text().replace("extern __shared__", "extern")
+
+    lines = ['#include "cuda.hpp"', *(f"#define {name} {value}" for name, value in defines), adapted(source)]
     for name in names:
         lines.append(
             f'extern "C" VISIBLE void launch_{name}(unsigned x, unsigned y, unsigned threads, const char* buffer) {{\n'
@@ -42,6 +41,9 @@ def compile_for_host(source: Path, names: tuple[str, ...], defines: tuple[tuple[
         )
     with tempfile.TemporaryDirectory() as folder:
         written, library = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
+        for header in headers_of(source):
+            if header.name != "ptx.cuh":  # which cuda_on_host has in C++
+                (Path(folder) / header.name).write_text(adapted(header))
         written.write_text("\n".join(lines))
         options = [
             "-std=c++20",

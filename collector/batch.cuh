@@ -1,0 +1,147 @@
+// What the kernels of a batch of sites are given, and the values that they count.
+
+#pragma once
+
+#include "ptx.cuh"
+
+typedef unsigned long long u64;
+
+#if KIND < 2
+typedef u16 raw;
+#else
+typedef float raw;
+#endif
+
+const u32 PATTERNS = 65536;
+const u32 SIGN = 32768;
+const u32 ALL_WORDS = PATTERNS / 2;                 // 32-bit words of a table, two counters each
+const u32 WORDS = ALL_WORDS >> HALVINGS;            // of one pass
+const u32 FULL = 0xffffffffu;
+const int PER_VECTOR = 16 / sizeof(raw);
+const int VECTORS = 4;                              // per thread between two barriers: 32 values, or 16 float32
+const int CANDIDATES = 1024;
+const int SITES = 16;                               // of a batch at most
+
+// Every member of these structs has 8 bytes but the arrays of int at the end of SiteBatch; cuda_counter.py has the same
+// lists. Arrays of int are int32. Groups, segments and items are numbered through the sites of a batch: a segment is a
+// document of a group, number `first_segment + group documents + document`.
+
+// What of a site depends on its layout, its documents' lengths and its stride only.
+struct Shape {
+    i64 stride;                 // of x (rows, channels)
+    i64 documents, groups, first_group, first_segment;
+    const int* offsets;         // (documents + 1,) of rows
+    const int* runs;            // (runs, 2) of channels, as SiteLayout.runs
+    const int* run_first;       // (groups + 1,)
+    const int* members;         // (channels,) group by group
+    const int* edges;           // (groups + 1,) of members
+    const int* group_of;        // (channels,)
+    const int* place_of;        // (channels,) in its group
+};
+
+// Whose moments are formed, whose largest values are emitted: a site's rows, or both apart.
+struct Job {
+    i64 site, states;           // of `site.x`, or, if `states`, of `site.states`
+    i64 stride, channels, groups;
+    const int* segments;        // (groups documents, 2) first row and last + 1
+    i64 lanes;                  // threads along a row, a power of two
+    i64 emit, summed;           // whether candidates are emitted, moments are formed
+    double* partial64;          // (3, groups documents, channels) total, squares, mean magnitude
+    float* partial32;           // (2, ...) lowest, highest
+    int* partial_counts;        // (3, ...) used, not finite, overflowing
+};
+
+// What of a site is another's in every call.
+struct Site {
+    const raw* x;
+    const raw* states;          // (mgroups documents channels, d_state), where moments are not of x
+    i64 first;                  // number of the first document
+    u64* counts;                // (groups, PATTERNS), added to
+    float* summaries;           // (documents, groups + 1, 1 + quantiles), written
+    i64* top;                   // (groups, most, 5), written: as TOP_FIELDS; magnitude -1 where there are fewer
+    i64* count;                 // (groups channels,) and so on: added to
+    i64* nonfinite;
+    i64* overflow;
+    float* lowest;
+    float* highest;
+    double* total;
+    double* squares;
+    double* mean_abs_max;
+};
+
+struct SiteBatch {
+    const Shape* shapes;        // (sites,)
+    const Job* jobs;            // (jobs,)
+    const int* items;           // (items, 4) site, group in it, first row, rows; a block's and a segment's consecutive
+    const int* block_first;     // (blocks + 1,) of items
+    const int* segment_first;   // (segments + 1,) of items
+    u32* slots;                 // (items, ALL_WORDS), written: an item's counters
+    const int* spill_first;     // (items + 1,) where an item's spills lie: as many as its values could bring
+    u32* spill_count;           // (items,), written
+    u32* spills;                // written: a pattern each, 0x8000 more of it
+    u64* call;                  // (groups, PATTERNS), written: this call's counts
+    int* thresholds;            // (groups, 4), written: the most-th largest magnitude, least one emitted, ties, ordered
+    u64* candidates;            // (groups, CANDIDATES, 2) row width + place, pattern
+    u32* candidate_count;       // (groups,) zero on entry and on return
+    const float* probabilities; // (quantiles,)
+    i64 quantiles, most, infinity;
+    double limit;               // the smallest magnitude that rounds to infinity
+    Site sites[SITES];
+    int group_first[SITES + 1];     // where each site's blocks begin: of reduce_counts (in y), of summarise, of finish
+    int summary_first[SITES + 1];
+    int finish_first[SITES + 1];
+    int job_first[2 * SITES + 1];   // and each job's, of moments
+};
+
+// Which of the parts of a grid this block is of, and its number there. Parts that are not used begin at the end.
+__device__ __forceinline__ int part_of(const int* first, int block) {
+    int part = 0;
+    while (block >= first[part + 1]) part++;
+    return part;
+}
+
+// The pattern of a value rounded to nearest even.
+__device__ __forceinline__ u32 to_pattern(float f) {
+#if KIND == 0 || KIND == 2
+    return float_to_half(f);
+#else
+    u32 bits = __float_as_uint(f);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0u;
+    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+#endif
+}
+
+__device__ __forceinline__ float pattern_value(u32 pattern) {
+#if KIND == 0 || KIND == 2
+    return half_to_float((u16)pattern);
+#else
+    return __uint_as_float(pattern << 16);
+#endif
+}
+
+__device__ __forceinline__ float raw_value(raw v) {
+#if KIND < 2
+    return pattern_value(v);
+#else
+    return v;
+#endif
+}
+
+__device__ __forceinline__ u32 raw_pattern(raw v) {
+#if KIND < 2
+    return v;
+#else
+    return to_pattern(v);
+#endif
+}
+
+// Of the j-th value, which need not be known when compiled.
+__device__ __forceinline__ u32 pattern_at(const uint4& data, int j) {
+    const int at = j * sizeof(raw) / 4;
+    const u32 word = at < 2 ? (at ? data.y : data.x) : at == 2 ? data.z : data.w;
+#if KIND < 2
+    return (word >> ((j & 1) * 16)) & 0xffffu;
+#else
+    return to_pattern(__uint_as_float(word));
+#endif
+}
