@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,21 @@ def test_a_site_that_is_not_reached_and_a_failing_writer_are_told() -> None:
     with pytest.raises(OSError, match="no space left"), failing:
         failing.observe(0, planned(0))
         failing.statistics()
+
+
+def test_the_garbage_collector_passes_over_what_is_there_until_the_end_however_it_comes() -> None:
+    weights = tiny_weights("mamba1")
+    layouts = site_layouts(weights.config, ["in_proj:input"])
+    statistics = {key: SiteStatistics.empty(layout, 5) for key, layout in layouts.items()}
+    for error in (None, KeyboardInterrupt):
+        observer = DeviceObserver(
+            device_model(weights, CPU, torch.float32), statistics, 5, "run", Kept({}, set()), write=None
+        )
+        with suppress(KeyboardInterrupt), observer:
+            assert gc.get_freeze_count() > 0
+            if error:
+                raise error
+        assert gc.get_freeze_count() == 0
 
 
 # ---------------------------------------------------------------- the options
