@@ -100,6 +100,16 @@ __device__ __forceinline__ int part_of(const int* first, int block) {
     return part;
 }
 
+// The sum of a warp's values.
+template <class T> __device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+    for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(FULL, value, step);
+    return value;
+}
+#if __CUDA_ARCH__ >= 800
+template <> __device__ __forceinline__ u32 warp_sum(u32 value) { return __reduce_add_sync(FULL, value); }
+#endif
+
 // The pattern of a value rounded to nearest even.
 __device__ __forceinline__ u32 to_pattern(float f) {
 #if KIND == 0 || KIND == 2

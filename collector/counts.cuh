@@ -17,17 +17,6 @@ __device__ __forceinline__ u32 increment(u32 pattern) { return 1u + (pattern & 1
 
 __device__ __forceinline__ u32* counter_of(u32* bins, u32 pattern) { return bins + ((pattern >> 1) & (WORDS - 1)); }
 
-// The sum of a warp's values.
-__device__ __forceinline__ u32 warp_sum(u32 value) {
-#if __CUDA_ARCH__ >= 800
-    return __reduce_add_sync(FULL, value);
-#else
-#pragma unroll
-    for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(FULL, value, step);
-    return value;
-#endif
-}
-
 // A counter that has come to 0x8000 or beyond: whoever finds it first takes 0x8000 out and notes it. Until then nothing
 // carries into the neighbour: after a barrier every counter is below 0x8000, and a block adds at most 1024 * 32 = 0x8000
 // before the next.
@@ -84,6 +73,7 @@ struct Walk {
     }
 };
 
+// Count a share in the table `bins`; if HOT, the value `hot` apart from the others.
 template <bool HOT>
 __device__ __forceinline__ void count_share(
     const SiteBatch& b, u32* bins, u32 item, u32 pass, const Share& share, u32 hot

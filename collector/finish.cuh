@@ -34,6 +34,7 @@ __device__ void combine(const Job& j, const Site& v, int documents, int index) {
     v.mean_abs_max[index] = mean;
 }
 
+// Write one of a group's largest values at its rank; `row` is counted through the documents.
 __device__ void put(const SiteBatch& b, const Shape& s, const Site& v, int group, int rank, u32 pattern, i64 row, i64 place) {
     int low = 0, high = s.documents; // the document whose rows hold `row`
     while (high - low > 1) {

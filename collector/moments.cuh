@@ -4,6 +4,7 @@
 
 #include "batch.cuh"
 
+// Keep a value as a candidate for its group's largest, if it reaches the threshold.
 __device__ void emit(const SiteBatch& b, const Shape& s, int channel, int row, u32 pattern) {
     const u32 magnitude = pattern & (SIGN - 1);
     const int group = s.group_of[channel], place = s.place_of[channel];
@@ -16,7 +17,7 @@ __device__ void emit(const SiteBatch& b, const Shape& s, int channel, int row, u
     candidate[1] = pattern;
 }
 
-// Two neighbouring channels' values as they lie in memory.
+// Two neighbouring channels' values as they lie in memory; part i is the value of the i-th.
 #if KIND < 2
 typedef u32 Pair;
 __device__ __forceinline__ Pair pair_of(raw first, raw second) { return first | (u32)second << 16; }

@@ -7,6 +7,15 @@
 const int TOGETHER = 32;                            // neighbouring magnitudes, of one thread of `summarise`
 const int THREADS = SIGN / TOGETHER;
 
+// Add to `all` how many spilled values of some items have the `wanted`-th of the ranges of EACH magnitudes.
+template <u32 EACH>
+__device__ __forceinline__ void add_spills(const SiteBatch& b, int first, int last, u32 wanted, u64& all) {
+    for (int item = first; item < last; item++) {
+        const u32* spills = b.spills + b.spill_first[item];
+        for (u32 k = 0; k < b.spill_count[item]; k++) all += (spills[k] & (SIGN - 1)) / EACH == wanted ? 0x8000u : 0u;
+    }
+}
+
 // How many values of a segment have the magnitudes of a thread of `summarise`.
 __device__ __forceinline__ u64 in_segment(const SiteBatch& b, int segment, u32 thread) {
     const int first = b.segment_first[segment], last = b.segment_first[segment + 1];
@@ -30,10 +39,7 @@ __device__ __forceinline__ u64 in_segment(const SiteBatch& b, int segment, u32 t
         }
         all += here;
     }
-    for (int item = first; item < last; item++) {
-        const u32* spills = b.spills + b.spill_first[item];
-        for (u32 k = 0; k < b.spill_count[item]; k++) all += (spills[k] & (SIGN - 1)) / TOGETHER == thread ? 0x8000u : 0u;
-    }
+    add_spills<TOGETHER>(b, first, last, thread, all);
     return all;
 }
 
@@ -46,17 +52,8 @@ __device__ __forceinline__ u64 of_magnitude(const SiteBatch& b, int segment, u32
         const u16* counters = (const u16*)(b.slots + (u64)item * ALL_WORDS);
         all += counters[magnitude] + counters[magnitude + SIGN];
     }
-    for (int item = first; item < last; item++) {
-        const u32* spills = b.spills + b.spill_first[item];
-        for (u32 k = 0; k < b.spill_count[item]; k++) all += (spills[k] & (SIGN - 1)) == magnitude ? 0x8000u : 0u;
-    }
+    add_spills<1>(b, first, last, magnitude, all);
     return all;
-}
-
-__device__ __forceinline__ u64 warp_sum64(u64 value) {
-#pragma unroll
-    for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(FULL, value, step);
-    return value;
 }
 
 // What this lane and those before it in its warp hold.
@@ -107,16 +104,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) summarise(const __grid_con
         const u64* counts = call + TOGETHER * (mine + lane) + lane; // the magnitude of this lane among its first thread's
 #pragma unroll 8
         for (u32 i = 0; i < 32; i++) {
-            const u64 sum = warp_sum64(counts[-(i64)TOGETHER * i] + counts[SIGN - (i64)TOGETHER * i]);
+            const u64 sum = warp_sum(counts[-(i64)TOGETHER * i] + counts[SIGN - (i64)TOGETHER * i]);
             if (lane == i) here = sum;
         }
     }
-    u64 before = upto_lane(here);
-    if (lane == 31) of_warps[warp] = before;
+    const u64 in_warp = upto_lane(here);
+    if (lane == 31) of_warps[warp] = in_warp;
     __syncthreads();
     if (warp == 0) of_warps[lane] = upto_lane(of_warps[lane]);
     __syncthreads();
-    upto[threadIdx.x] = before + (warp ? of_warps[warp - 1] : 0);
+    upto[threadIdx.x] = in_warp + (warp ? of_warps[warp - 1] : 0);
     __syncthreads();
 
     const u32 finite = THREADS - (u32)b.infinity / TOGETHER; // the first thread whose magnitudes are

@@ -41,12 +41,9 @@ def _bindings(part: str) -> Any:
         raise CompilationFailed(f"cuda-bindings is not installed ({error}); pip install 'quambase[cuda]'") from None
 
 
-HEADERS = Path(__file__).parent
-
-
 def headers_of(source: Path) -> list[Path]:
-    """What a source may include: what is beside it, and what is here."""
-    return sorted({*source.parent.glob("*.cuh"), *HEADERS.glob("*.cuh")})
+    """The files that a .cu file may include, by their names: those beside it, and those of this folder."""
+    return sorted({*source.parent.glob("*.cuh"), *Path(__file__).parent.glob("*.cuh")})
 
 
 @cache
@@ -58,25 +55,25 @@ def compile_cubin(source: Path, options: tuple[str, ...]) -> bytes:
     nvrtc = _bindings("nvrtc")
     try:
         version = _checked(nvrtc.nvrtcVersion(), "nvrtcVersion")
-        files = [part for path in (source, *headers_of(source)) for part in (path.name.encode(), path.read_bytes())]
-        made_of = [str(version).encode(), *(option.encode() for option in options), *files]
-        return kept(digest(made_of), lambda: _compile(nvrtc, source, options))
+        files = {path.name.encode(): path.read_bytes() for path in (source, *headers_of(source))}
+        flags = [option.encode() for option in options]
+        made_of = [str(version).encode(), *flags, *(part for file in files.items() for part in file)]
+        return kept(digest(made_of), lambda: _compile(nvrtc, files, flags))
     except RuntimeError as error:  # cuda-bindings' word for a library it does not find
         raise CompilationFailed(f"NVRTC cannot be used ({str(error).splitlines()[0]})") from None
 
 
-def _compile(nvrtc: Any, source: Path, options: tuple[str, ...]) -> bytes:
-    paths = headers_of(source)
-    headers, names = [path.read_bytes() for path in paths], [path.name.encode() for path in paths]
-    created = nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(headers), headers, names)
-    program = _checked(created, "nvrtcCreateProgram")
-    flags = [option.encode() for option in options]
+def _compile(nvrtc: Any, files: Mapping[bytes, bytes], flags: list[bytes]) -> bytes:
+    """Machine code of the first of some files, by name; the others are what it may include. CompilationFailed."""
+    (name, source), *headers = files.items()
+    names, texts = [header for header, _ in headers], [text for _, text in headers]
+    program = _checked(nvrtc.nvrtcCreateProgram(source, name, len(headers), texts, names), "nvrtcCreateProgram")
     (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
     if int(status) != 0:
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
         nvrtc.nvrtcGetProgramLog(program, log)
         lines = [line for line in log.decode(errors="replace").splitlines() if "error" in line]
-        raise CompilationFailed(f"{source.name} does not compile: {lines[0] if lines else status.name}")
+        raise CompilationFailed(f"{name.decode()} does not compile: {lines[0] if lines else status.name}")
     cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
     _checked(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
     nvrtc.nvrtcDestroyProgram(program)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -25,27 +26,26 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def kept(name: str, make: Callable[[], bytes]) -> bytes:
-    """What is stored under a name, or what ``make`` makes, stored for the next time.
+    """The machine code that is stored under a name, or that ``make`` makes, stored for the next time.
 
     A file that is not as it was written is made again; where nothing can be stored, nothing is.
     """
     try:
         path = cache_folder() / f"{name}.cubin"
+    except RuntimeError:  # there is no home
+        return make()
+    stored = b""
+    with suppress(OSError):
         stored = path.read_bytes()
-    except (OSError, RuntimeError):  # the latter: there is no home
-        stored = b""
     checksum, content = stored[:32], stored[32:]
     if content and hashlib.sha256(content).digest() == checksum:
         return content
     content = make()
-    try:
-        folder = cache_folder()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Under its own name only once it is whole: other processes may read it at any time.
-        handle, part = tempfile.mkstemp(dir=folder)
+        handle, part = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(content).digest() + content)
-        Path(part).replace(folder / f"{name}.cubin")
-    except (OSError, RuntimeError):
-        pass
+        Path(part).replace(path)
     return content

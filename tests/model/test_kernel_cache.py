@@ -93,7 +93,6 @@ def test_a_source_is_compiled_once_whatever_the_process(
     source, header = tmp_path / "kernels.cu", tmp_path / "part.cuh"
     source.write_text("one")
     header.write_text("part")
-    monkeypatch.setattr(cuda, "HEADERS", tmp_path)
 
     def compiled(*options: str) -> int:
         """In a new process."""
