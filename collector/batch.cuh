@@ -22,7 +22,7 @@ const int VECTORS = 4;                              // per thread between two ba
 const int CANDIDATES = 1024;
 const int SITES = 16;                               // of a batch at most
 
-// Every member of these structs has 8 bytes but the arrays of int at the end of SiteBatch; cuda_counter.py has the same
+// Every member of these structs has 8 bytes but the arrays of int at the end of SiteBatch; site_batch.py has the same
 // lists. Arrays of int are int32. Groups, segments and items are numbered through the sites of a batch: a segment is a
 // document of a group, number `first_segment + group documents + document`.
 

@@ -8,14 +8,12 @@ site takes the device, and a block of threads that goes on to the next site leav
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +21,18 @@ import torch
 
 from quambase.collector.device_statistics import DeviceSite, merged_top
 from quambase.collector.kernels import PATTERNS
-from quambase.collector.packing import moment_segments, pack
+from quambase.collector.packing import pack
+from quambase.collector.site_batch import (
+    CANDIDATES,
+    PACKED,
+    SITES,
+    Job,
+    Shape,
+    SiteBatch,
+    Tables,
+    blocks_of,
+    power_of_two,
+)
 from quambase.collector.statistics import PROBABILITIES, SUMMARY_COLUMNS, Encoding, SiteLayout
 from quambase.collector.torch_counter import DeviceCounter, TorchCounter
 from quambase.model.cuda import Argument, CompilationFailed, Kernels, multiprocessors, shared_memory
@@ -44,75 +53,11 @@ TABLE = PATTERNS * 2
 """Bytes of a table of 16-bit counters."""
 
 MOST_HALVINGS = 3
-CANDIDATES = 1024
-"""As in the source: outliers of a group held before they are sorted."""
-
-ALONG = 4
-"""As in the source: channels whose moments one thread forms."""
-
 SEGMENTS = 1024
 """Documents times groups of one batch at most: each has a table of its own."""
 
-SITES = 16
-"""As in the source: sites of a batch at most."""
-
 PLANS = 256
 """How many batches' preparations are remembered."""
-
-_I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
-
-
-OF_SITE = ("offsets", "runs", "run_first", "members", "edges", "group_of", "place_of")
-"""Arrays that a `Shape` points to."""
-
-PACKED = ("items", "block_first", "segment_first", "spill_first")
-"""Arrays of the `quambase.collector.packing.Packing` that a `SiteBatch` points to, and where an item's spills begin."""
-
-
-class Shape(ctypes.Structure):
-    """The source's struct of the same name."""
-
-    _fields_ = [
-        *((name, _I64) for name in ("stride", "documents", "groups", "first_group", "first_segment")),
-        *((name, _POINTER) for name in OF_SITE),
-    ]
-
-
-class Job(ctypes.Structure):
-    """The source's struct of the same name."""
-
-    _fields_ = [
-        *((name, _I64) for name in ("site", "states", "stride", "channels", "groups")),
-        ("segments", _POINTER),
-        *((name, _I64) for name in ("lanes", "emit", "summed")),
-        *((name, _POINTER) for name in ("partial64", "partial32", "partial_counts")),
-    ]
-
-
-class Site(ctypes.Structure):
-    """The source's struct of the same name."""
-
-    _fields_ = [
-        *((name, _POINTER) for name in ("x", "states")),
-        ("first", _I64),
-        *((name, _POINTER) for name in ("counts", "summaries", "top", "count", "nonfinite", "overflow")),
-        *((name, _POINTER) for name in ("lowest", "highest", "total", "squares", "mean_abs_max")),
-    ]
-
-
-class SiteBatch(ctypes.Structure):
-    """The source's struct of the same name."""
-
-    _fields_ = [
-        *((name, _POINTER) for name in ("shapes", "jobs", "items", "block_first", "segment_first", "slots")),
-        *((name, _POINTER) for name in ("spill_first", "spill_count", "spills", "call", "thresholds", "candidates")),
-        *((name, _POINTER) for name in ("candidate_count", "probabilities")),
-        *((name, _I64) for name in ("quantiles", "most", "infinity")),
-        ("limit", ctypes.c_double),
-        ("sites", Site * SITES),
-        *((name, ctypes.c_int32 * (SITES + 1)) for name in ("group_first", "summary_first", "finish_first")),
-        ("job_first", ctypes.c_int32 * (2 * SITES + 1)),
-    ]
 
 
 class Launcher(Protocol):
@@ -137,7 +82,7 @@ class _Waiting(NamedTuple):
 
 @dataclass
 class _Queue:
-    """The sites that wait, which they are, and how many tables counting them takes."""
+    """The sites that wait; ``into``: what each is counted into, by id; ``segments``: the tables that they take."""
 
     sites: list[_Waiting] = field(default_factory=list)
     into: set[int] = field(default_factory=set)
@@ -168,10 +113,6 @@ def halvings(shared: int) -> int:
         if TABLE >> count <= shared:
             return count
     raise CompilationFailed(f"{shared} bytes of shared memory hold no table; expected {TABLE >> MOST_HALVINGS} or more")
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << max(least - 1, 0).bit_length()
 
 
 class CudaCounter:
@@ -215,7 +156,7 @@ class CudaCounter:
         """The address of working memory for ``size`` elements. torch gives freed memory out in the stream's order."""
         held = self._scratch.get(name)
         if held is None or held.numel() < size:
-            held = torch.empty(_power_of_two(size), dtype=dtype, device=self.device)
+            held = torch.empty(power_of_two(size), dtype=dtype, device=self.device)
             if zero:
                 held.zero_()
             self._scratch[name] = held
@@ -307,7 +248,7 @@ class CudaCounter:
         widths = [np.diff(layout.edges) for layout, _, _ in sites]
         # Spills that an item's values could bring.
         brought = [rows * int(widths[site][group]) // 0x8000 for site, group, _, rows in packing.items.tolist()]
-        tables = _Tables()
+        tables = Tables()
         for name in PACKED:
             tables.put(name, np.cumsum([0, *brought]) if name == "spill_first" else getattr(packing, name))
         shapes, jobs = (Shape * len(sites))(), list[Job]()
@@ -321,7 +262,7 @@ class CudaCounter:
             tables.put_site(number, layout, offsets)
             for job in tables.put_jobs(number, layout, offsets, stride):
                 jobs.append(job)
-                firsts["job_first"].append(firsts["job_first"][-1] + _blocks_of(job, documents))
+                firsts["job_first"].append(firsts["job_first"][-1] + blocks_of(job, documents))
             firsts["group_first"].append(first_group + groups)
             parts = documents if groups == 1 else documents * (groups + 1)
             firsts["summary_first"].append(firsts["summary_first"][-1] + parts + groups)
@@ -372,106 +313,6 @@ class CudaCounter:
             for name, (address, bytes_each) in rooms.items():
                 setattr(job, name, address + bytes_each * before)
             before += size
-
-
-@lru_cache(maxsize=1024)
-def _of_layout(layout: SiteLayout) -> tuple[Int64, ...]:
-    """What of OF_SITE is the same whatever the documents."""
-    groups, widths = len(layout.names), np.diff(layout.edges)
-    order = np.concatenate([layout.members(g) for g in range(groups)])
-    group_of, place_of = np.empty(layout.channels, np.int64), np.empty(layout.channels, np.int64)
-    group_of[order] = np.repeat(np.arange(groups), widths)
-    place_of[order] = np.concatenate([np.arange(width) for width in widths])
-    return *layout.runs, order, np.array(layout.edges), group_of, place_of
-
-
-class _Tables:
-    """What a plan's structs point to: arrays of int32 one after the other, each at an even place, so that structs can
-    follow.
-    """
-
-    def __init__(self) -> None:
-        self.parts: list[npt.NDArray[np.int32]] = []
-        self.places: dict[str, int] = {}
-        self.size = 0
-        self.sites = self.jobs = 0
-
-    def put(self, name: str, values: npt.NDArray[np.integer[Any]]) -> None:
-        """Append an array."""
-        flat = values.astype(np.int32).ravel()
-        self.places[name] = self.size
-        self.parts += [flat, np.zeros(flat.size % 2, np.int32)]
-        self.size += flat.size + flat.size % 2
-
-    def put_site(self, number: int, layout: SiteLayout, offsets: Int64) -> None:
-        """Append what a site's `Shape` points to."""
-        for name, values in zip(OF_SITE, (offsets, *_of_layout(layout)), strict=True):
-            self.put(f"{name} {number}", values)
-        self.sites += 1
-
-    def of_sites(self, name: str) -> list[int]:
-        """Where every site's array of a name is."""
-        return [self.places[f"{name} {number}"] for number in range(self.sites)]
-
-    def put_jobs(self, site: int, layout: SiteLayout, offsets: Int64, stride: int) -> list[Job]:
-        """Append what a site's jobs point to, and return them, not placed yet."""
-        rows = np.stack([offsets[:-1], offsets[1:]], axis=1)
-        found = [self._put_job(site, rows, stride, layout.channels, 1, summed=not layout.d_state)]
-        if layout.d_state:
-            apart = moment_segments(layout, offsets)
-            found.append(self._put_job(site, apart, layout.d_state, layout.d_state, len(layout.names), states=True))
-        return found
-
-    def _put_job(
-        self,
-        site: int,
-        segments: npt.NDArray[np.integer[Any]],
-        stride: int,
-        channels: int,
-        groups: int,
-        *,
-        states: bool = False,
-        summed: bool = True,
-    ) -> Job:
-        """A job of (rows, channels) values in segments of rows."""
-        self.put(f"segments {self.jobs}", segments)
-        self.jobs += 1
-        return Job(
-            site=site,
-            states=states,
-            stride=stride,
-            channels=channels,
-            groups=groups,
-            lanes=min(32, _power_of_two(-(-channels // ALONG))),
-            emit=not states,
-            summed=summed,
-        )
-
-    def to_device(
-        self, device: torch.device, batch: SiteBatch, shapes: ctypes.Array[Shape], jobs: Sequence[Job]
-    ) -> torch.Tensor:
-        """Copy them there, shapes and jobs behind them, and let structs point to where they are."""
-        words = (ctypes.sizeof(shapes) + len(jobs) * ctypes.sizeof(Job)) // 4
-        there = torch.empty(self.size + words, dtype=torch.int32, device=device)
-        base = there.data_ptr()
-        for name in OF_SITE:
-            for shape, place in zip(shapes, self.of_sites(name), strict=True):
-                setattr(shape, name, base + 4 * place)
-        for number, job in enumerate(jobs):
-            job.segments = base + 4 * self.places[f"segments {number}"]
-        for name in PACKED:
-            setattr(batch, name, base + 4 * self.places[name])
-        batch.shapes = base + 4 * self.size
-        batch.jobs = batch.shapes + ctypes.sizeof(shapes)
-        structs = bytes(shapes) + b"".join(bytes(job) for job in jobs)
-        flat = np.concatenate([*self.parts, np.frombuffer(structs, np.int32)])
-        there.copy_(torch.from_numpy(flat), non_blocking=True)
-        return there
-
-
-def _blocks_of(job: Job, documents: int) -> int:
-    """How many blocks of `moments` a job has: each segment's, run of channels after run of channels."""
-    return int(documents * job.groups * -(-job.channels // (ALONG * job.lanes)))
 
 
 def choose_counter(encoding: Encoding, most: int, device: torch.device) -> DeviceCounter:
