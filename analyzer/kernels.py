@@ -1,7 +1,8 @@
 """Compiled inner loops: the tally of one scale, and the search for the scale of least squared error.
 
 Everything here releases the GIL and is exact where it says so; analyzer/error.py and analyzer/optimum.py are
-the callers and say what the numbers mean.
+the callers and say what the numbers mean. Arrays are filled element by element: of an assignment to a slice Numba also
+compiles the error messages, which made the first analysis in an installation wait eight seconds longer.
 """
 
 from __future__ import annotations
@@ -249,6 +250,59 @@ def _bound(energy: float, left: float, right: float, a1: float, b1: float, a2: f
 
 
 @njit(cache=True, nogil=True)
+def _coarse_grid(
+    top: float,
+    signal: float,
+    tie: float,
+    sides: tuple[Float64, Float64],
+    sums: tuple[tuple[Int64, Int64], tuple[Float64, Float64], Float64, Float64],
+    grid: Float64,
+    rows: Int64,
+) -> tuple[int, float]:
+    """Scales from ``top`` down to where clipping alone costs more than the best so far; how many, and the least error.
+
+    Written: grid (scales, 3) scale, A, B; rows (scales, LEVELS) the boundaries of the codes.
+    """
+    positive, negative = sides
+    zeroth, first, _, _ = sums
+    floor_row, ceiling_row = np.zeros(LEVELS, np.int64), np.empty(LEVELS, np.int64)
+    for i in range(LEVELS):
+        ceiling_row[i] = positive.size if i < POSITIVE_LEVELS else negative.size
+    ratio = 2.0 ** (-1.0 / STEPS_PER_OCTAVE)
+    least = signal
+    size = 0
+    scale = top
+    while size < MAX_GRID:
+        above = ceiling_row if size == 0 else rows[size - 1]
+        a, b = _assign(scale, positive, negative, zeroth, first, floor_row, above, rows[size])
+        grid[size, 0], grid[size, 1], grid[size, 2] = scale, a, b
+        if a > 0:
+            least = min(least, signal - b * b / a)
+        size += 1
+        if _clip_floor(scale, sides, sums) > least + tie:
+            break
+        scale *= ratio
+    return size, least
+
+
+@njit(cache=True, nogil=True)
+def _halve(stack: Float64, stack_rows: Int64, at: int, middle: float, a: float, b: float, row: int) -> None:
+    """Replace the interval at ``at`` by its lower half, and put the upper half on top of it.
+
+    stack (entries, 6): scale, A and B of the left end, and of the right one; stack_rows (entries, 3): the ends' rows of
+    boundaries, depth. ``middle``, A, B and row are of the new end.
+    """
+    upper = at + 1
+    for part in range(3):
+        stack[upper, 3 + part] = stack[at, 3 + part]
+    stack[at, 3], stack[at, 4], stack[at, 5] = middle, a, b
+    stack[upper, 0], stack[upper, 1], stack[upper, 2] = middle, a, b
+    row2, depth = stack_rows[at, 1], stack_rows[at, 2] + 1
+    stack_rows[at, 1], stack_rows[at, 2] = row, depth
+    stack_rows[upper, 0], stack_rows[upper, 1], stack_rows[upper, 2] = row, row2, depth
+
+
+@njit(cache=True, nogil=True)
 def least_squares(positive: Float64, counts_positive: Int64, negative: Float64, counts_negative: Int64) -> float:
     """The scale s > 0 of least sum n min_c (x - c s)^2 over codes -128..127; the larger of tied ones; 0
     without signal.
@@ -264,28 +318,11 @@ def least_squares(positive: Float64, counts_positive: Int64, negative: Float64, 
         return 0.0
     tie = TIE * signal
     top = 2.0 * max(positive[-1] if positive.size else 0.0, negative[-1] if negative.size else 0.0)
-    ratio = 2.0 ** (-1.0 / STEPS_PER_OCTAVE)
 
-    # 1. A coarse grid from the largest useful scale down to where clipping alone costs more than the best so
-    # far.
+    # 1. A coarse grid.
     grid = np.empty((MAX_GRID, 3))
     rows = np.empty((MAX_GRID + MAX_DEPTH + 2, LEVELS), np.int64)
-    floor_row, ceiling_row = np.zeros(LEVELS, np.int64), np.empty(LEVELS, np.int64)
-    for i in range(LEVELS):
-        ceiling_row[i] = positive.size if i < POSITIVE_LEVELS else negative.size
-    least = signal
-    size = 0
-    scale = top
-    while size < MAX_GRID:
-        above = ceiling_row if size == 0 else rows[size - 1]
-        a, b = _assign(scale, positive, negative, zeroth, first, floor_row, above, rows[size])
-        grid[size, 0], grid[size, 1], grid[size, 2] = scale, a, b
-        if a > 0:
-            least = min(least, signal - b * b / a)
-        size += 1
-        if _clip_floor(scale, (positive, negative), (zeroth, first, p2, n2)) > least + tie:
-            break
-        scale *= ratio
+    size, least = _coarse_grid(top, signal, tie, (positive, negative), (zeroth, first, p2, n2), grid, rows)
 
     # 2. Branch and bound within each grid interval, larger scales first.
     ties = np.empty((MAX_TIES, 2))
@@ -314,14 +351,7 @@ def least_squares(positive: Float64, counts_positive: Int64, negative: Float64, 
                 a, b = _assign(middle, positive, negative, zeroth, first, rows[row1], rows[row2], rows[row])
                 if a > 0:
                     least = min(least, signal - b * b / a)
-                # The lower half stays where the whole was, with a new end; the upper half comes on top of it.
-                upper = waiting + 1
-                for part in range(3):
-                    stack[upper, 3 + part] = stack[waiting, 3 + part]
-                stack[waiting, 3], stack[waiting, 4], stack[waiting, 5] = middle, a, b
-                stack[upper, 0], stack[upper, 1], stack[upper, 2] = middle, a, b
-                stack_rows[waiting, 1], stack_rows[waiting, 2] = row, depth + 1
-                stack_rows[upper, 0], stack_rows[upper, 1], stack_rows[upper, 2] = row, row2, depth + 1
+                _halve(stack, stack_rows, waiting, middle, a, b, row)
                 waiting += 2
                 continue
             # 3. Sweep: every piece between two breakpoints is one parabola with its own minimum at B / A.
@@ -359,14 +389,8 @@ def _keep_ties(ties: Float64, held: int, limit: float) -> int:
             kept += 1
     if kept < held:
         return kept
-    gap = held // 2
-    while gap:  # Shell's sort, by descending scale
-        for i in range(gap, held):
-            error, scale = ties[i, 0], ties[i, 1]
-            slot = i
-            while slot >= gap and ties[slot - gap, 1] < scale:
-                ties[slot, 0], ties[slot, 1] = ties[slot - gap, 0], ties[slot - gap, 1]
-                slot -= gap
-            ties[slot, 0], ties[slot, 1] = error, scale
-        gap //= 2
+    order = np.argsort(-ties[:held, 1])
+    before = ties[:held].copy()
+    for i in range(held):
+        ties[i, 0], ties[i, 1] = before[order[i], 0], before[order[i], 1]
     return held // 2
