@@ -156,7 +156,7 @@ def main(documents: int) -> None:
     )
     print(f"upstream: its calibration of the Mamba-1, {UPSTREAM} s for 512 documents")
     upstream = upstream_forward(batches)
-    said = "mamba-ssm is not installed here"
+    said = "it is not installed here"
     if upstream is not None:
         said = f"{upstream:.2f} s; observing takes {observing[MAMBA1] / upstream:.2f} times as long"
     print(f"mamba-ssm's own forward pass of the Mamba-1, float16: {said}")

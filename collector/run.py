@@ -133,9 +133,11 @@ def collect(
         if (folder / SHARD).exists():
             return CollectedRun(folder, load_shard(folder).manifest, existed=True, shard=shard)
     with locked(folder, None if shard is None else f"shard {shard} of run {run}"):
-        started = time.time()
-        layers = find_groups(loaded, plan, grouping, batch_size, db, where, progress=progress) if grouping else None
-        grouped_for = time.time() - started
+        clock = _Clock()
+        layers = None
+        if grouping:
+            layers = find_groups(loaded, plan, grouping, batch_size, db, where, progress=progress)
+            clock.lap("group")
         layouts = site_layouts(loaded.any_weights.config, observed, layers)
         weights = prepare(_reordered(loaded.any_weights, layers))
         done, statistics = load_checkpoint(folder, layouts, OUTLIERS)
@@ -150,13 +152,12 @@ def collect(
             write=lambda number, documents, activations: write_part(folder, number, documents, activations),
             sums=None if shard is None else lambda number, sums: write_sums(folder, number, sums),
         )
-        prepared_for = time.time() - started - grouped_for
+        clock.lap("prepare")
         blocks = plan.blocks(batch_size)
         mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
         with observer:
             _observe(observer, blocks, mine, done, folder, progress)
-            before = grouped_for + prepared_for
-            observed_for = time.time() - started - before
+            clock.lap("observe")
             statistics = observer.statistics()
         locate = _locator(plan, loaded)
         if shard is None:
@@ -166,35 +167,51 @@ def collect(
             save_checkpoint(folder, len(mine), statistics)
             write_places(folder, statistics, locate)
             tables = {}
+        clock.lap("write")
         manifest = Manifest(
             run=run,
             identity=identity,
             model=_model(loaded, identity, layers),
-            data={
-                "name": source,
-                "read": plan.read,
-                "documents": len(plan.documents),
-                "empty": plan.empty,
-                "truncated": plan.truncated,
-                "tokens": plan.tokens,
-            },
+            data=_data(source, plan),
             tables=tables,
             sites=list(layouts),
-            created={
-                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-                **({"group_seconds": round(grouped_for, 3)} if layers else {}),
-                "prepare_seconds": round(prepared_for, 3),
-                "observe_seconds": round(observed_for, 3),
-                "write_seconds": round(time.time() - started - before - observed_for, 3),
-                **where.described(),
-                **versions(),
-            },
+            created={**clock.described(), **where.described(), **versions()},
         )
         if shard is None:
             finish_run(folder, manifest)
         else:
             finish_shard(folder, shard, manifest, loaded.any_weights.config, len(blocks))
     return CollectedRun(folder, manifest, existed=False, shard=shard)
+
+
+class _Clock:
+    """When a run began, and what its parts took one after another."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.time()
+        self._seconds: dict[str, float] = {}
+
+    def lap(self, part: str) -> None:
+        """A part ends here."""
+        now = time.time()
+        self._seconds[f"{part}_seconds"] = round(now - self._last, 3)
+        self._last = now
+
+    def described(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)), **self._seconds}
+
+
+def _data(source: str, plan: Plan) -> dict[str, Any]:
+    """What the manifest says of the text."""
+    return {
+        "name": source,
+        "read": plan.read,
+        "documents": len(plan.documents),
+        "empty": plan.empty,
+        "truncated": plan.truncated,
+        "tokens": plan.tokens,
+    }
 
 
 def _identity(

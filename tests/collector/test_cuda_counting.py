@@ -31,8 +31,8 @@ SMALL = list(small_cases())
 WHOLE, HALF, EIGHTH = 131072, 65536, 16384
 """Bytes of shared memory: for a table, and for parts of it."""
 
-FEW = 3
-"""Blocks that count at a time, so that a large case brings each table far more than 65,536 of a value."""
+FEW, MANY = 3, 132
+"""Blocks that count at a time: with few a large case brings each table far more than 65,536 of a value."""
 
 NewCounter = Callable[..., CudaCounter]
 
@@ -63,28 +63,26 @@ def counter(device: torch.device) -> NewCounter:
     return made
 
 
-def halved(device: torch.device, *sizes: int) -> tuple[int, ...]:
-    """On the host a source takes seconds to compile for each: there, whole tables and one of the sizes."""
-    return (WHOLE, *(sizes if device.type == "cuda" else sizes[:1]))
+SIZES = {"cuda": (WHOLE, HALF, EIGHTH), "cpu": (WHOLE, HALF)}
+"""For each of them a source is compiled, which on the host takes seconds."""
+
+LARGE = {"cuda": 6_000_000, "cpu": 450_000}
+"""Values of a large case."""
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_every_table_equals_the_hosts(case: Case, counter: NewCounter, device: torch.device) -> None:
     wanted = count_on_host(case)
-    for shared in halved(device, HALF, EIGHTH):
+    for shared in SIZES[device.type]:
         assert_same(count_on_device(counter(case.encoding, shared), case, device), wanted, case.encoding)
-
-
-LARGE = {"cuda": 6_000_000, "cpu": 450_000}
 
 
 @pytest.mark.parametrize("name", [case.name for case in large_cases(96)])
 def test_counters_that_fill_up_and_values_that_queue(name: str, counter: NewCounter, device: torch.device) -> None:
     (case,) = (case for case in large_cases(LARGE[device.type]) if case.name == name)
     wanted = count_on_host(case)
-    for shared in (WHOLE, HALF) if device.type == "cuda" else (WHOLE,):
-        for blocks in (FEW, 132) if device.type == "cuda" else (FEW,):
-            assert_same(count_on_device(counter(case.encoding, shared, blocks), case, device), wanted, case.encoding)
+    for shared, blocks in ((WHOLE, FEW), (WHOLE, MANY), (HALF, FEW), (HALF, MANY)):
+        assert_same(count_on_device(counter(case.encoding, shared, blocks), case, device), wanted, case.encoding)
 
 
 @pytest.mark.parametrize("encoding", list(ENCODINGS))
