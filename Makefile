@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard schema/*.py schema/*.sql model/*.py collector/*.py analyzer/*.py apply/*.py cli/*.py)
+PACKAGES := schema model collector analyzer apply cli
+SOURCES := $(foreach package,$(PACKAGES),$(wildcard $(package)/*.py $(package)/*.sql $(package)/*.cu $(package)/*.cuh))
 
 .PHONY: demo test lint types unit benchmark clean
 .DEFAULT_GOAL := test

@@ -21,10 +21,12 @@ const int PER_VECTOR = 16 / sizeof(raw);
 const int VECTORS = 4;                              // per thread between two barriers: 32 values, or 16 float32
 const int CANDIDATES = 1024;
 const int SITES = 16;                               // of a batch at most
+const int TOGETHER = 32;                            // neighbouring patterns whose counts are also summed: a range
+const int RANGES = PATTERNS / TOGETHER;
 
-// Every member of these structs has 8 bytes but the arrays of int at the end of SiteBatch; site_batch.py has the same
-// lists. Arrays of int are int32. Groups, segments and items are numbered through the sites of a batch: a segment is a
-// document of a group, number `first_segment + group documents + document`.
+// Every member of these structs has 8 bytes but those of Item and the arrays of int at the end of SiteBatch; site_batch.py
+// has the same lists. Arrays of int are int32. Groups, segments and items are numbered through the sites of a batch: a
+// segment is a document of a group, number `first_segment + group documents + document`.
 
 // What of a site depends on its layout, its documents' lengths and its stride only.
 struct Shape {
@@ -32,11 +34,17 @@ struct Shape {
     i64 documents, groups, first_group, first_segment;
     const int* offsets;         // (documents + 1,) of rows
     const int* runs;            // (runs, 2) of channels, as SiteLayout.runs
-    const int* run_first;       // (groups + 1,)
     const int* members;         // (channels,) group by group
     const int* edges;           // (groups + 1,) of members
     const int* group_of;        // (channels,)
     const int* place_of;        // (channels,) in its group
+};
+
+// What one block counts in one table: `rows` rows of a group's channels. Every member is an int32.
+struct __align__(16) Item {
+    int site, first_row, rows, stride;
+    int run, last_run;          // of the group's channels
+    int low, high;              // the first run
 };
 
 // Whose moments are formed, whose largest values are emitted: a site's rows, or both apart.
@@ -46,9 +54,7 @@ struct Job {
     const int* segments;        // (groups documents, 2) first row and last + 1
     i64 lanes;                  // threads along a row, a power of two
     i64 emit, summed;           // whether candidates are emitted, moments are formed
-    double* partial64;          // (3, groups documents, channels) total, squares, mean magnitude
-    float* partial32;           // (2, ...) lowest, highest
-    int* partial_counts;        // (3, ...) used, not finite, overflowing
+    i64 partial;                // (groups documents, channels) partial moments of each kind begin at so many
 };
 
 // What of a site is another's in every call.
@@ -72,17 +78,22 @@ struct Site {
 struct SiteBatch {
     const Shape* shapes;        // (sites,)
     const Job* jobs;            // (jobs,)
-    const int* items;           // (items, 4) site, group in it, first row, rows; a block's and a segment's consecutive
+    const Item* items;          // (items,), a block's and a segment's consecutive
     const int* block_first;     // (blocks + 1,) of items
     const int* segment_first;   // (segments + 1,) of items
     u32* slots;                 // (items, ALL_WORDS), written: an item's counters
+    u32* ranges;                // (items, RANGES), written: what they add up to, spills apart
     const int* spill_first;     // (items + 1,) where an item's spills lie: as many as its values could bring
     u32* spill_count;           // (items,), written
     u32* spills;                // written: a pattern each, 0x8000 more of it
     u64* call;                  // (groups, PATTERNS), written: this call's counts
+    u64* call_ranges;           // (groups, RANGES), written: what they add up to
     int* thresholds;            // (groups, 4), written: the most-th largest magnitude, least one emitted, ties, ordered
     u64* candidates;            // (groups, CANDIDATES, 2) row width + place, pattern
     u32* candidate_count;       // (groups,) zero on entry and on return
+    double* partial64;          // of each job (3, groups documents, channels) total, squares, mean magnitude
+    float* partial32;           // (2, ...) lowest, highest
+    int* partial_counts;        // (3, ...) used, not finite, overflowing
     const float* probabilities; // (quantiles,)
     i64 quantiles, most, infinity;
     double limit;               // the smallest magnitude that rounds to infinity

@@ -121,6 +121,22 @@ __device__ __forceinline__ void count_share(
     }
 }
 
+// Whether every value of a warp's shares is that one; each lane's first is.
+__device__ __forceinline__ bool all_alike(const Share& share, u32 hot) {
+#if KIND < 2
+    const u32 full = 0x80808080u, word = hot | hot << 16;
+#else
+    const u32 full = 0x40404040u, word = share.data[0].x;
+#endif
+    u32 other = share.ranges ^ full;
+#pragma unroll
+    for (int k = 0; k < VECTORS; k++) {
+        const uint4& data = share.data[k];
+        other |= (data.x ^ word) | (data.y ^ word) | (data.z ^ word) | (data.w ^ word);
+    }
+    return __ballot_sync(FULL, other == 0) == FULL;
+}
+
 const int MANY = 6; // of a warp's 32 first values, so that one value is worth counting apart
 
 // Count `rows` rows of `width_bytes`, `row_bytes` apart.
@@ -144,13 +160,18 @@ __device__ void count_rectangle(
         // share is added at once. Zeros are looked for first.
         const u32 first = pattern_at(share.data[0], 0);
         u32 hot = 0;
-        bool many = __popc(__ballot_sync(FULL, first == 0)) >= MANY;
-        if (!many) {
+        int alike = __popc(__ballot_sync(FULL, first == 0));
+        if (alike < MANY) {
             hot = __shfl_sync(FULL, first, 0);
-            many = __popc(__ballot_sync(FULL, first == hot)) >= MANY;
+            alike = __popc(__ballot_sync(FULL, first == hot));
         }
-        if (many) count_share<true>(b, bins, item, pass, share, hot);
-        else count_share<false>(b, bins, item, pass, share, hot);
+        if (alike == 32 && all_alike(share, hot)) {
+            if ((threadIdx.x & 31) == 0 && in_pass(hot, pass)) add(b, bins, item, hot, 32 * VECTORS * PER_VECTOR);
+        } else if (alike >= MANY) {
+            count_share<true>(b, bins, item, pass, share, hot);
+        } else {
+            count_share<false>(b, bins, item, pass, share, hot);
+        }
         __syncthreads();
     }
 }
@@ -163,67 +184,88 @@ extern "C" __global__ void __launch_bounds__(1024) count_items(const __grid_cons
     __syncthreads();
     const int last = b.block_first[blockIdx.x + 1];
     for (int item = b.block_first[blockIdx.x]; item < last; item++) {
-        const int site = b.items[4 * item], group = b.items[4 * item + 1], rows = b.items[4 * item + 3];
-        const Shape& s = b.shapes[site];
-        const i64 stride = s.stride;
-        const raw* start = b.sites[site].x + b.items[4 * item + 2] * stride;
-        const int first_run = s.run_first[group], last_run = s.run_first[group + 1];
+        const Item& of = b.items[item];
+        const i64 stride = of.stride;
+        const raw* start = b.sites[of.site].x + of.first_row * stride;
         if (threadIdx.x == 0) b.spill_count[item] = 0;
         __syncthreads();
         for (u32 pass = 0; pass < (1u << HALVINGS); pass++) {
-            for (int run = first_run; run < last_run; run++) {
-                const int low = s.runs[2 * run];
-                const i64 width = s.runs[2 * run + 1] - low, size = sizeof(raw);
+            int low = of.low, high = of.high;
+            for (int run = of.run; run < of.last_run; run++) {
+                if (run > of.run) {
+                    low = b.shapes[of.site].runs[2 * run];
+                    high = b.shapes[of.site].runs[2 * run + 1];
+                }
+                const i64 width = high - low, size = sizeof(raw);
                 const char* base = (const char*)(start + low);
                 const bool joined = width == stride;
                 count_rectangle(
-                    b, bins, item, pass, base, joined ? 0 : stride * size, width * size * (joined ? rows : 1),
-                    joined ? 1 : rows
+                    b, bins, item, pass, base, joined ? 0 : stride * size, width * size * (joined ? of.rows : 1),
+                    joined ? 1 : of.rows
                 );
             }
             uint4* slot = (uint4*)(b.slots + (u64)item * ALL_WORDS + (u64)pass * WORDS);
+            u32* range = b.ranges + (u64)item * RANGES + (u64)pass * (RANGES >> HALVINGS);
             for (u32 i = threadIdx.x; i < WORDS / 4; i += blockDim.x) {
-                slot[i] = shared_bins[i];
+                const uint4 w = shared_bins[i];
                 shared_bins[i] = make_uint4(0, 0, 0, 0);
+                slot[i] = w;
+                u32 sum = (w.x & 0xffffu) + (w.x >> 16) + (w.y & 0xffffu) + (w.y >> 16);
+                sum += (w.z & 0xffffu) + (w.z >> 16) + (w.w & 0xffffu) + (w.w >> 16);
+                // Four neighbours have a range.
+                sum += __shfl_xor_sync(FULL, sum, 1);
+                sum += __shfl_xor_sync(FULL, sum, 2);
+                if ((threadIdx.x & 3) == 0) range[i / 4] = sum;
             }
             __syncthreads();
         }
     }
 }
 
-// 64-bit counters: no number of values that fit in a memory overflows them.
+const int REDUCED = 2 * 2 * 256; // patterns of a block of `reduce_counts`
+
+// Two words a thread. 64-bit counters: no number of values that fit in a memory overflows them.
 extern "C" __global__ void __launch_bounds__(256) reduce_counts(const __grid_constant__ SiteBatch b) {
-    const u32 word = blockIdx.x * blockDim.x + threadIdx.x;
+    const u32 pair = blockIdx.x * blockDim.x + threadIdx.x;
     const int site = part_of(b.group_first, blockIdx.y), group = blockIdx.y - b.group_first[site];
     const Shape& s = b.shapes[site];
     const int* firsts = b.segment_first + s.first_segment;
     const int first = firsts[group * s.documents], last = firsts[(group + 1) * s.documents];
-    u64 low = 0, high = 0;
+    u32 sum[4] = {0, 0, 0, 0}; // of less than 2^17 items
 #pragma unroll 8
     for (int item = first; item < last; item++) {
-        const u32 both = b.slots[(u64)item * ALL_WORDS + word];
-        low += both & 0xffffu;
-        high += both >> 16;
+        const uint2 words = ((const uint2*)(b.slots + (u64)item * ALL_WORDS))[pair];
+        sum[0] += words.x & 0xffffu;
+        sum[1] += words.x >> 16;
+        sum[2] += words.y & 0xffffu;
+        sum[3] += words.y >> 16;
     }
     // Each thread looks at some items' spills, for every word of the block.
-    __shared__ u32 spilled[512];
-    spilled[threadIdx.x] = spilled[threadIdx.x + 256] = 0;
+    __shared__ u32 spilled[REDUCED];
+    for (int i = threadIdx.x; i < REDUCED; i += blockDim.x) spilled[i] = 0;
     __syncthreads();
     for (int item = first + (int)threadIdx.x; item < last; item += blockDim.x) {
         const u32* spills = b.spills + b.spill_first[item];
         const u32 count = b.spill_count[item];
         for (u32 i = 0; i < count; i++) {
-            if (spills[i] / 512 == blockIdx.x) atomicAdd(&spilled[spills[i] % 512], 1u);
+            if (spills[i] / REDUCED == blockIdx.x) atomicAdd(&spilled[spills[i] % REDUCED], 1u);
         }
     }
     __syncthreads();
-    low += (u64)spilled[2 * threadIdx.x] * 0x8000u;
-    high += (u64)spilled[2 * threadIdx.x + 1] * 0x8000u;
-    const u64 at = (u64)group * PATTERNS + 2 * word;
-    u64* call = b.call + (u64)s.first_group * PATTERNS;
-    u64* counts = b.sites[site].counts;
-    call[at] = low;
-    call[at + 1] = high;
-    if (low) counts[at] += low;
-    if (high) counts[at + 1] += high;
+    u64* call = b.call + (u64)(s.first_group + group) * PATTERNS + 4 * pair;
+    u64* counts = b.sites[site].counts + (u64)group * PATTERNS + 4 * pair;
+    u64 all = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const u64 total = sum[i] + (u64)spilled[4 * threadIdx.x + i] * 0x8000u;
+        call[i] = total;
+        if (total) counts[i] += total;
+        all += total;
+    }
+    // Eight neighbours have a range.
+#pragma unroll
+    for (int step = 1; step < TOGETHER / 4; step *= 2) all += __shfl_xor_sync(FULL, all, step);
+    if (threadIdx.x % (TOGETHER / 4) == 0) {
+        b.call_ranges[(u64)(s.first_group + group) * RANGES + pair / (TOGETHER / 4)] = all;
+    }
 }

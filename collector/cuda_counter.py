@@ -3,14 +3,15 @@
 Counters are 16 bits wide in shared memory, one table per multiprocessor, and exact: what would overflow is moved out in
 time. At each site the activations are read twice: for the counts, and for moments and outliers, whose threshold the
 counts give. Sites that follow each other are counted by the same launches: a launch takes the host longer than a small
-site takes the device, and a block of threads that goes on to the next site leaves no multiprocessor waiting.
+site takes the device, and a block of threads that goes on to the next site leaves no multiprocessor waiting. What
+follows the counting is queued on a stream of its own, beside whatever the caller's stream goes on with.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -24,13 +25,16 @@ from quambase.collector.kernels import PATTERNS
 from quambase.collector.packing import pack
 from quambase.collector.site_batch import (
     CANDIDATES,
+    COMBINED,
     PACKED,
+    RANGES,
     SITES,
     Job,
     Shape,
     SiteBatch,
     Tables,
     blocks_of,
+    item_rows,
     power_of_two,
 )
 from quambase.collector.statistics import PROBABILITIES, SUMMARY_COLUMNS, Encoding, SiteLayout
@@ -89,15 +93,40 @@ class _Queue:
     segments: int = 0
 
 
+@dataclass
+class _Memory:
+    """Working memory of a batch, by name; ``reads``: what its kernels read, ``done``: when they have."""
+
+    rooms: dict[str, torch.Tensor] = field(default_factory=dict)
+    reads: list[object] = field(default_factory=list)
+    done: torch.cuda.Event | None = None
+
+    def taken(self, device: torch.device) -> _Memory:
+        """It, once the batch before is through with it: what it read may be given out again on the caller's stream."""
+        if self.done:
+            torch.cuda.current_stream(device).wait_event(self.done)
+        self.reads.clear()
+        return self
+
+    def room(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> int:
+        """The address of memory for ``size`` elements, zeros where it is new."""
+        held = self.rooms.get(name)
+        if held is None or held.numel() < size:
+            held = self.rooms[name] = torch.zeros(power_of_two(size), dtype=dtype, device=device)
+        return held.data_ptr()
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What batches of equal layouts, offsets and strides share: ``batch`` has what does not differ, ``tables`` on the
-    device is what it points to; ``members`` of each site, as there; how many blocks each kernel has.
+    device is what it points to; ``members`` of each site, as there; ``rooms``: `_rooms`; how many blocks each kernel
+    has.
     """
 
     batch: SiteBatch
     tables: torch.Tensor
     members: list[torch.Tensor]
+    rooms: dict[str, tuple[int, torch.dtype]]
     groups: int
     summaries: int
     jobs: int
@@ -140,7 +169,8 @@ class CudaCounter:
         self._launchers: dict[int, Launcher] = {}
         self._plans: dict[tuple[tuple[SiteLayout, bytes, int], ...], _Plan] = {}
         self._waiting: defaultdict[int, _Queue] = defaultdict(_Queue)
-        self._scratch: dict[str, torch.Tensor] = {}
+        self._memories = deque([_Memory(), _Memory()])
+        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._probabilities = torch.from_numpy(PROBABILITIES).to(device)
         self._kernels(KINDS[encoding.name, encoding.torch_dtype])  # so that a failure is told at once
 
@@ -151,17 +181,6 @@ class CudaCounter:
             kernels.allow_shared("count_items", TABLE >> self._halvings)
             self._launchers[kind] = kernels
         return self._launchers[kind]
-
-    def _room(self, name: str, size: int, dtype: torch.dtype, *, zero: bool = False) -> int:
-        """The address of working memory for ``size`` elements. torch gives freed memory out in the stream's order."""
-        held = self._scratch.get(name)
-        if held is None or held.numel() < size:
-            held = torch.empty(power_of_two(size), dtype=dtype, device=self.device)
-            if zero:
-                held.zero_()
-            self._scratch[name] = held
-            self._plans.clear()  # which hold the old address
-        return held.data_ptr()
 
     def add(self, into: DeviceSite, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
         """As `DeviceCounter.add`."""
@@ -199,6 +218,8 @@ class CudaCounter:
             # As many more might not fit beside them.
             if not partly or 2 * len(self._waiting[kind].sites) > SITES:
                 self._count(kind)
+        if not partly and self._beside:
+            torch.cuda.current_stream(self.device).wait_stream(self._beside)
 
     def _count(self, kind: int) -> None:
         """Queue the counting of what waits of a kind."""
@@ -208,7 +229,11 @@ class CudaCounter:
         plan = self._plan(waiting)
         launch = self._kernels(kind).launch
         batch = SiteBatch.from_buffer_copy(plan.batch)
-        held: list[torch.Tensor] = []  # until the kernels are queued
+        memory = self._memories[0].taken(self.device)
+        self._memories.rotate()
+        for name, (size, dtype) in plan.rooms.items():
+            setattr(batch, name, memory.room(name, size, dtype, self.device))
+        memory.reads += [plan, waiting]
         tops: list[tuple[DeviceSite, torch.Tensor]] = []
         for number, one in enumerate(waiting):
             site, into = batch.sites[number], one.into
@@ -217,20 +242,27 @@ class CudaCounter:
             site.x, site.first, site.summaries = one.x.data_ptr(), one.first, one.summaries.data_ptr()
             if into.calls:
                 tops.append((into, torch.empty_like(into.top)))
+                memory.reads.append(tops[-1])
                 site.top = tops[-1][1].data_ptr()
             if into.layout.d_state:
                 # The outliers are of the rows as counted; the moments are of each group's channels apart.
                 states = one.x.reshape(len(one.offsets) - 1, into.layout.d_state, -1).transpose(1, 2)
-                held.append(states.index_select(1, plan.members[number]))
-                site.states = held[-1].data_ptr()
+                apart = states.index_select(1, plan.members[number])
+                memory.reads.append(apart)
+                site.states = apart.data_ptr()
         arguments = [batch]
         launch("count_items", (self._blocks, 1), 1024, arguments, TABLE >> self._halvings)
-        launch("reduce_counts", (PATTERNS // 2 // 256, plan.groups), 256, arguments)
-        launch("summarise", (plan.summaries, 1), 1024, arguments)
-        launch("moments", (plan.jobs, 1), 256, arguments)
-        launch("finish", (plan.finishing, 1), 256, arguments)
-        for into, top in tops:
-            into.top.copy_(merged_top(into.top, top))
+        if self._beside:
+            self._beside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._beside):  # nothing else than the current one where there is none
+            launch("reduce_counts", (PATTERNS // 4 // 256, plan.groups), 256, arguments)
+            launch("summarise", (plan.summaries, 1), 1024, arguments)
+            launch("moments", (plan.jobs, 1), 256, arguments)
+            launch("finish", (plan.finishing, 1), 256, arguments)
+            for into, top in tops:
+                into.top.copy_(merged_top(into.top, top))
+            if self._beside:
+                memory.done = self._beside.record_event()
         for one in waiting:
             one.into.calls += 1
 
@@ -248,12 +280,16 @@ class CudaCounter:
         widths = [np.diff(layout.edges) for layout, _, _ in sites]
         # Spills that an item's values could bring.
         brought = [rows * int(widths[site][group]) // 0x8000 for site, group, _, rows in packing.items.tolist()]
+        made = {
+            "items": item_rows(packing, [(layout, stride) for layout, _, stride in sites]),
+            "spill_first": np.cumsum([0, *brought]),
+        }
         tables = Tables()
         for name in PACKED:
-            tables.put(name, np.cumsum([0, *brought]) if name == "spill_first" else getattr(packing, name))
+            tables.put(name, made[name] if name in made else getattr(packing, name))
         shapes, jobs = (Shape * len(sites))(), list[Job]()
         firsts = {name: [0] for name in ("group_first", "summary_first", "finish_first", "job_first")}
-        segments = 0
+        segments = partial = 0
         for number, (layout, offsets, stride) in enumerate(sites):
             groups, documents = len(layout.names), len(offsets) - 1
             first_group = firsts["group_first"][-1]
@@ -261,33 +297,15 @@ class CudaCounter:
             segments += groups * documents
             tables.put_site(number, layout, offsets)
             for job in tables.put_jobs(number, layout, offsets, stride):
+                job.partial = partial
+                partial += documents * job.groups * job.channels
                 jobs.append(job)
                 firsts["job_first"].append(firsts["job_first"][-1] + blocks_of(job, documents))
             firsts["group_first"].append(first_group + groups)
             parts = documents if groups == 1 else documents * (groups + 1)
             firsts["summary_first"].append(firsts["summary_first"][-1] + parts + groups)
-            firsts["finish_first"].append(firsts["finish_first"][-1] + groups + -(-layout.moments // 256))
-        batch = self._new_batch(len(packing.items), sum(brought), firsts)
-        self._place_jobs(jobs, [shapes[job.site].documents * job.groups * job.channels for job in jobs])
-        there = tables.to_device(self.device, batch, shapes, jobs)
-        members = [
-            there[place : place + layout.channels]
-            for place, (layout, _, _) in zip(tables.of_sites("members"), sites, strict=True)
-        ]
-        blocks = (firsts[name][-1] for name in ("group_first", "summary_first", "job_first", "finish_first"))
-        return _Plan(batch, there, members, *blocks)
-
-    def _new_batch(self, items: int, spills: int, firsts: Mapping[str, Sequence[int]]) -> SiteBatch:
-        """A batch with working memory for so many items and the spills that they could bring."""
-        groups = firsts["group_first"][-1]
+            firsts["finish_first"].append(firsts["finish_first"][-1] + groups + -(-layout.moments // COMBINED))
         batch = SiteBatch(
-            slots=self._room("slots", items * PATTERNS // 2, torch.int32),
-            spills=self._room("spills", spills + 1, torch.int32),
-            call=self._room("call", groups * PATTERNS, torch.int64),
-            thresholds=self._room("thresholds", 4 * groups, torch.int32),
-            candidates=self._room("candidates", 2 * CANDIDATES * groups, torch.int64),
-            spill_count=self._room("spill_count", items + 1, torch.int32),
-            candidate_count=self._room("candidate_count", groups, torch.int32, zero=True),
             probabilities=self._probabilities.data_ptr(),
             quantiles=len(SUMMARY_COLUMNS) - 1,
             most=self.most,
@@ -298,21 +316,32 @@ class CudaCounter:
             array = getattr(batch, name)
             # A part that is not used begins at the end, where no block is.
             array[:] = [*starts, *[starts[-1]] * (len(array) - len(starts))]
-        return batch
+        there = tables.to_device(self.device, batch, shapes, jobs)
+        members = [
+            there[place : place + layout.channels]
+            for place, (layout, _, _) in zip(tables.of_sites("members"), sites, strict=True)
+        ]
+        blocks = (firsts[name][-1] for name in ("group_first", "summary_first", "job_first", "finish_first"))
+        rooms = _rooms(len(packing.items), sum(brought), firsts["group_first"][-1], partial)
+        return _Plan(batch, there, members, rooms, *blocks)
 
-    def _place_jobs(self, jobs: Sequence[Job], sizes: Sequence[int]) -> None:
-        """Give each job its part of the partial moments' working memory; ``sizes``: segments times channels."""
-        total = sum(sizes)
-        rooms = {
-            "partial64": (self._room("partial64", 3 * total, torch.float64), 3 * 8),
-            "partial32": (self._room("partial32", 2 * total, torch.float32), 2 * 4),
-            "partial_counts": (self._room("partial_counts", 3 * total, torch.int32), 3 * 4),
-        }
-        before = 0
-        for job, size in zip(jobs, sizes, strict=True):
-            for name, (address, bytes_each) in rooms.items():
-                setattr(job, name, address + bytes_each * before)
-            before += size
+
+def _rooms(items: int, spills: int, groups: int, partial: int) -> dict[str, tuple[int, torch.dtype]]:
+    """The working memory of a batch: elements and type of what its struct points to, by name."""
+    return {
+        "slots": (items * PATTERNS // 2, torch.int32),
+        "ranges": (items * RANGES, torch.int32),
+        "spill_count": (items, torch.int32),
+        "spills": (spills + 1, torch.int32),
+        "call": (groups * PATTERNS, torch.int64),
+        "call_ranges": (groups * RANGES, torch.int64),
+        "thresholds": (4 * groups, torch.int32),
+        "candidates": (2 * CANDIDATES * groups, torch.int64),
+        "candidate_count": (groups, torch.int32),
+        "partial64": (3 * partial, torch.float64),
+        "partial32": (2 * partial, torch.float32),
+        "partial_counts": (3 * partial, torch.int32),
+    }
 
 
 def choose_counter(encoding: Encoding, most: int, device: torch.device) -> DeviceCounter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +43,12 @@ class KeptRows(NamedTuple):
         return values[self.start : self.start + len(self.places) * self.width].reshape(-1, self.width)
 
 
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which a device's blocks are copied to the host."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True)
 class ObservedBlock:
     """What a block's tables are made of, on its way to the host: ``values`` is complete once ``copied`` has passed.
@@ -59,10 +66,14 @@ class ObservedBlock:
     same: Mapping[Key, Key]
     kept: Mapping[Key, Sequence[KeptRows]]
 
-    def tables(self) -> tuple[pa.Table, pa.Table]:
-        """The rows of `documents` and of `activations`; waits for the copy."""
+    def wait(self) -> None:
+        """Until all is copied, and so folded into the run's statistics."""
         if self.copied:
             self.copied.synchronize()
+
+    def tables(self) -> tuple[pa.Table, pa.Table]:
+        """The rows of `documents` and of `activations`; waits."""
+        self.wait()
         values = self.values.numpy()
         summaries: dict[Key, npt.NDArray[np.float32]] = {}
         start = 0
@@ -219,7 +230,12 @@ class DeviceRecorder:
         values, copied = flat, None
         if flat.device.type == "cuda":
             values = torch.empty(flat.shape, pin_memory=True)
-            values.copy_(flat, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
+            # On a stream of its own, so that the next block does not wait for it.
+            copies = _copies(flat.device)
+            copies.wait_stream(torch.cuda.current_stream(flat.device))
+            flat.record_stream(copies)
+            with torch.cuda.stream(copies):
+                values.copy_(flat, non_blocking=True)
+                copied.record(copies)
         return ObservedBlock(self.run, self.documents, self.statistics.layouts, values, copied, self._same, self._kept)

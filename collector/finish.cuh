@@ -4,34 +4,44 @@
 
 #include "batch.cuh"
 
-// Add the documents' moments of one channel in document order.
-__device__ void combine(const Job& j, const Site& v, int documents, int index) {
-    const int channels = j.channels;
-    const i64 all = j.groups * documents * channels;
-    const i64 start = (i64)(index / channels) * documents * channels + index % channels;
-    i64 count = v.count[index], nonfinite = v.nonfinite[index], overflow = v.overflow[index];
-    float lowest = v.lowest[index], highest = v.highest[index];
-    double total = v.total[index], squares = v.squares[index], mean = v.mean_abs_max[index];
-#pragma unroll 8
-    for (int document = 0; document < documents; document++) {
-        const i64 at = start + (i64)document * channels;
-        count += j.partial_counts[at];
-        nonfinite += j.partial_counts[all + at];
-        overflow += j.partial_counts[2 * all + at];
-        lowest = fminf(lowest, j.partial32[at]);
-        highest = fmaxf(highest, j.partial32[all + at]);
-        total += j.partial64[at];
-        squares += j.partial64[all + at];
-        mean = fmax(mean, j.partial64[2 * all + at]);
+struct Sum {
+    template <class A, class B> __device__ A operator()(A a, B b) const { return a + b; }
+};
+struct Least {
+    __device__ float operator()(float a, float b) const { return fminf(a, b); }
+};
+struct Greatest {
+    __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+    __device__ double operator()(double a, double b) const { return fmax(a, b); }
+};
+
+// Join the documents' moments, `step` apart, to one quantity of one channel, in document order.
+template <class Join, class To, class From>
+__device__ __forceinline__ void join_documents(To* to, const From* from, int documents, i64 step) {
+    To value = *to;
+#pragma unroll 16
+    for (int document = 0; document < documents; document++) value = Join()(value, from[document * step]);
+    *to = value;
+}
+
+const int COMBINED = 32; // channels of a block of `finish`, whose warps have a quantity each
+
+__device__ void combine(const SiteBatch& b, const Job& j, const Site& v, int documents, int index, int quantity) {
+    const i64 step = j.channels, all = j.groups * documents * step;
+    const i64 start = (i64)(index / j.channels) * documents * step + index % j.channels;
+    if (quantity < 3) {
+        i64* to = quantity == 0 ? v.count : quantity == 1 ? v.nonfinite : v.overflow;
+        join_documents<Sum>(to + index, b.partial_counts + 3 * j.partial + quantity * all + start, documents, step);
+    } else if (quantity < 5) {
+        const float* from = b.partial32 + 2 * j.partial + (quantity - 3) * all + start;
+        if (quantity == 3) join_documents<Least>(v.lowest + index, from, documents, step);
+        else join_documents<Greatest>(v.highest + index, from, documents, step);
+    } else {
+        const double* from = b.partial64 + 3 * j.partial + (quantity - 5) * all + start;
+        if (quantity == 5) join_documents<Sum>(v.total + index, from, documents, step);
+        else if (quantity == 6) join_documents<Sum>(v.squares + index, from, documents, step);
+        else join_documents<Greatest>(v.mean_abs_max + index, from, documents, step);
     }
-    v.count[index] = count;
-    v.nonfinite[index] = nonfinite;
-    v.overflow[index] = overflow;
-    v.lowest[index] = lowest;
-    v.highest[index] = highest;
-    v.total[index] = total;
-    v.squares[index] = squares;
-    v.mean_abs_max[index] = mean;
 }
 
 // Write one of a group's largest values at its rank; `row` is counted through the documents.
@@ -50,7 +60,7 @@ __device__ void put(const SiteBatch& b, const Shape& s, const Site& v, int group
     out[4] = place;
 }
 
-// Of each site a block per group: the largest, by magnitude, then place. Then a thread per channel.
+// Of each site a block per group: the largest, by magnitude, then place. Then blocks of COMBINED channels.
 extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__ SiteBatch b) {
     __shared__ u64 keys[CANDIDATES];
     __shared__ u32 patterns[CANDIDATES];
@@ -63,8 +73,8 @@ extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__
         int job = 0;
         while (b.jobs[job].site != site || !b.jobs[job].summed) job++;
         const Job& j = b.jobs[job];
-        const int index = (block - groups) * blockDim.x + threadIdx.x;
-        if (index < j.groups * j.channels) combine(j, v, s.documents, index);
+        const int index = (block - groups) * COMBINED + threadIdx.x % COMBINED;
+        if (index < j.groups * j.channels) combine(b, j, v, s.documents, index, threadIdx.x / COMBINED);
         return;
     }
     const int group = block;

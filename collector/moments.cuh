@@ -103,90 +103,97 @@ struct Columns {
 };
 
 const int ALONG = 4;                    // neighbouring channels of a thread
-const int ROWS = KIND < 2 ? 8 : 4;      // whose loads are under way together, while as many are added
+const int ROWS = KIND < 2 ? 8 : 4;      // that it adds together
+const int STAGES = 3;                   // so many times as many are held or under way
+const int FORMING = 256;                // threads of a block of `moments`
 
-struct Quad {
+struct __align__(ALONG * sizeof(raw)) Quad {
     Pair of[2];
 };
 
-// The values of `channels` of them, zeros beyond; where all are loaded at once, `at` is a multiple of four values.
-template <bool AT_ONCE> __device__ __forceinline__ Quad load_quad(const raw* at, int channels) {
-    Quad quad;
+// Begin to bring the values of `channels` of them, zeros beyond; where all come at once, `at` is a multiple of a Quad.
+template <bool AT_ONCE> __device__ __forceinline__ void bring(Quad* to, const raw* at, int channels) {
     if (AT_ONCE) {
-#if KIND < 2
-        const uint2 both = *(const uint2*)at;
-        quad.of[0] = both.x, quad.of[1] = both.y;
-#else
-        const float4 all = *(const float4*)at;
-        quad.of[0] = make_float2(all.x, all.y), quad.of[1] = make_float2(all.z, all.w);
-#endif
+        copy_async<sizeof(Quad)>(to, at);
     } else {
         const raw zero = raw_of(0.0f);
         const raw second = channels > 1 ? at[1] : zero, third = channels > 2 ? at[2] : zero;
-        quad.of[0] = pair_of(at[0], second);
-        quad.of[1] = pair_of(third, channels > 3 ? at[3] : zero);
+        to->of[0] = pair_of(at[0], second);
+        to->of[1] = pair_of(third, channels > 3 ? at[3] : zero);
     }
-    return quad;
 }
 
-// Add rows row, row + height, ... of some channels to their columns. bounds_of(bound) says beyond what magnitude found(i,
-// row, value) sees a value; it is asked once the first rows are under way.
+// Add rows row, row + height, ... of some channels to their columns, by way of the thread's own places in shared memory,
+// FORMING apart. bounds_of(bound) says beyond what magnitude found(i, row, value) sees a value; it is asked once the first
+// rows are under way.
 template <bool AT_ONCE, class Bounds, class Found>
 __device__ __forceinline__ void accumulate(
-    const raw* base, i64 stride, int channels, int row, int last, int height, Columns (&columns)[2], Bounds bounds_of,
-    Found found
+    const raw* base, i64 stride, int channels, int row, int last, int height, Quad* places, Columns (&columns)[2],
+    Bounds bounds_of, Found found
 ) {
-    const raw* at = base + row * stride;
     const i64 step = height * stride;
-    Quad ahead[ROWS];
-    if (row + (ROWS - 1) * height < last) {
+    const raw* at = base + row * stride;
+    int coming = row; // the first that is not under way yet
+    auto bring_rows = [&](int stage) {
 #pragma unroll
-        for (int k = 0; k < ROWS; k++) ahead[k] = load_quad<AT_ONCE>(at + k * step, channels);
-    }
+        for (int k = 0; k < ROWS; k++) {
+            if (coming + k * height < last) bring<AT_ONCE>(places + (stage * ROWS + k) * FORMING, at + k * step, channels);
+        }
+        end_copies();
+        coming += ROWS * height;
+        at += ROWS * step;
+    };
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; stage++) bring_rows(stage);
     float bound[ALONG];
     bounds_of(bound);
-    auto look = [&](int i, int here, raw stored) {
+    auto look = [&](int i, int here, const Quad* quad) {
+        const raw stored = part(quad->of[i / 2], i & 1);
         if (fabsf(raw_value(stored)) > bound[i]) found(i, here, stored);
     };
-    for (; row + (ROWS - 1) * height < last; row += ROWS * height, at += ROWS * step) {
-        Quad values[ROWS];
+    int stage = 0;
+    for (; row < last; row += ROWS * height) {
+        bring_rows((stage + STAGES - 1) % STAGES);
+        wait_for_copies<STAGES - 1>();
+        const Quad* quads = places + stage * ROWS * FORMING;
+        stage = (stage + 1) % STAGES;
+        if (row + (ROWS - 1) * height < last) {
+            Quad values[ROWS];
 #pragma unroll
-        for (int k = 0; k < ROWS; k++) values[k] = ahead[k];
-        if (row + (2 * ROWS - 1) * height < last) {
+            for (int k = 0; k < ROWS; k++) values[k] = quads[k * FORMING];
 #pragma unroll
-            for (int k = 0; k < ROWS; k++) ahead[k] = load_quad<AT_ONCE>(at + (ROWS + k) * step, channels);
-        }
+            for (int pair = 0; pair < 2; pair++) {
+                Pair least = values[0].of[pair], largest = least;
 #pragma unroll
-        for (int pair = 0; pair < 2; pair++) {
-            Pair least = values[0].of[pair], largest = least;
+                for (int k = 0; k < ROWS; k++) {
+                    columns[pair].add(values[k].of[pair]);
+                    least = lesser(least, values[k].of[pair]);
+                    largest = greater(largest, values[k].of[pair]);
+                }
+                columns[pair].widen(least, largest);
 #pragma unroll
-            for (int k = 0; k < ROWS; k++) {
-                columns[pair].add(values[k].of[pair]);
-                least = lesser(least, values[k].of[pair]);
-                largest = greater(largest, values[k].of[pair]);
-            }
-            columns[pair].widen(least, largest);
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                // So seldom that they are read again: with a test for each value and all that follows it, this took a
-                // tenth more. Where one is NaN, another may still be beyond.
-                const int channel = 2 * pair + i;
-                if (!(fmaxf(value_of(largest, i), -value_of(least, i)) <= bound[channel]) && channel < channels) {
+                for (int i = 0; i < 2; i++) {
+                    // So seldom that they are read again: with a test for each value and all that follows it, this took a
+                    // tenth more. Where one is NaN, another may still be beyond.
+                    const int channel = 2 * pair + i;
+                    if (!(fmaxf(value_of(largest, i), -value_of(least, i)) <= bound[channel]) && channel < channels) {
 #pragma unroll 1
-                    for (int k = 0; k < ROWS; k++) look(channel, row + k * height, at[k * step + channel]);
+                        for (int k = 0; k < ROWS; k++) look(channel, row + k * height, quads + k * FORMING);
+                    }
                 }
             }
-        }
-    }
-    for (; row < last; row += height, at += step) {
-        const Quad values = load_quad<AT_ONCE>(at, channels);
+        } else {
+#pragma unroll 1
+            for (int here = row; here < last; here += height, quads += FORMING) {
 #pragma unroll
-        for (int pair = 0; pair < 2; pair++) {
-            columns[pair].add(values.of[pair]);
-            columns[pair].widen(values.of[pair], values.of[pair]);
+                for (int pair = 0; pair < 2; pair++) {
+                    columns[pair].add(quads->of[pair]);
+                    columns[pair].widen(quads->of[pair], quads->of[pair]);
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                if (2 * pair + i < channels) look(2 * pair + i, row, part(values.of[pair], i));
+                    for (int i = 0; i < 2; i++) {
+                        if (2 * pair + i < channels) look(2 * pair + i, here, quads);
+                    }
+                }
             }
         }
     }
@@ -194,9 +201,14 @@ __device__ __forceinline__ void accumulate(
 
 // Of each job a block per segment and run of channels, runs of a segment next to each other, as its rows' bytes are: ALONG
 // channels a thread, rows dealt out along the block's other dimension and joined at the end in a fixed order.
-extern "C" __global__ void __launch_bounds__(256, 2) moments(const __grid_constant__ SiteBatch b) {
-    __shared__ double wide[3 * ALONG][256];
-    __shared__ Pair lows[2][256], highs[2][256];
+extern "C" __global__ void __launch_bounds__(FORMING, 2) moments(const __grid_constant__ SiteBatch b) {
+    struct Sums {
+        double wide[3 * ALONG][FORMING];
+        Pair lows[2][FORMING], highs[2][FORMING];
+    };
+    const int values = STAGES * ROWS * FORMING * sizeof(Quad), sums = sizeof(Sums); // the latter follow the former
+    __shared__ __align__(16) char room[values > sums ? values : sums];
+    auto& [wide, lows, highs] = *(Sums*)room;
     const int job = part_of(b.job_first, blockIdx.x), block = blockIdx.x - b.job_first[job];
     const Job& j = b.jobs[job];
     const Shape& s = b.shapes[j.site];
@@ -225,11 +237,13 @@ extern "C" __global__ void __launch_bounds__(256, 2) moments(const __grid_consta
                 bound[i] = least ? pattern_value(least - 1) : -1.0f;
             }
         };
+        Quad* places = (Quad*)room + threadIdx.x;
         auto found = [&](int i, int row, raw value) { emit(b, s, column + i, row, raw_pattern(value)); };
-        if (at_once) accumulate<true>(base, stride, mine, first + ty, last, height, columns, bounds_of, found);
-        else accumulate<false>(base, stride, mine, first + ty, last, height, columns, bounds_of, found);
+        if (at_once) accumulate<true>(base, stride, mine, first + ty, last, height, places, columns, bounds_of, found);
+        else accumulate<false>(base, stride, mine, first + ty, last, height, places, columns, bounds_of, found);
     }
     if (!j.summed) return;
+    __syncthreads();
 #pragma unroll
     for (int i = 0; i < ALONG; i++) {
         wide[3 * i][threadIdx.x] = columns[i / 2].total[i & 1];
@@ -282,13 +296,16 @@ extern "C" __global__ void __launch_bounds__(256, 2) moments(const __grid_consta
             }
         }
         const i64 at = (i64)segment * channels + start + place;
-        j.partial64[at] = sum;
-        j.partial64[all + at] = sum_squares;
-        j.partial64[2 * all + at] = used ? magnitudes / used : 0;
-        j.partial32[at] = lowest;
-        j.partial32[all + at] = highest;
-        j.partial_counts[at] = used;
-        j.partial_counts[all + at] = unfinite;
-        j.partial_counts[2 * all + at] = overflowing;
+        double* partial64 = b.partial64 + 3 * j.partial + at;
+        float* partial32 = b.partial32 + 2 * j.partial + at;
+        int* partial_counts = b.partial_counts + 3 * j.partial + at;
+        partial64[0] = sum;
+        partial64[all] = sum_squares;
+        partial64[2 * all] = used ? magnitudes / used : 0;
+        partial32[0] = lowest;
+        partial32[all] = highest;
+        partial_counts[0] = used;
+        partial_counts[all] = unfinite;
+        partial_counts[2 * all] = overflowing;
     }
 }

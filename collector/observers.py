@@ -177,6 +177,11 @@ class DeviceObserver(Observer):
         layouts: dict[Key, SiteLayout] = {key: stats.layout for key, stats in statistics.items()}
         self._statistics = DeviceStatistics(layouts, most, model.device)
         self._statistics.load(statistics)
+        # Of higher priority than the counter's own, whose kernels take what the model's leave idle.
+        self._stream = None
+        if model.device.type == "cuda":
+            self._stream = torch.cuda.Stream(model.device, priority=-1)  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream(model.device))
         self._counter = choose_counter(ENCODINGS["float16"], most, model.device)
         self._gather = choose_gather(model.device)
         self._writer = ThreadPoolExecutor(WRITERS)
@@ -193,17 +198,19 @@ class DeviceObserver(Observer):
     def observe(self, number: int, documents: Sequence[PlannedDocument]) -> None:
         """As `Observer.observe`."""
         kept = self.kept
-        recorder = DeviceRecorder(
-            self.run, documents, self._statistics, self._counter, self._gather, kept.positions, kept.states
-        )
-        self.model.hidden(_packed(documents), recorder)
-        block = recorder.finish()
+        with torch.cuda.stream(self._stream):
+            recorder = DeviceRecorder(
+                self.run, documents, self._statistics, self._counter, self._gather, kept.positions, kept.states
+            )
+            self.model.hidden(_packed(documents), recorder)
+            block = recorder.finish()
         if self.write or self.sums:
             self._unwritten.append(self._writer.submit(self._write, number, block, self._statistics.block_sums))
         while len(self._unwritten) > AHEAD:
             self._unwritten.popleft().result()
 
     def _write(self, number: int, block: ObservedBlock, sums: torch.Tensor) -> None:
+        block.wait()
         if self.sums:
             self.sums(number, self._statistics.sums_of(sums))
         if self.write:

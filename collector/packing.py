@@ -13,7 +13,7 @@ from quambase.collector.statistics import SiteLayout
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
-FLUSH = 100_000
+FLUSH = 60_000
 """What an item takes beside its values, in values counted meanwhile: a table to write, its first values to wait for."""
 
 

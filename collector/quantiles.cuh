@@ -4,8 +4,7 @@
 
 #include "batch.cuh"
 
-const int TOGETHER = 32;                            // neighbouring magnitudes, of one thread of `summarise`
-const int THREADS = SIGN / TOGETHER;
+const int THREADS = SIGN / TOGETHER; // of `summarise`, each of a range of magnitudes
 
 // Add to `all` how many spilled values of some items have the `wanted`-th of the ranges of EACH magnitudes.
 template <u32 EACH>
@@ -16,30 +15,16 @@ __device__ __forceinline__ void add_spills(const SiteBatch& b, int first, int la
     }
 }
 
-// How many values of a segment have the magnitudes of a thread of `summarise`.
-__device__ __forceinline__ u64 in_segment(const SiteBatch& b, int segment, u32 thread) {
+// How many values of a segment have the magnitudes of a range.
+__device__ __forceinline__ u64 in_segment(const SiteBatch& b, int segment, u32 range) {
     const int first = b.segment_first[segment], last = b.segment_first[segment + 1];
     u64 all = 0;
-#pragma unroll 2
+#pragma unroll 4
     for (int item = first; item < last; item++) {
-        const uint4* positive = (const uint4*)(b.slots + (u64)item * ALL_WORDS) + thread * (TOGETHER / 8);
-        const uint4* negative = positive + SIGN / 8;
-        uint4 words[TOGETHER / 4];
-#pragma unroll
-        for (int i = 0; i < TOGETHER / 8; i++) {
-            words[2 * i] = positive[i];
-            words[2 * i + 1] = negative[i];
-        }
-        u32 here = 0;
-#pragma unroll
-        for (int i = 0; i < TOGETHER / 4; i++) {
-            const uint4 w = words[i];
-            here += (w.x & 0xffffu) + (w.x >> 16) + (w.y & 0xffffu) + (w.y >> 16);
-            here += (w.z & 0xffffu) + (w.z >> 16) + (w.w & 0xffffu) + (w.w >> 16);
-        }
-        all += here;
+        const u32* ranges = b.ranges + (u64)item * RANGES;
+        all += ranges[range] + ranges[range + RANGES / 2];
     }
-    add_spills<TOGETHER>(b, first, last, thread, all);
+    add_spills<TOGETHER>(b, first, last, range, all);
     return all;
 }
 
@@ -93,20 +78,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) summarise(const __grid_con
     const int first_group = whole ? 0 : group, last_group = whole ? groups : group + 1;
     const u64* call = b.call + (u64)(s.first_group + group) * PATTERNS;
 
-    const u32 mine = THREADS - 1 - threadIdx.x; // its magnitudes begin at TOGETHER times this
+    const u32 mine = THREADS - 1 - threadIdx.x; // its range
     u64 here = 0;
     if (of_document) {
         for (int g = first_group; g < last_group; g++) {
             here += in_segment(b, s.first_segment + g * documents + document, mine);
         }
     } else {
-        // A warp reads what its threads need in turn, so that neighbours read neighbouring counts.
-        const u64* counts = call + TOGETHER * (mine + lane) + lane; // the magnitude of this lane among its first thread's
-#pragma unroll 8
-        for (u32 i = 0; i < 32; i++) {
-            const u64 sum = warp_sum(counts[-(i64)TOGETHER * i] + counts[SIGN - (i64)TOGETHER * i]);
-            if (lane == i) here = sum;
-        }
+        const u64* ranges = b.call_ranges + (u64)(s.first_group + group) * RANGES;
+        here = ranges[mine] + ranges[mine + RANGES / 2];
     }
     const u64 in_warp = upto_lane(here);
     if (lane == 31) of_warps[warp] = in_warp;

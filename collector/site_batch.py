@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quambase.collector.packing import moment_segments
+from quambase.collector.kernels import PATTERNS
+from quambase.collector.packing import Packing, moment_segments
 from quambase.collector.statistics import SiteLayout
 
 Int64 = npt.NDArray[np.int64]
@@ -27,11 +28,19 @@ ALONG = 4
 
 _I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
-OF_SITE = ("offsets", "runs", "run_first", "members", "edges", "group_of", "place_of")
+OF_SITE = ("offsets", "runs", "members", "edges", "group_of", "place_of")
 """Arrays that a `Shape` points to."""
 
 PACKED = ("items", "block_first", "segment_first", "spill_first")
-"""Arrays of the `quambase.collector.packing.Packing` that a `SiteBatch` points to, and where an item's spills begin."""
+"""Arrays that a `SiteBatch` points to: those of a `quambase.collector.packing.Packing`, whose items are as `item_rows`
+has them, and where an item's spills begin.
+"""
+
+COMBINED = 32
+"""As in the source: channels of a block of `finish`."""
+
+RANGES = PATTERNS // 32
+"""As in the source: runs of neighbouring patterns whose counts are summed too."""
 
 
 class Shape(ctypes.Structure):
@@ -49,8 +58,7 @@ class Job(ctypes.Structure):
     _fields_ = [
         *((name, _I64) for name in ("site", "states", "stride", "channels", "groups")),
         ("segments", _POINTER),
-        *((name, _I64) for name in ("lanes", "emit", "summed")),
-        *((name, _POINTER) for name in ("partial64", "partial32", "partial_counts")),
+        *((name, _I64) for name in ("lanes", "emit", "summed", "partial")),
     ]
 
 
@@ -69,9 +77,10 @@ class SiteBatch(ctypes.Structure):
     """The source's struct of the same name."""
 
     _fields_ = [
-        *((name, _POINTER) for name in ("shapes", "jobs", "items", "block_first", "segment_first", "slots")),
-        *((name, _POINTER) for name in ("spill_first", "spill_count", "spills", "call", "thresholds", "candidates")),
-        *((name, _POINTER) for name in ("candidate_count", "probabilities")),
+        *((name, _POINTER) for name in ("shapes", "jobs", "items", "block_first", "segment_first", "slots", "ranges")),
+        *((name, _POINTER) for name in ("spill_first", "spill_count", "spills", "call", "call_ranges", "thresholds")),
+        *((name, _POINTER) for name in ("candidates", "candidate_count", "partial64", "partial32", "partial_counts")),
+        ("probabilities", _POINTER),
         *((name, _I64) for name in ("quantiles", "most", "infinity")),
         ("limit", ctypes.c_double),
         ("sites", Site * SITES),
@@ -88,12 +97,26 @@ def _of_layout(layout: SiteLayout) -> tuple[Int64, ...]:
     group_of, place_of = np.empty(layout.channels, np.int64), np.empty(layout.channels, np.int64)
     group_of[order] = np.repeat(np.arange(groups), widths)
     place_of[order] = np.concatenate([np.arange(width) for width in widths])
-    return *layout.runs, order, np.array(layout.edges), group_of, place_of
+    return layout.runs[0], order, np.array(layout.edges), group_of, place_of
+
+
+def item_rows(packing: Packing, sites: Sequence[tuple[SiteLayout, int]]) -> Int64:
+    """(items, 8): the members of the source's Item, of sites' layouts and strides."""
+    found = np.empty((len(packing.items), 8), np.int64)
+    for number, (layout, stride) in enumerate(sites):
+        mine = packing.items[:, 0] == number
+        site, group, first_row, rows = packing.items[mine].T
+        runs, run_first = layout.runs
+        first, last = run_first[group], run_first[group + 1]
+        # A group without channels has none.
+        low, high = np.append(runs, [[0, 0]], axis=0)[np.where(first < last, first, -1)].T
+        found[mine] = np.stack([site, first_row, rows, np.full(site.size, stride), first, last, low, high], axis=1)
+    return found
 
 
 class Tables:
-    """What a plan's structs point to: arrays of int32 one after the other, each at an even place, so that structs can
-    follow.
+    """What a plan's structs point to: arrays of int32 one after the other, each at a multiple of 16 bytes, as a struct
+    may need.
     """
 
     def __init__(self) -> None:
@@ -105,9 +128,10 @@ class Tables:
     def put(self, name: str, values: npt.NDArray[np.integer[Any]]) -> None:
         """Append an array."""
         flat = values.astype(np.int32).ravel()
+        padding = -flat.size % 4
         self.places[name] = self.size
-        self.parts += [flat, np.zeros(flat.size % 2, np.int32)]
-        self.size += flat.size + flat.size % 2
+        self.parts += [flat, np.zeros(padding, np.int32)]
+        self.size += flat.size + padding
 
     def put_site(self, number: int, layout: SiteLayout, offsets: Int64) -> None:
         """Append what a site's `Shape` points to."""

@@ -35,6 +35,31 @@ __device__ __forceinline__ float reciprocal(float x) {
     return y;
 }
 
+// Begin to copy 4, 8 or 16 bytes to shared memory; they are there when `wait_for_copies` returns. Before compute capability
+// 8.0 they are at once.
+template <int BYTES> __device__ __forceinline__ void copy_async(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+    const u32 to = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES) : "memory");
+#else
+    for (int i = 0; i < BYTES / 4; i++) ((u32*)shared)[i] = ((const u32*)global)[i];
+#endif
+}
+
+// The copies that this thread began since it last said so are a group.
+__device__ __forceinline__ void end_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Wait until all but this thread's last `LEFT` groups are there.
+template <int LEFT> __device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#endif
+}
+
 // The code of v: half to even, saturating.
 __device__ __forceinline__ s8 half_even(float v) {
     int code;

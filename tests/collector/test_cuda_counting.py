@@ -137,6 +137,26 @@ def test_documents_may_come_in_several_calls(counter: NewCounter, device: torch.
         assert_same(found, count_on_host(case), "float16")
 
 
+def test_what_was_added_may_be_given_up_at_once(counter: NewCounter, device: torch.device) -> None:
+    """Its memory is given out again, and written to, while kernels that read it may still wait."""
+    rows, channels = (4096, 768) if device.type == "cuda" else (64, 40)
+    case = Case("given up", wild(9 * rows, channels, 12).half(), [rows] * 9, plain_layout(0, 8, channels))
+    statistics = DeviceStatistics({(0, "site"): case.layout}, MOST, device)
+    site = statistics.sites[0, "site"]
+    summaries = torch.full((9, 3, len(SUMMARY_COLUMNS)), -1.0, device=device)
+    parts = [part.to(device) for part in case.x.split(case.lengths)]
+    with torch.inference_mode():
+        counter()  # made before, so that nothing below waits for a compiler
+        for i, part in enumerate(parts):
+            counter().add(site, part.clone(), np.array([0, rows]), i, summaries[i : i + 1])
+            for _ in range(4):
+                torch.full_like(part, 7.0)
+        counter().flush()
+        statistics.fold(np.arange(9))
+    found = statistics.to_host()[0, "site"], summaries.cpu().numpy()
+    assert_same(found, count_on_host(case), "float16")
+
+
 def test_the_same_block_gives_the_same_bytes(counter: NewCounter, device: torch.device) -> None:
     case = Case(
         "again", torch.randn(4096, 200, generator=torch.Generator().manual_seed(0)), [4000, 96], plain_layout(0, 200)
