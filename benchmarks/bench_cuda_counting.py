@@ -37,8 +37,10 @@ class Only:
             self._launch(name, grid, threads, arguments, shared)
 
 
-def seconds(sides: dict[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:
-    """Median seconds on the device of each side, in turns, after a round of each."""
+def seconds(
+    sides: dict[str, Callable[[], object]], flushes: dict[str, Callable[[], None]], repeats: int = 5
+) -> dict[str, float]:
+    """Median seconds on the device of each side, in turns, after a round of each; several in a row, then its flush."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(-1, repeats):
         for name, side in sides.items():
@@ -47,6 +49,7 @@ def seconds(sides: dict[str, Callable[[], object]], repeats: int = 5) -> dict[st
             in_a_row = 1 if name in SLOW else IN_A_ROW
             for _ in range(in_a_row):
                 side()
+            flushes.get(name, lambda: None)()
             stop.record()
             stop.synchronize()
             if turn >= 0:
@@ -86,7 +89,6 @@ def measured(encoding: str, kind: int, name: str, device: torch.device) -> dict[
     def add(counter: CudaCounter) -> None:
         site.calls = 0
         counter.add(site, x, offsets, 0, summaries)
-        counter.flush()
 
     took = seconds(
         {
@@ -98,7 +100,8 @@ def measured(encoding: str, kind: int, name: str, device: torch.device) -> dict[
             "copy": lambda: copy.copy_(x),
             "bincount": lambda: torch.bincount(x.flatten().view(torch.int16).to(torch.int32) + 32768, minlength=65536),
             "histc": lambda: torch.histc(x.float(), 2048),
-        }
+        },
+        {"counting": count.flush, "+ table": table.flush, "everything": whole.flush},
     )
     return {side: x.numel() / s / 1e9 for side, s in took.items()}
 

@@ -93,30 +93,7 @@ class _Queue:
     segments: int = 0
 
 
-@dataclass
-class _Memory:
-    """Working memory of a batch, by name; ``reads``: what its kernels read, ``done``: when they have."""
-
-    rooms: dict[str, torch.Tensor] = field(default_factory=dict)
-    reads: list[object] = field(default_factory=list)
-    done: torch.cuda.Event | None = None
-
-    def taken(self, device: torch.device) -> _Memory:
-        """It, once the batch before is through with it: what it read may be given out again on the caller's stream."""
-        if self.done:
-            torch.cuda.current_stream(device).wait_event(self.done)
-        self.reads.clear()
-        return self
-
-    def room(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> int:
-        """The address of memory for ``size`` elements, zeros where it is new."""
-        held = self.rooms.get(name)
-        if held is None or held.numel() < size:
-            held = self.rooms[name] = torch.zeros(power_of_two(size), dtype=dtype, device=device)
-        return held.data_ptr()
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Plan:
     """What batches of equal layouts, offsets and strides share: ``batch`` has what does not differ, ``tables`` on the
     device is what it points to; ``members`` of each site, as there; ``rooms``: `_rooms`; how many blocks each kernel
@@ -131,6 +108,37 @@ class _Plan:
     summaries: int
     jobs: int
     finishing: int
+
+
+@dataclass
+class _Memory:
+    """Working memory of one batch at a time: ``rooms``, by name; ``batches``: each plan's, pointing there; ``reads``:
+    what the last one's kernels read, ``done``: when they have.
+    """
+
+    rooms: dict[str, torch.Tensor] = field(default_factory=dict)
+    batches: dict[_Plan, SiteBatch] = field(default_factory=dict)
+    reads: list[object] = field(default_factory=list)
+    done: torch.cuda.Event | None = None
+
+    def take(self, plan: _Plan, device: torch.device) -> SiteBatch:
+        """A plan's batch. The one before has to be through with its memory first, on the current stream; what that one
+        read may be given out again there.
+        """
+        if self.done:
+            torch.cuda.current_stream(device).wait_event(self.done)
+        self.reads = [plan]
+        if plan not in self.batches:
+            for name, (size, dtype) in plan.rooms.items():
+                if name not in self.rooms or self.rooms[name].numel() < size:
+                    self.rooms[name] = torch.zeros(power_of_two(size), dtype=dtype, device=device)
+                    self.batches.clear()  # which hold the old address
+            if len(self.batches) >= PLANS:
+                self.batches.clear()
+            batch = self.batches[plan] = SiteBatch.from_buffer_copy(plan.batch)
+            for name in plan.rooms:
+                setattr(batch, name, self.rooms[name].data_ptr())
+        return SiteBatch.from_buffer_copy(self.batches[plan])
 
 
 def halvings(shared: int) -> int:
@@ -228,12 +236,10 @@ class CudaCounter:
             return
         plan = self._plan(waiting)
         launch = self._kernels(kind).launch
-        batch = SiteBatch.from_buffer_copy(plan.batch)
-        memory = self._memories[0].taken(self.device)
+        memory = self._memories[0]
         self._memories.rotate()
-        for name, (size, dtype) in plan.rooms.items():
-            setattr(batch, name, memory.room(name, size, dtype, self.device))
-        memory.reads += [plan, waiting]
+        batch = memory.take(plan, self.device)
+        memory.reads.append(waiting)
         tops: list[tuple[DeviceSite, torch.Tensor]] = []
         for number, one in enumerate(waiting):
             site, into = batch.sites[number], one.into

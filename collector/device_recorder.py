@@ -66,14 +66,14 @@ class ObservedBlock:
     same: Mapping[Key, Key]
     kept: Mapping[Key, Sequence[KeptRows]]
 
-    def wait(self) -> None:
-        """Until all is copied, and so folded into the run's statistics."""
-        if self.copied:
-            self.copied.synchronize()
+    def is_here(self) -> bool:
+        """Whether all is copied, and so folded into the run's statistics."""
+        return self.copied is None or bool(self.copied.query())  # type: ignore[no-untyped-call]
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
-        """The rows of `documents` and of `activations`; waits."""
-        self.wait()
+        """The rows of `documents` and of `activations`; waits until all is here."""
+        if self.copied:
+            self.copied.synchronize()
         values = self.values.numpy()
         summaries: dict[Key, npt.NDArray[np.float32]] = {}
         start = 0

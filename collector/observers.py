@@ -44,7 +44,7 @@ AHEAD = 4
 """Blocks whose parts may be unwritten while the device goes on."""
 
 WRITERS = 2
-"""Threads that make and write parts, each a file of its own: a part takes longer to write than a block to run."""
+"""Threads that write parts, each a file of its own: on a slow disk a part takes longer than a block."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,9 @@ class HostObserver(Observer):
 
 
 class DeviceObserver(Observer):
-    """On a device. Its queue is kept full: a block's tables are made and written by other threads meanwhile."""
+    """On a device, whose queue is kept full: a block's tables are made while it works on later ones, and written by
+    other threads. Those do not make them: while one runs Python, this one, which queues the kernels, gets on slowly.
+    """
 
     def __init__(
         self,
@@ -185,6 +187,7 @@ class DeviceObserver(Observer):
         self._counter = choose_counter(ENCODINGS["float16"], most, model.device)
         self._gather = choose_gather(model.device)
         self._writer = ThreadPoolExecutor(WRITERS)
+        self._observed: deque[tuple[int, ObservedBlock, torch.Tensor]] = deque()
         self._unwritten: deque[Future[None]] = deque()
 
     def __enter__(self) -> DeviceObserver:
@@ -205,21 +208,27 @@ class DeviceObserver(Observer):
             self.model.hidden(_packed(documents), recorder)
             block = recorder.finish()
         if self.write or self.sums:
-            self._unwritten.append(self._writer.submit(self._write, number, block, self._statistics.block_sums))
-        while len(self._unwritten) > AHEAD:
+            self._observed.append((number, block, self._statistics.block_sums))
+        self._write_observed(AHEAD)
+
+    def _write_observed(self, ahead: int) -> None:
+        """Let every block be written that has come to the host; wait until all are written but ``ahead``."""
+        while self._observed and (self._observed[0][1].is_here() or len(self._observed) > ahead):
+            number, block, sums = self._observed.popleft()
+            tables = block.tables() if self.write else None
+            self._unwritten.append(self._writer.submit(self._write, number, tables, sums))
+        while self._unwritten and len(self._observed) + len(self._unwritten) > ahead:
             self._unwritten.popleft().result()
 
-    def _write(self, number: int, block: ObservedBlock, sums: torch.Tensor) -> None:
-        block.wait()
+    def _write(self, number: int, tables: tuple[pa.Table, pa.Table] | None, sums: torch.Tensor) -> None:
         if self.sums:
             self.sums(number, self._statistics.sums_of(sums))
-        if self.write:
-            self.write(number, *block.tables())
+        if self.write and tables:
+            self.write(number, *tables)
 
     def settle(self) -> None:
         """As `Observer.settle`."""
-        while self._unwritten:
-            self._unwritten.popleft().result()
+        self._write_observed(0)
         if self._statistics.device.type == "cuda":
             torch.cuda.synchronize(self._statistics.device)
 

@@ -94,6 +94,8 @@ def large_cases(values: int) -> Iterator[Case]:
     yield Case("silu", torch.nn.functional.silu(normal * 2).bfloat16(), lengths, layout, "bfloat16")
     some = torch.where(torch.rand(rows, channels, generator=generator) < 0.5, 0.0, normal)
     yield Case("half zeros", some.half(), lengths, layout)
+    eighth = torch.where((torch.arange(channels) % 8 == 7).expand(rows, -1), normal, 0.0)
+    yield Case("zeros but for every eighth", eighth.half(), lengths, layout)
     yield Case("all zeros", torch.zeros(rows, channels).half(), lengths, layout)
     yield Case("one value", torch.full((rows, channels), -1.5), lengths, plain_layout(0, 96))
     two = torch.tensor([1.0, 1.0009765625]).half()[torch.randint(0, 2, (rows, channels), generator=generator)]
