@@ -37,6 +37,7 @@ from quambase.schema.scales import read_scales
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("quamba") is None, reason="needs upstream's package quamba"),
+    pytest.mark.filterwarnings("ignore"),  # upstream's, while it is imported
 ]
 
 DOCUMENTS, LENGTH = 4, 301
