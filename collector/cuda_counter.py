@@ -26,15 +26,15 @@ from quambase.collector.packing import pack
 from quambase.collector.site_batch import (
     CANDIDATES,
     COMBINED,
-    PACKED,
+    FORMING,
     RANGES,
+    REDUCED,
     SITES,
     Job,
     Shape,
     SiteBatch,
     Tables,
     blocks_of,
-    item_rows,
     power_of_two,
 )
 from quambase.collector.statistics import PROBABILITIES, SUMMARY_COLUMNS, Encoding, SiteLayout
@@ -95,9 +95,13 @@ class _Queue:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What batches of equal layouts, offsets and strides share: ``batch`` has what does not differ, ``tables`` on the
-    device is what it points to; ``members`` of each site, as there; ``rooms``: `_rooms`; how many blocks each kernel
-    has.
+    """What batches of equal layouts, offsets and strides share.
+
+    batch    what of the struct does not differ
+    tables   int32, on the device: what it points to
+    members  of each site, as there
+    rooms    the working memory that it needs: `_rooms`
+    groups, summaries, jobs, finishing: blocks of `reduce_counts` (in y), `summarise`, `moments`, `finish`
     """
 
     batch: SiteBatch
@@ -261,9 +265,9 @@ class CudaCounter:
         if self._beside:
             self._beside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._beside):  # nothing else than the current one where there is none
-            launch("reduce_counts", (PATTERNS // 4 // 256, plan.groups), 256, arguments)
+            launch("reduce_counts", (PATTERNS // REDUCED, plan.groups), 256, arguments)
             launch("summarise", (plan.summaries, 1), 1024, arguments)
-            launch("moments", (plan.jobs, 1), 256, arguments)
+            launch("moments", (plan.jobs, 1), FORMING, arguments)
             launch("finish", (plan.finishing, 1), 256, arguments)
             for into, top in tops:
                 into.top.copy_(merged_top(into.top, top))
@@ -283,16 +287,8 @@ class CudaCounter:
 
     def _new_plan(self, sites: Sequence[tuple[SiteLayout, Int64, int]]) -> _Plan:
         packing = pack([(layout, offsets) for layout, offsets, _ in sites], self._blocks)
-        widths = [np.diff(layout.edges) for layout, _, _ in sites]
-        # Spills that an item's values could bring.
-        brought = [rows * int(widths[site][group]) // 0x8000 for site, group, _, rows in packing.items.tolist()]
-        made = {
-            "items": item_rows(packing, [(layout, stride) for layout, _, stride in sites]),
-            "spill_first": np.cumsum([0, *brought]),
-        }
         tables = Tables()
-        for name in PACKED:
-            tables.put(name, made[name] if name in made else getattr(packing, name))
+        spills = tables.put_items(packing, [(layout, stride) for layout, _, stride in sites])
         shapes, jobs = (Shape * len(sites))(), list[Job]()
         firsts = {name: [0] for name in ("group_first", "summary_first", "finish_first", "job_first")}
         segments = partial = 0
@@ -328,7 +324,7 @@ class CudaCounter:
             for place, (layout, _, _) in zip(tables.of_sites("members"), sites, strict=True)
         ]
         blocks = (firsts[name][-1] for name in ("group_first", "summary_first", "job_first", "finish_first"))
-        rooms = _rooms(len(packing.items), sum(brought), firsts["group_first"][-1], partial)
+        rooms = _rooms(len(packing.items), spills, firsts["group_first"][-1], partial)
         return _Plan(batch, there, members, rooms, *blocks)
 
 

@@ -26,21 +26,25 @@ CANDIDATES = 1024
 ALONG = 4
 """As in the source: channels whose moments one thread forms."""
 
-_I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
+FORMING = 256
+"""As in the source: threads of a block of `moments`."""
 
-OF_SITE = ("offsets", "runs", "members", "edges", "group_of", "place_of")
-"""Arrays that a `Shape` points to."""
-
-PACKED = ("items", "block_first", "segment_first", "spill_first")
-"""Arrays that a `SiteBatch` points to: those of a `quambase.collector.packing.Packing`, whose items are as `item_rows`
-has them, and where an item's spills begin.
-"""
+REDUCED = 1024
+"""As in the source: patterns of a block of `reduce_counts`."""
 
 COMBINED = 32
 """As in the source: channels of a block of `finish`."""
 
 RANGES = PATTERNS // 32
 """As in the source: runs of neighbouring patterns whose counts are summed too."""
+
+_I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+OF_SITE = ("offsets", "runs", "members", "edges", "group_of", "place_of")
+"""Arrays that a `Shape` points to."""
+
+OF_BATCH = ("items", "block_first", "segment_first", "spill_first")
+"""Arrays that a `SiteBatch` points to."""
 
 
 class Shape(ctypes.Structure):
@@ -133,6 +137,16 @@ class Tables:
         self.parts += [flat, np.zeros(padding, np.int32)]
         self.size += flat.size + padding
 
+    def put_items(self, packing: Packing, sites: Sequence[tuple[SiteLayout, int]]) -> int:
+        """Append OF_BATCH, of sites' layouts and strides; how many spills all items could bring."""
+        widths = [np.diff(layout.edges) for layout, _ in sites]
+        brought = [rows * int(widths[site][group]) // 0x8000 for site, group, _, rows in packing.items.tolist()]
+        self.put("items", item_rows(packing, sites))
+        self.put("block_first", packing.block_first)
+        self.put("segment_first", packing.segment_first)
+        self.put("spill_first", np.cumsum([0, *brought]))
+        return sum(brought)
+
     def put_site(self, number: int, layout: SiteLayout, offsets: Int64) -> None:
         """Append what a site's `Shape` points to."""
         for name, values in zip(OF_SITE, (offsets, *_of_layout(layout)), strict=True):
@@ -189,7 +203,7 @@ class Tables:
                 setattr(shape, name, base + 4 * place)
         for number, job in enumerate(jobs):
             job.segments = base + 4 * self.places[f"segments {number}"]
-        for name in PACKED:
+        for name in OF_BATCH:
             setattr(batch, name, base + 4 * self.places[name])
         batch.shapes = base + 4 * self.size
         batch.jobs = batch.shapes + ctypes.sizeof(shapes)
@@ -205,4 +219,5 @@ def blocks_of(job: Job, documents: int) -> int:
 
 
 def power_of_two(least: int) -> int:
+    """The smallest that is no less; 1 for 0."""
     return 1 << max(least - 1, 0).bit_length()
