@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -156,6 +157,12 @@ def halvings(shared: int) -> int:
     raise CompilationFailed(f"{shared} bytes of shared memory hold no table; expected {TABLE >> MOST_HALVINGS} or more")
 
 
+@cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device's counters for what follows the counting; one for all, which share the memory it frees."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class CudaCounter:
     """A `DeviceCounter` by compiled kernels; owns their working memory, which every site shares.
 
@@ -182,7 +189,7 @@ class CudaCounter:
         self._plans: dict[tuple[tuple[SiteLayout, bytes, int], ...], _Plan] = {}
         self._waiting: defaultdict[int, _Queue] = defaultdict(_Queue)
         self._memories = deque([_Memory(), _Memory()])
-        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._beside = _beside(device) if device.type == "cuda" else None
         self._probabilities = torch.from_numpy(PROBABILITIES).to(device)
         self._kernels(KINDS[encoding.name, encoding.torch_dtype])  # so that a failure is told at once
 

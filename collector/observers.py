@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 
 import numpy as np
@@ -160,6 +161,14 @@ class HostObserver(Observer):
         return self._statistics
 
 
+@cache
+def _observing(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which a device's blocks are observed: of higher priority than the counter's own, whose kernels take
+    what the model's leave idle. One for all observers, since memory that was freed goes to its own stream only.
+    """
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+
 class DeviceObserver(Observer):
     """On a device, whose queue is kept full: a block's tables are made while it works on later ones, and written by
     other threads. Those do not make them: while one runs Python, this one, which queues the kernels, gets on slowly.
@@ -179,10 +188,9 @@ class DeviceObserver(Observer):
         layouts: dict[Key, SiteLayout] = {key: stats.layout for key, stats in statistics.items()}
         self._statistics = DeviceStatistics(layouts, most, model.device)
         self._statistics.load(statistics)
-        # Of higher priority than the counter's own, whose kernels take what the model's leave idle.
         self._stream = None
         if model.device.type == "cuda":
-            self._stream = torch.cuda.Stream(model.device, priority=-1)  # type: ignore[no-untyped-call]
+            self._stream = _observing(model.device)
             self._stream.wait_stream(torch.cuda.current_stream(model.device))
         self._counter = choose_counter(ENCODINGS["float16"], most, model.device)
         self._gather = choose_gather(model.device)
