@@ -19,7 +19,7 @@ PATTERNS = 65536
 SIGN = 32768
 """Patterns below it are non-negative; adding it negates. Magnitudes order as their patterns do."""
 
-WIDEST = 512
+WIDEST = 2048
 """Channels per piece of the moments at most: longer runs of a row are read faster, but the accumulators of one piece
 stay in the nearer caches."""
 
@@ -199,6 +199,16 @@ def _larger(a: np.float32, b: np.float32) -> np.float32:
     return a if a > b else b
 
 
+@numba.njit(inline="always")
+def _smallest(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> np.float32:
+    return _smaller(_smaller(a, b), _smaller(c, d))
+
+
+@numba.njit(inline="always")
+def _largest(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> np.float32:
+    return _larger(_larger(a, b), _larger(c, d))
+
+
 @numba.njit(parallel=True, cache=True)
 def channel_moments(
     x: Float32,
@@ -237,22 +247,24 @@ def channel_moments(
             for i in range(width):
                 low[i], high[i], added[i], squared[i], absolute[i] = np.inf, -np.inf, 0.0, 0.0, 0.0
                 used[i] = stop - start
-            # Four rows at a time, so that the accumulators are read and written a quarter as often.
-            whole = start + (stop - start) // 4 * 4
-            for row in range(start, whole, 4):
+            # Eight rows at a time, so that the accumulators are read and written an eighth as often.
+            whole = start + (stop - start) // 8 * 8
+            for row in range(start, whole, 8):
                 for i in range(width):
-                    v0, v1, v2, v3 = (
-                        x[row, first + i],
-                        x[row + 1, first + i],
-                        x[row + 2, first + i],
-                        x[row + 3, first + i],
-                    )
+                    c = first + i
+                    v0, v1, v2, v3 = x[row, c], x[row + 1, c], x[row + 2, c], x[row + 3, c]
+                    v4, v5, v6, v7 = x[row + 4, c], x[row + 5, c], x[row + 6, c], x[row + 7, c]
                     w0, w1, w2, w3 = np.float64(v0), np.float64(v1), np.float64(v2), np.float64(v3)
-                    low[i] = _smaller(_smaller(_smaller(v0, v1), _smaller(v2, v3)), low[i])
-                    high[i] = _larger(_larger(_larger(v0, v1), _larger(v2, v3)), high[i])
-                    added[i] += (w0 + w1) + (w2 + w3)
-                    squared[i] += (w0 * w0 + w1 * w1) + (w2 * w2 + w3 * w3)
-                    absolute[i] += (abs(w0) + abs(w1)) + (abs(w2) + abs(w3))
+                    w4, w5, w6, w7 = np.float64(v4), np.float64(v5), np.float64(v6), np.float64(v7)
+                    low[i] = _smaller(_smaller(_smallest(v0, v1, v2, v3), _smallest(v4, v5, v6, v7)), low[i])
+                    high[i] = _larger(_larger(_largest(v0, v1, v2, v3), _largest(v4, v5, v6, v7)), high[i])
+                    added[i] += ((w0 + w1) + (w2 + w3)) + ((w4 + w5) + (w6 + w7))
+                    squared[i] += ((w0 * w0 + w1 * w1) + (w2 * w2 + w3 * w3)) + (
+                        (w4 * w4 + w5 * w5) + (w6 * w6 + w7 * w7)
+                    )
+                    absolute[i] += ((abs(w0) + abs(w1)) + (abs(w2) + abs(w3))) + (
+                        (abs(w4) + abs(w5)) + (abs(w6) + abs(w7))
+                    )
             for row in range(whole, stop):
                 for i in range(width):
                     value = x[row, first + i]

@@ -6,7 +6,7 @@ and resumed, and one that was not, do the same float64 additions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -196,6 +196,10 @@ def sums_of(statistics: Mapping[tuple[int, str], SiteStatistics]) -> Float64:
     return np.stack([np.concatenate([m.total for m in moments]), np.concatenate([m.squares for m in moments])])
 
 
+NEARBY = 8 << 20
+"""Bytes of float32 values that are read three times before the next are, about."""
+
+
 class Counter:
     """Counts tensors of any site; owns the kernel's working tables, which every site shares.
 
@@ -228,11 +232,10 @@ class Counter:
         document; summaries (documents, groups + 1, 1 + q),
         written: amax and quantiles (SUMMARY_COLUMNS) of each document, the whole site last.
         """
-        self.count(into, x, offsets, first, summaries)
-        moments = into.moments
+        self.count(into, x, offsets, first, summaries, moments=not into.layout.d_state)
         if not into.layout.d_state:
-            self._add_moments(x, offsets, moments)
             return
+        moments = into.moments
         # (documents, n, e) to each group's (documents channels, n).
         states = x.view(len(offsets) - 1, into.layout.d_state, -1).transpose(1, 2)
         for g in range(len(into.layout.names)):
@@ -259,33 +262,56 @@ class Counter:
             into.overflow,
         )
 
-    def count(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: Float32) -> None:
-        """The counts, outliers and summaries of `add`, without the moments."""
-        documents = offsets.size - 1
-        groups = len(into.layout.names)
-        workers = self._counts.shape[0]
-        # Shares of about equal work: the borders are documents nearest to even shares of the rows.
-        even = np.linspace(offsets[0], offsets[-1], workers + 1)[1:-1]
-        borders = np.searchsorted(offsets, even).clip(0, documents)
+    def count(
+        self,
+        into: SiteStatistics,
+        x: torch.Tensor,
+        offsets: Int64,
+        first: int,
+        summaries: Float32,
+        *,
+        moments: bool = False,
+    ) -> None:
+        """The counts, outliers and summaries of `add`, and, if ``moments``, those of x's channels."""
+        workers, groups = self._counts.shape[0], len(into.layout.names)
         counts, top_sizes = self._counts[:, :groups], self._top_sizes[:, :groups]
-        count_documents(
-            self._rounded(x).view(torch.uint16).numpy(),
-            offsets,
-            first,
-            np.array([0, *borders, documents], np.int64),
-            *into.layout.runs,
-            self.encoding.infinity,
-            self._magnitudes,
-            PROBABILITIES,
-            counts,
-            self._scratch[:, :groups],
-            summaries,
-            self._top[:, :groups],
-            top_sizes,
-        )
+        for start, stop in self._nearby(offsets, x.shape[1]):
+            rows, borders = x[offsets[start] : offsets[stop]], offsets[start : stop + 1] - offsets[start]
+            # Shares of about equal work: the bounds are documents nearest to even shares of the rows.
+            even = np.linspace(0, len(rows), workers + 1)[1:-1]
+            bounds = np.searchsorted(borders, even).clip(0, stop - start)
+            count_documents(
+                self._rounded(rows).view(torch.uint16).numpy(),
+                borders,
+                first + start,
+                np.array([0, *bounds, stop - start], np.int64),
+                *into.layout.runs,
+                self.encoding.infinity,
+                self._magnitudes,
+                PROBABILITIES,
+                counts,
+                self._scratch[:, :groups],
+                summaries[start:stop],
+                self._top[:, :groups],
+                top_sizes,
+            )
+            if moments:
+                self._add_moments(rows, borders, into.moments)
         into.counts += counts.sum(axis=0)
         counts[:] = 0
         for g in range(groups):
             found = [self._top[w, g, : top_sizes[w, g]] for w in range(workers)]
             into.top[g] = largest(np.concatenate([into.top[g], *found]), self.most)
         top_sizes[:] = 0
+
+    def _nearby(self, offsets: Int64, channels: int) -> Iterator[tuple[int, int]]:
+        """Runs of documents whose values stay in a cache until they are rounded, counted and added up; some for each
+        worker.
+        """
+        documents, rows = offsets.size - 1, NEARBY // (4 * channels)
+        start = 0
+        while start < documents:
+            stop = int(np.searchsorted(offsets, offsets[start] + rows, side="right")) - 1
+            stop = min(max(stop, start + 2 * self._counts.shape[0]), documents)
+            yield start, stop
+            start = stop

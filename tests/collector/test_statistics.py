@@ -2,12 +2,14 @@
 
 import itertools
 
+import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quambase.collector import statistics
 from quambase.collector.rows import PatternOrder
 from quambase.collector.statistics import (
     ENCODINGS,
@@ -110,7 +112,7 @@ SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 65519.0, 65520.
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.lists(st.integers(0, 6), min_size=1, max_size=5),
+    st.lists(st.integers(0, 18), min_size=1, max_size=5),
     st.sampled_from([(0, 3), (0, 2, 5), (0, 1, 2, 140)]),
     st.sampled_from(["float16", "bfloat16"]),
     st.integers(0, 2**32 - 1),
@@ -163,21 +165,44 @@ def test_folding_blocks_equals_counting_at_once(lengths: list[int], data: st.Dat
     np.testing.assert_allclose(first.moments.squares, whole.moments.squares, rtol=1e-13)
 
 
-def test_more_than_one_worker_counts_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    import numba
+def assert_equal_to_the_bit(
+    found: tuple[SiteStatistics, np.ndarray], wanted: tuple[SiteStatistics, np.ndarray]
+) -> None:
+    np.testing.assert_array_equal(found[0].counts, wanted[0].counts)
+    np.testing.assert_array_equal(found[1], wanted[1])
+    for ours, true in zip(found[0].top, wanted[0].top, strict=True):
+        np.testing.assert_array_equal(ours, true)
+    for name, values in vars(wanted[0].moments).items():
+        np.testing.assert_array_equal(getattr(found[0].moments, name), values)
 
+
+@pytest.mark.parametrize("nearby", [1, 1000])
+def test_runs_of_documents_count_as_all_at_once(nearby: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    lengths = [10, 0, 1, 40, 6, 0, 9, 17, 3, 25, 8, 2, 0]
+    spread = np.repeat(10 ** rng.uniform(-2, 2, len(lengths)), lengths)[:, None]
+    x = torch.from_numpy(((rng.normal(size=(sum(lengths), 9)) + rng.normal()) * spread).astype(np.float32))
+    numba.set_num_threads(1)  # so that some documents a worker are few
+    try:
+        whole = count(x, lengths, (0, 2, 9))
+        monkeypatch.setattr(statistics, "NEARBY", nearby)
+        runs = list(Counter(ENCODINGS["float16"], MOST, 2)._nearby(np.cumsum([0, *lengths]), 9))
+        assert len(runs) > 3 and [start for start, _ in runs] == [0, *(stop for _, stop in runs[:-1])]
+        assert_equal_to_the_bit(count(x, lengths, (0, 2, 9)), whole)
+    finally:
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+
+
+def test_more_than_one_worker_counts_the_same() -> None:
     x = torch.randn(57, 9, generator=torch.Generator().manual_seed(2))
     lengths = [10, 0, 1, 40, 6]
-    many, one_by_one = count(x, lengths, (0, 9)), None
+    many = count(x, lengths, (0, 9))
     numba.set_num_threads(1)
     try:
         one_by_one = count(x, lengths, (0, 9))
     finally:
         numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
-    np.testing.assert_array_equal(many[0].counts, one_by_one[0].counts)
-    np.testing.assert_array_equal(many[1], one_by_one[1])
-    np.testing.assert_array_equal(many[0].moments.total, one_by_one[0].moments.total)
-    np.testing.assert_array_equal(many[0].top[0], one_by_one[0].top[0])
+    assert_equal_to_the_bit(many, one_by_one)
 
 
 def test_ties_among_outliers_go_to_the_earlier_place() -> None:
