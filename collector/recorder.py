@@ -139,6 +139,27 @@ def activations_rows(run: str, layouts: Mapping[Key, SiteLayout], kept: Mapping[
     return pa.concat_tables(pieces) if pieces else as_made(ACTIVATIONS).empty_table()
 
 
+PIECE = 1 << 24
+"""Values that a `_Room` gets at a time: so many bytes that the allocator maps them apart from its heap."""
+
+
+class _Room:
+    """Where a block's raw activations are kept. On the allocator's heap, among the activations that come and go, they would
+    keep its memory from being used again, and each layer would wait for new.
+    """
+
+    def __init__(self) -> None:
+        self._free = np.empty(0, np.float32)
+
+    def take(self, rows: int, width: int) -> npt.NDArray[np.float32]:
+        """(rows, width) to be written."""
+        size = rows * width
+        if self._free.size < size:
+            self._free = np.empty(max(size, PIECE), np.float32)
+        taken, self._free = self._free[:size], self._free[size:]
+        return taken.reshape(rows, width)
+
+
 @dataclass
 class BlockRecorder:
     """A `quambase.model.backbone.Tap` for the documents of one block; sites without a layout are not looked at.
@@ -163,6 +184,7 @@ class BlockRecorder:
         self._seen = dict.fromkeys(self.layouts, 0)
         self._last: tuple[Key, torch.Tensor] | None = None
         self._kept: dict[Key, list[Kept]] = {key: [] for key in self.layouts}
+        self._room = _Room()
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
         """Count one site's activations; see `quambase.model.backbone.Tap` for the shapes."""
@@ -213,8 +235,9 @@ class BlockRecorder:
         for place, document in enumerate(documents):
             if layout.state:
                 if self.states is None or document.index in self.states:
-                    state = values[place].numpy().reshape(-1).copy()
-                    kept.append((document.index, document.tokens.size - 1, state))
+                    state = self._room.take(*values[place].shape)
+                    state[:] = values[place].numpy()
+                    kept.append((document.index, document.tokens.size - 1, state.reshape(-1)))
                 continue
             if self.positions is None:
                 wanted = np.arange(document.tokens.size)
@@ -222,7 +245,8 @@ class BlockRecorder:
                 wanted = self.positions[document.index]
             else:
                 continue
-            picked = values[torch.from_numpy(offsets[place] + wanted)].numpy()
+            picked = self._room.take(len(wanted), values.shape[1])
+            torch.index_select(values, 0, torch.from_numpy(offsets[place] + wanted), out=torch.from_numpy(picked))
             kept.extend((document.index, int(position), row) for position, row in zip(wanted, picked, strict=True))
 
     def finish(self) -> dict[Key, SiteStatistics]:
