@@ -144,8 +144,8 @@ PIECE = 1 << 24
 
 
 class _Room:
-    """Where a block's raw activations are kept. On the allocator's heap, among the activations that come and go, they would
-    keep its memory from being used again, and each layer would wait for new.
+    """Where a block's raw activations are kept. On the allocator's heap, among the activations that come and go, they
+    would keep its memory from being used again, and each layer would wait for new.
     """
 
     def __init__(self) -> None:
