@@ -203,7 +203,7 @@ NEARBY = 8 << 20
 class Counter:
     """Counts tensors of any site; owns the kernel's working tables, which every site shares.
 
-    ``most``: outliers kept per group.
+    ``most``: outliers kept per group. ``groups``: of a site at most; more are a ValueError.
     """
 
     def __init__(self, encoding: Encoding, most: int, groups: int) -> None:
@@ -274,6 +274,10 @@ class Counter:
     ) -> None:
         """The counts, outliers and summaries of `add`, and, if ``moments``, those of x's channels."""
         workers, groups = self._counts.shape[0], len(into.layout.names)
+        if groups > self._counts.shape[1]:  # compiled code would write beyond the tables
+            raise ValueError(
+                f"a site has {groups} groups; expected {self._counts.shape[1]} at most, as this was made for"
+            )
         counts, top_sizes = self._counts[:, :groups], self._top_sizes[:, :groups]
         for start, stop in self._nearby(offsets, x.shape[1]):
             rows, borders = x[offsets[start] : offsets[stop]], offsets[start : stop + 1] - offsets[start]

@@ -28,7 +28,7 @@ MOST = 7
 def count(
     x: torch.Tensor, lengths: list[int], edges: tuple[int, ...], encoding: str = "float16"
 ) -> tuple[SiteStatistics, np.ndarray]:
-    layout = SiteLayout(tuple("abc"[: len(edges) - 1]), edges)
+    layout = SiteLayout(tuple("abcd"[: len(edges) - 1]), edges)
     stats = SiteStatistics.empty(layout, MOST)
     summaries = np.full((len(lengths), len(edges), len(SUMMARY_COLUMNS)), -1, np.float32)
     Counter(ENCODINGS[encoding], MOST, 3).add(stats, x, np.cumsum([0, *lengths]), 0, summaries)
@@ -191,6 +191,11 @@ def test_runs_of_documents_count_as_all_at_once(nearby: int, monkeypatch: pytest
         assert_equal_to_the_bit(count(x, lengths, (0, 2, 9)), whole)
     finally:
         numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+
+
+def test_a_site_of_more_groups_than_there_are_tables_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="4 groups; expected 3 at most"):
+        count(torch.zeros(2, 8), [2], (0, 1, 2, 3, 8))
 
 
 def test_more_than_one_worker_counts_the_same() -> None:
