@@ -139,7 +139,7 @@ def activations_rows(run: str, layouts: Mapping[Key, SiteLayout], kept: Mapping[
     return pa.concat_tables(pieces) if pieces else as_made(ACTIVATIONS).empty_table()
 
 
-PIECE = 1 << 24
+ROOM = 1 << 24
 """Values that a `_Room` gets at a time: so many bytes that the allocator maps them apart from its heap."""
 
 
@@ -152,10 +152,10 @@ class _Room:
         self._free = np.empty(0, np.float32)
 
     def take(self, rows: int, width: int) -> npt.NDArray[np.float32]:
-        """(rows, width) to be written."""
+        """(rows, width) float32, to be written; never handed out again."""
         size = rows * width
         if self._free.size < size:
-            self._free = np.empty(max(size, PIECE), np.float32)
+            self._free = np.empty(max(size, ROOM), np.float32)
         taken, self._free = self._free[:size], self._free[size:]
         return taken.reshape(rows, width)
 

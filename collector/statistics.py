@@ -229,8 +229,8 @@ class Counter:
         """Add documents ``first`` onwards of a block to ``into``: their counts, and their channels' moments.
 
         x (rows, channels) float; offsets (documents + 1,) of its rows, where the layout has a d_state that many of each
-        document; summaries (documents, groups + 1, 1 + q),
-        written: amax and quantiles (SUMMARY_COLUMNS) of each document, the whole site last.
+        document; summaries (documents, groups + 1, 1 + q), written: amax and quantiles (SUMMARY_COLUMNS) of each
+        document, the whole site last. ValueError: more groups than this was made for.
         """
         self.count(into, x, offsets, first, summaries, moments=not into.layout.d_state)
         if not into.layout.d_state:
@@ -309,8 +309,8 @@ class Counter:
         top_sizes[:] = 0
 
     def _nearby(self, offsets: Int64, channels: int) -> Iterator[tuple[int, int]]:
-        """Runs of documents whose values stay in a cache until they are rounded, counted and added up; some for each
-        worker.
+        """Runs of documents, first to last + 1, whose values stay in a cache until they are rounded, counted and added
+        up; two documents for each worker at least.
         """
         documents, rows = offsets.size - 1, NEARBY // (4 * channels)
         start = 0

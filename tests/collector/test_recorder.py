@@ -9,8 +9,8 @@ from quambase.collector import recorder
 
 
 def test_what_is_kept_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a piece, where a piece ends, beyond a piece's size, and of no rows at all."""
-    monkeypatch.setattr(recorder, "PIECE", 10)
+    """Within a room, where one ends, beyond the size of one, and of no rows at all."""
+    monkeypatch.setattr(recorder, "ROOM", 10)
     room = recorder._Room()
     shapes = [(3, 2), (2, 2), (1, 1), (4, 5), (0, 7), (2, 5), (10, 1), (3, 3)]
     taken = [room.take(*shape) for shape in shapes]
