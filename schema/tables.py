@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quambase.schema.errors import DatabaseInvalid
+from quambase.schema.parquet_files import joined
 
 _KEY = [
     pa.field("run", pa.string(), nullable=False),
@@ -196,8 +199,11 @@ _ENCODINGS = {
     "activations": {"values.list.element": "BYTE_STREAM_SPLIT"},
 }
 
+_STATISTICS = {"counts": ["layer", "site"]}
+"""The columns by which row groups are told apart, of the table where those of the others take long to find."""
 
-def _writer(path: Path, name: str, schema: pa.Schema) -> pq.ParquetWriter:
+
+def _writer(path: Path | pa.NativeFile, name: str, schema: pa.Schema) -> pq.ParquetWriter:
     words = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_dictionary(f.type)]
     return pq.ParquetWriter(
         path,
@@ -205,7 +211,7 @@ def _writer(path: Path, name: str, schema: pa.Schema) -> pq.ParquetWriter:
         compression="zstd",
         use_dictionary=words,
         column_encoding=_ENCODINGS.get(name),
-        write_statistics=True,
+        write_statistics=_STATISTICS.get(name, True),
         # Statistics of dictionaries are computed batch by batch: in batches of the default 1,024 rows that took half of
         # the time of `counts`.
         write_batch_size=1 << 16,
@@ -240,6 +246,58 @@ def write_table(path: Path, name: str, batches: pa.Table | Iterable[pa.Table], s
             writer.write_table(cast_to(table, made))
             rows += table.num_rows
     return rows
+
+
+def encoded_table(name: str, table: pa.Table | None, schema: pa.Schema) -> memoryview:
+    """The bytes of the file that `write_table` makes; of no row group if there is no table."""
+    made = as_made(schema) if name in RUN_TABLES else schema
+    sink = pa.BufferOutputStream()
+    with _writer(sink, name, made) as writer:
+        if table is not None:
+            writer.write_table(cast_to(table, made))
+    return memoryview(sink.getvalue())
+
+
+def write_joined(path: Path, files: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write one Parquet file of the row groups of ``files`` (`quambase.schema.parquet_files`) atomically, as they come;
+    its number of rows and the SHA-256 of its bytes.
+    """
+    digest = hashlib.sha256()
+    with replacing(path) as temporary:
+        with temporary.open("wb") as file:
+            for part in joined(files):
+                file.write(part)
+                digest.update(part)
+        rows = pq.read_metadata(temporary).num_rows
+    return rows, digest.hexdigest()
+
+
+Piece = Callable[[], pa.Table]
+"""Makes some rows of a table."""
+
+UNWRITTEN = 64
+"""Pieces at most that are made and encoded while one before them is not written."""
+
+
+def write_pieces(path: Path, name: str, pieces: Iterable[Piece], schema: pa.Schema, pool: Executor) -> tuple[int, str]:
+    """As `write_table` of what ``pieces`` make, to the same bytes, but each is made and encoded in ``pool``, as soon as
+    it comes; the table's number of rows and the SHA-256 of the file.
+    """
+
+    def files() -> Iterator[memoryview]:
+        coming: deque[Future[memoryview]] = deque()
+        some = False
+        for piece in pieces:
+            some = True
+            coming.append(pool.submit(lambda make: encoded_table(name, make(), schema), piece))
+            while coming and (coming[0].done() or len(coming) > UNWRITTEN):
+                yield coming.popleft().result()
+        if not some:
+            yield encoded_table(name, None, schema)
+        for file in coming:
+            yield file.result()
+
+    return write_joined(path, files())
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
