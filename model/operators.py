@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -33,8 +34,8 @@ class DeviceBatch:
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> DeviceBatch:
         """Copy a batch there, without waiting for what the device is doing."""
-        lengths = batch.offsets.diff()
-        starts = batch.offsets[:-1].repeat_interleave(lengths).to(torch.int32)
+        offsets = batch.offsets.numpy()
+        starts = torch.from_numpy(np.repeat(offsets[:-1].astype(np.int32), np.diff(offsets)))
         parts = (batch.tokens, batch.offsets.to(torch.int32), starts)
         return cls(batch, *(part.to(device, non_blocking=True) for part in parts))
 
