@@ -20,9 +20,10 @@ from timing import machine
 from quambase.collector.layouts import site_layouts
 from quambase.collector.observers import DTYPES, Kept, choose_where, new_observer
 from quambase.collector.plan import Plan, PlannedDocument, sampled_states, sampled_tokens
+from quambase.collector.rows import Int64, Places
 from quambase.collector.run import OUTLIERS
-from quambase.collector.statistics import ENCODINGS, SiteStatistics
-from quambase.collector.writer import part_folder, write_part, write_run
+from quambase.collector.statistics import ENCODINGS, SiteLayout, SiteStatistics
+from quambase.collector.writer import JoinedParts, part_folder, write_run
 from quambase.model.batch import Batch
 from quambase.model.device import HEAD_ROWS, DeviceModel, device_model
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
@@ -49,35 +50,31 @@ def plain_forward(model: DeviceModel, batches: list[Batch]) -> float:
 def collecting(
     weights: MambaWeights | Mamba2Weights, family: str, plan: Plan, folder: Path
 ) -> tuple[float, float, int, int]:
-    """Seconds of observing every block and of the final writing; bytes of the database, and of `activations` in it."""
+    """Seconds of observing every block and of the writing after it; bytes of the database, of `activations` in it."""
     layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family]])
     statistics = {key: SiteStatistics.empty(layout, OUTLIERS) for key, layout in layouts.items()}
     kept = Kept(sampled_tokens(plan, KEEP, 0), sampled_states(plan, KEEP // weights.config.d_state, 0))
-    observer = new_observer(
-        weights,
-        choose_where("cuda"),
-        statistics,
-        OUTLIERS,
-        run="run",
-        kept=kept,
-        write=lambda number, documents, activations: write_part(folder, number, documents, activations),
-    )
     blocks = plan.blocks(BLOCK)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    with observer:
-        for number, documents in enumerate(blocks):
-            observer.observe(number, documents)
-        observer.settle()
-        observed = time.perf_counter()
-        statistics = observer.statistics()
-    parts = [part_folder(folder, number) for number in range(len(blocks))]
-    tables = write_run(
-        folder, "run", statistics, ENCODINGS["float16"], lambda _, __, row, channel: (row, 0, "", channel), parts
-    )
+    with JoinedParts(folder, [part_folder(folder, number) for number in range(len(blocks))], 0) as parts:
+        observer = new_observer(
+            weights, choose_where("cuda"), statistics, OUTLIERS, run="run", kept=kept, write=parts.add
+        )
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with observer:
+            for number, documents in enumerate(blocks):
+                observer.observe(number, documents)
+            statistics = observer.statistics()
+            observed = time.perf_counter()
+            tables = write_run(folder, "run", statistics, ENCODINGS["float16"], locate, parts)
     written = time.perf_counter()
     sizes = {name: (folder / name).stat().st_size for name in tables}
     return observed - start, written - observed, sum(sizes.values()), sizes["activations.parquet"]
+
+
+def locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:
+    """Places of random tokens, which are no words."""
+    return Places(rows, [0] * rows.size, [""] * rows.size, channels)
 
 
 def new_plan(documents: int) -> Plan:

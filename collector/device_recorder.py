@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +14,13 @@ import torch
 
 from quambase.collector.device_statistics import DeviceStatistics
 from quambase.collector.gather import Gather
+from quambase.collector.kernels import gather_rows
 from quambase.collector.plan import PlannedDocument
-from quambase.collector.recorder import Positions, Rows, activations_rows, check_seen, documents_rows
-from quambase.collector.rows import Key
+from quambase.collector.recorder import PIECE, Positions, Rows, activations_rows, check_seen, documents_rows
+from quambase.collector.rows import Key, many_keyed_rows
 from quambase.collector.statistics import SUMMARY_COLUMNS, SiteLayout
 from quambase.collector.torch_counter import DeviceCounter
+from quambase.schema.tables import ACTIVATIONS, as_made
 
 Place = tuple[int, int]
 """Document and position."""
@@ -75,23 +76,109 @@ class ObservedBlock:
         if self.copied:
             self.copied.synchronize()
         values = self.values.numpy()
-        summaries: dict[Key, npt.NDArray[np.float32]] = {}
-        start = 0
-        for key, layout in self.layouts.items():
-            shape = (len(self.documents), len(layout.names) + 1, len(SUMMARY_COLUMNS))
-            stop = start + math.prod(shape)
-            summaries[key] = values[start:stop].reshape(shape)
-            start = stop
-        summaries |= {key: summaries[source] for key, source in self.same.items()}
-        kept: dict[Key, Rows] = {}
-        for key, parts in self.kept.items():
-            rows = [part.of(values) for part in parts]
-            places = [place for part in parts for place in part.places]
-            kept[key] = places, rows[0] if len(rows) == 1 else np.concatenate(rows)
-        return (
-            documents_rows(self.run, self.documents, self.layouts, summaries),
-            activations_rows(self.run, self.layouts, kept),
+        sizes = [
+            len(self.documents) * (len(layout.names) + 1) * len(SUMMARY_COLUMNS) for layout in self.layouts.values()
+        ]
+        starts = dict(zip(self.layouts, np.cumsum([0, *sizes]).tolist(), strict=False))
+        starts |= {key: starts[source] for key, source in self.same.items()}
+        documents = documents_rows(
+            self.run, self.documents, self.layouts, values, [starts[key] for key in self.layouts]
         )
+        parts = [part for parts in self.kept.values() for part in parts]
+        size = sum(len(part.places) * part.width for part in parts)
+        if size <= PIECE and not any(part.rows is not None for part in parts):
+            return documents, gathered_rows(self.run, self.layouts, self.kept, values)
+        kept: dict[Key, Rows] = {}
+        for key, of_site in self.kept.items():
+            rows = [part.of(values) for part in of_site]
+            places = [place for part in of_site for place in part.places]
+            kept[key] = places, rows[0] if len(rows) == 1 else np.concatenate(rows)
+        return documents, activations_rows(self.run, self.layouts, kept)
+
+
+def gathered_rows(
+    run: str,
+    layouts: Mapping[Key, SiteLayout],
+    kept: Mapping[Key, Sequence[KeptRows]],
+    values: npt.NDArray[np.float32],
+) -> pa.Table:
+    """`activations_rows` of a block's values as they are, PIECE at most, in one go: the thread that makes this table
+    has kernels to queue.
+    """
+    keys = sorted(key for key in kept if any(part.places for part in kept[key]))
+    if not keys:
+        return as_made(ACTIVATIONS).empty_table()
+    order = _groups_order(tuple((key, layouts[key], kept[key][0].width) for key in keys))
+    # Of every site's places: where its values begin, and what it is called.
+    known: dict[int, npt.NDArray[np.int64]] = {}
+    bases, places, counts = [], [], []
+    for key in keys:
+        for part in kept[key]:
+            if id(part.places) not in known:  # of whole models, few are there
+                known[id(part.places)] = np.array(part.places, np.int64).reshape(-1, 2)
+            places.append(known[id(part.places)])
+            bases.append(part.start + part.width * np.arange(len(part.places)))
+        counts.append(sum(len(part.places) for part in kept[key]))
+    # Every group of a site has all of the site's places, one after the other.
+    rows = np.array(counts)[order.sites]
+    ends = np.cumsum(rows)
+    firsts = (np.cumsum([0, *counts])[order.sites] - (ends - rows)).repeat(rows)
+    mine = firsts + np.arange(ends[-1])
+    sizes = order.sizes.repeat(rows)
+    offsets = np.zeros(sizes.size + 1, np.int32)
+    np.cumsum(sizes, dtype=np.int32, out=offsets[1:])
+    out = np.empty(offsets[-1], np.float32)
+    gather_rows(values, np.concatenate(bases)[mine], order.firsts.repeat(rows), sizes, order.columns, out)
+    named = np.concatenate(places)[mine]
+    columns: dict[str, object] = {
+        "document": named[:, 0].astype(np.int32),
+        "position": named[:, 1].astype(np.int32),
+        "values": pa.ListArray.from_arrays(offsets, out),
+    }
+    return many_keyed_rows(run, order.keys, rows.tolist(), columns, ACTIVATIONS)
+
+
+@dataclass(frozen=True)
+class _GroupsOrder:
+    """The groups of some sites in the order of the tables.
+
+    keys     and their names
+    sites    (groups,) the number of each one's site
+    columns  flat: which values of a place are a group's, ``sizes`` (groups,) of them from ``firsts`` (groups,) on
+    """
+
+    keys: list[tuple[Key, str]]
+    sites: npt.NDArray[np.int64]
+    firsts: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    columns: npt.NDArray[np.int32]
+
+
+@lru_cache(2)
+def _groups_order(sites: tuple[tuple[Key, SiteLayout, int], ...]) -> _GroupsOrder:
+    """Kept of blocks with a final state and without; sites: key, layout, values of a place."""
+    keys: list[tuple[Key, str]] = []
+    numbers: list[int] = []
+    found: list[tuple[int, int]] = []
+    columns: list[npt.NDArray[np.int64]] = []
+    known: dict[tuple[SiteLayout, int, int], tuple[int, int]] = {}
+    size = 0
+    for number, (key, layout, width) in enumerate(sites):
+        for name, g in layout.ordered_groups:
+            keys.append((key, name))
+            numbers.append(number)
+            if (layout, width, g) not in known:
+                if layout.d_state:
+                    mine = (layout.members(g)[:, None] * layout.d_state + np.arange(layout.d_state)).reshape(-1)
+                else:
+                    # The flat (e, n) state of an undivided site has no channel slices; every other row has.
+                    mine = np.arange(width) if layout.state else layout.members(g)
+                known[layout, width, g] = size, mine.size
+                columns.append(mine)
+                size += mine.size
+            found.append(known[layout, width, g])
+    firsts, sizes = np.array(found, np.int64).T
+    return _GroupsOrder(keys, np.array(numbers), firsts, sizes, np.concatenate(columns).astype(np.int32))
 
 
 class DeviceRecorder:

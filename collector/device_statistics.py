@@ -8,6 +8,7 @@ kind lies in one tensor, so that folding a block is a few operations, whatever t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
@@ -93,11 +94,33 @@ class DeviceSite:
         return own | {name: values.data_ptr() for name, values in self.moments.named().items()}
 
 
-def _copy(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    # Into pinned memory the device writes at the bus's speed.
-    there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-    copied: npt.NDArray[Any] = there.copy_(tensor).numpy()
-    return copied
+STAGED = 1 << 22
+"""Bytes that are copied to the host at a time."""
+
+COPYING = 4
+"""Threads that copy them on: to memory that a process has not had yet, one is slower than the bus."""
+
+
+def _copies(*tensors: torch.Tensor) -> list[npt.NDArray[Any]]:
+    """On the host. From a CUDA device by way of pinned memory, into which it writes at the bus's speed; to get as much
+    of that as a run's counts are takes longer than to copy them.
+    """
+    # NumPy asks for huge pages, torch does not.
+    found = [torch.from_numpy(np.empty(t.shape, torch.empty(0, dtype=t.dtype).numpy().dtype)) for t in tensors]
+    parts = [
+        part
+        for there, here in zip(tensors, found, strict=True)
+        for part in zip(*(torch.split(x.reshape(-1), STAGED // x.element_size()) for x in (there, here)), strict=True)
+    ]
+
+    def copy(part: tuple[torch.Tensor, torch.Tensor]) -> None:
+        there, here = part
+        pinned = torch.empty(there.shape, dtype=there.dtype, pin_memory=there.device.type == "cuda")
+        here.copy_(pinned.copy_(there))
+
+    with ThreadPoolExecutor(COPYING) as pool:
+        list(pool.map(copy, parts))
+    return [here.numpy() for here in found]
 
 
 def merged_top(earlier: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
@@ -165,13 +188,14 @@ class DeviceStatistics:
         """What `quambase.collector.statistics.sums_of` says of the block after whose folding ``block_sums`` was taken;
         waits for the device.
         """
-        found = _copy(block_sums)
+        (found,) = _copies(block_sums)
         return np.concatenate([found[:, slice(*self._channels[key])] for key in sorted(self.layouts)], axis=1)
 
     def to_host(self) -> dict[Key, SiteStatistics]:
         """A copy of the run's statistics, arrays of sites that are shared being the same; waits for the device."""
-        counts, top = _copy(self._counts), _copy(self._top)
-        moments = {name: _copy(values) for name, values in self._moments.named().items()}
+        named = self._moments.named()
+        counts, top, *values = _copies(self._counts, self._top, *named.values())
+        moments = dict(zip(named, values, strict=True))
         found = {}
         for key, layout in self.layouts.items():
             span = slice(*self._channels[key])
@@ -186,7 +210,8 @@ class DeviceStatistics:
 
     def load(self, statistics: Mapping[Key, SiteStatistics]) -> None:
         """Take over what `to_host` gave, or a checkpoint."""
-        moments = {name: _copy(values) for name, values in self._moments.named().items()}
+        named = self._moments.named()
+        moments = dict(zip(named, _copies(*named.values()), strict=True))
         top = np.full(self._top.shape, -1, np.int64)
         counts = np.empty(self._counts.shape, np.int64)
         for key, stats in statistics.items():
@@ -198,5 +223,5 @@ class DeviceStatistics:
                 values[slice(*self._channels[key])] = getattr(stats.moments, name)
         self._counts.copy_(torch.from_numpy(counts))
         self._top.copy_(torch.from_numpy(top))
-        for name, there in self._moments.named().items():
+        for name, there in named.items():
             there.copy_(torch.from_numpy(moments[name]))

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 UInt16 = npt.NDArray[np.uint16]
 UInt32 = npt.NDArray[np.uint32]
@@ -43,6 +44,166 @@ def _insert(
     top[place, 3] = row
     top[place, 4] = channel
     return min(size + 1, most)
+
+
+@numba.njit(cache=True, nogil=True)
+def repeat(values: Int32, rows: Int64, out: Int32) -> None:
+    """As numpy.repeat, which lets no other thread run Python meanwhile: ``values[i]`` in turn ``rows[i]`` times."""
+    start = 0
+    for i in range(rows.size):
+        out[start : start + rows[i]] = values[i]
+        start += rows[i]
+
+
+@numba.njit(cache=True, nogil=True)
+def gather_rows(values: Float32, bases: Int64, firsts: Int64, sizes: Int64, columns: Int32, out: Float32) -> None:
+    """Row after row to ``out``: the values at bases[i] plus sizes[i] of ``columns``, ascending, from firsts[i] on."""
+    place = 0
+    for i in range(bases.size):
+        base, first, size = bases[i], firsts[i], sizes[i]
+        if size and columns[first + size - 1] - columns[first] == size - 1:  # one after the other
+            start = base + columns[first]
+            out[place : place + size] = values[start : start + size]
+        else:
+            for j in range(size):
+                out[place + j] = values[base + columns[first + j]]
+        place += size
+
+
+@numba.njit(cache=True, nogil=True)
+def present_sizes(counts: Int64, infinity: int, sizes: Int64) -> None:
+    """How many rows of `counts` each of several groups has; counts (groups, PATTERNS); sizes (groups,), written."""
+    for g in range(counts.shape[0]):
+        size = np.int64(counts[g, 0] != 0 or counts[g, SIGN] != 0)
+        nans = False
+        for pattern in range(1, SIGN):
+            if pattern <= infinity:
+                size += (counts[g, pattern] != 0) + (counts[g, SIGN + pattern] != 0)
+            else:
+                nans |= counts[g, pattern] != 0 or counts[g, SIGN + pattern] != 0
+        sizes[g] = size + nans
+
+
+@numba.njit(cache=True, nogil=True)
+def present_counts(counts: Int64, infinity: int, magnitudes: Float32, values: Float32, found: Int64) -> int:
+    """The rows of `counts` of one group, counts (PATTERNS,): values that occur, ascending, and how often; how many.
+
+    -0 joins 0 and all NaN join one, which is last. ``infinity`` is its pattern; magnitudes (SIGN,) of non-negative
+    patterns; values and found: written from their beginning.
+    """
+    size = 0
+    for pattern in range(infinity, 0, -1):
+        if counts[SIGN + pattern] != 0:
+            values[size], found[size] = -magnitudes[pattern], counts[SIGN + pattern]
+            size += 1
+    zeros = counts[0] + counts[SIGN]
+    if zeros != 0:
+        values[size], found[size] = 0, zeros
+        size += 1
+    for pattern in range(1, infinity + 1):
+        if counts[pattern] != 0:
+            values[size], found[size] = magnitudes[pattern], counts[pattern]
+            size += 1
+    nans = np.int64(0)
+    for pattern in range(infinity + 1, SIGN):
+        nans += counts[pattern] + counts[SIGN + pattern]
+    if nans != 0:
+        values[size], found[size] = np.nan, nans
+        size += 1
+    return size
+
+
+@numba.njit(cache=True, nogil=True)
+def _added(total: float, lost: float, term: float) -> tuple[float, float]:
+    """``total`` + ``term``, and ``lost`` and what that lost: Neumaier's summation (ZAMM 54, 1974)."""
+    found = total + term
+    if abs(total) >= abs(term):
+        return found, lost + ((total - found) + term)
+    return found, lost + ((term - found) + total)
+
+
+@numba.njit(cache=True, nogil=True)
+def _central_moments(counts: Int64, infinity: int, magnitudes: Float32, total: int) -> tuple[float, float, float]:
+    """The mean of ``total`` finite values, and of the second and fourth powers of their distances from it."""
+    first = lost = 0.0
+    for pattern in range(infinity):
+        # One of a value and one of its negative come to nothing.
+        more = counts[pattern] - counts[SIGN + pattern]
+        if more != 0:
+            first, lost = _added(first, lost, np.float64(magnitudes[pattern]) * more)
+    mean = (first + lost) / total
+    second = fourth = lost2 = lost4 = 0.0
+    for pattern in range(infinity):
+        x = np.float64(magnitudes[pattern])
+        if counts[pattern] != 0:
+            square = (x - mean) ** 2
+            second, lost2 = _added(second, lost2, square * counts[pattern])
+            fourth, lost4 = _added(fourth, lost4, square * square * counts[pattern])
+        if counts[SIGN + pattern] != 0:
+            square = (x + mean) ** 2
+            second, lost2 = _added(second, lost2, square * counts[SIGN + pattern])
+            fourth, lost4 = _added(fourth, lost4, square * square * counts[SIGN + pattern])
+    return mean, (second + lost2) / total, (fourth + lost4) / total
+
+
+@numba.njit(cache=True, nogil=True)
+def summarize(
+    counts: Int64, infinity: int, magnitudes: Float32, probabilities: Float64, integers: Int64, floats: Float64
+) -> None:
+    """What `quambase.schema.distribution.Distribution.summary` says of one group, counts (PATTERNS,).
+
+    probabilities (q,) ascending; integers (5,), written: finite values, others, zeros, values with |x - mean| > 3 and
+    > 5 standard deviations; floats (6 + q,), written: amax, min, max, mean, standard deviation, kurtosis, quantiles
+    of |x|: NaN where there are no values, but amax, which is 0 then.
+    """
+    integers[:] = 0
+    floats[:] = np.nan
+    for pattern in range(infinity):
+        integers[0] += counts[pattern] + counts[SIGN + pattern]
+    for pattern in range(infinity, SIGN):
+        integers[1] += counts[pattern] + counts[SIGN + pattern]
+    integers[2] = counts[0] + counts[SIGN]
+    total = integers[0]
+    floats[0] = 0
+    if total == 0:
+        return
+    floats[1], floats[2] = np.inf, -np.inf
+    for pattern in range(infinity):
+        x = np.float64(magnitudes[pattern])
+        if counts[pattern] != 0:
+            floats[1], floats[2] = min(floats[1], x), max(floats[2], x)
+        if counts[SIGN + pattern] != 0:
+            floats[1], floats[2] = min(floats[1], -x + 0.0), max(floats[2], -x + 0.0)
+    floats[0] = max(abs(floats[1]), abs(floats[2]))
+    mean, second, fourth = _central_moments(counts, infinity, magnitudes, total)
+    deviation = np.sqrt(second)
+    floats[3], floats[4] = mean, deviation
+    if second > 0:
+        floats[5] = fourth / (second * second)
+    for pattern in range(infinity):
+        x = np.float64(magnitudes[pattern])
+        above, below = abs(x - mean), abs(x + mean)  # of x and of -x
+        for i, limit in enumerate((3 * deviation, 5 * deviation)):
+            if above > limit:
+                integers[3 + i] += counts[pattern]
+            if below > limit:
+                integers[3 + i] += counts[SIGN + pattern]
+    # Walk up from the smallest magnitude: rank r is reached when seen > r.
+    pattern, seen = 0, counts[0] + counts[SIGN]
+    for wanted in range(probabilities.size):
+        rank = probabilities[wanted] * (total - 1)
+        lower = np.int64(np.floor(rank))
+        while seen <= lower:
+            pattern += 1
+            seen += counts[pattern] + counts[SIGN + pattern]
+        upper, reached = pattern, seen
+        while reached <= min(lower + 1, total - 1):
+            upper += 1
+            reached += counts[upper] + counts[SIGN + upper]
+        low, high = np.float64(magnitudes[pattern]), np.float64(magnitudes[upper])
+        # numpy's _lerp: computed from the nearer end.
+        weight, step = rank - lower, high - low
+        floats[6 + wanted] = high - step * (1 - weight) if weight >= 0.5 else low + step * weight
 
 
 @numba.njit(cache=True)

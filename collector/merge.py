@@ -31,7 +31,7 @@ from quambase.collector.shards import (
     verify_shard,
 )
 from quambase.collector.statistics import ENCODINGS, SiteStatistics
-from quambase.collector.writer import finish_run, locked, part_folder, versions, write_run
+from quambase.collector.writer import JoinedParts, finish_run, locked, part_folder, versions, write_run
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, RunBusy, UnknownName
 from quambase.schema.grouping import stored_groups
 from quambase.schema.manifest import MANIFEST, SHARDS, Manifest
@@ -64,7 +64,8 @@ def merge(db: Path, sources: Sequence[Path] = (), run: str | None = None, *, pro
         count, blocks = len(found), found[min(found)].blocks
         parts = [part_folder(folders[Shard(block % count, count)], block) for block in range(blocks)]
         encoding = ENCODINGS[manifest.identity["activation_dtype"]]
-        tables = write_run(folder, name, statistics, encoding, stored_locator(list(folders.values())), parts)
+        with JoinedParts(folder, parts, len(parts)) as joined:
+            tables = write_run(folder, name, statistics, encoding, stored_locator(list(folders.values())), joined)
         created = {
             "started": min(str(each.manifest.created["started"]) for each in found.values()),
             "shard_seconds": [each.manifest.created["observe_seconds"] for each in found.values()],

@@ -109,11 +109,11 @@ class Observer(AbstractContextManager["Observer"]):
         """Run one block. TapNeverFired; whatever ``write`` raises, perhaps at a later block."""
 
     def settle(self) -> None:
-        """Wait until every block so far is observed and its part written."""
+        """Wait until every block so far is observed and ``write`` has taken its rows."""
 
     @abstractmethod
     def statistics(self) -> dict[Key, SiteStatistics]:
-        """Of all blocks so far; settles."""
+        """Of all blocks so far, of the last of which ``write`` may not have taken the rows yet."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -217,14 +217,18 @@ class DeviceObserver(Observer):
             block = recorder.finish()
         if self.write or self.sums:
             self._observed.append((number, block, self._statistics.block_sums))
-        self._write_observed(AHEAD)
+        self._hand_over(AHEAD)
+        self._await_written(AHEAD)
 
-    def _write_observed(self, ahead: int) -> None:
-        """Let every block be written that has come to the host; wait until all are written but ``ahead``."""
+    def _hand_over(self, ahead: int) -> None:
+        """Let every block be written that has come to the host; wait until all have but ``ahead``."""
         while self._observed and (self._observed[0][1].is_here() or len(self._observed) > ahead):
             number, block, sums = self._observed.popleft()
             tables = block.tables() if self.write else None
             self._unwritten.append(self._writer.submit(self._write, number, tables, sums))
+
+    def _await_written(self, ahead: int) -> None:
+        """Wait until all blocks are written but ``ahead``."""
         while self._unwritten and len(self._observed) + len(self._unwritten) > ahead:
             self._unwritten.popleft().result()
 
@@ -236,21 +240,26 @@ class DeviceObserver(Observer):
 
     def settle(self) -> None:
         """As `Observer.settle`."""
-        self._write_observed(0)
-        if self._statistics.device.type == "cuda":
-            torch.cuda.synchronize(self._statistics.device)
+        self._hand_over(0)
+        self._await_written(0)
 
     def statistics(self) -> dict[Key, SiteStatistics]:
         """As `Observer.statistics`."""
-        self.settle()
+        self._hand_over(0)
+        if self._statistics.device.type == "cuda":
+            torch.cuda.synchronize(self._statistics.device)
         return self._statistics.to_host()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let what is queued be written, unless something failed."""
+        """Let what is queued be written, unless something failed; raises what went wrong with that."""
         gc.unfreeze()
-        self._writer.shutdown(wait=True, cancel_futures=error is not None)
+        try:
+            if error is None:
+                self.settle()
+        finally:
+            self._writer.shutdown(wait=True, cancel_futures=True)
 
 
 def new_observer(

@@ -26,11 +26,13 @@ def documents_rows(
     run: str,
     documents: Sequence[PlannedDocument],
     layouts: Mapping[Key, SiteLayout],
-    summaries: Mapping[Key, npt.NDArray[np.float32]],
+    flat: npt.NDArray[np.float32],
+    starts: Sequence[int],
 ) -> pa.Table:
-    """A block's rows of `documents`; ``summaries`` (documents, groups + 1, 1 + q: SUMMARY_COLUMNS), the site last."""
-    order = _documents_order(run, tuple(layouts.items()), len(documents))
-    flat = np.concatenate([np.empty(0, np.float32), *(summaries[key] for key in layouts)], axis=None)
+    """A block's rows of `documents`; flat from ``starts[i]`` on: the summaries (documents, groups + 1, 1 + q:
+    SUMMARY_COLUMNS) of the i-th site of ``layouts``, the whole site last.
+    """
+    order = _documents_order(run, tuple(layouts.items()), tuple(starts), len(documents))
     columns: dict[str, object] = {
         "document": np.array([document.index for document in documents], np.int32)[order.documents],
         "tokens": np.array([document.tokens.size for document in documents], np.int32)[order.documents],
@@ -46,7 +48,7 @@ class _DocumentsOrder:
 
     keys       the columns of the key
     documents  (rows,) a row's document in the block
-    places     (1 + q, rows) of its values where every site's summaries lie flat, one site after the other
+    places     (1 + q, rows) of its values among the summaries
     """
 
     keys: dict[str, object]
@@ -55,20 +57,20 @@ class _DocumentsOrder:
 
 
 @lru_cache(2)
-def _documents_order(run: str, layouts: tuple[tuple[Key, SiteLayout], ...], documents: int) -> _DocumentsOrder:
+def _documents_order(
+    run: str, layouts: tuple[tuple[Key, SiteLayout], ...], starts: tuple[int, ...], documents: int
+) -> _DocumentsOrder:
     """Kept of the blocks of full size and of the last."""
     keyed: list[tuple[Key, str]] = []
     rows: list[npt.NDArray[np.int64]] = []
-    sizes = [documents * (len(layout.names) + 1) for _, layout in layouts]
-    firsts = np.cumsum([0, *sizes])
-    for (key, layout), first in sorted(zip(layouts, firsts.tolist(), strict=False), key=lambda site: site[0][0]):
+    columns = len(SUMMARY_COLUMNS)
+    for (key, layout), start in sorted(zip(layouts, starts, strict=True), key=lambda site: site[0][0]):
         groups = layout.ordered_groups
         if layout.names != (WHOLE,):
             groups = tuple(sorted([*groups, (WHOLE, len(layout.names))]))
         keyed += [(key, name) for name, _ in groups]
-        rows += [first + np.arange(documents) * (len(layout.names) + 1) + g for _, g in groups]
-    columns = len(SUMMARY_COLUMNS)
-    places = np.concatenate([np.empty(0, np.int64), *rows]) * columns + np.arange(columns)[:, None]
+        rows += [start + columns * (np.arange(documents) * (len(layout.names) + 1) + g) for _, g in groups]
+    places = np.concatenate([np.empty(0, np.int64), *rows]) + np.arange(columns)[:, None]
     return _DocumentsOrder(
         key_columns(run, keyed, [documents] * len(keyed)), np.tile(np.arange(documents), len(keyed)), places
     )
@@ -264,7 +266,9 @@ class BlockRecorder:
 
     def documents_table(self) -> pa.Table:
         """The block's rows of `documents`."""
-        return documents_rows(self.run, self.documents, self.layouts, self.summaries)
+        flat = np.concatenate([np.empty(0, np.float32), *self.summaries.values()], axis=None)
+        starts = np.cumsum([0, *(summaries.size for summaries in self.summaries.values())])[:-1]
+        return documents_rows(self.run, self.documents, self.layouts, flat, starts.tolist())
 
     def activations_table(self) -> pa.Table:
         """The block's rows of `activations`."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 from quambase.collector.checkpoint import load_checkpoint, save_checkpoint
@@ -16,7 +20,7 @@ from quambase.collector.first_pass import Grouping, choose_grouping, find_groups
 from quambase.collector.layouts import site_layouts
 from quambase.collector.observers import Kept, Observer, Where, choose_where, new_observer
 from quambase.collector.plan import Keep, Plan, PlannedDocument, make_plan, run_id, sampled_states, sampled_tokens
-from quambase.collector.rows import Locate
+from quambase.collector.rows import Int64, Locate, Places
 from quambase.collector.shards import (
     SHARD,
     Shard,
@@ -28,7 +32,16 @@ from quambase.collector.shards import (
     write_sums,
 )
 from quambase.collector.statistics import ENCODINGS, SiteLayout
-from quambase.collector.writer import finish_run, locked, part_folder, versions, write_part, write_run
+from quambase.collector.writer import (
+    JoinedParts,
+    encoded_part,
+    finish_run,
+    locked,
+    part_folder,
+    versions,
+    write_part,
+    write_run,
+)
 from quambase.model.load import LoadedModel, load_model
 from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.prepare import prepare
@@ -142,32 +155,34 @@ def collect(
         weights = prepare(_reordered(loaded.any_weights, layers))
         done, statistics = load_checkpoint(folder, layouts, OUTLIERS)
         keep = _kept(loaded, plan, keep_tokens, seed)
-        observer = new_observer(
-            weights,
-            where,
-            statistics,
-            OUTLIERS,
-            run=run,
-            kept=keep,
-            write=lambda number, documents, activations: write_part(folder, number, documents, activations),
-            sums=None if shard is None else lambda number, sums: write_sums(folder, number, sums),
-        )
-        clock.lap("prepare")
         blocks = plan.blocks(batch_size)
         mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
-        with observer:
-            _observe(observer, blocks, mine, done, folder, progress)
-            clock.lap("observe")
-            statistics = observer.statistics()
-        locate = _locator(plan, loaded)
-        if shard is None:
-            parts = [part_folder(folder, block) for block in mine]
-            tables = write_run(folder, run, statistics, ENCODINGS["float16"], locate, parts)
-        else:
-            save_checkpoint(folder, len(mine), statistics)
-            write_places(folder, statistics, locate)
+        parts = [part_folder(folder, block) for block in range(len(blocks))]
+        with JoinedParts(folder, parts, done) if shard is None else nullcontext() as joined:
+            observer = new_observer(
+                weights,
+                where,
+                statistics,
+                OUTLIERS,
+                run=run,
+                kept=keep,
+                write=joined.add if joined else partial(_write_part, parts),
+                sums=None if joined else lambda number, sums: write_sums(folder, number, sums),
+            )
+            clock.lap("prepare")
             tables = {}
-        clock.lap("write")
+            with observer:
+                _observe(observer, blocks, mine, done, folder, joined, progress)
+                statistics = observer.statistics()
+                clock.lap("observe")
+                locate = _locator(plan, loaded)
+                if joined:
+                    tables = write_run(folder, run, statistics, ENCODINGS["float16"], locate, joined)
+                else:
+                    observer.settle()
+                    save_checkpoint(folder, len(mine), statistics)
+                    write_places(folder, statistics, locate)
+            clock.lap("write")
         manifest = Manifest(
             run=run,
             identity=identity,
@@ -262,7 +277,13 @@ def _kept(loaded: LoadedModel, plan: Plan, keep: Keep, seed: int) -> Kept:
 
 
 def _observe(
-    observer: Observer, blocks: list[list[PlannedDocument]], numbers: range, done: int, folder: Path, progress: bool
+    observer: Observer,
+    blocks: list[list[PlannedDocument]],
+    numbers: range,
+    done: int,
+    folder: Path,
+    joined: JoinedParts | None,
+    progress: bool,
 ) -> None:
     """Run the blocks ``numbers`` after the first ``done`` of them, those of the checkpoint."""
     tokens = [sum(document.tokens.size for document in blocks[number]) for number in numbers]
@@ -278,24 +299,35 @@ def _observe(
         for place in range(done, len(numbers)):
             observer.observe(numbers[place], blocks[numbers[place]])
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                observer.settle()
+                if joined:
+                    joined.save()
                 save_checkpoint(folder, place + 1, observer.statistics())
                 saved = time.monotonic()
             bar.update(tokens[place])
-        observer.settle()
+
+
+def _write_part(parts: Sequence[Path], number: int, documents: pa.Table, activations: pa.Table) -> None:
+    write_part(parts[number], documents, encoded_part(activations))
 
 
 def _locator(plan: Plan, loaded: LoadedModel) -> Locate:
     """How `outliers` names a value's place: a state's row and column are one flat channel of the last token."""
-    tokens = {document.index: document.tokens for document in plan.documents}
+    tokens = np.concatenate([document.tokens for document in plan.documents])
+    sizes, firsts = np.zeros((2, plan.documents[-1].index + 1), np.int64)
+    for document in plan.documents:
+        sizes[document.index] = document.tokens.size
+    firsts[1:] = np.cumsum(sizes)[:-1]
     states = loaded.any_weights.config.d_state
+    decoded = cache(lambda token: loaded.tokenizer.decode([token]))
 
-    def locate(layout: SiteLayout, document: int, row: int, channel: int) -> tuple[int, int, str, int]:
-        position, column = row, channel
+    def locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:
+        positions, columns = rows, channels
         if layout.state:
-            position = tokens[document].size - 1
-            column = channel * states + row if layout.d_state else row * states + channel
-        token = int(tokens[document][position])
-        return position, token, loaded.tokenizer.decode([token]), column
+            positions = sizes[documents] - 1
+            columns = channels * states + rows if layout.d_state else rows * states + channels
+        found = tokens[firsts[documents] + positions].tolist()
+        return Places(positions, found, [decoded(token) for token in found], columns)
 
     return locate
 

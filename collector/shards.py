@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.collector.checkpoint import CHECKPOINT
-from quambase.collector.rows import Key, Locate
+from quambase.collector.rows import Int64, Key, Locate, Places
 from quambase.collector.statistics import SiteLayout, SiteStatistics
 from quambase.collector.writer import PART_FILES, part_folder
 from quambase.model.mamba2_weights import Mamba2Config
@@ -121,11 +121,13 @@ def write_places(folder: Path, statistics: Mapping[Key, SiteStatistics], locate:
     found: dict[tuple[bool, int, int, int], tuple[Any, ...]] = {}
     for stats in statistics.values():
         for g, top in enumerate(stats.top):
-            members = stats.layout.members(g)
-            for _, _, document, row, channel in top.tolist():
-                place = stats.layout.state, document, row, int(members[channel])
-                if place not in found:
-                    found[place] = locate(stats.layout, *place[1:])
+            asked = top[:, 2], top[:, 3], stats.layout.members(g)[top[:, 4]]
+            places = locate(stats.layout, *asked)
+            answers = zip(
+                places.positions.tolist(), places.token_ids, places.tokens, places.channels.tolist(), strict=True
+            )
+            for place, answer in zip(zip(*(part.tolist() for part in asked), strict=True), answers, strict=True):
+                found.setdefault((stats.layout.state, *place), answer)
     rows = [dict(zip(_PLACES.names, (*key, *answer), strict=True)) for key, answer in found.items()]
     write_table(folder / PLACES, "places", pa.Table.from_pylist(rows, schema=_PLACES), _PLACES)
 
@@ -138,8 +140,11 @@ def stored_locator(folders: Sequence[Path]) -> Locate:
             state, document, line, channel, *answer = row.values()
             found[state, document, line, channel] = (answer[0], answer[1], answer[2], answer[3])
 
-    def locate(layout: SiteLayout, document: int, row: int, channel: int) -> tuple[int, int | None, str | None, int]:
-        return found[layout.state, document, row, channel]
+    def locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:
+        asked = zip(documents.tolist(), rows.tolist(), channels.tolist(), strict=True)
+        answers = [found[layout.state, document, row, channel] for document, row, channel in asked]
+        positions, columns = (np.array([answer[i] for answer in answers], np.int64) for i in (0, 3))
+        return Places(positions, [answer[1] for answer in answers], [answer[2] for answer in answers], columns)
 
     return locate
 

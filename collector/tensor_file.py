@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quambase.collector.plan import run_id
-from quambase.collector.rows import Key, keyed_rows
+from quambase.collector.rows import Int64, Key, Places, keyed_rows
 from quambase.collector.run import OUTLIERS, CollectedRun
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
-from quambase.collector.writer import finish_run, locked, part_folder, versions, write_part, write_run
+from quambase.collector.writer import JoinedParts, finish_run, locked, part_folder, versions, write_run
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import TensorFileInvalid
 from quambase.schema.manifest import MANIFEST, Manifest
@@ -107,11 +107,9 @@ def import_tensor(
         **{column: summaries[:, group, i] for i, column in enumerate(SUMMARY_COLUMNS)},
     }
     with locked(folder):
-        write_part(folder, 0, keyed_rows(run, key, name, documents, columns, DOCUMENTS), ACTIVATIONS.empty_table())
-        parts = [part_folder(folder, 0)]
-        tables = write_run(
-            folder, run, {key: stats}, encoding, lambda _, __, row, channel: (row, None, None, channel), parts
-        )
+        with JoinedParts(folder, [part_folder(folder, 0)], 0) as parts:
+            parts.add(0, keyed_rows(run, key, name, documents, columns, DOCUMENTS), ACTIVATIONS.empty_table())
+            tables = write_run(folder, run, {key: stats}, encoding, _locate, parts)
         manifest = Manifest(
             run=run,
             identity=identity,
@@ -124,3 +122,9 @@ def import_tensor(
         )  # fmt: skip
         finish_run(folder, manifest)
     return CollectedRun(folder, manifest, existed=False)
+
+
+def _locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:
+    """A value's place in a tensor, which has no tokens."""
+    nothing = [None] * rows.size
+    return Places(rows, nothing, nothing, channels)

@@ -6,30 +6,45 @@ import fcntl
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
+from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from quambase.collector.rows import (
     PIECE_ROWS,
     Key,
     Locate,
-    PatternOrder,
-    channels_rows,
-    counts_rows,
-    groups_rows,
-    outliers_rows,
-    site_stats_rows,
+    channels_pieces,
+    counts_pieces,
+    groups_pieces,
+    outliers_pieces,
+    site_stats_pieces,
 )
 from quambase.collector.statistics import Encoding, SiteStatistics
 from quambase.schema.errors import DatabaseInvalid, RunBusy
 from quambase.schema.manifest import SHARDS, Manifest, TableFile
-from quambase.schema.tables import RUN_TABLES, as_made, cast_to, file_sha256, replacing, write_table
+from quambase.schema.tables import (
+    ACTIVATIONS,
+    DOCUMENTS,
+    RUN_TABLES,
+    Piece,
+    as_made,
+    cast_to,
+    encoded_table,
+    replacing,
+    write_joined,
+    write_pieces,
+)
 
 PARTS = "parts"
 """Folder, inside an unfinished run, of what each block adds to `documents` and `activations`."""
@@ -37,8 +52,10 @@ PARTS = "parts"
 _ONE_DICTIONARY = pa.ipc.IpcWriteOptions(unify_dictionaries=True)
 """An Arrow file has one of each column."""
 
-PART_FILES = {f"{name}.arrow": RUN_TABLES[name] for name in ("documents", "activations")}
-"""What a block leaves there: Arrow's own format, which takes a fraction of Parquet's time to write."""
+DOCUMENTS_PART, ACTIVATIONS_PART = "documents.arrow", "activations.parquet"
+
+PART_FILES = (DOCUMENTS_PART, ACTIVATIONS_PART)
+"""What a block leaves there: few rows of `documents`, in Arrow's own format, and its row group of `activations`."""
 
 
 @contextmanager
@@ -78,45 +95,160 @@ def part_folder(folder: Path, block: int) -> Path:
     return folder / PARTS / f"block-{block:05d}"
 
 
-def write_part(folder: Path, block: int, documents: pa.Table, activations: pa.Table) -> None:
-    """Write one block's rows of `documents` and `activations`."""
-    part = part_folder(folder, block)
-    for (name, schema), table in zip(PART_FILES.items(), (documents, activations), strict=True):
-        made = as_made(schema)
-        with (
-            replacing(part / name) as temporary,
-            pa.ipc.new_file(str(temporary), made, options=_ONE_DICTIONARY) as file,
-        ):
-            file.write_table(cast_to(table, made))
+UNSAVED = 1 << 28
+"""Bytes of parts, about, that stay in memory until they have to be on the disk."""
 
 
-PART_ROWS = 1 << 20
-"""Rows of a part that are read at once; the row groups of the tables follow from it."""
+def encoded_part(activations: pa.Table) -> memoryview:
+    """The bytes of a part's file of its rows of `activations`."""
+    return encoded_table("activations", activations if activations.num_rows else None, ACTIVATIONS)
+
+
+def write_part(part: Path, documents: pa.Table, activations: memoryview) -> None:
+    """Write one block's rows of `documents`, and its `encoded_part`, into its folder."""
+    made = as_made(DOCUMENTS)
+    with (
+        replacing(part / DOCUMENTS_PART) as temporary,
+        pa.ipc.new_file(str(temporary), made, options=_ONE_DICTIONARY) as file,
+    ):
+        file.write_table(cast_to(documents, made))
+    with replacing(part / ACTIVATIONS_PART) as temporary:
+        temporary.write_bytes(activations)
+
 
 PIECE_BYTES = 1 << 22
-"""Bytes of rows that are joined, about: a part of `activations` is written from the file as it is, since memory that a
-process has not had yet takes longer to get than the rows to write.
-"""
+"""Bytes of rows of `documents` that are joined, about."""
 
 
-def _part_rows(parts: Sequence[Path], name: str) -> Iterator[pa.Table]:
-    """The parts of one table in block order, some rows at a time."""
-    for part in parts:
-        table = cast_to(_read_part(part / f"{name}.arrow"), as_made(RUN_TABLES[name]))
-        for start in range(0, table.num_rows, PART_ROWS):
-            yield table.slice(start, PART_ROWS)
-
-
-def _read_part(path: Path) -> pa.Table:
-    """Map a part in memory; DatabaseInvalid if it is gone, cut short, or an earlier version's Parquet."""
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """DatabaseInvalid if a part is gone, cut short, or an earlier version's."""
     try:
-        with pa.memory_map(str(path)) as file:
-            return pa.ipc.open_file(file).read_all()
+        yield
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         what = "is missing" if isinstance(error, FileNotFoundError) else "is cut short or altered"
         raise DatabaseInvalid(
             f"{path} {what}, so this unfinished run cannot be completed; remove {path.parents[2]} and collect again"
         ) from None
+
+
+class _Part:
+    """A part: in memory, or on the disk, whence it is read."""
+
+    def __init__(self, folder: Path, documents: pa.Table | None = None, activations: memoryview | None = None) -> None:
+        self.folder, self._documents, self._activations = folder, documents, activations
+
+    @property
+    def size(self) -> int:
+        """Bytes in memory."""
+        return sum(held.nbytes for held in (self._documents, self._activations) if held is not None)
+
+    def save(self) -> None:
+        """Write it to the disk, and keep it in memory no longer."""
+        if self._documents is not None and self._activations is not None:
+            write_part(self.folder, self._documents, self._activations)
+        self._documents = self._activations = None
+
+    def documents(self) -> pa.Table:
+        """Its rows of `documents`."""
+        if (documents := self._documents) is not None:
+            return documents
+        path = self.folder / DOCUMENTS_PART
+        with _readable(path), pa.memory_map(str(path)) as file:
+            return pa.ipc.open_file(file).read_all()
+
+    def activations(self) -> memoryview:
+        """The bytes of its file of `activations`."""
+        if (activations := self._activations) is not None:
+            return activations
+        path = self.folder / ACTIVATIONS_PART
+        with _readable(path), pa.memory_map(str(path)) as file:
+            pq.read_metadata(file)  # so that it is a whole file
+            file.seek(0)
+            return memoryview(file.read_buffer())
+
+
+class JoinedParts(AbstractContextManager["JoinedParts"]):
+    """The tables `documents` and `activations` of a run, which are written while its blocks' parts come in.
+
+    A part is of use to a run that was stopped if a checkpoint counts its block: until then, or until there are many,
+    parts stay in memory.
+
+    folder  the run's
+    parts   the parts' folders in the order of blocks, the first ``there`` of which are complete
+    pool    where pieces of tables are made and encoded
+    """
+
+    def __init__(self, folder: Path, parts: Sequence[Path], there: int) -> None:
+        self.pool = ThreadPoolExecutor(pa.cpu_count())
+        self._parts = parts
+        self._coming: list[Future[_Part]] = [Future() for _ in parts]
+        for part, coming in zip(parts, self._coming[:there], strict=False):
+            coming.set_result(_Part(part))
+        self._unsaved: deque[_Part] = deque()
+        self._lock = Lock()
+        self._writers = ThreadPoolExecutor(2)
+        self._tables = {
+            "documents": self._writers.submit(
+                lambda: _write(folder, "documents", _gathered(self._documents()), self.pool)
+            ),
+            "activations": self._writers.submit(
+                lambda: TableFile(*write_joined(folder / "activations.parquet", self._activations()))
+            ),
+        }
+
+    def add(self, block: int, documents: pa.Table, activations: pa.Table) -> None:
+        """Take the part of block number ``block``; raises what went wrong with the tables, too."""
+        try:
+            for table in self._tables.values():
+                if table.done():
+                    table.result()
+            part = _Part(self._parts[block], cast_to(documents, as_made(DOCUMENTS)), encoded_part(activations))
+            with self._lock:
+                self._unsaved.append(part)
+            self._save_all_but(UNSAVED)
+        except BaseException as error:
+            self._coming[block].set_exception(error)  # for who waits for the tables
+            raise
+        self._coming[block].set_result(part)
+
+    def save(self) -> None:
+        """Write the parts so far to the disk."""
+        self._save_all_but(0)
+
+    def tables(self) -> dict[str, TableFile]:
+        """Rows and checksums by the tables' names; waits until all parts are in them."""
+        return {name: table.result() for name, table in self._tables.items()}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go of tables that wait for parts which will not come."""
+        for part in self._coming:
+            part.cancel()
+        self._writers.shutdown(wait=True)
+        self.pool.shutdown(wait=True)
+
+    def _save_all_but(self, most: int) -> None:
+        """The oldest first, until ``most`` bytes are left."""
+        leaving: list[_Part] = []
+        with self._lock:
+            size = sum(part.size for part in self._unsaved)
+            while self._unsaved and size > most:
+                leaving.append(self._unsaved.popleft())
+                size -= leaving[-1].size
+        for part in leaving:
+            part.save()
+
+    def _documents(self) -> Iterator[pa.Table]:
+        """The parts of `documents` in block order."""
+        for coming in self._coming:
+            yield coming.result().documents()
+
+    def _activations(self) -> Iterator[memoryview]:
+        """The parts of `activations` in block order."""
+        for coming in self._coming:
+            yield coming.result().activations()
 
 
 def write_run(
@@ -125,53 +257,44 @@ def write_run(
     statistics: Mapping[Key, SiteStatistics],
     encoding: Encoding,
     locate: Locate,
-    parts: Sequence[Path],
+    parts: JoinedParts,
 ) -> dict[str, TableFile]:
-    """Write every table of a run from its statistics and its blocks' part folders, in order; rows and checksums by
-    file name.
+    """Write every table of a run from its statistics, and have those written that its blocks' parts make; rows and
+    checksums by file name.
     """
-    order = PatternOrder(encoding)
-    tables: dict[str, Iterator[pa.Table]] = {
-        "counts": counts_rows(run, statistics, order),
-        "site_stats": site_stats_rows(run, statistics, order),
-        "channels": channels_rows(run, statistics),
-        "documents": _part_rows(parts, "documents"),
-        "outliers": outliers_rows(run, statistics, encoding, locate),
-        "activations": _part_rows(parts, "activations"),
-        "groups": groups_rows(run, {key: stats.layout for key, stats in statistics.items()}),
+    layouts = {key: stats.layout for key, stats in statistics.items()}
+    pool = parts.pool
+    counts = counts_pieces(run, statistics, encoding, pool)  # before the pool has other things to do
+    pieces: dict[str, Iterable[Piece]] = {
+        "channels": channels_pieces(run, statistics),
+        "counts": counts,
+        "outliers": outliers_pieces(run, statistics, encoding, locate),
+        "groups": groups_pieces(run, layouts),
+        "site_stats": site_stats_pieces(run, statistics, encoding, pool),
     }
-
-    def write(name: str) -> TableFile:
-        path = folder / f"{name}.parquet"
-        rows = write_table(path, name, _ahead(_gathered(tables[name])), RUN_TABLES[name])
-        return TableFile(rows, file_sha256(path))
-
-    with ThreadPoolExecutor(len(tables)) as pool:
-        return {f"{name}.parquet": table for name, table in zip(RUN_TABLES, pool.map(write, RUN_TABLES), strict=True)}
+    with ThreadPoolExecutor(len(pieces)) as writers:
+        coming = {name: writers.submit(_write, folder, name, of_table, pool) for name, of_table in pieces.items()}
+        written = {name: table.result() for name, table in coming.items()} | parts.tables()
+    return {f"{name}.parquet": written[name] for name in RUN_TABLES}
 
 
-def _ahead(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The same pieces, each made while the one before is being written."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, pieces, None)
-        while (piece := coming.result()) is not None:
-            coming = pool.submit(next, pieces, None)
-            yield piece
+def _write(folder: Path, name: str, pieces: Iterable[Piece], pool: Executor) -> TableFile:
+    return TableFile(*write_pieces(folder / f"{name}.parquet", name, pieces, RUN_TABLES[name], pool))
 
 
-def _gathered(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
+def _gathered(tables: Iterator[pa.Table]) -> Iterator[Piece]:
     """Small tables joined to pieces of about PIECE_ROWS rows or PIECE_BYTES."""
     held: list[pa.Table] = []
     rows = size = 0
-    for piece in pieces:
-        held.append(piece)
-        rows += piece.num_rows
-        size += piece.nbytes
+    for table in tables:
+        held.append(table)
+        rows += table.num_rows
+        size += table.nbytes
         if rows >= PIECE_ROWS or size >= PIECE_BYTES:
-            yield _joined(held)
+            yield partial(_joined, held)
             held, rows, size = [], 0, 0
     if held:
-        yield _joined(held)
+        yield partial(_joined, held)
 
 
 def _joined(held: Sequence[pa.Table]) -> pa.Table:

@@ -47,21 +47,6 @@ class Distribution:
         return cls(values[present], counts[present], nonfinite)
 
     @classmethod
-    def of_symmetric(cls, values: Float32, counts: Int64, nonfinite: int = 0) -> Distribution:
-        """From counts, zeros among them, of ascending values (2 k + 1,) that lie symmetrically about 0.
-
-        A value's negative lies opposite, so the magnitudes, whose sorting takes longer than all else, need none.
-        """
-        present = np.flatnonzero(counts != 0)
-        found = cls(values[present], counts[present], nonfinite)
-        middle = values.size // 2
-        magnitudes = counts[middle:].copy()
-        magnitudes[1:] += counts[:middle][::-1]
-        present = np.flatnonzero(magnitudes != 0)
-        found.__dict__["absolute"] = values[middle:][present], magnitudes[present]  # what the cached property finds
-        return found
-
-    @classmethod
     def of_values(cls, values: npt.NDArray[np.floating]) -> Distribution:
         """Of raw values (any shape), rounded to float16 (nearest, ties to even) as a run's counts are."""
         with np.errstate(over="ignore"):

@@ -33,7 +33,12 @@ def test_site_stats_follow_from_counts(database: Path) -> None:
         for key, distribution in found.items():
             expected = distribution.summary()
             for name in SITE_STATS.names[4:-1]:
-                assert stored[key][name] == pytest.approx(expected[name], rel=1e-15, nan_ok=True), (key, name)
+                # Moments are of up to 65,536 terms, in pairs here and with what is lost there: some twenty roundings,
+                # of which the mean's are relative to the values.
+                tolerance = (
+                    {"rel": 1e-14, "abs": 1e-14 * expected["std"]} if name in ("mean", "std", "kurtosis") else {}
+                )
+                assert stored[key][name] == pytest.approx(expected[name], **{"rel": 1e-15, **tolerance}, nan_ok=True)
 
 
 def test_quantile_macro_agrees_with_site_stats(database: Path) -> None:

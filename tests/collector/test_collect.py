@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from tiny_model import TEXTS, write_texts, write_tiny_model
 
 import quambase.collector.run as run_module
+import quambase.collector.writer as writer_module
 from quambase.cli.main import quambase
 from quambase.collector.run import CollectedRun, collect, parse_keep
 from quambase.collector.tensor_file import import_tensor
-from quambase.collector.writer import part_folder
 from quambase.model.hadamard import hadamard
 from quambase.model.load import load_model
 from quambase.model.prepare import prepare
@@ -225,42 +225,49 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 ) -> None:
     whole = run_tiny(model, data, tmp_path / "whole")
     monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", checkpoint_seconds)
-    written, calls = run_module.write_part, []
+    written, calls = writer_module.JoinedParts.add, []
 
     def stop(*args: object) -> None:
         if len(calls) == after:
             raise KeyboardInterrupt
         calls.append(written(*args))
 
-    monkeypatch.setattr(run_module, "write_part", stop)
+    monkeypatch.setattr(writer_module.JoinedParts, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         run_tiny(model, data, tmp_path / "cut")
     folder = next((tmp_path / "cut" / "runs").iterdir())
     assert not (folder / "run.json").exists()
-    monkeypatch.setattr(run_module, "write_part", written)
+    monkeypatch.setattr(writer_module.JoinedParts, "add", written)
     resumed = run_tiny(model, data, tmp_path / "cut")
     assert resumed.folder.name == whole.folder.name
     assert bytes_of(resumed) == bytes_of(whole)
     assert resumed.manifest.tables == whole.manifest.tables
 
 
+@pytest.mark.parametrize("name", ["documents.arrow", "activations.parquet"])
 @pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_a_damaged_part_is_named_with_what_to_do(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+def test_a_damaged_part_of_an_unfinished_run_is_named_with_what_to_do(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, name: str
 ) -> None:
-    written = run_module.write_part
+    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)
+    written, calls = writer_module.JoinedParts.add, []
 
-    def spoil(folder: Path, block: int, documents: pa.Table, activations: pa.Table) -> None:
-        written(folder, block, documents, activations)
-        path = part_folder(folder, block) / "documents.arrow"
-        if damage == "missing":
-            path.unlink()
-        else:
-            path.write_bytes(path.read_bytes()[:-20])
+    def stop(*args: object) -> None:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(written(*args))
 
-    monkeypatch.setattr(run_module, "write_part", spoil)
+    monkeypatch.setattr(writer_module.JoinedParts, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(model, data, tmp_path)
+    monkeypatch.setattr(writer_module.JoinedParts, "add", written)
+    (path,) = tmp_path.glob(f"runs/*/parts/*/{name}")
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-20])
     what = "is missing" if damage == "missing" else "is cut short"
-    with pytest.raises(DatabaseInvalid, match=rf"documents\.arrow {what}.*remove .*collect again"):
+    with pytest.raises(DatabaseInvalid, match=rf"{name} {what}.*remove .*collect again"):
         run_tiny(model, data, tmp_path)
 
 

@@ -138,20 +138,21 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str
 ) -> None:
     import quambase.collector.run as run_module
+    import quambase.collector.writer as writer_module
 
     whole = run_tiny(model, data, tmp_path / "whole", groups=groups)
     monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)
-    written, calls = run_module.write_part, []
+    written, calls = writer_module.JoinedParts.add, []
 
     def stop(*args: object) -> None:
         if calls:
             raise KeyboardInterrupt
         calls.append(written(*args))
 
-    monkeypatch.setattr(run_module, "write_part", stop)
+    monkeypatch.setattr(writer_module.JoinedParts, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         run_tiny(model, data, tmp_path / "cut", groups=groups)
-    monkeypatch.setattr(run_module, "write_part", written)
+    monkeypatch.setattr(writer_module.JoinedParts, "add", written)
     resumed = run_tiny(model, data, tmp_path / "cut", groups=groups)
     for name in RUN_TABLES:
         files = [run.folder / f"{name}.parquet" for run in (resumed, whole)]

@@ -12,6 +12,7 @@ import torch
 from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
 import quambase.collector.run as run_module
+import quambase.collector.writer as writer_module
 from quambase.collector.run import CollectedRun, collect
 from quambase.schema.distribution import Distribution
 from quambase.schema.tables import RUN_TABLES, file_sha256
@@ -85,17 +86,17 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 ) -> None:
     whole = run_tiny(models[family], data, tmp_path / "whole")
     monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)
-    written, calls = run_module.write_part, []
+    written, calls = writer_module.JoinedParts.add, []
 
     def stop(*args: object) -> None:
         if calls:
             raise KeyboardInterrupt
         calls.append(written(*args))
 
-    monkeypatch.setattr(run_module, "write_part", stop)
+    monkeypatch.setattr(writer_module.JoinedParts, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         run_tiny(models[family], data, tmp_path / "cut")
-    monkeypatch.setattr(run_module, "write_part", written)
+    monkeypatch.setattr(writer_module.JoinedParts, "add", written)
     resumed = run_tiny(models[family], data, tmp_path / "cut")
     for name in RUN_TABLES:
         files = [run.folder / f"{name}.parquet" for run in (resumed, whole)]

@@ -22,7 +22,7 @@ from device_models import tiny_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.collector import cuda_counter
+from quambase.collector import cuda_counter, device_statistics
 from quambase.collector.cuda_counter import halvings
 from quambase.collector.device_statistics import DeviceStatistics, merged_top
 from quambase.collector.packing import FLUSH, moment_segments, pack
@@ -171,3 +171,13 @@ def test_blocks_fold_as_on_the_host_and_go_through_a_checkpoint() -> None:
     for key, stats in device.to_host().items():
         nothing = np.zeros(1)
         assert_same((stats, nothing), (host[key], nothing), "float16")
+
+
+def test_tensors_are_copied_to_the_host_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_statistics, "STAGED", 64)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 7), (0, 3), (8,), (1, 1))]
+    tensors.append(torch.randint(-(2**60), 2**60, (3, 33), generator=generator)[1:, 5:])  # not contiguous
+    for found, tensor in zip(device_statistics._copies(*tensors), tensors, strict=True):
+        assert found.dtype == tensor.numpy().dtype
+        np.testing.assert_array_equal(found, tensor.numpy())

@@ -22,7 +22,7 @@ import quambase.collector.run as run_module
 from quambase.cli.main import quambase
 from quambase.collector.merge import merge, merge_if_last
 from quambase.collector.observers import DeviceObserver, take_local_device
-from quambase.collector.rows import channels_rows
+from quambase.collector.rows import channels_pieces
 from quambase.collector.run import CollectedRun
 from quambase.collector.shards import SHARD, Shard, parse_shard, read_sums, torchrun_shard
 from quambase.collector.statistics import SiteLayout, SiteStatistics
@@ -128,7 +128,8 @@ def test_the_lower_of_zero_and_minus_zero_is_stored_as_zero() -> None:
             block.moments.lowest[:] = value
             block.moments.highest[:] = value
             stats.fold(block)
-        (table,) = channels_rows("run", {(0, "site"): stats})
+        (piece,) = channels_pieces("run", {(0, "site"): stats})
+        table = piece()
         assert table.schema == as_made(CHANNELS)
         stored.append([np.signbit(table[name].to_numpy()).any() for name in ("min", "max")])
     assert stored == [[False, False]] * 2

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quambase.collector import statistics
-from quambase.collector.rows import PatternOrder
+from quambase.collector.kernels import PATTERNS, SIGN, present_counts, present_sizes, repeat, summarize
 from quambase.collector.statistics import (
     ENCODINGS,
     SUMMARY_COLUMNS,
@@ -20,7 +20,7 @@ from quambase.collector.statistics import (
     largest,
 )
 from quambase.schema.distribution import Distribution
-from quambase.schema.tables import DOCUMENT_QUANTILES
+from quambase.schema.tables import DOCUMENT_QUANTILES, QUANTILES
 
 MOST = 7
 
@@ -216,19 +216,74 @@ def test_ties_among_outliers_go_to_the_earlier_place() -> None:
 
 
 @pytest.mark.parametrize("encoding", list(ENCODINGS))
-def test_order_of_counts_folds_signs_of_zero_and_nan_payloads(encoding: str) -> None:
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_rows_of_counts_are_those_of_distinct_values(encoding: str, data: st.DataObject) -> None:
+    """Signs of zero and all NaN fall together; of the patterns at the borders some are always drawn."""
     kind = ENCODINGS[encoding]
-    order = PatternOrder(kind)
-    counts = np.arange(65536)
-    folded = order.fold(counts)
-    values = kind.values()
-    assert folded.sum() == counts.sum()
-    assert np.isnan(order.values[-1]) and (np.diff(order.values[:-1]) > 0).all()
-    assert order.values[0] == -np.inf and order.values[-2] == np.inf
-    assert folded[order.values == 0][0] == counts[0] + counts[32768]
-    assert folded[-1] == counts[np.isnan(values)].sum()
-    for pattern in (1, 0x3C00, 0x8001, 0x7BFF):
-        assert folded[order.values == values[pattern]][0] == counts[pattern]
+    infinity = kind.infinity
+    borders = [0, 1, infinity - 1, infinity, infinity + 1, SIGN - 1]
+    patterns = st.sampled_from([*borders, *(SIGN + border for border in borders)]) | st.integers(0, PATTERNS - 1)
+    counts = np.zeros((2, PATTERNS), np.int64)
+    for pattern, count in data.draw(st.lists(st.tuples(patterns, st.integers(1, 2**50)), max_size=40)):
+        counts[1, pattern] += count
+    wanted: dict[float, int] = {}
+    nans = 0
+    for value, count in zip(kind.values().tolist(), counts[1].tolist(), strict=True):
+        if np.isnan(value):
+            nans += count
+        elif count:
+            wanted[value] = wanted.get(value, 0) + count  # 0.0 and -0.0 are one key
+    rows = sorted(wanted.items()) + [(np.nan, nans)] * (nans > 0)
+    values, found, sizes = np.empty(PATTERNS, np.float32), np.empty(PATTERNS, np.int64), np.empty(2, np.int64)
+    size = present_counts(counts[1], infinity, kind.values()[:SIGN], values, found)
+    present_sizes(counts, infinity, sizes)
+    assert sizes.tolist() == [0, size] == [0, len(rows)]
+    np.testing.assert_array_equal(values[:size], [value for value, _ in rows])
+    assert found[:size].tolist() == [count for _, count in rows]
+    assert not np.signbit(values[:size][values[:size] == 0]).any()
+
+
+@pytest.mark.parametrize("encoding", list(ENCODINGS))
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_summaries_equal_those_of_the_distribution(encoding: str, data: st.DataObject) -> None:
+    kind = ENCODINGS[encoding]
+    patterns = st.sampled_from([0, SIGN, 1, kind.infinity - 1, kind.infinity, PATTERNS - 1])
+    some = st.lists(st.tuples(patterns | st.integers(0, PATTERNS - 1), st.integers(1, 2**30)), max_size=30)
+    counts = np.zeros(PATTERNS, np.int64)
+    for pattern, count in data.draw(some):
+        counts[pattern] += count
+    integers, floats = np.empty(5, np.int64), np.empty(6 + len(QUANTILES))
+    summarize(counts, kind.infinity, kind.values()[:SIGN], np.array(list(QUANTILES.values())), integers, floats)
+    values = np.where(np.isnan(kind.values()), np.float32("nan"), kind.values())  # no signalling ones, which warn
+    wanted = Distribution.of_rows(values, counts)
+    summary = wanted.summary()
+    total, nonfinite, zeros = integers[:3].tolist()
+    assert (total, nonfinite) == (summary["count"], summary["nonfinite"])
+    np.testing.assert_array_equal(floats[:3], [summary[name] for name in ("amax", "min", "max")])
+    np.testing.assert_array_equal(floats[6:], [summary[name] for name in QUANTILES])
+    if total == 0:
+        assert np.isnan(floats[1:]).all() and not integers[2:].any()
+        return
+    assert not np.signbit(floats[:3][floats[:3] == 0]).any()
+    assert zeros / total == summary["zeros"]
+    mean, std, kurtosis = floats[3:6].tolist()
+    # Up to 60 terms added one to another in pairs there: some eight roundings, relative to the largest value.
+    assert mean == pytest.approx(summary["mean"], rel=1e-14, abs=1e-14 * summary["amax"])
+    assert std == pytest.approx(summary["std"], rel=1e-14, abs=1e-14 * summary["amax"])
+    if summary["std"] > 1e-3 * summary["amax"]:  # else it is of what rounding left, here and there
+        assert kurtosis == pytest.approx(summary["kurtosis"], rel=1e-9)
+    # By the definition, with the mean and deviation as found: of others a value at the border may lie beyond.
+    apart = np.abs(wanted.values.astype(np.float64) - mean)
+    assert integers[3:].tolist() == [int(wanted.counts[apart > k * std].sum()) for k in (3, 5)]
+
+
+def test_repeated_values_are_those_of_numpy() -> None:
+    values, rows = np.array([3, 1, 4, 1], np.int32), np.array([2, 0, 5, 1])
+    out = np.empty(8, np.int32)
+    repeat(values, rows, out)
+    np.testing.assert_array_equal(out, np.repeat(values, rows))
 
 
 @settings(deadline=None, max_examples=60)
@@ -250,22 +305,6 @@ def test_distribution_quantiles_equal_numpy_and_torch(values: list[float], p: fl
     if wide.std() > 1e-3 * magnitudes.max():
         fourth = ((wide - wide.mean()) ** 4).mean()
         assert kurtosis == pytest.approx(fourth / wide.var() ** 2, rel=1e-6)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.floats(0, 65504, width=16, exclude_min=True), unique=True, max_size=20), st.data())
-def test_distribution_of_symmetric_values_is_that_of_its_rows(magnitudes: list[float], data: st.DataObject) -> None:
-    magnitudes.sort()
-    values = np.array([-value for value in reversed(magnitudes)] + [0.0, *magnitudes], np.float32)
-    drawn = data.draw(st.lists(st.integers(0, 3), min_size=values.size, max_size=values.size))
-    counts = np.array(drawn, np.int64)
-    found, wanted = Distribution.of_symmetric(values, counts, 5), Distribution.of_rows(values, counts)
-    assert found.nonfinite == 5
-    np.testing.assert_array_equal(found.values, wanted.values)
-    np.testing.assert_array_equal(found.counts, wanted.counts)
-    np.testing.assert_array_equal(found.absolute[0], wanted.absolute[0])
-    np.testing.assert_array_equal(found.absolute[1], wanted.absolute[1])
-    assert found.amax == wanted.amax and not np.signbit(found.amax)
 
 
 def test_distribution_of_repeated_rows_adds_up_and_sets_nonfinite_aside() -> None:
