@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quambase.schema import parquet_files
 from quambase.schema.parquet_files import joined
 from quambase.schema.tables import (
     ACTIVATIONS,
@@ -75,6 +76,53 @@ def test_joined_files_are_the_file_of_their_row_groups(sizes: list[list[int]], o
     assert found == written([table for of_file in tables for table in of_file], **options)
     whole = pa.concat_tables([SCHEMA.empty_table(), *(table for of_file in tables for table in of_file)])
     assert pq.read_table(io.BytesIO(found))["value"].equals(whole["value"])
+
+
+def _values(kinds: st.SearchStrategy[tuple[int, Any]]) -> st.SearchStrategy[tuple[int, Any]]:
+    """Structs and lists of values of ``kinds`` (type, value), as Thrift's compact protocol numbers types."""
+    numbers = st.integers(-(2**15), 2**15 - 1)
+    structs = st.lists(st.tuples(numbers, kinds), max_size=5, unique_by=lambda field: field[0])
+    # A byte is a list of bools' element too.
+    lists = st.lists(kinds, max_size=18).map(lambda items: [item for item in items if item[0] == items[0][0]])
+    return structs.map(lambda fields: (12, parquet_files._Struct(dict(fields)))) | lists.map(
+        lambda items: (9, parquet_files._Items(items[0][0] if items else 8, [value for _, value in items]))
+    )
+
+
+_SCALARS = (
+    st.tuples(st.sampled_from([4, 5, 6]), st.integers(-(2**63), 2**63 - 1))
+    | st.tuples(st.just(8), st.binary(max_size=200))
+    | st.tuples(st.just(3), st.integers(0, 255))
+    | st.tuples(st.just(7), st.binary(min_size=8, max_size=8))
+)
+
+
+@given(st.recursive(_SCALARS, _values, max_leaves=20), st.booleans())
+def test_a_struct_is_read_as_it_was_written(value: tuple[int, Any], flag: bool) -> None:
+    """Negative numbers and gaps between fields too, which pyarrow's footers have few of."""
+    struct = parquet_files._Struct({1: value, 3: (1 if flag else 2, flag), 200: (5, -1), 7: (4, 7)})
+    writer = parquet_files._Writer()
+    writer.struct(struct)
+    reader = parquet_files._Reader(bytes(writer.data) + b"more")
+    assert reader.struct() == struct
+    assert reader.place == len(writer.data)
+
+
+def test_numbered_row_groups_are_numbered_anew() -> None:
+    """pyarrow does not number them."""
+
+    def numbered(file: bytes) -> bytes:
+        size = int.from_bytes(file[-8:-4], "little")
+        footer = parquet_files._Reader(file[-8 - size : -8]).struct()
+        for i, group in enumerate(footer.structs(4)):
+            group.fields[7] = 4, i
+        writer = parquet_files._Writer()
+        writer.struct(footer)
+        return file[: -8 - size] + bytes(writer.data) + len(writer.data).to_bytes(4, "little") + b"PAR1"
+
+    tables = [rows(i, 5) for i in range(3)]
+    found = b"".join(joined([numbered(written(tables[:2])), numbered(written(tables[2:]))]))
+    assert found == numbered(written(tables))
 
 
 def test_more_row_groups_and_wider_offsets_than_a_byte_can_count() -> None:
