@@ -79,12 +79,15 @@ def written(folder: Path, blocks: list[int]) -> dict[str, pa.Table]:
 def test_rows_of_documents_are_sorted_by_site_and_group(documents: int) -> None:
     """Sites in another order, twice, since what blocks share is kept."""
     layouts = {(1, "b"): LAYOUT, (0, "w"): SiteLayout(("all",), (0, 3)), (1, "a"): SiteLayout(("y", "c"), (0, 1, 2))}
+    layouts[2, "c"] = layouts[1, "a"]
     for first in (5, 40):
         block = [PlannedDocument(first + 2 * i, f"sha {i}", np.zeros(i + 7, np.int32)) for i in range(documents)]
+        generator = np.random.default_rng(first)
         summaries = {
-            key: np.random.default_rng(first).random((documents, len(layout.names) + 1, len(SUMMARY_COLUMNS)), "f4")
+            key: generator.random((documents, len(layout.names) + 1, len(SUMMARY_COLUMNS)), "f4")
             for key, layout in layouts.items()
         }
+        summaries[2, "c"] = summaries[1, "a"]
         wanted = []
         for key in sorted(layouts):
             names = layouts[key].names
@@ -94,9 +97,9 @@ def test_rows_of_documents_are_sorted_by_site_and_group(documents: int) -> None:
                     values = dict(zip(SUMMARY_COLUMNS, summaries[key][i, groups[name]].tolist(), strict=True))
                     place = {"run": "run", "layer": key[0], "site": key[1], "group_name": name}
                     wanted.append(place | {"document": document.index, "tokens": i + 7, "sha256": f"sha {i}"} | values)
-        # They lie in another order still, and one is there twice.
+        # They lie in another order still, and one of them is of two sites.
         flat = np.concatenate([summaries[1, "a"], summaries[1, "b"], summaries[0, "w"]], axis=None)
-        starts = [summaries[1, "a"].size, summaries[1, "a"].size + summaries[1, "b"].size, 0]
+        starts = [summaries[1, "a"].size, summaries[1, "a"].size + summaries[1, "b"].size, 0, 0]
         assert documents_rows("run", block, layouts, flat, starts).to_pylist() == [
             {column: row[column] for column in DOCUMENTS.names} for row in wanted
         ]
