@@ -102,8 +102,8 @@ COPYING = 4
 
 
 def _copies(*tensors: torch.Tensor) -> list[npt.NDArray[Any]]:
-    """On the host. From a CUDA device by way of pinned memory, into which it writes at the bus's speed; to get as much
-    of that as a run's counts are takes longer than to copy them.
+    """Of the same shapes and types, on the host. From a CUDA device by way of pinned memory, into which it writes at
+    the bus's speed; to get as much of that as a run's counts are takes longer than to copy them.
     """
     # NumPy asks for huge pages, torch does not.
     found = [torch.from_numpy(np.empty(t.shape, torch.empty(0, dtype=t.dtype).numpy().dtype)) for t in tensors]

@@ -48,7 +48,10 @@ def _insert(
 
 @numba.njit(cache=True, nogil=True)
 def repeat(values: Int32, rows: Int64, out: Int32) -> None:
-    """As numpy.repeat, which lets no other thread run Python meanwhile: ``values[i]`` in turn ``rows[i]`` times."""
+    """As numpy.repeat, which lets no other thread run Python meanwhile: values (n,), each rows (n,) times.
+
+    out (all rows,), written.
+    """
     start = 0
     for i in range(rows.size):
         out[start : start + rows[i]] = values[i]
@@ -57,7 +60,10 @@ def repeat(values: Int32, rows: Int64, out: Int32) -> None:
 
 @numba.njit(cache=True, nogil=True)
 def gather_rows(values: Float32, bases: Int64, firsts: Int64, sizes: Int64, columns: Int32, out: Float32) -> None:
-    """Row after row to ``out``: the values at bases[i] plus sizes[i] of ``columns``, ascending, from firsts[i] on."""
+    """Row after row of flat ``values``: of row i those at bases[i] plus sizes[i] of ``columns`` from firsts[i] on.
+
+    bases, firsts, sizes (rows,); columns flat, ascending within a row; out (all sizes,), written.
+    """
     place = 0
     for i in range(bases.size):
         base, first, size = bases[i], firsts[i], sizes[i]
@@ -124,7 +130,9 @@ def _added(total: float, lost: float, term: float) -> tuple[float, float]:
 
 @numba.njit(cache=True, nogil=True)
 def _central_moments(counts: Int64, infinity: int, magnitudes: Float32, total: int) -> tuple[float, float, float]:
-    """The mean of ``total`` finite values, and of the second and fourth powers of their distances from it."""
+    """The mean of the finite values of counts (PATTERNS,), ``total`` of them and not 0, and the means of the second and
+    fourth powers of their distances from it; magnitudes (SIGN,).
+    """
     first = lost = 0.0
     for pattern in range(infinity):
         # One of a value and one of its negative come to nothing.
@@ -152,9 +160,9 @@ def summarize(
 ) -> None:
     """What `quambase.schema.distribution.Distribution.summary` says of one group, counts (PATTERNS,).
 
-    probabilities (q,) ascending; integers (5,), written: finite values, others, zeros, values with |x - mean| > 3 and
-    > 5 standard deviations; floats (6 + q,), written: amax, min, max, mean, standard deviation, kurtosis, quantiles
-    of |x|: NaN where there are no values, but amax, which is 0 then.
+    ``infinity`` is its pattern; magnitudes (SIGN,); probabilities (q,) ascending. Written are integers (5,): finite
+    values, others, zeros, values with |x - mean| > 3 and > 5 standard deviations; and floats (6 + q,): amax, min, max,
+    mean, standard deviation, kurtosis, quantiles of |x|. Where there are no values those are NaN, but amax, which is 0.
     """
     integers[:] = 0
     floats[:] = np.nan

@@ -53,7 +53,6 @@ def many_keyed_rows(
 
 def key_columns(run: str, keys: Sequence[tuple[Key, str]], rows: Sequence[int]) -> dict[str, object]:
     """The key columns of ``rows[i]`` rows of each ``keys[i]``."""
-
     sizes = np.asarray(rows, np.int64)
     layer, *indices = np.empty((4, int(sizes.sum())), np.int32)
     repeat(np.array([layer for (layer, _), _ in keys], np.int32), sizes, layer)

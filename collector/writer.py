@@ -177,6 +177,7 @@ class JoinedParts(AbstractContextManager["JoinedParts"]):
     folder  the run's
     parts   the parts' folders in the order of blocks, the first ``there`` of which are complete
     pool    where pieces of tables are made and encoded
+    `add` and `tables` raise DatabaseInvalid where a part on the disk is gone or damaged, and OSError.
     """
 
     def __init__(self, folder: Path, parts: Sequence[Path], there: int) -> None:
@@ -259,8 +260,8 @@ def write_run(
     locate: Locate,
     parts: JoinedParts,
 ) -> dict[str, TableFile]:
-    """Write every table of a run from its statistics, and have those written that its blocks' parts make; rows and
-    checksums by file name.
+    """Write every table of a run from its statistics, and wait for those that its blocks' parts make; rows and
+    checksums by file name. Errors as `JoinedParts`.
     """
     layouts = {key: stats.layout for key, stats in statistics.items()}
     pool = parts.pool

@@ -13,11 +13,10 @@ import pytest
 import reference
 import torch
 from click.testing import CliRunner
+from interrupting import interrupted
 from safetensors.torch import save_file
 from tiny_model import TEXTS, write_texts, write_tiny_model
 
-import quambase.collector.run as run_module
-import quambase.collector.writer as writer_module
 from quambase.cli.main import quambase
 from quambase.collector.run import CollectedRun, collect, parse_keep
 from quambase.collector.tensor_file import import_tensor
@@ -221,23 +220,13 @@ def test_only_the_sites_asked_for(model: Path, data: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("after", [1, 2])
 @pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])
 def test_an_interrupted_run_resumes_to_the_same_bytes(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, checkpoint_seconds: float
+    model: Path, data: Path, tmp_path: Path, after: int, checkpoint_seconds: float
 ) -> None:
     whole = run_tiny(model, data, tmp_path / "whole")
-    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", checkpoint_seconds)
-    written, calls = writer_module.JoinedParts.add, []
-
-    def stop(*args: object) -> None:
-        if len(calls) == after:
-            raise KeyboardInterrupt
-        calls.append(written(*args))
-
-    monkeypatch.setattr(writer_module.JoinedParts, "add", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(after, checkpoint_seconds):
         run_tiny(model, data, tmp_path / "cut")
     folder = next((tmp_path / "cut" / "runs").iterdir())
     assert not (folder / "run.json").exists()
-    monkeypatch.setattr(writer_module.JoinedParts, "add", written)
     resumed = run_tiny(model, data, tmp_path / "cut")
     assert resumed.folder.name == whole.folder.name
     assert bytes_of(resumed) == bytes_of(whole)
@@ -247,20 +236,10 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 @pytest.mark.parametrize("name", ["documents.arrow", "activations.parquet"])
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_damaged_part_of_an_unfinished_run_is_named_with_what_to_do(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, name: str
+    model: Path, data: Path, tmp_path: Path, damage: str, name: str
 ) -> None:
-    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)
-    written, calls = writer_module.JoinedParts.add, []
-
-    def stop(*args: object) -> None:
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(written(*args))
-
-    monkeypatch.setattr(writer_module.JoinedParts, "add", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted():
         run_tiny(model, data, tmp_path)
-    monkeypatch.setattr(writer_module.JoinedParts, "add", written)
     (path,) = tmp_path.glob(f"runs/*/parts/*/{name}")
     if damage == "missing":
         path.unlink()

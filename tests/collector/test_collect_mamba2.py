@@ -10,6 +10,7 @@ import pytest
 import reference_mamba2
 import torch
 from click.testing import CliRunner
+from interrupting import interrupted
 from tiny_model import TEXTS, write_texts, write_tiny_mamba2, write_tiny_model
 
 from quambase.analyzer.batch import analyze
@@ -134,25 +135,10 @@ def test_a_model_of_one_ssd_group_is_not_divided(data: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("groups", ["none", "fixed"])
-def test_an_interrupted_run_resumes_to_the_same_bytes(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str
-) -> None:
-    import quambase.collector.run as run_module
-    import quambase.collector.writer as writer_module
-
+def test_an_interrupted_run_resumes_to_the_same_bytes(model: Path, data: Path, tmp_path: Path, groups: str) -> None:
     whole = run_tiny(model, data, tmp_path / "whole", groups=groups)
-    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)
-    written, calls = writer_module.JoinedParts.add, []
-
-    def stop(*args: object) -> None:
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(written(*args))
-
-    monkeypatch.setattr(writer_module.JoinedParts, "add", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted():
         run_tiny(model, data, tmp_path / "cut", groups=groups)
-    monkeypatch.setattr(writer_module.JoinedParts, "add", written)
     resumed = run_tiny(model, data, tmp_path / "cut", groups=groups)
     for name in RUN_TABLES:
         files = [run.folder / f"{name}.parquet" for run in (resumed, whole)]

@@ -9,10 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from interrupting import interrupted
 from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
-import quambase.collector.run as run_module
-import quambase.collector.writer as writer_module
 from quambase.collector.run import CollectedRun, collect
 from quambase.schema.distribution import Distribution
 from quambase.schema.tables import RUN_TABLES, file_sha256
@@ -82,21 +81,11 @@ def test_float32_runs_are_near_the_cpus(family: str, models: dict[str, Path], da
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_interrupted_run_resumes_to_the_same_bytes(
-    family: str, models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, models: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
     whole = run_tiny(models[family], data, tmp_path / "whole")
-    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)
-    written, calls = writer_module.JoinedParts.add, []
-
-    def stop(*args: object) -> None:
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(written(*args))
-
-    monkeypatch.setattr(writer_module.JoinedParts, "add", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted():
         run_tiny(models[family], data, tmp_path / "cut")
-    monkeypatch.setattr(writer_module.JoinedParts, "add", written)
     resumed = run_tiny(models[family], data, tmp_path / "cut")
     for name in RUN_TABLES:
         files = [run.folder / f"{name}.parquet" for run in (resumed, whole)]

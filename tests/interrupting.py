@@ -1,0 +1,27 @@
+"""A collection that is interrupted, and so leaves an unfinished run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+import quambase.collector.run as run_module
+from quambase.collector.writer import JoinedParts
+
+
+@contextmanager
+def interrupted(after: int = 1, checkpoint_seconds: float = 0.0) -> Iterator[None]:
+    """Collecting inside ends as by Ctrl-C when the part after the first ``after`` comes."""
+    add, calls = JoinedParts.add, []
+
+    def stop(*args: object) -> None:
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        calls.append(add(*args))  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "CHECKPOINT_SECONDS", checkpoint_seconds)
+        patch.setattr(JoinedParts, "add", stop)
+        yield
