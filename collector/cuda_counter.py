@@ -9,6 +9,7 @@ follows the counting is queued on a stream of its own, beside whatever the calle
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -23,19 +24,24 @@ import torch
 
 from quambase.collector.device_statistics import DeviceSite, merged_top
 from quambase.collector.kernels import PATTERNS
-from quambase.collector.packing import pack
+from quambase.collector.packing import moment_segments, pack
 from quambase.collector.site_batch import (
     CANDIDATES,
     COMBINED,
     FORMING,
+    OF_BATCH,
     RANGES,
     REDUCED,
+    SITE,
     SITES,
     Job,
+    LayoutTables,
     Shape,
     SiteBatch,
     Tables,
     blocks_of,
+    item_rows,
+    jobs_of,
     power_of_two,
 )
 from quambase.collector.statistics import PROBABILITIES, SUMMARY_COLUMNS, Encoding, SiteLayout
@@ -69,7 +75,13 @@ class Launcher(Protocol):
     """What runs the kernels of one KIND: `quambase.model.cuda.Kernels`."""
 
     def launch(
-        self, name: str, grid: tuple[int, int], threads: int, arguments: Sequence[Argument], shared: int = 0
+        self,
+        name: str,
+        grid: tuple[int, int],
+        threads: int,
+        arguments: Sequence[Argument],
+        shared: int = 0,
+        stream: int | None = None,
     ) -> None:
         """Queue a kernel."""
 
@@ -99,15 +111,14 @@ class _Plan:
     """What batches of equal layouts, offsets and strides share.
 
     batch    what of the struct does not differ
-    tables   int32, on the device: what it points to
-    members  of each site, as there
+    tables   int32, on the device, and each site's layout's: what it points to
     rooms    the working memory that it needs: `_rooms`
     groups, summaries, jobs, finishing: blocks of `reduce_counts` (in y), `summarise`, `moments`, `finish`
     """
 
     batch: SiteBatch
     tables: torch.Tensor
-    members: list[torch.Tensor]
+    layouts: list[LayoutTables]
     rooms: dict[str, tuple[int, torch.dtype]]
     groups: int
     summaries: int
@@ -115,35 +126,51 @@ class _Plan:
     finishing: int
 
 
-@dataclass
 class _Memory:
     """Working memory of one batch at a time: ``rooms``, by name; ``batches``: each plan's, pointing there; ``reads``:
-    what the last one's kernels read, ``done``: when they have.
+    what the last one's kernels read. Its events: when it was counted, and when all its kernels have run.
     """
 
-    rooms: dict[str, torch.Tensor] = field(default_factory=dict)
-    batches: dict[_Plan, SiteBatch] = field(default_factory=dict)
-    reads: list[object] = field(default_factory=list)
-    done: torch.cuda.Event | None = None
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.rooms: dict[str, torch.Tensor] = {}
+        self.batches: dict[_Plan, SiteBatch] = {}
+        self.reads: list[object] = []
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            self._events = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def take(self, plan: _Plan, device: torch.device) -> SiteBatch:
-        """A plan's batch. The one before has to be through with its memory first, on the current stream; what that one
-        read may be given out again there.
+    def take(self, plan: _Plan, stream: torch.cuda.Stream | None) -> SiteBatch:
+        """A plan's batch. The one before has to be through with its memory first, on ``stream``, the current one; what
+        that one read may be given out again there.
         """
-        if self.done:
-            torch.cuda.current_stream(device).wait_event(self.done)
+        if stream and self._events:
+            stream.wait_event(self._events[1])
         self.reads = [plan]
         if plan not in self.batches:
             for name, (size, dtype) in plan.rooms.items():
                 if name not in self.rooms or self.rooms[name].numel() < size:
-                    self.rooms[name] = torch.zeros(power_of_two(size), dtype=dtype, device=device)
+                    self.rooms[name] = torch.zeros(power_of_two(size), dtype=dtype, device=self._device)
                     self.batches.clear()  # which hold the old address
             if len(self.batches) >= PLANS:
                 self.batches.clear()
             batch = self.batches[plan] = SiteBatch.from_buffer_copy(plan.batch)
             for name in plan.rooms:
                 setattr(batch, name, self.rooms[name].data_ptr())
-        return SiteBatch.from_buffer_copy(self.batches[plan])
+        return self.batches[plan]
+
+    def counted(self, stream: torch.cuda.Stream | None, beside: torch.cuda.Stream | None) -> int | None:
+        """What follows the counting, which is queued on ``stream``, is to be queued ``beside``: its handle."""
+        if not (stream and beside and self._events):
+            return None
+        self._events[0].record(stream)
+        beside.wait_event(self._events[0])
+        return int(beside.cuda_stream)
+
+    def done(self, beside: torch.cuda.Stream | None) -> None:
+        """All that uses the memory is queued."""
+        if beside and self._events:
+            self._events[1].record(beside)
 
 
 def halvings(shared: int) -> int:
@@ -188,8 +215,12 @@ class CudaCounter:
         self._launchers: dict[int, Launcher] = {}
         self._plans: dict[tuple[tuple[SiteLayout, bytes, int], ...], _Plan] = {}
         self._waiting: defaultdict[int, _Queue] = defaultdict(_Queue)
-        self._memories = deque([_Memory(), _Memory()])
+        self._memories = deque([_Memory(device), _Memory(device)])
+        self._layouts: dict[SiteLayout, LayoutTables] = {}
         self._beside = _beside(device) if device.type == "cuda" else None
+        self._current: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._index = torch.cuda.current_device() if device.index is None else device.index
         self._probabilities = torch.from_numpy(PROBABILITIES).to(device)
         self._kernels(KINDS[encoding.name, encoding.torch_dtype])  # so that a failure is told at once
 
@@ -237,8 +268,18 @@ class CudaCounter:
             # As many more might not fit beside them.
             if not partly or 2 * len(self._waiting[kind].sites) > SITES:
                 self._count(kind)
-        if not partly and self._beside:
-            torch.cuda.current_stream(self.device).wait_stream(self._beside)
+        stream = self._stream()
+        if not partly and stream and self._beside:
+            stream.wait_stream(self._beside)
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        """The current one; to ask torch.cuda for it takes as long as to queue two kernels."""
+        if self.device.type != "cuda":
+            return None
+        raw = torch._C._cuda_getCurrentRawStream(self._index)
+        if self._current is None or self._current.cuda_stream != raw:
+            self._current = torch.cuda.current_stream(self.device)
+        return self._current
 
     def _count(self, kind: int) -> None:
         """Queue the counting of what waits of a kind."""
@@ -247,41 +288,39 @@ class CudaCounter:
             return
         plan = self._plan(waiting)
         launch = self._kernels(kind).launch
-        memory = self._memories[0]
+        memory, stream = self._memories[0], self._stream()
         self._memories.rotate()
-        batch = memory.take(plan, self.device)
+        batch = memory.take(plan, stream)
         memory.reads.append(waiting)
         tops: list[tuple[DeviceSite, torch.Tensor]] = []
-        for number, one in enumerate(waiting):
-            site, into = batch.sites[number], one.into
-            for name, address in into.addresses.items():
-                setattr(site, name, address)
-            site.x, site.first, site.summaries = one.x.data_ptr(), one.first, one.summaries.data_ptr()
+        for number, (into, x, _, offsets, first, summaries) in enumerate(waiting):
+            counts, top, moments = into.addresses
             if into.calls:
                 tops.append((into, torch.empty_like(into.top)))
                 memory.reads.append(tops[-1])
-                site.top = tops[-1][1].data_ptr()
+                top = tops[-1][1].data_ptr()
+            states = 0
             if into.layout.d_state:
                 # The outliers are of the rows as counted; the moments are of each group's channels apart.
-                states = one.x.reshape(len(one.offsets) - 1, into.layout.d_state, -1).transpose(1, 2)
-                apart = states.index_select(1, plan.members[number])
+                apart = x.reshape(len(offsets) - 1, into.layout.d_state, -1).transpose(1, 2)
+                apart = apart.index_select(1, plan.layouts[number].members)
                 memory.reads.append(apart)
-                site.states = apart.data_ptr()
+                states = apart.data_ptr()
+            place = SiteBatch.sites.offset + number * SITE.size
+            SITE.pack_into(batch, place, x.data_ptr(), states, first, counts, summaries.data_ptr(), top, *moments)
+            into.calls += 1
         arguments = [batch]
         launch("count_items", (self._blocks, 1), 1024, arguments, TABLE >> self._halvings)
-        if self._beside:
-            self._beside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._beside):  # nothing else than the current one where there is none
-            launch("reduce_counts", (PATTERNS // REDUCED, plan.groups), 256, arguments)
-            launch("summarise", (plan.summaries, 1), 1024, arguments)
-            launch("moments", (plan.jobs, 1), FORMING, arguments)
-            launch("finish", (plan.finishing, 1), 256, arguments)
-            for into, top in tops:
-                into.top.copy_(merged_top(into.top, top))
-            if self._beside:
-                memory.done = self._beside.record_event()
-        for one in waiting:
-            one.into.calls += 1
+        beside = memory.counted(stream, self._beside)
+        launch("reduce_counts", (PATTERNS // REDUCED, plan.groups), 256, arguments, 0, beside)
+        launch("summarise", (plan.summaries, 1), 1024, arguments, 0, beside)
+        launch("moments", (plan.jobs, 1), FORMING, arguments, 0, beside)
+        launch("finish", (plan.finishing, 1), 256, arguments, 0, beside)
+        if tops:
+            with torch.cuda.stream(self._beside):  # nothing else than the current one where there is none
+                for into, later in tops:
+                    into.top.copy_(merged_top(into.top, later))
+        memory.done(self._beside)
 
     def _plan(self, waiting: Sequence[_Waiting]) -> _Plan:
         key = tuple((one.into.layout, one.offsets.tobytes(), one.stride) for one in waiting)
@@ -294,18 +333,28 @@ class CudaCounter:
 
     def _new_plan(self, sites: Sequence[tuple[SiteLayout, Int64, int]]) -> _Plan:
         packing = pack([(layout, offsets) for layout, offsets, _ in sites], self._blocks)
+        items, brought = item_rows(packing, [(layout, stride) for layout, _, stride in sites])
+        layouts = [self._layout(layout) for layout, _, _ in sites]
         tables = Tables()
-        spills = tables.put_items(packing, [(layout, stride) for layout, _, stride in sites])
+        of_batch = dict(zip(OF_BATCH, (items, packing.block_first, packing.segment_first), strict=False))
+        of_batch["spill_first"] = np.cumsum([0, *brought])
+        places = {name: tables.put(values) for name, values in of_batch.items()}
         shapes, jobs = (Shape * len(sites))(), list[Job]()
         firsts = {name: [0] for name in ("group_first", "summary_first", "finish_first", "job_first")}
         segments = partial = 0
-        for number, (layout, offsets, stride) in enumerate(sites):
+        known: dict[bytes, tuple[int, int]] = {}  # most sites of a batch have the same
+        for number, ((layout, offsets, stride), of_layout) in enumerate(zip(sites, layouts, strict=True)):
             groups, documents = len(layout.names), len(offsets) - 1
             first_group = firsts["group_first"][-1]
-            shapes[number] = Shape(stride, documents, groups, first_group, segments)
+            lengths = offsets.tobytes()
+            if lengths not in known:
+                rows = np.stack([offsets[:-1], offsets[1:]], axis=1)
+                known[lengths] = tables.put(offsets), tables.put(rows)
+            place, rows_place = known[lengths]
+            shapes[number] = Shape(stride, documents, groups, first_group, segments, place, **of_layout.places)
             segments += groups * documents
-            tables.put_site(number, layout, offsets)
-            for job in tables.put_jobs(number, layout, offsets, stride):
+            apart = tables.put(moment_segments(layout, offsets)) if layout.d_state else 0
+            for job in jobs_of(number, layout, stride, rows_place, apart):
                 job.partial = partial
                 partial += documents * job.groups * job.channels
                 jobs.append(job)
@@ -325,14 +374,26 @@ class CudaCounter:
             array = getattr(batch, name)
             # A part that is not used begins at the end, where no block is.
             array[:] = [*starts, *[starts[-1]] * (len(array) - len(starts))]
-        there = tables.to_device(self.device, batch, shapes, jobs)
-        members = [
-            there[place : place + layout.channels]
-            for place, (layout, _, _) in zip(tables.of_sites("members"), sites, strict=True)
-        ]
+        words = (ctypes.sizeof(shapes) + len(jobs) * ctypes.sizeof(Job)) // 4
+        there = torch.empty(tables.size + words, dtype=torch.int32, device=self.device)
+        base = there.data_ptr()
+        for shape in shapes:
+            shape.offsets += base
+        for job in jobs:
+            job.segments += base
+        for name, place in places.items():
+            setattr(batch, name, base + place)
+        batch.shapes = base + 4 * tables.size
+        batch.jobs = batch.shapes + ctypes.sizeof(shapes)
+        there.copy_(tables.flat(bytes(shapes) + b"".join(bytes(job) for job in jobs)), non_blocking=True)
+        rooms = _rooms(len(packing.items), int(brought.sum()), firsts["group_first"][-1], partial)
         blocks = (firsts[name][-1] for name in ("group_first", "summary_first", "job_first", "finish_first"))
-        rooms = _rooms(len(packing.items), spills, firsts["group_first"][-1], partial)
-        return _Plan(batch, there, members, rooms, *blocks)
+        return _Plan(batch, there, layouts, rooms, *blocks)
+
+    def _layout(self, layout: SiteLayout) -> LayoutTables:
+        if layout not in self._layouts:
+            self._layouts[layout] = LayoutTables(layout, self.device)
+        return self._layouts[layout]
 
 
 def _rooms(items: int, spills: int, groups: int, partial: int) -> dict[str, tuple[int, torch.dtype]]:

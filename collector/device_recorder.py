@@ -17,31 +17,21 @@ from quambase.collector.gather import Gather
 from quambase.collector.kernels import gather_rows
 from quambase.collector.plan import PlannedDocument
 from quambase.collector.recorder import PIECE, Positions, Rows, activations_rows, check_seen, documents_rows
-from quambase.collector.rows import Key, many_keyed_rows
+from quambase.collector.rows import Float32, Int64, Key, known_keys, table_of
 from quambase.collector.statistics import SUMMARY_COLUMNS, SiteLayout
 from quambase.collector.torch_counter import DeviceCounter
 from quambase.schema.tables import ACTIVATIONS, as_made
 
-Place = tuple[int, int]
-"""Document and position."""
-
 
 class KeptRows(NamedTuple):
-    """Raw values (places, width) of a site: float32 on the host where all are kept, otherwise at ``start`` of a block's
-    values.
+    """Raw values (places, width) of a site at the places of a ``span`` of documents; ``rows``: them, float32 on the
+    host, where all are kept. Otherwise they are among a block's values, in the order in which they were brought.
     """
 
-    places: Sequence[Place]
+    key: Key
+    span: int
     width: int
-    start: int = 0
     rows: torch.Tensor | None = None
-
-    def of(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Them, out of the block's values."""
-        if self.rows is not None:
-            found: npt.NDArray[np.float32] = self.rows.numpy()
-            return found
-        return values[self.start : self.start + len(self.places) * self.width].reshape(-1, self.width)
 
 
 @cache
@@ -55,8 +45,9 @@ class ObservedBlock:
     """What a block's tables are made of, on its way to the host: ``values`` is complete once ``copied`` has passed.
 
     values    float32, flat: summaries of every layout in turn, then what was gathered
-    same      a site whose summaries are another's, and which
+    same      a site whose summaries and raw values are another's, and which
     kept      in the order in which they were brought
+    places    of each span: (places, 2) int64, document and position
     """
 
     run: str
@@ -65,7 +56,8 @@ class ObservedBlock:
     values: torch.Tensor
     copied: torch.cuda.Event | None
     same: Mapping[Key, Key]
-    kept: Mapping[Key, Sequence[KeptRows]]
+    kept: Sequence[KeptRows]
+    places: Sequence[Int64]
 
     def is_here(self) -> bool:
         """Whether all is copied, and so folded into the run's statistics."""
@@ -84,101 +76,140 @@ class ObservedBlock:
         documents = documents_rows(
             self.run, self.documents, self.layouts, values, [starts[key] for key in self.layouts]
         )
-        parts = [part for parts in self.kept.values() for part in parts]
-        size = sum(len(part.places) * part.width for part in parts)
-        if size <= PIECE and not any(part.rows is not None for part in parts):
-            return documents, gathered_rows(self.run, self.layouts, self.kept, values)
-        kept: dict[Key, Rows] = {}
-        for key, of_site in self.kept.items():
-            rows = [part.of(values) for part in of_site]
-            places = [place for part in of_site for place in part.places]
-            kept[key] = places, rows[0] if len(rows) == 1 else np.concatenate(rows)
-        return documents, activations_rows(self.run, self.layouts, kept)
+        rest = values[sum(sizes) :]
+        if rest.size <= PIECE and not any(part.rows is not None for part in self.kept):
+            activations = gathered_rows(self.run, self.layouts, self.kept, self.same, self.places, rest)
+        else:
+            activations = activations_rows(self.run, self.layouts, self._matrices(rest))
+        return documents, activations
+
+    def _matrices(self, values: Float32) -> dict[Key, Rows]:
+        """The places of every site that has some, and its values there."""
+        found: dict[Key, list[tuple[Int64, Float32]]] = {}
+        start = 0
+        for part in self.kept:
+            places = self.places[part.span]
+            if part.rows is not None:
+                rows: Float32 = part.rows.numpy()
+            else:
+                stop = start + len(places) * part.width
+                rows, start = values[start:stop].reshape(-1, part.width), stop
+            if len(places):
+                found.setdefault(part.key, []).append((places, rows))
+        found |= {key: found[source] for key, source in self.same.items() if source in found}
+        return {
+            key: (
+                [(document, position) for places, _ in of_site for document, position in places.tolist()],
+                of_site[0][1] if len(of_site) == 1 else np.concatenate([rows for _, rows in of_site]),
+            )
+            for key, of_site in found.items()
+        }
 
 
 def gathered_rows(
     run: str,
     layouts: Mapping[Key, SiteLayout],
-    kept: Mapping[Key, Sequence[KeptRows]],
-    values: npt.NDArray[np.float32],
+    kept: Sequence[KeptRows],
+    same: Mapping[Key, Key],
+    places: Sequence[Int64],
+    values: Float32,
 ) -> pa.Table:
-    """`activations_rows` of a block's values as they are, PIECE at most, in one go: the thread that makes this table
-    has kernels to queue.
+    """`activations_rows` of a block's values as they are, PIECE at most, in one go: while Python makes this, the
+    thread that queues kernels waits.
+
+    kept, same, places  as in `ObservedBlock`
+    values              flat, of ``kept`` in turn
     """
-    keys = sorted(key for key in kept if any(part.places for part in kept[key]))
-    if not keys:
+    parts = tuple((part.key, layouts[part.key], part.span, part.width) for part in kept)
+    order = _entries_order(parts, tuple((key, layouts[key], source) for key, source in same.items()))
+    # Of every span and part: how many places, and where they and their values begin.
+    sizes = np.array([len(of_span) for of_span in places], np.int64)
+    counts = sizes[order.spans]
+    named = (np.cumsum(sizes) - sizes)[order.spans]
+    bases = np.cumsum(counts * order.widths) - counts * order.widths
+    # Of every entry: how many rows; of every row: its entry, and which of the part's places it is.
+    rows = counts[order.parts]
+    of_groups = np.bincount(order.groups, rows, len(order.keys)).astype(np.int64)
+    if not of_groups.any():
         return as_made(ACTIVATIONS).empty_table()
-    order = _groups_order(tuple((key, layouts[key], kept[key][0].width) for key in keys))
-    # Of every site's places: where its values begin, and what it is called.
-    known: dict[int, npt.NDArray[np.int64]] = {}
-    bases, places, counts = [], [], []
-    for key in keys:
-        for part in kept[key]:
-            if id(part.places) not in known:  # of whole models, few are there
-                known[id(part.places)] = np.array(part.places, np.int64).reshape(-1, 2)
-            places.append(known[id(part.places)])
-            bases.append(part.start + part.width * np.arange(len(part.places)))
-        counts.append(sum(len(part.places) for part in kept[key]))
-    # Every group of a site has all of the site's places, one after the other.
-    rows = np.array(counts)[order.sites]
-    ends = np.cumsum(rows)
-    firsts = (np.cumsum([0, *counts])[order.sites] - (ends - rows)).repeat(rows)
-    mine = firsts + np.arange(ends[-1])
-    sizes = order.sizes.repeat(rows)
-    offsets = np.zeros(sizes.size + 1, np.int32)
-    np.cumsum(sizes, dtype=np.int32, out=offsets[1:])
+    entries = np.arange(rows.size).repeat(rows)
+    within = np.arange(entries.size) - (np.cumsum(rows) - rows)[entries]
+    mine = order.parts[entries]
+    lengths = order.sizes[entries]
+    offsets = np.zeros(lengths.size + 1, np.int32)
+    np.cumsum(lengths, dtype=np.int32, out=offsets[1:])
     out = np.empty(offsets[-1], np.float32)
-    gather_rows(values, np.concatenate(bases)[mine], order.firsts.repeat(rows), sizes, order.columns, out)
-    named = np.concatenate(places)[mine]
+    starts = bases[mine] + within * order.widths[mine]
+    gather_rows(values, starts, order.firsts[entries], lengths, order.columns, out)
+    documents, positions = np.concatenate(places)[named[mine] + within].T.astype(np.int32, order="C")
     columns: dict[str, object] = {
-        "document": named[:, 0].astype(np.int32),
-        "position": named[:, 1].astype(np.int32),
+        "document": documents,
+        "position": positions,
         "values": pa.ListArray.from_arrays(offsets, out),
     }
-    return many_keyed_rows(run, order.keys, rows.tolist(), columns, ACTIVATIONS)
+    # Words of no row would be in the file's dictionaries.
+    keys = tuple(key for key, count in zip(order.keys, of_groups.tolist(), strict=True) if count)
+    return table_of(known_keys(run, keys).columns(of_groups[of_groups > 0]) | columns, ACTIVATIONS)
 
 
 @dataclass(frozen=True)
-class _GroupsOrder:
-    """The groups of some sites in the order of the tables.
+class _EntriesOrder:
+    """What is alike in blocks of which the same was kept. An entry is a group of a site and one of the site's parts; in
+    the order of the tables.
 
-    keys     and their names
-    sites    (groups,) the number of each one's site
-    columns  flat: which values of a place are a group's, ``sizes`` (groups,) of them from ``firsts`` (groups,) on
+    spans, widths  (parts,) of each part
+    keys           of the groups, and their names
+    groups, parts  (entries,) the numbers of an entry's group and part
+    columns        flat: which of a place's values are a group's; ``sizes`` (entries,) from ``firsts`` (entries,) on
     """
 
+    spans: Int64
+    widths: Int64
     keys: list[tuple[Key, str]]
-    sites: npt.NDArray[np.int64]
-    firsts: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
+    groups: Int64
+    parts: Int64
+    firsts: Int64
+    sizes: Int64
     columns: npt.NDArray[np.int32]
 
 
 @lru_cache(2)
-def _groups_order(sites: tuple[tuple[Key, SiteLayout, int], ...]) -> _GroupsOrder:
-    """Kept of blocks with a final state and without; sites: key, layout, values of a place."""
+def _entries_order(
+    parts: tuple[tuple[Key, SiteLayout, int, int], ...], same: tuple[tuple[Key, SiteLayout, Key], ...]
+) -> _EntriesOrder:
+    """Kept of the blocks of full size and of the last; parts: key, layout, span, width; same: key, layout, source."""
+    sites: dict[Key, SiteLayout] = {key: layout for key, layout, _, _ in parts}
+    numbers: dict[Key, list[int]] = {key: [] for key in sites}
+    for number, (key, _, _, _) in enumerate(parts):
+        numbers[key].append(number)
+    for key, layout, source in same:
+        if source in numbers:
+            sites[key], numbers[key] = layout, numbers[source]
     keys: list[tuple[Key, str]] = []
-    numbers: list[int] = []
-    found: list[tuple[int, int]] = []
-    columns: list[npt.NDArray[np.int64]] = []
+    entries: list[tuple[int, int, int, int]] = []
+    columns: list[Int64] = []
     known: dict[tuple[SiteLayout, int, int], tuple[int, int]] = {}
     size = 0
-    for number, (key, layout, width) in enumerate(sites):
+    for key in sorted(sites):
+        layout = sites[key]
         for name, g in layout.ordered_groups:
+            for number in numbers[key]:
+                width = parts[number][3]
+                if (layout, width, g) not in known:
+                    if layout.d_state:
+                        mine = (layout.members(g)[:, None] * layout.d_state + np.arange(layout.d_state)).reshape(-1)
+                    else:
+                        # The flat (e, n) state of an undivided site has no channel slices; every other row has.
+                        mine = np.arange(width) if layout.state else layout.members(g)
+                    known[layout, width, g] = size, mine.size
+                    columns.append(mine)
+                    size += mine.size
+                entries.append((len(keys), number, *known[layout, width, g]))
             keys.append((key, name))
-            numbers.append(number)
-            if (layout, width, g) not in known:
-                if layout.d_state:
-                    mine = (layout.members(g)[:, None] * layout.d_state + np.arange(layout.d_state)).reshape(-1)
-                else:
-                    # The flat (e, n) state of an undivided site has no channel slices; every other row has.
-                    mine = np.arange(width) if layout.state else layout.members(g)
-                known[layout, width, g] = size, mine.size
-                columns.append(mine)
-                size += mine.size
-            found.append(known[layout, width, g])
-    firsts, sizes = np.array(found, np.int64).T
-    return _GroupsOrder(keys, np.array(numbers), firsts, sizes, np.concatenate(columns).astype(np.int32))
+    groups, of_parts, firsts, sizes = np.array(entries, np.int64).reshape(-1, 4).T
+    spans, widths = np.array([(span, width) for _, _, span, width in parts], np.int64).reshape(-1, 2).T
+    flat = np.concatenate([np.empty(0, np.int64), *columns]).astype(np.int32)
+    return _EntriesOrder(spans, widths, keys, groups, of_parts, firsts, sizes, flat)
 
 
 class DeviceRecorder:
@@ -200,20 +231,15 @@ class DeviceRecorder:
         self.run, self.documents, self.statistics = run, documents, statistics
         self.counter, self.gather = counter, gather
         self.positions, self.states = positions, states
-        layouts = statistics.layouts
-        shapes = [(len(documents), len(layout.names) + 1, len(SUMMARY_COLUMNS)) for layout in layouts.values()]
-        sizes = [a * b * c for a, b, c in shapes]
-        self._flat = torch.empty(sum(sizes), device=statistics.device)
-        parts = torch.split(self._flat, sizes)
-        self.summaries = {k: p.view(s) for k, p, s in zip(layouts, parts, shapes, strict=True)}
-        self._seen = dict.fromkeys(layouts, 0)
+        self._flat, self.summaries = statistics.summaries(len(documents))
+        self._seen = dict.fromkeys(statistics.layouts, 0)
         self._last: tuple[Key, torch.Tensor] | None = None
         self._same: dict[Key, Key] = {}
         self._layer: int | None = None
-        self._kept: dict[Key, list[KeptRows]] = {}
-        self._gathered = self._flat.numel()
-        self._borders: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}
-        self._wanted: dict[tuple[int, int, bool], tuple[list[Place], torch.Tensor]] = {}
+        self._kept: list[KeptRows] = []
+        self._borders: dict[tuple[int, int, int], Int64] = {}
+        self._spans: dict[tuple[int, int, bool], tuple[int, torch.Tensor]] = {}
+        self._places: list[Int64] = []
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
         """Count one site's activations; see `quambase.model.backbone.Tap` for the shapes."""
@@ -240,14 +266,15 @@ class DeviceRecorder:
         self._last = key, values
         if source:
             self._same[key] = source
-            if source in self._kept:
-                self._kept[key] = self._kept[source]
             return
         assert key not in self.statistics.shared, f"{key} was {self.statistics.shared[key]} in an earlier block"
-        self.counter.add(self.statistics.sites[key], rows, offsets, documents.start, self.summaries[key][documents])
+        summaries = self.summaries[key]
+        if here != len(self.documents):
+            summaries = summaries[documents]
+        self.counter.add(self.statistics.sites[key], rows, offsets, documents.start, summaries)
         self._keep(key, layout, values, offsets, documents)
 
-    def _offsets(self, documents: slice, length: int) -> npt.NDArray[np.int64]:
+    def _offsets(self, documents: slice, length: int) -> Int64:
         """The borders of some documents' rows: ``length`` each, or, if that is 0, one for each token."""
         span = documents.start, documents.stop, length
         if span not in self._borders:
@@ -262,30 +289,26 @@ class DeviceRecorder:
         source = self._same.get(self._last[0], self._last[0])
         return source if self.statistics.layouts[source] == self.statistics.layouts[key] else None
 
-    def _keep(
-        self, key: Key, layout: SiteLayout, values: torch.Tensor, offsets: npt.NDArray[np.int64], documents: slice
-    ) -> None:
-        span = (documents.start, documents.stop, layout.state)
-        if span not in self._wanted:
-            found, rows = self._sampled_states(documents) if layout.state else self._sampled(documents, offsets)
-            self._wanted[span] = found, torch.tensor(rows, dtype=torch.int64).to(values.device, non_blocking=True)
-        places, index = self._wanted[span]
-        if not places:
-            return
+    def _keep(self, key: Key, layout: SiteLayout, values: torch.Tensor, offsets: Int64, documents: slice) -> None:
+        name = (documents.start, documents.stop, layout.state)
+        if name not in self._spans:
+            places, rows = self._sampled_states(documents) if layout.state else self._sampled(documents, offsets)
+            index = torch.tensor(rows, dtype=torch.int64).to(values.device, non_blocking=True)
+            self._spans[name] = len(self._places), index
+            self._places.append(np.array(places, np.int64).reshape(-1, 2))
+        span, index = self._spans[name]
         flat = values if values.ndim == 2 else values.flatten(1)  # a state is (documents, e, n)
-        width = flat.shape[1]
+        rows_here = None
         if (self.states if layout.state else self.positions) is None:
             # Every activation of a block fits in no device: these are not held until the block ends.
-            kept = KeptRows(places, width, rows=flat.to("cpu", torch.float32, copy=True))
-        else:
-            kept = KeptRows(places, width, self._gathered)
+            rows_here = flat.to("cpu", torch.float32, copy=True)
+        elif index.numel():
             self.gather.add(flat, index)
-            self._gathered += len(places) * width
-        self._kept.setdefault(key, []).append(kept)
+        self._kept.append(KeptRows(key, span, flat.shape[1], rows_here))
 
-    def _sampled(self, documents: slice, offsets: npt.NDArray[np.int64]) -> tuple[list[Place], list[int]]:
-        """The sampled tokens of some documents and their rows."""
-        places: list[Place] = []
+    def _sampled(self, documents: slice, offsets: Int64) -> tuple[list[tuple[int, int]], list[int]]:
+        """The sampled tokens of some documents, document and position, and their rows."""
+        places: list[tuple[int, int]] = []
         rows: list[int] = []
         for start, document in zip(offsets.tolist(), self.documents[documents], strict=False):
             if self.positions is None:
@@ -296,7 +319,7 @@ class DeviceRecorder:
             rows += [start + position for position in wanted]
         return places, rows
 
-    def _sampled_states(self, documents: slice) -> tuple[list[Place], list[int]]:
+    def _sampled_states(self, documents: slice) -> tuple[list[tuple[int, int]], list[int]]:
         """The last tokens of the documents whose states are kept, and their numbers among some documents."""
         here = self.documents[documents]
         rows = [i for i, document in enumerate(here) if self.states is None or document.index in self.states]
@@ -325,4 +348,6 @@ class DeviceRecorder:
             with torch.cuda.stream(copies):
                 values.copy_(flat, non_blocking=True)
                 copied.record(copies)
-        return ObservedBlock(self.run, self.documents, self.statistics.layouts, values, copied, self._same, self._kept)
+        return ObservedBlock(
+            self.run, self.documents, self.statistics.layouts, values, copied, self._same, self._kept, self._places
+        )

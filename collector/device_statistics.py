@@ -20,11 +20,16 @@ import torch
 
 from quambase.collector.kernels import PATTERNS
 from quambase.collector.rows import Key
-from quambase.collector.statistics import TOP_FIELDS, Moments, SiteLayout, SiteStatistics
-
-_INTEGERS = ("count", "nonfinite", "overflow")
-_EXTREMA = ("lowest", "highest")
-_SUMS = ("total", "squares", "mean_abs_max")
+from quambase.collector.statistics import (
+    EXTREMA,
+    INTEGERS,
+    SUMMARY_COLUMNS,
+    SUMS,
+    TOP_FIELDS,
+    Moments,
+    SiteLayout,
+    SiteStatistics,
+)
 
 
 @dataclass
@@ -69,7 +74,7 @@ class DeviceMoments:
 
     def named(self) -> dict[str, torch.Tensor]:
         """Every quantity by its name in `Moments`, as views."""
-        rows = ((_INTEGERS, self.integers), (_EXTREMA, self.extrema), (_SUMS, self.sums))
+        rows = ((INTEGERS, self.integers), (EXTREMA, self.extrema), (SUMS, self.sums))
         return {name: values[i] for names, values in rows for i, name in enumerate(names)}
 
 
@@ -88,10 +93,10 @@ class DeviceSite:
     calls: int = 0
 
     @cached_property
-    def addresses(self) -> dict[str, int]:
-        """Where counts, outliers and moments lie, by their names."""
-        own = {"counts": self.counts.data_ptr(), "top": self.top.data_ptr()}
-        return own | {name: values.data_ptr() for name, values in self.moments.named().items()}
+    def addresses(self) -> tuple[int, int, tuple[int, ...]]:
+        """Where counts, outliers and moments lie, these in the order of `DeviceMoments.named`."""
+        moments = tuple(values.data_ptr() for values in self.moments.named().values())
+        return self.counts.data_ptr(), self.top.data_ptr(), moments
 
 
 STAGED = 1 << 22
@@ -155,6 +160,7 @@ class DeviceStatistics:
         self._block_top = self._top.clone()
         self.block_sums = self._block_moments.sums[:2]
         self.shared: dict[Key, Key] = {}
+        self._summaries: dict[int, tuple[torch.Tensor, dict[Key, torch.Tensor]]] = {}
         self.sites = {
             key: DeviceSite(
                 layout,
@@ -164,6 +170,18 @@ class DeviceStatistics:
             )
             for key, layout in self.layouts.items()
         }
+
+    def summaries(self, documents: int) -> tuple[torch.Tensor, dict[Key, torch.Tensor]]:
+        """Room for a block's summaries, which the next block of as many documents has again: flat, and each site's part
+        (documents, groups + 1, 1 + q: SUMMARY_COLUMNS).
+        """
+        if documents not in self._summaries:
+            shapes = [(documents, len(layout.names) + 1, len(SUMMARY_COLUMNS)) for layout in self.layouts.values()]
+            sizes = [a * b * c for a, b, c in shapes]
+            flat = torch.empty(sum(sizes), device=self.device)
+            parts = [part.view(shape) for part, shape in zip(torch.split(flat, sizes), shapes, strict=True)]
+            self._summaries[documents] = flat, dict(zip(self.layouts, parts, strict=True))
+        return self._summaries[documents]
 
     def share(self, key: Key, source: Key) -> None:
         """Make ``key`` the same as ``source``, of an equal layout: every block brings both of them one tensor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +31,10 @@ class Piece(ctypes.Structure):
         *((name, _I64) for name in ("stride", "width", "half")),
         ("out", _POINTER),
     ]
+
+
+_PIECE = struct.Struct("@6q")
+"""As `Piece`, many of which are written."""
 
 
 class Pieces(ctypes.Structure):
@@ -72,6 +77,7 @@ class CudaGather:
 
     def __init__(self, device: torch.device) -> None:
         self._kernels = Kernels(SOURCE, ("gather",), {"PIECES": PIECES, "CHUNK": CHUNK}, device)
+        self._pieces = Pieces()
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._taken: list[torch.Tensor] = []
 
@@ -83,21 +89,19 @@ class CudaGather:
 
     def _copy(self) -> None:
         waiting, self._waiting = self._waiting, []
-        counts, widths = [rows.shape[0] for _, rows in waiting], [x.shape[1] for x, _ in waiting]
-        sizes = [count * width for count, width in zip(counts, widths, strict=True)]
-        out = torch.empty(sum(sizes), device=waiting[0][0].device)
-        pieces = Pieces()
-        address, blocks = out.data_ptr(), 0
-        for number, (x, rows) in enumerate(waiting):
-            half = int(x.dtype == torch.float16)
-            pieces.at[number] = Piece(x.data_ptr(), rows.data_ptr(), x.stride(0), widths[number], half, address)
-            address += 4 * sizes[number]
-            blocks += counts[number] * -(-widths[number] // CHUNK)
-            pieces.first[number + 1] = blocks
-        for number in range(len(waiting), PIECES):
-            pieces.first[number + 1] = blocks
+        shapes = [(rows.shape[0], x.shape[1]) for x, rows in waiting]
+        out = torch.empty(sum(count * width for count, width in shapes), device=waiting[0][0].device)
+        address, blocks, firsts = out.data_ptr(), 0, [0]
+        for number, ((x, rows), (count, width)) in enumerate(zip(waiting, shapes, strict=True)):
+            half = x.dtype == torch.float16
+            place = number * _PIECE.size
+            _PIECE.pack_into(self._pieces, place, x.data_ptr(), rows.data_ptr(), x.stride(0), width, half, address)
+            address += 4 * count * width
+            blocks += count * -(-width // CHUNK)
+            firsts.append(blocks)
+        self._pieces.first[:] = firsts + [blocks] * (PIECES + 1 - len(firsts))
         if blocks:
-            self._kernels.launch("gather", (blocks, 1), 256, [pieces])
+            self._kernels.launch("gather", (blocks, 1), 256, [self._pieces])
         self._taken.append(out)
 
     def taken(self) -> list[torch.Tensor]:

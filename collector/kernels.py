@@ -5,9 +5,14 @@ Rows of a packed tensor belong to documents through ``offsets`` as in `quambase.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numba
 import numpy as np
 import numpy.typing as npt
+from numba.core import types
+from numba.extending import intrinsic
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -46,16 +51,58 @@ def _insert(
     return min(size + 1, most)
 
 
+@intrinsic
+def _pointer(context: Any, address: Any) -> Any:
+    """An address as what `numba.carray` takes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@numba.njit(cache=True, nogil=True)
+def _table(address: int) -> Int64:
+    """The counts (PATTERNS,) that lie there."""
+    return numba.carray(_pointer(address), (PATTERNS,), np.int64)  # type: ignore[attr-defined, call-arg]
+
+
+def addresses(arrays: Iterable[npt.NDArray[Any]]) -> Int64:
+    """Where contiguous arrays lie, for kernels that pass over many: a thread that calls one for each waits each time
+    until it may run Python again. The arrays must live until then.
+    """
+    found = list(arrays)
+    assert all(array.flags.c_contiguous for array in found)
+    return np.array([array.__array_interface__["data"][0] for array in found], np.int64)
+
+
+@numba.njit(cache=True, nogil=True)
+def take_parts(parts: Int64, sizes: Int64, firsts: Int64, places: Int64, out: Int64 | Float32 | Float64) -> None:
+    """Of each column, rows of many arrays, -0 becoming 0.
+
+    parts   (columns, arrays): `addresses` of arrays of as many numbers as ``sizes`` (arrays,), of the type of ``out``
+    firsts  (arrays + 1,): out[:, firsts[a]:firsts[a + 1]] are of array a, at ``places`` (rows,) in it
+    out     (columns, rows), written
+    """
+    for column in range(out.shape[0]):
+        for a in range(sizes.size):
+            values = numba.carray(_pointer(parts[column, a]), (sizes[a],), out.dtype)  # type: ignore[attr-defined, call-arg]
+            for row in range(firsts[a], firsts[a + 1]):
+                out[column, row] = values[places[row]] + 0
+
+
 @numba.njit(cache=True, nogil=True)
 def repeat(values: Int32, rows: Int64, out: Int32) -> None:
-    """As numpy.repeat, which lets no other thread run Python meanwhile: values (n,), each rows (n,) times.
+    """As numpy.repeat of each column, which lets no other thread run Python meanwhile: values (columns, n), of which
+    those of i are repeated rows[i] (n,) times.
 
-    out (all rows,), written.
+    out (columns, all rows), written.
     """
-    start = 0
-    for i in range(rows.size):
-        out[start : start + rows[i]] = values[i]
-        start += rows[i]
+    for column in range(values.shape[0]):
+        start = 0
+        for i in range(rows.size):
+            out[column, start : start + rows[i]] = values[column, i]
+            start += rows[i]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -77,46 +124,48 @@ def gather_rows(values: Float32, bases: Int64, firsts: Int64, sizes: Int64, colu
 
 
 @numba.njit(cache=True, nogil=True)
-def present_sizes(counts: Int64, infinity: int, sizes: Int64) -> None:
-    """How many rows of `counts` each of several groups has; counts (groups, PATTERNS); sizes (groups,), written."""
-    for g in range(counts.shape[0]):
-        size = np.int64(counts[g, 0] != 0 or counts[g, SIGN] != 0)
+def present_sizes(tables: Int64, infinity: int, sizes: Int64) -> None:
+    """How many rows of `counts` each of some groups has; tables (groups,): `addresses`; sizes (groups,), written."""
+    for i in range(tables.size):
+        counts = _table(tables[i])
+        size = np.int64(counts[0] != 0 or counts[SIGN] != 0)
         nans = False
         for pattern in range(1, SIGN):
             if pattern <= infinity:
-                size += (counts[g, pattern] != 0) + (counts[g, SIGN + pattern] != 0)
+                size += (counts[pattern] != 0) + (counts[SIGN + pattern] != 0)
             else:
-                nans |= counts[g, pattern] != 0 or counts[g, SIGN + pattern] != 0
-        sizes[g] = size + nans
+                nans |= counts[pattern] != 0 or counts[SIGN + pattern] != 0
+        sizes[i] = size + nans
 
 
 @numba.njit(cache=True, nogil=True)
-def present_counts(counts: Int64, infinity: int, magnitudes: Float32, values: Float32, found: Int64) -> int:
-    """The rows of `counts` of one group, counts (PATTERNS,): values that occur, ascending, and how often; how many.
+def present_counts(tables: Int64, infinity: int, magnitudes: Float32, values: Float32, found: Int64) -> None:
+    """The rows of `counts` of some groups, one after the other: values that occur, ascending, and how often.
 
-    -0 joins 0 and all NaN join one, which is last. ``infinity`` is its pattern; magnitudes (SIGN,) of non-negative
-    patterns; values and found: written from their beginning.
+    -0 joins 0 and all NaN join one, which is last. tables (groups,): `addresses`; ``infinity`` is its pattern;
+    magnitudes (SIGN,) of non-negative patterns; values and found (all `present_sizes`,): written.
     """
     size = 0
-    for pattern in range(infinity, 0, -1):
-        if counts[SIGN + pattern] != 0:
-            values[size], found[size] = -magnitudes[pattern], counts[SIGN + pattern]
+    for i in range(tables.size):
+        counts = _table(tables[i])
+        for pattern in range(infinity, 0, -1):
+            if counts[SIGN + pattern] != 0:
+                values[size], found[size] = -magnitudes[pattern], counts[SIGN + pattern]
+                size += 1
+        zeros = counts[0] + counts[SIGN]
+        if zeros != 0:
+            values[size], found[size] = 0, zeros
             size += 1
-    zeros = counts[0] + counts[SIGN]
-    if zeros != 0:
-        values[size], found[size] = 0, zeros
-        size += 1
-    for pattern in range(1, infinity + 1):
-        if counts[pattern] != 0:
-            values[size], found[size] = magnitudes[pattern], counts[pattern]
+        for pattern in range(1, infinity + 1):
+            if counts[pattern] != 0:
+                values[size], found[size] = magnitudes[pattern], counts[pattern]
+                size += 1
+        nans = np.int64(0)
+        for pattern in range(infinity + 1, SIGN):
+            nans += counts[pattern] + counts[SIGN + pattern]
+        if nans != 0:
+            values[size], found[size] = np.nan, nans
             size += 1
-    nans = np.int64(0)
-    for pattern in range(infinity + 1, SIGN):
-        nans += counts[pattern] + counts[SIGN + pattern]
-    if nans != 0:
-        values[size], found[size] = np.nan, nans
-        size += 1
-    return size
 
 
 @numba.njit(cache=True, nogil=True)
@@ -212,6 +261,31 @@ def summarize(
         # numpy's _lerp: computed from the nearer end.
         weight, step = rank - lower, high - low
         floats[6 + wanted] = high - step * (1 - weight) if weight >= 0.5 else low + step * weight
+
+
+@numba.njit(cache=True, nogil=True)
+def summarize_sums(
+    tables: Int64,
+    firsts: Int64,
+    infinity: int,
+    magnitudes: Float32,
+    probabilities: Float64,
+    integers: Int64,
+    floats: Float64,
+) -> None:
+    """`summarize` of the groups tables[firsts[i]:firsts[i + 1]] together, for each i; tables: `addresses`.
+
+    integers (i, 5) and floats (i, 6 + q): written.
+    """
+    together = np.empty(PATTERNS, np.int64)
+    for i in range(firsts.size - 1):
+        counts = _table(tables[firsts[i]])
+        if firsts[i + 1] - firsts[i] > 1:
+            together[:] = counts
+            for j in range(firsts[i] + 1, firsts[i + 1]):
+                together += _table(tables[j])
+            counts = together
+        summarize(counts, infinity, magnitudes, probabilities, integers[i], floats[i])
 
 
 @numba.njit(cache=True)

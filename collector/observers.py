@@ -41,7 +41,12 @@ Write = Callable[[int, pa.Table, pa.Table], None]
 Sums = Callable[[int, npt.NDArray[np.float64]], None]
 """Takes a block's number and its own `quambase.collector.statistics.sums_of`."""
 
-AHEAD = 4
+AHEAD = 2
+"""Blocks that may be queued behind the one that the device works on. With many more, launches would wait for room in
+its queue.
+"""
+
+UNWRITTEN = 4
 """Blocks whose parts may be unwritten while the device goes on."""
 
 WRITERS = 2
@@ -170,8 +175,8 @@ def _observing(device: torch.device) -> torch.cuda.Stream:
 
 
 class DeviceObserver(Observer):
-    """On a device, whose queue is kept full: a block's tables are made while it works on later ones, and written by
-    other threads. Those do not make them: while one runs Python, this one, which queues the kernels, gets on slowly.
+    """On a device, whose queue is kept full: a block's tables are made and written by other threads, while it works on
+    later ones.
     """
 
     def __init__(
@@ -218,25 +223,23 @@ class DeviceObserver(Observer):
         if self.write or self.sums:
             self._observed.append((number, block, self._statistics.block_sums))
         self._hand_over(AHEAD)
-        self._await_written(AHEAD)
+        self._await_written(UNWRITTEN)
 
     def _hand_over(self, ahead: int) -> None:
         """Let every block be written that has come to the host; wait until all have but ``ahead``."""
         while self._observed and (self._observed[0][1].is_here() or len(self._observed) > ahead):
-            number, block, sums = self._observed.popleft()
-            tables = block.tables() if self.write else None
-            self._unwritten.append(self._writer.submit(self._write, number, tables, sums))
+            self._unwritten.append(self._writer.submit(self._write, *self._observed.popleft()))
 
     def _await_written(self, ahead: int) -> None:
         """Wait until all blocks are written but ``ahead``."""
         while self._unwritten and len(self._observed) + len(self._unwritten) > ahead:
             self._unwritten.popleft().result()
 
-    def _write(self, number: int, tables: tuple[pa.Table, pa.Table] | None, sums: torch.Tensor) -> None:
+    def _write(self, number: int, block: ObservedBlock, sums: torch.Tensor) -> None:
         if self.sums:
             self.sums(number, self._statistics.sums_of(sums))
-        if self.write and tables:
-            self.write(number, *tables)
+        if self.write:
+            self.write(number, *block.tables())
 
     def settle(self) -> None:
         """As `Observer.settle`."""

@@ -50,7 +50,8 @@ def pack(sites: Sequence[tuple[SiteLayout, Int64]], blocks: int) -> Packing:
     # Rows are numbered through all segments, with a number more after each one's last.
     base = np.cumsum([0, *(rows + 1)])
     borders = base[bordering] + rows_before.clip(0, rows[bordering])
-    firsts = np.unique(np.concatenate([base[:-1], borders]))
+    firsts = np.sort(np.concatenate([base[:-1], borders]))
+    firsts = firsts[np.diff(firsts, prepend=-1) > 0]
     of = np.searchsorted(base, firsts, side="right") - 1
     ends = np.minimum(np.append(firsts[1:], base[-1]), base[of] + rows[of])
     some = ends > firsts
@@ -63,9 +64,11 @@ def pack(sites: Sequence[tuple[SiteLayout, Int64]], blocks: int) -> Packing:
 def _segments(site: int, layout: SiteLayout, offsets: Int64) -> Int64:
     """(5, segments): site, group, its width, first row, rows."""
     groups, documents = len(layout.names), len(offsets) - 1
-    of_groups = np.stack([np.full(groups, site), np.arange(groups), np.diff(layout.edges)])
-    of_documents = np.stack([offsets[:-1], np.diff(offsets)])
-    return np.concatenate([np.repeat(of_groups, documents, axis=1), np.tile(of_documents, groups)])
+    found = np.empty((5, groups, documents), np.int64)
+    found[0], found[1] = site, np.arange(groups)[:, None]
+    found[2] = layout.widths[:, None]
+    found[3], found[4] = offsets[:-1], offsets[1:] - offsets[:-1]
+    return found.reshape(5, -1)
 
 
 def moment_segments(layout: SiteLayout, offsets: Int64) -> Int32:

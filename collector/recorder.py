@@ -13,10 +13,9 @@ import pyarrow as pa
 import torch
 
 from quambase.collector.plan import PlannedDocument
-from quambase.collector.rows import Key, key_columns, many_keyed_rows, table_of
+from quambase.collector.rows import Key, Keys, many_keyed_rows, table_of, with_whole
 from quambase.collector.statistics import SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
 from quambase.schema.errors import TapNeverFired
-from quambase.schema.sites import WHOLE
 from quambase.schema.tables import ACTIVATIONS, DOCUMENTS, as_made
 
 Positions = Mapping[int, npt.NDArray[np.int64]]
@@ -65,14 +64,12 @@ def _documents_order(
     rows: list[npt.NDArray[np.int64]] = []
     columns = len(SUMMARY_COLUMNS)
     for (key, layout), start in sorted(zip(layouts, starts, strict=True), key=lambda site: site[0][0]):
-        groups = layout.ordered_groups
-        if layout.names != (WHOLE,):
-            groups = tuple(sorted([*groups, (WHOLE, len(layout.names))]))
+        groups = with_whole(layout)
         keyed += [(key, name) for name, _ in groups]
         rows += [start + columns * (np.arange(documents) * (len(layout.names) + 1) + g) for _, g in groups]
     places = np.concatenate([np.empty(0, np.int64), *rows]) + np.arange(columns)[:, None]
     return _DocumentsOrder(
-        key_columns(run, keyed, [documents] * len(keyed)), np.tile(np.arange(documents), len(keyed)), places
+        Keys.of(run, keyed).columns([documents] * len(keyed)), np.tile(np.arange(documents), len(keyed)), places
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -12,9 +13,10 @@ import numpy.typing as npt
 import torch
 
 from quambase.collector.kernels import PATTERNS
-from quambase.collector.packing import Packing, moment_segments
+from quambase.collector.packing import Packing
 from quambase.collector.statistics import SiteLayout
 
+Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 SITES = 16
@@ -40,8 +42,8 @@ RANGES = PATTERNS // 32
 
 _I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
-OF_SITE = ("offsets", "runs", "members", "edges", "group_of", "place_of")
-"""Arrays that a `Shape` points to."""
+OF_LAYOUT = ("runs", "members", "edges", "group_of", "place_of")
+"""Arrays that a `Shape` points to, which are the same whatever the documents."""
 
 OF_BATCH = ("items", "block_first", "segment_first", "spill_first")
 """Arrays that a `SiteBatch` points to."""
@@ -52,7 +54,8 @@ class Shape(ctypes.Structure):
 
     _fields_ = [
         *((name, _I64) for name in ("stride", "documents", "groups", "first_group", "first_segment")),
-        *((name, _POINTER) for name in OF_SITE),
+        ("offsets", _POINTER),
+        *((name, _POINTER) for name in OF_LAYOUT),
     ]
 
 
@@ -93,124 +96,102 @@ class SiteBatch(ctypes.Structure):
     ]
 
 
-@lru_cache(maxsize=1024)
-def _of_layout(layout: SiteLayout) -> tuple[Int64, ...]:
-    """What of OF_SITE is the same whatever the documents."""
-    groups, widths = len(layout.names), np.diff(layout.edges)
-    order = np.concatenate([layout.members(g) for g in range(groups)])
-    group_of, place_of = np.empty(layout.channels, np.int64), np.empty(layout.channels, np.int64)
-    group_of[order] = np.repeat(np.arange(groups), widths)
-    place_of[order] = np.concatenate([np.arange(width) for width in widths])
-    return layout.runs[0], order, np.array(layout.edges), group_of, place_of
-
-
-def item_rows(packing: Packing, sites: Sequence[tuple[SiteLayout, int]]) -> Int64:
-    """(items, 8): the members of the source's Item, of sites' layouts and strides."""
-    found = np.empty((len(packing.items), 8), np.int64)
-    for number, (layout, stride) in enumerate(sites):
-        mine = packing.items[:, 0] == number
-        site, group, first_row, rows = packing.items[mine].T
-        runs, run_first = layout.runs
-        first, last = run_first[group], run_first[group + 1]
-        # A group without channels has none.
-        low, high = np.append(runs, [[0, 0]], axis=0)[np.where(first < last, first, -1)].T
-        found[mine] = np.stack([site, first_row, rows, np.full(site.size, stride), first, last, low, high], axis=1)
-    return found
+SITE = struct.Struct("@14q")
+"""As `Site`, many of which are written."""
 
 
 class Tables:
-    """What a plan's structs point to: arrays of int32 one after the other, each at a multiple of 16 bytes, as a struct
-    may need.
-    """
+    """Arrays of int32 one after the other, each at a multiple of 16 bytes, as a struct may need."""
 
     def __init__(self) -> None:
-        self.parts: list[npt.NDArray[np.int32]] = []
-        self.places: dict[str, int] = {}
+        self.parts: list[Int32] = []
         self.size = 0
-        self.sites = self.jobs = 0
 
-    def put(self, name: str, values: npt.NDArray[np.integer[Any]]) -> None:
-        """Append an array."""
+    def put(self, values: npt.NDArray[np.integer[Any]]) -> int:
+        """Append an array; where it begins, in bytes."""
         flat = values.astype(np.int32).ravel()
         padding = -flat.size % 4
-        self.places[name] = self.size
-        self.parts += [flat, np.zeros(padding, np.int32)]
+        place = self.size
+        self.parts += [flat, _PADDING[:padding]]
         self.size += flat.size + padding
+        return 4 * place
 
-    def put_items(self, packing: Packing, sites: Sequence[tuple[SiteLayout, int]]) -> int:
-        """Append OF_BATCH, of sites' layouts and strides; how many spills all items could bring."""
-        widths = [np.diff(layout.edges) for layout, _ in sites]
-        brought = [rows * int(widths[site][group]) // 0x8000 for site, group, _, rows in packing.items.tolist()]
-        self.put("items", item_rows(packing, sites))
-        self.put("block_first", packing.block_first)
-        self.put("segment_first", packing.segment_first)
-        self.put("spill_first", np.cumsum([0, *brought]))
-        return sum(brought)
+    def flat(self, structs: bytes = b"") -> torch.Tensor:
+        """All of them, and ``structs`` behind them, on the host."""
+        return torch.from_numpy(np.concatenate([*self.parts, np.frombuffer(structs, np.int32)]))
 
-    def put_site(self, number: int, layout: SiteLayout, offsets: Int64) -> None:
-        """Append what a site's `Shape` points to."""
-        for name, values in zip(OF_SITE, (offsets, *_of_layout(layout)), strict=True):
-            self.put(f"{name} {number}", values)
-        self.sites += 1
 
-    def of_sites(self, name: str) -> list[int]:
-        """Where every site's array of a name is."""
-        return [self.places[f"{name} {number}"] for number in range(self.sites)]
+_PADDING = np.zeros(4, np.int32)
 
-    def put_jobs(self, site: int, layout: SiteLayout, offsets: Int64, stride: int) -> list[Job]:
-        """Append what a site's jobs point to, and return them, not placed yet."""
-        rows = np.stack([offsets[:-1], offsets[1:]], axis=1)
-        found = [self._put_job(site, rows, stride, layout.channels, 1, summed=not layout.d_state)]
-        if layout.d_state:
-            apart = moment_segments(layout, offsets)
-            found.append(self._put_job(site, apart, layout.d_state, layout.d_state, len(layout.names), states=True))
-        return found
 
-    def _put_job(
-        self,
-        site: int,
-        segments: npt.NDArray[np.integer[Any]],
-        stride: int,
-        channels: int,
-        groups: int,
-        *,
-        states: bool = False,
-        summed: bool = True,
-    ) -> Job:
-        """A job of (rows, channels) values in segments of rows."""
-        self.put(f"segments {self.jobs}", segments)
-        self.jobs += 1
-        return Job(
-            site=site,
-            states=states,
-            stride=stride,
-            channels=channels,
-            groups=groups,
-            lanes=min(32, power_of_two(-(-channels // ALONG))),
-            emit=not states,
-            summed=summed,
-        )
+class LayoutTables:
+    """What of a layout's `Shape` is the same whatever the documents: on the device, ``members`` there, ``places`` by
+    name in bytes.
+    """
 
-    def to_device(
-        self, device: torch.device, batch: SiteBatch, shapes: ctypes.Array[Shape], jobs: Sequence[Job]
-    ) -> torch.Tensor:
-        """Copy them there, shapes and jobs behind them, and let structs point to where they are."""
-        words = (ctypes.sizeof(shapes) + len(jobs) * ctypes.sizeof(Job)) // 4
-        there = torch.empty(self.size + words, dtype=torch.int32, device=device)
-        base = there.data_ptr()
-        for name in OF_SITE:
-            for shape, place in zip(shapes, self.of_sites(name), strict=True):
-                setattr(shape, name, base + 4 * place)
-        for number, job in enumerate(jobs):
-            job.segments = base + 4 * self.places[f"segments {number}"]
-        for name in OF_BATCH:
-            setattr(batch, name, base + 4 * self.places[name])
-        batch.shapes = base + 4 * self.size
-        batch.jobs = batch.shapes + ctypes.sizeof(shapes)
-        structs = bytes(shapes) + b"".join(bytes(job) for job in jobs)
-        flat = np.concatenate([*self.parts, np.frombuffer(structs, np.int32)])
-        there.copy_(torch.from_numpy(flat), non_blocking=True)
-        return there
+    def __init__(self, layout: SiteLayout, device: torch.device) -> None:
+        groups = len(layout.names)
+        order = np.concatenate([layout.members(g) for g in range(groups)])
+        group_of, place_of = np.empty(layout.channels, np.int64), np.empty(layout.channels, np.int64)
+        group_of[order] = np.repeat(np.arange(groups), layout.widths)
+        place_of[order] = np.concatenate([np.arange(width) for width in layout.widths])
+        tables = Tables()
+        arrays = layout.runs[0], order, np.array(layout.edges), group_of, place_of
+        places = [tables.put(array) for array in arrays]
+        self._there = tables.flat().to(device, non_blocking=True)
+        self.places = {name: self._there.data_ptr() + place for name, place in zip(OF_LAYOUT, places, strict=True)}
+        first = places[OF_LAYOUT.index("members")] // 4
+        self.members = self._there[first : first + layout.channels]
+
+
+@lru_cache(maxsize=1024)
+def _of_groups(layout: SiteLayout) -> Int64:
+    """(groups, 5): the last four members of the source's Item, and the width."""
+    runs, run_first = layout.runs
+    first, last = run_first[:-1], run_first[1:]
+    # A group without channels has no run.
+    low_high = np.append(runs, [[0, 0]], axis=0)[np.where(first < last, first, -1)]
+    return np.column_stack([first, last, low_high, layout.widths])
+
+
+def item_rows(packing: Packing, sites: Sequence[tuple[SiteLayout, int]]) -> tuple[Int32, Int64]:
+    """(items, 8): the members of the source's Item, of sites' layouts and strides; (items,): how many spills each could
+    bring.
+    """
+    of_groups = [_of_groups(layout) for layout, _ in sites]
+    groups_before = np.cumsum([0, *(len(rows) for rows in of_groups)])
+    site, group, first_row, rows = packing.items.T
+    mine = np.concatenate(of_groups)[groups_before[site] + group]
+    found = np.empty((len(site), 8), np.int32)
+    found[:, 0], found[:, 1], found[:, 2] = site, first_row, rows
+    found[:, 3] = np.array([stride for _, stride in sites])[site]
+    found[:, 4:] = mine[:, :4]
+    return found, rows * mine[:, 4] // 0x8000
+
+
+def jobs_of(site: int, layout: SiteLayout, stride: int, segments: int, apart: int) -> list[Job]:
+    """A site's jobs; where in tables its documents' rows lie, and its `moment_segments`."""
+    found = [_job(site, segments, stride, layout.channels, 1, summed=not layout.d_state)]
+    if layout.d_state:
+        found.append(_job(site, apart, layout.d_state, layout.d_state, len(layout.names), states=True))
+    return found
+
+
+def _job(
+    site: int, segments: int, stride: int, channels: int, groups: int, *, states: bool = False, summed: bool = True
+) -> Job:
+    """A job of (rows, channels) values in segments of rows."""
+    return Job(
+        site=site,
+        segments=segments,
+        states=states,
+        stride=stride,
+        channels=channels,
+        groups=groups,
+        lanes=min(32, power_of_two(-(-channels // ALONG))),
+        emit=not states,
+        summed=summed,
+    )
 
 
 def blocks_of(job: Job, documents: int) -> int:

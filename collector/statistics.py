@@ -42,9 +42,15 @@ class Encoding:
     limit: np.float32
 
     def values(self) -> Float32:
-        """(PATTERNS,) float32: the value of every pattern."""
-        patterns = torch.arange(PATTERNS, dtype=torch.int32).to(torch.uint16).view(self.torch_dtype)
-        return patterns.to(torch.float32).numpy()
+        """(PATTERNS,) float32: the value of every pattern, NaN being one."""
+        # PyTorch would start a team of threads for it in every thread that asks.
+        patterns = np.arange(PATTERNS, dtype=np.uint32)
+        if self.torch_dtype == torch.float16:
+            values = patterns.astype(np.uint16).view(np.float16).astype(np.float32)
+        else:
+            values = (patterns << 16).view(np.float32)
+        values[np.isnan(values)] = np.nan  # none that warns when it is computed with
+        return values
 
 
 ENCODINGS = {
@@ -95,6 +101,11 @@ class SiteLayout:
         """Group names in the order of the tables, with their numbers."""
         return tuple(sorted((name, g) for g, name in enumerate(self.names)))
 
+    @cached_property
+    def widths(self) -> Int64:
+        """(groups,) channels of each."""
+        return np.diff(self.edges)
+
     def members(self, g: int) -> Int64:
         """The channels of group ``g``, ascending."""
         span = slice(self.edges[g], self.edges[g + 1])
@@ -115,6 +126,12 @@ class SiteLayout:
             found += [(int(run[0]), int(run[-1]) + 1) for run in np.split(channels, breaks) if run.size]
             firsts.append(len(found))
         return np.array(found, np.int64).reshape(-1, 2), np.array(firsts, np.int64)
+
+
+INTEGERS = ("count", "nonfinite", "overflow")
+EXTREMA = ("lowest", "highest")
+SUMS = ("total", "squares", "mean_abs_max")
+"""The fields of `Moments`: int64, float32, float64."""
 
 
 @dataclass

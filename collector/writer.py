@@ -265,18 +265,37 @@ def write_run(
     """
     layouts = {key: stats.layout for key, stats in statistics.items()}
     pool = parts.pool
-    counts = counts_pieces(run, statistics, encoding, pool)  # before the pool has other things to do
-    pieces: dict[str, Iterable[Piece]] = {
-        "channels": channels_pieces(run, statistics),
-        "counts": counts,
-        "outliers": outliers_pieces(run, statistics, encoding, locate),
-        "groups": groups_pieces(run, layouts),
-        "site_stats": site_stats_pieces(run, statistics, encoding, pool),
+
+    def submitted(name: str, pieces: Iterable[Piece]) -> deque[Future[memoryview]]:
+        return deque(pool.submit(_encoded, name, piece) for piece in pieces)
+
+    # All that the pool has to do is known before its threads compete with this one; what takes longest comes first.
+    encoded = {
+        "channels": submitted("channels", channels_pieces(run, statistics)),
+        "counts": submitted("counts", counts_pieces(run, statistics, encoding)),
     }
-    with ThreadPoolExecutor(len(pieces)) as writers:
-        coming = {name: writers.submit(_write, folder, name, of_table, pool) for name, of_table in pieces.items()}
+    site_stats = list(site_stats_pieces(run, statistics, encoding, pool))
+    encoded["outliers"] = submitted("outliers", outliers_pieces(run, statistics, encoding, locate))
+    encoded["groups"] = submitted("groups", groups_pieces(run, layouts))
+    encoded["site_stats"] = submitted("site_stats", site_stats)
+    with ThreadPoolExecutor(len(encoded)) as writers:
+        coming = {name: writers.submit(_write_encoded, folder, name, files) for name, files in encoded.items()}
         written = {name: table.result() for name, table in coming.items()} | parts.tables()
     return {f"{name}.parquet": written[name] for name in RUN_TABLES}
+
+
+def _encoded(name: str, piece: Piece | None) -> memoryview:
+    return encoded_table(name, piece() if piece else None, RUN_TABLES[name])
+
+
+def _write_encoded(folder: Path, name: str, coming: deque[Future[memoryview]]) -> TableFile:
+    def files() -> Iterator[memoryview]:
+        if not coming:
+            yield _encoded(name, None)
+        while coming:
+            yield coming.popleft().result()
+
+    return TableFile(*write_joined(folder / f"{name}.parquet", files()))
 
 
 def _write(folder: Path, name: str, pieces: Iterable[Piece], pool: Executor) -> TableFile:

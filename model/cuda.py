@@ -99,7 +99,7 @@ class Kernels:
         options = (f"--gpu-architecture=sm_{major}{minor}{own}", "--std=c++17", *flags)
         cubin = compile_cubin(source, (*options, *(f"-D{name}={value}" for name, value in defines.items())))
         driver = _bindings("driver")
-        self._launch = driver.cuLaunchKernel
+        self._launch, self._status = _launcher(), driver.CUresult
         self._most_shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         self._set_attribute = driver.cuFuncSetAttribute
         self._parameters: dict[str, _Parameters] = {}
@@ -112,33 +112,58 @@ class Kernels:
                 name: _checked(driver.cuModuleGetFunction(self._module, name.encode()), f"finding {name}")
                 for name in names
             }
+        self._addresses = {name: int(function) for name, function in self._functions.items()}
 
     def allow_shared(self, name: str, size: int) -> None:
         """Let a kernel have ``size`` bytes of dynamic shared memory, where that is more than 48 KiB."""
         _checked(self._set_attribute(self._functions[name], self._most_shared, size), f"shared memory of {name}")
 
     def launch(
-        self, name: str, grid: tuple[int, int], threads: int, arguments: Sequence[Argument], shared: int = 0
+        self,
+        name: str,
+        grid: tuple[int, int],
+        threads: int,
+        arguments: Sequence[Argument],
+        shared: int = 0,
+        stream: int | None = None,
     ) -> None:
-        """Queue a kernel on torch's current stream; the tensors given must live until then, as torch's own do.
+        """Queue a kernel on ``stream``, a cudaStream_t, or on torch's current one; the tensors given must live until
+        then, as torch's own do.
 
         One thread at a time: all launches of a kernel share one buffer, which the driver has read when this returns.
         """
         parameters = self._parameters.get(name)
         if parameters is None:
             parameters = self._parameters[name] = _Parameters(arguments)
-        parameters.layout.pack_into(parameters.buffer, 0, *map(parameter_value, arguments))
-        # What torch.cuda.current_stream wraps.
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
-        function = self._functions[name]
-        status = self._launch(function, grid[0], grid[1], 1, threads, 1, 1, shared, stream, 0, parameters.address)
-        if int(status[0]) != 0:
-            raise RuntimeError(f"the kernel {name} could not be launched: {status[0].name}")
+        parameters.put(arguments)
+        if stream is None:  # what torch.cuda.current_stream wraps
+            stream = torch._C._cuda_getCurrentRawStream(self._index)
+        function = self._addresses[name]
+        status = self._launch(function, grid[0], grid[1], 1, threads, 1, 1, shared, stream, None, parameters.address)
+        if status != 0:
+            raise RuntimeError(f"the kernel {name} could not be launched: {self._status(status).name}")
+
+
+@cache
+def _launcher() -> Any:
+    """The driver's cuLaunchKernel. Called by way of cuda-bindings it makes a member of an enumeration of every status,
+    and lets other threads run Python meanwhile, which this one then waits for: for a launch it is not worth that.
+
+    CompilationFailed without the driver.
+    """
+    try:
+        launch = ctypes.PyDLL("libcuda.so.1").cuLaunchKernel
+    except OSError as error:
+        raise CompilationFailed(f"there is no driver of CUDA ({error})") from None
+    pointer, unsigned = ctypes.c_void_p, ctypes.c_uint
+    launch.argtypes = (pointer, *[unsigned] * 7, pointer, pointer, pointer)
+    launch.restype = ctypes.c_int
+    return launch
 
 
 class _Parameters:
     """A kernel's parameters in one buffer, and how the driver is told of it: made once, for a run launches tens of
-    thousands of kernels.
+    thousands of kernels. A struct that is the only one is the buffer itself.
     """
 
     def __init__(self, arguments: Sequence[Argument]) -> None:
@@ -149,6 +174,13 @@ class _Parameters:
             BUFFER_POINTER, ctypes.addressof(self.buffer), BUFFER_SIZE, ctypes.addressof(self._size), None
         )
         self.address = ctypes.addressof(self._extra)
+
+    def put(self, arguments: Sequence[Argument]) -> None:
+        """Take a launch's arguments, of the types of the first's."""
+        if len(arguments) == 1 and isinstance(arguments[0], ctypes.Structure):
+            self._extra[1] = ctypes.addressof(arguments[0])
+        else:
+            self.layout.pack_into(self.buffer, 0, *map(parameter_value, arguments))
 
 
 def parameter_format(argument: Argument) -> str:

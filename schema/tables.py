@@ -199,7 +199,7 @@ _ENCODINGS = {
     "activations": {"values.list.element": "BYTE_STREAM_SPLIT"},
 }
 
-_STATISTICS = {"counts": ["layer", "site"]}
+_STATISTICS = {"counts": ["layer"]}
 """The columns by which row groups are told apart, of the table where those of the others take long to find."""
 
 

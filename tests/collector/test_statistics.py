@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quambase.collector import statistics
-from quambase.collector.kernels import PATTERNS, SIGN, present_counts, present_sizes, repeat, summarize
+from quambase.collector.kernels import (
+    PATTERNS,
+    SIGN,
+    addresses,
+    present_counts,
+    present_sizes,
+    repeat,
+    summarize,
+    summarize_sums,
+    take_parts,
+)
 from quambase.collector.statistics import (
     ENCODINGS,
     SUMMARY_COLUMNS,
@@ -235,10 +245,15 @@ def test_rows_of_counts_are_those_of_distinct_values(encoding: str, data: st.Dat
         elif count:
             wanted[value] = wanted.get(value, 0) + count  # 0.0 and -0.0 are one key
     rows = sorted(wanted.items()) + [(np.nan, nans)] * (nans > 0)
-    values, found, sizes = np.empty(PATTERNS, np.float32), np.empty(PATTERNS, np.int64), np.empty(2, np.int64)
-    size = present_counts(counts[1], infinity, kind.values()[:SIGN], values, found)
-    present_sizes(counts, infinity, sizes)
-    assert sizes.tolist() == [0, size] == [0, len(rows)]
+    tables = addresses([counts[1], counts[0], counts[1]])
+    sizes = np.empty(3, np.int64)
+    present_sizes(tables, infinity, sizes)
+    assert sizes.tolist() == [len(rows), 0, len(rows)]
+    size = len(rows)
+    values, found = np.empty(2 * size, np.float32), np.empty(2 * size, np.int64)
+    present_counts(tables, infinity, kind.values()[:SIGN], values, found)
+    np.testing.assert_array_equal(values[size:], values[:size])
+    assert found[size:].tolist() == found[:size].tolist()
     np.testing.assert_array_equal(values[:size], [value for value, _ in rows])
     assert found[:size].tolist() == [count for _, count in rows]
     assert not np.signbit(values[:size][values[:size] == 0]).any()
@@ -256,8 +271,7 @@ def test_summaries_equal_those_of_the_distribution(encoding: str, data: st.DataO
         counts[pattern] += count
     integers, floats = np.empty(5, np.int64), np.empty(6 + len(QUANTILES))
     summarize(counts, kind.infinity, kind.values()[:SIGN], np.array(list(QUANTILES.values())), integers, floats)
-    values = np.where(np.isnan(kind.values()), np.float32("nan"), kind.values())  # no signalling ones, which warn
-    wanted = Distribution.of_rows(values, counts)
+    wanted = Distribution.of_rows(kind.values(), counts)
     summary = wanted.summary()
     total, nonfinite, zeros = integers[:3].tolist()
     assert (total, nonfinite) == (summary["count"], summary["nonfinite"])
@@ -279,11 +293,46 @@ def test_summaries_equal_those_of_the_distribution(encoding: str, data: st.DataO
     assert integers[3:].tolist() == [int(wanted.counts[apart > k * std].sum()) for k in (3, 5)]
 
 
+def test_summaries_of_sums_are_those_of_the_added_counts() -> None:
+    counts = np.random.default_rng(0).integers(0, 3, (3, PATTERNS))
+    kind = ENCODINGS["float16"]
+    given = kind.infinity, kind.values()[:SIGN], np.array(list(QUANTILES.values()))
+    parts = [[0, 1, 2], [1], [2, 0]]
+    integers, floats = np.empty((3, 5), np.int64), np.empty((3, 6 + len(QUANTILES)))
+    tables = addresses(counts[g] for part in parts for g in part)
+    summarize_sums(tables, np.array([0, 3, 4, 6]), *given, integers, floats)
+    for row, part in enumerate(parts):
+        wanted_integers, wanted = np.empty(5, np.int64), np.empty(6 + len(QUANTILES))
+        summarize(counts[part].sum(axis=0), *given, wanted_integers, wanted)
+        assert integers[row].tolist() == wanted_integers.tolist()
+        np.testing.assert_array_equal(floats[row], wanted)
+
+
+@pytest.mark.parametrize("encoding", list(ENCODINGS))
+def test_values_of_patterns_are_torchs(encoding: str) -> None:
+    patterns = torch.arange(PATTERNS, dtype=torch.int32).to(torch.uint16).view(ENCODINGS[encoding].torch_dtype)
+    np.testing.assert_array_equal(ENCODINGS[encoding].values(), patterns.float().numpy())
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float32, np.float64])
+def test_rows_of_parts_are_those_of_numpy(kind: type) -> None:
+    """Each of two columns has three arrays, one of them empty."""
+    first = [np.array([5, -0.0, 2**24 + 2]).astype(kind), np.empty(0, kind), np.array([7, -3]).astype(kind)]
+    second = [np.array([-0.0, 0, 2**40]).astype(kind), np.empty(0, kind), np.array([1, 4]).astype(kind)]
+    places = np.array([2, 0, 1, 1, 0, 1])
+    out = np.empty((2, 6), kind)
+    parts = np.stack([addresses(first), addresses(second)])
+    take_parts(parts, np.array([3, 0, 2]), np.array([0, 4, 4, 6]), places, out)
+    wanted = [np.concatenate([arrays[0][places[:4]], arrays[2][places[4:]]]) for arrays in (first, second)]
+    np.testing.assert_array_equal(out, wanted)
+    assert not np.signbit(out[out == 0]).any()
+
+
 def test_repeated_values_are_those_of_numpy() -> None:
-    values, rows = np.array([3, 1, 4, 1], np.int32), np.array([2, 0, 5, 1])
-    out = np.empty(8, np.int32)
+    values, rows = np.array([[3, 1, 4, 1], [5, 9, 2, 6]], np.int32), np.array([2, 0, 5, 1])
+    out = np.empty((2, 8), np.int32)
     repeat(values, rows, out)
-    np.testing.assert_array_equal(out, np.repeat(values, rows))
+    np.testing.assert_array_equal(out, np.repeat(values, rows, axis=1))
 
 
 @settings(deadline=None, max_examples=60)

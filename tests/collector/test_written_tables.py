@@ -117,22 +117,35 @@ def test_gathered_rows_are_those_of_the_sites_matrices(data: st.DataObject) -> N
         (SiteLayout(("b", "a"), (0, 1, 3), state=True, order=(2, 0, 1), d_state=2), 6),
     ]
     keys = data.draw(st.lists(st.tuples(st.integers(-1, 2), st.sampled_from("abc")), unique=True, max_size=6))
-    layouts, kept, matrices = {}, {}, {}
-    pieces: list[np.ndarray] = [np.zeros(7, np.float32)]  # the summaries
-    size = 7
-    shared = [(5, 1), (5, 3), (9, 0)]
-    for number, key in enumerate(keys):
-        layouts[key], width = data.draw(st.sampled_from(kinds))
-        kept[key], rows = [], []
-        for places in data.draw(st.lists(st.sampled_from([shared, [(1, 2)], []]), min_size=1, max_size=3)):
-            kept[key].append(KeptRows(places, width, size))
-            rows.append(np.arange(len(places) * width, dtype=np.float32).reshape(-1, width) + 100 * number + size)
-            pieces.append(rows[-1].reshape(-1))
-            size += rows[-1].size
-        if any(part.places for part in kept[key]):
-            matrices[key] = [place for part in kept[key] for place in part.places], np.concatenate(rows)
-    wanted = activations_rows("run", layouts, matrices)
-    assert gathered_rows("run", layouts, kept, np.concatenate(pieces)).equals(wanted)
+    spans = [[(5, 1), (5, 3), (9, 0)], [(1, 2)], []]
+    parts: list[tuple[tuple[int, str], int]] = []  # of sites, perhaps by turns, and of spans
+    for key in keys:
+        parts += [(key, span) for span in data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=3))]
+    layouts, kept = {}, []
+    matrices: dict[tuple[int, str], tuple[list[tuple[int, int]], np.ndarray]] = {}
+    pieces = [np.empty(0, np.float32)]
+    for number, (key, span) in enumerate(data.draw(st.permutations(parts))):
+        if key not in layouts:
+            layouts[key] = data.draw(st.sampled_from(kinds))
+        width = layouts[key][1]
+        kept.append(KeptRows(key, span, width))
+        values = np.arange(len(spans[span]) * width, dtype=np.float32).reshape(-1, width) + 100 * number
+        pieces.append(values.reshape(-1))
+        places, before = matrices.get(key, ([], np.empty((0, width), np.float32)))
+        matrices[key] = places + spans[span], np.concatenate([before, values])
+    same = {}
+    for key in data.draw(st.lists(st.sampled_from(keys), unique=True)) if keys else []:
+        same[key[0], f"{key[1]} again"] = key
+    of_sites = {key: layout for key, (layout, _) in layouts.items()}
+    of_sites |= {key: of_sites[source] for key, source in same.items()}
+    matrices |= {key: matrices[source] for key, source in same.items()}
+    wanted = activations_rows("run", of_sites, {key: rows for key, rows in matrices.items() if rows[0]})
+    places = [np.array(of_span, np.int64).reshape(-1, 2) for of_span in spans]
+    found = gathered_rows("run", of_sites, kept, same, places, np.concatenate(pieces))
+    assert found.equals(wanted)
+    for column in ("site", "group_name"):  # no word that no row has
+        for chunk in found[column].chunks:
+            assert set(chunk.dictionary.to_pylist()) == set(chunk.to_pylist())
 
 
 def test_rows_of_parts_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,10 +233,9 @@ def test_strings_are_read_as_strings(tmp_path: Path) -> None:
         assert table.schema.equals(RUN_TABLES[name]), name
 
 
-@pytest.mark.parametrize("size", [1, 700, 1 << 18])
-def test_counts_are_those_of_every_group_in_order(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "PIECE_ROWS", size)
-    monkeypatch.setattr(writer, "PIECE_ROWS", size)
+@pytest.mark.parametrize("groups", [1, 3, 100])
+def test_counts_are_those_of_every_group_in_order(groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "COUNTED", groups)
     values = FLOAT16.values()
     wanted: list[tuple[int, str, str, dict[float, int]]] = []
     for layer, site in sorted(STATISTICS):
