@@ -31,6 +31,9 @@ from quambase.model.weights import MambaConfig, MambaWeights, random_weights
 from quambase.schema.sites import FAMILIES, MAMBA1, MAMBA2
 
 SEQ_LEN, BLOCK, KEEP = 512, 32, 64
+TURNS = 4
+"""Of which medians are printed, after one that compiles and gets its memory."""
+
 UPSTREAM = 33.6
 """Seconds of upstream's calibration of 512 such documents on one H100, measured beside."""
 
@@ -93,14 +96,16 @@ def upstream_forward(batches: list[Batch]) -> float | None:
     config = UpstreamConfig(d_model=768, n_layer=24, vocab_size=50280)
     model = MambaLMHeadModel(config, device="cuda", dtype=torch.float16).eval()
     tokens = [batch.tokens.view(batch.documents, -1).cuda() for batch in batches]
+    seconds = []
     with torch.inference_mode():
-        model(tokens[0])
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for part in tokens:
-            model(part)
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+        for _ in range(-1, TURNS):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for part in tokens:
+                model(part)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:]))
 
 
 def peak(documents: int) -> None:
@@ -120,49 +125,61 @@ def memory() -> None:
         subprocess.run([sys.executable, __file__, "peak", str(documents)], check=True)
 
 
-def main(documents: int) -> None:
-    """Print one table, a row per family."""
-    plan = new_plan(documents)
+def ragged(plan: Plan) -> Plan:
+    """The same documents, cut at 64 to SEQ_LEN tokens."""
+    lengths = np.random.default_rng(1).integers(64, SEQ_LEN + 1, len(plan.documents))
+    documents = [
+        PlannedDocument(d.index, d.sha256, d.tokens[:length]) for d, length in zip(plan.documents, lengths, strict=True)
+    ]
+    return Plan(tuple(documents), plan.read, 0, len(documents))
+
+
+def of_texts(weights: MambaWeights | Mamba2Weights, family: str, plan: Plan) -> str:
+    """A row: seconds as the median of TURNS turns, together also the least and the most of them."""
     batches = [Batch.pack([d.tokens.tolist() for d in block]) for block in plan.blocks(BLOCK)]
-    device = choose_where("cuda").device
+    model = device_model(weights, choose_where("cuda").device, DTYPES["float16"], rotated=True)
+    plain, turns = [], []
+    with tempfile.TemporaryDirectory() as name:
+        for turn in range(-1, TURNS):
+            plain.append(plain_forward(model, batches))
+            turns.append(collecting(weights, family, plan, Path(name) / str(turn)))
+    observed, written = np.array([turn[:2] for turn in turns[1:]]).T
+    together = observed + written
+    forward, both, tokens = (
+        float(np.median(plain[1:])),
+        float(np.median(together)),
+        sum(b.tokens.numel() for b in batches),
+    )
+    _, _, size, raw = turns[-1]
+    return (
+        f"{tokens:9,}{forward:9.2f} s{np.median(observed):9.2f} s{np.median(observed) / forward:8.2f}"
+        f"{np.median(written):9.2f} s{both:9.2f} s ({min(together):.2f} to {max(together):.2f})"
+        f"{size / 1e6:9.1f} MB{(size - raw) / 1e6:9.1f} MB"
+    )
+
+
+def main(documents: int) -> None:
+    """Print one table, two rows per family."""
     shapes: dict[str, MambaWeights | Mamba2Weights] = {
         MAMBA1: random_weights(MambaConfig(768, 24, 50280, 1536, dt_rank=48)),
         MAMBA2: random_mamba2_weights(Mamba2Config(768, 24, 50288, 1536)),
     }
-    lines, observing = [], {}
+    plan = new_plan(documents)
+    upstream = upstream_forward([Batch.pack([d.tokens.tolist() for d in block]) for block in plan.blocks(BLOCK)])
+    rows = []
     for family, weights in shapes.items():
-        model = device_model(weights, device, DTYPES["float16"], rotated=True)
-        plain_forward(model, batches[:1])
-        with tempfile.TemporaryDirectory() as name:
-            some = Plan(plan.documents[:BLOCK], BLOCK, 0, 0)
-            collecting(weights, family, some, Path(name) / "warm")
-            plain, turns = [], []
-            for turn in range(2):
-                plain.append(plain_forward(model, batches))
-                turns.append(collecting(weights, family, plan, Path(name) / str(turn)))
-        observed, written, size, raw = min(turns, key=lambda turn: turn[0] + turn[1])
-        rate = documents * SEQ_LEN / min(plain)
-        observing[family] = observed
-        lines.append(
-            f"{family + ', 130m shape':20}{min(plain):9.2f} s{observed:9.2f} s{observed / min(plain):8.2f}"
-            f"{written:9.2f} s{observed + written:9.2f} s{UPSTREAM * documents / 512 / (observed + written):10.1f}"
-            f"{size / 1e6:9.1f} MB{(size - raw) / 1e6:9.1f} MB{rate:12,.0f}"
-        )
+        for kind, texts in (("alike", plan), ("ragged", ragged(plan))):
+            rows.append(f"{family + ', ' + kind:16}" + of_texts(weights, family, texts))
     print(
-        f"\ncollect of {documents} x {SEQ_LEN} tokens, all sites, float16 ({machine()}, {torch.cuda.get_device_name()})"
+        f"\ncollect of {documents} documents of {SEQ_LEN} tokens, or 64 to {SEQ_LEN} (ragged), 130m shapes, all sites,"
     )
-    print(f"upstream: its calibration of the Mamba-1, {UPSTREAM} s for 512 documents")
-    upstream = upstream_forward(batches)
-    said = "it is not installed here"
-    if upstream is not None:
-        said = f"{upstream:.2f} s; observing takes {observing[MAMBA1] / upstream:.2f} times as long"
-    print(f"mamba-ssm's own forward pass of the Mamba-1, float16: {said}")
-    heads = (
-        f"{'plain':>11}{'observing':>11}{'ratio':>8}{'writing':>11}{'together':>11}{'upstream':>10}{'database':>12}"
-        f"{'w/o raw':>12}{'plain tok/s':>12}"
-    )
-    print(" " * 20 + heads)
-    print("\n".join(lines))
+    print(f"float16, medians of {TURNS} ({machine()}, {torch.cuda.get_device_name()})")
+    said = "it is not installed here" if upstream is None else f"{upstream:.2f} s"
+    print(f"mamba-ssm's own forward pass of the Mamba-1, alike, float16: {said}")
+    print(f"upstream's calibration of it: {UPSTREAM} s for 512 documents, measured beside")
+    heads = f"{'tokens':>9}{'plain':>11}{'observing':>11}{'ratio':>8}{'writing':>11}{'together':>11}"
+    print(f"{'':16}{heads}{'':15}{'database':>12}{'w/o raw':>12}")
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":

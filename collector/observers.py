@@ -49,8 +49,8 @@ its queue.
 UNWRITTEN = 4
 """Blocks whose parts may be unwritten while the device goes on."""
 
-WRITERS = 2
-"""Threads that write parts, each a file of its own: on a slow disk a part takes longer than a block."""
+WRITERS = 3
+"""Threads that make and write parts: a part takes longer than a block, on a slow disk by far."""
 
 
 @dataclass(frozen=True)
