@@ -336,25 +336,23 @@ class CudaCounter:
         items, brought = item_rows(packing, [(layout, stride) for layout, _, stride in sites])
         layouts = [self._layout(layout) for layout, _, _ in sites]
         tables = Tables()
-        of_batch = dict(zip(OF_BATCH, (items, packing.block_first, packing.segment_first), strict=False))
-        of_batch["spill_first"] = np.cumsum([0, *brought])
-        places = {name: tables.put(values) for name, values in of_batch.items()}
+        of_batch = items, packing.block_first, packing.segment_first, np.cumsum([0, *brought])
+        places = {name: tables.put(values) for name, values in zip(OF_BATCH, of_batch, strict=True)}
         shapes, jobs = (Shape * len(sites))(), list[Job]()
         firsts = {name: [0] for name in ("group_first", "summary_first", "finish_first", "job_first")}
         segments = partial = 0
-        known: dict[bytes, tuple[int, int]] = {}  # most sites of a batch have the same
+        known: dict[bytes, tuple[int, int]] = {}  # where offsets and segments lie: most sites of a batch have the same
         for number, ((layout, offsets, stride), of_layout) in enumerate(zip(sites, layouts, strict=True)):
             groups, documents = len(layout.names), len(offsets) - 1
             first_group = firsts["group_first"][-1]
             lengths = offsets.tobytes()
             if lengths not in known:
-                rows = np.stack([offsets[:-1], offsets[1:]], axis=1)
-                known[lengths] = tables.put(offsets), tables.put(rows)
-            place, rows_place = known[lengths]
+                known[lengths] = tables.put(offsets), tables.put(np.stack([offsets[:-1], offsets[1:]], axis=1))
+            place, whole = known[lengths]
             shapes[number] = Shape(stride, documents, groups, first_group, segments, place, **of_layout.places)
             segments += groups * documents
             apart = tables.put(moment_segments(layout, offsets)) if layout.d_state else 0
-            for job in jobs_of(number, layout, stride, rows_place, apart):
+            for job in jobs_of(number, layout, stride, whole, apart):
                 job.partial = partial
                 partial += documents * job.groups * job.channels
                 jobs.append(job)

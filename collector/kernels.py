@@ -5,6 +5,7 @@ Rows of a packed tensor belong to documents through ``offsets`` as in `quambase.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,13 +68,20 @@ def _table(address: int) -> Int64:
     return numba.carray(_pointer(address), (PATTERNS,), np.int64)  # type: ignore[attr-defined, call-arg]
 
 
-def addresses(arrays: Iterable[npt.NDArray[Any]]) -> Int64:
-    """Where contiguous arrays lie, for kernels that pass over many: a thread that calls one for each waits each time
-    until it may run Python again. The arrays must live until then.
+def addresses(arrays: Iterable[npt.NDArray[Any]], sizes: Iterable[int], kind: type) -> Int64:
+    """Where contiguous arrays of some sizes lie, for kernels that pass over many: a thread that calls one for each
+    waits each time until it may run Python again. The arrays must live until then.
     """
-    found = list(arrays)
-    assert all(array.flags.c_contiguous for array in found)
-    return np.array([array.__array_interface__["data"][0] for array in found], np.int64)
+    found = []
+    for array, size in zip(arrays, sizes, strict=False):
+        assert array.dtype == kind and array.shape == (size,) and array.flags.c_contiguous
+        found.append(array.__array_interface__["data"][0])
+    return np.array(found, np.int64)
+
+
+def table_addresses(tables: Iterable[Int64]) -> Int64:
+    """`addresses` of counts (PATTERNS,)."""
+    return addresses(tables, itertools.repeat(PATTERNS), np.int64)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -125,7 +133,7 @@ def gather_rows(values: Float32, bases: Int64, firsts: Int64, sizes: Int64, colu
 
 @numba.njit(cache=True, nogil=True)
 def present_sizes(tables: Int64, infinity: int, sizes: Int64) -> None:
-    """How many rows of `counts` each of some groups has; tables (groups,): `addresses`; sizes (groups,), written."""
+    """How many rows of `counts` some groups have; tables (groups,): `table_addresses`; sizes (groups,), written."""
     for i in range(tables.size):
         counts = _table(tables[i])
         size = np.int64(counts[0] != 0 or counts[SIGN] != 0)
@@ -142,7 +150,7 @@ def present_sizes(tables: Int64, infinity: int, sizes: Int64) -> None:
 def present_counts(tables: Int64, infinity: int, magnitudes: Float32, values: Float32, found: Int64) -> None:
     """The rows of `counts` of some groups, one after the other: values that occur, ascending, and how often.
 
-    -0 joins 0 and all NaN join one, which is last. tables (groups,): `addresses`; ``infinity`` is its pattern;
+    -0 joins 0 and all NaN join one, which is last. tables (groups,): `table_addresses`; ``infinity`` is its pattern;
     magnitudes (SIGN,) of non-negative patterns; values and found (all `present_sizes`,): written.
     """
     size = 0
@@ -273,7 +281,7 @@ def summarize_sums(
     integers: Int64,
     floats: Float64,
 ) -> None:
-    """`summarize` of the groups tables[firsts[i]:firsts[i + 1]] together, for each i; tables: `addresses`.
+    """`summarize` of the groups tables[firsts[i]:firsts[i + 1]] together, for each i; tables: `table_addresses`.
 
     integers (i, 5) and floats (i, 6 + q): written.
     """

@@ -19,6 +19,7 @@ from quambase.collector.kernels import (
     present_sizes,
     repeat,
     summarize_sums,
+    table_addresses,
     take_parts,
 )
 from quambase.collector.statistics import EXTREMA, INTEGERS, SUMS, Encoding, SiteLayout, SiteStatistics
@@ -130,7 +131,7 @@ def counts_pieces(run: str, statistics: Statistics, encoding: Encoding) -> Itera
     infinity, magnitudes = encoding.infinity, encoding.values()[:SIGN]
 
     def piece(groups: Sequence[tuple[Key, str, int]]) -> pa.Table:
-        tables = addresses(statistics[key].counts[g] for key, _, g in groups)
+        tables = table_addresses(statistics[key].counts[g] for key, _, g in groups)
         rows = np.empty(len(groups), np.int64)
         present_sizes(tables, infinity, rows)
         block = np.empty((3, int(rows.sum())), np.int32)
@@ -164,14 +165,14 @@ def channels_pieces(run: str, statistics: Statistics) -> Iterator[Piece]:
             np.arange(mine.size) if group[1].d_state else mine for mine, group in zip(rows, groups, strict=True)
         ]
         places = np.concatenate(rows)
-        sizes = np.array([layout.moments for layout in layouts])
+        sizes = [layout.moments for layout in layouts]
         firsts = np.cumsum([0, *sizes])
         columns: dict[str, object] = {"channel": np.concatenate(channels)}
         for names, kind in ((INTEGERS, np.int64), (EXTREMA, np.float32), (SUMS, np.float64)):
-            parts = np.stack([addresses(getattr(of_site, name) for of_site in moments) for name in names])
+            parts = np.stack([addresses((getattr(of, name) for of in moments), sizes, kind) for name in names])
             taken = np.empty((len(names), places.size), kind)
             # -0 becomes 0: which of the two is the lower depends on the order they were met in.
-            take_parts(parts, sizes, firsts, places, taken)
+            take_parts(parts, np.array(sizes), firsts, places, taken)
             columns |= {_MOMENT_COLUMNS.get(name, name): row for row, name in zip(taken, names, strict=True)}
         keys = [(key, name) for key, _, name, _ in groups]
         return many_keyed_rows(run, keys, [mine.size for mine in rows], columns, CHANNELS)
@@ -264,7 +265,7 @@ SHARE = 8
 def site_stats_pieces(run: str, statistics: Statistics, encoding: Encoding, pool: Executor) -> Iterator[Piece]:
     """The table `site_stats`, in one piece: a row for each site and each group of a divided one.
 
-    Its numbers are computed in ``pool`` at once; the piece waits for them.
+    Its numbers are computed in ``pool``, into which they are put at once; the piece, put there later, waits for them.
     """
     magnitudes = encoding.values()[:SIGN]
     probabilities = np.array(list(QUANTILES.values()))
@@ -280,7 +281,7 @@ def site_stats_pieces(run: str, statistics: Statistics, encoding: Encoding, pool
                 firsts.append(len(tables))
         integers, floats = np.empty((len(firsts) - 1, 5), np.int64), np.empty((len(firsts) - 1, 6 + probabilities.size))
         given = encoding.infinity, magnitudes, probabilities
-        summarize_sums(addresses(tables), np.array(firsts), *given, integers, floats)
+        summarize_sums(table_addresses(tables), np.array(firsts), *given, integers, floats)
         return integers, floats
 
     coming = [pool.submit(summaries, keys[start : start + SHARE]) for start in range(0, len(keys), SHARE)]

@@ -125,8 +125,8 @@ _PADDING = np.zeros(4, np.int32)
 
 
 class LayoutTables:
-    """What of a layout's `Shape` is the same whatever the documents: on the device, ``members`` there, ``places`` by
-    name in bytes.
+    """What of a `Shape` is the same whatever the documents: arrays on the device, their addresses by name (``places``),
+    and one of them, ``members`` (channels,) int32.
     """
 
     def __init__(self, layout: SiteLayout, device: torch.device) -> None:
@@ -170,7 +170,9 @@ def item_rows(packing: Packing, sites: Sequence[tuple[SiteLayout, int]]) -> tupl
 
 
 def jobs_of(site: int, layout: SiteLayout, stride: int, segments: int, apart: int) -> list[Job]:
-    """A site's jobs; where in tables its documents' rows lie, and its `moment_segments`."""
+    """A site's jobs; ``segments``, ``apart``: where its documents' rows lie and, if it has a d_state, its
+    `moment_segments`. Their partial moments are not placed yet.
+    """
     found = [_job(site, segments, stride, layout.channels, 1, summed=not layout.d_state)]
     if layout.d_state:
         found.append(_job(site, apart, layout.d_state, layout.d_state, len(layout.names), states=True))

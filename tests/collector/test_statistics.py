@@ -19,6 +19,7 @@ from quambase.collector.kernels import (
     repeat,
     summarize,
     summarize_sums,
+    table_addresses,
     take_parts,
 )
 from quambase.collector.statistics import (
@@ -245,7 +246,7 @@ def test_rows_of_counts_are_those_of_distinct_values(encoding: str, data: st.Dat
         elif count:
             wanted[value] = wanted.get(value, 0) + count  # 0.0 and -0.0 are one key
     rows = sorted(wanted.items()) + [(np.nan, nans)] * (nans > 0)
-    tables = addresses([counts[1], counts[0], counts[1]])
+    tables = table_addresses([counts[1], counts[0], counts[1]])
     sizes = np.empty(3, np.int64)
     present_sizes(tables, infinity, sizes)
     assert sizes.tolist() == [len(rows), 0, len(rows)]
@@ -299,7 +300,7 @@ def test_summaries_of_sums_are_those_of_the_added_counts() -> None:
     given = kind.infinity, kind.values()[:SIGN], np.array(list(QUANTILES.values()))
     parts = [[0, 1, 2], [1], [2, 0]]
     integers, floats = np.empty((3, 5), np.int64), np.empty((3, 6 + len(QUANTILES)))
-    tables = addresses(counts[g] for part in parts for g in part)
+    tables = table_addresses(counts[g] for part in parts for g in part)
     summarize_sums(tables, np.array([0, 3, 4, 6]), *given, integers, floats)
     for row, part in enumerate(parts):
         wanted_integers, wanted = np.empty(5, np.int64), np.empty(6 + len(QUANTILES))
@@ -321,11 +322,19 @@ def test_rows_of_parts_are_those_of_numpy(kind: type) -> None:
     second = [np.array([-0.0, 0, 2**40]).astype(kind), np.empty(0, kind), np.array([1, 4]).astype(kind)]
     places = np.array([2, 0, 1, 1, 0, 1])
     out = np.empty((2, 6), kind)
-    parts = np.stack([addresses(first), addresses(second)])
+    parts = np.stack([addresses(arrays, [3, 0, 2], kind) for arrays in (first, second)])
     take_parts(parts, np.array([3, 0, 2]), np.array([0, 4, 4, 6]), places, out)
     wanted = [np.concatenate([arrays[0][places[:4]], arrays[2][places[4:]]]) for arrays in (first, second)]
     np.testing.assert_array_equal(out, wanted)
     assert not np.signbit(out[out == 0]).any()
+
+
+def test_addresses_are_of_what_kernels_take_them_for() -> None:
+    whole = np.zeros((3, 4))
+    for array in (whole[0].astype(np.int64), whole[0, :3], whole[0, ::2], whole[:, 0]):
+        with pytest.raises(AssertionError):
+            addresses([array], [4], np.float64)
+    assert addresses([whole[1]], [4], np.float64) == whole.ctypes.data + 32
 
 
 def test_repeated_values_are_those_of_numpy() -> None:
