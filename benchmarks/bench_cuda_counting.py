@@ -30,11 +30,17 @@ class Only:
         self._launch, self._names = counter._kernels(kind).launch, names
 
     def launch(
-        self, name: str, grid: tuple[int, int], threads: int, arguments: Sequence[Argument], shared: int = 0
+        self,
+        name: str,
+        grid: tuple[int, int],
+        threads: int,
+        arguments: Sequence[Argument],
+        shared: int = 0,
+        stream: int | None = None,
     ) -> None:
         """Queue one of the kernels."""
         if name in self._names:
-            self._launch(name, grid, threads, arguments, shared)
+            self._launch(name, grid, threads, arguments, shared, stream)
 
 
 def seconds(

@@ -76,12 +76,16 @@ def observed(observer: Observer) -> None:
     with observer:
         observer.observe(0, planned(3))
         observer.observe(1, planned(40))
+        observer.observe(2, planned(80)[:2])  # the last block has fewer
 
 
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
 @pytest.mark.parametrize("everything", [False, True])
-def test_a_device_observes_what_the_host_does(family: str, everything: bool) -> None:
-    """The same tensors through both observers: equal tables, equal statistics but for the order of float64 sums."""
+def test_a_device_observes_what_the_host_does(family: str, everything: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tensors through both observers: equal tables, equal statistics but for the order of float64 sums. The
+    head's come document by document.
+    """
+    monkeypatch.setattr("quambase.model.device.HEAD_ROWS", 1)
     weights = tiny_weights(family)
     model = device_model(weights, CPU, torch.float32, rotated=True)
     layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family[:6]]])
@@ -96,7 +100,7 @@ def test_a_device_observes_what_the_host_does(family: str, everything: bool) -> 
 
     host, host_tables = run(HostObserver)
     device, device_tables = run(DeviceObserver)
-    assert sorted(device_tables, key=lambda part: part[0]) == host_tables and len(host_tables) == 2
+    assert sorted(device_tables, key=lambda part: part[0]) == host_tables and len(host_tables) == 3
     assert host_tables[0][2].num_rows > 0
     nothing = np.zeros(1)
     for key in layouts:

@@ -26,7 +26,8 @@ from quambase.collector import cuda_counter, device_statistics
 from quambase.collector.cuda_counter import halvings
 from quambase.collector.device_statistics import DeviceStatistics, merged_top
 from quambase.collector.packing import FLUSH, moment_segments, pack
-from quambase.collector.statistics import ENCODINGS, largest
+from quambase.collector.site_batch import item_rows
+from quambase.collector.statistics import ENCODINGS, SiteLayout, largest
 from quambase.collector.torch_counter import TorchCounter
 from quambase.model import device as device_module
 from quambase.model.cuda import CompilationFailed, compile_cubin
@@ -89,6 +90,36 @@ def test_every_row_of_every_group_is_dealt_out_once(
     shares = [work[a:b].sum() for a, b in zip(packing.block_first[:-1], packing.block_first[1:], strict=True)]
     # Borders are moved by less than a row at either end; beside values there are the segments' tables.
     assert max(shares) <= (work.sum() + segment * FLUSH) / blocks + max(7, *widths)
+
+
+def test_work_is_what_groups_are_wide() -> None:
+    """Of long documents, whose values outweigh what every table takes."""
+    packing = pack([(plain_layout(0, 1, 2000, 2003), np.array([0, 5000, 9000]))], 7)
+    work = packing.items[:, 3] * np.array([1, 1999, 3])[packing.items[:, 1]]
+    shares = [work[a:b].sum() for a, b in zip(packing.block_first[:-1], packing.block_first[1:], strict=True)]
+    assert max(shares) <= (work.sum() + 6 * FLUSH) / 7 + 1999
+
+
+def test_items_are_told_their_groups_channels() -> None:
+    """Runs of channels that lie apart, a group without any, and rows whose stride is the site's."""
+    layouts = [
+        SiteLayout(("a", "b", "c"), (0, 3, 3, 5), order=(0, 1, 4, 2, 3)),
+        plain_layout(0, 2, 2, 7),
+        SiteLayout(("a", "b"), (0, 2, 2), order=(0, 1)),
+    ]
+    sites = [(layout, np.array([0, 70_000, 70_003])) for layout in layouts]
+    packing = pack(sites, 3)
+    strides = [5, 9, 2]
+    rows, spills = item_rows(packing, list(zip(layouts, strides, strict=True)))
+    for (site, group, first, count), row, brought in zip(packing.items.tolist(), rows, spills, strict=True):
+        assert row[:4].tolist() == [site, first, count, strides[site]]
+        run, last, low, high = row[4:].tolist()
+        runs = layouts[site].runs[0].tolist()
+        members = [channel for of in runs[run:last] for channel in range(*of)]
+        assert members == layouts[site].members(group).tolist()
+        assert [low, high] == (runs[run] if members else [0, 0])
+        assert brought == count * len(members) // 32768
+    assert spills.max() > 1
 
 
 def test_segments_of_states_are_each_groups_channels() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from quambase.collector.rows import Places, keyed_rows
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Int64, SiteLayout, SiteStatistics
 from quambase.collector.writer import JoinedParts, encoded_part, part_folder, write_part, write_run
 from quambase.schema.distribution import Distribution
-from quambase.schema.tables import ACTIVATIONS, COUNTS, DOCUMENTS, RUN_TABLES, file_sha256
+from quambase.schema.tables import ACTIVATIONS, CHANNELS, COUNTS, DOCUMENTS, RUN_TABLES, as_made, file_sha256
 
 FLOAT16 = ENCODINGS["float16"]
 LAYOUT = SiteLayout(("b", "a"), (0, 2, 5))
@@ -32,6 +33,11 @@ def statistics(seed: int) -> SiteStatistics:
     for g in range(2):
         stats.counts[g, generator.integers(0, 65536, 300)] = generator.integers(1, 1 << 40, 300)
         stats.counts[g, [0, 0x8000, 0x3C00, 0x7C00, 0xFC00]] = 3, 4, 1, 1, 2
+    for field in fields(stats.moments):
+        values = getattr(stats.moments, field.name)
+        values[:] = generator.integers(-99, 99, 5)
+        if values.dtype != np.int64:
+            values[generator.integers(0, 5)] = -0.0
     return stats
 
 
@@ -219,6 +225,15 @@ def test_tables_whose_parts_do_not_come_are_let_go(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_tables_of_no_site_are_there_and_empty(tmp_path: Path) -> None:
+    with JoinedParts(tmp_path, [part_folder(tmp_path, 0)], 0) as parts:
+        parts.add(0, as_made(DOCUMENTS).empty_table(), as_made(ACTIVATIONS).empty_table())
+        tables = write_run(tmp_path, "run", {}, FLOAT16, nowhere, parts)
+    for name, schema in RUN_TABLES.items():
+        found = pq.read_table(tmp_path / f"{name}.parquet", partitioning=None)
+        assert found.schema.equals(schema) and found.num_rows == tables[f"{name}.parquet"].rows == 0, name
+
+
 def test_raw_values_are_stored_byte_by_byte(tmp_path: Path) -> None:
     """Of a column that has no such name Parquet's writer would say nothing."""
     written(tmp_path, [0])
@@ -257,6 +272,27 @@ def test_counts_are_those_of_every_group_in_order(groups: int, tmp_path: Path, m
     assert COUNTS.names[-2:] == ["value", "count"]
 
 
+@pytest.mark.parametrize("rows_of_piece", [1, 1 << 16])
+def test_channels_are_every_groups_in_order(
+    rows_of_piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "CHANNELS_ROWS", rows_of_piece)
+    names = {"count": "count", "nonfinite": "nonfinite", "overflow": "overflow", "mean_abs_max": "mean_abs_max"}
+    names |= {"min": "lowest", "max": "highest", "sum": "total", "sum_sq": "squares"}
+    wanted = []
+    for layer, site in sorted(STATISTICS):
+        moments = STATISTICS[layer, site].moments
+        for name, channels in (("a", (2, 3, 4)), ("b", (0, 1))):
+            for channel in channels:
+                row = {column: getattr(moments, field)[channel].item() + 0 for column, field in names.items()}
+                wanted.append(
+                    {"run": "run", "layer": layer, "site": site, "group_name": name, "channel": channel} | row
+                )
+    found = written(tmp_path, [0])["channels"].to_pylist()
+    assert found == [{column: row[column] for column in CHANNELS.names} for row in wanted]
+    assert not any(str(value) == "-0.0" for row in found for value in row.values())
+
+
 def test_site_stats_are_of_all_rows(tmp_path: Path) -> None:
     found = written(tmp_path, [0])["site_stats"].to_pylist()
     assert [(row["layer"], row["site"], row["group_name"]) for row in found] == [
@@ -267,6 +303,8 @@ def test_site_stats_are_of_all_rows(tmp_path: Path) -> None:
         mine = {"a": counts[1], "b": counts[0], "all": counts.sum(axis=0)}[row["group_name"]]
         summary = Distribution.of_rows(FLOAT16.values(), mine).summary()
         assert summary["nonfinite"] > 0 and summary["zeros"] > 0
+        overflow = STATISTICS[row["layer"], row["site"]].moments.overflow
+        assert row["overflow"] == {"a": overflow[2:], "b": overflow[:2], "all": overflow}[row["group_name"]].sum()
         for column, value in summary.items():
             if column in ("mean", "std", "kurtosis"):
                 # Some hundred terms added in pairs there, with what is lost here: a dozen roundings, and those of the
