@@ -173,11 +173,11 @@ class _EntriesOrder:
     columns: npt.NDArray[np.int32]
 
 
-@lru_cache(2)
+@lru_cache(8)
 def _entries_order(
     parts: tuple[tuple[Key, SiteLayout, int, int], ...], same: tuple[tuple[Key, SiteLayout, Key], ...]
 ) -> _EntriesOrder:
-    """Kept of the blocks of full size and of the last; parts: key, layout, span, width; same: key, layout, source."""
+    """Kept of blocks whose head comes in as many pieces; parts: key, layout, span, width; same: key, layout, source."""
     sites: dict[Key, SiteLayout] = {key: layout for key, layout, _, _ in parts}
     numbers: dict[Key, list[int]] = {key: [] for key in sites}
     for number, (key, _, _, _) in enumerate(parts):
