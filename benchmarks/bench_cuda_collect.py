@@ -35,7 +35,7 @@ TURNS = 4
 """Of which medians are printed, after one that compiles and gets its memory."""
 
 UPSTREAM = 33.6
-"""Seconds of upstream's calibration of 512 such documents on one H100, measured beside."""
+"""Seconds of upstream's calibration of 512 such documents on one H100, measured before."""
 
 
 def plain_forward(model: DeviceModel, batches: list[Batch]) -> float:
@@ -145,11 +145,8 @@ def of_texts(weights: MambaWeights | Mamba2Weights, family: str, plan: Plan) -> 
             turns.append(collecting(weights, family, plan, Path(name) / str(turn)))
     observed, written = np.array([turn[:2] for turn in turns[1:]]).T
     together = observed + written
-    forward, both, tokens = (
-        float(np.median(plain[1:])),
-        float(np.median(together)),
-        sum(b.tokens.numel() for b in batches),
-    )
+    forward, both = np.median(plain[1:]), np.median(together)
+    tokens = sum(batch.tokens.numel() for batch in batches)
     _, _, size, raw = turns[-1]
     return (
         f"{tokens:9,}{forward:9.2f} s{np.median(observed):9.2f} s{np.median(observed) / forward:8.2f}"
@@ -176,7 +173,7 @@ def main(documents: int) -> None:
     print(f"float16, medians of {TURNS} ({machine()}, {torch.cuda.get_device_name()})")
     said = "it is not installed here" if upstream is None else f"{upstream:.2f} s"
     print(f"mamba-ssm's own forward pass of the Mamba-1, alike, float16: {said}")
-    print(f"upstream's calibration of it: {UPSTREAM} s for 512 documents, measured beside")
+    print(f"upstream's calibration of it: {UPSTREAM} s for 512 documents, measured before")
     heads = f"{'tokens':>9}{'plain':>11}{'observing':>11}{'ratio':>8}{'writing':>11}{'together':>11}"
     print(f"{'':16}{heads}{'':15}{'database':>12}{'w/o raw':>12}")
     print("\n".join(rows))
