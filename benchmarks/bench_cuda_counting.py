@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,6 @@ from timing import machine
 from quambase.collector.cuda_counter import CudaCounter
 from quambase.collector.device_statistics import DeviceStatistics
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, SiteLayout
-from quambase.model.cuda import Argument
 
 DOCUMENTS, LENGTH, CHANNELS = 128, 1024, 1536
 MOST = 64
@@ -29,18 +29,10 @@ class Only:
     def __init__(self, counter: CudaCounter, kind: int, names: tuple[str, ...]) -> None:
         self._launch, self._names = counter._kernels(kind).launch, names
 
-    def launch(
-        self,
-        name: str,
-        grid: tuple[int, int],
-        threads: int,
-        arguments: Sequence[Argument],
-        shared: int = 0,
-        stream: int | None = None,
-    ) -> None:
-        """Queue one of the kernels."""
+    def launch(self, name: str, *arguments: Any) -> None:
+        """As `quambase.model.cuda.Kernels.launch`, of the others nothing."""
         if name in self._names:
-            self._launch(name, grid, threads, arguments, shared, stream)
+            self._launch(name, *arguments)
 
 
 def seconds(

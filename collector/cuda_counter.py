@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,7 @@ from quambase.collector.site_batch import (
 )
 from quambase.collector.statistics import PROBABILITIES, SUMMARY_COLUMNS, Encoding, SiteLayout
 from quambase.collector.torch_counter import DeviceCounter, TorchCounter
-from quambase.model.cuda import Argument, CompilationFailed, Kernels, multiprocessors, shared_memory
+from quambase.model.cuda import CompilationFailed, Kernels, multiprocessors, shared_memory
 
 Int64 = npt.NDArray[np.int64]
 
@@ -69,21 +69,6 @@ SEGMENTS = 1024
 
 PLANS = 256
 """How many batches' preparations are remembered."""
-
-
-class Launcher(Protocol):
-    """What runs the kernels of one KIND: `quambase.model.cuda.Kernels`."""
-
-    def launch(
-        self,
-        name: str,
-        grid: tuple[int, int],
-        threads: int,
-        arguments: Sequence[Argument],
-        shared: int = 0,
-        stream: int | None = None,
-    ) -> None:
-        """Queue a kernel."""
 
 
 class _Waiting(NamedTuple):
@@ -159,7 +144,7 @@ class _Memory:
                 setattr(batch, name, self.rooms[name].data_ptr())
         return self.batches[plan]
 
-    def counted(self, stream: torch.cuda.Stream | None, beside: torch.cuda.Stream | None) -> int | None:
+    def mark_counted(self, stream: torch.cuda.Stream | None, beside: torch.cuda.Stream | None) -> int | None:
         """What follows the counting, which is queued on ``stream``, is to be queued ``beside``: its handle."""
         if not (stream and beside and self._events):
             return None
@@ -167,7 +152,7 @@ class _Memory:
         beside.wait_event(self._events[0])
         return int(beside.cuda_stream)
 
-    def done(self, beside: torch.cuda.Stream | None) -> None:
+    def mark_done(self, beside: torch.cuda.Stream | None) -> None:
         """All that uses the memory is queued."""
         if beside and self._events:
             self._events[1].record(beside)
@@ -212,7 +197,7 @@ class CudaCounter:
         self.encoding, self.most, self.device = encoding, most, device
         self._halvings = halvings(shared_memory(device) if shared is None else shared)
         self._blocks = blocks or multiprocessors(device)
-        self._launchers: dict[int, Launcher] = {}
+        self._launchers: dict[int, Kernels] = {}
         self._plans: dict[tuple[tuple[SiteLayout, bytes, int], ...], _Plan] = {}
         self._waiting: defaultdict[int, _Queue] = defaultdict(_Queue)
         self._memories = deque([_Memory(device), _Memory(device)])
@@ -224,7 +209,7 @@ class CudaCounter:
         self._probabilities = torch.from_numpy(PROBABILITIES).to(device)
         self._kernels(KINDS[encoding.name, encoding.torch_dtype])  # so that a failure is told at once
 
-    def _kernels(self, kind: int) -> Launcher:
+    def _kernels(self, kind: int) -> Kernels:
         if kind not in self._launchers:
             defines = {"KIND": kind, "HALVINGS": self._halvings}
             kernels = Kernels(SOURCE, KERNELS, defines, self.device)
@@ -311,7 +296,7 @@ class CudaCounter:
             into.calls += 1
         arguments = [batch]
         launch("count_items", (self._blocks, 1), 1024, arguments, TABLE >> self._halvings)
-        beside = memory.counted(stream, self._beside)
+        beside = memory.mark_counted(stream, self._beside)
         launch("reduce_counts", (PATTERNS // REDUCED, plan.groups), 256, arguments, 0, beside)
         launch("summarise", (plan.summaries, 1), 1024, arguments, 0, beside)
         launch("moments", (plan.jobs, 1), FORMING, arguments, 0, beside)
@@ -320,7 +305,7 @@ class CudaCounter:
             with torch.cuda.stream(self._beside):  # nothing else than the current one where there is none
                 for into, later in tops:
                     into.top.copy_(merged_top(into.top, later))
-        memory.done(self._beside)
+        memory.mark_done(self._beside)
 
     def _plan(self, waiting: Sequence[_Waiting]) -> _Plan:
         key = tuple((one.into.layout, one.offsets.tobytes(), one.stride) for one in waiting)

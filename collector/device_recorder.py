@@ -14,11 +14,11 @@ import torch
 
 from quambase.collector.device_statistics import DeviceStatistics
 from quambase.collector.gather import Gather
-from quambase.collector.kernels import gather_rows
 from quambase.collector.plan import PlannedDocument
 from quambase.collector.recorder import PIECE, Positions, Rows, activations_rows, check_seen, documents_rows
 from quambase.collector.rows import Float32, Int64, Key, known_keys, table_of
 from quambase.collector.statistics import SUMMARY_COLUMNS, SiteLayout
+from quambase.collector.table_kernels import gather_rows
 from quambase.collector.torch_counter import DeviceCounter
 from quambase.schema.tables import ACTIVATIONS, as_made
 

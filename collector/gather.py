@@ -33,7 +33,7 @@ class Piece(ctypes.Structure):
     ]
 
 
-_PIECE = struct.Struct("@6q")
+_PIECE = struct.Struct(f"@{len(Piece._fields_)}q")
 """As `Piece`, many of which are written."""
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from quambase.collector.kernels import (
-    SIGN,
+from quambase.collector.kernels import SIGN
+from quambase.collector.statistics import EXTREMA, INTEGERS, SUMS, Encoding, SiteLayout, SiteStatistics
+from quambase.collector.table_kernels import (
     addresses,
     present_counts,
     present_sizes,
@@ -22,7 +23,6 @@ from quambase.collector.kernels import (
     table_addresses,
     take_parts,
 )
-from quambase.collector.statistics import EXTREMA, INTEGERS, SUMS, Encoding, SiteLayout, SiteStatistics
 from quambase.schema.sites import WHOLE
 from quambase.schema.tables import CHANNELS, COUNTS, GROUPS, OUTLIERS, QUANTILES, SITE_STATS, Piece, as_made
 
@@ -114,13 +114,11 @@ def with_whole(layout: SiteLayout) -> list[tuple[str, int]]:
 
 
 PIECE_ROWS = 3 << 17
-"""Rows of a table that are made and written together, about: a row group of a useful size. Arrays of as many numbers,
-three of them as one, are large enough for NumPy to ask for huge pages, of which a fraction as many must be got.
-"""
+"""Rows of a table that are made and written together, about: a row group of a useful size."""
 
 
 COUNTED = 20
-"""Groups whose rows of `counts` are made together: of a float16 model's activations, some 650,000."""
+"""Groups whose rows of `counts` are made and written together: of a float16 model's activations, some 650,000."""
 
 
 def counts_pieces(run: str, statistics: Statistics, encoding: Encoding) -> Iterator[Piece]:

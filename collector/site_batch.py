@@ -96,7 +96,7 @@ class SiteBatch(ctypes.Structure):
     ]
 
 
-SITE = struct.Struct("@14q")
+SITE = struct.Struct(f"@{len(Site._fields_)}q")
 """As `Site`, many of which are written."""
 
 

@@ -40,10 +40,11 @@ from quambase.schema.tables import (
     Piece,
     as_made,
     cast_to,
+    encode_pieces,
     encoded_table,
     replacing,
+    write_encoded,
     write_joined,
-    write_pieces,
 )
 
 PARTS = "parts"
@@ -191,7 +192,7 @@ class JoinedParts(AbstractContextManager["JoinedParts"]):
         self._writers = ThreadPoolExecutor(2)
         self._tables = {
             "documents": self._writers.submit(
-                lambda: _write(folder, "documents", _gathered(self._documents()), self.pool)
+                lambda: _write(folder, "documents", _encode("documents", _gathered(self._documents()), self.pool))
             ),
             "activations": self._writers.submit(
                 lambda: TableFile(*write_joined(folder / "activations.parquet", self._activations()))
@@ -266,40 +267,30 @@ def write_run(
     layouts = {key: stats.layout for key, stats in statistics.items()}
     pool = parts.pool
 
-    def submitted(name: str, pieces: Iterable[Piece]) -> deque[Future[memoryview]]:
-        return deque(pool.submit(_encoded, name, piece) for piece in pieces)
+    def put(name: str, pieces: Iterable[Piece]) -> list[Future[memoryview]]:
+        return list(_encode(name, pieces, pool))
 
     # All that the pool has to do is known before its threads compete with this one; what takes longest comes first.
     encoded = {
-        "channels": submitted("channels", channels_pieces(run, statistics)),
-        "counts": submitted("counts", counts_pieces(run, statistics, encoding)),
+        "channels": put("channels", channels_pieces(run, statistics)),
+        "counts": put("counts", counts_pieces(run, statistics, encoding)),
     }
     site_stats = list(site_stats_pieces(run, statistics, encoding, pool))
-    encoded["outliers"] = submitted("outliers", outliers_pieces(run, statistics, encoding, locate))
-    encoded["groups"] = submitted("groups", groups_pieces(run, layouts))
-    encoded["site_stats"] = submitted("site_stats", site_stats)
+    encoded["outliers"] = put("outliers", outliers_pieces(run, statistics, encoding, locate))
+    encoded["groups"] = put("groups", groups_pieces(run, layouts))
+    encoded["site_stats"] = put("site_stats", site_stats)
     with ThreadPoolExecutor(len(encoded)) as writers:
-        coming = {name: writers.submit(_write_encoded, folder, name, files) for name, files in encoded.items()}
+        coming = {name: writers.submit(_write, folder, name, files) for name, files in encoded.items()}
         written = {name: table.result() for name, table in coming.items()} | parts.tables()
     return {f"{name}.parquet": written[name] for name in RUN_TABLES}
 
 
-def _encoded(name: str, piece: Piece | None) -> memoryview:
-    return encoded_table(name, piece() if piece else None, RUN_TABLES[name])
+def _encode(name: str, pieces: Iterable[Piece], pool: Executor) -> Iterator[Future[memoryview]]:
+    return encode_pieces(name, pieces, RUN_TABLES[name], pool)
 
 
-def _write_encoded(folder: Path, name: str, coming: deque[Future[memoryview]]) -> TableFile:
-    def files() -> Iterator[memoryview]:
-        if not coming:
-            yield _encoded(name, None)
-        while coming:
-            yield coming.popleft().result()
-
-    return TableFile(*write_joined(folder / f"{name}.parquet", files()))
-
-
-def _write(folder: Path, name: str, pieces: Iterable[Piece], pool: Executor) -> TableFile:
-    return TableFile(*write_pieces(folder / f"{name}.parquet", name, pieces, RUN_TABLES[name], pool))
+def _write(folder: Path, name: str, encoded: Iterable[Future[memoryview]]) -> TableFile:
+    return TableFile(*write_encoded(folder / f"{name}.parquet", name, encoded, RUN_TABLES[name]))
 
 
 def _gathered(tables: Iterator[pa.Table]) -> Iterator[Piece]:

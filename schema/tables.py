@@ -276,25 +276,37 @@ Piece = Callable[[], pa.Table]
 """Makes some rows of a table."""
 
 UNWRITTEN = 64
-"""Pieces at most that are made and encoded while one before them is not written."""
+"""Encoded pieces at most that wait for one before them to be written, while more are asked for."""
 
 
-def write_pieces(path: Path, name: str, pieces: Iterable[Piece], schema: pa.Schema, pool: Executor) -> tuple[int, str]:
-    """As `write_table` of what ``pieces`` make, to the same bytes, but each is made and encoded in ``pool``, as soon as
-    it comes; the table's number of rows and the SHA-256 of the file.
+def encode_pieces(
+    name: str, pieces: Iterable[Piece], schema: pa.Schema, pool: Executor
+) -> Iterator[Future[memoryview]]:
+    """`encoded_table` of what each of ``pieces`` makes, in ``pool``, into which each is put as soon as it comes."""
+
+    def encoded(make: Piece) -> memoryview:
+        return encoded_table(name, make(), schema)
+
+    for piece in pieces:
+        yield pool.submit(encoded, piece)
+
+
+def write_encoded(path: Path, name: str, encoded: Iterable[Future[memoryview]], schema: pa.Schema) -> tuple[int, str]:
+    """Write what `encode_pieces` gives, as it comes, to the bytes that `write_table` makes of the same pieces; the
+    table's number of rows and the SHA-256 of the file. Whatever a piece raises; OSError.
     """
 
     def files() -> Iterator[memoryview]:
-        coming: deque[Future[memoryview]] = deque()
-        some = False
-        for piece in pieces:
-            some = True
-            coming.append(pool.submit(lambda make: encoded_table(name, make(), schema), piece))
-            while coming and (coming[0].done() or len(coming) > UNWRITTEN):
-                yield coming.popleft().result()
-        if not some:
+        waiting: deque[Future[memoryview]] = deque()
+        none = True
+        for file in encoded:
+            none = False
+            waiting.append(file)
+            while waiting and (waiting[0].done() or len(waiting) > UNWRITTEN):
+                yield waiting.popleft().result()
+        if none:
             yield encoded_table(name, None, schema)
-        for file in coming:
+        for file in waiting:
             yield file.result()
 
     return write_joined(path, files())

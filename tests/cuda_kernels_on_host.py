@@ -79,13 +79,7 @@ class HostKernels:
         """There is enough."""
 
     def launch(
-        self,
-        name: str,
-        grid: tuple[int, int],
-        threads: int,
-        arguments: Sequence[Argument],
-        shared: int = 0,
-        stream: int | None = None,
+        self, name: str, grid: tuple[int, int], threads: int, arguments: Sequence[Argument], *_: int | None
     ) -> None:
         """Run a kernel to its end."""
         library: Any = compile_for_host(self._source, self._names, self._defines)

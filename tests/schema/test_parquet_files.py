@@ -23,10 +23,11 @@ from quambase.schema.tables import (
     COUNTS,
     SCALES,
     as_made,
+    encode_pieces,
     encoded_table,
     file_sha256,
+    write_encoded,
     write_joined,
-    write_pieces,
     write_table,
 )
 
@@ -153,14 +154,14 @@ def counts(seed: int, size: int) -> pa.Table:
     return pa.table(columns, schema=COUNTS).cast(as_made(COUNTS))
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("pieces", [0, 1, 5, 100])
-def test_pieces_are_written_as_a_table_is(tmp_path: Path, pieces: int, threads: int) -> None:
+def test_pieces_are_written_as_a_table_is(tmp_path: Path, pieces: int, threads: int, at_once: bool) -> None:
     made = [counts(i, 10 + 200 * (i % 4)) for i in range(pieces)]
     with ThreadPoolExecutor(threads) as pool:
-        found = write_pieces(
-            tmp_path / "pieces.parquet", "counts", [lambda table=table: table for table in made], COUNTS, pool
-        )
+        encoded = encode_pieces("counts", [lambda table=table: table for table in made], COUNTS, pool)
+        found = write_encoded(tmp_path / "pieces.parquet", "counts", list(encoded) if at_once else encoded, COUNTS)
     rows = write_table(tmp_path / "table.parquet", "counts", made, COUNTS)
     assert found == (rows, file_sha256(tmp_path / "table.parquet"))
     assert (tmp_path / "pieces.parquet").read_bytes() == (tmp_path / "table.parquet").read_bytes()
@@ -174,7 +175,8 @@ def test_a_piece_that_fails_leaves_no_file(tmp_path: Path) -> None:
         raise ValueError("this one")
 
     with ThreadPoolExecutor(2) as pool, pytest.raises(ValueError, match="this one"):
-        write_pieces(tmp_path / "x.parquet", "counts", [lambda: counts(0, 5), fail], COUNTS, pool)
+        encoded = encode_pieces("counts", [lambda: counts(0, 5), fail], COUNTS, pool)
+        write_encoded(tmp_path / "x.parquet", "counts", encoded, COUNTS)
     assert not list(tmp_path.iterdir())
 
 

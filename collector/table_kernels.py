@@ -1,0 +1,268 @@
+"""Compiled CPU kernels that make the rows of tables: each passes over many arrays in one call, without Python's lock.
+
+A thread that calls one for every array waits each time until it may run Python again, which with sixteen of them took
+most of the time of writing a run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from numba.core import types
+from numba.extending import intrinsic
+
+from quambase.collector.kernels import PATTERNS, SIGN
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+
+@intrinsic
+def _pointer(context: Any, address: Any) -> Any:
+    """An address as what `numba.carray` takes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@numba.njit(cache=True, nogil=True)
+def _table(address: int) -> Int64:
+    """The counts (PATTERNS,) that lie there."""
+    return numba.carray(_pointer(address), (PATTERNS,), np.int64)  # type: ignore[attr-defined, call-arg]
+
+
+def addresses(arrays: Iterable[npt.NDArray[Any]], sizes: Iterable[int], kind: type) -> Int64:
+    """(arrays,) where contiguous arrays (size,) of ``kind`` lie, one for each of ``sizes``, as kernels are given them.
+
+    They must live until the kernel has run. AssertionError: another type, size or stride.
+    """
+    found = []
+    for array, size in zip(arrays, sizes, strict=False):
+        assert array.dtype == kind and array.shape == (size,) and array.flags.c_contiguous
+        found.append(array.__array_interface__["data"][0])
+    return np.array(found, np.int64)
+
+
+def table_addresses(tables: Iterable[Int64]) -> Int64:
+    """`addresses` of counts (PATTERNS,)."""
+    return addresses(tables, itertools.repeat(PATTERNS), np.int64)
+
+
+@numba.njit(cache=True, nogil=True)
+def take_parts(parts: Int64, sizes: Int64, firsts: Int64, places: Int64, out: Int64 | Float32 | Float64) -> None:
+    """Of each column, rows of many arrays, -0 becoming 0.
+
+    parts   (columns, arrays): `addresses` of arrays of as many numbers as ``sizes`` (arrays,), of the type of ``out``
+    firsts  (arrays + 1,): out[:, firsts[a]:firsts[a + 1]] are of array a, at ``places`` (rows,) in it
+    out     (columns, rows), written
+    """
+    for column in range(out.shape[0]):
+        for a in range(sizes.size):
+            values = numba.carray(_pointer(parts[column, a]), (sizes[a],), out.dtype)  # type: ignore[attr-defined, call-arg]
+            for row in range(firsts[a], firsts[a + 1]):
+                out[column, row] = values[places[row]] + 0
+
+
+@numba.njit(cache=True, nogil=True)
+def repeat(values: Int32, rows: Int64, out: Int32) -> None:
+    """As numpy.repeat of each column: values (columns, n), of which those of i are repeated rows[i] (n,) times.
+
+    out (columns, all rows), written.
+    """
+    for column in range(values.shape[0]):
+        start = 0
+        for i in range(rows.size):
+            out[column, start : start + rows[i]] = values[column, i]
+            start += rows[i]
+
+
+@numba.njit(cache=True, nogil=True)
+def gather_rows(values: Float32, bases: Int64, firsts: Int64, sizes: Int64, columns: Int32, out: Float32) -> None:
+    """Row after row of flat ``values``: of row i those at bases[i] plus sizes[i] of ``columns`` from firsts[i] on.
+
+    bases, firsts, sizes (rows,); columns flat, ascending within a row; out (all sizes,), written.
+    """
+    place = 0
+    for i in range(bases.size):
+        base, first, size = bases[i], firsts[i], sizes[i]
+        if size and columns[first + size - 1] - columns[first] == size - 1:  # one after the other
+            start = base + columns[first]
+            out[place : place + size] = values[start : start + size]
+        else:
+            for j in range(size):
+                out[place + j] = values[base + columns[first + j]]
+        place += size
+
+
+@numba.njit(cache=True, nogil=True)
+def present_sizes(tables: Int64, infinity: int, sizes: Int64) -> None:
+    """How many rows of `counts` some groups have; tables (groups,): `table_addresses`; sizes (groups,), written."""
+    for i in range(tables.size):
+        counts = _table(tables[i])
+        size = np.int64(counts[0] != 0 or counts[SIGN] != 0)
+        nans = False
+        for pattern in range(1, SIGN):
+            if pattern <= infinity:
+                size += (counts[pattern] != 0) + (counts[SIGN + pattern] != 0)
+            else:
+                nans |= counts[pattern] != 0 or counts[SIGN + pattern] != 0
+        sizes[i] = size + nans
+
+
+@numba.njit(cache=True, nogil=True)
+def present_counts(tables: Int64, infinity: int, magnitudes: Float32, values: Float32, found: Int64) -> None:
+    """The rows of `counts` of some groups, one after the other: values that occur, ascending, and how often.
+
+    -0 joins 0 and all NaN join one, which is last. tables (groups,): `table_addresses`; ``infinity`` is its pattern;
+    magnitudes (SIGN,) of non-negative patterns; values and found (all `present_sizes`,): written.
+    """
+    size = 0
+    for i in range(tables.size):
+        counts = _table(tables[i])
+        for pattern in range(infinity, 0, -1):
+            if counts[SIGN + pattern] != 0:
+                values[size], found[size] = -magnitudes[pattern], counts[SIGN + pattern]
+                size += 1
+        zeros = counts[0] + counts[SIGN]
+        if zeros != 0:
+            values[size], found[size] = 0, zeros
+            size += 1
+        for pattern in range(1, infinity + 1):
+            if counts[pattern] != 0:
+                values[size], found[size] = magnitudes[pattern], counts[pattern]
+                size += 1
+        nans = np.int64(0)
+        for pattern in range(infinity + 1, SIGN):
+            nans += counts[pattern] + counts[SIGN + pattern]
+        if nans != 0:
+            values[size], found[size] = np.nan, nans
+            size += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _added(total: float, lost: float, term: float) -> tuple[float, float]:
+    """``total`` + ``term``, and ``lost`` and what that lost: Neumaier's summation (ZAMM 54, 1974)."""
+    found = total + term
+    if abs(total) >= abs(term):
+        return found, lost + ((total - found) + term)
+    return found, lost + ((term - found) + total)
+
+
+@numba.njit(cache=True, nogil=True)
+def _central_moments(counts: Int64, infinity: int, magnitudes: Float32, total: int) -> tuple[float, float, float]:
+    """The mean of the finite values of counts (PATTERNS,), ``total`` of them and not 0, and the means of the second and
+    fourth powers of their distances from it; magnitudes (SIGN,).
+    """
+    first = lost = 0.0
+    for pattern in range(infinity):
+        # One of a value and one of its negative come to nothing.
+        more = counts[pattern] - counts[SIGN + pattern]
+        if more != 0:
+            first, lost = _added(first, lost, np.float64(magnitudes[pattern]) * more)
+    mean = (first + lost) / total
+    second = fourth = lost2 = lost4 = 0.0
+    for pattern in range(infinity):
+        x = np.float64(magnitudes[pattern])
+        if counts[pattern] != 0:
+            square = (x - mean) ** 2
+            second, lost2 = _added(second, lost2, square * counts[pattern])
+            fourth, lost4 = _added(fourth, lost4, square * square * counts[pattern])
+        if counts[SIGN + pattern] != 0:
+            square = (x + mean) ** 2
+            second, lost2 = _added(second, lost2, square * counts[SIGN + pattern])
+            fourth, lost4 = _added(fourth, lost4, square * square * counts[SIGN + pattern])
+    return mean, (second + lost2) / total, (fourth + lost4) / total
+
+
+@numba.njit(cache=True, nogil=True)
+def summarize(
+    counts: Int64, infinity: int, magnitudes: Float32, probabilities: Float64, integers: Int64, floats: Float64
+) -> None:
+    """What `quambase.schema.distribution.Distribution.summary` says of one group, counts (PATTERNS,).
+
+    ``infinity`` is its pattern; magnitudes (SIGN,); probabilities (q,) ascending. Written are integers (5,): finite
+    values, others, zeros, values with |x - mean| > 3 and > 5 standard deviations; and floats (6 + q,): amax, min, max,
+    mean, standard deviation, kurtosis, quantiles of |x|. Where there are no values those are NaN, but amax, which is 0.
+    """
+    integers[:] = 0
+    floats[:] = np.nan
+    for pattern in range(infinity):
+        integers[0] += counts[pattern] + counts[SIGN + pattern]
+    for pattern in range(infinity, SIGN):
+        integers[1] += counts[pattern] + counts[SIGN + pattern]
+    integers[2] = counts[0] + counts[SIGN]
+    total = integers[0]
+    floats[0] = 0
+    if total == 0:
+        return
+    floats[1], floats[2] = np.inf, -np.inf
+    for pattern in range(infinity):
+        x = np.float64(magnitudes[pattern])
+        if counts[pattern] != 0:
+            floats[1], floats[2] = min(floats[1], x), max(floats[2], x)
+        if counts[SIGN + pattern] != 0:
+            floats[1], floats[2] = min(floats[1], -x + 0.0), max(floats[2], -x + 0.0)
+    floats[0] = max(abs(floats[1]), abs(floats[2]))
+    mean, second, fourth = _central_moments(counts, infinity, magnitudes, total)
+    deviation = np.sqrt(second)
+    floats[3], floats[4] = mean, deviation
+    if second > 0:
+        floats[5] = fourth / (second * second)
+    for pattern in range(infinity):
+        x = np.float64(magnitudes[pattern])
+        above, below = abs(x - mean), abs(x + mean)  # of x and of -x
+        for i, limit in enumerate((3 * deviation, 5 * deviation)):
+            if above > limit:
+                integers[3 + i] += counts[pattern]
+            if below > limit:
+                integers[3 + i] += counts[SIGN + pattern]
+    # Walk up from the smallest magnitude: rank r is reached when seen > r.
+    pattern, seen = 0, counts[0] + counts[SIGN]
+    for wanted in range(probabilities.size):
+        rank = probabilities[wanted] * (total - 1)
+        lower = np.int64(np.floor(rank))
+        while seen <= lower:
+            pattern += 1
+            seen += counts[pattern] + counts[SIGN + pattern]
+        upper, reached = pattern, seen
+        while reached <= min(lower + 1, total - 1):
+            upper += 1
+            reached += counts[upper] + counts[SIGN + upper]
+        low, high = np.float64(magnitudes[pattern]), np.float64(magnitudes[upper])
+        # numpy's _lerp: computed from the nearer end.
+        weight, step = rank - lower, high - low
+        floats[6 + wanted] = high - step * (1 - weight) if weight >= 0.5 else low + step * weight
+
+
+@numba.njit(cache=True, nogil=True)
+def summarize_sums(
+    tables: Int64,
+    firsts: Int64,
+    infinity: int,
+    magnitudes: Float32,
+    probabilities: Float64,
+    integers: Int64,
+    floats: Float64,
+) -> None:
+    """`summarize` of the groups tables[firsts[i]:firsts[i + 1]] together, for each i; tables: `table_addresses`.
+
+    integers (i, 5) and floats (i, 6 + q): written.
+    """
+    together = np.empty(PATTERNS, np.int64)
+    for i in range(firsts.size - 1):
+        counts = _table(tables[firsts[i]])
+        if firsts[i + 1] - firsts[i] > 1:
+            together[:] = counts
+            for j in range(firsts[i] + 1, firsts[i + 1]):
+                together += _table(tables[j])
+            counts = together
+        summarize(counts, infinity, magnitudes, probabilities, integers[i], floats[i])
