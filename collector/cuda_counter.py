@@ -9,7 +9,6 @@ follows the counting is queued on a stream of its own, beside whatever the calle
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -43,6 +42,7 @@ from quambase.collector.site_batch import (
     item_rows,
     jobs_of,
     power_of_two,
+    to_device,
 )
 from quambase.collector.statistics import PROBABILITIES, SUMMARY_COLUMNS, Encoding, SiteLayout
 from quambase.collector.torch_counter import DeviceCounter, TorchCounter
@@ -357,18 +357,7 @@ class CudaCounter:
             array = getattr(batch, name)
             # A part that is not used begins at the end, where no block is.
             array[:] = [*starts, *[starts[-1]] * (len(array) - len(starts))]
-        words = (ctypes.sizeof(shapes) + len(jobs) * ctypes.sizeof(Job)) // 4
-        there = torch.empty(tables.size + words, dtype=torch.int32, device=self.device)
-        base = there.data_ptr()
-        for shape in shapes:
-            shape.offsets += base
-        for job in jobs:
-            job.segments += base
-        for name, place in places.items():
-            setattr(batch, name, base + place)
-        batch.shapes = base + 4 * tables.size
-        batch.jobs = batch.shapes + ctypes.sizeof(shapes)
-        there.copy_(tables.flat(bytes(shapes) + b"".join(bytes(job) for job in jobs)), non_blocking=True)
+        there = to_device(tables, self.device, batch, places, shapes, jobs)
         rooms = _rooms(len(packing.items), int(brought.sum()), firsts["group_first"][-1], partial)
         blocks = (firsts[name][-1] for name in ("group_first", "summary_first", "job_first", "finish_first"))
         return _Plan(batch, there, layouts, rooms, *blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -194,6 +194,32 @@ def _job(
         emit=not states,
         summed=summed,
     )
+
+
+def to_device(
+    tables: Tables,
+    device: torch.device,
+    batch: SiteBatch,
+    places: Mapping[str, int],
+    shapes: ctypes.Array[Shape],
+    jobs: Sequence[Job],
+) -> torch.Tensor:
+    """Copy tables there, shapes and jobs behind them, int32, and let structs point to where they are, which are told
+    places in ``tables``, in bytes: a batch's arrays in ``places``, by name, the others in themselves.
+    """
+    words = (ctypes.sizeof(shapes) + len(jobs) * ctypes.sizeof(Job)) // 4
+    there = torch.empty(tables.size + words, dtype=torch.int32, device=device)
+    base = there.data_ptr()
+    for shape in shapes:
+        shape.offsets += base
+    for job in jobs:
+        job.segments += base
+    for name, place in places.items():
+        setattr(batch, name, base + place)
+    batch.shapes = base + 4 * tables.size
+    batch.jobs = batch.shapes + ctypes.sizeof(shapes)
+    there.copy_(tables.flat(bytes(shapes) + b"".join(bytes(job) for job in jobs)), non_blocking=True)
+    return there
 
 
 def blocks_of(job: Job, documents: int) -> int:
