@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ import pyarrow as pa
 from quambase.analyzer.error import QMAX, QMIN, piecewise_figures
 from quambase.analyzer.groups import ScaleGroup, scale_groups
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
-from quambase.schema import FORMAT_VERSION
 from quambase.schema.database import StatsDB
 from quambase.schema.grouping import granularity_of
 from quambase.schema.manifest import Manifest
-from quambase.schema.scales import write_scales
+from quambase.schema.scales import provenance_of, refuse_foreign_table, write_scales
 from quambase.schema.sites import WHOLE, Site, find_site, is_model_site
 from quambase.schema.tables import SCALES
 
@@ -31,7 +29,7 @@ class Analysis:
 
     table       rows of tables.SCALES
     provenance  as `schema.scales.ScaleTable` has it
-    notes       what a user should know, one line each: NaN, infinities, overflow
+    notes       what a user should know, one line each: which run it is, NaN, infinities, overflow
     path        the file written, None if none was
     """
 
@@ -42,12 +40,13 @@ class Analysis:
 
 
 def analyze(
-    db: Path,
+    db: str | Path = Path("quambase-db"),
     run: str | None = None,
     strategies: Sequence[str] | None = None,
     granularity: str | None = None,
-    out: Path | None = Path("scales.parquet"),
+    out: str | Path | None = Path("scales.parquet"),
     progress: Callable[[int, int], None] | None = None,
+    force: bool = False,
 ) -> Analysis:
     """Compute every strategy at every scale group and write the scale table.
 
@@ -60,28 +59,27 @@ def analyze(
                  None: what the INT8 model reads, ``tensor`` of a Mamba-1 and ``group`` of a Mamba-2
     out          where to write; None writes nothing
     progress     called with (groups done, groups in all)
+    force        let ``out`` take the place of a file that is no scale table
 
     ``selected`` marks the least squared error among strategies of one multiplication that are safe where they
     are used; ties go to the larger scale, then to the earlier strategy. The same statistics give the same
-    bytes.
+    bytes. OutputRefused, and the errors of `StatsDB` and `parse_labels`.
     """
+    out = None if out is None else Path(out)
+    if out is not None:
+        refuse_foreign_table(out, force=force)
     choices = parse_labels(list(strategies) if strategies else None)
     rows: list[dict[str, Any]] = []
     with StatsDB(db, run) as database:
         manifests = sorted(database.runs, key=lambda manifest: manifest.run)
-        notes = [line for manifest in manifests for line in _warnings(database, manifest)]
+        notes = [*database.notes, *(line for manifest in manifests for line in _warnings(database, manifest))]
         groups = [(m.run, group) for m in manifests for group in scale_groups(database, m.run, granularity)]
     for done, (run_id, group) in enumerate(groups, 1):
         rows += group_rows(run_id, group, choices)
         if progress:
             progress(done, len(groups))
     table = pa.Table.from_pylist(rows, schema=SCALES)
-    provenance = {
-        "format_version": FORMAT_VERSION,
-        "quambase": version("quambase"),
-        "granularity": granularity or "the model's",
-        "runs": {m.run: {"model": m.model, "identity": m.identity, "data": m.data} for m in manifests},
-    }
+    provenance = provenance_of(manifests, granularity or "the model's")
     if out is not None:
         write_scales(out, table, provenance)
     return Analysis(table, provenance, notes, out)
@@ -162,7 +160,7 @@ def _warnings(database: StatsDB, manifest: Manifest) -> list[str]:
         {"run": manifest.run},
     ).to_pylist()
     return [
-        f"layer {row['layer']} {row['site']}: {row['nonfinite']} values are NaN or infinite "
+        f"warning: layer {row['layer']} {row['site']}: {row['nonfinite']} values are NaN or infinite "
         f"({row['overflow']} of them finite before rounding to 16 bits); no scale accounts for them"
         for row in rows
     ]

@@ -17,6 +17,7 @@ from quambase.analyzer.groups import ScaleGroup, group_of_values, one_document
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.schema.database import StatsDB
 from quambase.schema.errors import UnknownName
+from quambase.schema.files import refuse_foreign_picture
 from quambase.schema.sites import WHOLE
 
 MAGNITUDES = (2.0, 4.5, 5.0, 8.0, 10.0, 12.0)
@@ -42,6 +43,7 @@ class Comparison:
     scales      label to scale(s)
     summary     lines that say which strategy has the least error
     picture     the file saved, None if none was
+    notes       which run it is, and what else a user should know
     """
 
     title: str
@@ -52,19 +54,21 @@ class Comparison:
     scales: dict[str, Scale]
     summary: list[str]
     picture: Path | None
+    notes: list[str]
 
 
 def compare(
-    db: Path,
+    db: str | Path = Path("quambase-db"),
     site: str | None = None,
     layer: int | None = None,
     group: str = WHOLE,
     run: str | None = None,
     strategies: Sequence[str] | None = None,
     values: Sequence[float] = MAGNITUDES,
-    picture: Path | None = None,
+    picture: str | Path | None = None,
     synthetic: bool = False,
     seed: int = 0,
+    force: bool = False,
 ) -> Comparison:
     """Compare ``strategies`` (None: the default ones) at one site of a run.
 
@@ -74,15 +78,21 @@ def compare(
     picture      file to save a picture to (its suffix says the format); None saves none
     synthetic    no database: a tensor of (512, 1536) values from Student's t with 3 degrees of freedom, from ``seed``
 
-    UnknownName: a site, layer, group or strategy that does not exist.
+    force        let the picture take the place of a file that is no picture of quambase's
+
+    UnknownName: a site, layer, group or strategy that does not exist. OutputRefused.
     """
+    picture = None if picture is None else Path(picture)
+    if picture is not None:
+        refuse_foreign_picture(picture, force=force)
+    notes: list[str] = []
     choices = parse_labels(list(strategies) if strategies else None)
     if synthetic:
         title = f"synthetic tensor (Student's t, 3 degrees of freedom, seed {seed})"
         drawn = np.random.default_rng(seed).standard_t(3, SYNTHETIC_SHAPE).astype(np.float32)
         chosen, shape = group_of_values(drawn, "synthetic"), " x ".join(map(str, SYNTHETIC_SHAPE))
     else:
-        title, chosen, shape = _site_of_run(db, run, site, layer, group)
+        title, chosen, shape, notes = _site_of_run(Path(db), run, site, layer, group)
     scales = {choice.label: choice.scale(chosen) for choice in choices}
     figures = {label: _figures(chosen, scale) for label, scale in scales.items()}
     table = _strategies_table(chosen, choices, scales, figures)
@@ -95,6 +105,7 @@ def compare(
         scales,
         _summary(table),
         picture,
+        notes,
     )
     if picture is not None:
         from quambase.analyzer.plots import comparison_picture  # matplotlib takes half a second to import
@@ -125,7 +136,7 @@ def _figures(group: ScaleGroup, scale: Scale) -> Figures:
 
 def _site_of_run(
     db: Path, run: str | None, site: str | None, layer: int | None, group: str
-) -> tuple[str, ScaleGroup, str]:
+) -> tuple[str, ScaleGroup, str, list[str]]:
     with StatsDB(db, run) as database:
         if len(database.runs) != 1:
             raise UnknownName(f"{len(database.runs)} runs were chosen; compare looks at one: name it with --run")
@@ -138,7 +149,7 @@ def _site_of_run(
             name: d for la, s, name, d in database.distributions(manifest.run, "group") if (la, s) == (layer, site)
         }
         if group not in found:
-            raise UnknownName.of(f"group of {site}", group, found)
+            raise UnknownName.of(f"group of {site}", group, found, where=f"run {manifest.run}")
         series = database.documents(manifest.run).get((layer, site, group)) or one_document(found[group])
         channels = database.sql(
             "SELECT sum(len(channels)) AS n FROM groups "
@@ -150,7 +161,7 @@ def _site_of_run(
     slice_name = "" if group == WHOLE else f", group {group}"
     title = f"layer {layer} {site}{slice_name} of run {manifest.run}"
     family = str(manifest.model.get("family"))
-    return title, ScaleGroup(layer, site, group, found[group], series, family), shape
+    return title, ScaleGroup(layer, site, group, found[group], series, family), shape, database.notes
 
 
 def _statistics_table(group: ScaleGroup, shape: str) -> pa.Table:

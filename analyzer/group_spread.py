@@ -11,6 +11,7 @@ import pyarrow as pa
 from quambase.analyzer.division import divide
 from quambase.schema.database import StatsDB
 from quambase.schema.errors import DatabaseInvalid, UnknownName
+from quambase.schema.files import refuse_foreign_picture
 from quambase.schema.grouping import stored_groups
 
 SITE = "x_conv_out:input"
@@ -25,24 +26,35 @@ class GroupSpread:
               channels in the model's own order and as sorted, both divided into groups of the same sizes
     layer     the one drawn
     picture   the file saved, None if none was
+    notes     which run it is, and what else a user should know
     """
 
     table: pa.Table
     layer: int
     picture: Path | None
+    notes: list[str]
 
 
 def group_spread(
-    db: Path, run: str | None = None, layer: int | None = None, picture: Path | None = None
+    db: str | Path = Path("quambase-db"),
+    run: str | None = None,
+    layer: int | None = None,
+    picture: str | Path | None = None,
+    force: bool = False,
 ) -> GroupSpread:
     """Compare the groups of a sorted run with the same division of the model's own order, from `channels` alone.
 
     layer    the one to draw; None: where sorting shortens the mean step most
     picture  file to save it to (its suffix says the format); None saves none
+    force    let it take the place of a file that is no picture of quambase's
 
-    UnknownName: several runs, no such layer; DatabaseInvalid: a run that was not sorted, or without the site.
+    UnknownName: several runs, no such layer; DatabaseInvalid: a run that was not sorted, or without the site;
+    OutputRefused.
     """
-    with StatsDB(db, run) as database:
+    picture = None if picture is None else Path(picture)
+    if picture is not None:
+        refuse_foreign_picture(picture, force=force)
+    with StatsDB(Path(db), run) as database:
         if len(database.runs) != 1:
             raise UnknownName(f"{len(database.runs)} runs were chosen; groups looks at one: name it with --run")
         manifest = database.runs[0]
@@ -83,4 +95,4 @@ def group_spread(
 
         before, after = divisions[layer]
         groups_picture(picture, f"layer {layer} {SITE} of run {manifest.run}", before, after)
-    return GroupSpread(table, layer, picture)
+    return GroupSpread(table, layer, picture, database.notes)

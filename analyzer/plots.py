@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from quambase.analyzer.division import Division
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import QuambaseError
-from quambase.schema.tables import replacing
+from quambase.schema.files import MARK, replacing
 
 Reconstructions = Mapping[str, Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float64]]]
 """Label of a strategy to what makes of values their reconstructions; least error first."""
@@ -54,18 +54,24 @@ def groups_picture(path: Path, title: str, before: Division, after: Division) ->
     _save(figure, path)
 
 
+# Without dates the same figures give the same picture. The mark tells a picture of ours from others.
+_METADATA: dict[str, dict[str, str | None]] = {
+    "png": {"Software": MARK},
+    "svg": {"Creator": MARK, "Date": None},
+    "pdf": {"Creator": MARK, "CreationDate": None},
+}
+
+
 def _save(figure: Figure, path: Path) -> None:
     """The suffix of ``path`` chooses the format (png, svg, pdf); the file takes its place at once. QuambaseError for
     another suffix.
     """
-    supported = sorted(FigureCanvasAgg(figure).get_supported_filetypes())
     suffix = path.suffix.lstrip(".").lower()
-    if suffix not in supported:
-        raise QuambaseError(f"a picture cannot be saved as '{path.name}'; expected one of .{', .'.join(supported)}")
+    if suffix not in _METADATA:
+        raise QuambaseError(f"a picture cannot be saved as '{path.name}'; expected one of .{', .'.join(_METADATA)}")
+    FigureCanvasAgg(figure)
     with replacing(path) as temporary:
-        # Without dates the same figures give the same picture.
-        metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(suffix)
-        figure.savefig(temporary, format=suffix, dpi=120, metadata=metadata)
+        figure.savefig(temporary, format=suffix, dpi=120, metadata=_METADATA[suffix])
 
 
 def _draw_division(axes: Axes, name: str, division: Division) -> None:

@@ -17,7 +17,9 @@ of its calibration: ``reorder_mamba``, ``fuse_had_matrices``, ``quantize_fp16_mo
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -36,10 +38,10 @@ from quambase.apply.scales import (
 )
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import ScalesInvalid
+from quambase.schema.files import refuse_foreign_file, replacing
 from quambase.schema.grouping import LayerGroups, stored_groups
 from quambase.schema.scales import SELECTED, Scale, ScaleTable, read_scales
 from quambase.schema.sites import FAMILIES, HEAD_LAYER, MAMBA2, layer_sites
-from quambase.schema.tables import replacing
 
 HeadGroup = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Grouped = list[list[HeadGroup]]
@@ -61,19 +63,35 @@ def export_act_scales(
     at: Collection[str] = (),
     otherwise: str = DEFAULT_OTHERWISE,
     granularity: str | None = None,
+    db: Path | None = None,
+    force: bool = False,
 ) -> Path:
     """Write one strategy's scales (``at`` some sites, ``otherwise``'s elsewhere) to ``out`` as upstream has them.
 
-    Scales of a coarser ``granularity`` than upstream's form has are repeated in it.
+    Scales of a coarser ``granularity`` than upstream's form has are repeated in it. ``db``: as `read_scales` has it.
+    ``force``: let ``out`` take the place of a file that is no such export. Equal scales give equal bytes.
 
     ScalesInvalid: a scale the INT8 model reads is missing, one at out_proj:input clips (upstream's Hadamard quantizer
     wraps there), or groups that upstream has no form for.
     """
-    table = read_scales(scales)
+    refuse_foreign_file(out, _is_export, "export of scales", force=force)
+    table = read_scales(scales, db)
     content = upstream_form(table, strategy, at, otherwise, granularity)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # to a path it would write this path's name into the file
     with replacing(out) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(buffer.getvalue())
     return out
+
+
+def _is_export(path: Path) -> bool:
+    """Whether `export_act_scales` wrote the file: a zip archive of PyTorch's whose pickle names act_scales."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return any(b"act_scales" in archive.read(name) for name in pickles)
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def upstream_form(

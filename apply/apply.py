@@ -19,34 +19,52 @@ from quambase.apply.scales import (
     describe,
     unsafe_sites,
 )
-from quambase.apply.store import SCALES, remember, save_model
+from quambase.apply.store import refuse_foreign_folder, remember, save_model
 from quambase.apply.weights import UPSTREAM
 from quambase.model.load import LoadedModel, bundled_models, load_model
-from quambase.schema.scales import SELECTED, ScaleTable, read_scales, write_scales
+from quambase.schema.errors import ModelNotFound
+from quambase.schema.scales import SELECTED, ScaleTable, read_scales
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What `apply` made: the folder, the strategy's name, the sites where upstream's kernel would wrap."""
+    """What `apply` made: the folder, the strategy's name, the sites where upstream's kernel would wrap, and what else a
+    user should know, a line each.
+    """
 
     folder: Path
     strategy: str
     unsafe: list[tuple[int, str]]
+    notes: list[str]
 
 
-def load_source(table: ScaleTable, model: str | None) -> LoadedModel:
+def load_source(table: ScaleTable, model: str | Path | None) -> LoadedModel:
     """The float model of a scale table, by its provenance or by name; ScalesInvalid if it is another."""
-    origin = table.model
-    name = str(origin.get("name"))
-    if name not in bundled_models() and Path(str(origin.get("path"))).is_dir():
-        name = str(origin["path"])
-    loaded = load_model(model or name)
+    loaded = load_named(str(table.model.get("name")), str(table.model.get("path")), model)
     check_model(table, loaded.weights_sha256, loaded.name)
     return loaded
 
 
+def load_named(name: str, path: str, model: str | Path | None) -> LoadedModel:
+    """The float model called ``model``, or without one that which was recorded as ``name``, once found at ``path``.
+
+    ModelNotFound says where it was, if it is not there any more.
+    """
+    if model is not None:
+        return load_model(str(model))
+    if name not in bundled_models() and Path(path).is_dir():
+        return load_model(path)
+    try:
+        return load_model(name)
+    except ModelNotFound as error:
+        raise ModelNotFound(
+            f"the model {name} was at {path} when it was collected, and is not there; give its folder with --model "
+            f"({error})"
+        ) from None
+
+
 def apply(
-    scales: Path,
+    scales: str | Path,
     *,
     strategy: str = SELECTED,
     at: Collection[str] = (),
@@ -55,9 +73,9 @@ def apply(
     quantize_lm_head: bool = False,
     quantize_embedding: bool = False,
     compat: str | None = None,
-    db: Path = Path("quambase-db"),
-    out: Path | None = None,
-    model: str | None = None,
+    db: str | Path = Path("quambase-db"),
+    out: str | Path | None = None,
+    model: str | Path | None = None,
 ) -> Applied:
     """Load one strategy's scales into the INT8 model and write it to ``out`` (default ``db/models/<id>``).
 
@@ -66,9 +84,13 @@ def apply(
     granularity  how finely scales divide a Mamba-2's sites at most; None: as finely as the table does
     compat     None, or "upstream": its wrapping Hadamard quantizer and embedding maximum
     model      the floating-point model, if it is not where the scale table says
-    Errors: ScalesInvalid, UnknownName, ModelNotFound, CheckpointInvalid.
+    An existing ``out`` must be empty or an INT8 model's folder.
+    Errors: OutputRefused, ScalesInvalid, UnknownName, ModelNotFound, CheckpointInvalid.
     """
-    table = read_scales(scales)
+    db, out = Path(db), None if out is None else Path(out)
+    if out is not None:
+        refuse_foreign_folder(out)
+    table = read_scales(Path(scales), db)
     chosen = choose_scales(table, strategy, at, otherwise, granularity)
     loaded = load_source(table, model)
     used_scales = check_any_scales(loaded.any_weights, table, chosen, quantize_lm_head)
@@ -91,11 +113,16 @@ def apply(
     used = {f"{layer}/{site}": scale for (layer, site), scale in used_scales.items()}
     identity = json.dumps([loaded.weights_sha256, settings["strategy"], switches, used], sort_keys=True)
     folder = out or db / "models" / hashlib.sha256(identity.encode()).hexdigest()[:16]
-    save_model(folder, int8, settings, loaded.tokenizer.path)
     labels = [strategy, *([otherwise] if at else []), DEFAULT_OTHERWISE]
-    write_scales(folder / SCALES, _rows_of(table, labels), table.provenance)
-    remember(db, folder)
-    return Applied(folder, str(settings["strategy"]), unsafe_sites(table, used_scales) if compat == UPSTREAM else [])
+    rows = _rows_of(table, labels), table.provenance
+    save_model(folder, int8, settings, loaded.tokenizer.path, rows)
+    notes = list(table.notes)
+    try:
+        remember(db, folder)
+    except OSError as error:
+        notes.append(f"{db} cannot be written ({error.strerror}): `evaluate` needs the folder's name, {folder}")
+    unsafe = unsafe_sites(table, used_scales) if compat == UPSTREAM else []
+    return Applied(folder, str(settings["strategy"]), unsafe, notes)
 
 
 def _rows_of(table: ScaleTable, labels: Collection[str]) -> pa.Table:

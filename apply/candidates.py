@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from quambase.apply.apply import load_source
+from quambase.apply.apply import load_named, load_source
 from quambase.apply.models import Int8Model, build_model, check_any_scales
 from quambase.apply.scales import (
     DEFAULT_OTHERWISE,
@@ -17,33 +18,48 @@ from quambase.apply.scales import (
     loadable_labels,
     needed_sites,
 )
-from quambase.apply.store import SCALES, load_stored
-from quambase.model.load import LoadedModel, bundled_models, load_model
+from quambase.apply.store import SCALES, load_stored, weights_digest
+from quambase.model.load import LoadedModel, load_model
+from quambase.schema.errors import ScalesInvalid
 from quambase.schema.scales import SELECTED, read_scales
-from quambase.schema.tables import file_sha256
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The models to compare: the float one and INT8 ones by label; ``identity`` determines their outputs."""
+    """The models to compare: the float one, and INT8 ones by label, which share their weights."""
 
     source: LoadedModel
     models: Mapping[str, Int8Model]
     scales: str
     run: str | None
-    identity: dict[str, Any]
     skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that determines the models' outputs, as JSON: weights, scales, arithmetic, tokenizer, versions."""
+        weights = {weights_digest(model) for model in {id(m.weights): m for m in self.models.values()}.values()}
+        return {
+            "weights": self.source.weights_sha256,
+            "tokenizer": self.source.tokenizer_sha256,
+            "int8": sorted(weights),
+            "models": [
+                [label, model.compat, sorted((layer, site, scale) for (layer, site), scale in model.scales.items())]
+                for label, model in self.models.items()
+            ],
+            "versions": {name: version(name) for name in ("quambase", "torch", "numba", "tokenizers")},
+        }
 
 
 def from_folder(folder: Path, model: str | None) -> Candidates:
     """An applied model, and upstream's scales on the same weights where the folder keeps them."""
     stored = load_stored(folder)
     about = stored.about
-    source = about["source"]
-    name = source["name"]
-    if name not in bundled_models() and Path(source["path"]).is_dir():
-        name = source["path"]
-    loaded = load_model(model or name)
+    loaded = load_named(str(about["source"]["name"]), str(about["source"]["path"]), model)
+    if loaded.weights_sha256 != about["weights_sha256"]:
+        raise ScalesInvalid(
+            f"{folder} was made of other weights ({about['weights_sha256'][:12]}) than {loaded.name} has "
+            f"({loaded.weights_sha256[:12]}); give the model it was made of with --model"
+        )
     models: dict[str, Int8Model] = {about["strategy"]: stored.model}
     path = folder / SCALES
     if path.exists():
@@ -52,14 +68,13 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
         needed = needed_sites(loaded.any_weights.config, stored.model.quantized_lm_head)
         if DEFAULT_OTHERWISE in loadable_labels(table, needed)[0] and DEFAULT_OTHERWISE not in models:
             models[DEFAULT_OTHERWISE] = stored.model.with_scales(table.group_scales_for(DEFAULT_OTHERWISE))
-    identity = {"weights": loaded.weights_sha256, "int8": stored.tensors_sha256, "strategies": list(models)}
-    return Candidates(loaded, models, str(path), about.get("run"), identity)
+    return Candidates(loaded, models, str(path), about.get("run"))
 
 
 def from_model(model: str) -> Candidates:
     """The floating-point model alone."""
     loaded = load_model(model)
-    return Candidates(loaded, {}, "", None, {"weights": loaded.weights_sha256, "strategies": []})
+    return Candidates(loaded, {}, "", None)
 
 
 def from_scales(
@@ -71,11 +86,13 @@ def from_scales(
     quantize_embedding: bool,
     compat: str | None,
     granularities: Sequence[str] = (),
+    db: Path,
 ) -> Candidates:
     """Strategies of a scale table at each of ``granularities`` ("all": every one the table has; none: its finest),
     built in memory on one set of INT8 weights. Labels name the granularity where it is not the table's finest.
+    ``db`` is where a table that another tool has edited finds its origin again.
     """
-    table = read_scales(scales)
+    table = read_scales(scales, db)
     held = table.granularities()
     levels = held if "all" in granularities else [check_granularity(table, level) for level in granularities]
     loaded = load_source(table, model)
@@ -101,10 +118,4 @@ def from_scales(
         compat=compat,
     )
     models = {label: first.with_scales(found) for label, found in chosen.items()}
-    identity = {
-        "weights": loaded.weights_sha256,
-        "scales": file_sha256(scales),
-        "strategies": list(chosen),
-        "switches": [quantize_lm_head, quantize_embedding, compat],
-    }
-    return Candidates(loaded, models, str(scales), table.run, identity, skipped)
+    return Candidates(loaded, models, str(scales), table.run, skipped, table.notes)

@@ -6,19 +6,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
@@ -40,19 +39,27 @@ from quambase.apply.store import last_applied
 from quambase.model.cuda import CompilationFailed
 from quambase.model.device import choose_device, device_model
 from quambase.model.load import LoadedModel
-from quambase.model.text import BUNDLED_DATA, SAMPLE_AUTHORS, read_documents
+from quambase.model.text import BUNDLED_DATA, SAMPLE_AUTHORS, data_name, read_documents
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
+from quambase.schema.files import file_sha256, locked, remove_strays, replacing
+from quambase.schema.results import (
+    EVALUATION,
+    RESULTS_FILE,
+    finished_evaluations,
+    next_number,
+    read_evaluation,
+    read_results,
+)
 from quambase.schema.scales import Scale
 from quambase.schema.sites import find_site
-from quambase.schema.tables import RESULTS, read_table, replacing, write_table
-
-EVALUATION, RESULTS_FILE = "evaluation.json", "results.parquet"
+from quambase.schema.tables import DOCUMENTS, RESULTS, read_table, write_table
 
 BLOCK_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Tokens of one forward pass; part of the evaluation id, since float32 rows depend on the batch."""
 
-TASKS = (PERPLEXITY, LAST_WORD, "both")
+PARTS = "parts"
+"""Folder, inside an unfinished evaluation, of the rows of each finished block."""
 
 BUNDLED_TASKS = (
     (PERPLEXITY, "sample:evaluation"),
@@ -101,21 +108,21 @@ class Evaluation:
 
 
 def evaluate(
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     *,
-    scales: Path | None = None,
+    scales: str | Path | None = None,
     strategies: Sequence[str] = ("all",),
     granularities: Sequence[str] = (),
     floating: bool = False,
-    data: Sequence[str] = (),
+    data: str | Path | Sequence[str | Path] = (),
     samples: int | None = None,
     task: str = "both",
     window: int = 2048,
     quantize_lm_head: bool = False,
     quantize_embedding: bool = False,
     compat: str | None = None,
-    db: Path = Path("quambase-db"),
-    model: str | None = None,
+    db: str | Path = Path("quambase-db"),
+    model: str | Path | None = None,
     device: str = "auto",
     progress: bool = False,
 ) -> Evaluation:
@@ -133,51 +140,72 @@ def evaluate(
     A killed evaluation resumes: the same call finds its finished blocks.
     Errors: ScalesInvalid, UnknownName, CheckpointInvalid, ModelNotFound, DataInvalid, RunBusy.
     """
+    db = Path(db)
+    model = None if model is None else str(model)
+    texts = [str(data)] if isinstance(data, str | Path) else [str(text) for text in data]
     where = choose_device(device)
     if floating:
         if model is None:
             raise DataInvalid("no model is named; say which floating-point model to evaluate: --float --model NAME")
         candidates = from_model(model)
     elif scales is None:
-        candidates = from_folder(folder or last_applied(db), model)
+        candidates = from_folder(Path(folder) if folder else last_applied(db), model)
     else:
         candidates = from_scales(
-            scales,
+            Path(scales),
             strategies,
             model,
             quantize_lm_head,
             quantize_embedding=quantize_embedding,
             compat=compat,
             granularities=granularities,
+            db=db,
         )
     with _enough_memory():
         models = _Models.on(where, candidates, required=device != "auto")
-    known = _calibration_hashes(db, candidates.run)
+    known, unknown = _calibration_hashes(db, candidates.run)
+    labels = _labels(texts)
     tasks = [
-        read_task(name, text, candidates.source, samples, window, known)
-        for name, text in plan_tasks(candidates.source, task, data)
+        read_task(name, text, labels.get(text, text), candidates.source, samples, window, known)
+        for name, text in plan_tasks(candidates.source, task, texts)
     ]
     identity = {
-        **candidates.identity,
+        **candidates.identity(),
         "tasks": [[t.task, t.data, [item.sha256 for item in t.items]] for t in tasks],
-        "samples": samples,
         "window": window,
         "block_tokens": BLOCK_TOKENS[models.device.type],
+        "device": models.device.type,
         "format_version": FORMAT_VERSION,
-        **({} if models.device.type == "cpu" else {"device": models.device.type}),
     }
     evaluation = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     target = db / "results" / evaluation
-    results = _run_blocks(target, _Runner(candidates, models, evaluation), tasks, progress)
-    notes = [note for t in tasks for note in t.notes(candidates.source.name)]
+    notes = [*candidates.notes, *unknown, *(note for t in tasks for note in t.notes(candidates.source.name))]
     if models.device.type == "cuda":
         notes.append(f"run on {torch.cuda.get_device_name(models.device)}; the CPU's results are kept apart")
     if candidates.skipped:
         notes.append(f"not loadable as one INT8 scale per site, left out: {', '.join(candidates.skipped)}")
     about = _about(evaluation, candidates, tasks, models.device, window, notes)
+    if not (target / EVALUATION).exists():
+        with locked(target, f"evaluation {evaluation}"):
+            _run_blocks(target, _Runner(candidates, models, evaluation), tasks, progress)
+            _finish(target, about | {"number": next_number(db)})
+    _clear(target)
+    return Evaluation(evaluation, target, read_results(target), about, notes)
+
+
+def _finish(target: Path, about: dict[str, Any]) -> None:
+    """Write evaluation.json, which makes the evaluation finished."""
+    content = about | {"results_sha256": file_sha256(target / RESULTS_FILE)}
     with replacing(target / EVALUATION) as temporary:
-        temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return Evaluation(evaluation, target, results, about, notes)
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _clear(target: Path) -> None:
+    """Remove what only an unfinished evaluation needs, also where a process was killed before it did."""
+    if (target / PARTS).exists() or (target / ".lock").exists():
+        with suppress(RunBusy, OSError), locked(target):
+            shutil.rmtree(target / PARTS, ignore_errors=True)
+            remove_strays(target)
 
 
 def _about(
@@ -224,8 +252,21 @@ def plan_tasks(source: LoadedModel, task: str, data: Sequence[str]) -> list[tupl
     return [(name, text) for name, text in BUNDLED_TASKS if name in names]
 
 
+def _labels(texts: Sequence[str]) -> dict[str, str]:
+    """What results call each text: its file's name, or the whole path where two files have one name."""
+    names = [data_name(text) for text in texts]
+    paths = {name: {path for other, path in names if other == name} for name, _ in names}
+    return {t: str(path) if len(paths[name]) > 1 else name for t, (name, path) in zip(texts, names, strict=True)}
+
+
 def read_task(
-    task: str, data: str, source: LoadedModel, samples: int | None, window: int, known: frozenset[str] | None
+    task: str,
+    data: str,
+    label: str,
+    source: LoadedModel,
+    samples: int | None,
+    window: int,
+    known: frozenset[str] | None,
 ) -> TaskData:
     """Read and tokenize one task's documents. DataInvalid: nothing to predict in any of them."""
     documents = list(read_documents(data, samples))
@@ -234,41 +275,37 @@ def read_task(
     if not items:
         raise DataInvalid(f"{data}: none of its {len(documents)} documents has a target for {task}")
     calibrated = None if known is None else sum(item.sha256 in known for item in items)
-    return TaskData(task, data, items, len(documents) - len(items), calibrated)
+    return TaskData(task, label, items, len(documents) - len(items), calibrated)
 
 
-def _calibration_hashes(db: Path, run: str | None) -> frozenset[str] | None:
-    """Hashes of the calibration run's documents; None where the run is not in this database."""
+def _calibration_hashes(db: Path, run: str | None) -> tuple[frozenset[str] | None, list[str]]:
+    """Hashes of the calibration run's documents, None where they are not known, and a line if they should be."""
     path = db / "runs" / str(run) / "documents.parquet"
     if run is None or not path.exists():
-        return None
-    column = pq.read_table(path, columns=["sha256"], partitioning=None)["sha256"]
-    return frozenset(str(digest) for digest in pc.unique(column).to_pylist())
+        return None, []
+    try:
+        documents = read_table(path, DOCUMENTS)
+    except DatabaseInvalid as error:
+        return None, [f"warning: whether the calibration run held these documents is not known: {error}"]
+    return frozenset(str(digest) for digest in pc.unique(documents["sha256"]).to_pylist()), []
 
 
-def _run_blocks(target: Path, runner: _Runner, tasks: Sequence[TaskData], progress: bool) -> pa.Table:
-    if (target / EVALUATION).exists():
-        return read_table(target / RESULTS_FILE, RESULTS)
-    with _locked(target):
-        size = BLOCK_TOKENS[runner.models.device.type]
-        planned = [(t, block) for t in tasks for block in blocks(t.items, size)]
-        total = sum(item.tokens for _, block in planned for item in block)
-        parts = []
-        with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress, desc="evaluate") as bar:
-            for number, (task, block) in enumerate(planned):
-                path = target / "parts" / f"{number:06d}.parquet"
-                if not path.exists():
-                    with _enough_memory():
-                        scored = runner.score(task, block)
-                    write_table(path, "results", scored, RESULTS)
-                parts.append(read_table(path, RESULTS))
-                bar.update(sum(item.tokens for item in block))
-        results = pa.concat_tables(parts)
-        write_table(target / RESULTS_FILE, "results", results, RESULTS)
-        for number in range(len(planned)):
-            (target / "parts" / f"{number:06d}.parquet").unlink()
-        (target / "parts").rmdir()
-    return results
+def _run_blocks(target: Path, runner: _Runner, tasks: Sequence[TaskData], progress: bool) -> None:
+    """Score every block that has no part yet, then write the parts' rows as one table."""
+    size = BLOCK_TOKENS[runner.models.device.type]
+    planned = [(t, block) for t in tasks for block in blocks(t.items, size)]
+    total = sum(item.tokens for _, block in planned for item in block)
+    parts = []
+    with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress, desc="evaluate") as bar:
+        for number, (task, block) in enumerate(planned):
+            path = target / PARTS / f"{number:06d}.parquet"
+            if not path.exists():
+                with _enough_memory():
+                    scored = runner.score(task, block)
+                write_table(path, "results", scored, RESULTS)
+            parts.append(read_table(path, RESULTS))
+            bar.update(sum(item.tokens for item in block))
+    write_table(target / RESULTS_FILE, "results", pa.concat_tables(parts), RESULTS)
 
 
 @contextmanager
@@ -279,18 +316,6 @@ def _enough_memory() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         first = str(error).splitlines()[0]
         raise DataInvalid(f"the CUDA device has too little memory for this model ({first}); say --device cpu") from None
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """RunBusy if another process is at this evaluation."""
-    target.mkdir(parents=True, exist_ok=True)
-    with (target / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunBusy(f"another process is writing {target}; wait for it, or stop it") from None
-        yield
 
 
 @dataclass(frozen=True)
@@ -368,41 +393,39 @@ class _Runner:
         return pa.table({f.name: pa.array(columns[f.name], f.type) for f in RESULTS}, schema=RESULTS)
 
 
-def _finished(db: Path) -> list[Path]:
-    """Folders of the finished evaluations, oldest first; DatabaseInvalid if there is none."""
-    found = sorted((db / "results").glob(f"*/{EVALUATION}"), key=lambda path: (path.stat().st_mtime, path))
-    if not found:
-        raise DatabaseInvalid(f"{db} holds no finished evaluation; run `evaluate`")
-    return [path.parent for path in found]
-
-
-def find_evaluation(db: Path, evaluation: str | None = None) -> Evaluation:
+def find_evaluation(db: str | Path, evaluation: str | None = None) -> Evaluation:
     """A stored evaluation by (the beginning of) its id, else the newest. UnknownName, DatabaseInvalid."""
-    folders = _finished(db)
-    if evaluation is not None:
-        matching = [folder for folder in folders if folder.name.startswith(evaluation)]
+    db = Path(db)
+    if evaluation is None:
+        found, notes = finished_evaluations(db)
+        if not found:
+            raise DatabaseInvalid(notes[0] if notes else f"{db} holds no finished evaluation; run `evaluate`")
+        about = found[-1]
+    else:
+        names = [path.parent.name for path in (db / "results").glob(f"*/{EVALUATION}")]
+        matching = [name for name in names if name.startswith(evaluation)]
         if len(matching) != 1:
-            raise UnknownName.of("evaluation", evaluation, [folder.name for folder in folders])
-        folders = matching
-    folder = folders[-1]
-    about = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
-    return Evaluation(folder.name, folder, read_table(folder / RESULTS_FILE, RESULTS), about, about["notes"])
+            raise UnknownName.of("evaluation", evaluation, names, where=str(db))
+        about, notes = read_evaluation(db / "results" / matching[0]), []
+    folder = db / "results" / str(about["evaluation"])
+    return Evaluation(folder.name, folder, read_results(folder), about, [*about["notes"], *notes])
 
 
-def list_evaluations(db: Path) -> pa.Table:
-    """One row per finished evaluation, oldest first: evaluation, model, strategies, texts, scales."""
-    rows = []
-    for folder in _finished(db):
-        about = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
-        texts = ", ".join(f"{t['data']} ({t['task']}, {t['documents']} documents)" for t in about["tasks"])
-        strategies = ", ".join(about["strategies"])
-        rows.append(
-            {
-                "evaluation": folder.name,
-                "model": about["model"],
-                "strategies": strategies,
-                "texts": texts,
-                "scales": about["scales"],
-            }
-        )
-    return pa.Table.from_pylist(rows)
+def list_evaluations(db: str | Path) -> tuple[pa.Table, list[str]]:
+    """One row per finished evaluation, oldest first: evaluation, model, strategies, texts, scales. Then a line for each
+    that is damaged. DatabaseInvalid if there is none.
+    """
+    found, notes = finished_evaluations(Path(db))
+    if not found:
+        raise DatabaseInvalid(notes[0] if notes else f"{db} holds no finished evaluation; run `evaluate`")
+    rows = [
+        {
+            "evaluation": about["evaluation"],
+            "model": about["model"],
+            "strategies": ", ".join(map(str, about["strategies"])),
+            "texts": ", ".join(f"{t['data']} ({t['task']}, {t['documents']} documents)" for t in about["tasks"]),
+            "scales": about["scales"],
+        }
+        for about in found
+    ]
+    return pa.Table.from_pylist(rows), notes

@@ -19,10 +19,11 @@ from quambase.model.load import LoadedModel, load_model
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, ScalesInvalid
+from quambase.schema.files import file_sha256
 from quambase.schema.grouping import GROUP, TENSOR, LayerGroups, granularity_of
-from quambase.schema.scales import write_scales
+from quambase.schema.scales import refuse_foreign_table, write_scales
 from quambase.schema.sites import HEAD_LAYER, WHOLE, find_site, is_model_site
-from quambase.schema.tables import SCALES, file_sha256
+from quambase.schema.tables import SCALES
 
 IMPORTED = "imported"
 """Strategy and label of the rows, which are the selected ones."""
@@ -31,16 +32,16 @@ Row = tuple[str, float, list[float] | None]
 """group_name, scale, and a scale for each state index if those of the layer differ (``scale`` is the largest)."""
 
 
-def import_act_scales(path: Path, model: str, out: Path) -> int:
+def import_act_scales(path: Path, model: str, out: Path, *, force: bool = False) -> int:
     """Write the scales in ``path`` as the scale table ``out``; the number of rows.
 
     path   what `quambase.apply.act_scales.export_act_scales` writes, or upstream's own list alone as `torch.save` left
            it (without reorder_params only if it has no groups)
     model  the floating-point model that the scales are for, as `quambase.model.load.load_model` takes it
+    force  let ``out`` take the place of a file that is no scale table
     What only activations could tell (amax, errors, codes) is null. Errors: ScalesInvalid, and load_model's.
     """
-    if out.exists():
-        raise ScalesInvalid(f"{out} exists already; name another file with --out")
+    refuse_foreign_table(out, force=force)
     content = _read(path)
     loaded = load_model(model)
     origin = _origin(path, content, loaded)
@@ -50,7 +51,7 @@ def import_act_scales(path: Path, model: str, out: Path) -> int:
     family = loaded.family
     about = {
         "name": loaded.name,
-        "path": loaded.name if loaded.bundled else str(loaded.path),
+        "path": loaded.name if loaded.bundled else str(loaded.path.resolve()),
         "family": family,
         **asdict(loaded.any_weights.config),
         **({"groups": {"variant": IMPORTED, "layers": [layer.to_json() for layer in groups]}} if groups else {}),

@@ -8,13 +8,18 @@ tokenizer.json     the source model's tokenizer
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -34,15 +39,29 @@ from quambase.apply.weights import Int8Layer, Int8Weights
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
 from quambase.schema import FORMAT_VERSION
-from quambase.schema.errors import CheckpointInvalid
-from quambase.schema.scales import Scale
-from quambase.schema.tables import file_sha256, replacing
+from quambase.schema.errors import CheckpointInvalid, OutputRefused
+from quambase.schema.files import file_sha256, replacing
+from quambase.schema.scales import Scale, write_scales
 
 QUAMBA1, QUAMBA2 = "quamba1-w8a8", "quamba2-w8a8"
 CONFIG, TENSORS, SCALES, TOKENIZER = "config.json", "model.safetensors", "scales.parquet", "tokenizer.json"
 
 LAST = "last.txt"
-"""In the database's ``models`` folder: the path of the model applied last."""
+"""In the database's ``models`` folder: the path of the model applied last, from there if it lies there."""
+
+UNFINISHED = "unfinished"
+"""What config.json says while the model is being written."""
+
+_EXPECTED: dict[str, type] = {
+    "sizes": dict,
+    "source": dict,
+    "strategy": str,
+    "weights_sha256": str,
+    "tensors_sha256": str,
+    "quantize_lm_head": bool,
+    "quantize_embedding": bool,
+}
+"""What config.json of a finished model says, beside its family and ``compat``."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +74,55 @@ class StoredModel:
     tensors_sha256: str
 
 
-def save_model(folder: Path, model: Int8Model, about: dict[str, Any], tokenizer: Path | None = None) -> None:
-    """Write ``model`` to ``folder``; config.json last, so a folder without it is unfinished.
+def refuse_foreign_folder(folder: Path) -> None:
+    """OutputRefused unless ``folder`` is new, empty, or an INT8 model's of ours; called before any work."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputRefused(f"{folder} is a file; expected a folder to write the INT8 model to")
+    if not any(folder.iterdir()):
+        return
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        ours = isinstance(config, dict) and config.get("family") in (QUAMBA1, QUAMBA2)
+    except (OSError, ValueError, RecursionError):
+        ours = False
+    if not ours:
+        raise OutputRefused(
+            f"{folder} holds files that are no INT8 model of quambase's; name a new or empty folder with --out"
+        )
 
-    ``about``: source model, hashes, strategy: whatever JSON should be kept beside the settings.
+
+def save_model(
+    folder: Path,
+    model: Int8Model,
+    about: dict[str, Any],
+    tokenizer: Path | None = None,
+    scales: tuple[pa.Table, dict[str, Any]] | None = None,
+) -> None:
+    """Write ``model`` to ``folder``. config.json comes first, marked unfinished, and whole at the end.
+
+    about    source model, hashes, strategy: whatever JSON should be kept beside the settings
+    scales   the rows of the scale table that the model is from, and their provenance
+    OSError; on a full disk too, whose error safetensors reports as its own.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)
+    family = QUAMBA2 if isinstance(model, Int8Mamba2) else QUAMBA1
+    _write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, "family": family, UNFINISHED: True})
     with replacing(folder / TENSORS) as temporary:
-        save_file(_tensors(model), temporary)
+        try:
+            save_file(_tensors(model), temporary)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code), str(folder / TENSORS)) from None
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        with replacing(folder / TOKENIZER) as temporary:
+            shutil.copyfile(tokenizer, temporary)
+    if scales is not None:
+        write_scales(folder / SCALES, *scales)
     config = {
         "format_version": FORMAT_VERSION,
-        "family": QUAMBA2 if isinstance(model, Int8Mamba2) else QUAMBA1,
+        "family": family,
         "sizes": asdict(model.config),
         "quantize_lm_head": model.quantized_lm_head,
         "quantize_embedding": model.weights.embedding_scales is not None,
@@ -76,8 +130,22 @@ def save_model(folder: Path, model: Int8Model, about: dict[str, Any], tokenizer:
         "tensors_sha256": file_sha256(folder / TENSORS),
         **about,
     }
-    with replacing(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_json(folder / CONFIG, config)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def weights_digest(model: Int8Model) -> str:
+    """SHA-256 over the names and bytes of everything a model computes with but its activation scales."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_tensors(model).items()):
+        if not name.startswith("activation_scales."):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _tensors(model: Int8Model) -> dict[str, torch.Tensor]:
@@ -185,22 +253,33 @@ def read_about(folder: Path) -> dict[str, Any]:
         about = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointInvalid(f"{folder} holds no INT8 model (no {CONFIG}); make one with `apply`") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointInvalid(f"{path} is not valid JSON ({error}); run `apply` again") from None
     if not isinstance(about, dict) or about.get("family") not in (QUAMBA1, QUAMBA2):
         raise CheckpointInvalid(f"{folder} is no {QUAMBA1} or {QUAMBA2} model; make one with `apply`")
-    if about["format_version"] > FORMAT_VERSION:
+    if UNFINISHED in about:
+        raise CheckpointInvalid(f"{folder} is unfinished: `apply` was stopped while it wrote it; run `apply` again")
+    version = about.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointInvalid(
-            f"{path} has format version {about['format_version']}; this quambase reads up to "
-            f"{FORMAT_VERSION}: upgrade quambase"
+            f"{path} has format version {version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
         )
+    wrong = [key for key, kind in _EXPECTED.items() if not isinstance(about.get(key), kind)]
+    if not wrong and not {"name", "path"} <= about["source"].keys():
+        wrong = ["source"]
+    if wrong:
+        raise CheckpointInvalid(f"{path} lacks {', '.join(wrong)} or has it in another form; run `apply` again")
     return about
 
 
 def remember(db: Path, folder: Path) -> None:
     """Record ``folder`` as the model applied last in this database."""
-    with replacing(db / "models" / LAST) as temporary:
-        temporary.write_text(f"{folder.resolve()}\n", encoding="utf-8")
+    models = (db / "models").resolve()
+    absolute = folder.resolve()
+    # A path inside the database goes with it when it is moved.
+    kept = absolute.relative_to(models) if absolute.is_relative_to(models) else absolute
+    with replacing(models / LAST) as temporary:
+        temporary.write_bytes(os.fsencode(kept) + b"\n")
 
 
 def last_applied(db: Path) -> Path:
@@ -210,4 +289,4 @@ def last_applied(db: Path) -> Path:
         raise CheckpointInvalid(
             f"no model was applied in {db} yet; run `apply`, name a model folder, or give --scales FILE"
         )
-    return Path(path.read_text(encoding="utf-8").strip())
+    return path.parent / Path(os.fsdecode(path.read_bytes().rstrip(b"\n")))

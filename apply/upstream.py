@@ -20,7 +20,7 @@ from quambase.apply.scales import DEFAULT_OTHERWISE, missing_scale
 from quambase.model.load import LoadedModel
 from quambase.model.mamba2_weights import Mamba2Weights, mamba2_tensors_of
 from quambase.model.weights import tensors_of
-from quambase.schema.errors import BackendUnavailable, CheckpointInvalid
+from quambase.schema.errors import BackendUnavailable, CheckpointInvalid, OutputRefused
 from quambase.schema.scales import SELECTED, read_scales
 from quambase.schema.sites import HEAD_LAYER, MAMBA2
 
@@ -72,21 +72,25 @@ def build_upstream(
     quantize_embedding: bool = False,
     model: str | None = None,
     out: Path | None = None,
+    db: Path | None = None,
 ) -> Any:
     """Upstream's W8A8 model with one strategy's scales, on the GPU; also saved to ``out`` if that is given.
 
     Upstream's own loader reads a saved model only if its head is quantized, and a Mamba-2 only if it is sorted into
     four by four groups.
 
-    Errors: BackendUnavailable (no package, no GPU, a GEMM that computes nothing), CheckpointInvalid (sizes that
-    mamba-ssm cannot have), and those of `quambase.apply.act_scales.upstream_form` and of `apply`.
+    Errors: OutputRefused (``out`` is not empty), BackendUnavailable (no package, no GPU, a GEMM that computes nothing),
+    CheckpointInvalid (sizes that mamba-ssm cannot have), and those of `quambase.apply.act_scales.upstream_form` and of
+    `apply`.
     """
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputRefused(f"{out} exists and is no empty folder; name a new one with --out")
     utils, reordering = _module("quamba.modelutils_mamba"), _module("quamba.reorder_utils")
     linears = _module("quamba.qLinearLayer")
     if not torch.cuda.is_available():
         raise BackendUnavailable(f"upstream's kernels need a CUDA GPU and there is none; {ADVICE}")
     check_gemm(linears.W8A8B16O16Linear, CUDA)
-    table = read_scales(scales)
+    table = read_scales(scales, db)
     content = on_device(upstream_form(table, strategy, at, otherwise, granularity), CUDA)
     if quantize_lm_head and "lm_head:input" not in content["act_scales"][HEAD_LAYER]:
         raise missing_scale([(HEAD_LAYER, "lm_head:input")], [(HEAD_LAYER, "lm_head:input")])

@@ -14,9 +14,10 @@ from quambase.analyzer.batch import analyze
 from quambase.analyzer.strategies import DEFAULT_LABELS
 from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
+from quambase.schema.files import file_sha256
 from quambase.schema.manifest import Manifest, TableFile
 from quambase.schema.sites import layer_sites
-from quambase.schema.tables import COUNTS, file_sha256, write_table
+from quambase.schema.tables import COUNTS, write_table
 
 RUN = "synthetic"
 VALUES = 6_000_000

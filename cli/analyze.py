@@ -48,6 +48,7 @@ def analyze(
     db: Path,
     format_: str,
     output: Path | None,
+    force: bool,
 ) -> None:
     """Compute every scale strategy at every site of a run; prints a summary of each strategy.
 
@@ -64,9 +65,9 @@ def analyze(
             bar.total = total
             bar.update(done - bar.n)
 
-        found = analyze_run(db, run, strategies, granularity, out, progress)
+        found = analyze_run(db, run, strategies, granularity, out, progress, force)
     for line in found.notes:
-        note(f"warning: {line}")
+        note(line)
     emit(summarize(found.table), format_, output)
     note(f"written: {out} ({found.table.num_rows} rows)")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from quambase.cli.console import Command, database_option, note
+from quambase.cli.console import Command, database_option, force_option, note
 from quambase.schema.grouping import GRANULARITIES
 
 BACKENDS = ("quambase", "quamba")
@@ -89,6 +89,7 @@ def int8_options(function: click.decorators.FC) -> click.decorators.FC:
     show_default=True,
     help="quamba: build with upstream's own package and kernels, which need a GPU, and save as it does.",
 )
+@force_option
 def apply(
     scales: Path,
     strategy: str,
@@ -104,6 +105,7 @@ def apply(
     export: Path | None,
     import_: Path | None,
     backend: str,
+    force: bool,
 ) -> None:
     """Build the INT8 model with one strategy's scales and save it; prints its folder.
 
@@ -117,13 +119,13 @@ def apply(
     if sum([export is not None, import_ is not None, backend != BACKENDS[0]]) > 1:
         raise click.UsageError("give one of --export, --import and --backend quamba")
     if import_ is not None:
-        _import(import_, model, out)
+        _import(import_, model, out, force)
         return
     mix: dict[str, Any] = {"strategy": strategy, "at": at, "otherwise": otherwise, "granularity": granularity}
     if export is not None:
         from quambase.apply.act_scales import export_act_scales
 
-        click.echo(export_act_scales(scales, export, **mix))
+        click.echo(export_act_scales(scales, export, **mix, db=db, force=force))
         return
     if backend != BACKENDS[0]:
         from quambase.apply.upstream import build_upstream
@@ -137,6 +139,7 @@ def apply(
             quantize_embedding=quantize_embedding,
             model=model,
             out=out,
+            db=db,
         )
         if not quantize_lm_head:
             note("note: upstream's own loader reads no model without --quantize-lm-head")
@@ -160,17 +163,19 @@ def apply(
             f"warning: {len(applied.unsafe)} scales clip where upstream's kernel wraps modulo 256 "
             f"(first: layer {layer} {site}); a larger scale there, such as absmax, avoids it"
         )
+    for line in applied.notes:
+        note(line)
     note(f"strategy {applied.strategy}; evaluate it with: evaluate --db {db}")
     click.echo(applied.folder)
 
 
-def _import(file: Path, model: str | None, out: Path | None) -> None:
+def _import(file: Path, model: str | None, out: Path | None, force: bool) -> None:
     """Make the scale table and say how to go on."""
     from quambase.apply.imported import import_act_scales
 
     if model is None:
         raise click.UsageError("--import needs --model NAME, the floating-point model that the scales are for")
     table = out or file.with_suffix(".parquet")
-    rows = import_act_scales(file, model, table)
+    rows = import_act_scales(file, model, table, force=force)
     note(f"written: {table} ({rows} scales); load them with: apply --scales {table} --model {model}")
     click.echo(table)

@@ -74,6 +74,7 @@ def compare(
     db: Path,
     format_: str,
     output: Path | None,
+    force: bool,
 ) -> None:
     """Compare the strategies at one site: errors, codes, and what becomes of chosen magnitudes.
 
@@ -83,12 +84,14 @@ def compare(
       quambase compare --site x_proj:input --layer 3 --picture x_proj.png
     """
     found = compare_strategies(
-        db, site, layer, group, run, strategies, values, None if no_picture else picture, synthetic, seed
+        db, site, layer, group, run, strategies, values, None if no_picture else picture, synthetic, seed, force
     )
     if table is None and format_ == "table" and output is None:
         _print_all(found)
     else:
         emit(getattr(found, table or "strategies"), format_, output)
+    for line in found.notes:
+        note(line)
     if found.picture:
         note(f"written: {found.picture}")
 
@@ -116,6 +119,7 @@ def groups(
     db: Path,
     format_: str,
     output: Path | None,
+    force: bool,
 ) -> None:
     """Show what sorting a Mamba-2's heads and channels did to the spread of its scale groups, layer by layer.
 
@@ -123,7 +127,9 @@ def groups(
     Example:
       quambase groups --layer 3 --picture groups.png
     """
-    found = group_spread(db, run, layer, None if no_picture else picture)
+    found = group_spread(db, run, layer, None if no_picture else picture, force)
     emit(found.table, format_, output)
+    for line in found.notes:
+        note(line)
     if found.picture:
         note(f"written: {found.picture} (layer {found.layer})")

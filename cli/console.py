@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
 import sys
@@ -16,6 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from quambase.schema.errors import QuambaseError
+from quambase.schema.files import refuse_foreign_file, replacing
 
 FORMATS = ("table", "json", "csv", "parquet", "markdown")
 
@@ -47,7 +49,7 @@ class Command(click.Command):
 
 def fail(message: str) -> None:
     """Print ``message`` as the one line of an error and leave with exit code 1."""
-    click.echo("error: " + " ".join(message.split()), err=True)
+    click.echo("error: " + printable(" ".join(message.split())), err=True)
     raise click.exceptions.Exit(1)
 
 
@@ -61,7 +63,7 @@ def describe_os_error(error: OSError) -> str:
 
 def note(message: str) -> None:
     """Print a remark to stderr, where it does not mix with the data."""
-    click.echo(message, err=True)
+    click.echo(printable(message), err=True)
 
 
 def database_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,38 +88,60 @@ def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def force_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--force`: replace files that quambase did not write, too."""
+    return click.option("--force", is_flag=True, help="Replace an output file that quambase did not write.")(function)
+
+
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--format` and `--output` of a command that prints a table."""
+    """`--format`, `--output` and `--force` of a command that prints a table; ``function`` may take the last."""
+    takes_force = "force" in inspect.signature(function).parameters
 
     @click.option(
         "--format", "format_", type=click.Choice(FORMATS), default="table", show_default=True, help="Output format."
     )
     @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write there instead of to stdout.")
+    @force_option
     @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+    def wrapped(*args: Any, force: bool, output: Path | None, **kwargs: Any) -> Any:
+        if output is not None:
+            refuse_foreign_file(output, None, "a table", force=force)
+        return function(*args, output=output, **({"force": force} if takes_force else {}), **kwargs)
 
     return wrapped
 
 
 def emit(table: pa.Table, format_: str = "table", output: Path | None = None) -> None:
-    """Print ``table`` to stdout, or to ``output``, in one of FORMATS."""
-    if format_ in ("csv", "parquet"):
-        target: Any = str(output) if output else sys.stdout.buffer
-        write = pyarrow.csv.write_csv if format_ == "csv" else pyarrow.parquet.write_table
-        if output is None and format_ == "parquet":
-            sink = pa.BufferOutputStream()
-            write(table, sink)
-            sys.stdout.buffer.write(sink.getvalue().to_pybytes())
-        else:
-            write(table, target)
-        sys.stdout.flush()
-        return
-    text = {"json": _json, "markdown": _markdown, "table": _plain}[format_](table)
-    if output:
-        output.write_text(text + "\n", encoding="utf-8")
+    """Print ``table`` to stdout, or write it to ``output`` at once, in one of FORMATS."""
+    if format_ == "csv":
+        content = _csv(table)
+    elif format_ == "parquet":
+        content = _parquet(table)
     else:
-        click.echo(text)
+        text: Callable[[pa.Table], str] = {"json": _json, "markdown": _markdown, "table": _plain}[format_]
+        content = (text(table) + "\n").encode()
+    if output:
+        with replacing(output) as temporary:
+            temporary.write_bytes(content)
+    else:
+        click.echo(content, nl=False)
+
+
+def _csv(table: pa.Table) -> bytes:
+    """Lists, maps and structs, which CSV has no form for, become JSON."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_nested(field.type):
+            texts = [None if value is None else _json_text(value) for value in table[place].to_pylist()]
+            table = table.set_column(place, field.name, pa.array(texts, pa.string()))
+    sink = pa.BufferOutputStream()
+    pyarrow.csv.write_csv(table, sink)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink)
+    return bytes(sink.getvalue().to_pybytes())
 
 
 def format_cell(value: Any) -> str:
@@ -134,7 +158,12 @@ def format_cell(value: Any) -> str:
         shown = ", ".join(format_cell(v) for v in value[:8])
         return f"[{shown}{f', … {len(value)} in all' if len(value) > 8 else ''}]"
     # A token may be a line break: shown as it would be typed, so that it does not break the table.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    return printable(str(value))
+
+
+def printable(text: str) -> str:
+    """``text`` with whatever a terminal would obey rather than show written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _cells(table: pa.Table) -> list[list[str]]:
@@ -168,9 +197,17 @@ def _markdown(table: pa.Table) -> str:
 
 
 def _json(table: pa.Table) -> str:
-    def plain(value: Any) -> Any:
-        # JSON has no NaN or infinity.
-        return None if isinstance(value, float) and not math.isfinite(value) else value
+    return _json_text(table.to_pylist(), indent=1)
 
-    rows = [{k: plain(v) for k, v in row.items()} for row in table.to_pylist()]
-    return json.dumps(rows, indent=1, ensure_ascii=False, default=str)
+
+def _json_text(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for NaN and infinity, which JSON does not have, at any depth."""
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quambase.cli.console import Command, note
+from quambase.cli.console import Command, force_option, note
 
 
 @click.command(cls=Command)
@@ -21,7 +21,8 @@ from quambase.cli.console import Command, note
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the files.")
 @click.option("--tokens", default=300_000, show_default=True, type=click.IntRange(min=1), help="Tokens to write.")
 @click.option("--seed", default=0, show_default=True, help="Seed of lengths and sampling.")
-def generate(models: tuple[str, ...], out: Path, tokens: int, seed: int) -> None:
+@force_option
+def generate(models: tuple[str, ...], out: Path, tokens: int, seed: int, force: bool) -> None:
     """Let models write a calibration text, an evaluation text and a last-word set.
 
     Useful where no data set can be had. Perplexity of a model on its own text favours it; `evaluate` says so.
@@ -33,5 +34,6 @@ def generate(models: tuple[str, ...], out: Path, tokens: int, seed: int) -> None
     from quambase.model.load import load_model
     from quambase.model.sample import write_sample
 
-    for name, documents in write_sample([load_model(name) for name in models], out, tokens=tokens, seed=seed).items():
+    loaded = [load_model(name) for name in models]
+    for name, documents in write_sample(loaded, out, tokens=tokens, seed=seed, force=force).items():
         note(f"{name}: {documents} documents")

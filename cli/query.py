@@ -11,6 +11,7 @@ import click
 from quambase.cli.console import Command, database_option, emit, note, output_options
 from quambase.schema.database import StatsDB
 from quambase.schema.doctor import BAD, examine
+from quambase.schema.errors import QueryInvalid
 
 run_option = click.option("--run", help="Run id, its beginning, or all. [default: the newest complete run]")
 
@@ -41,15 +42,34 @@ def sql(
     Example:
       quambase sql "select layer, site, outlier_ratio from site_stats order by outlier_ratio desc limit 10"
     """
+    if query is not None and not query.strip():
+        raise click.UsageError("the query is empty; expected SQL, such as 'select * from site_stats limit 5'")
     if schema + (query is not None) + (file is not None) != 1:
         raise click.UsageError("give one of QUERY, --file and --schema")
     with StatsDB(db, run, unsafe=unsafe, scales=scales) as database:
-        text = query if file is None else file.read()
+        text = query if file is None else _read(file)
         found = database.describe() if text is None else database.sql(text)
-        for line in database.notes if text and "scales" in text else ():
+        for line in _notes_on(database, text):
             note(line)
     if found.num_columns:
         emit(found, format_, output)
+
+
+def _read(file: TextIO) -> str:
+    try:
+        return file.read()
+    except UnicodeDecodeError as error:
+        raise QueryInvalid(
+            f"{file.name} is not UTF-8 text ({error.reason} at byte {error.start}); save the query as UTF-8"
+        ) from None
+
+
+def _notes_on(database: StatsDB, text: str | None) -> list[str]:
+    """What a reader of an answer to ``text`` should know; an answer from the schema alone needs nothing."""
+    if text is None:
+        return []
+    scales = database.scales_notes if "scales" in text.lower() else []
+    return [*database.notes, *scales, *(database.results_notes or [])]
 
 
 @click.command(cls=Command)
@@ -76,6 +96,8 @@ def stats(
     """
     with StatsDB(db, run) as database:
         emit(database.stats(site=site, layer=layer, limit=limit), format_, output)
+        for line in database.notes:
+            note(line)
 
 
 @click.command(cls=Command)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quambase.cli.console import Command, database_option, emit, output_options
+from quambase.cli.console import Command, database_option, emit, note, output_options
 from quambase.cli.evaluate import bootstrap_options, emit_evaluation
 
 
@@ -34,7 +34,10 @@ def results(
     from quambase.apply.evaluate import find_evaluation, list_evaluations
 
     if list_:
-        emit(list_evaluations(db), format_, output)
+        table, notes = list_evaluations(db)
+        emit(table, format_, output)
+        for line in notes:
+            note(line)
         return
     found = find_evaluation(db, evaluation)
     emit_evaluation(found, bootstrap, seed, format_, output)

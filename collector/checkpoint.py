@@ -12,7 +12,7 @@ import numpy as np
 from quambase.collector.rows import Key
 from quambase.collector.statistics import Moments, SiteLayout, SiteStatistics
 from quambase.schema.errors import DatabaseInvalid
-from quambase.schema.tables import replacing
+from quambase.schema.files import replacing
 
 CHECKPOINT = "checkpoint.npz"
 

@@ -19,7 +19,7 @@ from quambase.collector.checkpoint import load_checkpoint
 from quambase.collector.layouts import site_layouts
 from quambase.collector.plan import run_id
 from quambase.collector.rows import Key
-from quambase.collector.run import CollectedRun
+from quambase.collector.run import CollectedRun, existing_run
 from quambase.collector.shards import (
     SHARD,
     Shard,
@@ -31,10 +31,12 @@ from quambase.collector.shards import (
     verify_shard,
 )
 from quambase.collector.statistics import ENCODINGS, SiteStatistics
-from quambase.collector.writer import JoinedParts, finish_run, locked, part_folder, versions, write_run
+from quambase.collector.writer import JoinedParts, finish_run, part_folder, versions, write_run
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, RunBusy, UnknownName
+from quambase.schema.files import locked
 from quambase.schema.grouping import stored_groups
 from quambase.schema.manifest import MANIFEST, SHARDS, Manifest
+from quambase.schema.runs import list_runs, sound_manifests
 
 Found = Mapping[Shard, ShardManifest]
 Folders = Mapping[Shard, Path]
@@ -46,20 +48,24 @@ def merge(db: Path, sources: Sequence[Path] = (), run: str | None = None, *, pro
     sources  databases, run folders or shard folders, in any order; they stay as they are, while ``db``'s own shards
              are removed once the run is complete
     run      its id or the beginning of it, where shards of several are found
-    DatabaseInvalid: no shards, of several runs, a shard missing, unfinished, damaged or of other settings, or the run
-    is complete already. UnknownName: no shards of ``run``. RunBusy: another process is merging.
+    A run that is complete already is returned as it is (``existed``).
+    DatabaseInvalid: no shards, of several runs, a shard missing, unfinished, damaged or of other settings.
+    UnknownName: no shards of ``run``. RunBusy: another process is merging.
     """
     started = time.time()
-    name, candidates = _choose_run(_find([db, *sources]), run, db)
+    found_shards = _find([db, *sources])
+    if already := _complete_run(found_shards, run, db):
+        return existing_run(already)
+    name, candidates = _choose_run(found_shards, run, db)
     folder = db / "runs" / name
-    _refuse_complete(folder)
     folders = _every_shard(name, candidates)
     found = {shard: load_shard(folders[shard]) for shard in sorted(folders)}
     manifest = _agreed(name, found, folders)
     for shard in tqdm(found, desc="verify", unit="shard", disable=not progress, delay=2):
         verify_shard(folders[shard], found[shard])
     with locked(folder):
-        _refuse_complete(folder)
+        if (folder / MANIFEST).exists():  # another process has merged it since
+            return existing_run(folder)
         statistics = _fold(found, folders, progress)
         count, blocks = len(found), found[min(found)].blocks
         parts = [part_folder(folders[Shard(block % count, count)], block) for block in range(blocks)]
@@ -72,8 +78,7 @@ def merge(db: Path, sources: Sequence[Path] = (), run: str | None = None, *, pro
             "merge_seconds": round(time.time() - started, 3),
             **versions(),
         }
-        complete = replace(manifest, tables=tables, created=created)
-        finish_run(folder, complete)
+        complete = finish_run(folder, replace(manifest, tables=tables, created=created))
     return CollectedRun(folder, complete, existed=False)
 
 
@@ -96,7 +101,7 @@ def merge_if_last(db: Path, run: str, *, progress: bool = False) -> CollectedRun
         # The shards go when another process has merged them; run.json is there before that.
         if not (folder / MANIFEST).exists():
             raise
-    return CollectedRun(folder, Manifest.load(folder), existed=True)
+    return existing_run(folder)
 
 
 def _find(sources: Iterable[Path]) -> dict[str, dict[Shard, list[Path]]]:
@@ -127,7 +132,6 @@ def _choose_run(
     if run is not None:
         chosen = [name for name in found if name == run] or [name for name in found if name.startswith(run)]
         if not chosen:
-            _refuse_complete(db / "runs" / run)
             raise UnknownName.of("run in shards", run, found)
     else:
         chosen = sorted(found)
@@ -154,9 +158,19 @@ def _differences(found: dict[str, dict[Shard, list[Path]]], names: list[str]) ->
     return f", which differ in {', '.join(sorted(keys))}" if keys else ""
 
 
-def _refuse_complete(folder: Path) -> None:
-    if (folder / MANIFEST).exists():
-        raise DatabaseInvalid(f"run {folder.name} is complete already; there is nothing to merge into {folder}")
+def _complete_run(found: dict[str, dict[Shard, list[Path]]], run: str | None, db: Path) -> Path | None:
+    """The folder of the run that is to be merged, if it is complete; None if there is something to merge.
+
+    Without ``run`` and without shards that is the run that was merged last.
+    """
+    complete = {path.name: path for path in list_runs(db)[0]} if (db / "runs").is_dir() else {}
+    if run is None and not found:
+        merged = [m.run for m in sound_manifests(complete.values())[0] if "shard_seconds" in m.created]
+        return complete[merged[0]] if merged else None
+    if run in complete:
+        return complete[run]
+    wanted = [name for name in {*found, *complete} if (name in found if run is None else name.startswith(run))]
+    return complete.get(wanted[0]) if len(wanted) == 1 else None
 
 
 def _every_shard(run: str, candidates: dict[Shard, list[Path]]) -> dict[Shard, Path]:

@@ -34,9 +34,9 @@ from quambase.collector.shards import (
 from quambase.collector.statistics import ENCODINGS, SiteLayout
 from quambase.collector.writer import (
     JoinedParts,
+    clear_leftovers,
     encoded_part,
     finish_run,
-    locked,
     part_folder,
     versions,
     write_part,
@@ -46,9 +46,11 @@ from quambase.model.load import LoadedModel, load_model
 from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.prepare import prepare
 from quambase.model.reorder import reorder
+from quambase.model.text import data_name
 from quambase.model.weights import MambaWeights
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DataInvalid
+from quambase.schema.files import locked
 from quambase.schema.grouping import LayerGroups
 from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.sites import FAMILIES, find_site
@@ -70,6 +72,12 @@ class CollectedRun:
     shard: Shard | None = None
 
 
+def existing_run(folder: Path) -> CollectedRun:
+    """The complete run in ``folder``, which what a killed process left there is cleared from. DatabaseInvalid."""
+    clear_leftovers(folder)
+    return CollectedRun(folder, Manifest.load(folder), existed=True)
+
+
 def default_data(model: LoadedModel) -> str:
     """The calibration text of a model none was named for: the bundled sample, or the Pile's validation part."""
     return "sample:calibration" if model.bundled else "pile-val"
@@ -80,12 +88,12 @@ SIZES = ("n_layer", "d_model", "d_inner", "d_state", "dt_rank", "headdim", "ngro
 
 
 def collect(
-    model: str,
+    model: str | Path,
     samples: int = 512,
     *,
-    data: str | None = None,
+    data: str | Path | None = None,
     seq_len: int = 512,
-    db: Path = Path("quambase-db"),
+    db: str | Path = Path("quambase-db"),
     batch_size: int = 32,
     keep_tokens: Keep = 64,
     sites: Sequence[str] = (),
@@ -113,13 +121,14 @@ def collect(
     float16 by default, which is the model as upstream runs it and whose activations are counted without any rounding.
     Errors: ModelNotFound, CheckpointInvalid, DataInvalid, DatabaseInvalid, UnknownName, RunBusy, TapNeverFired.
     """
+    db = Path(db)
     where = choose_where(device, dtype)
     for name in sites:
         find_site(name, family="")  # any model's, so that a slip is told before the slow part
-    loaded = load_model(model, tokenizer=tokenizer)
+    loaded = load_model(str(model), tokenizer=tokenizer)
     for name in sites:
         find_site(name, loaded.family)
-    source = data or default_data(loaded)
+    source = str(data) if data else default_data(loaded)
     plan = make_plan(source, loaded.tokenizer, samples, seq_len, progress=progress)
     observed = [site.name for site in FAMILIES[loaded.family] if not sites or site.name in sites]
     grouping = choose_grouping(loaded.family, groups, group_samples, groups_from, len(plan.documents))
@@ -138,7 +147,7 @@ def collect(
     run = run_id(loaded.name, identity)
     folder = db / "runs" / run
     if (folder / MANIFEST).exists():
-        return CollectedRun(folder, Manifest.load(folder), existed=True)
+        return existing_run(folder)
     if shard is None:
         refuse_beside_shards(folder)
     else:
@@ -193,7 +202,7 @@ def collect(
             created={**clock.described(), **where.described(), **versions()},
         )
         if shard is None:
-            finish_run(folder, manifest)
+            manifest = finish_run(folder, manifest)
         else:
             finish_shard(folder, shard, manifest, loaded.any_weights.config, len(blocks))
     return CollectedRun(folder, manifest, existed=False, shard=shard)
@@ -219,8 +228,10 @@ class _Clock:
 
 def _data(source: str, plan: Plan) -> dict[str, Any]:
     """What the manifest says of the text."""
+    name, path = data_name(source)
     return {
-        "name": source,
+        "name": name,
+        "path": path,
         "read": plan.read,
         "documents": len(plan.documents),
         "empty": plan.empty,
@@ -256,7 +267,7 @@ def _model(loaded: LoadedModel, identity: dict[str, Any], layers: list[LayerGrou
     sizes = loaded.any_weights.config
     return {
         "name": loaded.name,
-        "path": str(loaded.path) if not loaded.bundled else loaded.name,
+        "path": str(loaded.path.resolve()) if not loaded.bundled else loaded.name,
         "family": loaded.family,
         **{key: getattr(sizes, key) for key in SIZES if hasattr(sizes, key)},
         **({"groups": {**identity["groups"], "layers": [layer.to_json() for layer in layers]}} if layers else {}),

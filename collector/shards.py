@@ -26,9 +26,10 @@ from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
+from quambase.schema.files import file_sha256, replacing
 from quambase.schema.manifest import SHARDS, Manifest
 from quambase.schema.sites import MAMBA2
-from quambase.schema.tables import file_sha256, read_table, replacing, write_table
+from quambase.schema.tables import read_table, write_table
 
 SHARD = "shard.json"
 SUMS = "sums.npy"

@@ -12,14 +12,15 @@ from safetensors import SafetensorError, safe_open
 
 from quambase.collector.plan import run_id
 from quambase.collector.rows import Int64, Key, Places, keyed_rows
-from quambase.collector.run import OUTLIERS, CollectedRun
+from quambase.collector.run import OUTLIERS, CollectedRun, existing_run
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
-from quambase.collector.writer import JoinedParts, finish_run, locked, part_folder, versions, write_run
+from quambase.collector.writer import JoinedParts, finish_run, part_folder, versions, write_run
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import TensorFileInvalid
+from quambase.schema.files import file_sha256, locked
 from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.sites import WHOLE
-from quambase.schema.tables import ACTIVATIONS, DOCUMENTS, file_sha256
+from quambase.schema.tables import ACTIVATIONS, DOCUMENTS
 
 KINDS = (".pt", ".pth", ".npy", ".safetensors")
 
@@ -90,7 +91,7 @@ def import_tensor(
     run = run_id(path.stem, identity)
     folder = db / "runs" / run
     if (folder / MANIFEST).exists():
-        return CollectedRun(folder, Manifest.load(folder), existed=True)
+        return existing_run(folder)
     layout = SiteLayout((WHOLE,), (0, rows.shape[1]))
     key: Key = (layer, site)
     stats = SiteStatistics.empty(layout, OUTLIERS)
@@ -120,7 +121,7 @@ def import_tensor(
             sites=[key],
             created=versions(),
         )  # fmt: skip
-        finish_run(folder, manifest)
+        manifest = finish_run(folder, manifest)
     return CollectedRun(folder, manifest, existed=False)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import platform
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from quambase.collector.checkpoint import CHECKPOINT
 from quambase.collector.rows import (
     PIECE_ROWS,
     Key,
@@ -32,7 +32,9 @@ from quambase.collector.rows import (
 )
 from quambase.collector.statistics import Encoding, SiteStatistics
 from quambase.schema.errors import DatabaseInvalid, RunBusy
+from quambase.schema.files import locked, remove_strays, replacing
 from quambase.schema.manifest import SHARDS, Manifest, TableFile
+from quambase.schema.runs import list_runs, sound_manifests
 from quambase.schema.tables import (
     ACTIVATIONS,
     DOCUMENTS,
@@ -42,7 +44,6 @@ from quambase.schema.tables import (
     cast_to,
     encode_pieces,
     encoded_table,
-    replacing,
     write_encoded,
     write_joined,
 )
@@ -57,38 +58,6 @@ DOCUMENTS_PART, ACTIVATIONS_PART = "documents.arrow", "activations.parquet"
 
 PART_FILES = (DOCUMENTS_PART, ACTIVATIONS_PART)
 """What a block leaves there: few rows of `documents`, in Arrow's own format, and its row group of `activations`."""
-
-
-@contextmanager
-def locked(folder: Path, what: str | None = None) -> Iterator[None]:
-    """Hold the run folder for this process; RunBusy if another holds it. The lock goes with the process.
-
-    ``what``: the folder's name in that message.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    while True:
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunBusy(
-                    f"another process is writing {what or f'run {folder.name}'}; wait for it, or stop it and run the "
-                    "same command again"
-                ) from None
-            # The process that held it before may have removed the file between our opening and our locking it.
-            if not _lies_at(file.fileno(), path):
-                continue
-            yield
-            path.unlink(missing_ok=True)
-            return
-
-
-def _lies_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def part_folder(folder: Path, block: int) -> Path:
@@ -312,13 +281,33 @@ def _joined(held: Sequence[pa.Table]) -> pa.Table:
     return held[0] if len(held) == 1 else pa.concat_tables(held).combine_chunks()
 
 
-def finish_run(folder: Path, manifest: Manifest) -> None:
-    """Write `run.json`, which makes the run complete, and clear what only an unfinished run needs."""
-    manifest.save(folder)
+def finish_run(folder: Path, manifest: Manifest) -> Manifest:
+    """Write `run.json`, which makes the run complete and numbers it, and clear what only an unfinished run needs; the
+    manifest as it was written.
+    """
+    before, _ = sound_manifests(list_runs(folder.parent.parent)[0])
+    number = 1 + (before[0].age()[0] if before else 0)
+    numbered = replace(manifest, created={"number": number, **manifest.created})
+    numbered.save(folder)
+    _clear(folder)
+    return numbered
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Clear what a process left in a complete run's folder that was killed right after it had written `run.json`.
+
+    Nothing happens where there is nothing, while another process is at it, or where the folder cannot be written.
+    """
+    if any((folder / name).exists() for name in (PARTS, SHARDS, CHECKPOINT, ".lock")):
+        with suppress(RunBusy, OSError), locked(folder):
+            _clear(folder)
+
+
+def _clear(folder: Path) -> None:
     for name in (PARTS, SHARDS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for leftover in (*folder.glob("checkpoint.npz"), *folder.glob(".*.tmp")):
-        leftover.unlink(missing_ok=True)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    remove_strays(folder)
 
 
 def versions() -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from quambase.model.generate import generate
 from quambase.model.load import LoadedModel
 from quambase.model.text import BUNDLED_DATA
-from quambase.schema.tables import replacing
+from quambase.schema.files import refuse_foreign_file, replacing
 
 OPENINGS = (
     "The", "It was", "He", "She", "When", "In the", "There", "At last", "But", "After", "My", "A", "They", "One",
@@ -28,14 +28,23 @@ _PASSAGE = re.compile(r"(?s)^(.*\s)([A-Za-z]{3,})\W*$")
 
 
 def write_sample(
-    models: Sequence[LoadedModel], folder: Path, *, tokens: int = 300_000, seed: int = 0, progress: bool = True
+    models: Sequence[LoadedModel],
+    folder: Path,
+    *,
+    tokens: int = 300_000,
+    seed: int = 0,
+    progress: bool = True,
+    force: bool = False,
 ) -> dict[str, int]:
     """Let ``models`` write about ``tokens`` tokens, a document each in turn, and save them as the three files of
     `BUNDLED_DATA` in ``folder``: lines {"text": ..., "author": the model's name}.
 
     Lengths are log-normal (median 300 tokens, at most 1024), a twelfth of the documents are of 1 to 24 tokens. The
     parts are different documents. Returns the number of documents of each file.
+    OutputRefused where a file of such a name exists, unless ``force`` lets it be replaced.
     """
+    for file in BUNDLED_DATA.values():
+        refuse_foreign_file(folder / file, None, "a text", force=force)
     rng = np.random.default_rng(seed)
     lengths: list[int] = []
     while sum(lengths) < tokens:

@@ -183,3 +183,12 @@ def _from_hub(source: str) -> Path:
             f"{source} is not in the local hub cache and could not be fetched ({error}); or download the file on a "
             "machine with a network and pass it: --data FILE"
         ) from None
+
+
+def data_name(data: str | Path) -> tuple[str, str | None]:
+    """What a text is called, however its path was typed, and the file's absolute path: the file's own name and that,
+    or for a known name this name and None.
+    """
+    name = str(data)
+    known = name in BUNDLED_DATA or name in PYTHON_DOCS or not Path(name).exists()
+    return (name, None) if known else (Path(name).resolve().name, str(Path(name).resolve()))

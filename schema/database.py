@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +24,7 @@ from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, QueryInvalid, UnknownName
 from quambase.schema.grouping import GRANULARITIES, TENSOR, united_groups
 from quambase.schema.manifest import Manifest
+from quambase.schema.results import EVALUATION, read_results
 from quambase.schema.runs import runs_table, select_runs
 from quambase.schema.scales import read_scales
 from quambase.schema.sites import SITE_NAMES
@@ -71,13 +74,17 @@ class StatsDB:
             ``./scales.parquet``, and leaves the view empty where there is none or it belongs to other runs
 
     DatabaseInvalid: no folder, no complete run, a file missing or not as written, a newer format.
-    UnknownName: no such run. `notes` lists what a user should know, one line each.
+    UnknownName: no such run. `notes` says which run it is and which are left out, since they are damaged, a line each;
+    `scales_notes` and `results_notes` say why these views have fewer rows than they might.
     """
 
-    def __init__(self, path: Path, run: str | None = None, unsafe: bool = False, scales: Path | None = None) -> None:
+    def __init__(
+        self, path: str | Path, run: str | None = None, unsafe: bool = False, scales: Path | None = None
+    ) -> None:
         self.path = Path(path)
-        self.notes: list[str] = []
-        self.runs = [Manifest.load(folder) for folder in select_runs(self.path, run)]
+        self.runs, self.notes = select_runs(self.path, run)
+        self.scales_notes: list[str] = []
+        self.results_notes: list[str] | None = None  # until a query asks for the view
         for manifest in self.runs:
             manifest.verify(self.folder(manifest.run), self._checked(manifest))
         self._connection = duckdb.connect(
@@ -87,7 +94,7 @@ class StatsDB:
             self._connection.register(f"_{name}", self._dataset(name))
         self._connection.register("_runs", runs_table(self.runs))
         self._connection.register("_scales", self._scales(scales))
-        self._connection.register("_results", self._results())
+        self._connection.register("_results", RESULTS.empty_table())
         self._connection.execute(files("quambase.schema").joinpath("schema.sql").read_text(encoding="utf-8"))
         for statement in () if unsafe else _LOCKDOWN:
             self._connection.execute(statement)
@@ -114,13 +121,29 @@ class StatsDB:
         QueryInvalid, one line, for everything DuckDB refuses; an unknown view or column names its nearest
         neighbours.
         """
+        if self.results_notes is None and "results" in query.lower():
+            self._read_results()
         try:
-            relation = self._connection.sql(query, params=dict(params) if params else None)
-            return pa.table({}) if relation is None else _plain_integers(relation.to_arrow_table())
+            return self._interruptible(query, params)
         except duckdb.Error as error:
             raise QueryInvalid(self._explain(str(error))) from None
         except (pa.ArrowException, OSError) as error:
             raise DatabaseInvalid(f"a table could not be read ({str(error).splitlines()[0]}); try `doctor`") from None
+
+    def _interruptible(self, query: str, params: Mapping[str, object] | None) -> pa.Table:
+        """Answer ``query`` in a thread of its own, so that Ctrl-C reaches this one and stops it at once."""
+
+        def answer() -> pa.Table:
+            relation = self._connection.sql(query, params=dict(params) if params else None)
+            return pa.table({}) if relation is None else _plain_integers(_to_arrow(relation))
+
+        with ThreadPoolExecutor(1) as thread:
+            answered = thread.submit(answer)
+            try:
+                return answered.result()
+            except KeyboardInterrupt:
+                self._connection.interrupt()
+                raise
 
     def describe(self) -> pa.Table:
         """Every view and table macro and its columns: ``view, column, type, comment`` (the view's own row
@@ -150,7 +173,7 @@ class StatsDB:
         for kind, wanted in (("site", site), ("layer", layer)):
             known = self._names(f"SELECT DISTINCT {kind}::VARCHAR FROM site_stats")
             if wanted is not None and str(wanted) not in known:
-                raise UnknownName.of(kind, str(wanted), known)
+                raise UnknownName.of(kind, str(wanted), known, where=self._run_names())
         return self.sql(
             """
             SELECT layer, site, group_name, count, amax, q99, q9995, outlier_ratio, mean, std, kurtosis,
@@ -161,6 +184,9 @@ class StatsDB:
             """,
             {"site": site, "layer": layer, "limit": limit},
         )
+
+    def _run_names(self) -> str:
+        return f"run {self.runs[0].run}" if len(self.runs) == 1 else f"{len(self.runs)} runs"
 
     def manifest(self, run: str) -> Manifest:
         """The manifest of an opened run; UnknownName otherwise."""
@@ -257,15 +283,23 @@ class StatsDB:
         except QuambaseError as error:
             if given:
                 raise
-            self.notes.append(f"the view `scales` is empty: {error}")
+            self.scales_notes.append(f"the view `scales` is empty: {error}")
             return SCALES.empty_table()
         mine = table.filter(pc.is_in(table["run"], pa.array([m.run for m in self.runs], pa.string())))
         if table.num_rows and not mine.num_rows:
-            self.notes.append(f"the view `scales` is empty: {path} was made from another run; run `analyze`")
+            self.scales_notes.append(f"the view `scales` is empty: {path} was made from another run; run `analyze`")
         return mine
 
-    def _results(self) -> Any:
-        return _dataset(sorted(self.path.glob("results/*/results.parquet")), RESULTS)
+    def _read_results(self) -> None:
+        """Fill the view `results`. Only a query of it needs these files, and only it is told of a damaged one."""
+        self.results_notes = []
+        sound = [RESULTS.empty_table()]
+        for path in sorted(self.path.glob(f"results/*/{EVALUATION}")):
+            try:
+                sound.append(read_results(path.parent))
+            except DatabaseInvalid as error:
+                self.results_notes.append(f"the view `results` leaves out evaluation {path.parent.name}: {error}")
+        self._connection.register("_results", pa.concat_tables(sound))
 
     def _explain(self, message: str) -> str:
         """DuckDB's message as one line that says what to do."""
@@ -329,6 +363,28 @@ _SITE_ORDER = {name: place for place, name in enumerate(SITE_NAMES)}
 
 def _model_order(layer: int, site: str) -> tuple[bool, int, int, str]:
     return layer < 0, layer, _SITE_ORDER.get(site, len(_SITE_ORDER)), site
+
+
+_AS_TEXT = re.compile(r"DATE|TIME|INTERVAL|UNION|BIT|BLOB")
+"""Types with values that Python, CSV or Parquet cannot hold (infinite dates, intervals): answered as DuckDB writes
+them.
+"""
+
+
+def _to_arrow(relation: duckdb.DuckDBPyRelation) -> pa.Table:
+    """The rows; of columns with one name the later are called ``name_1``, ``name_2``, as DuckDB's own tables do."""
+    names: list[str] = []
+    for name in relation.columns:
+        others = (f"{name}_{i}" for i in itertools.count(1))
+        names.append(name if name not in names else next(n for n in others if n not in {*names, *relation.columns}))
+    places = [f"c{i}" for i in range(len(names))]
+    texts = [bool(_AS_TEXT.search(str(kind))) for kind in relation.types]
+    if any(texts):
+        chosen = ", ".join(f"{p}::VARCHAR" if text else p for p, text in zip(places, texts, strict=True))
+        query = f"SELECT {chosen} FROM asked AS t({', '.join(places)})"
+        found: Any = relation.query("asked", query)
+        return found.to_arrow_table().rename_columns(names)
+    return relation.to_arrow_table().rename_columns(names)
 
 
 def _plain_integers(table: pa.Table) -> pa.Table:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pyarrow as pa
 
 from quambase.schema.database import StatsDB
-from quambase.schema.errors import QuambaseError
+from quambase.schema.errors import DatabaseInvalid, QuambaseError
 from quambase.schema.manifest import SHARDS, Manifest
+from quambase.schema.results import EVALUATION, read_results
 from quambase.schema.runs import list_runs
 
 PACKAGES = ("quambase", "torch", "numpy", "pyarrow", "duckdb", "numba", "tokenizers", "safetensors", "mamba-ssm")
@@ -22,7 +24,8 @@ REPORT = pa.schema([(name, pa.string()) for name in ("check", "subject", "status
 
 
 def examine(db: Path) -> pa.Table:
-    """Rows of `REPORT`: versions, every run's completeness and checksums (all files), values that are not finite.
+    """Rows of `REPORT`: versions, every run's completeness and checksums (all files), values that are not finite, every
+    evaluation's completeness and checksum.
 
     ``status`` is ``ok``, ``note`` or ``bad``. DatabaseInvalid when there is no database at ``db``.
     """
@@ -50,7 +53,20 @@ def examine(db: Path) -> pa.Table:
         )
     if not complete:
         rows.append(_row("run", str(db), BAD, "no complete run"))
+    rows += _evaluations(db)
     return pa.Table.from_pylist(rows, schema=REPORT)
+
+
+def _evaluations(db: Path) -> Iterator[dict[str, str]]:
+    for folder in sorted(path for path in (db / "results").glob("*") if path.is_dir()):
+        if not (folder / EVALUATION).exists():
+            yield _row("evaluation", folder.name, "note", "unfinished; run the same command again to resume it")
+            continue
+        try:
+            rows = read_results(folder).num_rows
+            yield _row("evaluation", folder.name, "ok", f"finished, checksum right, {rows} rows")
+        except DatabaseInvalid as error:
+            yield _row("evaluation", folder.name, BAD, str(error))
 
 
 def _values(db: Path, run: str) -> list[dict[str, str]]:

@@ -38,13 +38,15 @@ class UnknownName(QuambaseError):
     """A strategy, site, layer, run, view or column that does not exist."""
 
     @classmethod
-    def of(cls, kind: str, name: str, known: Iterable[str]) -> UnknownName:
-        """Build the message for an unknown ``kind`` (such as "strategy"), naming its nearest neighbours."""
+    def of(cls, kind: str, name: str, known: Iterable[str], where: str = "") -> UnknownName:
+        """Build the message for an unknown ``kind`` (such as "strategy"), naming its nearest neighbours; ``where`` is
+        what it was looked for in.
+        """
         names = sorted(set(known))
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         shown = names if len(names) <= 16 else [*names[:16], f"… {len(names) - 16} more"]
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(shown) or 'none'}"
-        return cls(f"unknown {kind} '{name}'; {hint}")
+        return cls(f"unknown {kind} '{name}'{f' in {where}' if where else ''}; {hint}")
 
 
 class QueryInvalid(QuambaseError):
@@ -57,6 +59,10 @@ class ScalesInvalid(QuambaseError):
 
 class BackendUnavailable(QuambaseError):
     """Upstream's package, its kernels or a GPU is missing, or its kernels do not compute what they should."""
+
+
+class OutputRefused(QuambaseError):
+    """What would be written would take the place of something that quambase did not write."""
 
 
 class TensorFileInvalid(QuambaseError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ RUNS = pa.schema(
 
 
 def list_runs(path: Path) -> tuple[list[Path], list[Path]]:
-    """The run folders of the database ``path``: complete ones, newest first, and unfinished ones by name.
+    """The run folders of the database ``path``, complete ones and unfinished ones, by name.
 
     DatabaseInvalid when there is no such database.
     """
@@ -35,14 +36,24 @@ def list_runs(path: Path) -> tuple[list[Path], list[Path]]:
         )
     folders = sorted(p for p in (path / "runs").iterdir() if p.is_dir() and not p.name.startswith("."))
     complete = [p for p in folders if (p / MANIFEST).exists()]
-    unfinished = [p for p in folders if not (p / MANIFEST).exists()]
-    # run.json is written last, so its time is the run's end; equal times fall back on the id.
-    complete.sort(key=lambda p: ((p / MANIFEST).stat().st_mtime_ns, p.name), reverse=True)
-    return complete, unfinished
+    return complete, [p for p in folders if p not in complete]
 
 
-def select_runs(path: Path, run: str | None) -> list[Path]:
-    """The run folders that ``run`` (None, an id or its beginning, ``"all"``) stands for; see `StatsDB`."""
+def sound_manifests(folders: Iterable[Path]) -> tuple[list[Manifest], list[str]]:
+    """The manifests of complete run folders, newest first, and a line for each that is damaged."""
+    found, damaged = [], []
+    for folder in folders:
+        try:
+            found.append(Manifest.load(folder))
+        except DatabaseInvalid as error:
+            damaged.append(f"run {folder.name} is left out: {error}")
+    return sorted(found, key=Manifest.age, reverse=True), damaged
+
+
+def select_runs(path: Path, run: str | None) -> tuple[list[Manifest], list[str]]:
+    """The manifests of the runs that ``run`` (None, an id or its beginning, ``"all"``) stands for; see `StatsDB`. Then
+    the lines that a user should read: which they are, and which were left out, since they are damaged.
+    """
     complete, unfinished = list_runs(path)
     if run not in (None, "all"):
         chosen = [p for p in complete + unfinished if p.name.startswith(str(run))]
@@ -51,11 +62,16 @@ def select_runs(path: Path, run: str | None) -> list[Path]:
             raise UnknownName(f"'{run}' begins {len(chosen)} run ids: {_names(chosen)}; write more of it")
         if not chosen:
             raise UnknownName.of("run", str(run), [p.name for p in complete + unfinished])
-        return exact or chosen
-    if not complete:
+        named = [Manifest.load(folder) for folder in exact or chosen]
+        return named, [f"run {named[0].run}"]
+    found, damaged = sound_manifests(complete)
+    if not found:
         waiting = f" ({len(unfinished)} unfinished: {_names(unfinished)})" if unfinished else ""
-        raise DatabaseInvalid(f"{path} holds no complete run{waiting}; run `collect` (again) to make one")
-    return complete[:1] if run is None else complete
+        raise DatabaseInvalid(damaged[0] if damaged else f"{path} holds no complete run{waiting}; run `collect`")
+    if run is not None:
+        return found, [f"runs {', '.join(sorted(m.run for m in found))}", *damaged]
+    others = f", the newest of {len(found)}; --run takes another" if len(found) > 1 else ""
+    return found[:1], [f"run {found[0].run}{others}", *damaged]
 
 
 def _names(folders: list[Path]) -> str:

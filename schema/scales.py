@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import pyarrow.parquet as pq
 
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import ScalesInvalid, UnknownName
+from quambase.schema.files import refuse_foreign_file
 from quambase.schema.grouping import GRANULARITIES, GROUP, granularity_of, group_numbers, is_scale_group
+from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.sites import WHOLE
 from quambase.schema.tables import SCALES, write_table
 
@@ -36,10 +40,12 @@ class ScaleTable:
     table       rows of tables.SCALES
     provenance  format_version, quambase (its version), granularity, and ``runs``: run id to
                 ``{"model": ..., "identity": ..., "data": ...}`` as in the manifests
+    notes       what a user should know, a line each
     """
 
     table: pa.Table
     provenance: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
     def labels(self) -> list[str]:
         """The strategy labels (``percentile``, ``percentile:0.9999``, ...) in the order of the table."""
@@ -130,11 +136,34 @@ def write_scales(path: Path, table: pa.Table, provenance: dict[str, Any]) -> Non
     write_table(path, "scales", table.replace_schema_metadata(schema.metadata), schema)
 
 
-def read_scales(path: Path) -> ScaleTable:
+def provenance_of(manifests: Iterable[Manifest], granularity: str) -> dict[str, Any]:
+    """The provenance of a table made of these runs."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "quambase": version("quambase"),
+        "granularity": granularity,
+        "runs": {m.run: {"model": m.model, "identity": m.identity, "data": m.data} for m in manifests},
+    }
+
+
+def refuse_foreign_table(path: Path, *, force: bool = False) -> None:
+    """OutputRefused if ``path`` is something else than a scale table of ours, which a new one would replace."""
+
+    def ours(path: Path) -> bool:
+        try:
+            return METADATA_KEY in (pq.read_schema(path).metadata or {})
+        except (pa.ArrowException, OSError):
+            return False
+
+    refuse_foreign_file(path, ours, "scale table", force=force)
+
+
+def read_scales(path: Path, db: Path | None = None) -> ScaleTable:
     """Read and check a scale table.
 
-    ScalesInvalid: no such file, not a scale table, a newer format, missing columns, or a scale that is not
-    positive and finite.
+    db   where the runs of a table are looked up that another tool wrote, which leaves the provenance out
+    ScalesInvalid: no such file, not a scale table, a newer format, missing columns, two rows for one scale, or a scale
+    that is not positive and finite.
     """
     try:
         table = pq.read_table(path, partitioning=None)
@@ -143,40 +172,81 @@ def read_scales(path: Path) -> ScaleTable:
     except (pa.ArrowInvalid, OSError) as error:
         first = str(error).splitlines()[0]
         raise ScalesInvalid(f"{path} is not a readable Parquet file ({first}); run `analyze` again") from None
-    provenance = _provenance(path, table.schema.metadata or {})
+    metadata = table.schema.metadata or {}
     missing = [name for name in SCALES.names if name not in table.schema.names]
     if missing:
-        raise ScalesInvalid(f"{path} lacks the columns {', '.join(missing)}; run `analyze` again")
+        what = "lacks" if METADATA_KEY in metadata else "is not a scale table: it lacks"
+        raise ScalesInvalid(f"{path} {what} the columns {', '.join(missing)}; make one with `analyze`")
     try:
         table = table.select(SCALES.names).cast(SCALES)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ScalesInvalid(f"{path} holds columns of other types ({first}); run `analyze` again") from None
+    notes: list[str] = []
+    if METADATA_KEY in metadata:
+        provenance = _provenance(path, metadata[METADATA_KEY])
+    else:
+        provenance, line = _provenance_from(path, table, db)
+        notes = [line]
     _check_positive(path, table)
-    scales = ScaleTable(table, provenance)
+    _check_single(path, table)
+    scales = ScaleTable(table, provenance, notes)
     strangers = set(scales.runs()) - set(provenance["runs"])
     if strangers:
         raise ScalesInvalid(f"{path} has rows of run {min(strangers)}, unknown to its provenance; run `analyze` again")
     return scales
 
 
-def _provenance(path: Path, metadata: dict[bytes, bytes]) -> dict[str, Any]:
-    if METADATA_KEY not in metadata:
-        raise ScalesInvalid(f"{path} is not a scale table (it names no origin); make one with `analyze`")
+def _provenance(path: Path, text: bytes) -> dict[str, Any]:
+    """The provenance that the file carries."""
     try:
-        provenance = json.loads(metadata[METADATA_KEY])
-        version = provenance["format_version"]
-        ready = isinstance(version, int) and isinstance(provenance["runs"], dict)
-    except (ValueError, TypeError, KeyError):
+        provenance = json.loads(text)
+        found_version = provenance["format_version"]
+        ready = isinstance(found_version, int) and all(
+            isinstance(about, dict) and all(isinstance(about.get(key, {}), dict) for key in ("model", "identity"))
+            for about in provenance["runs"].values()
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         ready = False
     if not ready:
         raise ScalesInvalid(f"the provenance of {path} is damaged; run `analyze` again")
-    if version > FORMAT_VERSION:
+    if found_version > FORMAT_VERSION:
         raise ScalesInvalid(
-            f"{path} has format version {version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
+            f"{path} has format version {found_version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
         )
     found: dict[str, Any] = provenance
     return found
+
+
+def _provenance_from(path: Path, table: pa.Table, db: Path | None) -> tuple[dict[str, Any], str]:
+    """The provenance of a table that lost it in another tool, from its runs in ``db``, and a line that says so."""
+    runs = sorted({str(run) for run in pc.unique(table["run"]).to_pylist()})
+    manifests = []
+    for run in runs:
+        folder = (db or Path()) / "runs" / run
+        if db is None or Path(run).name != run or not (folder / MANIFEST).exists():
+            raise ScalesInvalid(
+                f"{path} names no origin, as if another tool had written it, and run {run} is not in "
+                f"{db or 'a database'}, where it could be looked up; name the database that holds it with --db"
+            )
+        manifests.append(Manifest.load(folder))
+    lost = f"{path} was written by another tool, which left its origin out: it is taken from run {', '.join(runs)}"
+    return provenance_of(manifests, "the table's"), f"{lost} in {db}"
+
+
+def _check_single(path: Path, table: pa.Table) -> None:
+    """ScalesInvalid where two rows speak of one scale, or two rows of one scale group are selected."""
+    group = ["run", "layer", "site", "group_name"]
+    for rows, keys in ((table, [*group, "label"]), (table.filter(table["selected"]), group)):
+        counted = rows.group_by(keys).aggregate([([], "count_all")])
+        double = counted.filter(pc.greater(counted["count_all"], 1))
+        if double.num_rows:
+            row = double.slice(0, 1).to_pylist()[0]
+            what = f"rows of {row['label']}" if "label" in row else "selected rows"
+            raise ScalesInvalid(
+                f"{path} has {row['count_all']} {what} for one scale, that of layer {row['layer']} {row['site']} "
+                f"({row['group_name']}); keep one"
+            )
 
 
 def _check_positive(path: Path, table: pa.Table) -> None:

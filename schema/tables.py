@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quambase.schema.errors import DatabaseInvalid
+from quambase.schema.files import replacing
 from quambase.schema.parquet_files import joined
 
 _KEY = [
@@ -220,20 +219,6 @@ def _writer(path: Path | pa.NativeFile, name: str, schema: pa.Schema) -> pq.Parq
     )
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is flushed to disk and takes its place at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_table(path: Path, name: str, batches: pa.Table | Iterable[pa.Table], schema: pa.Schema) -> int:
     """Write one Parquet file atomically; return its number of rows.
 
@@ -326,14 +311,3 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
             f"{path} has the columns {', '.join(table.schema.names)}; expected {', '.join(schema.names)}"
         )
     return table
-
-
-def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            if progress:
-                progress(len(chunk))
-    return digest.hexdigest()

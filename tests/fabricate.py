@@ -12,9 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.schema.distribution import Distribution
+from quambase.schema.files import file_sha256
 from quambase.schema.manifest import Manifest, TableFile
 from quambase.schema.sites import STATE_SITES, WHOLE, Site, layer_sites
-from quambase.schema.tables import DOCUMENT_QUANTILES, RUN_TABLES, file_sha256, write_table
+from quambase.schema.tables import DOCUMENT_QUANTILES, RUN_TABLES, write_table
 
 Activations = dict[tuple[int, str], dict[str, list[npt.NDArray[np.float32]]]]
 """(layer, site) to group to one (tokens, channels) array per document with a token."""
@@ -72,8 +73,12 @@ def quantile_float32(values: npt.NDArray[np.float32], p: float) -> float:
     return float(np.float32(float(low) + (float(high) - float(low)) * weight))
 
 
-def make_run(database: Path, run: str = "run-a", activations: Activations | None = None, **model: Any) -> Path:
-    """Write ``database/runs/<run>`` of ``activations`` (default `random_activations`); return the folder."""
+def make_run(
+    database: Path, run: str = "run-a", activations: Activations | None = None, number: int = 1, **model: Any
+) -> Path:
+    """Write ``database/runs/<run>`` of ``activations`` (default `random_activations`); return the folder. It is
+    the database's run number ``number``.
+    """
     activations = random_activations() if activations is None else activations
     folder = database / "runs" / run
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in RUN_TABLES}
@@ -110,7 +115,7 @@ def make_run(database: Path, run: str = "run-a", activations: Activations | None
         data=data,
         tables=tables,
         sites=list(activations),
-        created={"host": "elsewhere"},
+        created={"host": "elsewhere", "number": number},
     ).save(folder)
     return folder
 

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from quambase.schema.errors import DataInvalid
-from quambase.schema.tables import replacing
+from quambase.schema.files import replacing
 
 END_OF_TEXT = "<|endoftext|>"
 """The only special token, id 0; it ends every document."""

@@ -15,7 +15,7 @@ from quambase.model.training.loop import CHECKPOINT, LOG
 from quambase.model.training.networks import LanguageModel
 from quambase.model.training.shape import Shape
 from quambase.schema.errors import CheckpointInvalid
-from quambase.schema.tables import replacing
+from quambase.schema.files import replacing
 
 
 def export_model(

@@ -18,7 +18,7 @@ from quambase.model.training.data import TokenIds, Windows
 from quambase.model.training.networks import LanguageModel
 from quambase.model.training.shape import Shape
 from quambase.schema.errors import CheckpointInvalid, DataInvalid
-from quambase.schema.tables import replacing
+from quambase.schema.files import replacing
 
 CHECKPOINT, LOG = "checkpoint.pt", "training.jsonl"
 

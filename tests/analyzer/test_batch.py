@@ -21,7 +21,7 @@ from quambase.schema.tables import SCALES
 
 def test_one_row_per_site_and_strategy(fabricated_database: Path) -> None:
     found = analyze(fabricated_database, out=None)
-    assert found.path is None and found.notes == []
+    assert found.path is None and found.notes == ["run run-a"]
     assert found.table.schema.equals(SCALES)
     keys = [(r["layer"], r["site"], r["group_name"], r["label"]) for r in found.table.to_pylist()]
     assert keys == [(la, site, "all", label) for la, site in random_activations() for label in DEFAULT_LABELS]
@@ -106,8 +106,9 @@ def test_nonfinite_values_are_reported(tmp_path: Path) -> None:
     found = analyze(tmp_path, strategies=["absmax"], out=None)
     assert found.table["scale"].to_pylist() == [np.float32(2 / 127)]
     assert found.notes == [
-        "layer 0 in_proj:input: 15 values are NaN or infinite (5 of them finite before rounding to 16 bits); "
-        "no scale accounts for them"
+        "run r",
+        "warning: layer 0 in_proj:input: 15 values are NaN or infinite (5 of them finite before rounding to 16 bits); "
+        "no scale accounts for them",
     ]
 
 

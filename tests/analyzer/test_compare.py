@@ -121,13 +121,13 @@ def test_a_dead_site_can_be_compared(fabricated_database: Path, tmp_path: Path) 
 
 
 def test_unknown_names(fabricated_database: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnknownName, match="unknown site 'x_proj:inputt'; did you mean x_proj:input"):
+    with pytest.raises(UnknownName, match="unknown site 'x_proj:inputt' in run run-a; did you mean x_proj:input"):
         compare(fabricated_database, "x_proj:inputt")
     with pytest.raises(UnknownName, match="unknown layer '9'"):
         compare(fabricated_database, "x_proj:input", 9)
     with pytest.raises(UnknownName, match="holds no site 'lm_head:input' in layer 0"):
         compare(fabricated_database, "lm_head:input", 0)
-    with pytest.raises(UnknownName, match="unknown group of x_proj:output 'D'; known: B, C, all, dt"):
+    with pytest.raises(UnknownName, match="unknown group of x_proj:output 'D' in run run-a; known: B, C, all, dt"):
         compare(fabricated_database, SITE, 1, "D")
     make_run(tmp_path, "a", {(0, "t"): random_activations()[1, "x_proj:input"]})
     make_run(tmp_path, "b", {(0, "t"): random_activations()[1, "x_proj:input"]})

@@ -25,8 +25,9 @@ from quambase.model.load import load_model
 from quambase.model.prepare import prepare
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, TapNeverFired, TensorFileInvalid, UnknownName
+from quambase.schema.files import file_sha256
 from quambase.schema.sites import layer_sites
-from quambase.schema.tables import RUN_TABLES, file_sha256
+from quambase.schema.tables import RUN_TABLES
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,9 @@ from quambase.model.prepare import prepare
 from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import CheckpointInvalid, UnknownName
+from quambase.schema.files import file_sha256
 from quambase.schema.sites import MAMBA2, MAMBA2_SITES, layer_sites
-from quambase.schema.tables import RUN_TABLES, file_sha256
+from quambase.schema.tables import RUN_TABLES
 
 Rows = list[dict[str, object]]
 

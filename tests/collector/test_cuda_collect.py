@@ -14,7 +14,8 @@ from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
 from quambase.collector.run import CollectedRun, collect
 from quambase.schema.distribution import Distribution
-from quambase.schema.tables import RUN_TABLES, file_sha256
+from quambase.schema.files import file_sha256
+from quambase.schema.tables import RUN_TABLES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

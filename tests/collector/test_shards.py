@@ -217,12 +217,15 @@ def test_shards_of_two_runs(first: World, tmp_path: Path) -> None:
 
 
 def test_a_complete_run_is_not_merged_again(first: World, tmp_path: Path) -> None:
-    merge(tmp_path, first.shards(2))
-    for options in ({}, {"run": first.whole.manifest.run}):
-        with pytest.raises(DatabaseInvalid, match="is complete already; there is nothing to merge"):
-            merge(tmp_path, first.shards(2), **options)
-    with pytest.raises(DatabaseInvalid, match="is complete already"):
-        merge(tmp_path, run=first.whole.manifest.run)
+    """The same command succeeds once more, with or without the shards, and clears what a killed one left."""
+    merged = merge(tmp_path, first.shards(2))
+    for sources in (first.shards(2), []):
+        for options in ({}, {"run": first.whole.manifest.run}, {"run": first.whole.manifest.run[:-3]}):
+            (merged.folder / "shards" / "0-of-2").mkdir(parents=True)
+            (merged.folder / "checkpoint.npz").write_bytes(b"left over")
+            again = merge(tmp_path, sources, **options)
+            assert again.existed and again.manifest == merged.manifest and bytes_of(again) == first.expected
+            assert sorted(p.suffix for p in merged.folder.iterdir()) == [".json"] + 7 * [".parquet"]
 
 
 def test_a_shard_being_written(first: World, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from quambase.collector.rows import Places, keyed_rows
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Int64, SiteLayout, SiteStatistics
 from quambase.collector.writer import JoinedParts, encoded_part, part_folder, write_part, write_run
 from quambase.schema.distribution import Distribution
-from quambase.schema.tables import ACTIVATIONS, CHANNELS, COUNTS, DOCUMENTS, RUN_TABLES, as_made, file_sha256
+from quambase.schema.files import file_sha256
+from quambase.schema.tables import ACTIVATIONS, CHANNELS, COUNTS, DOCUMENTS, RUN_TABLES, as_made
 
 FLOAT16 = ENCODINGS["float16"]
 LAYOUT = SiteLayout(("b", "a"), (0, 2, 5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -195,9 +196,9 @@ def test_documents_come_in_file_order(db: StatsDB) -> None:
 
 def test_newest_complete_run_is_taken_and_the_others_can_be_named(tmp_path: Path) -> None:
     small = {(0, "in_proj:input"): random_activations()[0, "in_proj:input"]}
-    for age, run in enumerate(["aa-newest", "ab-older", "zz-oldest"]):
-        folder = make_run(tmp_path, run, small)
-        os.utime(folder / "run.json", (1e9 - age, 1e9 - age))
+    for number, run in enumerate(["zz-oldest", "ab-older", "aa-newest"]):
+        folder = make_run(tmp_path, run, small, number=number)
+        os.utime(folder / "run.json", (1e9 - number, 1e9 - number))  # the time of a file decides nothing
     (tmp_path / "runs" / "unfinished").mkdir()
     assert [m.run for m in StatsDB(tmp_path).runs] == ["aa-newest"]
     assert [m.run for m in StatsDB(tmp_path, "all").runs] == ["aa-newest", "ab-older", "zz-oldest"]
@@ -277,7 +278,7 @@ def test_scales_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_scales(Path("scales.parquet"), scale_rows("other"), provenance)
     db = StatsDB(tmp_path)
     assert db.sql("select * from scales").num_rows == 0
-    assert "was made from another run" in db.notes[0]
+    assert "was made from another run" in db.scales_notes[0]
 
 
 def test_results_view(tmp_path: Path) -> None:
@@ -287,7 +288,19 @@ def test_results_view(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         row = {name: None for name in RESULTS.names} | {"evaluation": evaluation, "nll": 1.5}
         pq.write_table(pa.Table.from_pylist([row], schema=RESULTS), folder / "results.parquet")
-    assert StatsDB(tmp_path).sql("select sum(nll) as s from results").to_pylist() == [{"s": 3.0}]
+        about = {
+            "format_version": 1,
+            "evaluation": evaluation,
+            "model": "m",
+            "scales": "",
+            "strategies": [],
+            "tasks": [],
+        }
+        (folder / "evaluation.json").write_text(json.dumps(about | {"notes": []}))
+    (tmp_path / "results" / "e3").mkdir()  # unfinished
+    pq.write_table(pa.Table.from_pylist([row], schema=RESULTS), tmp_path / "results" / "e3" / "results.parquet")
+    db = StatsDB(tmp_path)
+    assert db.sql("select sum(nll) as s from results").to_pylist() == [{"s": 3.0}] and db.results_notes == []
 
 
 # Errors and safety --------------------------------------------------------------------------------
@@ -382,7 +395,9 @@ def test_stats_are_sorted_by_outlier_ratio(db: StatsDB) -> None:
     rows = db.stats(site="x_proj:output", layer=1).to_pylist()
     assert sorted(r["group_name"] for r in rows) == ["B", "C", "all", "dt"]
     assert db.stats(limit=3).num_rows == 3
-    with pytest.raises(UnknownName, match="unknown site 'x_proj'; did you mean x_proj:input or x_proj:output"):
+    with pytest.raises(
+        UnknownName, match="unknown site 'x_proj' in run run-a; did you mean x_proj:input or x_proj:output"
+    ):
         db.stats(site="x_proj")
-    with pytest.raises(UnknownName, match="unknown layer '7'; known: -1, 0, 1"):
+    with pytest.raises(UnknownName, match="unknown layer '7' in run run-a; known: -1, 0, 1"):
         db.stats(layer=7)

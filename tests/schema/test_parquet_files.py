@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quambase.schema import parquet_files
+from quambase.schema.files import file_sha256
 from quambase.schema.parquet_files import joined
 from quambase.schema.tables import (
     ACTIVATIONS,
@@ -25,7 +26,6 @@ from quambase.schema.tables import (
     as_made,
     encode_pieces,
     encoded_table,
-    file_sha256,
     write_encoded,
     write_joined,
     write_table,

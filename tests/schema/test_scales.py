@@ -94,7 +94,10 @@ def test_refuses_what_is_no_scale_table(tmp_path: Path) -> None:
     with pytest.raises(ScalesInvalid, match="not a readable Parquet file"):
         read_scales(path)
     pq.write_table(rows(), path)
-    with pytest.raises(ScalesInvalid, match="is not a scale table"):
+    with pytest.raises(ScalesInvalid, match="names no origin, as if another tool had written it, and run r1 is not in"):
+        read_scales(path)
+    pq.write_table(pa.table({"a": [1]}), path)
+    with pytest.raises(ScalesInvalid, match="is not a scale table: it lacks the columns run, layer"):
         read_scales(path)
     pq.write_table(rows().replace_schema_metadata({METADATA_KEY: b"{"}), path)
     with pytest.raises(ScalesInvalid, match=r"provenance of .* is damaged"):

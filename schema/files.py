@@ -1,0 +1,149 @@
+"""Files: written whole or not at all, never over what quambase did not write, one writer at a time, checksums."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quambase.schema.errors import OutputRefused, RunBusy
+
+MARK = "quambase"
+"""What files of ours carry in their metadata."""
+
+FORCE_HINT = "name another file, or replace it with --force"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; on success the file is flushed to disk and takes the place of ``path`` at
+    once.
+
+    Whatever the writer leaves beside the temporary file goes with it. What killed processes left of earlier attempts at
+    ``path`` is removed too. A link is followed. A device or a pipe is written to, not replaced. OSError.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            with temporary.open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    lock = _locked_folder(Path(folder))  # tells `remove_strays` of other processes that this one is alive
+    try:
+        temporary = Path(folder) / path.name
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors writes a file that only its owner can read
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        remove_strays(path.parent, path.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_strays(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left of `replacing` a file called ``name`` in ``folder``."""
+    for stray in folder.glob(f".{name}.*.tmp" if name == "*" else f".{_escaped(name)}.*.tmp"):
+        if stray.is_dir() and (lock := _locked_folder(stray)) is not None:
+            shutil.rmtree(stray, ignore_errors=True)
+            os.close(lock)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _locked_folder(folder: Path) -> int | None:
+    """An open descriptor that holds the folder's lock; None if another process holds it, or where none can be had."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def refuse_foreign_file(path: Path, ours: Callable[[Path], bool] | None, expected: str, *, force: bool = False) -> None:
+    """OutputRefused if ``path`` is a folder, or a file that quambase did not write; called before any work.
+
+    ours      tells whether the file at a path is of the kind that would take its place; None: this cannot be told
+    expected  what that kind is called in the message
+    force     replace any file
+    """
+    if path.is_dir():
+        raise OutputRefused(f"{path} is a folder; expected the name of a file to write {expected} to")
+    if force or not path.is_file() or path.stat().st_size == 0:
+        return
+    if ours is None or not ours(path):
+        found = "exists already" if ours is None else f"exists already and is no {expected} that quambase wrote"
+        raise OutputRefused(f"{path} {found}; {FORCE_HINT}")
+
+
+def refuse_foreign_picture(path: Path, *, force: bool = False) -> None:
+    """`refuse_foreign_file` of a picture; one of ours names quambase in its metadata, which lies near an end of it."""
+
+    def ours(path: Path) -> bool:
+        with path.open("rb") as file:
+            beginning = file.read(1 << 16)
+            file.seek(max(0, path.stat().st_size - (1 << 16)))
+            return MARK.encode() in beginning + file.read()
+
+    refuse_foreign_file(path, ours, "picture", force=force)
+
+
+@contextmanager
+def locked(folder: Path, what: str | None = None) -> Iterator[None]:
+    """Hold the folder for this process; RunBusy if another holds it. The lock goes with the process.
+
+    ``what``: the folder's name in that message.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunBusy(
+                    f"another process is writing {what or f'run {folder.name}'}; wait for it, or stop it and run the "
+                    "same command again"
+                ) from None
+            # The process that held it before may have removed the file between our opening and our locking it.
+            if not _lies_at(file.fileno(), path):
+                continue
+            yield
+            path.unlink(missing_ok=True)
+            return
+
+
+def _lies_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""Stored evaluations: which a database holds, and their rows, checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from quambase.schema import FORMAT_VERSION
+from quambase.schema.errors import DatabaseInvalid
+from quambase.schema.files import file_sha256
+from quambase.schema.tables import RESULTS, read_table
+
+EVALUATION, RESULTS_FILE = "evaluation.json", "results.parquet"
+"""What the folder ``results/<evaluation id>`` holds; the first is written last, and makes the evaluation finished."""
+
+_EXPECTED: dict[str, type | tuple[type, ...]] = {
+    "evaluation": str,
+    "model": str,
+    "scales": str,
+    "strategies": list,
+    "tasks": list,
+    "notes": list,
+}
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """What ``folder/evaluation.json`` says; DatabaseInvalid: missing, damaged, another folder's, a newer format."""
+    path = folder / EVALUATION
+    advice = f"delete {folder} and evaluate again"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DatabaseInvalid(f"{folder} holds no finished evaluation; run its command again to finish it") from None
+    except (ValueError, RecursionError) as error:
+        raise DatabaseInvalid(f"{path} is not valid JSON ({error}); {advice}") from None
+    if not isinstance(about, dict):
+        raise DatabaseInvalid(f"{path} holds no JSON object; {advice}")
+    version = about.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise DatabaseInvalid(
+            f"{path} has format version {version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
+        )
+    wrong = [key for key, kind in _EXPECTED.items() if not isinstance(about.get(key), kind)]
+    if not wrong and not all(
+        isinstance(task, dict) and {"task", "data", "documents"} <= task.keys() for task in about["tasks"]
+    ):
+        wrong = ["tasks"]
+    if wrong:
+        raise DatabaseInvalid(f"{path} lacks {', '.join(wrong)} or has it in another form; {advice}")
+    if about["evaluation"] != folder.name:
+        raise DatabaseInvalid(f"{path} tells of evaluation {about['evaluation']}, not of {folder.name}; {advice}")
+    return about
+
+
+def read_results(folder: Path) -> pa.Table:
+    """The rows (tables.RESULTS) of a finished evaluation; DatabaseInvalid: unfinished, damaged, altered."""
+    about = read_evaluation(folder)
+    path = folder / RESULTS_FILE
+    expected = about.get("results_sha256")  # quambase before 0.2 stored none
+    if expected is not None and path.exists() and file_sha256(path) != expected:
+        raise DatabaseInvalid(
+            f"{path} was altered or cut short since it was written (its checksum differs); delete {folder} and "
+            "evaluate again"
+        )
+    return read_table(path, RESULTS)
+
+
+def finished_evaluations(db: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """What the finished evaluations of ``db`` say of themselves, oldest first, and a line for each damaged one.
+
+    The database numbers evaluations as they finish; the time of a file decides nothing.
+    """
+    found, damaged = [], []
+    for path in sorted((db / "results").glob(f"*/{EVALUATION}")):
+        try:
+            found.append(read_evaluation(path.parent))
+        except DatabaseInvalid as error:
+            damaged.append(f"evaluation {path.parent.name} is left out: {error}")
+    return sorted(found, key=_age), damaged
+
+
+def next_number(db: Path) -> int:
+    """The number of the evaluation that finishes next."""
+    found, _ = finished_evaluations(db)
+    return 1 + (_age(found[-1])[0] if found else 0)
+
+
+def _age(about: dict[str, Any]) -> tuple[int, str]:
+    number = about.get("number")
+    return number if isinstance(number, int) else 0, str(about["evaluation"])

@@ -1,0 +1,106 @@
+"""Outputs: whole or not at all, never in the place of what quambase did not write, nothing left of killed processes."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from quambase.schema.errors import OutputRefused
+from quambase.schema.files import refuse_foreign_file, refuse_foreign_picture, remove_strays, replacing
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a[1]*.txt"  # a name that is also a pattern
+    with replacing(path) as temporary:
+        temporary.write_text("one")
+        (temporary.parent / "beside").write_text("what a library leaves")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("two")
+        raise RuntimeError
+    assert path.read_text() == "one" and names(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_its_mode_follows_the_umask_whatever_the_writer_does(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "a") as temporary:
+            temporary.unlink()
+            temporary.write_text("another file")
+            temporary.chmod(0o600)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    with replacing(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "file").read_text() == "new"
+    assert names(tmp_path / "there") == ["file"]
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(path.read_bytes()))
+    reader.start()
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"all of it")
+    reader.join(10)
+    assert read == [b"all of it"] and stat.S_ISFIFO(path.stat().st_mode)
+
+
+def test_what_a_killed_process_left_goes_with_the_next_success(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys, pathlib\n"
+        "from quambase.schema.files import replacing\n"
+        "with replacing(pathlib.Path(sys.argv[1])) as temporary:\n"
+        "    (temporary.parent / 'beside').write_text('x')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for name in ("a", "b"):
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], check=False)
+    assert len(names(tmp_path)) == 2 and all(name.endswith(".tmp") for name in names(tmp_path))
+    with replacing(tmp_path / "a") as temporary:
+        temporary.write_text("a")
+    assert len(names(tmp_path)) == 2 and "a" in names(tmp_path), "another file's stays until its own next success"
+    with replacing(tmp_path / "c"), replacing(tmp_path / "d"):
+        remove_strays(tmp_path)
+        assert len([name for name in names(tmp_path) if name.endswith(".tmp")]) == 2, (
+            "those that are being written stay"
+        )
+    assert names(tmp_path) == ["a", "c", "d"]
+
+
+def test_what_is_not_ours_is_refused_before_it_is_touched(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(OutputRefused, match=r"notes.txt exists already; name another file, or replace it with --force"):
+        refuse_foreign_file(path, None, "a table")
+    with pytest.raises(OutputRefused, match=r"is no scale table that quambase wrote"):
+        refuse_foreign_file(path, lambda path: False, "scale table")
+    with pytest.raises(OutputRefused, match="is a folder; expected the name of a file"):
+        refuse_foreign_file(tmp_path, lambda path: True, "scale table", force=True)
+    with pytest.raises(OutputRefused, match="is no picture that quambase wrote"):
+        refuse_foreign_picture(path)
+    assert path.read_text() == "mine"
+    refuse_foreign_file(path, lambda path: True, "scale table")
+    refuse_foreign_file(path, None, "a table", force=True)
+    refuse_foreign_file(tmp_path / "new", None, "a table")
+    path.write_text("")
+    refuse_foreign_file(path, None, "a table")  # as mktemp leaves one
