@@ -174,8 +174,7 @@ files.tempfile.mkdtemp, files.shutil.rmtree = counted("mkdtemp"), counted("rmtre
 from quambase.apply import evaluate as module
 module.BLOCK_TOKENS["cpu"] = 60
 data, scales, db = sys.argv[2:]
-found = module.evaluate(scales=scales, strategies=["mse"], task="perplexity", data=data, db=db)
-print(calls)
+module.evaluate(scales=scales, strategies=["mse"], task="perplexity", data=data, db=db)
 """
 
 
@@ -186,14 +185,13 @@ def test_an_evaluation_killed_at_any_file_operation_can_be_finished(world: Path,
         arguments = [str(kill_at), str(world / "text.jsonl"), str(world / "scales.parquet"), str(db)]
         return subprocess.run([sys.executable, "-c", KILL, *arguments], capture_output=True, text=True, check=False)
 
-    whole = go(0, tmp_path / "whole")
-    total = int(whole.stdout)
-    assert total > 15
+    assert go(0, tmp_path / "whole").returncode == 0
     expected = find_evaluation(tmp_path / "whole")
-    # One more than there are operations is no kill at all; a step keeps the test within seconds.
-    for k in [*range(1, total, max(1, total // 7)), total - 2, total - 1, total]:
+    for k in range(1, 100, 3):  # every third operation keeps the test within seconds
         db = tmp_path / str(k)
         killed = go(k, db)
+        if killed.returncode == 0:
+            break  # it has fewer operations
         assert killed.returncode == -signal.SIGKILL
         again = go(0, db)
         assert again.returncode == 0, again.stderr
@@ -201,6 +199,7 @@ def test_an_evaluation_killed_at_any_file_operation_can_be_finished(world: Path,
         assert found.id == expected.id and found.results.equals(expected.results)
         left = sorted(str(p.relative_to(db)) for p in db.rglob("*") if p.is_file() or p.name.startswith("."))
         assert left == [f"results/{found.id}/evaluation.json", f"results/{found.id}/results.parquet"], k
+    assert k > 12
 
 
 # One damaged file ---------------------------------------------------------------------------------
