@@ -16,9 +16,10 @@ from quambase.analyzer.error import QMAX, QMIN, piecewise_figures
 from quambase.analyzer.groups import ScaleGroup, scale_groups
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.schema.database import StatsDB
+from quambase.schema.errors import UnknownName
 from quambase.schema.grouping import granularity_of
 from quambase.schema.manifest import Manifest
-from quambase.schema.scales import provenance_of, refuse_foreign_table, write_scales
+from quambase.schema.scales import QUAMBASE, TARGETS, UPSTREAM, provenance_of, refuse_foreign_table, write_scales
 from quambase.schema.sites import WHOLE, Site, find_site, is_model_site
 from quambase.schema.tables import SCALES
 
@@ -46,6 +47,7 @@ def analyze(
     granularity: str | None = None,
     out: str | Path | None = Path("scales.parquet"),
     progress: Callable[[int, int], None] | None = None,
+    target: str = QUAMBASE,
     force: bool = False,
 ) -> Analysis:
     """Compute every strategy at every scale group and write the scale table.
@@ -61,13 +63,18 @@ def analyze(
     progress     called with (groups done, groups in all)
     force        let ``out`` take the place of a file that is no scale table
 
-    ``selected`` marks the least squared error among strategies of one multiplication that are safe where they
-    are used; ties go to the larger scale, then to the earlier strategy. The same statistics give the same
+    target       which INT8 model `selected` is for: ``quambase``'s own, or ``upstream``'s, whose Hadamard quantizer at
+                 out_proj:input wraps where ours clamps, so that only scales that clip nothing are selected there
+
+    ``selected`` marks the least squared error among strategies of one multiplication that the target can use; ties go
+    to the larger scale, then to the earlier strategy. The same statistics give the same
     bytes. OutputRefused, and the errors of `StatsDB` and `parse_labels`.
     """
     out = None if out is None else Path(out)
     if out is not None:
         refuse_foreign_table(out, force=force)
+    if target not in TARGETS:
+        raise UnknownName.of("target", target, TARGETS)
     choices = parse_labels(list(strategies) if strategies else None)
     rows: list[dict[str, Any]] = []
     with StatsDB(db, run) as database:
@@ -75,18 +82,18 @@ def analyze(
         notes = [*database.notes, *(line for manifest in manifests for line in _warnings(database, manifest))]
         groups = [(m.run, group) for m in manifests for group in scale_groups(database, m.run, granularity)]
     for done, (run_id, group) in enumerate(groups, 1):
-        rows += group_rows(run_id, group, choices)
+        rows += group_rows(run_id, group, choices, target)
         if progress:
             progress(done, len(groups))
     table = pa.Table.from_pylist(rows, schema=SCALES)
-    provenance = provenance_of(manifests, granularity or "the model's")
+    provenance = provenance_of(manifests, granularity or "the model's", target)
     if out is not None:
         write_scales(out, table, provenance)
     return Analysis(table, provenance, notes, out)
 
 
-def group_rows(run: str, group: ScaleGroup, choices: list[Choice]) -> list[dict[str, Any]]:
-    """One row of tables.SCALES for each of ``choices``, one of them selected.
+def group_rows(run: str, group: ScaleGroup, choices: list[Choice], target: str = QUAMBASE) -> list[dict[str, Any]]:
+    """One row of tables.SCALES for each of ``choices``, one of them selected for the INT8 model ``target``.
 
     A strategy that needs the quantiles of each document has no row for a group whose documents' are not known.
     """
@@ -112,7 +119,7 @@ def group_rows(run: str, group: ScaleGroup, choices: list[Choice]) -> list[dict[
         for choice in choices
         if group.documents.quantiles or not choice.needs_document_quantiles
     ]
-    eligible = [i for i, row in enumerate(rows) if not row["needs_decode"] and row["clip_safe"]]
+    eligible = [i for i, row in enumerate(rows) if not row["needs_decode"] and (row["clip_safe"] or target != UPSTREAM)]
     if eligible:
         # The error of an empty group is NaN: no strategy is better there, the first is as good as any.
         errors = {i: 0.0 if math.isnan(rows[i]["mse"]) else rows[i]["mse"] for i in eligible}

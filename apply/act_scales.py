@@ -29,12 +29,13 @@ import torch
 
 from quambase.apply.scales import (
     DEFAULT_OTHERWISE,
+    Replaced,
     Scales,
     checked_scale,
     choose_scales,
+    clip_safe,
     describe,
     missing_scale,
-    unsafe_sites,
 )
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import ScalesInvalid
@@ -65,23 +66,25 @@ def export_act_scales(
     granularity: str | None = None,
     db: Path | None = None,
     force: bool = False,
-) -> Path:
+) -> tuple[Path, list[Replaced]]:
     """Write one strategy's scales (``at`` some sites, ``otherwise``'s elsewhere) to ``out`` as upstream has them.
 
     Scales of a coarser ``granularity`` than upstream's form has are repeated in it. ``db``: as `read_scales` has it.
     ``force``: let ``out`` take the place of a file that is no such export. Equal scales give equal bytes.
 
-    ScalesInvalid: a scale the INT8 model reads is missing, one at out_proj:input clips (upstream's Hadamard quantizer
-    wraps there), or groups that upstream has no form for.
+    Upstream's Hadamard quantizer at out_proj:input wraps where ours clamps: scales that clip there are replaced, and
+    returned (`quambase.apply.scales.clip_safe`).
+
+    OutputRefused. ScalesInvalid: a scale the INT8 model reads is missing, or groups that upstream has no form for.
     """
     refuse_foreign_file(out, _is_export, "export of scales", force=force)
     table = read_scales(scales, db)
-    content = upstream_form(table, strategy, at, otherwise, granularity)
+    content, replaced = upstream_form(table, strategy, at, otherwise, granularity)
     buffer = io.BytesIO()
     torch.save(content, buffer)  # to a path it would write this path's name into the file
     with replacing(out) as temporary:
         temporary.write_bytes(buffer.getvalue())
-    return out
+    return out, replaced
 
 
 def _is_export(path: Path) -> bool:
@@ -100,26 +103,20 @@ def upstream_form(
     at: Collection[str] = (),
     otherwise: str = DEFAULT_OTHERWISE,
     granularity: str | None = None,
-) -> dict[str, Any]:
-    """What `export_act_scales` writes."""
+) -> tuple[dict[str, Any], list[Replaced]]:
+    """What `export_act_scales` writes, and the scales that took the place of others since those would clip."""
     model = table.model
     family = str(model.get("family"))
     if family not in FAMILIES:
         raise ScalesInvalid(
             f"the scale table describes {model.get('name')} (family {family}); expected a Mamba model's"
         )
-    chosen = choose_scales(table, strategy, at, otherwise, granularity)
+    chosen, replaced = clip_safe(table, choose_scales(table, strategy, at, otherwise, granularity))
     n_layer = int(model["n_layer"])
     sites = list(layer_sites(n_layer, family))
     needed = [(layer, site.name) for layer, site in sites if site.consumed and layer != HEAD_LAYER]
     if missing := [key for key in needed if key not in chosen]:
         raise missing_scale(missing, needed)
-    if unsafe := unsafe_sites(table, chosen):
-        layer, name = unsafe[0]
-        raise ScalesInvalid(
-            f"{len(unsafe)} scales clip at {name} (first: layer {layer}), where upstream's kernel does not clamp but "
-            f"wraps modulo 256; keep the strategy to other sites with --at, or choose absmax"
-        )
     groups = stored_groups(model)
     form = _Form(chosen, groups, model)
     layers: list[dict[str, UpstreamScale]] = [{} for _ in range(n_layer + 1)]
@@ -132,15 +129,17 @@ def upstream_form(
         "format_version": FORMAT_VERSION,
         "quambase": version("quambase"),
         "strategy": describe(strategy, at, otherwise, granularity),
+        "replaced": [str(one) for one in replaced],
         "run": table.run,
         "model": {key: value for key, value in model.items() if key not in ("groups", "path")},
         "weights_sha256": table.identity.get("weights_sha256"),
     }
-    return {
+    content = {
         "act_scales": layers,
         "reorder_params": None if groups is None else reorder_params(groups),
         "quambase": json.dumps(origin, sort_keys=True),
     }
+    return content, replaced
 
 
 class _Form:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from quambase.apply.int8 import float32
 from quambase.model.mamba2_weights import Mamba2Config
@@ -11,7 +12,7 @@ from quambase.model.weights import MambaConfig
 from quambase.schema.errors import ScalesInvalid, UnknownName
 from quambase.schema.grouping import GRANULARITIES
 from quambase.schema.scales import Scale, ScaleTable
-from quambase.schema.sites import FAMILIES, HEAD_LAYER, MAMBA1, MAMBA2, find_site, is_model_site, layer_sites
+from quambase.schema.sites import FAMILIES, HEAD_LAYER, MAMBA1, MAMBA2, WHOLE, find_site, is_model_site, layer_sites
 
 Scales = Mapping[tuple[int, str], Scale]
 """(layer, site) to a positive scale, or to one per scale group where an INT8 Mamba-2 reads groups."""
@@ -34,8 +35,8 @@ def missing_scale(missing: list[tuple[int, str]], needed: list[tuple[int, str]])
     """The error that names the first of the ``missing`` of the ``needed`` scales."""
     layer, site = missing[0]
     return ScalesInvalid(
-        f"no scale for layer {layer} {site} ({len(missing)} of {len(needed)} missing); "
-        "collect every site of the model and analyze again"
+        f"no scale for layer {layer} {site} ({len(missing)} of {len(needed)} missing): the strategy has no plain INT8 scale "
+        "there, or the run lacks the site; name another strategy, or collect every site and analyze again"
     )
 
 
@@ -149,15 +150,60 @@ def unsafe_sites(table: ScaleTable, scales: Scales) -> list[tuple[int, str]]:
 
     There upstream's kernel would wrap: ``round(amax / scale) > 127``. An imported scale has no amax to tell by.
     """
+    amax = _amax(table)
     family = str(table.model["family"])
-    rows = table.table.select(["layer", "site", "amax"]).to_pylist()
-    amax = {(row["layer"], row["site"]): row["amax"] for row in rows}
     return [
         key
         for key, scale in scales.items()
         if is_model_site(key[1], family)
         and not find_site(key[1], family).saturates
         and isinstance(scale, float)
-        and amax[key] is not None
-        and amax[key] >= 127.5 * scale
+        and not _clips_nothing(amax[key], scale)
     ]
+
+
+def _amax(table: ScaleTable) -> dict[tuple[int, str], float | None]:
+    rows = table.table.select(["layer", "site", "amax"]).to_pylist()
+    return {(row["layer"], row["site"]): row["amax"] for row in rows}
+
+
+def _clips_nothing(amax: float | None, scale: float) -> bool:
+    return amax is None or amax < 127.5 * scale
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A scale that upstream's kernel cannot take, and the one that takes its place: of ``label``, ``scale``."""
+
+    layer: int
+    site: str
+    before: float
+    label: str
+    scale: float
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.site}: scale {self.before:.4g} clips, {self.scale:.4g} ({self.label}) instead"
+
+
+def clip_safe(table: ScaleTable, scales: Scales) -> tuple[dict[tuple[int, str], Scale], list[Replaced]]:
+    """``scales`` for upstream's INT8 model. Where one clips at a site whose kernel there wraps modulo 256, the scale of
+    least squared error among the table's that clip nothing takes its place, or that of absmax where there is none.
+    """
+    unsafe = set(unsafe_sites(table, scales))
+    found, replaced, amax = {**scales}, [], _amax(table)
+    rows = [row for row in table.table.to_pylist() if (row["layer"], row["site"]) in unsafe and not row["needs_decode"]]
+    for layer, site in sorted(unsafe):
+        largest = amax[layer, site]
+        before = scales[layer, site]
+        assert largest is not None and isinstance(before, float)
+        safe = [
+            (row["mse"], row["scale"], row["label"])
+            for row in rows
+            if (row["layer"], row["site"], row["group_name"]) == (layer, site, WHOLE)
+            and row["mse"] is not None
+            and _clips_nothing(largest, row["scale"])
+        ]
+        _, scale, label = min(safe, default=(0.0, float32(largest / 127), "absmax"))
+        found[layer, site] = scale
+        replaced.append(Replaced(layer, site, before, label, scale))
+    return found, replaced

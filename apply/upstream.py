@@ -16,7 +16,7 @@ import torch
 
 from quambase.apply.act_scales import on_device, upstream_form
 from quambase.apply.apply import load_source
-from quambase.apply.scales import DEFAULT_OTHERWISE, missing_scale
+from quambase.apply.scales import DEFAULT_OTHERWISE, Replaced, missing_scale
 from quambase.model.load import LoadedModel
 from quambase.model.mamba2_weights import Mamba2Weights, mamba2_tensors_of
 from quambase.model.weights import tensors_of
@@ -73,8 +73,9 @@ def build_upstream(
     model: str | None = None,
     out: Path | None = None,
     db: Path | None = None,
-) -> Any:
-    """Upstream's W8A8 model with one strategy's scales, on the GPU; also saved to ``out`` if that is given.
+) -> tuple[Any, list[Replaced]]:
+    """Upstream's W8A8 model with one strategy's scales, on the GPU; also saved to ``out`` if that is given. With it the
+    scales that took the place of others, since those would clip where its kernel wraps.
 
     Upstream's own loader reads a saved model only if its head is quantized, and a Mamba-2 only if it is sorted into
     four by four groups.
@@ -91,7 +92,8 @@ def build_upstream(
         raise BackendUnavailable(f"upstream's kernels need a CUDA GPU and there is none; {ADVICE}")
     check_gemm(linears.W8A8B16O16Linear, CUDA)
     table = read_scales(scales, db)
-    content = on_device(upstream_form(table, strategy, at, otherwise, granularity), CUDA)
+    form, replaced = upstream_form(table, strategy, at, otherwise, granularity)
+    content = on_device(form, CUDA)
     if quantize_lm_head and "lm_head:input" not in content["act_scales"][HEAD_LAYER]:
         raise missing_scale([(HEAD_LAYER, "lm_head:input")], [(HEAD_LAYER, "lm_head:input")])
     source = load_source(table, model)
@@ -112,7 +114,7 @@ def build_upstream(
     )
     if out is not None:
         _save(found, out)
-    return found
+    return found, replaced
 
 
 def _float_model(source: LoadedModel) -> Any:

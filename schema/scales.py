@@ -29,6 +29,9 @@ METADATA_KEY = b"quambase"
 Scale = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 """A site's one scale; one per scale group, in channel order; or, of a Mamba-2's state, one per group and index."""
 
+QUAMBASE, UPSTREAM = TARGETS = ("quambase", "upstream")
+"""Whose INT8 model the selected rows are for."""
+
 SELECTED = "selected"
 """The label that stands for each scale group's selected row instead of one strategy."""
 
@@ -38,7 +41,7 @@ class ScaleTable:
     """A valid scale table and where it came from.
 
     table       rows of tables.SCALES
-    provenance  format_version, quambase (its version), granularity, and ``runs``: run id to
+    provenance  format_version, quambase (its version), granularity, target, and ``runs``: run id to
                 ``{"model": ..., "identity": ..., "data": ...}`` as in the manifests
     notes       what a user should know, a line each
     """
@@ -136,12 +139,13 @@ def write_scales(path: Path, table: pa.Table, provenance: dict[str, Any]) -> Non
     write_table(path, "scales", table.replace_schema_metadata(schema.metadata), schema)
 
 
-def provenance_of(manifests: Iterable[Manifest], granularity: str) -> dict[str, Any]:
-    """The provenance of a table made of these runs."""
+def provenance_of(manifests: Iterable[Manifest], granularity: str, target: str) -> dict[str, Any]:
+    """The provenance of a table made of these runs; ``target`` is whose INT8 model its selected rows are for."""
     return {
         "format_version": FORMAT_VERSION,
         "quambase": version("quambase"),
         "granularity": granularity,
+        "target": target,
         "runs": {m.run: {"model": m.model, "identity": m.identity, "data": m.data} for m in manifests},
     }
 
@@ -231,7 +235,7 @@ def _provenance_from(path: Path, table: pa.Table, db: Path | None) -> tuple[dict
             )
         manifests.append(Manifest.load(folder))
     lost = f"{path} was written by another tool, which left its origin out: it is taken from run {', '.join(runs)}"
-    return provenance_of(manifests, "the table's"), f"{lost} in {db}"
+    return provenance_of(manifests, "the table's", "the table's"), f"{lost} in {db}"
 
 
 def _check_single(path: Path, table: pa.Table) -> None:

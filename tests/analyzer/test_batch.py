@@ -47,20 +47,28 @@ def test_figures_are_those_of_the_stored_scale(fabricated_database: Path) -> Non
         assert (row["qmin"], row["qmax"]) == (-128, 127)
 
 
-def test_selected_is_the_least_error_that_is_safe(fabricated_database: Path) -> None:
-    rows = analyze(fabricated_database, strategies=["all"], out=None).table.to_pylist()
+@pytest.mark.parametrize("target", ["quambase", "upstream"])
+def test_selected_is_the_least_error_that_the_target_can_use(fabricated_database: Path, target: str) -> None:
+    found = analyze(fabricated_database, strategies=["all"], out=None, target=target)
+    assert found.provenance["target"] == target
+    rows = found.table.to_pylist()
     for key in random_activations():
         mine = [r for r in rows if (r["layer"], r["site"]) == key]
         chosen = [r for r in mine if r["selected"]]
         assert len(chosen) == 1
-        safe = [r for r in mine if r["clip_safe"] and not r["needs_decode"]]
-        assert chosen[0]["mse"] == min(r["mse"] for r in safe)
-        if key[1] == "out_proj:input":
+        usable = [r for r in mine if not r["needs_decode"] and (target == "quambase" or r["clip_safe"])]
+        assert chosen[0]["mse"] == min(r["mse"] for r in usable)
+        if key[1] == "out_proj:input" and target == "upstream":
             # Upstream's kernel wraps there: only scales that clip nothing are eligible.
             assert chosen[0]["clipped_share"] == 0
             assert any(not r["clip_safe"] for r in mine)
         elif key != (0, "dt_proj:input"):
             assert chosen[0]["label"] == "mse"
+
+
+def test_an_unknown_target(fabricated_database: Path) -> None:
+    with pytest.raises(UnknownName, match="unknown target 'upstraem'; did you mean upstream"):
+        analyze(fabricated_database, out=None, target="upstraem")
 
 
 @pytest.mark.parametrize(("largest", "safe"), [(127.4375, True), (127.5, False), (-127.4375, True), (-127.5, False)])

@@ -130,7 +130,7 @@ def same(one: object, other: object) -> bool:
 
 
 def exported(table: ScaleTable, folder: Path, name: str) -> tuple[Path, dict]:
-    path = export_act_scales(write(table, folder / f"{name}.parquet"), folder / f"{name}.pt")
+    path, _ = export_act_scales(write(table, folder / f"{name}.parquet"), folder / f"{name}.pt")
     return path, torch.load(path, weights_only=True)
 
 
@@ -163,7 +163,7 @@ def test_export_import_export_is_the_identity(
 
 def test_mamba1_has_upstreams_list(models: dict[str, Path]) -> None:
     scales = {(layer, site.name): 1.5 + layer for layer, site in layer_sites(2, MAMBA1)}
-    content = upstream_form(table_of(scale_rows(scales, "mse", True), models[MAMBA1]), "mse")
+    content = upstream_form(table_of(scale_rows(scales, "mse", True), models[MAMBA1]), "mse")[0]
     layers = content["act_scales"]
     assert isinstance(layers, list) and len(layers) == 3 and content["reorder_params"] is None
     names = ("in_proj", "x_proj", "dt_proj", "ssm_state_act", "out_proj")
@@ -181,7 +181,7 @@ def test_mamba1_has_upstreams_list(models: dict[str, Path]) -> None:
 def test_every_channel_finds_its_own_groups_scale(drawn, models: dict[str, Path]) -> None:
     """Read as upstream's kernels do: by the first cumulative head and channel range that the channel lies before."""
     rows, layers = drawn
-    content = upstream_form(table_of(rows, models[MAMBA2], layers), "mse")
+    content = upstream_form(table_of(rows, models[MAMBA2], layers), "mse")[0]
     stored = {(r["layer"], r["site"], r["group_name"]): r for r in rows}
     for layer, groups in enumerate(layers):
         found = content["act_scales"][layer]
@@ -225,7 +225,7 @@ def test_coarser_scales_are_repeated(models: dict[str, Path]) -> None:
         ("ssd_group", [1.0] * 4 + [2.0] * 4),
         ("head_group", [3.0, 3.0, 4.0, 4.0, 5.0, 5.0, 6.0, 6.0]),
     ):
-        layer = upstream_form(table, "mse", granularity=granularity)["act_scales"][1]
+        layer = upstream_form(table, "mse", granularity=granularity)[0]["act_scales"][1]
         assert [s for heads in layer[X] for _, _, found in heads for s in found.tolist()] == expected
         state = torch.cat([found for heads in layer[STATE] for _, _, found in heads])
         assert state.tolist() == [[s] * D_STATE for s in expected]
@@ -254,24 +254,47 @@ def test_an_imported_table_is_applied(family: str, models: dict[str, Path], tmp_
     row = read_scales(imported).table.to_pylist()[0]
     assert row["label"] == "imported" and row["selected"] and row["amax"] is None and row["mse"] is None
     refused = runner.invoke(quambase, ["apply", "--import", file, "--model", str(models[family])])
-    assert refused.exit_code == 1 and "exists already; name another file with --out" in refused.stderr
+    assert refused.exit_code == 0, "its own table is replaced"
     other = models[MAMBA2 if family == MAMBA1 else MAMBA1]
     with pytest.raises(ScalesInvalid, match="belongs to model"):
         apply(imported, model=str(other), db=tmp_path)
 
 
-def test_a_scale_that_clips_where_upstream_wraps_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_scale_that_clips_where_upstream_wraps_is_replaced(models: dict[str, Path], tmp_path: Path) -> None:
+    """By the table's scale of least error that clips nothing there, or absmax; everything else stays."""
     scales = {(layer, site.name): 0.5 for layer, site in layer_sites(2, MAMBA1)}
-    rows = scale_rows(scales, "mse", True)
+    rows = []
+    for label, scale, mse in (("mse", 0.5, 1.0), ("wide", 2.0, 9.0), ("safe", 0.75, 3.0), ("barely", 0.5001, 2.0)):
+        rows += [row | {"mse": mse} for row in scale_rows(dict.fromkeys(scales, scale), label, label == "mse")]
     for row in rows:
         row["amax"] = 127.5 * 0.5 if row["site"] == "out_proj:input" else 1e3
-    table = write(table_of(rows, models[MAMBA1]), tmp_path / "s.parquet")
-    arguments = ["apply", "--scales", str(table), "--export", str(tmp_path / "e.pt"), "--strategy"]
-    done = CliRunner().invoke(quambase, [*arguments, "mse"])
-    assert done.exit_code == 1 and done.stderr.count("\n") == 1
-    assert "2 scales clip at out_proj:input (first: layer 0), where upstream's kernel" in done.stderr
-    assert "keep the strategy to other sites with --at" in done.stderr
-    assert not (tmp_path / "e.pt").exists()
+        if (row["label"], row["layer"]) == ("barely", 1):
+            row["scale"] = 0.4  # clips in layer 1
+    table = table_of(rows, models[MAMBA1])
+    content, replaced = upstream_form(table, "mse")
+    plain, _ = upstream_form(table_of([row | {"amax": 1.0} for row in rows], models[MAMBA1]), "mse")
+    for layer, mine in enumerate(content["act_scales"]):
+        for site, scale in mine.items():
+            wanted = (
+                {0: 0.5001, 1: 0.75}[layer] if site == "out_proj:input" else float(plain["act_scales"][layer][site])
+            )
+            assert float(scale) == np.float32(wanted), (layer, site)
+    assert [(one.layer, one.site, one.label) for one in replaced] == [
+        (0, "out_proj:input", "barely"),
+        (1, "out_proj:input", "safe"),
+    ]
+    alone = table_of([row for row in rows if row["label"] == "mse"], models[MAMBA1])
+    content, replaced = upstream_form(alone, "mse")
+    assert {one.label for one in replaced} == {"absmax"}
+    # 127 steps of it reach the largest value.
+    assert float(content["act_scales"][0]["out_proj:input"]) == np.float32(127.5 * 0.5 / 127)
+    path = write(table, tmp_path / "s.parquet")
+    done = CliRunner().invoke(
+        quambase, ["apply", "--scales", path, "--strategy", "mse", "--export", f"{tmp_path}/e.pt"]
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "layer 0 out_proj:input: scale 0.5 clips, 0.5001 (barely) instead" in done.stderr
+    assert json.loads(torch.load(tmp_path / "e.pt", weights_only=True)["quambase"])["replaced"][0].startswith("layer 0")
 
 
 def test_what_upstream_has_no_form_for_is_refused(models: dict[str, Path]) -> None:
@@ -348,7 +371,7 @@ def test_what_cannot_be_imported_is_named(
 def test_groups_that_do_not_fit_are_named(models: dict[str, Path], tmp_path: Path) -> None:
     plain = LayerGroups(tuple(range(8)), ((2, 2), (2, 2)), tuple(range(64)), (((8,), (8,)),) * 2)
     rows = scale_rows({(la, s.name): 0.5 for la, s in layer_sites(2, MAMBA2)}, "mse", True, family=MAMBA2)
-    content = upstream_form(table_of(rows, models[MAMBA2], [plain, plain]), "mse")
+    content = upstream_form(table_of(rows, models[MAMBA2], [plain, plain]), "mse")[0]
     good = content["act_scales"][1][X]
     for bad, message in (
         (good[:1], r"layer 1 x_conv_out:input has not the groups of reorder_params"),
