@@ -19,7 +19,15 @@ from quambase.schema.database import StatsDB
 from quambase.schema.errors import UnknownName
 from quambase.schema.grouping import granularity_of
 from quambase.schema.manifest import Manifest
-from quambase.schema.scales import QUAMBASE, TARGETS, UPSTREAM, provenance_of, refuse_foreign_table, write_scales
+from quambase.schema.scales import (
+    QUAMBASE,
+    TARGETS,
+    UPSTREAM,
+    provenance_of,
+    refuse_fewer_labels,
+    refuse_foreign_table,
+    write_scales,
+)
 from quambase.schema.sites import WHOLE, Site, find_site, is_model_site
 from quambase.schema.tables import SCALES
 
@@ -71,11 +79,13 @@ def analyze(
     bytes. OutputRefused, and the errors of `StatsDB` and `parse_labels`.
     """
     out = None if out is None else Path(out)
-    if out is not None:
-        refuse_foreign_table(out, force=force)
     if target not in TARGETS:
         raise UnknownName.of("target", target, TARGETS)
     choices = parse_labels(list(strategies) if strategies else None)
+    if out is not None:
+        refuse_foreign_table(out, force=force)
+        if not force:
+            refuse_fewer_labels(out, [choice.label for choice in choices])
     rows: list[dict[str, Any]] = []
     with StatsDB(db, run) as database:
         manifests = sorted(database.runs, key=lambda manifest: manifest.run)

@@ -35,8 +35,8 @@ def missing_scale(missing: list[tuple[int, str]], needed: list[tuple[int, str]])
     """The error that names the first of the ``missing`` of the ``needed`` scales."""
     layer, site = missing[0]
     return ScalesInvalid(
-        f"no scale for layer {layer} {site} ({len(missing)} of {len(needed)} missing): the strategy has no plain INT8 scale "
-        "there, or the run lacks the site; name another strategy, or collect every site and analyze again"
+        f"no scale for layer {layer} {site} ({len(missing)} of {len(needed)} missing): the strategy has no plain INT8 "
+        "scale there, or the run lacks the site; name another strategy, or collect every site and analyze again"
     )
 
 

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import click
 import pyarrow as pa
-from tqdm import tqdm
 
-from quambase.analyzer.batch import analyze as analyze_run
-from quambase.analyzer.batch import summarize
-from quambase.analyzer.strategies import DEFAULT_LABELS, STRATEGIES
-from quambase.cli.console import Command, database_option, emit, note, output_options
+from quambase.cli.complete import complete_strategies
+from quambase.cli.console import Command, database_option, emit, force_option, format_option, note, one_each
 from quambase.cli.query import run_option
 from quambase.schema.grouping import GRANULARITIES
+from quambase.schema.scales import QUAMBASE, TARGETS
 
 
 @click.command(cls=Command)
@@ -21,7 +19,10 @@ from quambase.schema.grouping import GRANULARITIES
     "--strategy",
     "strategies",
     multiple=True,
-    help="Strategy, such as mse or percentile:0.9999; may be repeated; all for every one. [default: see --list]",
+    metavar="LABEL",
+    callback=one_each,
+    shell_complete=complete_strategies,
+    help="A strategy, such as mse or percentile:0.9999; once for each; all for every one. [default: see --list]",
 )
 @click.option(
     "--granularity",
@@ -29,8 +30,15 @@ from quambase.schema.grouping import GRANULARITIES
     help="One scale per site; also one per SSD group, head group, smallest group. [default: what the INT8 model reads]",
 )
 @click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    default=QUAMBASE,
+    show_default=True,
+    help="Whose INT8 model the selected scales are for; upstream's wraps what clips at out_proj:input.",
+)
+@click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     default=Path("scales.parquet"),
     show_default=True,
     help="Scale table to write.",
@@ -38,41 +46,50 @@ from quambase.schema.grouping import GRANULARITIES
 @click.option("--list", "list_", is_flag=True, help="List the strategies and their definitions instead.")
 @run_option
 @database_option
-@output_options
+@format_option
+@force_option
 def analyze(
     strategies: tuple[str, ...],
     granularity: str | None,
+    target: str,
     out: Path,
     list_: bool,
     run: str | None,
     db: Path,
     format_: str,
-    output: Path | None,
     force: bool,
 ) -> None:
     """Compute every scale strategy at every site of a run; prints a summary of each strategy.
 
     \b
     Example:
-      analyze --strategy mse --strategy percentile:0.9999 --out scales.parquet
+      quambase analyze
+      quambase analyze --strategy mse --strategy percentile:0.9999 --out two.parquet
     """
     if list_:
-        emit(_definitions(), format_, output)
+        emit(_definitions(), format_)
         return
+    from tqdm import tqdm
+
+    from quambase.analyzer.batch import analyze as analyze_run
+    from quambase.analyzer.batch import summarize
+
     with tqdm(desc="analyze", unit=" groups", leave=False, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        found = analyze_run(db, run, strategies, granularity, out, progress, force)
+        found = analyze_run(db, run, strategies, granularity, out, progress, target, force)
     for line in found.notes:
         note(line)
-    emit(summarize(found.table), format_, output)
+    emit(summarize(found.table), format_)
     note(f"written: {out} ({found.table.num_rows} rows)")
 
 
 def _definitions() -> pa.Table:
+    from quambase.analyzer.strategies import DEFAULT_LABELS, STRATEGIES
+
     defaults = {label.partition(":")[0] for label in DEFAULT_LABELS}
     rows = [
         {

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from quambase.cli.console import Command, database_option, force_option, note
+from quambase.cli.complete import complete_labels, complete_models, complete_sites
+from quambase.cli.console import Command, database_option, force_option, note, one_each
 from quambase.schema.grouping import GRANULARITIES
 
 BACKENDS = ("quambase", "quamba")
-
-
-def names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """The parts of a comma-separated option."""
-    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
 def int8_options(function: click.decorators.FC) -> click.decorators.FC:
@@ -24,6 +21,7 @@ def int8_options(function: click.decorators.FC) -> click.decorators.FC:
         click.option(
             "--model",
             metavar="NAME",
+            shell_complete=complete_models,
             help="The floating-point model, if it moved since the scales were made.",
         ),
         click.option("--compat", type=click.Choice(["upstream"]), help="Reproduce upstream's overflow defects too."),
@@ -47,14 +45,23 @@ def int8_options(function: click.decorators.FC) -> click.decorators.FC:
     default="selected",
     show_default=True,
     metavar="LABEL",
+    shell_complete=complete_labels,
     help="A strategy of the table, or `selected`: the row marked so at each site.",
 )
-@click.option("--at", callback=names, metavar="SITE[,SITE...]", help="Use the strategy only at these sites.")
+@click.option(
+    "--at",
+    multiple=True,
+    callback=one_each,
+    metavar="SITE",
+    shell_complete=complete_sites,
+    help="Use the strategy only at this site; once for each.",
+)
 @click.option(
     "--otherwise",
     default="quamba",
     show_default=True,
     metavar="LABEL",
+    shell_complete=complete_labels,
     help="The strategy of the other sites.",
 )
 @click.option(
@@ -113,8 +120,9 @@ def apply(
 
     \b
     Example:
-      apply --scales scales.parquet --strategy mse --at x_proj:input
-      apply --strategy mse --at x_proj:input --export act_scales.pt
+      quambase apply --scales scales.parquet --strategy mse
+      quambase apply --strategy mse --at x_proj:input --otherwise absmax
+      quambase apply --strategy mse --export act_scales.pt
     """
     if sum([export is not None, import_ is not None, backend != BACKENDS[0]]) > 1:
         raise click.UsageError("give one of --export, --import and --backend quamba")
@@ -125,14 +133,16 @@ def apply(
     if export is not None:
         from quambase.apply.act_scales import export_act_scales
 
-        click.echo(export_act_scales(scales, export, **mix, db=db, force=force))
+        path, replaced = export_act_scales(scales, export, **mix, db=db, force=force)
+        _tell(replaced)
+        click.echo(path)
         return
     if backend != BACKENDS[0]:
         from quambase.apply.upstream import build_upstream
 
         if out is None or compat is not None:
             raise click.UsageError("--backend quamba needs --out FOLDER, and --compat is not for it")
-        build_upstream(
+        _, replaced = build_upstream(
             scales,
             **mix,
             quantize_lm_head=quantize_lm_head,
@@ -141,6 +151,7 @@ def apply(
             out=out,
             db=db,
         )
+        _tell(replaced)
         if not quantize_lm_head:
             note("note: upstream's own loader reads no model without --quantize-lm-head")
         click.echo(out)
@@ -161,12 +172,22 @@ def apply(
         layer, site = applied.unsafe[0]
         note(
             f"warning: {len(applied.unsafe)} scales clip where upstream's kernel wraps modulo 256 "
-            f"(first: layer {layer} {site}); a larger scale there, such as absmax, avoids it"
+            f"(first: layer {layer} {site}); a scale that clips nothing there avoids it"
         )
     for line in applied.notes:
         note(line)
     note(f"strategy {applied.strategy}; evaluate it with: evaluate --db {db}")
     click.echo(applied.folder)
+
+
+def _tell(replaced: Sequence[object]) -> None:
+    """Which scales upstream's kernel could not have taken, and what took their places."""
+    if replaced:
+        note(
+            "upstream's kernel at out_proj:input wraps what clips; these scales were replaced by others that clip nothing:"
+        )
+    for line in replaced:
+        note(f"  {line}")
 
 
 def _import(file: Path, model: str | None, out: Path | None, force: bool) -> None:

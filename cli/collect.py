@@ -4,41 +4,60 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import pyarrow as pa
 
-from quambase.cli.console import Command, database_option, device_option, emit, note
-from quambase.collector.first_pass import CHOICES
-from quambase.collector.merge import merge as merge_shards
-from quambase.collector.merge import merge_if_last
-from quambase.collector.observers import DTYPES, take_local_device
-from quambase.collector.run import CollectedRun, parse_keep
-from quambase.collector.run import collect as collect_run
-from quambase.collector.shards import parse_shard, torchrun_shard
-from quambase.collector.tensor_file import import_tensor as import_file
+from quambase.cli.complete import complete_models, complete_runs, complete_sites, complete_texts
+from quambase.cli.console import Command, database_option, device_option, emit, note, one_each
 from quambase.schema.sites import WHOLE, find_site, is_model_site
-from quambase.schema.tables import SITE_STATS, read_table
+
+if TYPE_CHECKING:
+    from quambase.collector.run import CollectedRun
+
+GROUPS = ("fixed", "quamba2", "none")
+"""collector.first_pass.CHOICES, whose import would bring torch."""
+
+DTYPES = ("float16", "float32")
+"""collector.observers.DTYPES, likewise."""
 
 
 @click.command(cls=Command)
-@click.option("--model", required=True, help="Bundled name, folder, short name (mamba-130m) or hub id.")
+@click.option(
+    "--model",
+    required=True,
+    metavar="NAME",
+    shell_complete=complete_models,
+    help="Bundled name, folder, short name (mamba-130m) or hub id.",
+)
 @click.option("--samples", default=512, show_default=True, type=click.IntRange(min=1), help="Documents to read.")
 @click.option(
     "--seq-len", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens per document at most."
 )
-@click.option("--data", help="Text file, or a name such as python-docs:calibration. [default: the model's own]")
+@click.option(
+    "--data",
+    metavar="FILE|NAME",
+    shell_complete=complete_texts,
+    help="Text file, or a name such as python-docs:calibration. [default: the model's own]",
+)
 @database_option
 @click.option(
     "--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Documents per forward pass."
 )
 @click.option("--keep-tokens", default="64", show_default=True, help="Tokens whose raw activations are kept, or all.")
-@click.option("--sites", default="", help="Only these sites, apart by commas. [default: every one]")
+@click.option(
+    "--site",
+    "sites",
+    multiple=True,
+    callback=one_each,
+    shell_complete=complete_sites,
+    help="Observe only this site; once for each. [default: every one]",
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the token sample.")
 @click.option("--tokenizer", help="tokenizer.json, folder or hub id. [default: the model's own]")
 @click.option(
     "--groups",
-    type=click.Choice(CHOICES),
+    type=click.Choice(GROUPS),
     help="Sort a Mamba-2's heads and channels into groups: corrected, as upstream does, or not. [default: fixed]",
 )
 @click.option(
@@ -46,7 +65,12 @@ from quambase.schema.tables import SITE_STATS, read_table
     type=click.IntRange(min=1),
     help="Documents of the first pass that finds the groups. [default: 64; quamba2: all]",
 )
-@click.option("--groups-from", metavar="RUN", help="Find the groups in a stored run's statistics instead.")
+@click.option(
+    "--groups-from",
+    metavar="RUN",
+    shell_complete=complete_runs,
+    help="Find the groups in a stored run's statistics instead.",
+)
 @click.option(
     "--shard",
     metavar="i/N",
@@ -56,7 +80,7 @@ from quambase.schema.tables import SITE_STATS, read_table
 @device_option
 @click.option(
     "--dtype",
-    type=click.Choice(list(DTYPES)),
+    type=click.Choice(DTYPES),
     help="Of the forward pass on CUDA; the CPU's is float32. [default: float16]",
 )
 def collect(
@@ -67,7 +91,7 @@ def collect(
     db: Path,
     batch_size: int,
     keep_tokens: str,
-    sites: str,
+    sites: tuple[str, ...],
     seed: int,
     tokenizer: str | None,
     groups: str | None,
@@ -84,9 +108,23 @@ def collect(
 
     \b
     Example:
-      collect --model mamba-5m --samples 128
+      quambase collect --model mamba-5m --samples 128
       torchrun --nproc-per-node 4 $(which collect) --model mamba-5m --samples 128
     """
+    from quambase.model.names import check_data_name, check_model_name
+
+    # Before torch is imported, which takes seconds.
+    for site in sites:
+        find_site(site, family="")
+    check_model_name(model)
+    if data is not None:
+        check_data_name(data)
+    from quambase.collector.merge import merge_if_last
+    from quambase.collector.observers import take_local_device
+    from quambase.collector.run import collect as collect_run
+    from quambase.collector.run import parse_keep
+    from quambase.collector.shards import parse_shard, torchrun_shard
+
     launched = None if shard else torchrun_shard(os.environ)
     if launched:
         take_local_device(os.environ)
@@ -98,7 +136,7 @@ def collect(
         db=db,
         batch_size=batch_size,
         keep_tokens=parse_keep(keep_tokens),
-        sites=[site.strip() for site in sites.split(",") if site.strip()],
+        sites=sites,
         seed=seed,
         tokenizer=tokenizer,
         groups=groups,
@@ -137,6 +175,8 @@ def import_tensor(file: Path, site: str, layer: int, tensor: str | None, db: Pat
       quambase import activations.pt --site x_proj:input --layer 3
       quambase compare --site x_proj:input --layer 3
     """
+    from quambase.collector.tensor_file import import_tensor as import_file
+
     _describe(import_file(file, site, layer=layer, tensor=tensor, db=db))
 
 
@@ -154,11 +194,17 @@ def merge(sources: tuple[Path, ...], run: str | None, db: Path) -> None:
     Example:
       quambase merge --db quambase-db from-machine-1 from-machine-2
     """
+    from quambase.collector.merge import merge as merge_shards
+
     _describe(merge_shards(db, sources, run, progress=True))
 
 
 def _describe(found: CollectedRun) -> None:
     """Say where the run is, what went into it, and which sites to look at first."""
+    import pyarrow as pa
+
+    from quambase.schema.tables import SITE_STATS, read_table
+
     manifest, data, created = found.manifest, found.manifest.data, found.manifest.created
     size = sum((found.folder / name).stat().st_size for name in manifest.tables)
     note(f"{'already there' if found.existed else 'written'}: {found.folder} ({size / 1e6:.1f} MB)")

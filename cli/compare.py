@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from quambase.analyzer.compare import MAGNITUDES, Comparison
-from quambase.analyzer.compare import compare as compare_strategies
-from quambase.analyzer.group_spread import group_spread
-from quambase.cli.console import Command, database_option, emit, note, output_options
+from quambase.cli.complete import complete_sites, complete_strategies
+from quambase.cli.console import Command, database_option, emit, note, one_each, output_options
 from quambase.cli.query import run_option
 from quambase.schema.sites import WHOLE
 
+if TYPE_CHECKING:
+    from quambase.analyzer.compare import Comparison
+
 TABLES = ("statistics", "strategies", "values")
-
-
-def _numbers(ctx: click.Context, param: click.Parameter, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"'{text}' is not a list of numbers apart by commas") from None
 
 
 def picture_options(default: str) -> Callable[[click.decorators.FC], click.decorators.FC]:
@@ -41,16 +36,28 @@ def picture_options(default: str) -> Callable[[click.decorators.FC], click.decor
 
 
 @click.command(cls=Command)
-@click.option("--site", help="Site to compare at. [default: the one with the largest outlier ratio]")
+@click.option(
+    "--site",
+    shell_complete=complete_sites,
+    help="Site to compare at. [default: the one with the largest outlier ratio]",
+)
 @click.option("--layer", type=int, help="Its layer; -1 is the head. [default: that with the largest outlier ratio]")
 @click.option("--group", default=WHOLE, show_default=True, help="Slice of a divided site: x, z; dt, B, C.")
-@click.option("--strategy", "strategies", multiple=True, help="Strategy label; may be repeated. [default: as analyze]")
 @click.option(
-    "--values",
-    default=",".join(f"{v:g}" for v in MAGNITUDES),
-    show_default=True,
-    callback=_numbers,
-    help="Magnitudes to show code, reconstruction and error of.",
+    "--strategy",
+    "strategies",
+    multiple=True,
+    callback=one_each,
+    metavar="LABEL",
+    shell_complete=complete_strategies,
+    help="A strategy; once for each. [default: as analyze]",
+)
+@click.option(
+    "--value",
+    "values",
+    type=float,
+    multiple=True,
+    help="A magnitude to show code, reconstruction and error of; once for each. [default: 2, 4.5, 5, 8, 10, 12]",
 )
 @click.option("--synthetic", is_flag=True, help="No database: a seeded heavy-tailed tensor.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of --synthetic.")
@@ -64,7 +71,7 @@ def compare(
     layer: int | None,
     group: str,
     strategies: tuple[str, ...],
-    values: list[float],
+    values: tuple[float, ...],
     synthetic: bool,
     seed: int,
     picture: Path,
@@ -83,6 +90,10 @@ def compare(
       quambase compare --synthetic
       quambase compare --site x_proj:input --layer 3 --picture x_proj.png
     """
+    from quambase.analyzer.compare import MAGNITUDES
+    from quambase.analyzer.compare import compare as compare_strategies
+
+    values = values or MAGNITUDES
     found = compare_strategies(
         db, site, layer, group, run, strategies, values, None if no_picture else picture, synthetic, seed, force
     )
@@ -127,6 +138,8 @@ def groups(
     Example:
       quambase groups --layer 3 --picture groups.png
     """
+    from quambase.analyzer.group_spread import group_spread
+
     found = group_spread(db, run, layer, None if no_picture else picture, force)
     emit(found.table, format_, output)
     for line in found.notes:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,14 @@ from quambase.schema.files import refuse_foreign_file, replacing
 FORMATS = ("table", "json", "csv", "parquet", "markdown")
 
 
+def debug_option() -> click.Option:
+    """`--debug`, which the program looks up among its arguments, wherever it stands."""
+    return click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error.")
+
+
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+
+
 class Command(click.Command):
     """A command whose QuambaseError (and full disk, and Ctrl-C) ends in one line on stderr and exit code 1.
 
@@ -29,10 +38,8 @@ class Command(click.Command):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.params.append(
-            click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error.")
-        )
+        super().__init__(*args, **({"context_settings": HELP_NAMES} | kwargs))
+        self.params.append(debug_option())
 
     def invoke(self, ctx: click.Context) -> Any:
         if "--debug" in sys.argv[1:]:
@@ -66,6 +73,19 @@ def note(message: str) -> None:
     click.echo(printable(message), err=True)
 
 
+def one_each(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """The values of an option that is given once for each; a usage error that shows how, for a list in one.
+
+    A strategy's label may hold commas between numbers (``outlier_aware:0.95,120``), no name does.
+    """
+    for value in values:
+        parts = [part.strip() for part in re.split(r",(?=\s*[A-Za-z])", value)]
+        if len(parts) > 1 or value.endswith(","):
+            spelled = " ".join(f"{param.opts[0]} {part.rstrip(',')}" for part in parts)
+            raise click.BadParameter(f"'{value}' is a list; give the option once for each: {spelled}", ctx, param)
+    return values
+
+
 def database_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--db DIR`: the database folder."""
     return click.option(
@@ -93,14 +113,19 @@ def force_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--force", is_flag=True, help="Replace an output file that quambase did not write.")(function)
 
 
+def format_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--format` of a command that prints a table to stdout alone."""
+    return click.option(
+        "--format", "format_", type=click.Choice(FORMATS), default="table", show_default=True, help="Output format."
+    )(function)
+
+
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--format`, `--output` and `--force` of a command that prints a table; ``function`` may take the last."""
+    """`--format`, `--out` and `--force` of a command that prints a table; ``function`` may take the last."""
     takes_force = "force" in inspect.signature(function).parameters
 
-    @click.option(
-        "--format", "format_", type=click.Choice(FORMATS), default="table", show_default=True, help="Output format."
-    )
-    @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write there instead of to stdout.")
+    @format_option
+    @click.option("--out", "output", type=click.Path(path_type=Path), help="File to write to instead of stdout.")
     @force_option
     @functools.wraps(function)
     def wrapped(*args: Any, force: bool, output: Path | None, **kwargs: Any) -> Any:

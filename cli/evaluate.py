@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from quambase.cli.apply import int8_options, names
-from quambase.cli.console import Command, database_option, device_option, emit, note, output_options
+from quambase.cli.apply import int8_options
+from quambase.cli.complete import complete_labels
+from quambase.cli.console import Command, database_option, device_option, emit, note, one_each, output_options
+from quambase.schema.grouping import GRANULARITIES
 
 if TYPE_CHECKING:
     from quambase.apply.evaluate import Evaluation
@@ -51,23 +53,24 @@ def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, 
 @click.option(
     "--scales",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Evaluate strategies of this scale table, built in memory, instead of an applied model.",
+    help="Evaluate strategies of this scale table instead of an applied model. [default: scales.parquet with --strategy]",
 )
 @click.option(
     "--strategy",
     "strategies",
-    callback=names,
-    default="all",
-    show_default=True,
-    metavar="all|LABEL[,LABEL...]",
-    help="With --scales: which strategies.",
+    multiple=True,
+    callback=one_each,
+    metavar="LABEL|all",
+    shell_complete=complete_labels,
+    help="A strategy of the scale table, built in memory; once for each. [default: all, with --scales]",
 )
 @click.option(
     "--granularity",
     "granularities",
-    callback=names,
-    metavar="all|LEVEL[,LEVEL...]",
-    help="With --scales, of a Mamba-2: tensor, ssd_group, head_group, group. [default: the table's finest]",
+    multiple=True,
+    type=click.Choice(["all", *GRANULARITIES]),
+    callback=one_each,
+    help="Of a Mamba-2, how finely scales divide its sites; once for each. [default: the table's finest]",
 )
 @click.option("--float", "floating", is_flag=True, help="Evaluate the floating-point --model alone.")
 @click.option(
@@ -119,20 +122,23 @@ def evaluate(
 ) -> None:
     """Perplexity, KL, agreement and last-word accuracy of INT8 models, paired against the float model and `quamba`.
 
-    Without MODEL_DIR and --scales: the model applied last. A killed evaluation resumes where it was.
+    Without MODEL_DIR, --scales and --strategy: the model applied last. A killed evaluation resumes where it was.
 
     \b
     Example:
-      evaluate --scales scales.parquet --strategy all --samples 100
+      quambase evaluate --strategy all --samples 24
+      quambase evaluate --strategy mse --strategy quamba --data sample:evaluation
     """
     from quambase.apply.evaluate import evaluate as run
 
-    if sum([folder is not None, scales is not None, floating]) > 1:
-        raise click.UsageError("give one of MODEL_DIR, --scales and --float")
+    if sum([folder is not None, scales is not None or bool(strategies or granularities), floating]) > 1:
+        raise click.UsageError("give one of MODEL_DIR, --float, and --scales with --strategy")
+    if strategies or granularities:
+        scales = scales or Path("scales.parquet")
     evaluation = run(
         folder,
         scales=scales,
-        strategies=strategies,
+        strategies=strategies or ("all",),
         granularities=granularities,
         floating=floating,
         data=data,

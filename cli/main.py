@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 
+from quambase.cli.console import HELP_NAMES, debug_option
 from quambase.schema.errors import UnknownName
 
 COMMANDS: dict[str, str] = {
@@ -23,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "quambase.cli.evaluate:evaluate",
     "sql": "quambase.cli.query:sql",
     "stats": "quambase.cli.query:stats",
+    "runs": "quambase.cli.query:runs",
     "compare": "quambase.cli.compare:compare",
     "groups": "quambase.cli.compare:groups",
     "results": "quambase.cli.results:results",
@@ -75,17 +77,27 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=LazyGroup)
+@click.group(cls=LazyGroup, invoke_without_command=True, context_settings=HELP_NAMES)
 @click.version_option(package_name="quambase")
-def quambase() -> None:
+@click.pass_context
+def quambase(ctx: click.Context) -> None:
     """Collect activation statistics once; try every INT8 scale; load the best into a Quamba model.
+
+    Without a command: what this folder holds, and what to do next.
 
     \b
     Example:
-      collect --model mamba-5m --samples 128
-      analyze
-      evaluate --strategy all
+      quambase collect --model mamba-5m --samples 128
+      quambase analyze
+      quambase evaluate --strategy all --samples 24
     """
+    if ctx.invoked_subcommand is None:
+        from quambase.cli.overview import show_folder
+
+        show_folder()
+
+
+quambase.params.append(debug_option())
 
 
 def _script(name: str) -> Callable[[], None]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from quambase.cli.complete import complete_runs, complete_sites
 from quambase.cli.console import Command, database_option, emit, note, output_options
-from quambase.schema.database import StatsDB
-from quambase.schema.doctor import BAD, examine
 from quambase.schema.errors import QueryInvalid
 
-run_option = click.option("--run", help="Run id, its beginning, or all. [default: the newest complete run]")
+if TYPE_CHECKING:
+    from quambase.schema.database import StatsDB
+
+run_option = click.option(
+    "--run", shell_complete=complete_runs, help="Run id, its beginning, or all. [default: the newest complete run]"
+)
 
 
 @click.command(cls=Command)
@@ -41,11 +45,14 @@ def sql(
     \b
     Example:
       quambase sql "select layer, site, outlier_ratio from site_stats order by outlier_ratio desc limit 10"
+      quambase sql --schema
     """
     if query is not None and not query.strip():
         raise click.UsageError("the query is empty; expected SQL, such as 'select * from site_stats limit 5'")
     if schema + (query is not None) + (file is not None) != 1:
         raise click.UsageError("give one of QUERY, --file and --schema")
+    from quambase.schema.database import StatsDB
+
     with StatsDB(db, run, unsafe=unsafe, scales=scales) as database:
         text = query if file is None else _read(file)
         found = database.describe() if text is None else database.sql(text)
@@ -73,7 +80,7 @@ def _notes_on(database: StatsDB, text: str | None) -> list[str]:
 
 
 @click.command(cls=Command)
-@click.option("--site", help="Only this site.")
+@click.option("--site", shell_complete=complete_sites, help="Only this site.")
 @click.option("--layer", type=int, help="Only this layer; -1 is the head.")
 @click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Rows at most.")
 @run_option
@@ -94,10 +101,33 @@ def stats(
     Example:
       quambase stats --site x_proj:input --limit 5
     """
+    from quambase.schema.database import StatsDB
+
     with StatsDB(db, run) as database:
         emit(database.stats(site=site, layer=layer, limit=limit), format_, output)
         for line in database.notes:
             note(line)
+
+
+@click.command(cls=Command)
+@database_option
+@output_options
+def runs(db: Path, format_: str, output: Path | None) -> None:
+    """The runs of a database, newest first: model, text, size, and what `--run` calls them.
+
+    \b
+    Example:
+      quambase runs
+    """
+    from quambase.schema.runs import list_runs, overview
+
+    complete, unfinished = list_runs(db)
+    table, damaged = overview(complete)
+    emit(table, format_, output)
+    for line in damaged:
+        note(line)
+    for folder in unfinished:
+        note(f"unfinished: {folder.name}; its collect command, given again, goes on with it")
 
 
 @click.command(cls=Command)
@@ -110,6 +140,8 @@ def doctor(db: Path, format_: str, output: Path | None) -> None:
     Example:
       quambase doctor --db quambase-db
     """
+    from quambase.schema.doctor import BAD, examine
+
     report = examine(db)
     emit(report, format_, output)
     if BAD in report["status"].to_pylist():

@@ -74,6 +74,28 @@ def select_runs(path: Path, run: str | None) -> tuple[list[Manifest], list[str]]
     return found[:1], [f"run {found[0].run}{others}", *damaged]
 
 
+def overview(folders: Iterable[Path]) -> tuple[pa.Table, list[str]]:
+    """A row for each complete run, newest first: run, model, text, documents, tokens, MB, begun (UTC); then a line for
+    each that is damaged.
+    """
+    found, damaged = sound_manifests(folders)
+    places = {folder.name: folder for folder in folders}
+    rows = [
+        {
+            "run": m.run,
+            "model": m.model.get("name"),
+            "text": m.data.get("name"),
+            "documents": m.data.get("documents"),
+            "tokens": m.data.get("tokens"),
+            "MB": round(sum(p.stat().st_size for n in m.tables if (p := places[m.run] / n).exists()) / 1e6, 1),
+            "begun": str(m.created.get("started", "")).replace("T", " ").rstrip("Z"),
+        }
+        for m in found
+    ]
+    columns = ("run", "model", "text", "documents", "tokens", "MB", "begun")
+    return pa.table({name: [row[name] for row in rows] for name in columns}), damaged
+
+
 def _names(folders: list[Path]) -> str:
     return ", ".join(p.name for p in folders)
 

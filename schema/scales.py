@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from quambase.schema import FORMAT_VERSION
-from quambase.schema.errors import ScalesInvalid, UnknownName
-from quambase.schema.files import refuse_foreign_file
+from quambase.schema.errors import OutputRefused, ScalesInvalid, UnknownName
+from quambase.schema.files import FORCE_HINT, refuse_foreign_file
 from quambase.schema.grouping import GRANULARITIES, GROUP, granularity_of, group_numbers, is_scale_group
 from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.sites import WHOLE
@@ -160,6 +160,19 @@ def refuse_foreign_table(path: Path, *, force: bool = False) -> None:
             return False
 
     refuse_foreign_file(path, ours, "scale table", force=force)
+
+
+def refuse_fewer_labels(path: Path, labels: Sequence[str]) -> None:
+    """OutputRefused if ``path`` is a scale table with strategies that a table of ``labels`` in its place would lack."""
+    try:
+        held = [str(label) for label in pc.unique(pq.read_table(path, columns=["label"])["label"]).to_pylist()]
+    except (pa.ArrowException, OSError):  # none there, or a damaged one
+        return
+    lost = [label for label in held if label not in labels]
+    if lost:
+        raise OutputRefused(
+            f"{path} holds {len(held)} strategies, of which the new table would lack {', '.join(lost)}; {FORCE_HINT}"
+        )
 
 
 def read_scales(path: Path, db: Path | None = None) -> ScaleTable:

@@ -1,0 +1,60 @@
+"""`quambase` alone: what the folder holds, and the next command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from quambase.cli.console import emit, note
+from quambase.schema.errors import DatabaseInvalid, QuambaseError
+from quambase.schema.results import finished_evaluations
+from quambase.schema.runs import list_runs, overview
+from quambase.schema.scales import read_scales
+
+DATABASE, SCALES = Path("quambase-db"), Path("scales.parquet")
+
+
+def show_folder() -> None:
+    """Print the runs, the scale table and the evaluations here, and what to do next."""
+    try:
+        complete, unfinished = list_runs(DATABASE)
+    except DatabaseInvalid:
+        complete, unfinished = [], []
+    if not complete and not unfinished:
+        click.echo("There is no quambase database in this folder yet (no quambase-db).")
+        _next("quambase collect --model mamba-5m --samples 128", "a bundled model and text: no network, half a minute")
+        click.echo("help:  quambase --help")
+        return
+    table, damaged = overview(complete)
+    if complete:
+        click.echo(f"{DATABASE}: {len(complete)} runs, newest first")
+        emit(table)
+    for line in damaged:
+        note(line)
+    for folder in unfinished:
+        click.echo(f"unfinished: {folder.name} (its collect command, given again, goes on with it)")
+    if not complete:
+        return
+    newest = table["run"][0].as_py() if table.num_rows else None
+    try:
+        scales = read_scales(SCALES)
+    except QuambaseError as error:
+        click.echo(f"{SCALES}: none yet" if not SCALES.exists() else f"{SCALES}: {error}")
+        _next("quambase analyze", "every strategy at every site of the newest run")
+        return
+    click.echo(f"{SCALES}: {len(scales.labels())} strategies of run {', '.join(scales.runs())}")
+    if newest not in scales.runs():
+        _next("quambase analyze --out newest.parquet", f"the scale table is not of the newest run, {newest}")
+        return
+    evaluations, _ = finished_evaluations(DATABASE)
+    mine = [about for about in evaluations if about.get("run") in scales.runs()]
+    if not mine:
+        _next("quambase evaluate --strategy all --samples 24", "which strategy wins; some minutes on two cores")
+        return
+    click.echo(f"evaluations: {len(mine)} of this run, the last one {mine[-1]['evaluation']}")
+    _next("quambase results", "prints it again")
+
+
+def _next(command: str, why: str) -> None:
+    click.echo(f"next:  {command}   ({why})")
