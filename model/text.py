@@ -87,6 +87,7 @@ def read_documents(data: str, limit: int | None = None) -> Iterator[Document]:
     A text is what the file says, to the character. DataInvalid: missing, unreadable, or without a column of text.
     """
     for index, text in enumerate(itertools.islice(_texts(data), limit)):
+        _check_size(data, len(text), f"document {index}")
         try:
             content = text.encode("utf-8")
         except UnicodeEncodeError:
@@ -151,7 +152,7 @@ def _plain_texts(path: Path) -> Iterator[str]:
         if line.strip():
             lines.append(line)
             size += len(line)
-            _check_size(path, size, number)
+            _check_size(path, size, f"line {number}")
         elif lines:
             yield "".join(lines).rstrip("\r\n")
             lines, size = [], 0
@@ -196,13 +197,9 @@ def _parquet_texts(path: Path) -> Iterator[str]:
             inner = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
             if not any(is_text(inner) for is_text in _IS_TEXT):
                 raise DataInvalid(f"{path} holds {_short(field.type)} in column {_short(field.name)}; {EXPECTED}")
-            row = 0
             for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[field.name]):
                 for value in batch.column(field.name):
-                    row += 1
-                    text = value.as_py() or ""
-                    _check_size(path, len(text), row, "row")
-                    yield text
+                    yield value.as_py() or ""
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataInvalid(f"{path} cannot be read as parquet ({first_line(error)}); {mend(path, 'check it')}") from None
 
@@ -243,10 +240,11 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     size = enough = 0
     line = 1
     listed = after = False  # within a list; after a value of it, where a comma or its end must come
-    for _, piece in itertools.chain(_pieces(path), [(0, "")]):  # the empty piece: no more will come
+    for number, piece in itertools.chain(_pieces(path), [(0, "")]):
+        more = number > 0
         waiting.append(piece)
         size += len(piece)
-        if piece and size < enough:
+        if more and size < enough:
             continue
         held, place = "".join(waiting), 0
         while True:
@@ -269,7 +267,7 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             except RecursionError:
                 raise _bad_json(path, line, "nested too deep") from None
             except json.JSONDecodeError as error:
-                if piece and len(held) - place <= LONGEST:
+                if more and len(held) - place <= LONGEST:
                     break  # it may be cut: once more with what follows
                 raise _bad_json(path, line + held.count("\n", place, error.pos), error.msg) from None
             if not isinstance(value, dict):
@@ -295,9 +293,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     for number, piece in _pieces(path):
         held.append(piece)
         size += len(piece)
-        _check_size(path, size, number)
-        if "\0" in piece:  # as in UTF-16
-            raise DataInvalid(f"{path} is not UTF-8 text (a NUL character in line {number}); convert it")
+        _check_size(path, size, f"line {number}")
         if piece.endswith("\n"):
             yield number, "".join(held)
             held, size = [], 0
@@ -314,6 +310,8 @@ def _pieces(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with _open(path) as file:
             while raw := file.readline(PIECE):
+                if b"\0" in raw:  # as in UTF-16
+                    raise DataInvalid(f"{path} is not UTF-8 text (a NUL character in line {line}); convert it")
                 yield line, decoder.decode(raw)
                 line += raw.endswith(b"\n")
             decoder.decode(b"", final=True)
@@ -361,11 +359,9 @@ def _json_type(value: object) -> str:
     return kinds.get(type(value), "null")
 
 
-def _check_size(path: Path, size: int, place: int, unit: str = "line") -> None:
+def _check_size(path: str | Path, size: int, place: str) -> None:
     if size > LONGEST:
-        raise DataInvalid(
-            f"{path} holds a text of more than {LONGEST:,} characters at {unit} {place}; cut it into documents"
-        )
+        raise DataInvalid(f"{path} holds a text of more than {LONGEST:,} characters in {place}; cut it into documents")
 
 
 _IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
