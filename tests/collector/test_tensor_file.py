@@ -87,10 +87,16 @@ def test_a_name_for_a_tensor_without_one_is_an_error(tmp_path: Path, suffix: str
 
 @pytest.mark.parametrize(
     ("tensor", "kind"),
-    [(X.to_sparse(), "a sparse tensor"), (X.to("meta"), "a tensor without values"),
-     (X.to(torch.complex64), "torch.complex64"), (X.to(torch.int8), "torch.int8"), (X > 0, "torch.bool"), (X.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
-     (torch.ones(1).expand(10**12), "an expanded tensor")],
-)  # fmt: skip
+    [
+        (X.to_sparse(), "a sparse tensor"),
+        (X.to("meta"), "a tensor without values"),
+        (X.to(torch.complex64), "torch.complex64"),
+        (X.to(torch.int8), "torch.int8"),
+        (X > 0, "torch.bool"),
+        (X.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+        (torch.ones(1).expand(10**12), "an expanded tensor"),
+    ],
+)
 def test_other_kinds_of_tensors_are_named(tmp_path: Path, tensor: torch.Tensor, kind: str) -> None:
     torch.save(tensor, tmp_path / "a.pt")
     assert f"a.pt holds {kind}" in refusal(tmp_path / "a.pt")
