@@ -35,7 +35,7 @@ def read_pytorch(path: Path, invalid: type[QuambaseError]) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error) and "not an allowed global" not in str(error):
+        if "GLOBAL" not in str(error) and "allowlisted" not in str(error):
             raise _unreadable(path, "it is no file of PyTorch", invalid) from None
         raise invalid(f"{path} holds more than tensors; it is not loaded, since a pickle can run code") from None
     except Exception as error:  # a damaged pickle makes torch.load do anything: AssertionError, IndexError, KeyError

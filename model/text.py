@@ -269,7 +269,8 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             except json.JSONDecodeError as error:
                 if more and len(held) - place <= LONGEST:
                     break  # it may be cut: once more with what follows
-                raise _bad_json(path, line + held.count("\n", place, error.pos), error.msg) from None
+                reason = f"nothing whole in {LONGEST:,} characters: {error.msg}" if more else error.msg
+                raise _bad_json(path, line + held.count("\n", place, error.pos), reason) from None
             if not isinstance(value, dict):
                 raise _bad_json(path, line, f"{_json_type(value)}; expected objects with a text column")
             yield line, value

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from quambase.model.settings import Settings
+from quambase.model.settings import Settings, shown
 from quambase.model.tensor_files import QUANTIZED, plain_tensor
 from quambase.schema.errors import CheckpointInvalid
 
@@ -167,7 +167,7 @@ def taker(tensors: dict[str, torch.Tensor], expected: str) -> Take:
     """
     for name in tensors:
         if _QUANTIZERS_NAME.search(name):
-            raise CheckpointInvalid(f"the checkpoint has a tensor {name}: {QUANTIZED}")
+            raise CheckpointInvalid(f"the checkpoint has a tensor {shown(name)}: {QUANTIZED}")
 
     def take(shape: tuple[int, ...], *names: str) -> torch.Tensor:
         for name in names:

@@ -288,7 +288,7 @@ def test_what_a_quantizer_writes_is_refused(tmp_path: Path, family: str, beside:
     config, tensors = hugging_face(family)
     name = "backbone.layers.0.mixer.in_proj"
     folder = write(tmp_path, config, tensors | {name + beside: torch.ones(1)})
-    assert f"has a tensor {name}{beside}: the checkpoint is quantized already; give the original" in refusal(folder)
+    assert f'has a tensor "{name}{beside}": the checkpoint is quantized already; give the original' in refusal(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
@@ -378,7 +378,7 @@ class TestFiles:
 
 
 def test_a_link_into_the_hubs_cache_is_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     blob = tmp_path / "cache" / "blob"
     blob.parent.mkdir()
