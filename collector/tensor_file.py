@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from quambase.collector.plan import run_id
 from quambase.collector.rows import Int64, Key, Places, keyed_rows
 from quambase.collector.run import OUTLIERS, CollectedRun, existing_run
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
 from quambase.collector.writer import JoinedParts, finish_run, part_folder, versions, write_run
+from quambase.model.files import check_file, first_line
+from quambase.model.tensor_files import plain_tensor, read_pytorch, read_safetensors
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import TensorFileInvalid
 from quambase.schema.files import file_sha256, locked
@@ -28,40 +28,55 @@ KINDS = (".pt", ".pth", ".npy", ".safetensors")
 def read_tensor(path: Path, tensor: str | None = None) -> torch.Tensor:
     """The float tensor in a .pt, .npy or .safetensors file; ``tensor`` names one of several.
 
-    Never unpickles anything but tensors. TensorFileInvalid: missing, of another kind, not one float tensor, empty.
+    Never unpickles anything but tensors. TensorFileInvalid: missing, of another kind, not one plain float tensor,
+    empty, no tensor of that name.
     """
-    if not path.is_file():
+    if not path.exists():
         raise TensorFileInvalid(f"{path} does not exist; expected a {', '.join(KINDS)} file")
     if path.suffix not in KINDS:
         raise TensorFileInvalid(f"{path.name} is of unknown kind; expected {', '.join(KINDS)}")
-    try:
-        if path.suffix == ".npy":
-            found: object = torch.from_numpy(np.load(path, allow_pickle=False))
-        elif path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise TensorFileInvalid(
-            f"{path} is a pickle of more than tensors; it is not loaded, since it could run code"
-        ) from None
-    except (OSError, ValueError, TypeError, RuntimeError, EOFError, SafetensorError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TensorFileInvalid(f"{path} cannot be read as a tensor ({first}); save a plain tensor again") from None
+    found: object
+    if path.suffix == ".npy":
+        found = _read_npy(path)
+    elif path.suffix == ".safetensors":
+        found = read_safetensors(path, TensorFileInvalid)
+    else:
+        found = read_pytorch(path, TensorFileInvalid)
     if isinstance(found, dict):
-        names = [str(name) for name in found]
-        if tensor is None and len(found) == 1:
-            tensor = names[0]
-        if tensor not in found:
-            raise TensorFileInvalid(f"{path} holds the tensors {', '.join(names[:12])}; name one with --tensor")
-        found = found[tensor]
-    if not isinstance(found, torch.Tensor) or not found.is_floating_point():
-        kind = found.dtype if isinstance(found, torch.Tensor) else type(found).__name__
+        found = _choose(path, found, tensor)
+    elif tensor is not None:
+        raise TensorFileInvalid(f"{path} holds no tensors with names; import it without --tensor")
+    if not isinstance(found, torch.Tensor):
+        kind = type(found).__name__
         raise TensorFileInvalid(f"{path} holds {kind}; expected a tensor of float16, bfloat16, float32 or float64")
-    if found.numel() == 0:
-        raise TensorFileInvalid(f"{path} holds an empty tensor of shape {tuple(found.shape)}; expected values")
-    return found
+    values = plain_tensor(found, str(path), TensorFileInvalid)
+    if values.numel() == 0:
+        raise TensorFileInvalid(f"{path} holds an empty tensor of shape {tuple(values.shape)}; expected values")
+    return values
+
+
+def _read_npy(path: Path) -> torch.Tensor:
+    """The array of a .npy file, in this machine's byte order. TensorFileInvalid: damaged, or of no type torch has."""
+    check_file(path, TensorFileInvalid)
+    try:
+        # Mapped, so that no memory is asked for before it is known that the file has what its header says.
+        mapped = np.lib.format.open_memmap(path, mode="r")
+        return torch.from_numpy(mapped.astype(mapped.dtype.newbyteorder("=")))
+    except Exception as error:  # a damaged header makes NumPy raise nearly anything
+        raise TensorFileInvalid(
+            f"{path} cannot be read as a tensor ({first_line(error)}); save a plain array of floats again"
+        ) from None
+
+
+def _choose(path: Path, tensors: dict[object, object], name: str | None) -> object:
+    """The tensor that is called ``name``; keys may be numbers, such as layers. Without a name the only one."""
+    names = {str(key): key for key in tensors}
+    if name is None and len(tensors) == 1:
+        return next(iter(tensors.values()))
+    if name not in names or len(names) < len(tensors):
+        shown = "".join(c if c.isprintable() else "?" for c in ", ".join(list(names)[:12]))[:200]
+        raise TensorFileInvalid(f"{path} holds the tensors {shown or 'none'}; name one with --tensor")
+    return tensors[names[name]]
 
 
 def import_tensor(

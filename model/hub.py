@@ -33,8 +33,18 @@ def fetch_file(repository: str, name: str, *, dataset: bool = False) -> Path:
 
 
 def mend(path: Path, otherwise: str = "download it again") -> str:
-    """How to replace a damaged file. In the hub's cache it is a link, fetched again only once its target is gone."""
-    return f"delete {path.resolve()} and repeat the command" if path.is_symlink() else otherwise
+    """How to replace a damaged file. In the hub's cache it is a link, fetched again only once its target is gone; what
+    a link elsewhere leads to is not ours to delete.
+    """
+    if path.is_symlink():
+        try:
+            from huggingface_hub.constants import HF_HUB_CACHE
+        except ImportError:
+            return otherwise
+        target = path.resolve()
+        if target.is_relative_to(Path(HF_HUB_CACHE).resolve()):
+            return f"delete {target} and repeat the command"
+    return otherwise
 
 
 def _fetched(download: Callable[[], str]) -> Path:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import pickle
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from quambase.model.backbone import Backbone
 from quambase.model.hub import HubError, fetch_snapshot, mend
 from quambase.model.mamba import Mamba
 from quambase.model.mamba2 import Mamba2
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, mamba2_weights_from_tensors
+from quambase.model.settings import Settings, read_json_object, shown
+from quambase.model.tensor_files import read_pytorch, read_safetensors
 from quambase.model.tokenizer import Tokenizer, load_tokenizer
 from quambase.model.weights import MambaConfig, MambaWeights, weights_from_tensors
 from quambase.schema.errors import CheckpointInvalid, ModelNotFound, UnknownName
@@ -34,6 +30,9 @@ SHORT_NAMES: dict[str, str] = {
     **{f"mamba2-{size}": f"state-spaces/mamba2-{size}" for size in ("130m", "370m", "780m", "1.3b", "2.7b")},
 }
 """Short name to hub id; their tokenizer is GPT-NeoX-20B's."""
+
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PYTORCH, PYTORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,7 @@ def load_model(name: str, *, tokenizer: str | None = None) -> LoadedModel:
     """
     folder, family = resolve(name)
     weights = load_weights(folder)
-    found = load_tokenizer(folder, name=tokenizer, family=family)
-    if found.size > weights.config.vocab_size:
-        raise CheckpointInvalid(
-            f"tokenizer {found.path} has {found.size} tokens, the model's embedding {weights.config.vocab_size} rows; "
-            "name the right one with --tokenizer"
-        )
+    found = load_tokenizer(folder, name=tokenizer, family=family).for_rows(weights.config.vocab_size)
     return LoadedModel(
         # A local folder is called by its own name, so that a run does not depend on where it lay.
         name=Path(name).resolve().name if Path(name).is_dir() else name,
@@ -126,11 +120,16 @@ def resolve(name: str) -> tuple[Path, str | None]:
 
 
 def _from_hub(repository: str) -> Path:
-    """Download a hub repository's config, weights and tokenizer into the hub's cache; the snapshot folder."""
+    """Download a hub repository's config, tokenizer and weights into the hub's cache; the snapshot folder.
+
+    PyTorch's files are fetched only where there are no safetensors.
+    """
     advice = f"download {repository} on a machine with a network and pass its folder: --model FOLDER"
-    patterns = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model.bin"]
     try:
-        return fetch_snapshot(repository, patterns)
+        folder = fetch_snapshot(repository, ["config.json", "tokenizer.json", "*.safetensors", SAFETENSORS_INDEX])
+        if not any(folder.glob("*.safetensors")):
+            folder = fetch_snapshot(repository, [PYTORCH, PYTORCH_INDEX, "pytorch_model-*.bin"])
+        return folder
     except HubError as error:
         raise ModelNotFound(
             f"{repository} is not in the local hub cache and could not be fetched ({error}); or {advice}"
@@ -142,80 +141,86 @@ def load_weights(folder: Path) -> MambaWeights | Mamba2Weights:
 
     safetensors (one file or an index) before pytorch_model.bin, which is read with ``weights_only=True``.
     """
-    config = _config(folder)
+    config, tied = _config(folder)
     tensors = _read_tensors(folder)
     if isinstance(config, Mamba2Config):
-        return mamba2_weights_from_tensors(config, tensors)
-    return weights_from_tensors(config, tensors)
+        return mamba2_weights_from_tensors(config, tensors, tied)
+    return weights_from_tensors(config, tensors, tied)
 
 
-def _config(folder: Path) -> MambaConfig | Mamba2Config:
-    """The sizes in config.json, whichever family and layout it describes."""
-    raw = read_config(folder)
-    if "d_model" in raw and "n_layer" in raw:
-        layer = (raw.get("ssm_cfg") or {}).get("layer", "Mamba1")
-        if layer == "Mamba1":
-            return MambaConfig.from_mamba_ssm(raw)
-        if layer == "Mamba2":
-            return Mamba2Config.from_mamba_ssm(raw)
+def _config(folder: Path) -> tuple[MambaConfig | Mamba2Config, bool]:
+    """The sizes in config.json, whichever family and layout it describes, and whether the head is tied there.
+
+    ``model_type`` says which layout's keys count, as it does for transformers: a converted model may carry both, and
+    transformers keeps only its own up to date.
+    """
+    if not (folder / "config.json").exists():
         raise CheckpointInvalid(
-            f"{folder / 'config.json'} says ssm_cfg.layer = {layer}; this version reads Mamba1 and Mamba2 models"
+            f"{folder / 'config.json'} is missing; expected a model folder with config.json and weights"
         )
-    if raw.get("model_type") == "mamba":
-        return MambaConfig.from_hugging_face(raw)
-    if raw.get("model_type") == "mamba2":
-        return Mamba2Config.from_hugging_face(raw)
+    raw = Settings(read_json_object(folder / "config.json"))
+    kind = raw.word("model_type", "")
+    old_keys = "d_model" in raw and "hidden_size" not in raw
+    if kind == "mamba" and not old_keys:
+        return MambaConfig.from_hugging_face(raw.values), raw.flag("tie_word_embeddings", True)
+    if kind == "mamba2" and not old_keys:
+        return Mamba2Config.from_hugging_face(raw.values), raw.flag("tie_word_embeddings", False)
+    if kind in ("", "mamba", "mamba2") and ("d_model" in raw or "n_layer" in raw):
+        ssm = raw.section("ssm_cfg")
+        ssm.only("layer", "Mamba1", "Mamba2")
+        tied = raw.flag("tie_embeddings", True)
+        if ssm.word("layer", "Mamba1") == "Mamba1":
+            return MambaConfig.from_mamba_ssm(raw.values), tied
+        return Mamba2Config.from_mamba_ssm(raw.values), tied
     raise CheckpointInvalid(
-        f"{folder / 'config.json'} describes a '{raw.get('model_type', 'model of unknown type')}'; expected Mamba-1 or "
+        f"{folder / 'config.json'} describes a {shown(kind) if kind else 'model of unknown type'}; expected Mamba-1 or "
         "Mamba-2 in mamba-ssm layout (d_model, n_layer) or Hugging Face layout (model_type mamba or mamba2)"
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The JSON object in ``folder/config.json``; CheckpointInvalid if there is none."""
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointInvalid(f"{path} is missing; expected a model folder with config.json and weights") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointInvalid(f"{path} is not valid JSON ({error}); {mend(path)}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointInvalid(f"{path} holds no JSON object; download it again")
-    return raw
-
-
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = [name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()][:1]
-    if not names:
-        raise CheckpointInvalid(f"{folder} holds no weights; expected model.safetensors or pytorch_model.bin")
-    tensors: dict[str, torch.Tensor] = {}
-    for name in names:
-        tensors |= _read_tensor_file(folder / name)
-    return tensors
+    """Every tensor of a folder's weights. One file comes before an index, as in transformers: it is the newer."""
+    for name in (SAFETENSORS, SAFETENSORS_INDEX, PYTORCH, PYTORCH_INDEX):
+        path = folder / name
+        if path.exists():
+            files = [path] if path.suffix != ".json" else _shards(path)
+            tensors: dict[str, torch.Tensor] = {}
+            for file in files:
+                tensors |= _read_tensor_file(file)
+            return tensors
+    raise CheckpointInvalid(f"{folder} holds no weights; expected {SAFETENSORS} or {PYTORCH}")
 
 
-def _read_tensor_file(path: Path) -> Mapping[str, torch.Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointInvalid(
-            f"{path} is missing, though the index names it; the download is incomplete: repeat it"
-        ) from None
-    except pickle.UnpicklingError:
-        raise CheckpointInvalid(
-            f"{path} holds more than tensors; it is not loaded, since a pickle can run code"
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise CheckpointInvalid(f"{path} cannot be read ({first}); it may be cut short: {mend(path)}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, each once. They lie beside it: an index leads nowhere else."""
+    names = read_json_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointInvalid(f"{index} has no weight_map of tensors to files; {mend(index)}")
+    ending = ".safetensors" if index.name == SAFETENSORS_INDEX else ".bin"
+    for name in names.values():
+        if not (isinstance(name, str) and name.endswith(ending) and _is_plain(name)):
+            raise CheckpointInvalid(f"{index} names {shown(name)}; expected a {ending} file beside it")
+    files = [index.parent / name for name in sorted(set(names.values()))]
+    for file in files:
+        if not file.exists():
+            raise CheckpointInvalid(
+                f"{file} is missing, though the index names it; the download is incomplete: repeat it"
+            )
+    return files
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file in the same folder."""
+    return Path(name).name == name and name.isprintable() and len(name) <= 200
+
+
+def _read_tensor_file(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, CheckpointInvalid)
+    loaded = read_pytorch(path, CheckpointInvalid)
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in loaded.items()
+    ):
         raise CheckpointInvalid(f"{path} is not a state dict of tensors")
     return loaded
 

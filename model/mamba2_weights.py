@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
+from quambase.model.settings import Settings
 from quambase.model.weights import (
+    NORM_EPS,
     check_hugging_face,
     check_mamba_ssm,
     name_tensors,
@@ -39,7 +41,7 @@ class Mamba2Config:
     d_conv: int = 4
     headdim: int = 64
     ngroups: int = 1
-    norm_eps: float = 1e-5
+    norm_eps: float = NORM_EPS
 
     def __post_init__(self) -> None:
         if self.d_inner % self.headdim or self.heads % self.ngroups:
@@ -70,64 +72,63 @@ class Mamba2Config:
         return (0, e, 2 * e, 2 * e + w, 2 * e + 2 * w, 2 * e + 2 * w + self.heads)
 
     @classmethod
-    def from_mamba_ssm(cls, raw: dict[str, Any]) -> Mamba2Config:
+    def from_mamba_ssm(cls, values: Mapping[str, Any]) -> Mamba2Config:
         """From mamba-ssm's config.json; what it leaves out has the defaults of mamba_ssm/modules/mamba2.py."""
+        raw = Settings(values)
         ssm = check_mamba_ssm(raw)
         for name, value in _ONLY.items():
-            if ssm.get(name, value) != value:
-                raise CheckpointInvalid(f"config.json says ssm_cfg.{name} = {ssm[name]}; expected {value}")
-        _check_dt_limit("ssm_cfg.dt_limit", ssm.get("dt_limit"))
-        d_model = int(raw["d_model"])
-        d_inner = int(ssm.get("expand", 2) * d_model)
-        if ssm.get("d_ssm") not in (None, d_inner):
+            ssm.only(name, value)
+        _check_dt_limit(ssm, "dt_limit")
+        d_model = raw.size("d_model")
+        d_inner = ssm.expanded(d_model)
+        if "d_ssm" in ssm and ssm.size("d_ssm") != d_inner:
             raise CheckpointInvalid(
-                f"config.json says ssm_cfg.d_ssm = {ssm['d_ssm']} of {d_inner} channels (a gated MLP beside the SSM); "
-                "expected Mamba layers only"
+                f"config.json says ssm_cfg.d_ssm = {ssm.size('d_ssm')} of {d_inner} channels (a gated MLP beside the "
+                "SSM); expected Mamba layers only"
             )
         return cls(
             d_model=d_model,
-            n_layer=int(raw["n_layer"]),
+            n_layer=raw.size("n_layer"),
             vocab_size=padded_vocabulary(raw),
             d_inner=d_inner,
-            d_state=int(ssm.get("d_state", 128)),
-            d_conv=int(ssm.get("d_conv", 4)),
-            headdim=int(ssm.get("headdim", 64)),
-            ngroups=int(ssm.get("ngroups", 1)),
+            d_state=ssm.size("d_state", 128),
+            d_conv=ssm.size("d_conv", 4),
+            headdim=ssm.size("headdim", 64),
+            ngroups=ssm.size("ngroups", 1),
         )
 
     @classmethod
-    def from_hugging_face(cls, raw: dict[str, Any]) -> Mamba2Config:
-        """From transformers' Mamba2Config JSON; what it leaves out has that class's defaults."""
+    def from_hugging_face(cls, values: Mapping[str, Any]) -> Mamba2Config:
+        """From transformers' Mamba2Config JSON; what it leaves out has that class's defaults, but for the sizes that
+        every model has of its own.
+        """
+        raw = Settings(values)
         check_hugging_face(raw)
-        _check_dt_limit("time_step_limit", raw.get("time_step_limit"))
-        d_model = int(raw.get("hidden_size", 4096))
+        _check_dt_limit(raw, "time_step_limit")
+        d_model = raw.size("hidden_size")
         config = cls(
             d_model=d_model,
-            n_layer=int(raw.get("num_hidden_layers", 64)),
-            vocab_size=int(raw.get("vocab_size", 32768)),
-            d_inner=int(raw.get("expand", 2) * d_model),
-            d_state=int(raw.get("state_size", 128)),
-            d_conv=int(raw.get("conv_kernel", 4)),
-            headdim=int(raw.get("head_dim", 64)),
-            ngroups=int(raw.get("n_groups", 8)),
-            norm_eps=float(raw.get("layer_norm_epsilon", 1e-5)),
+            n_layer=raw.size("num_hidden_layers"),
+            vocab_size=raw.size("vocab_size"),
+            d_inner=raw.expanded(d_model),
+            d_state=raw.size("state_size", 128),
+            d_conv=raw.size("conv_kernel", 4),
+            headdim=raw.size("head_dim", 64),
+            ngroups=raw.size("n_groups", 8),
+            norm_eps=float(raw.positive("layer_norm_epsilon", NORM_EPS)),
         )
-        heads = int(raw.get("num_heads", 128))
-        if heads != config.heads:
-            raise CheckpointInvalid(
-                f"config.json says num_heads = {heads}; expand x hidden_size / head_dim is {config.heads}"
-            )
+        if raw.size("num_heads", 128) != config.heads:
+            raise raw.invalid("num_heads", f"expand x hidden_size / head_dim, which is {config.heads}")
         return config
 
 
-def _check_dt_limit(name: str, limit: Any) -> None:
+def _check_dt_limit(settings: Settings, key: str) -> None:
     """Only an unlimited time step: upstream's INT8 model silently loses any other limit (qChunkScan.py:100)."""
-    if limit is None:
-        return
+    limit = settings.values.get(key)
     # transformers writes infinity as {"__float__": "Infinity"}, json as Infinity.
-    low, high = (float(end["__float__"]) if isinstance(end, dict) else float(end) for end in limit)
-    if (low, high) != (0.0, math.inf):
-        raise CheckpointInvalid(f"config.json says {name} = [{low}, {high}]; expected [0, infinity], no limit")
+    unlimited = ([0, math.inf], [0, {"__float__": "Infinity"}])
+    if limit is not None and limit not in unlimited:
+        raise settings.invalid(key, "[0, infinity], no limit")
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,10 @@ _LAYER_NAMES = {
 }
 
 
-def mamba2_weights_from_tensors(config: Mamba2Config, tensors: dict[str, torch.Tensor]) -> Mamba2Weights:
-    """Build Mamba2Weights from a state dict of mamba-ssm or transformers; errors as `taker`'s."""
+def mamba2_weights_from_tensors(
+    config: Mamba2Config, tensors: dict[str, torch.Tensor], tied: bool = True
+) -> Mamba2Weights:
+    """Build Mamba2Weights from a state dict of mamba-ssm or transformers; errors as `taker`'s and `take_ends`'s."""
     c = config
     take = taker(tensors, f"a Mamba-2 of {c.n_layer} layers")
     shapes = {
@@ -198,7 +201,7 @@ def mamba2_weights_from_tensors(config: Mamba2Config, tensors: dict[str, torch.T
         )
         for i in range(c.n_layer)
     )
-    return Mamba2Weights(c, layers=layers, **take_ends(take, tensors, c.vocab_size, c.d_model))
+    return Mamba2Weights(c, layers=layers, **take_ends(take, tensors, c.vocab_size, c.d_model, tied))
 
 
 def mamba2_tensors_of(weights: Mamba2Weights) -> dict[str, torch.Tensor]:

@@ -61,7 +61,7 @@ def write_sample(
             prompts,
             [max(lengths[i], len(prompt)) for i, prompt in zip(mine, prompts, strict=True)],
             seed=seed,
-            vocabulary=model.tokenizer.size,
+            vocabulary=model.tokenizer.ids,
             progress=progress,
         )
         for i, ids in zip(mine, written, strict=True):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
 import gzip
 import hashlib
 import importlib
 import io
 import itertools
+import json
 import lzma
-from collections.abc import Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from quambase.model.files import check_file, first_line
 from quambase.model.hub import HubError, fetch_file, mend
 from quambase.schema.errors import DataInvalid, UnknownName
 
@@ -45,6 +51,24 @@ HUB_DATA: dict[str, str] = {
 }
 """Short names of data sets on the hub, as ``hf:REPOSITORY:FILE``."""
 
+KINDS = ".txt, .jsonl, .json, .parquet or .csv, also .gz, .zst or .xz"
+
+EXPECTED = "expected text (a string, or null for an empty document)"
+
+LONGEST = 1 << 26
+"""Characters of a document at most. A tokenizer needs some fifty bytes for each; a file that unpacks without end must
+not fill the memory.
+"""
+
+PIECE = 1 << 20
+"""Bytes of a line that are read at a time."""
+
+PARQUET_ROWS = 16
+"""Rows of a Parquet file that are unpacked at a time: each may have a text of the largest size."""
+
+HEAD = 1000
+"""Rows of JSON among which the text column is looked for."""
+
 
 @dataclass(frozen=True)
 class Document:
@@ -58,12 +82,17 @@ class Document:
 def read_documents(data: str, limit: int | None = None) -> Iterator[Document]:
     """The documents of ``data`` in file order, at most ``limit``; empty ones are delivered too, with their number.
 
-    ``data``: a .txt (documents apart by blank lines), .jsonl, .parquet or .csv file (column ``text``), also .gz or
-    .zst; ``sample:…``, ``python-docs:…``; ``pile-val``, ``wikitext2``, ``lambada`` or ``hf:REPOSITORY:FILE``.
-    DataInvalid: missing, unreadable, or without a text column.
+    ``data``: a .txt (documents apart by blank lines), .jsonl, .json, .parquet or .csv file (column ``text``), also .gz,
+    .zst or .xz; ``sample:…``, ``python-docs:…``; ``pile-val``, ``wikitext2``, ``lambada`` or ``hf:REPOSITORY:FILE``.
+    A text is what the file says, to the character. DataInvalid: missing, unreadable, or without a column of text.
     """
     for index, text in enumerate(itertools.islice(_texts(data), limit)):
-        yield Document(index, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
+        _check_size(data, len(text), f"document {index}")
+        try:
+            content = text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataInvalid(f"{data} holds half of a surrogate pair in document {index}; expected text") from None
+        yield Document(index, text, hashlib.sha256(content).hexdigest())
 
 
 def _texts(data: str) -> Iterator[str]:
@@ -103,73 +132,250 @@ def _passages(text: str) -> Iterator[str]:
 
 
 def _file_texts(path: Path) -> Iterator[str]:
+    """The texts of one file, and of no other whatever its name looks like; read as they are asked for."""
+    endings = [suffix.lower() for suffix in path.suffixes]
+    kind = next((ending for ending in reversed(endings) if ending in _READERS), None)
     if not path.is_file():
-        raise DataInvalid(f"{path} is not a file; expected .txt, .jsonl, .parquet or .csv, also .gz or .zst")
-    kinds = [suffix.lower() for suffix in path.suffixes]
-    kind = next((k for k in reversed(kinds) if k in (".txt", ".jsonl", ".json", ".parquet", ".csv")), None)
+        raise DataInvalid(f"{path} is not a file; expected {KINDS}")
     if kind is None:
-        raise DataInvalid(f"{path.name} is of unknown kind; expected .txt, .jsonl, .parquet or .csv, also .gz or .zst")
-    return _plain_texts(path) if kind == ".txt" else _table_texts(path, kind)
+        raise DataInvalid(f"{path.name} is of unknown kind; expected {KINDS}")
+    if path.stat().st_size:
+        check_file(path, DataInvalid)
+    return _READERS[kind](path)
 
 
 def _plain_texts(path: Path) -> Iterator[str]:
     """Documents of a text file: runs of lines between blank lines."""
     lines: list[str] = []
-    try:
-        with _open(path) as file:
-            for raw in file:
-                line = raw.decode("utf-8")
-                if line.strip():
-                    lines.append(line)
-                elif lines:
-                    yield "".join(lines).rstrip("\r\n")
-                    lines = []
-    except UnicodeDecodeError as error:
-        raise DataInvalid(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start} of a line); convert it"
-        ) from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise DataInvalid(f"{path} cannot be read ({error}); {mend(path, 'it may be cut short')}") from None
+    size = 0
+    for number, line in _lines(path):
+        if line.strip():
+            lines.append(line)
+            size += len(line)
+            _check_size(path, size, f"line {number}")
+        elif lines:
+            yield "".join(lines).rstrip("\r\n")
+            lines, size = [], 0
     if lines:
         yield "".join(lines).rstrip("\r\n")
 
 
+def _csv_texts(path: Path) -> Iterator[str]:
+    """The text column of a .csv with a header. Every field is text; what separates them is a comma or, where the header
+    has none, a semicolon, tab or bar.
+    """
+    # A setting of the whole process; its default (131,072) is less than a text may have.
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+    lines = (line for _, line in _lines(path))
+    header = next(lines, "")
+    mark = next((mark for mark in ",;\t|" if mark in header), ",")
+    reader = csv.reader(itertools.chain([header], lines), delimiter=mark, strict=True)
+    try:
+        names = next(reader, [])
+        column = _column(path, names)
+        for row in reader:
+            if len(row) == len(names):
+                yield row[column]
+            elif row:
+                raise DataInvalid(
+                    f"{path} has {len(row)} fields in line {reader.line_num}; expected {len(names)}, as in its first "
+                    "line: put texts in double quotes"
+                )
+            elif len(names) == 1:
+                yield ""  # an empty line is an empty text where there is no other column, and else nothing
+    except csv.Error as error:
+        raise DataInvalid(f"{path} cannot be read as csv ({error} in line {reader.line_num}); check it") from None
+
+
+def _parquet_texts(path: Path) -> Iterator[str]:
+    """The text column of a Parquet file, a few rows at a time."""
+    try:
+        with path.open("rb") as file:
+            table = pq.ParquetFile(file)
+            schema = table.schema_arrow
+            field = schema.field(_column(path, schema.names))
+            inner = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+            if not any(is_text(inner) for is_text in _IS_TEXT):
+                raise DataInvalid(f"{path} holds {_short(field.type)} in column {_short(field.name)}; {EXPECTED}")
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[field.name]):
+                for value in batch.column(field.name):
+                    yield value.as_py() or ""
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise DataInvalid(f"{path} cannot be read as parquet ({first_line(error)}); {mend(path, 'check it')}") from None
+
+
+def _json_texts(path: Path) -> Iterator[str]:
+    """The text column of JSON objects, one a line or in a list.
+
+    A row without it is an empty text. The column is called text, or is the only one there is.
+    """
+    rows = _json_objects(path)
+    head: list[tuple[int, dict[str, object]]] = []
+    for line, row in itertools.islice(rows, HEAD):
+        head.append((line, row))
+        if "text" in row or (len(row) == 1 and isinstance(next(iter(row.values())), str)):
+            break
+    names = list(dict.fromkeys(name for _, row in head for name in row))
+    if not names:
+        yield from ("" for _ in head)
+        return
+    column = names[_column(path, names)]
+    for line, row in itertools.chain(head, rows):
+        if column != "text" and row.keys() - {column}:
+            raise DataInvalid(
+                f"{path} has the columns {_named(row)} in line {line}, and only {_short(column)} before it; expected "
+                "one called text"
+            )
+        value = row.get(column)
+        if value is not None and not isinstance(value, str):
+            raise DataInvalid(f"{path} holds {_json_type(value)} in column {_short(column)}, line {line}; {EXPECTED}")
+        yield value or ""
+
+
+def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """The objects of a JSON file one by one, each with the line it begins in: apart by space, or in a list."""
+    # Numbers are not texts, whatever their digits; a float has no limit of digits.
+    decode = json.JSONDecoder(parse_int=float).raw_decode
+    waiting: list[str] = []
+    size = enough = 0
+    line = 1
+    listed = after = False  # within a list; after a value of it, where a comma or its end must come
+    for number, piece in itertools.chain(_pieces(path), [(0, "")]):
+        more = number > 0
+        waiting.append(piece)
+        size += len(piece)
+        if more and size < enough:
+            continue
+        held, place = "".join(waiting), 0
+        while True:
+            start = _SPACE.match(held, place).end()  # type: ignore[union-attr] # it matches nothing, too
+            line += held.count("\n", place, start)
+            place = start
+            if place == len(held):
+                break
+            mark = held[place]
+            if mark == "[" and not listed:
+                listed, after, place = True, False, place + 1
+                continue
+            if listed and (mark == "]" or (mark == "," and after)):
+                listed, after, place = mark == ",", False, place + 1
+                continue
+            try:
+                if after:
+                    raise json.JSONDecodeError("Expecting a comma or the end of the list", held, place)
+                value, end = decode(held, place)
+            except RecursionError:
+                raise _bad_json(path, line, "nested too deep") from None
+            except json.JSONDecodeError as error:
+                if more and len(held) - place <= LONGEST:
+                    break  # it may be cut: once more with what follows
+                reason = f"nothing whole in {LONGEST:,} characters: {error.msg}" if more else error.msg
+                raise _bad_json(path, line + held.count("\n", place, error.pos), reason) from None
+            if not isinstance(value, dict):
+                raise _bad_json(path, line, f"{_json_type(value)}; expected objects with a text column")
+            yield line, value
+            line += held.count("\n", place, end)
+            place, after = end, listed
+        waiting = [held[place:]]
+        size = len(waiting[0])
+        enough = 2 * size  # so that a long value is not read again with every line of it
+    if listed:
+        raise _bad_json(path, line, "the list does not end")
+
+
+def _bad_json(path: Path, line: int, reason: str) -> DataInvalid:
+    return DataInvalid(f"{path} cannot be read as JSON ({reason}, in line {line}); {mend(path, 'check it')}")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a text file with their ends, and their numbers from 1."""
+    held: list[str] = []
+    size = number = 0
+    for number, piece in _pieces(path):
+        held.append(piece)
+        size += len(piece)
+        _check_size(path, size, f"line {number}")
+        if piece.endswith("\n"):
+            yield number, "".join(held)
+            held, size = [], 0
+    if held:
+        yield number, "".join(held)
+
+
+def _pieces(path: Path) -> Iterator[tuple[int, str]]:
+    """A text file in pieces, each a line or a part of a long one, with the line's number from 1. A byte order mark is
+    left out. DataInvalid: it is not UTF-8, or damaged.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    line = 1
+    try:
+        with _open(path) as file:
+            while raw := file.readline(PIECE):
+                if b"\0" in raw:  # as in UTF-16
+                    raise DataInvalid(f"{path} is not UTF-8 text (a NUL character in line {line}); convert it")
+                yield line, decoder.decode(raw)
+                line += raw.endswith(b"\n")
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise DataInvalid(f"{path} is not UTF-8 text ({error.reason} in line {line}); convert it") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        raise DataInvalid(f"{path} cannot be read ({first_line(error)}); {mend(path, 'it may be cut short')}") from None
+
+
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".xz":
+    packed = path.suffix.lower()
+    if packed == ".xz":
         return lzma.open(path)
-    if path.suffix == ".gz":
+    if packed == ".gz":
         return cast(IO[bytes], gzip.open(path))
-    if path.suffix == ".zst":
+    if packed == ".zst":
         return io.BufferedReader(cast(io.RawIOBase, pa.CompressedInputStream(str(path), "zstd")))
     return path.open("rb")
 
 
-def _table_texts(path: Path, kind: str) -> Iterator[str]:
-    """The column ``text`` of a .jsonl, .parquet or .csv file, in file order, through DuckDB."""
-    reader = {
-        ".jsonl": "read_json(?, format = 'newline_delimited', records = true)",
-        ".json": "read_json(?)",
-        ".parquet": "read_parquet(?)",
-        ".csv": "read_csv(?, header = true)",
-    }[kind]
-    settings: dict[str, str | bool | int | float | list[str]] = {
-        "autoinstall_known_extensions": False,
-        "autoload_known_extensions": False,
-    }
-    with duckdb.connect(config=settings) as connection:
-        try:
-            names = connection.sql(f"select * from {reader} limit 0", params=[str(path)]).columns
-            column = "text" if "text" in names else names[0] if len(names) == 1 else None
-            if column is None:
-                raise DataInvalid(f"{path} has the columns {', '.join(names)}; expected one called text")
-            quoted = column.replace('"', '""')
-            rows = connection.execute(f'select "{quoted}" from {reader}', [str(path)])
-            while batch := rows.fetchmany(256):
-                for (text,) in batch:
-                    yield "" if text is None else str(text)
-        except duckdb.Error as error:
-            first = str(error).splitlines()[0]
-            raise DataInvalid(f"{path} cannot be read as {kind[1:]} ({first}); {mend(path, 'check it')}") from None
+def _column(path: Path, names: list[str]) -> int:
+    """Which column is the text: the one called so, or the only one."""
+    if names.count("text") == 1:
+        return names.index("text")
+    if len(names) != 1:
+        raise DataInvalid(f"{path} has the columns {_named(names)}; expected one called text")
+    return 0
+
+
+def _named(names: Iterable[str]) -> str:
+    """Column names as part of an error; they are another's, so they may hold anything."""
+    return _short(", ".join(names)) or "none"
+
+
+def _short(value: object) -> str:
+    """As part of one line, and not too long."""
+    text = "".join(c if c.isprintable() else "?" for c in str(value))
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _json_type(value: object) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    kinds = {dict: "an object", list: "a list", float: "a number", str: "a string"}
+    return kinds.get(type(value), "null")
+
+
+def _check_size(path: str | Path, size: int, place: str) -> None:
+    if size > LONGEST:
+        raise DataInvalid(f"{path} holds a text of more than {LONGEST:,} characters in {place}; cut it into documents")
+
+
+_IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+    ".txt": _plain_texts,
+    ".jsonl": _json_texts,
+    ".json": _json_texts,
+    ".parquet": _parquet_texts,
+    ".csv": _csv_texts,
+}
 
 
 def _from_hub(source: str) -> Path:

@@ -3,39 +3,84 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tokenizers
 
+from quambase.model.files import check_file, first_line
 from quambase.model.hub import HubError, fetch_file, mend
-from quambase.schema.errors import CheckpointInvalid, ModelNotFound
+from quambase.model.settings import shown
+from quambase.schema.errors import CheckpointInvalid, DataInvalid, ModelNotFound
+
+LARGEST_FILE = 256 << 20
+"""Bytes of a tokenizer.json at most: those of the largest vocabularies have 35 million."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A `tokenizers` tokenizer; nothing (no BOS) is added to a text. ``size`` counts its tokens."""
+    """A `tokenizers` tokenizer; nothing (no BOS) is added to a text. ``rows``: the embedding's, where it is known; a
+    token without a row is an error in the text that holds it.
+    """
 
     path: Path
     sha256: str
     inner: tokenizers.Tokenizer
+    rows: int = 2**31
 
     @property
-    def size(self) -> int:
-        """How many tokens it knows, added ones included."""
-        return int(self.inner.get_vocab_size(with_added_tokens=True))
+    def ids(self) -> int:
+        """One more than the largest token id that has a row."""
+        vocabulary = self.inner.get_vocab(with_added_tokens=True).values()
+        return 1 + max((i for i in vocabulary if i < self.rows), default=-1)
+
+    def for_rows(self, rows: int) -> Tokenizer:
+        """The same for an embedding of ``rows`` rows. CheckpointInvalid if the vocabulary reaches beyond them.
+
+        Added tokens may: a padding token is often added without a row, since no text holds it.
+        """
+        vocabulary = self.inner.get_vocab(with_added_tokens=False)
+        largest = max(vocabulary.values(), default=-1)
+        if largest >= rows:
+            raise CheckpointInvalid(
+                f"tokenizer {self.path} has {len(vocabulary)} tokens with ids up to {largest}, the model's embedding "
+                f"{rows} rows; name the right one with --tokenizer"
+            )
+        return replace(self, rows=rows)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``."""
-        return list(self.inner.encode(text, add_special_tokens=False).ids)
+        """Token ids of ``text``. DataInvalid if it cannot be encoded or holds a token without a row."""
+        return self._checked([text], lambda: [self.inner.encode(text, add_special_tokens=False)])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text."""
-        return [list(e.ids) for e in self.inner.encode_batch(texts, add_special_tokens=False)]
+        """Token ids of each text; errors as `encode`'s."""
+        return self._checked(texts, lambda: self.inner.encode_batch(texts, add_special_tokens=False))
+
+    def _checked(self, texts: list[str], encode: Callable[[], list[tokenizers.Encoding]]) -> list[list[int]]:
+        try:
+            found = [list(encoding.ids) for encoding in encode()]
+        except BaseException as error:  # the library raises bare Exceptions, and panics that are not even those
+            raise_if_stopped(error)
+            raise DataInvalid(f"tokenizer {self.path} cannot encode a text ({first_line(error)})") from None
+        for text, ids in zip(texts, found, strict=True):
+            if ids and max(ids) >= self.rows:
+                token = shown(self.inner.id_to_token(max(ids)))
+                raise DataInvalid(
+                    f"the text that begins {shown(text)} holds the token {token} of id {max(ids)}, and the model's "
+                    f"embedding has {self.rows} rows; take the token out of the text, or give the model a row for it"
+                )
+        return found
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
         return str(self.inner.decode(ids))
+
+
+def raise_if_stopped(error: BaseException) -> None:
+    """Let Ctrl-C and exits through, where everything else is caught."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        raise error
 
 
 def load_tokenizer(folder: Path, *, name: str | None = None, family: str | None = None) -> Tokenizer:
@@ -53,12 +98,15 @@ def load_tokenizer(folder: Path, *, name: str | None = None, family: str | None 
         path = _from_hub(family)
     else:
         raise ModelNotFound(f"{folder} holds no tokenizer.json; name one with --tokenizer FILE (or a hub id)")
+    check_file(path, CheckpointInvalid, LARGEST_FILE)
     try:
         content = path.read_bytes()
         inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        first = str(error).splitlines()[0]
-        raise CheckpointInvalid(f"{path} is not a readable tokenizer.json ({first}); {mend(path)}") from None
+    except BaseException as error:  # the library raises bare Exceptions, and panics that are not even those
+        raise_if_stopped(error)
+        raise CheckpointInvalid(
+            f"{path} is not a readable tokenizer.json ({first_line(error)}); {mend(path)}"
+        ) from None
     inner.no_padding()
     inner.no_truncation()
     return Tokenizer(path, hashlib.sha256(content).hexdigest(), inner)

@@ -3,41 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
 
+from quambase.model.settings import Settings, shown
+from quambase.model.tensor_files import QUANTIZED, plain_tensor
 from quambase.schema.errors import CheckpointInvalid
 
+NORM_EPS = 1e-5
+"""Added to the mean square by the norms, where config.json says nothing else: the default of both layouts."""
+
 _BIASES = "config.json asks for projection biases or no conv bias; no INT8 Quamba model has that"
+_HYBRID = "config.json describes a hybrid model (attention or MLP layers); expected Mamba layers only"
 
 
-def check_mamba_ssm(raw: dict[str, Any]) -> dict[str, Any]:
+def check_mamba_ssm(raw: Settings) -> Settings:
     """``ssm_cfg`` of mamba-ssm's config.json; CheckpointInvalid for what no INT8 Quamba model of any family has."""
-    ssm: dict[str, Any] = raw.get("ssm_cfg") or {}
-    if not raw.get("rms_norm", True):
+    ssm = raw.section("ssm_cfg")
+    if not raw.flag("rms_norm", True):
         raise CheckpointInvalid("config.json says rms_norm = false; only models with RMSNorm can be folded and rotated")
-    if raw.get("attn_layer_idx") or raw.get("d_intermediate"):
-        raise CheckpointInvalid(
-            "config.json describes a hybrid model (attention or MLP layers); expected Mamba layers only"
-        )
-    if ssm.get("bias") or ssm.get("conv_bias") is False:
+    if raw.values.get("attn_layer_idx") or raw.values.get("d_intermediate"):
+        raise CheckpointInvalid(_HYBRID)
+    if ssm.flag("bias", False) or not ssm.flag("conv_bias", True):
         raise CheckpointInvalid(_BIASES)
+    raw.only("norm_epsilon", NORM_EPS)  # mamba-ssm itself cannot be given another in config.json
+    _check_quantized(raw)
     return ssm
 
 
-def check_hugging_face(raw: dict[str, Any]) -> None:
+def check_hugging_face(raw: Settings) -> None:
     """CheckpointInvalid for what no INT8 Quamba model of any family has, in transformers' words."""
-    if raw.get("use_bias") or raw.get("use_conv_bias") is False:
+    if raw.flag("use_bias", False) or not raw.flag("use_conv_bias", True):
         raise CheckpointInvalid(_BIASES)
+    raw.only("hidden_act", "silu", "swish")
+    _check_quantized(raw)
 
 
-def padded_vocabulary(raw: dict[str, Any]) -> int:
+def _check_quantized(raw: Settings) -> None:
+    for key in ("quantization_config", "quantization", "compression_config"):
+        if key in raw:
+            raise CheckpointInvalid(f"config.json has a {key}: {QUANTIZED}")
+
+
+def padded_vocabulary(raw: Settings) -> int:
     """The embedding's rows: ``vocab_size`` rounded up to ``pad_vocab_size_multiple`` (8)."""
-    multiple = int(raw.get("pad_vocab_size_multiple", 8))
-    return -(-int(raw["vocab_size"]) // multiple) * multiple
+    multiple = raw.size("pad_vocab_size_multiple", 8)
+    return -(-raw.size("vocab_size") // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -51,39 +66,39 @@ class MambaConfig:
     d_state: int = 16
     d_conv: int = 4
     dt_rank: int = 0
-    norm_eps: float = 1e-5
+    norm_eps: float = NORM_EPS
 
     @classmethod
-    def from_mamba_ssm(cls, raw: dict[str, Any]) -> MambaConfig:
+    def from_mamba_ssm(cls, values: Mapping[str, Any]) -> MambaConfig:
         """From mamba-ssm's config.json (``d_model``, ``n_layer``, ``vocab_size``, ``ssm_cfg``)."""
+        raw = Settings(values)
         ssm = check_mamba_ssm(raw)
-        d_model = int(raw["d_model"])
-        dt_rank = ssm.get("dt_rank", "auto")
+        d_model = raw.size("d_model")
         return cls(
             d_model=d_model,
-            n_layer=int(raw["n_layer"]),
+            n_layer=raw.size("n_layer"),
             vocab_size=padded_vocabulary(raw),
-            d_inner=int(ssm.get("expand", 2) * d_model),
-            d_state=int(ssm.get("d_state", 16)),
-            d_conv=int(ssm.get("d_conv", 4)),
-            dt_rank=math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank),
+            d_inner=ssm.expanded(d_model),
+            d_state=ssm.size("d_state", 16),
+            d_conv=ssm.size("d_conv", 4),
+            dt_rank=ssm.rank("dt_rank", d_model),
         )
 
     @classmethod
-    def from_hugging_face(cls, raw: dict[str, Any]) -> MambaConfig:
+    def from_hugging_face(cls, values: Mapping[str, Any]) -> MambaConfig:
         """From transformers' MambaConfig JSON (``hidden_size``, ``num_hidden_layers``, ...)."""
+        raw = Settings(values)
         check_hugging_face(raw)
-        d_model = int(raw["hidden_size"])
-        dt_rank = raw.get("time_step_rank", "auto")
+        d_model = raw.size("hidden_size")
         return cls(
             d_model=d_model,
-            n_layer=int(raw["num_hidden_layers"]),
-            vocab_size=int(raw["vocab_size"]),
-            d_inner=int(raw.get("intermediate_size") or raw.get("expand", 2) * d_model),
-            d_state=int(raw.get("state_size", 16)),
-            d_conv=int(raw.get("conv_kernel", 4)),
-            dt_rank=math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank),
-            norm_eps=float(raw.get("layer_norm_epsilon", 1e-5)),
+            n_layer=raw.size("num_hidden_layers"),
+            vocab_size=raw.size("vocab_size"),
+            d_inner=raw.size("intermediate_size") if "intermediate_size" in raw else raw.expanded(d_model),
+            d_state=raw.size("state_size", 16),
+            d_conv=raw.size("conv_kernel", 4),
+            dt_rank=raw.rank("time_step_rank", d_model),
+            norm_eps=float(raw.positive("layer_norm_epsilon", NORM_EPS)),
         )
 
 
@@ -135,6 +150,9 @@ _LAYER_NAMES = {
     "out_proj": "mixer.out_proj.weight",
 }
 
+_QUANTIZERS_NAME = re.compile(r"(_scale|_scale_inv|\.scales|zero_point|qzeros|qweight|_packed|absmax|quant_map|\.SCB)$")
+"""How the names end of what a quantizer keeps beside the weights (compressed-tensors, GPTQ, AWQ, bitsandbytes)."""
+
 
 class Take(Protocol):
     """Picks a tensor out of a checkpoint: the first of ``names`` it holds, float32."""
@@ -144,40 +162,59 @@ class Take(Protocol):
 
 def taker(tensors: dict[str, torch.Tensor], expected: str) -> Take:
     """How a state dict is read. CheckpointInvalid names a tensor that is missing, of another shape or not finite;
-    ``expected`` says what would have been complete.
+    ``expected`` says what would have been complete. A checkpoint that holds what quantizers write is refused whole:
+    its weights are codes, or another model's.
     """
+    for name in tensors:
+        if _QUANTIZERS_NAME.search(name):
+            raise CheckpointInvalid(f"the checkpoint has a tensor {shown(name)}: {QUANTIZED}")
 
     def take(shape: tuple[int, ...], *names: str) -> torch.Tensor:
         for name in names:
             if name in tensors:
-                tensor = tensors[name].to(torch.float32)
+                if tensors[name].element_size() == 1:
+                    raise CheckpointInvalid(f"tensor {name} is {tensors[name].dtype}: {QUANTIZED}")
+                tensor = plain_tensor(tensors[name], f"tensor {name}", CheckpointInvalid)
                 if name.endswith("conv1d.weight") and tensor.ndim == 3:
                     tensor = tensor.squeeze(1)
                 if tuple(tensor.shape) != shape:
                     raise CheckpointInvalid(
                         f"tensor {name} has shape {tuple(tensor.shape)}; config.json implies {shape}"
                     )
+                tensor = tensor.to(torch.float32).contiguous()
                 if not torch.isfinite(tensor).all():
                     raise CheckpointInvalid(f"tensor {name} holds NaN or infinity; the checkpoint is damaged")
-                return tensor.contiguous()
+                return tensor
         raise CheckpointInvalid(f"the checkpoint has no tensor {names[0]}; expected {expected}")
 
     return take
 
 
-def take_ends(take: Take, tensors: dict[str, torch.Tensor], vocab_size: int, d_model: int) -> dict[str, torch.Tensor]:
-    """embedding, norm_f and lm_head, in mamba-ssm's (``backbone.embedding``) or transformers' names; a head that is
-    absent or equal to the embedding is the embedding.
+def take_ends(
+    take: Take, tensors: dict[str, torch.Tensor], vocab_size: int, d_model: int, tied: bool
+) -> dict[str, torch.Tensor]:
+    """embedding, norm_f and lm_head, in mamba-ssm's (``backbone.embedding``) or transformers' names.
+
+    A head in the checkpoint is the head, whatever config.json says: transformers does not tie what differs. One that
+    is equal to the embedding, or absent where heads are ``tied``, is the embedding. CheckpointInvalid: absent and not
+    tied.
     """
     embedding = take((vocab_size, d_model), "backbone.embedding.weight", "backbone.embeddings.weight")
-    head = take((vocab_size, d_model), "lm_head.weight") if "lm_head.weight" in tensors else embedding
+    head = embedding
+    if "lm_head.weight" in tensors:
+        head = take((vocab_size, d_model), "lm_head.weight")
+    elif not tied:
+        raise CheckpointInvalid(
+            "the checkpoint has no tensor lm_head.weight, and config.json does not tie the head to the embedding; "
+            "save the model with its head"
+        )
     if head is not embedding and torch.equal(head, embedding):
         head = embedding
     return {"embedding": embedding, "norm_f": take((d_model,), "backbone.norm_f.weight"), "lm_head": head}
 
 
-def weights_from_tensors(config: MambaConfig, tensors: dict[str, torch.Tensor]) -> MambaWeights:
-    """Build MambaWeights from a state dict of mamba-ssm or transformers; errors as `taker`'s."""
+def weights_from_tensors(config: MambaConfig, tensors: dict[str, torch.Tensor], tied: bool = True) -> MambaWeights:
+    """Build MambaWeights from a state dict of mamba-ssm or transformers; errors as `taker`'s and `take_ends`'s."""
     c = config
     take = taker(tensors, f"a Mamba-1 of {c.n_layer} layers")
     shapes = {
@@ -196,7 +233,7 @@ def weights_from_tensors(config: MambaConfig, tensors: dict[str, torch.Tensor]) 
         LayerWeights(**{key: take(shapes[key], f"backbone.layers.{i}.{name}") for key, name in _LAYER_NAMES.items()})
         for i in range(c.n_layer)
     )
-    return MambaWeights(c, layers=layers, **take_ends(take, tensors, c.vocab_size, c.d_model))
+    return MambaWeights(c, layers=layers, **take_ends(take, tensors, c.vocab_size, c.d_model, tied))
 
 
 def tensors_of(weights: MambaWeights) -> dict[str, torch.Tensor]:

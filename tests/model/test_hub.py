@@ -185,3 +185,32 @@ def test_a_file_that_arrived_damaged(hub: Hub, tmp_path: Path) -> None:
     Path(found[1]).unlink()
     (done,) = collect(hub, tmp_path, ["--model", "mamba-130m"])
     assert done.code == 0, done.stderr
+
+
+def test_pytorch_shards_are_fetched_where_there_are_no_safetensors(hub: Hub, tmp_path: Path) -> None:
+    tiny = tmp_path / "tiny"
+    beside = {name: (tiny / name).read_bytes() for name in ("config.json", "tokenizer.json")}
+    tensors = load_file(tiny / "model.safetensors")
+    shards: dict[str, bytes] = {}
+    for i, keys in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), 1):
+        content = io.BytesIO()
+        torch.save({key: tensors[key] for key in keys}, content)
+        shards[f"pytorch_model-{i:05d}-of-00002.bin"] = content.getvalue()
+    places = {key: list(shards)[i % 2] for i, key in enumerate(sorted(tensors))}
+    shards["pytorch_model.bin.index.json"] = json.dumps({"weight_map": places}).encode()
+    hub.repositories["models/some/shards"] = beside | shards
+    hub.repositories["models/some/both"] = (
+        beside | shards | {"model.safetensors": (tiny / "model.safetensors").read_bytes()}
+    )
+    data = ["--data", "lambada"]
+    for done in collect(hub, tmp_path, ["--model", "some/shards", *data], ["--model", "some/both", *data]):
+        assert done.code == 0, done.stderr
+    fetched = {path for method, path, _ in hub.requests if method == "GET"}
+    assert any("some/shards" in path and path.endswith("2-of-00002.bin") for path in fetched)
+    assert not any("some/both" in path and "pytorch_model" in path for path in fetched)
+    # The same weights, tokenizer and texts: the same counts, whatever the files were.
+    first, second = (
+        pyarrow.parquet.read_table(run / "counts.parquet", columns=["layer", "value", "count"])
+        for run in sorted((tmp_path / "db" / "runs").iterdir())
+    )
+    assert first.num_rows > 100 and first.equals(second)

@@ -90,7 +90,7 @@ def test_the_bundled_model_loads_and_predicts_english() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg.layer = Mamba3"),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, 'ssm_cfg.layer = "Mamba3"; expected "Mamba1" or "Mamba2"'),
         ({"rms_norm": False}, "rms_norm = false"),
         ({"attn_layer_idx": [1]}, "hybrid"),
         ({"ssm_cfg": {"d_state": 4, "conv_bias": False}}, "conv bias"),
@@ -115,7 +115,7 @@ class Malicious:
         (lambda f: (f / "config.json").unlink(), "config.json is missing"),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "holds no JSON object"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'), "describes a 'gpt2'"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'), 'describes a "gpt2"'),
         (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "cut short"),
     ],
@@ -147,9 +147,9 @@ def test_unknown_names_list_the_nearest() -> None:
 
 
 def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         ModelNotFound, match=r"state-spaces/mamba-130m is not in .* pass its folder: --model FOLDER"
     ) as e:
@@ -162,7 +162,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path, weight
     with pytest.raises(ModelNotFound, match=r"holds no tokenizer.json; name one with --tokenizer"):
         load_model(str(folder))
     shutil.copy(BUNDLED / "mamba-5m" / "tokenizer.json", folder)
-    with pytest.raises(CheckpointInvalid, match="has 8192 tokens, the model's embedding 48 rows"):
+    with pytest.raises(CheckpointInvalid, match="has 8192 tokens with ids up to 8191, the model's embedding 48 rows"):
         load_model(str(folder))
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointInvalid, match=r"not a readable tokenizer.json"):

@@ -268,15 +268,16 @@ def test_published_sizes_are_represented() -> None:
         assert (config.d_state, config.headdim, config.ngroups, config.vocab_size) == (128, 64, 1, 50288)
     large = {"d_model": 4096, "n_layer": 56, "ssm_cfg": {"layer": "Mamba2", "ngroups": 8, "chunk_size": 128}}
     assert Mamba2Config.from_mamba_ssm(raw | large).in_proj_edges == (0, 8192, 16384, 17408, 18432, 18560)
-    assert Mamba2Config.from_hugging_face({"model_type": "mamba2"}).in_proj_edges[-1] == 18560  # its defaults
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 64, "vocab_size": 32768}
+    assert Mamba2Config.from_hugging_face(sizes).in_proj_edges[-1] == 18560  # the rest as transformers' defaults
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}}, "ssm_cfg.rmsnorm = False; expected True"),
-        ({"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, "norm_before_gate = True; expected False"),
-        ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "D_has_hdim = True; expected False"),
+        ({"ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}}, "ssm_cfg.rmsnorm = false; expected true"),
+        ({"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, "norm_before_gate = true; expected false"),
+        ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "D_has_hdim = true; expected false"),
         ({"ssm_cfg": {"layer": "Mamba2", "bias": True}}, "projection biases"),
         ({"ssm_cfg": {"layer": "Mamba2", "d_ssm": 24}}, "d_ssm = 24 of 48 channels"),
         ({"ssm_cfg": {"layer": "Mamba2", "dt_limit": [0.0, 0.1]}}, r"dt_limit = \[0.0, 0.1\]; expected \[0, infinity"),
@@ -299,8 +300,8 @@ def test_a_config_we_cannot_follow_is_refused(tmp_path: Path, config: dict[str, 
     ("config", "message"),
     [
         ({"use_bias": True}, "projection biases"),
-        ({"num_heads": 5}, "num_heads = 5; expand x hidden_size / head_dim is 4"),
-        ({"time_step_limit": [0.01, math.inf]}, r"time_step_limit = \[0.01, inf\]"),
+        ({"num_heads": 5}, "num_heads = 5; expected expand x hidden_size / head_dim, which is 4"),
+        ({"time_step_limit": [0.01, math.inf]}, r"time_step_limit = \[0.01, Infinity\]; expected \[0, inf"),
     ],
 )
 def test_a_hugging_face_config_we_cannot_follow_is_refused(config: dict[str, object], message: str) -> None:

@@ -67,7 +67,7 @@ def test_documents_carry_their_number_and_hash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "cannot be read as jsonl"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "cannot be read as JSON .*line 3"),
         ("a.jsonl", b'{"body": "x", "id": 1}\n', "has the columns body, id; expected one called text"),
         ("a.parquet", b"PAR1 nothing", "cannot be read as parquet"),
         ("a.txt", b"ok\n\xff\xfe\n", "not UTF-8"),

@@ -1,0 +1,42 @@
+"""What any file must be before it is read: a regular file with content, and no pointer to one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quambase.model.hub import mend
+from quambase.schema.errors import QuambaseError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the text begins that Git leaves in place of a large file where git-lfs is not installed."""
+
+
+def check_file(path: Path, invalid: type[QuambaseError], most: int | None = None) -> None:
+    """``invalid`` unless ``path`` is a file that can be opened, has content (at most ``most`` bytes) and is no pointer.
+
+    Links are followed; a device or a pipe, which may never end, is not opened.
+    """
+    if not path.is_file():
+        found = "is not a regular file" if path.exists() else "is missing"
+        raise invalid(f"{path} {found}; expected a file, {mend(path)}")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise invalid(f"{path} cannot be opened ({error.strerror}); expected a file that you may read") from None
+    if start == LFS_POINTER:
+        raise invalid(
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository, or download it "
+            "again"
+        )
+    if size == 0:
+        raise invalid(f"{path} is empty; {mend(path)}")
+    if most is not None and size > most:
+        raise invalid(f"{path} has {size:,} bytes; expected at most {most:,}: {mend(path)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, printable and not too long; its type where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return "".join(c if c.isprintable() else "?" for c in lines[0])[:200]

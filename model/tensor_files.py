@@ -1,0 +1,84 @@
+"""Files of tensors: .safetensors, and what torch.save wrote. Nothing but tensors is ever unpickled."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from quambase.model.files import check_file, first_line
+from quambase.model.hub import mend
+from quambase.schema.errors import QuambaseError
+
+QUANTIZED = "the checkpoint is quantized already; give the original in float16, bfloat16 or float32"
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_safetensors(path: Path, invalid: type[QuambaseError]) -> dict[str, torch.Tensor]:
+    """Every tensor of a .safetensors file; ``invalid`` if it is damaged."""
+    check_file(path, invalid)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # of safetensors, of torch (a dtype it does not have), of the system
+        raise _unreadable(path, error, invalid) from None
+
+
+def read_pytorch(path: Path, invalid: type[QuambaseError]) -> object:
+    """What torch.save wrote, tensors on the CPU; ``invalid`` if it is damaged or holds more than tensors."""
+    check_file(path, invalid)
+    _check_archive(path, invalid)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error) and "allowlisted" not in str(error):
+            raise _unreadable(path, "it is no file of PyTorch", invalid) from None
+        raise invalid(f"{path} holds more than tensors; it is not loaded, since a pickle can run code") from None
+    except Exception as error:  # a damaged pickle makes torch.load do anything: AssertionError, IndexError, KeyError
+        raise _unreadable(path, error, invalid) from None
+
+
+def plain_tensor(tensor: torch.Tensor, name: str, invalid: type[QuambaseError]) -> torch.Tensor:
+    """The values of a float tensor, detached; ``invalid`` for any other kind, called ``name`` in the error."""
+    kind = _kind(tensor)
+    if kind is None:
+        return tensor.detach().resolve_neg()
+    raise invalid(f"{name} holds {kind}; expected a plain tensor of float16, bfloat16, float32 or float64")
+
+
+def _kind(tensor: torch.Tensor) -> str | None:
+    """What is special about a tensor; None where nothing is."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"a sparse tensor ({tensor.layout})"
+    if tensor.is_meta:
+        return "a tensor without values (of the meta device)"
+    if tensor.dtype in FLOATS and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "an expanded tensor, which is larger than what was saved (call contiguous() on it)"
+    return None if tensor.dtype in FLOATS else str(tensor.dtype)
+
+
+def _check_archive(path: Path, invalid: type[QuambaseError]) -> None:
+    """torch.save stores without compression, so that what a file holds is never more than its size. An archive that
+    claims more would fill the memory.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # BadZipFile, and what a damaged directory leads to
+        raise _unreadable(path, error, invalid) from None
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise invalid(f"{path} is a compressed archive; expected what torch.save writes: save it again")
+
+
+def _unreadable(path: Path, error: BaseException | str, invalid: type[QuambaseError]) -> QuambaseError:
+    reason = error if isinstance(error, str) else first_line(error)
+    return invalid(f"{path} cannot be read ({reason}); it may be cut short: {mend(path)}")
