@@ -354,11 +354,16 @@ def remarks(summary: pa.Table, bootstrap: int) -> list[str]:
             f"take {STEADY_RESAMPLES} or more (p-values and intervals of differences do not depend on it)"
         )
     families = _families(summary)
-    if families:
+    if families and max(families.values()) == 1:
+        found.append(
+            "one strategy was compared, so p-values are not corrected: strategies evaluated one at a time escape Holm's "
+            "correction; evaluate those to choose from together (--scales)"
+        )
+    elif families:
         found.append(
             "p-values are corrected (Holm) within a family, the strategies compared on one text with one reference "
-            f"({len(families)} here, of {max(families.values())} comparisons at most); strategies evaluated one at a "
-            "time escape the correction"
+            f"({len(families)} families here, of {max(families.values())} comparisons at most); strategies evaluated "
+            "one at a time escape the correction"
         )
     documents = {(row["task"], row["data"]): row["documents"] for row in summary.to_pylist()}
     for (task, data, reference), count in families.items():

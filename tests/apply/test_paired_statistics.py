@@ -119,6 +119,10 @@ def test_bootstrap_t_takes_the_outer_five_percent_and_knows_when_there_is_nothin
     ratio, shares = linearised(values[:, 0], np.ones(12))
     assert bootstrap_t_interval(ratio, standard_error(shares), found[:, 0]) is None
     assert np.isnan(found[:, 1]).all()
+    # Samples of the ten documents that are at the ratio itself say no difference, not 0/0.
+    values = np.array([[1.0]] * 10 + [[0.5], [1.5]])
+    found = resampled_t(values, np.ones((12, 1)), 500, seed=0)
+    assert (found == 0).mean() > (10 / 12) ** 12 / 2 and np.isfinite(found).all()
 
 
 def perplexity(nll, tokens) -> float:
@@ -477,6 +481,15 @@ def test_what_is_not_finite_takes_nothing_else_with_it():
         whole = table.filter(pa.array([label != "broken" for label in table["strategy"].to_pylist()]))
         expected = {row["strategy"]: row for row in summary.summarize(whole, bootstrap=100).to_pylist()}
         assert {label: rows[label] for label in expected} == expected
+
+
+def test_remarks_say_what_a_family_is():
+    (many,) = summary.remarks(summary.summarize(results(12, {"quamba": 0.0, "mse": 0.0})), 10_000)
+    assert "(2 families here, of 2 comparisons at most)" in many and "one at a time escape" in many
+    (one,) = summary.remarks(summary.summarize(results(12, {"mse": 0.0})), 10_000)
+    assert one.startswith("one strategy was compared") and "one at a time escape" in one
+    for nothing in (results(12, {}), results(9, {"quamba": 0.0, "mse": 0.0})):
+        assert summary.remarks(summary.summarize(nothing), 10_000) == []
 
 
 def test_strategies_of_other_documents_are_refused():
