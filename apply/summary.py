@@ -356,8 +356,8 @@ def remarks(summary: pa.Table, bootstrap: int) -> list[str]:
     families = _families(summary)
     if families and max(families.values()) == 1:
         found.append(
-            "one strategy was compared, so p-values are not corrected: strategies evaluated one at a time escape Holm's "
-            "correction; evaluate those to choose from together (--scales)"
+            "one strategy was compared, so p-values are not corrected: strategies evaluated one at a time escape "
+            "Holm's correction; evaluate those to choose from together (--scales)"
         )
     elif families:
         found.append(
