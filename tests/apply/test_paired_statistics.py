@@ -172,10 +172,16 @@ def test_sign_flips_of_nothing_and_of_what_is_not_finite(documents):
     differences = np.random.default_rng(6).normal(3, 1, (documents, 4))
     differences[:, 1] = 0
     differences[2, 2] = math.nan
-    differences[:, 3] = 0.1  # sums of 0.1 depend on their order
+    differences[:, 3] = 0.1
     found = sign_flip_p(differences, seed=0)
     assert found[0] == found[3] == least_sign_flip_p(documents)
     assert found[1] == 1 and math.isnan(found[2])
+
+
+def test_sums_that_differ_by_rounding_alone_are_equal():
+    """Tenths, whose sums round: flipping 0.1, 0.2 and -0.3 together leaves the sum as it is."""
+    whole = np.array([[1, 2, -3, 4, 1, -2, 5, 3, 2, -1, 3]], float).T
+    assert sign_flip_p(whole / 10, seed=0) == sign_flip_p(whole, seed=0)  # integers are added exactly
 
 
 @given(st.integers(0, 200), st.integers(1, 200))
