@@ -1,11 +1,13 @@
-# `make demo` shows the whole pipeline; `make test` checks everything. Both make their own environment.
+# `make demo` shows the whole pipeline; `make test` checks everything; `make test-lowest` runs the main job with the
+# lowest versions that pyproject.toml declares. Each makes its own environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+LOWEST := $(VENV)-lowest
 PACKAGES := schema model collector analyzer apply cli
 SOURCES := $(foreach package,$(PACKAGES),$(wildcard $(package)/*.py $(package)/*.sql $(package)/*.cu $(package)/*.cuh))
 
-.PHONY: demo test lint types unit benchmark clean
+.PHONY: demo test test-lowest lint types unit benchmark clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -38,8 +40,24 @@ types: $(VENV)/.installed
 unit: $(VENV)/.installed
 	$(BIN)/pytest
 
+# The lowest versions that pyproject.toml declares; torch as above, lower ones have no CPU build under the plain name.
+$(LOWEST)/.requirements: constraints.txt pyproject.toml tests/lowest_versions.py
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(PYTHON) tests/lowest_versions.py > $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools
+	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check -r $(LOWEST)/requirements.txt
+	touch $@
+
+$(LOWEST)/.installed: $(LOWEST)/.requirements $(SOURCES)
+	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --force-reinstall .
+	rm -rf build
+	touch $@
+
+test-lowest: $(LOWEST)/.installed
+	PATH="$(CURDIR)/$(LOWEST)/bin:$$PATH" bash tests/main_job.sh
+
 benchmark: $(VENV)/.installed
 	for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

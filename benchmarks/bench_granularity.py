@@ -19,7 +19,7 @@ from timing import machine
 from quambase.analyzer.batch import analyze
 from quambase.apply.evaluate import evaluate
 from quambase.apply.scoring import FLOAT
-from quambase.apply.summary import summarize
+from quambase.apply.summary import readable, summarize
 from quambase.collector.run import collect
 from quambase.schema.database import StatsDB
 from quambase.schema.grouping import GROUP
@@ -71,7 +71,7 @@ def main() -> None:
             db=root / "second",
             progress=True,
         )
-        rows = summarize(found.results).to_pylist()
+        rows = readable(summarize(found.results)).figures.to_pylist()
     print(machine())
     print(
         "\n| run | tokens | seconds | first pass, s | groups | MB without raw | MB raw |\n|---|---|---|---|---|---|---|"
@@ -80,15 +80,13 @@ def main() -> None:
     for text in texts:
         print(f"\n{text}\n\n| strategy | granularity | scales of x | MSE of x | perplexity | KL a token |")
         print("|---|---|---|---|---|---|")
-        for row in (row for row in rows if row["data"] == text):
+        for row in (row for row in rows if row["text"] == text):
             label, _, level = row["strategy"].partition(" (")
             level = level.rstrip(")") or GROUP
             error = errors.get((label, level))
             scales, mse = (str(error["scales"]), f"{error['mse']:.4g}") if error else ("", "")
             shown = "" if label == FLOAT else level
-            perplexity = f"{row['perplexity']:.2f} [{row['perplexity_low']:.2f}, {row['perplexity_high']:.2f}]"
-            kl = f"{row['kl']:.5f} [{row['kl_low']:.5f}, {row['kl_high']:.5f}]"
-            print(f"| {label} | {shown} | {scales} | {mse} | {perplexity} | {kl} |")
+            print(f"| {label} | {shown} | {scales} | {mse} | {row['perplexity']} | {row['KL/token']} |")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from quambase.apply.statistics import FEWEST_RESAMPLES, MOST_RESAMPLES, RESAMPLES
 from quambase.cli.apply import int8_options
 from quambase.cli.complete import complete_labels
 from quambase.cli.console import Command, database_option, device_option, emit, note, one_each, output_options
@@ -21,30 +22,38 @@ PEOPLE = ("table", "markdown")
 
 def bootstrap_options(function: click.decorators.FC) -> click.decorators.FC:
     """How intervals are computed."""
-    function = click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")(function)
+    function = click.option(
+        "--seed",
+        type=click.IntRange(0, 2**63 - 1),
+        default=0,
+        show_default=True,
+        help="Seed of the bootstrap and of the sign flips.",
+    )(function)
     return click.option(
         "--bootstrap",
-        type=click.IntRange(min=100),
-        default=10_000,
+        type=click.IntRange(FEWEST_RESAMPLES, MOST_RESAMPLES),
+        default=RESAMPLES,
         show_default=True,
-        help="Resamples of documents for the 95 % intervals.",
+        help="Resamples of documents for the 95 % intervals of perplexity and KL; differences need none.",
     )(function)
 
 
 def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, output: Path | None) -> None:
     """Print an evaluation: two tables for people, one with every number in its own column for programs."""
-    from quambase.apply.summary import readable, summarize
+    from quambase.apply.summary import readable, remarks, summarize
 
     summary = summarize(found.results, bootstrap=bootstrap, seed=seed)
     if format_ not in PEOPLE or output:
         emit(summary, format_, output)
     else:
-        figures, differences = readable(summary)
+        figures, differences, footnotes = readable(summary)
         emit(figures, format_)
         if differences.num_rows:
             click.echo("\ndifferences, paired over documents, with 95 % intervals:")
             emit(differences, format_)
-    for remark in found.notes:
+        for footnote in footnotes:
+            click.echo(f"\n{footnote}")
+    for remark in [*found.notes, *remarks(summary, bootstrap)]:
         note(remark)
 
 

@@ -3,9 +3,12 @@
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
+
+from lowest_versions import lowest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("schema", "model", "collector", "analyzer", "apply", "cli")
@@ -47,3 +50,15 @@ def test_no_path_of_a_machine_is_committed() -> None:
         ):
             found = pattern.search(path.read_bytes())
             assert found is None, f"{name} names {found[0]!r}" if found else ""
+
+
+def test_the_lowest_versions_are_declared_and_below_the_pinned_ones() -> None:
+    """What `make test-lowest` installs, beside what the checkout is developed with."""
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    found = dict(line.split("==") for line in lowest())
+    assert list(found) == [re.split("[><=]", requirement)[0] for requirement in declared]
+    assert found["torch"] == pinned["torch"]
+    number = lambda version: [int(part) for part in version.split(".")]  # noqa: E731
+    for name, version in found.items():
+        assert number(version) <= number(pinned[name]), name
