@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 LOWEST := $(VENV)-lowest
-PACKAGES := schema model collector analyzer apply cli
+PACKAGES := api schema model collector analyzer apply cli
 SOURCES := $(foreach package,$(PACKAGES),$(wildcard $(package)/*.py $(package)/*.sql $(package)/*.cu $(package)/*.cuh))
 
 .PHONY: demo test test-lowest lint types unit benchmark clean

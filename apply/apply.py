@@ -21,7 +21,8 @@ from quambase.apply.scales import (
 )
 from quambase.apply.store import refuse_foreign_folder, remember, save_model
 from quambase.apply.weights import UPSTREAM
-from quambase.model.load import LoadedModel, bundled_models, load_model
+from quambase.model.load import LoadedModel, load_model
+from quambase.model.names import bundled_models
 from quambase.schema.errors import ModelNotFound
 from quambase.schema.scales import SELECTED, ScaleTable, read_scales
 

@@ -39,7 +39,8 @@ from quambase.apply.store import last_applied
 from quambase.model.cuda import CompilationFailed
 from quambase.model.device import choose_device, device_model
 from quambase.model.load import LoadedModel
-from quambase.model.text import BUNDLED_DATA, SAMPLE_AUTHORS, data_name, read_documents
+from quambase.model.names import BUNDLED_DATA, SAMPLE_AUTHORS, data_name
+from quambase.model.text import read_documents
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
 from quambase.schema.files import file_sha256, locked, remove_strays, replacing

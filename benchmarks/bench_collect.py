@@ -20,8 +20,9 @@ from quambase.collector.plan import make_plan
 from quambase.collector.run import collect
 from quambase.model.backbone import HEAD_ROWS
 from quambase.model.batch import Batch
-from quambase.model.load import BUNDLED, bundled_models, load_model
+from quambase.model.load import load_model
 from quambase.model.mamba import Mamba
+from quambase.model.names import BUNDLED, bundled_models
 from quambase.model.prepare import prepare
 from quambase.model.weights import MambaConfig, random_weights, tensors_of
 

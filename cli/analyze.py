@@ -8,7 +8,8 @@ import click
 import pyarrow as pa
 
 from quambase.cli.complete import complete_strategies
-from quambase.cli.console import Command, database_option, emit, force_option, format_option, note, one_each
+from quambase.cli.console import Command, database_option, force_option, format_option, note, one_each
+from quambase.cli.formats import emit
 from quambase.cli.query import run_option
 from quambase.schema.grouping import GRANULARITIES
 from quambase.schema.scales import QUAMBASE, TARGETS

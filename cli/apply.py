@@ -183,9 +183,7 @@ def apply(
 def _tell(replaced: Sequence[object]) -> None:
     """Which scales upstream's kernel could not have taken, and what took their places."""
     if replaced:
-        note(
-            "upstream's kernel at out_proj:input wraps what clips; these scales were replaced by others that clip nothing:"
-        )
+        note("upstream's kernel at out_proj:input wraps what clips; these scales gave way to ones that clip nothing:")
     for line in replaced:
         note(f"  {line}")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quambase.cli.complete import complete_models, complete_runs, complete_sites, complete_texts
-from quambase.cli.console import Command, database_option, device_option, emit, note, one_each
+from quambase.cli.console import Command, database_option, device_option, note, one_each
 from quambase.schema.sites import WHOLE, find_site, is_model_site
 
 if TYPE_CHECKING:
@@ -111,14 +111,14 @@ def collect(
       quambase collect --model mamba-5m --samples 128
       torchrun --nproc-per-node 4 $(which collect) --model mamba-5m --samples 128
     """
-    from quambase.model.names import check_data_name, check_model_name
+    from quambase.model.names import hub_data, hub_model
 
     # Before torch is imported, which takes seconds.
     for site in sites:
         find_site(site, family="")
-    check_model_name(model)
+    hub_model(model)
     if data is not None:
-        check_data_name(data)
+        hub_data(data)
     from quambase.collector.merge import merge_if_last
     from quambase.collector.observers import take_local_device
     from quambase.collector.run import collect as collect_run
@@ -203,6 +203,7 @@ def _describe(found: CollectedRun) -> None:
     """Say where the run is, what went into it, and which sites to look at first."""
     import pyarrow as pa
 
+    from quambase.cli.formats import emit
     from quambase.schema.tables import SITE_STATS, read_table
 
     manifest, data, created = found.manifest, found.manifest.data, found.manifest.created

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from quambase.cli.complete import complete_sites, complete_strategies
-from quambase.cli.console import Command, database_option, emit, note, one_each, output_options
+from quambase.cli.console import Command, database_option, note, one_each, output_options
+from quambase.cli.formats import emit
 from quambase.cli.query import run_option
 from quambase.schema.sites import WHOLE
 

@@ -25,7 +25,7 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
 
 def complete_texts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of texts; and files, which the shell finds."""
-    from quambase.model.text import BUNDLED_DATA, HUB_DATA, PYTHON_DOCS
+    from quambase.model.names import BUNDLED_DATA, HUB_DATA, PYTHON_DOCS
 
     found = _beginning([*BUNDLED_DATA, *PYTHON_DOCS, *HUB_DATA], incomplete)
     return found or [CompletionItem(incomplete, type="file")]

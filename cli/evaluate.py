@@ -10,7 +10,8 @@ import click
 from quambase.apply.statistics import FEWEST_RESAMPLES, MOST_RESAMPLES, RESAMPLES
 from quambase.cli.apply import int8_options
 from quambase.cli.complete import complete_labels
-from quambase.cli.console import Command, database_option, device_option, emit, note, one_each, output_options
+from quambase.cli.console import Command, database_option, device_option, note, one_each, output_options
+from quambase.cli.formats import emit
 from quambase.schema.grouping import GRANULARITIES
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, 
 @click.option(
     "--scales",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Evaluate strategies of this scale table instead of an applied model. [default: scales.parquet with --strategy]",
+    help="Evaluate strategies of this scale table, no applied model. [default: scales.parquet, with --strategy]",
 )
 @click.option(
     "--strategy",

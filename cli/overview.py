@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from quambase.cli.console import emit, note
+from quambase.cli.console import note
+from quambase.cli.formats import emit
 from quambase.schema.errors import DatabaseInvalid, QuambaseError
 from quambase.schema.results import finished_evaluations
 from quambase.schema.runs import list_runs, overview

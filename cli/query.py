@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from quambase.cli.complete import complete_runs, complete_sites
-from quambase.cli.console import Command, database_option, emit, note, output_options
+from quambase.cli.console import Command, database_option, note, output_options
+from quambase.cli.formats import emit
 from quambase.schema.errors import QueryInvalid
 
 if TYPE_CHECKING:

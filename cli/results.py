@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from quambase.cli.console import Command, database_option, emit, note, output_options
+from quambase.cli.console import Command, database_option, note, output_options
 from quambase.cli.evaluate import bootstrap_options, emit_evaluation
+from quambase.cli.formats import emit
 
 
 @click.command(cls=Command)

@@ -44,9 +44,9 @@ from quambase.collector.writer import (
 )
 from quambase.model.load import LoadedModel, load_model
 from quambase.model.mamba2_weights import Mamba2Weights
+from quambase.model.names import data_name
 from quambase.model.prepare import prepare
 from quambase.model.reorder import reorder
-from quambase.model.text import data_name
 from quambase.model.weights import MambaWeights
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DataInvalid

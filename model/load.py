@@ -13,23 +13,13 @@ from quambase.model.hub import HubError, fetch_snapshot, mend
 from quambase.model.mamba import Mamba
 from quambase.model.mamba2 import Mamba2
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, mamba2_weights_from_tensors
+from quambase.model.names import BUNDLED, NEOX, hub_model
 from quambase.model.settings import Settings, read_json_object, shown
 from quambase.model.tensor_files import read_pytorch, read_safetensors
 from quambase.model.tokenizer import Tokenizer, load_tokenizer
 from quambase.model.weights import MambaConfig, MambaWeights, weights_from_tensors
-from quambase.schema.errors import CheckpointInvalid, ModelNotFound, UnknownName
+from quambase.schema.errors import CheckpointInvalid, ModelNotFound
 from quambase.schema.sites import MAMBA1, MAMBA2
-
-BUNDLED = Path(__file__).with_name("bundled")
-"""Folder of the models that ship with the package."""
-
-NEOX = "EleutherAI/gpt-neox-20b"
-
-SHORT_NAMES: dict[str, str] = {
-    **{f"mamba-{size}": f"state-spaces/mamba-{size}" for size in ("130m", "370m", "790m", "1.4b", "2.8b")},
-    **{f"mamba2-{size}": f"state-spaces/mamba2-{size}" for size in ("130m", "370m", "780m", "1.3b", "2.7b")},
-}
-"""Short name to hub id; their tokenizer is GPT-NeoX-20B's."""
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PYTORCH, PYTORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -76,11 +66,6 @@ def floating_model(weights: MambaWeights | Mamba2Weights, *, rotated: bool = Fal
     return Mamba(weights, rotated=rotated)
 
 
-def bundled_models() -> list[str]:
-    """Names of the models that ship with the package."""
-    return sorted(folder.parent.name for folder in BUNDLED.glob("*/config.json"))
-
-
 def load_model(name: str, *, tokenizer: str | None = None) -> LoadedModel:
     """Load a model by bundled name, local folder, short name (``mamba-130m``) or hub id.
 
@@ -104,19 +89,10 @@ def load_model(name: str, *, tokenizer: str | None = None) -> LoadedModel:
 
 def resolve(name: str) -> tuple[Path, str | None]:
     """The folder of a model's files (downloaded if on the hub) and the hub id of its family's tokenizer."""
-    local = Path(name)
-    if local.is_dir():
-        return local, None
-    if name in bundled_models():
-        return BUNDLED / name, None
-    if name in SHORT_NAMES:
-        return _from_hub(SHORT_NAMES[name]), NEOX
-    if name.count("/") == 1 and not name.startswith((".", "/")):
-        return _from_hub(name), NEOX if name.startswith("state-spaces/") else None
-    hint = UnknownName.of("model", name, [*bundled_models(), *SHORT_NAMES])
-    raise ModelNotFound(
-        f"{hint}; or give a folder with config.json and weights, or a hub id such as state-spaces/mamba-130m"
-    )
+    repository = hub_model(name)
+    if repository is None:
+        return (Path(name) if Path(name).is_dir() else BUNDLED / name), None
+    return _from_hub(repository), NEOX if repository.startswith("state-spaces/") else None
 
 
 def _from_hub(repository: str) -> Path:

@@ -23,33 +23,11 @@ import pyarrow.parquet as pq
 
 from quambase.model.files import check_file, first_line
 from quambase.model.hub import HubError, fetch_file, mend
-from quambase.schema.errors import DataInvalid, UnknownName
-
-SAMPLE = Path(__file__).with_name("bundled") / "sample"
-"""Folder of the bundled sample text."""
-
-BUNDLED_DATA: dict[str, str] = {
-    "sample:calibration": "calibration.jsonl",
-    "sample:evaluation": "evaluation.jsonl",
-    "sample:last-word": "last_word.jsonl",
-}
-"""Names of the bundled texts, written by SAMPLE_AUTHORS (`quambase generate`)."""
-
-SAMPLE_AUTHORS = ("mamba-5m", "mamba2-8m")
-"""The bundled models that wrote the bundled texts, a document each in turn."""
-
-PYTHON_DOCS = ("python-docs:calibration", "python-docs:evaluation")
-"""Real English on every machine: Python's language reference (`pydoc_data.topics`), every other topic, in passages."""
+from quambase.model.names import BUNDLED_DATA, PYTHON_DOCS, SAMPLE, hub_data
+from quambase.schema.errors import DataInvalid
 
 PASSAGE = 1500
 """Characters after which a topic of the language reference is cut at the next blank line."""
-
-HUB_DATA: dict[str, str] = {
-    "pile-val": "hf:monology/pile-uncopyrighted:val.jsonl.zst",
-    "wikitext2": "hf:Salesforce/wikitext:wikitext-2-raw-v1/test-00000-of-00001.parquet",
-    "lambada": "hf:EleutherAI/lambada_openai:data/lambada_test_en.jsonl",
-}
-"""Short names of data sets on the hub, as ``hf:REPOSITORY:FILE``."""
 
 KINDS = ".txt, .jsonl, .json, .parquet or .csv, also .gz, .zst or .xz"
 
@@ -100,13 +78,8 @@ def _texts(data: str) -> Iterator[str]:
         return _python_docs(PYTHON_DOCS.index(data))
     if data in BUNDLED_DATA:
         return _file_texts(SAMPLE / BUNDLED_DATA[data])
-    if Path(data).exists():
-        return _file_texts(Path(data))
-    source = HUB_DATA.get(data, data)
-    if source.startswith("hf:"):
-        return _file_texts(_from_hub(source))
-    hint = UnknownName.of("data", data, [*BUNDLED_DATA, *PYTHON_DOCS, *HUB_DATA])
-    raise DataInvalid(f"no file {data} here, and it is no known name ({hint})")
+    source = hub_data(data)
+    return _file_texts(Path(data) if source is None else _from_hub(source))
 
 
 def _python_docs(part: int) -> Iterator[str]:
@@ -389,12 +362,3 @@ def _from_hub(source: str) -> Path:
             f"{source} is not in the local hub cache and could not be fetched ({error}); or download the file on a "
             "machine with a network and pass it: --data FILE"
         ) from None
-
-
-def data_name(data: str | Path) -> tuple[str, str | None]:
-    """What a text is called, however its path was typed, and the file's absolute path: the file's own name and that,
-    or for a known name this name and None.
-    """
-    name = str(data)
-    known = name in BUNDLED_DATA or name in PYTHON_DOCS or not Path(name).exists()
-    return (name, None) if known else (Path(name).resolve().name, str(Path(name).resolve()))

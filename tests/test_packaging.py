@@ -30,6 +30,7 @@ def test_the_wheel_equals_the_tree(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.startswith("quambase/")}
     expected = {f"quambase/{name}" for name in tracked if name.split("/")[0] in FOLDERS}
+    expected |= {name.replace("api/", "quambase/", 1) for name in tracked if name.startswith("api/")}
     assert packed == expected
 
 

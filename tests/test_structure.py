@@ -15,6 +15,7 @@ ALLOWED = {
     "analyzer": {"schema", "analyzer"},
     "apply": {"schema", "model", "apply"},
     "cli": {"schema", "model", "collector", "analyzer", "apply", "cli"},
+    "api": {"schema", "model", "collector", "analyzer", "apply", "cli"},
 }
 FORBIDDEN = {
     "schema": {"torch", "click"},

@@ -27,8 +27,9 @@ from quambase.cli.results import results as results_command
 from quambase.model.batch import Batch
 from quambase.model.cuda import CompilationFailed
 from quambase.model.load import load_model
+from quambase.model.names import SAMPLE_AUTHORS
 from quambase.model.prepare import prepare
-from quambase.model.text import SAMPLE_AUTHORS, read_documents
+from quambase.model.text import read_documents
 from quambase.model.weights import tensors_of
 from quambase.schema.errors import CheckpointInvalid, DatabaseInvalid, DataInvalid, RunBusy, ScalesInvalid, UnknownName
 from quambase.schema.scales import write_scales

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
-from quambase.cli.console import emit
+from quambase.cli.formats import emit
 from quambase.cli.main import COMMANDS, load_command, quambase, summary
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quambase.model.load import BUNDLED, load_model, load_weights, resolve, weights_digest
+from quambase.model.load import load_model, load_weights, resolve, weights_digest
 from quambase.model.mamba import Mamba
+from quambase.model.names import BUNDLED
 from quambase.model.weights import MambaConfig, random_weights, tensors_of
 from quambase.schema.errors import CheckpointInvalid, ModelNotFound
 

@@ -1,0 +1,48 @@
+"""quambase: exact activation statistics of Mamba models, every INT8 scale strategy, and the INT8 model they lead to.
+
+    import quambase
+    run = quambase.collect("mamba-5m", 128)            # -> quambase-db/runs/<run id>/
+    print(quambase.StatsDB("quambase-db").stats())
+    quambase.analyze()                                 # -> scales.parquet
+    quambase.apply("scales.parquet")                   # -> quambase-db/models/<id>/
+    print(quambase.evaluate())
+
+Each function is the command of its name; docs/python.md has examples. The stages are subpackages, such as
+`quambase.schema`; `quambase.apply` is both, a stage that can be called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quambase.analyzer.batch import analyze as analyze
+    from quambase.apply.evaluate import evaluate as evaluate
+    from quambase.collector.run import collect as collect
+    from quambase.schema.database import StatsDB as StatsDB
+
+__all__ = ["StatsDB", "__version__", "analyze", "apply", "collect", "evaluate"]
+
+__version__ = version("quambase")
+
+_NAMES = {
+    "StatsDB": "quambase.schema.database",
+    "analyze": "quambase.analyzer.batch",
+    "collect": "quambase.collector.run",
+    "evaluate": "quambase.apply.evaluate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what a name needs when it is first used: `StatsDB` needs no torch."""
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if name == "apply":
+        return importlib.import_module("quambase.apply")
+    raise AttributeError(f"module 'quambase' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *globals()])
