@@ -399,6 +399,36 @@ def test_accuracy_has_score_intervals():
     assert row["vs_float_detectable"] == pytest.approx(max(factor * error, 6 / 40), rel=1e-9)
 
 
+def test_one_answer_that_differs_does_not_make_every_difference_detectable():
+    """Its spread is tiny, but McNemar's exact test needs six pairs."""
+    table = results(40, {"same": 0.0}, task="last-word")
+    correct = table["correct"].to_pylist()
+    correct[-1] = not correct[-1]
+    field = RESULTS.field("correct")
+    table = table.set_column(RESULTS.get_field_index("correct"), field, pa.array(correct, field.type))
+    row = summary.summarize(table, bootstrap=100).to_pylist()[1]
+    assert abs(row["vs_float"]) == pytest.approx(1 / 40, rel=1e-12) and row["vs_float_detectable"] == 6 / 40
+
+
+def test_the_interval_of_kl_is_not_below_zero():
+    """Ten documents, all but one short: samples without the long one have errors that say little of the whole."""
+    table = results(10, {"quamba": 0.02})
+    long = [document == 3 for document in table["document"].to_pylist()]
+    kl = [
+        0.01 if far else (document % 2) * 1.0 for far, document in zip(long, table["document"].to_pylist(), strict=True)
+    ]
+    tokens = [20_000 if far else 20 for far in long]
+    for name, values in (("kl", kl), ("tokens", tokens)):
+        field = RESULTS.field(name)
+        table = table.set_column(RESULTS.get_field_index(name), field, pa.array(values, field.type))
+    values, weights = (np.array(by_document(table, "quamba", name)) for name in ("kl", "tokens"))
+    ratio, shares = linearised(values, weights)
+    drawn = resampled_t(values[:, None], weights[:, None], 1000, 0)[:, 0]
+    low, high = bootstrap_t_interval(ratio, standard_error(shares), drawn)
+    row = summary.summarize(table, bootstrap=1000).to_pylist()[1]
+    assert low < 0 and (row["kl_low"], row["kl_high"]) == (0, pytest.approx(high, rel=1e-12))
+
+
 @pytest.mark.parametrize("task", ["perplexity", "last-word"])
 def test_identical_results_have_no_detectable_difference(task):
     table = results(40, {"same": 0.0}, task=task)
