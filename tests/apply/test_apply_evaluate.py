@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +25,7 @@ from quambase.apply.store import CONFIG as CONFIG_FILE
 from quambase.apply.store import TENSORS, last_applied, load_stored, save_model
 from quambase.cli.apply import apply as apply_command
 from quambase.cli.evaluate import evaluate as evaluate_command
+from quambase.cli.main import load_command
 from quambase.cli.results import results as results_command
 from quambase.model.batch import Batch
 from quambase.model.cuda import CompilationFailed
@@ -335,7 +338,8 @@ def invoke(command, *arguments):
 def test_commands(world, tmp_path):
     db, table = tmp_path / "db", world / "scales.parquet"
     code, out, err = invoke(
-        apply_command, "--scales", table, "--strategy", "tight", "--at", "x_proj:input, in_proj:input", "--db", db
+        *(apply_command, "--scales", table, "--strategy", "tight", "--db", db),
+        *("--at", "x_proj:input", "--at", "in_proj:input"),
     )
     assert (code, out.strip()) == (0, str(last_applied(db))) and "tight@x_proj:input,in_proj:input/quamba" in err
     options = ("--data", world / "text.jsonl", "--db", db, "--bootstrap", 100, "--window", 16)
@@ -345,11 +349,51 @@ def test_commands(world, tmp_path):
     code, again, _ = invoke(results_command, "--db", db, "--bootstrap", 100)
     assert (code, again) == (0, out)
     code, out, _ = invoke(
-        evaluate_command, "--scales", table, "--strategy", "tight,quamba", *options, "--format", "json"
+        evaluate_command,
+        *("--scales", table, "--strategy", "tight", "--strategy", "quamba"),
+        *options,
+        *("--format", "json"),
     )
     rows = json.loads(out)
     assert [row["strategy"] for row in rows] == ["float", "tight", "quamba"] * 2
     assert rows[1]["vs_quamba_low"] <= rows[1]["vs_quamba"] <= rows[1]["vs_quamba_high"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "hint"),
+    [
+        ("evaluate", ("--strategy", "mse,quamba"), "--strategy mse --strategy quamba"),
+        ("evaluate", ("--strategy", "percentile:0.99,percentile:0.999"), "--strategy percentile:0.99 --strategy per"),
+        ("evaluate", ("--strategy", "outlier_aware:0.95,120,mse"), "--strategy outlier_aware:0.95,120 --strategy mse"),
+        ("analyze", ("--strategy", "mse, quamba"), "--strategy mse --strategy quamba"),
+        ("compare", ("--strategy", "mse,quamba"), "--strategy mse --strategy quamba"),
+        ("apply", ("--at", "x_proj:input,in_proj:input"), "--at x_proj:input --at in_proj:input"),
+        ("collect", ("--model", "mamba-5m", "--site", "x_proj:input,in_proj:input"), "--site x_proj:input --site in_"),
+    ],
+)
+def test_a_list_in_one_option_is_refused_with_the_right_form(command, option, hint):
+    code, _, err = invoke(load_command(command), *option)
+    assert code == 2 and f"is a list; give the option once for each: {hint}" in " ".join(err.split())
+
+
+def test_a_label_with_a_comma_reaches_the_evaluation(world, tmp_path):
+    """`outlier_aware:0.95,120` is one label; without --scales the table in the folder is taken, never ignored."""
+    label = "outlier_aware:0.95,120"
+    table = pq.read_table(world / "scales.parquet")
+    names = pa.array([label if name == "tight" else name for name in table["label"].to_pylist()], pa.string())
+    (tmp_path / "here").mkdir()
+    renamed = table.set_column(table.schema.get_field_index("label"), "label", names)
+    pq.write_table(renamed.replace_schema_metadata(table.schema.metadata), tmp_path / "here" / "scales.parquet")
+    options = ("--data", str(world / "text.jsonl"), "--task", "perplexity", "--format", "json")
+    with contextlib.chdir(tmp_path / "here"):
+        apply("scales.parquet", strategy="absmax")
+        code, out, err = invoke(evaluate_command, "--strategy", label, "--strategy", "quamba", *options)
+        assert code == 0, err
+        assert [row["strategy"] for row in json.loads(out)] == ["float", label, "quamba"]
+        assert invoke(evaluate_command, last_applied(Path("quambase-db")), "--strategy", "mse")[0] == 2
+        (tmp_path / "here" / "scales.parquet").unlink()
+        code, _, err = invoke(evaluate_command, "--strategy", "all", *options)
+        assert code == 1 and "scales.parquet does not exist; run `analyze`" in err
 
 
 def test_upstreams_wrapping_is_warned_of(world, tmp_path):

@@ -326,7 +326,7 @@ def test_no_other_output_takes_a_foreign_file(world: Path, tmp_path: Path) -> No
         ("analyze", "--db", world / "db", "--strategy", "absmax", "--out"),
         ("compare", "--db", world / "db", "--strategy", "absmax", "--picture"),
         ("apply", "--scales", world / "scales.parquet", "--strategy", "absmax", "--export"),
-        ("stats", "--db", world / "db", "--output"),
+        ("stats", "--db", world / "db", "--out"),
     ]
     for name, *arguments in commands:
         path = tmp_path / f"{name}.png"

@@ -77,13 +77,13 @@ def test_nothing_of_a_file_reaches_the_terminal_as_a_command(fabricated_database
 
 def test_an_output_file_is_whole_and_not_another_ones(fabricated_database: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
-    assert sql(fabricated_database, "--format", "csv", "--output", path, "select 1 as a").exit_code == 0
-    done = sql(fabricated_database, "--format", "csv", "--output", path, "select 2 as a")
+    assert sql(fabricated_database, "--format", "csv", "--out", path, "select 1 as a").exit_code == 0
+    done = sql(fabricated_database, "--format", "csv", "--out", path, "select 2 as a")
     assert (
         done.exit_code == 1 and "out.csv exists already; name another file, or replace it with --force" in done.stderr
     )
     assert path.read_text() == '"a"\n1\n'
-    assert sql(fabricated_database, "--format", "csv", "--output", path, "--force", "select 2 as a").exit_code == 0
+    assert sql(fabricated_database, "--format", "csv", "--out", path, "--force", "select 2 as a").exit_code == 0
     assert path.read_text() == '"a"\n2\n' and list(tmp_path.iterdir()) == [path]
 
 

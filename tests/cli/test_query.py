@@ -28,7 +28,7 @@ def run(name: str, *arguments: str | Path) -> Result:
 def test_help_ends_with_an_example_that_runs(name: str) -> None:
     command = load_command(name)
     lines = [line for line in (command.help or "").replace("\b", "").splitlines() if line.strip()]
-    assert lines[-1].strip().startswith(f"quambase {name} " if name != "analyze" else "analyze ")
+    assert lines[-1].strip().startswith(f"quambase {name}")
     assert command.get_short_help_str()
 
 
@@ -116,19 +116,19 @@ def test_analyze_lists_definitions() -> None:
 def test_compare(fabricated_database: Path, tmp_path: Path) -> None:
     picture = tmp_path / "c.png"
     arguments = ["--db", fabricated_database, "--site", "x_proj:input", "--layer", "1", "--picture", picture]
-    done = run("compare", *arguments, "--values", "1,-2.5")
+    done = run("compare", *arguments, "--value", "1", "--value", "-2.5")
     assert done.exit_code == 0, done.stderr
     assert picture.exists() and f"written: {picture}" in done.stderr
     assert done.stdout.startswith("layer 1 x_proj:input of run run-a\n")
     assert done.stdout.splitlines()[-1].startswith("least MSE with one INT8 scale: mse (MSE ")
-    done = run("compare", *arguments, "--no-picture", "--table", "values", "--values", "3", "--format", "json")
+    done = run("compare", *arguments, "--no-picture", "--table", "values", "--value", "3", "--format", "json")
     assert {r["value"] for r in json.loads(done.stdout)} == {3.0}
-    assert run("compare", *arguments, "--values", "a").exit_code == 2
+    assert run("compare", *arguments, "--value", "a").exit_code == 2
 
 
 def test_compare_to_a_file(fabricated_database: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
-    done = run("compare", "--db", fabricated_database, "--no-picture", "--format", "parquet", "--output", path)
+    done = run("compare", "--db", fabricated_database, "--no-picture", "--format", "parquet", "--out", path)
     assert done.exit_code == 0, done.stderr
     assert "mse_change_percent" in pq.read_table(path).column_names
 
