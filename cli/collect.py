@@ -109,7 +109,7 @@ def collect(
     \b
     Example:
       quambase collect --model mamba-5m --samples 128
-      torchrun --nproc-per-node 4 $(which collect) --model mamba-5m --samples 128
+      torchrun --nproc-per-node 2 $(which collect) --model mamba-5m --samples 128
     """
     from quambase.model.names import hub_data, hub_model
 
@@ -192,7 +192,9 @@ def merge(sources: tuple[Path, ...], run: str | None, db: Path) -> None:
 
     \b
     Example:
-      quambase merge --db quambase-db from-machine-1 from-machine-2
+      quambase collect --model mamba-5m --samples 64 --shard 0/2 --db machine-0
+      quambase collect --model mamba-5m --samples 64 --shard 1/2 --db machine-1
+      quambase merge machine-0 machine-1
     """
     from quambase.collector.merge import merge as merge_shards
 

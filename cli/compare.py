@@ -137,6 +137,7 @@ def groups(
 
     \b
     Example:
+      quambase collect --model mamba2-8m --samples 4
       quambase groups --layer 3 --picture groups.png
     """
     from quambase.analyzer.group_spread import group_spread

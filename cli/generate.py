@@ -29,7 +29,7 @@ def generate(models: tuple[str, ...], out: Path, tokens: int, seed: int, force: 
 
     \b
     Example:
-      quambase generate --model mamba-5m --out sample --tokens 20000
+      quambase generate --model mamba-5m --out sample --tokens 2000
     """
     from quambase.model.load import load_model
     from quambase.model.sample import write_sample
