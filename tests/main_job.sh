@@ -18,7 +18,7 @@ run analyze
 run quambase compare --site x_proj:input --layer 3
 run apply --scales scales.parquet --strategy mse
 run evaluate --samples 3
-run evaluate --scales scales.parquet --strategy mse,quamba --data sample:evaluation --samples 10 --task perplexity --format csv
+run evaluate --scales scales.parquet --strategy mse --strategy quamba --data sample:evaluation --samples 10 --task perplexity --format csv
 run quambase results --format json
 run quambase doctor
 echo "the main job is done"

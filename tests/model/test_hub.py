@@ -72,7 +72,7 @@ print(json.dumps([[d.exit_code, d.stderr + (repr(d.exception) if d.exit_code > 1
 def collect(hub: Hub, folder: Path, *commands: list[str], **environment: str) -> list[Done]:
     """Run ``collect`` with each command's options in one new process: the client reads its settings on import."""
     settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "cache"), "NO_PROXY": "127.0.0.1"} | environment
-    few = ["--samples", "5", "--sites", "x_proj:input", "--db", str(folder / "db")]
+    few = ["--samples", "5", "--site", "x_proj:input", "--db", str(folder / "db")]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps([[*command, *few] for command in commands])],
         env={key: value for key, value in os.environ.items() if not key.startswith("HF_")} | settings,
