@@ -153,7 +153,8 @@ def test_quantized_head_and_embedding_survive_storing(tmp_path):
     prepared = prepare(tiny_weights())
     scales = absmax_scales(prepared, documents(1), "ssd")
     model = build(prepared, scales, quantize_lm_head=True, quantize_embedding=True, compat="upstream")
-    save_model(tmp_path / "m", model, {})
+    about = {"source": {"name": "tiny2", "path": "tiny2"}, "strategy": "absmax", "weights_sha256": ""}
+    save_model(tmp_path / "m", model, about)
     stored = load_stored(tmp_path / "m").model
     batch = Batch.pack(documents(2))
     assert torch.equal(stored.logits(stored.hidden(batch)), model.logits(model.hidden(batch)))
@@ -276,7 +277,7 @@ def test_the_float_model_alone(world, tmp_path):
     )
     assert done.exit_code == 0, done.output
     beside = run(world, "tensor", tmp_path, strategies=["quamba"]).results.to_pylist()
-    stored = {e["strategies"]: e["evaluation"] for e in list_evaluations(tmp_path).to_pylist()}
+    stored = {e["strategies"]: e["evaluation"] for e in list_evaluations(tmp_path)[0].to_pylist()}
     alone = find_evaluation(tmp_path, stored[""]).results.to_pylist()
     names = ("document", "tokens", "nll", "kl", "top1_agreement", "top1_right")
     assert [[r[n] for n in names] for r in alone] == [[r[n] for n in names] for r in beside if r["strategy"] == "float"]

@@ -337,7 +337,8 @@ def test_no_other_output_takes_a_foreign_file(world: Path, tmp_path: Path) -> No
         assert ask(name, *arguments, path, "--force")[0] == 0 and path.read_bytes() != b"mine"
         code, err = ask(name, *arguments, path)
         assert (code == 0) == (name != "stats"), "a file of one's own is replaced where it can be told"
-        assert ask(name, *arguments, tmp_path)[0] == 2 or "is a folder" in err
+        code, err = ask(name, *arguments, tmp_path)
+        assert code in (1, 2) and ("is a folder" in err or "is a directory" in err)
     sink = tmp_path / "pipe"
     os.mkfifo(sink)
     with subprocess.Popen(["cat", sink], stdout=subprocess.PIPE) as reader:
