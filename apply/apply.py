@@ -24,6 +24,7 @@ from quambase.apply.weights import UPSTREAM
 from quambase.model.load import LoadedModel, load_model
 from quambase.model.names import bundled_models
 from quambase.schema.errors import ModelNotFound
+from quambase.schema.files import local_folder
 from quambase.schema.scales import SELECTED, ScaleTable, read_scales
 
 
@@ -88,7 +89,7 @@ def apply(
     An existing ``out`` must be empty or an INT8 model's folder.
     Errors: OutputRefused, ScalesInvalid, UnknownName, ModelNotFound, CheckpointInvalid.
     """
-    db, out = Path(db), None if out is None else Path(out)
+    db, out = local_folder(db), None if out is None else Path(out)
     if out is not None:
         refuse_foreign_folder(out)
     table = read_scales(Path(scales), db)

@@ -43,7 +43,7 @@ from quambase.model.names import BUNDLED_DATA, SAMPLE_AUTHORS, data_name
 from quambase.model.text import read_documents
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
-from quambase.schema.files import file_sha256, locked, remove_strays, replacing
+from quambase.schema.files import file_sha256, local_folder, locked, remove_strays, replacing
 from quambase.schema.results import (
     EVALUATION,
     RESULTS_FILE,
@@ -141,7 +141,7 @@ def evaluate(
     A killed evaluation resumes: the same call finds its finished blocks.
     Errors: ScalesInvalid, UnknownName, CheckpointInvalid, ModelNotFound, DataInvalid, RunBusy.
     """
-    db = Path(db)
+    db = local_folder(db)
     model = None if model is None else str(model)
     texts = [str(data)] if isinstance(data, str | Path) else [str(text) for text in data]
     where = choose_device(device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quambase.cli.complete import complete_models, complete_runs, complete_sites, complete_texts
-from quambase.cli.console import Command, database_option, device_option, note, one_each
+from quambase.cli.console import COUNT, SEED, Command, database_option, device_option, note, one_each
 from quambase.schema.sites import WHOLE, find_site, is_model_site
 
 if TYPE_CHECKING:
@@ -30,10 +30,8 @@ DTYPES = ("float16", "float32")
     shell_complete=complete_models,
     help="Bundled name, folder, short name (mamba-130m) or hub id.",
 )
-@click.option("--samples", default=512, show_default=True, type=click.IntRange(min=1), help="Documents to read.")
-@click.option(
-    "--seq-len", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens per document at most."
-)
+@click.option("--samples", default=512, show_default=True, type=COUNT, help="Documents to read.")
+@click.option("--seq-len", default=512, show_default=True, type=COUNT, help="Tokens per document at most.")
 @click.option(
     "--data",
     metavar="FILE|NAME",
@@ -41,9 +39,7 @@ DTYPES = ("float16", "float32")
     help="Text file, or a name such as python-docs:calibration. [default: the model's own]",
 )
 @database_option
-@click.option(
-    "--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Documents per forward pass."
-)
+@click.option("--batch-size", default=32, show_default=True, type=COUNT, help="Documents per forward pass.")
 @click.option("--keep-tokens", default="64", show_default=True, help="Tokens whose raw activations are kept, or all.")
 @click.option(
     "--site",
@@ -53,7 +49,7 @@ DTYPES = ("float16", "float32")
     shell_complete=complete_sites,
     help="Observe only this site; once for each. [default: every one]",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the token sample.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of the token sample.")
 @click.option("--tokenizer", help="tokenizer.json, folder or hub id. [default: the model's own]")
 @click.option(
     "--groups",
@@ -62,7 +58,7 @@ DTYPES = ("float16", "float32")
 )
 @click.option(
     "--group-samples",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Documents of the first pass that finds the groups. [default: 64; quamba2: all]",
 )
 @click.option(
@@ -164,7 +160,13 @@ def collect(
 @click.command(cls=Command, name="import")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--site", required=True, help="What to call the site.")
-@click.option("--layer", default=0, show_default=True, help="Its layer number.")
+@click.option(
+    "--layer",
+    default=0,
+    show_default=True,
+    type=click.IntRange(-1, COUNT.max),
+    help="Its layer number; -1 is the head.",
+)
 @click.option("--tensor", help="Which tensor of a file that holds several.")
 @database_option
 def import_tensor(file: Path, site: str, layer: int, tensor: str | None, db: Path) -> None:

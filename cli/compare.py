@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quambase.cli.complete import complete_sites, complete_strategies
-from quambase.cli.console import Command, database_option, note, one_each, output_options
+from quambase.cli.console import SEED, Command, database_option, note, one_each, output_options
 from quambase.cli.formats import emit
 from quambase.cli.query import run_option
 from quambase.schema.sites import WHOLE
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from quambase.analyzer.compare import Comparison
 
 TABLES = ("statistics", "strategies", "values")
+
+
+def _finite(ctx: click.Context, param: click.Parameter, values: tuple[float, ...]) -> tuple[float, ...]:
+    for value in values:
+        if not math.isfinite(value):
+            raise click.BadParameter(f"{value} has no code; expected a finite number", ctx, param)
+    return values
 
 
 def picture_options(default: str) -> Callable[[click.decorators.FC], click.decorators.FC]:
@@ -58,10 +66,11 @@ def picture_options(default: str) -> Callable[[click.decorators.FC], click.decor
     "values",
     type=float,
     multiple=True,
+    callback=_finite,
     help="A magnitude to show code, reconstruction and error of; once for each. [default: 2, 4.5, 5, 8, 10, 12]",
 )
 @click.option("--synthetic", is_flag=True, help="No database: a seeded heavy-tailed tensor.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of --synthetic.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of --synthetic.")
 @picture_options("compare.png")
 @click.option("--table", type=click.Choice(TABLES), help="Only this table. [default: all, or strategies if not plain]")
 @run_option

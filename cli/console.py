@@ -18,6 +18,12 @@ from quambase.schema.files import refuse_foreign_file
 FORMATS = ("table", "json", "csv", "parquet", "markdown")
 
 
+COUNT = click.IntRange(1, 2**31 - 1)
+"""How many of something: it is stored in 32 bits."""
+
+SEED = click.IntRange(0, 2**63 - 1)
+
+
 def debug_option() -> click.Option:
     """`--debug`, which the program looks up among its arguments, wherever it stands."""
     return click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error.")

@@ -10,7 +10,7 @@ import click
 from quambase.apply.statistics import FEWEST_RESAMPLES, MOST_RESAMPLES, RESAMPLES
 from quambase.cli.apply import int8_options
 from quambase.cli.complete import complete_labels
-from quambase.cli.console import Command, database_option, device_option, note, one_each, output_options
+from quambase.cli.console import COUNT, SEED, Command, database_option, device_option, note, one_each, output_options
 from quambase.cli.formats import emit
 from quambase.schema.grouping import GRANULARITIES
 
@@ -25,7 +25,7 @@ def bootstrap_options(function: click.decorators.FC) -> click.decorators.FC:
     """How intervals are computed."""
     function = click.option(
         "--seed",
-        type=click.IntRange(0, 2**63 - 1),
+        type=SEED,
         default=0,
         show_default=True,
         help="Seed of the bootstrap and of the sign flips.",
@@ -89,7 +89,7 @@ def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, 
     metavar="FILE|NAME",
     help="Text to evaluate on; may be repeated. [default: the bundled texts, for a bundled model]",
 )
-@click.option("--samples", type=click.IntRange(min=1), help="Only the first so many documents of each text.")
+@click.option("--samples", type=COUNT, help="Only the first so many documents of each text.")
 @click.option(
     "--task",
     type=click.Choice(["perplexity", "last-word", "both"]),
@@ -99,7 +99,7 @@ def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, 
 )
 @click.option(
     "--window",
-    type=click.IntRange(min=2),
+    type=click.IntRange(2, COUNT.max),
     default=2048,
     show_default=True,
     help="Tokens; longer documents are cut in non-overlapping windows.",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quambase.cli.console import Command, force_option, note
+from quambase.cli.console import COUNT, SEED, Command, force_option, note
 
 
 @click.command(cls=Command)
@@ -19,8 +19,8 @@ from quambase.cli.console import Command, force_option, note
     help="Bundled name, folder, short name or hub id; several write a document each in turn.",
 )
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the files.")
-@click.option("--tokens", default=300_000, show_default=True, type=click.IntRange(min=1), help="Tokens to write.")
-@click.option("--seed", default=0, show_default=True, help="Seed of lengths and sampling.")
+@click.option("--tokens", default=300_000, show_default=True, type=COUNT, help="Tokens to write.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of lengths and sampling.")
 @force_option
 def generate(models: tuple[str, ...], out: Path, tokens: int, seed: int, force: bool) -> None:
     """Let models write a calibration text, an evaluation text and a last-word set.

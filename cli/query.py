@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from quambase.cli.complete import complete_runs, complete_sites
-from quambase.cli.console import Command, database_option, note, output_options
+from quambase.cli.console import COUNT, Command, database_option, note, output_options
 from quambase.cli.formats import emit
 from quambase.schema.errors import QueryInvalid
 
@@ -83,7 +83,7 @@ def _notes_on(database: StatsDB, text: str | None) -> list[str]:
 @click.command(cls=Command)
 @click.option("--site", shell_complete=complete_sites, help="Only this site.")
 @click.option("--layer", type=int, help="Only this layer; -1 is the head.")
-@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Rows at most.")
+@click.option("--limit", type=COUNT, default=20, show_default=True, help="Rows at most.")
 @run_option
 @database_option
 @output_options

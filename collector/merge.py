@@ -33,7 +33,7 @@ from quambase.collector.shards import (
 from quambase.collector.statistics import ENCODINGS, SiteStatistics
 from quambase.collector.writer import JoinedParts, finish_run, part_folder, versions, write_run
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, RunBusy, UnknownName
-from quambase.schema.files import locked
+from quambase.schema.files import local_folder, locked
 from quambase.schema.grouping import stored_groups
 from quambase.schema.manifest import MANIFEST, SHARDS, Manifest
 from quambase.schema.runs import list_runs, sound_manifests
@@ -42,7 +42,9 @@ Found = Mapping[Shard, ShardManifest]
 Folders = Mapping[Shard, Path]
 
 
-def merge(db: Path, sources: Sequence[Path] = (), run: str | None = None, *, progress: bool = False) -> CollectedRun:
+def merge(
+    db: str | Path, sources: Sequence[Path] = (), run: str | None = None, *, progress: bool = False
+) -> CollectedRun:
     """Make the complete run, in ``db``, of its shards in ``db`` and in ``sources``.
 
     sources  databases, run folders or shard folders, in any order; they stay as they are, while ``db``'s own shards
@@ -53,6 +55,7 @@ def merge(db: Path, sources: Sequence[Path] = (), run: str | None = None, *, pro
     UnknownName: no shards of ``run``. RunBusy: another process is merging.
     """
     started = time.time()
+    db = local_folder(db)
     found_shards = _find([db, *sources])
     if already := _complete_run(found_shards, run, db):
         return existing_run(already)

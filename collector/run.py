@@ -50,7 +50,7 @@ from quambase.model.reorder import reorder
 from quambase.model.weights import MambaWeights
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DataInvalid
-from quambase.schema.files import locked
+from quambase.schema.files import local_folder, locked
 from quambase.schema.grouping import LayerGroups
 from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.sites import FAMILIES, find_site
@@ -121,7 +121,7 @@ def collect(
     float16 by default, which is the model as upstream runs it and whose activations are counted without any rounding.
     Errors: ModelNotFound, CheckpointInvalid, DataInvalid, DatabaseInvalid, UnknownName, RunBusy, TapNeverFired.
     """
-    db = Path(db)
+    db = local_folder(db)
     where = choose_where(device, dtype)
     for name in sites:
         find_site(name, family="")  # any model's, so that a slip is told before the slow part
@@ -347,6 +347,6 @@ def parse_keep(text: str) -> Keep:
     """``--keep-tokens``: a count or the word all; DataInvalid otherwise."""
     if text == "all":
         return "all"
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit() and int(text) < 2**31):
         raise DataInvalid(f"--keep-tokens is '{text}'; expected a number of tokens or the word all")
     return int(text)

@@ -67,10 +67,13 @@ class Shard:
         return range(self.index, blocks, self.count)
 
 
+MOST_SHARDS = 100_000
+
+
 def parse_shard(text: str) -> Shard:
     """``--shard``: ``i/N`` with i from 0 to N - 1; DataInvalid otherwise."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if found is None or int(found[1]) >= int(found[2]):
+    if found is None or int(found[1]) >= int(found[2]) or int(found[2]) > MOST_SHARDS:
         raise DataInvalid(f"--shard is '{text}'; expected i/N with i from 0 to N - 1, such as 0/4 to 3/4")
     return Shard(int(found[1]), int(found[2]))
 

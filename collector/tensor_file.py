@@ -17,7 +17,7 @@ from quambase.model.files import check_file, first_line
 from quambase.model.tensor_files import plain_tensor, read_pytorch, read_safetensors
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import TensorFileInvalid
-from quambase.schema.files import file_sha256, locked
+from quambase.schema.files import file_sha256, local_folder, locked
 from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.sites import WHOLE
 from quambase.schema.tables import ACTIVATIONS, DOCUMENTS
@@ -80,13 +80,16 @@ def _choose(path: Path, tensors: dict[object, object], name: str | None) -> obje
 
 
 def import_tensor(
-    path: Path, site: str, *, layer: int = 0, tensor: str | None = None, db: Path = Path("quambase-db")
+    path: str | Path, site: str, *, layer: int = 0, tensor: str | None = None, db: str | Path = Path("quambase-db")
 ) -> CollectedRun:
     """Count a saved tensor as site ``site`` of layer ``layer`` and write a run of that one site.
 
     The last dimension is channels; with three dimensions or more the first is documents. float16 and bfloat16 are
     counted as they are, wider types rounded to float16. Importing the same file again finds its run.
     """
+    path, db = Path(path), local_folder(db)
+    if not site.strip():
+        raise TensorFileInvalid("the site's name is empty; expected one such as x_proj:input")
     values = read_tensor(path, tensor)
     shape = tuple(values.shape)
     documents = shape[0] if values.ndim >= 3 else 1

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, QueryInvalid, UnknownName
+from quambase.schema.files import local_folder
 from quambase.schema.grouping import GRANULARITIES, TENSOR, united_groups
 from quambase.schema.manifest import Manifest
 from quambase.schema.results import EVALUATION, read_results
@@ -81,7 +82,7 @@ class StatsDB:
     def __init__(
         self, path: str | Path, run: str | None = None, unsafe: bool = False, scales: Path | None = None
     ) -> None:
-        self.path = Path(path)
+        self.path = local_folder(path)
         self.runs, self.notes = select_runs(self.path, run)
         self.scales_notes: list[str] = []
         self.results_notes: list[str] | None = None  # until a query asks for the view

@@ -5,18 +5,33 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quambase.schema.errors import OutputRefused, RunBusy
+from quambase.schema.errors import DatabaseInvalid, OutputRefused, RunBusy
 
 MARK = "quambase"
 """What files of ours carry in their metadata."""
 
 FORCE_HINT = "name another file, or replace it with --force"
+
+
+def local_folder(folder: str | Path) -> Path:
+    """A database's folder. DatabaseInvalid for what is no path of this machine: the address of a store elsewhere, or a
+    name that is not UTF-8 (which Arrow cannot open).
+    """
+    text = str(folder)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise DatabaseInvalid(f"{text} is an address; expected a database folder on this machine")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DatabaseInvalid(f"{text!a} is not UTF-8; expected a database folder with another name") from None
+    return Path(folder)
 
 
 @contextmanager
