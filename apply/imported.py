@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from quambase.apply.act_scales import STATE, X, check_rectangular
 from quambase.apply.scales import checked_scale, needed_sites
 from quambase.model.load import LoadedModel, load_model
 from quambase.model.mamba2_weights import Mamba2Config
+from quambase.model.tensor_files import read_pytorch
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, ScalesInvalid
 from quambase.schema.files import file_sha256
@@ -79,17 +79,7 @@ def import_act_scales(path: Path, model: str, out: Path, *, force: bool = False)
 
 def _read(path: Path) -> dict[str, Any]:
     """The file as act_scales, reorder_params and quambase, the last two None where it has none."""
-    try:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ScalesInvalid(f"{path} does not exist; expected a file of act_scales that torch.save wrote") from None
-    except pickle.UnpicklingError:
-        raise ScalesInvalid(
-            f"{path} is no file of plain tensors, lists and dicts; it is not loaded, since a pickle can run code"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ScalesInvalid(f"{path} cannot be read ({first}); expected act_scales that torch.save wrote") from None
+    raw = read_pytorch(path, ScalesInvalid)
     found = raw if isinstance(raw, dict) else {"act_scales": raw}
     scales = found.get("act_scales")
     if not isinstance(scales, list) or not scales or not all(isinstance(layer, dict) for layer in scales):

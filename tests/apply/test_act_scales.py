@@ -390,7 +390,7 @@ def test_groups_that_do_not_fit_are_named(models: dict[str, Path], tmp_path: Pat
 
 
 def test_files_that_are_none(models: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ScalesInvalid, match="does not exist"):
+    with pytest.raises(ScalesInvalid, match="is missing; expected a file"):
         import_act_scales(tmp_path / "no.pt", "mamba-5m", tmp_path / "a.parquet")
     (tmp_path / "cut.pt").write_bytes(b"PK\3\4 nothing")
     with pytest.raises(ScalesInvalid, match="cannot be read") as error:
