@@ -15,6 +15,7 @@ import pyarrow as pa
 from quambase.analyzer.error import QMAX, QMIN, piecewise_figures
 from quambase.analyzer.groups import ScaleGroup, scale_groups
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
+from quambase.schema.answer import Shown
 from quambase.schema.database import StatsDB
 from quambase.schema.errors import UnknownName
 from quambase.schema.grouping import granularity_of
@@ -32,8 +33,8 @@ from quambase.schema.sites import WHOLE, Site, find_site, is_model_site
 from quambase.schema.tables import SCALES
 
 
-@dataclass(frozen=True)
-class Analysis:
+@dataclass(frozen=True, repr=False)
+class Analysis(Shown):
     """What `analyze` made.
 
     table       rows of tables.SCALES
@@ -46,6 +47,10 @@ class Analysis:
     provenance: dict[str, Any]
     notes: list[str]
     path: Path | None
+
+    def shown(self) -> pa.Table:
+        """Each strategy in one row."""
+        return summarize(self.table)
 
 
 def analyze(

@@ -15,6 +15,7 @@ import pyarrow as pa
 from quambase.analyzer.error import Figures, piecewise_codes, piecewise_figures, quantize
 from quambase.analyzer.groups import ScaleGroup, group_of_values, one_document
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
+from quambase.schema.answer import Shown
 from quambase.schema.database import StatsDB
 from quambase.schema.errors import UnknownName
 from quambase.schema.files import refuse_foreign_picture
@@ -30,8 +31,8 @@ SYNTHETIC_SHAPE = (512, 1536)
 """Tokens x d_inner of mamba-130m."""
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Shown):
     """What `compare` found.
 
     title       what was compared
@@ -55,6 +56,10 @@ class Comparison:
     summary: list[str]
     picture: Path | None
     notes: list[str]
+
+    def shown(self) -> pa.Table:
+        """Each strategy in one row."""
+        return self.strategies
 
 
 def compare(

@@ -36,12 +36,14 @@ from quambase.apply.scoring import (
     score,
 )
 from quambase.apply.store import last_applied
+from quambase.apply.summary import summarize
 from quambase.model.cuda import CompilationFailed
 from quambase.model.device import choose_device, device_model
 from quambase.model.load import LoadedModel
 from quambase.model.names import BUNDLED_DATA, SAMPLE_AUTHORS, data_name
 from quambase.model.text import read_documents
 from quambase.schema import FORMAT_VERSION
+from quambase.schema.answer import Shown
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
 from quambase.schema.files import file_sha256, local_folder, locked, remove_strays, replacing
 from quambase.schema.results import (
@@ -97,8 +99,8 @@ class TaskData:
                 yield f"{self.data} was written by the models {authors}: no measure of {model} on real text"
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """A finished evaluation: ``results`` has the columns of tables.RESULTS."""
 
     id: str
@@ -106,6 +108,12 @@ class Evaluation:
     results: pa.Table
     about: dict[str, Any]
     notes: list[str]
+
+    def shown(self) -> pa.Table:
+        """Each strategy on each text in one row, with KL and perplexity and their 95 % intervals."""
+        columns = ["data", "task", "strategy", "documents"]
+        figures = [f"{name}{end}" for name in ("kl", "perplexity") for end in ("", "_low", "_high")]
+        return summarize(self.results).select([*columns, *figures])
 
 
 def evaluate(

@@ -60,7 +60,7 @@ def sql(
         for line in _notes_on(database, text):
             note(line)
     if found.num_columns:
-        emit(found, format_, output)
+        emit(found.table, format_, output)
 
 
 def _read(file: TextIO) -> str:
@@ -105,7 +105,7 @@ def stats(
     from quambase.schema.database import StatsDB
 
     with StatsDB(db, run) as database:
-        emit(database.stats(site=site, layer=layer, limit=limit), format_, output)
+        emit(database.stats(site=site, layer=layer, limit=limit).table, format_, output)
         for line in database.notes:
             note(line)
 

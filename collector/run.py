@@ -49,10 +49,12 @@ from quambase.model.prepare import prepare
 from quambase.model.reorder import reorder
 from quambase.model.weights import MambaWeights
 from quambase.schema import FORMAT_VERSION
+from quambase.schema.answer import Shown
 from quambase.schema.errors import DataInvalid
 from quambase.schema.files import local_folder, locked
 from quambase.schema.grouping import LayerGroups
 from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.runs import describe_run
 from quambase.schema.sites import FAMILIES, find_site
 
 CHECKPOINT_SECONDS = 10.0
@@ -62,14 +64,18 @@ OUTLIERS = 64
 """Largest values kept per group."""
 
 
-@dataclass(frozen=True)
-class CollectedRun:
+@dataclass(frozen=True, repr=False)
+class CollectedRun(Shown):
     """A complete run, or one ``shard`` of it: its folder and manifest, and whether it was there already."""
 
     folder: Path
     manifest: Manifest
     existed: bool
     shard: Shard | None = None
+
+    def shown(self) -> pa.Table:
+        """The run in one row."""
+        return describe_run(self.manifest, self.folder)
 
 
 def existing_run(folder: Path) -> CollectedRun:

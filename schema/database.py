@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from quambase.schema.answer import Answer
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, QueryInvalid, UnknownName
 from quambase.schema.files import local_folder
@@ -116,7 +117,10 @@ class StatsDB:
         """The folder of a run."""
         return self.path / "runs" / run
 
-    def sql(self, query: str, params: Mapping[str, object] | None = None) -> pa.Table:
+    def __repr__(self) -> str:
+        return f"StatsDB({str(self.path)!r}): {self.notes[0]}"
+
+    def sql(self, query: str, params: Mapping[str, object] | None = None) -> Answer:
         """Answer ``query`` (named parameters as ``$name``); no columns where a statement returns no rows.
 
         QueryInvalid, one line, for everything DuckDB refuses; an unknown view or column names its nearest
@@ -125,7 +129,7 @@ class StatsDB:
         if self.results_notes is None and "results" in query.lower():
             self._read_results()
         try:
-            return self._interruptible(query, params)
+            return Answer(self._interruptible(query, params))
         except duckdb.Error as error:
             raise QueryInvalid(self._explain(str(error))) from None
         except (pa.ArrowException, OSError) as error:
@@ -146,7 +150,7 @@ class StatsDB:
                 self._connection.interrupt()
                 raise
 
-    def describe(self) -> pa.Table:
+    def describe(self) -> Answer:
         """Every view and table macro and its columns: ``view, column, type, comment`` (the view's own row
         first).
         """
@@ -166,7 +170,7 @@ class StatsDB:
             """
         )
 
-    def stats(self, site: str | None = None, layer: int | None = None, limit: int | None = 20) -> pa.Table:
+    def stats(self, site: str | None = None, layer: int | None = None, limit: int | None = 20) -> Answer:
         """The summary of each site and group, largest outlier ratio (amax / q9995) first.
 
         UnknownName: a site or layer that the opened runs do not hold.

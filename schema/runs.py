@@ -75,25 +75,40 @@ def select_runs(path: Path, run: str | None) -> tuple[list[Manifest], list[str]]
 
 
 def overview(folders: Iterable[Path]) -> tuple[pa.Table, list[str]]:
-    """A row for each complete run, newest first: run, model, text, documents, tokens, MB, begun (UTC); then a line for
-    each that is damaged.
-    """
+    """A row of OVERVIEW for each complete run, newest first; then a line for each that is damaged."""
     found, damaged = sound_manifests(folders)
     places = {folder.name: folder for folder in folders}
-    rows = [
-        {
-            "run": m.run,
-            "model": m.model.get("name"),
-            "text": m.data.get("name"),
-            "documents": m.data.get("documents"),
-            "tokens": m.data.get("tokens"),
-            "MB": round(sum(p.stat().st_size for n in m.tables if (p := places[m.run] / n).exists()) / 1e6, 1),
-            "begun": str(m.created.get("started", "")).replace("T", " ").rstrip("Z"),
-        }
-        for m in found
+    rows = [_row(m, places[m.run]) for m in found]
+    return pa.Table.from_pylist(rows, schema=OVERVIEW), damaged
+
+
+OVERVIEW = pa.schema(
+    [
+        *(pa.field(name, pa.string()) for name in ("run", "model", "text")),
+        *(pa.field(name, pa.int64()) for name in ("documents", "tokens")),
+        pa.field("MB", pa.float64()),
+        pa.field("begun", pa.string()),
     ]
-    columns = ("run", "model", "text", "documents", "tokens", "MB", "begun")
-    return pa.table({name: [row[name] for row in rows] for name in columns}), damaged
+)
+"""What a person asks of a run: its id, what went into it, its size, when it was begun (UTC)."""
+
+
+def describe_run(manifest: Manifest, folder: Path) -> pa.Table:
+    """One row of OVERVIEW."""
+    return pa.Table.from_pylist([_row(manifest, folder)], schema=OVERVIEW)
+
+
+def _row(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    files = [folder / name for name in manifest.tables]
+    return {
+        "run": manifest.run,
+        "model": manifest.model.get("name"),
+        "text": manifest.data.get("name"),
+        "documents": manifest.data.get("documents"),
+        "tokens": manifest.data.get("tokens"),
+        "MB": round(sum(path.stat().st_size for path in files if path.exists()) / 1e6, 1),
+        "begun": str(manifest.created.get("started", "")).replace("T", " ").rstrip("Z"),
+    }
 
 
 def _names(folders: list[Path]) -> str:

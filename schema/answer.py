@@ -1,0 +1,92 @@
+"""A table that prints as one: what `StatsDB` answers, and how results show themselves in a notebook."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import pyarrow as pa
+
+SHOWN = 20
+"""Rows of a table that are printed, half of them from its end where it has more."""
+
+
+class Answer:
+    """Rows that answer a query. ``table`` is the `pyarrow.Table`, whose attributes and methods the answer has too:
+    ``answer.to_pylist()``, ``answer["amax"]``, ``answer.num_rows``. pandas, polars and DuckDB take it as it is.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.table, name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.table[key]
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        """Arrow's interface for other libraries."""
+        return self.table.__arrow_c_stream__(requested_schema)
+
+    def __repr__(self) -> str:
+        return text_table(self.table)
+
+    def _repr_html_(self) -> str:
+        return html_table(self.table)
+
+
+class Shown:
+    """A result that prints as its most important table; dataclasses of it have ``repr=False``."""
+
+    def shown(self) -> pa.Table:
+        """That table."""
+        raise AssertionError(f"{type(self).__name__} does not say what it shows")
+
+    def __repr__(self) -> str:
+        return text_table(self.shown())
+
+    def _repr_html_(self) -> str:
+        return html_table(self.shown())
+
+
+def text_table(table: pa.Table) -> str:
+    """The table as text: names, the first and last rows, how many there are."""
+    rows, left_out = _shown(table)
+    cells = [list(table.schema.names), *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(table.num_columns)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*lines, *([f"({table.num_rows:,} rows, {left_out:,} of them not shown)"] if left_out else [])])
+
+
+def html_table(table: pa.Table) -> str:
+    """The table as HTML, everything in it escaped: tokens and names come from files of others."""
+    rows, left_out = _shown(table)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.schema.names)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    more = f"<p>{table.num_rows:,} rows, {left_out:,} of them not shown</p>" if left_out else ""
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
+
+
+def _shown(table: pa.Table) -> tuple[list[list[str]], int]:
+    """The cells of the rows to print, and how many rows are left out."""
+    if table.num_rows <= SHOWN:
+        return [list(map(_cell, row.values())) for row in table.to_pylist()], 0
+    half = SHOWN // 2
+    first, last = table.slice(0, half).to_pylist(), table.slice(table.num_rows - half).to_pylist()
+    rows = [list(map(_cell, row.values())) for row in first]
+    return [*rows, ["…"] * table.num_columns, *(list(map(_cell, row.values())) for row in last)], table.num_rows - SHOWN
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:60])
+    return shown + ("…" if len(text) > 60 else "")
