@@ -39,6 +39,7 @@ from quambase.model.cuda import CompilationFailed
 from quambase.model.device import choose_device, device_model
 from quambase.model.load import LoadedModel
 from quambase.model.names import BUNDLED_DATA, SAMPLE_AUTHORS, data_name
+from quambase.model.sources import find_given, is_bundled
 from quambase.model.text import read_documents
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
@@ -145,12 +146,15 @@ def evaluate(
     db = Path(db)
     model = None if model is None else str(model)
     texts = [str(data)] if isinstance(data, str | Path) else [str(text) for text in data]
+    find_given(model, texts)
     where = choose_device(device)
     with Progress(progress) as shown:
         shown.say("loading the model")
         if floating:
             if model is None:
                 raise DataInvalid("no model is named; say which floating-point model to evaluate: --float --model NAME")
+            if not texts and not is_bundled(model):
+                raise _no_text(model)
             candidates = from_model(model)
         elif scales is None:
             candidates = from_folder(Path(folder) if folder else last_applied(db), model)
@@ -253,8 +257,12 @@ def plan_tasks(source: LoadedModel, task: str, data: Sequence[str]) -> list[tupl
     if data:
         return [(name, text) for text in data for name in names]
     if not source.bundled:
-        raise DataInvalid(f"no evaluation text for {source.name}; name one with --data (.jsonl, .txt, .parquet, .csv)")
+        raise _no_text(source.name)
     return [(name, text) for name, text in BUNDLED_TASKS if name in names]
+
+
+def _no_text(model: str) -> DataInvalid:
+    return DataInvalid(f"no evaluation text for {model}; name one with --data (.jsonl, .txt, .parquet, .csv)")
 
 
 def _labels(texts: Sequence[str]) -> dict[str, str]:

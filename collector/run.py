@@ -46,6 +46,7 @@ from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.names import data_name
 from quambase.model.prepare import prepare
 from quambase.model.reorder import reorder
+from quambase.model.sources import default_data, find_sources
 from quambase.model.weights import MambaWeights
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DataInvalid
@@ -76,11 +77,6 @@ def existing_run(folder: Path) -> CollectedRun:
     """The complete run in ``folder``, which what a killed process left there is cleared from. DatabaseInvalid."""
     clear_leftovers(folder)
     return CollectedRun(folder, Manifest.load(folder), existed=True)
-
-
-def default_data(model: LoadedModel) -> str:
-    """The calibration text of a model none was named for: the bundled sample, or the Pile's validation part."""
-    return "sample:calibration" if model.bundled else "pile-val"
 
 
 SIZES = ("n_layer", "d_model", "d_inner", "d_state", "dt_rank", "headdim", "ngroups", "vocab_size")
@@ -127,11 +123,13 @@ def collect(
     for name in sites:
         find_site(name, family="")  # any model's, so that a slip is told before the slow part
     with Progress(progress) as shown:
+        source = str(data) if data else default_data(str(model))
+        shown.say(f"looking for {model} and {source}")
+        find_sources(str(model), tokenizer, [source])
         shown.say(f"loading {model}")
         loaded = load_model(str(model), tokenizer=tokenizer)
         for name in sites:
             find_site(name, loaded.family)
-        source = str(data) if data else default_data(loaded)
         plan = make_plan(source, loaded.tokenizer, samples, seq_len, progress=shown)
         observed = [site.name for site in FAMILIES[loaded.family] if not sites or site.name in sites]
         grouping = choose_grouping(loaded.family, groups, group_samples, groups_from, len(plan.documents))

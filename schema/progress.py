@@ -1,8 +1,8 @@
 """What a person sees on stderr while a stage works: what runs, how far it is, and how long the rest will take.
 
 On a terminal one line is drawn again and again; elsewhere there is a line at the start and one every half minute. Time
-left is what the later half of the work so far took, carried on to the rest: nothing is said before some of it is measured, and compiling
-kernels, which happens once, counts on neither side.
+left is what the later half of the work so far took, carried on to the rest: nothing is said before some of it is
+measured, and compiling kernels, which happens once, counts on neither side.
 """
 
 from __future__ import annotations
