@@ -228,20 +228,24 @@ class Progress:
         if not self._total_work:
             return what
         share = min(1.0, self._work_done() / self._total_work)
-        filled = round(share * BAR)
-        parts = [what]
-        if self._terminal:
-            parts.append("█" * filled + "·" * (BAR - filled))
-        parts += [f"{share:4.0%}", f"{self._unit} {self._shown_units():,}/{round(self._total_units):,}"]
+        parts = [f"{share:4.0%}", f"{self._unit} {self._shown_units():,}/{round(self._total_units):,}"]
         left = self.seconds_left()
         if left is not None:
             units = self._units + self._share * self._piece[0]
             before = self._before / self._total_work * self._total_units
             parts += [f"{rate((units - before) / max(self._seconds(), 1e-9))}/s", f"{as_clock(left)} left"]
-        return "  ".join(parts)
+        figures = "  ".join(parts)
+        if not self._terminal:
+            return f"{what}  {figures}"
+        # What does not fit goes: first the bar, then the end of what runs; the figures stay.
+        room = _columns() - len(figures) - 2
+        if len(what) + 2 + BAR <= room:
+            filled = round(share * BAR)
+            return f"{what}  {'█' * filled}{'·' * (BAR - filled)}  {figures}"
+        return f"{what if len(what) <= room else what[: max(0, room - 1)] + '…'}  {figures}"
 
     def _draw(self, text: str) -> None:
-        columns = shutil.get_terminal_size().columns - 1
+        columns = _columns()
         text = text if len(text) <= columns else text[: columns - 1] + "…"
         assert self._stream is not None
         self._stream.write("\r" + text.ljust(min(self._width, columns)))
@@ -286,6 +290,11 @@ def compiling() -> Iterator[None]:
 def remark(text: str) -> None:
     """A line on stderr that does not run into the one that shows progress."""
     (_running[-1] if _running else SILENT).remark(text)
+
+
+def _columns() -> int:
+    """Of the terminal, less the last, where some terminals begin a new line."""
+    return shutil.get_terminal_size().columns - 1
 
 
 def _listen_to_numba(progress: Progress) -> Any:
