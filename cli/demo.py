@@ -30,7 +30,7 @@ MARK = ".quambase-demo"
 @click.option(
     "--samples",
     type=click.IntRange(min=4),
-    default=32,
+    default=24,
     show_default=True,
     help="Documents to calibrate with; a quarter as many evaluate.",
 )
@@ -78,14 +78,14 @@ def steps(samples: int) -> Iterator[tuple[str, list[str]]]:
     yield (
         "5. Which strategy wins? Each against the floating-point model and upstream's, on the same texts.",
         [
-            "quambase evaluate --strategy absmax --strategy mse --strategy quamba "
+            "quambase evaluate --strategy mse --strategy quamba "
             f"--data sample:evaluation --samples {few} --task perplexity"
         ],
     )
     yield (
-        "6. A Mamba-2: heads and channels sorted into groups, a scale for each, and what that buys.",
+        "6. A Mamba-2, at its scan's input: heads and channels sorted into groups, and what a scale for each buys.",
         [
-            f"quambase collect --model mamba2-8m --samples {few} --db mamba2-db",
+            f"quambase collect --model mamba2-8m --samples {few} --site x_conv_out:input --db mamba2-db",
             "quambase analyze --db mamba2-db --strategy mse --strategy quamba --out mamba2.parquet",
             'quambase sql --db mamba2-db --scales mamba2.parquet "select granularity, label, '
             "sum(groups)::int as scales, "
