@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ import pyarrow as pa
 from quambase.analyzer.error import QMAX, QMIN, piecewise_figures
 from quambase.analyzer.groups import ScaleGroup, scale_groups
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
-from quambase.schema.answer import Shown
+from quambase.schema.answer import PrintsAsTable
 from quambase.schema.database import StatsDB
 from quambase.schema.errors import UnknownName
 from quambase.schema.grouping import granularity_of
 from quambase.schema.manifest import Manifest
+from quambase.schema.progress import Progress, Shown
 from quambase.schema.scales import (
     QUAMBASE,
     TARGETS,
@@ -34,7 +35,7 @@ from quambase.schema.tables import SCALES
 
 
 @dataclass(frozen=True, repr=False)
-class Analysis(Shown):
+class Analysis(PrintsAsTable):
     """What `analyze` made.
 
     table       rows of tables.SCALES
@@ -59,7 +60,7 @@ def analyze(
     strategies: Sequence[str] | None = None,
     granularity: str | None = None,
     out: str | Path | None = Path("scales.parquet"),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Shown = False,
     target: str = QUAMBASE,
     force: bool = False,
 ) -> Analysis:
@@ -73,7 +74,7 @@ def analyze(
                  group, each head group, each smallest group of a divided site (each includes the coarser ones).
                  None: what the INT8 model reads, ``tensor`` of a Mamba-1 and ``group`` of a Mamba-2
     out          where to write; None writes nothing
-    progress     called with (groups done, groups in all)
+    progress     shown on stderr, or a function that is called with (groups done, groups in all)
     force        let ``out`` take the place of a file that is no scale table
 
     target       which INT8 model `selected` is for: ``quambase``'s own, or ``upstream``'s, whose Hadamard quantizer at
@@ -92,14 +93,18 @@ def analyze(
         if not force:
             refuse_fewer_labels(out, [choice.label for choice in choices])
     rows: list[dict[str, Any]] = []
-    with StatsDB(db, run) as database:
-        manifests = sorted(database.runs, key=lambda manifest: manifest.run)
-        notes = [*database.notes, *(line for manifest in manifests for line in _warnings(database, manifest))]
-        groups = [(m.run, group) for m in manifests for group in scale_groups(database, m.run, granularity)]
-    for done, (run_id, group) in enumerate(groups, 1):
-        rows += group_rows(run_id, group, choices, target)
-        if progress:
-            progress(done, len(groups))
+    with Progress(progress) as shown:
+        with StatsDB(db, run) as database:
+            shown.say("reading the distributions")
+            manifests = sorted(database.runs, key=lambda manifest: manifest.run)
+            notes = [*database.notes, *(line for manifest in manifests for line in _warnings(database, manifest))]
+            groups = [(m.run, group) for m in manifests for group in scale_groups(database, m.run, granularity)]
+        # A strategy's time goes with the different values that a group has.
+        works = [group.distribution.values.size for _, group in groups]
+        shown.start("analyze", len(groups), sum(works), unit="groups")
+        for (run_id, group), work in zip(groups, works, strict=True):
+            with shown.piece(1, work, f"layer {group.layer} {group.site}"):
+                rows += group_rows(run_id, group, choices, target)
     table = pa.Table.from_pylist(rows, schema=SCALES)
     provenance = provenance_of(manifests, granularity or "the model's", target)
     if out is not None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from quambase.analyzer.error import Figures, piecewise_codes, piecewise_figures, quantize
 from quambase.analyzer.groups import ScaleGroup, group_of_values, one_document
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
-from quambase.schema.answer import Shown
+from quambase.schema.answer import PrintsAsTable
 from quambase.schema.database import StatsDB
 from quambase.schema.errors import UnknownName
 from quambase.schema.files import refuse_foreign_picture
@@ -32,7 +32,7 @@ SYNTHETIC_SHAPE = (512, 1536)
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison(Shown):
+class Comparison(PrintsAsTable):
     """What `compare` found.
 
     title       what was compared

@@ -18,6 +18,7 @@ from quambase.model.batch import Batch
 from quambase.model.hadamard import hadamard
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
+from quambase.schema.progress import tell
 from quambase.schema.scales import Scale
 from quambase.schema.sites import HEAD_LAYER
 
@@ -61,6 +62,7 @@ class Int8Backbone(ABC):
         residual = torch.zeros_like(x)
         for index in range(self.config.n_layer):
             x = self._block(index, self._norm(x, residual, index, "in_proj:input"), batch, state)
+            tell((index + 1) / self.config.n_layer)
         return self._last_norm(x, residual)
 
     @torch.inference_mode()

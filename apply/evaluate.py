@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from tqdm import tqdm
 
 from quambase.apply.candidates import Candidates, from_folder, from_model, from_scales
 from quambase.apply.device import int8_on_cuda
@@ -27,6 +25,7 @@ from quambase.apply.scoring import (
     FLOAT,
     LAST_WORD,
     PERPLEXITY,
+    Cost,
     Item,
     LanguageModel,
     Score,
@@ -41,11 +40,13 @@ from quambase.model.cuda import CompilationFailed
 from quambase.model.device import choose_device, device_model
 from quambase.model.load import LoadedModel
 from quambase.model.names import BUNDLED_DATA, SAMPLE_AUTHORS, data_name
+from quambase.model.sources import find_given, is_bundled
 from quambase.model.text import read_documents
 from quambase.schema import FORMAT_VERSION
-from quambase.schema.answer import Shown
+from quambase.schema.answer import PrintsAsTable
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
 from quambase.schema.files import file_sha256, local_folder, locked, remove_strays, replacing
+from quambase.schema.progress import Progress, Shown, remark
 from quambase.schema.results import (
     EVALUATION,
     RESULTS_FILE,
@@ -100,7 +101,7 @@ class TaskData:
 
 
 @dataclass(frozen=True, repr=False)
-class Evaluation(Shown):
+class Evaluation(PrintsAsTable):
     """A finished evaluation: ``results`` has the columns of tables.RESULTS."""
 
     id: str
@@ -133,7 +134,7 @@ def evaluate(
     db: str | Path = Path("quambase-db"),
     model: str | Path | None = None,
     device: str = "auto",
-    progress: bool = False,
+    progress: Shown = False,
 ) -> Evaluation:
     """Score an applied model (``folder``, default the one applied last) or every strategy of a scale table.
 
@@ -146,60 +147,67 @@ def evaluate(
     task        "perplexity", "last-word" or "both"
     window      tokens; longer documents are cut in non-overlapping windows
     device      "auto" (CUDA if there is any), "cpu" or "cuda"; results of either are kept apart
+    progress    shown on stderr, or a function that is called with (documents done, documents in all)
     A killed evaluation resumes: the same call finds its finished blocks.
     Errors: ScalesInvalid, UnknownName, CheckpointInvalid, ModelNotFound, DataInvalid, RunBusy.
     """
     db = local_folder(db)
     model = None if model is None else str(model)
     texts = [str(data)] if isinstance(data, str | Path) else [str(text) for text in data]
+    find_given(model, texts)
     where = choose_device(device)
-    if floating:
-        if model is None:
-            raise DataInvalid("no model is named; say which floating-point model to evaluate: --float --model NAME")
-        candidates = from_model(model)
-    elif scales is None:
-        candidates = from_folder(Path(folder) if folder else last_applied(db), model)
-    else:
-        candidates = from_scales(
-            Path(scales),
-            strategies,
-            model,
-            quantize_lm_head,
-            quantize_embedding=quantize_embedding,
-            compat=compat,
-            granularities=granularities,
-            db=db,
-        )
-    with _enough_memory():
-        models = _Models.on(where, candidates, required=device != "auto")
-    known, unknown = _calibration_hashes(db, candidates.run)
-    labels = _labels(texts)
-    tasks = [
-        read_task(name, text, labels.get(text, text), candidates.source, samples, window, known)
-        for name, text in plan_tasks(candidates.source, task, texts)
-    ]
-    identity = {
-        **candidates.identity(),
-        "tasks": [[t.task, t.data, [item.sha256 for item in t.items]] for t in tasks],
-        "window": window,
-        "block_tokens": BLOCK_TOKENS[models.device.type],
-        "device": models.device.type,
-        "format_version": FORMAT_VERSION,
-    }
-    evaluation = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    target = db / "results" / evaluation
-    notes = [*candidates.notes, *unknown, *(note for t in tasks for note in t.notes(candidates.source.name))]
-    if models.device.type == "cuda":
-        notes.append(f"run on {torch.cuda.get_device_name(models.device)}; the CPU's results are kept apart")
-    if candidates.skipped:
-        notes.append(f"not loadable as one INT8 scale per site, left out: {', '.join(candidates.skipped)}")
-    about = _about(evaluation, candidates, tasks, models.device, window, notes)
-    if not (target / EVALUATION).exists():
-        with locked(target, f"evaluation {evaluation}"):
-            _run_blocks(target, _Runner(candidates, models, evaluation), tasks, progress)
-            _finish(target, about | {"number": next_number(db)})
-    _clear(target)
-    return Evaluation(evaluation, target, read_results(target), about, notes)
+    with Progress(progress) as shown:
+        shown.say("loading the model")
+        if floating:
+            if model is None:
+                raise DataInvalid("no model is named; say which floating-point model to evaluate: --float --model NAME")
+            if not texts and not is_bundled(model):
+                raise _no_text(model)
+            candidates = from_model(model)
+        elif scales is None:
+            candidates = from_folder(Path(folder) if folder else last_applied(db), model)
+        else:
+            candidates = from_scales(
+                Path(scales),
+                strategies,
+                model,
+                quantize_lm_head,
+                quantize_embedding=quantize_embedding,
+                compat=compat,
+                granularities=granularities,
+                db=db,
+            )
+        with _enough_memory():
+            models = _Models.on(where, candidates, required=device != "auto")
+        shown.say("tokenizing")
+        known, unknown = _calibration_hashes(db, candidates.run)
+        labels = _labels(texts)
+        tasks = [
+            read_task(name, text, labels.get(text, text), candidates.source, samples, window, known)
+            for name, text in plan_tasks(candidates.source, task, texts)
+        ]
+        identity = {
+            **candidates.identity(),
+            "tasks": [[t.task, t.data, [item.sha256 for item in t.items]] for t in tasks],
+            "window": window,
+            "block_tokens": BLOCK_TOKENS[models.device.type],
+            "device": models.device.type,
+            "format_version": FORMAT_VERSION,
+        }
+        evaluation = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        target = db / "results" / evaluation
+        notes = [*candidates.notes, *unknown, *(note for t in tasks for note in t.notes(candidates.source.name))]
+        if models.device.type == "cuda":
+            notes.append(f"run on {torch.cuda.get_device_name(models.device)}; the CPU's results are kept apart")
+        if candidates.skipped:
+            notes.append(f"not loadable as one INT8 scale per site, left out: {', '.join(candidates.skipped)}")
+        about = _about(evaluation, candidates, tasks, models.device, window, notes)
+        if not (target / EVALUATION).exists():
+            with locked(target, f"evaluation {evaluation}"):
+                _run_blocks(target, _Runner(candidates, models, evaluation), tasks, shown)
+                _finish(target, about | {"number": next_number(db)})
+        _clear(target)
+        return Evaluation(evaluation, target, read_results(target), about, notes)
 
 
 def _finish(target: Path, about: dict[str, Any]) -> None:
@@ -257,8 +265,12 @@ def plan_tasks(source: LoadedModel, task: str, data: Sequence[str]) -> list[tupl
     if data:
         return [(name, text) for text in data for name in names]
     if not source.bundled:
-        raise DataInvalid(f"no evaluation text for {source.name}; name one with --data (.jsonl, .txt, .parquet, .csv)")
+        raise _no_text(source.name)
     return [(name, text) for name, text in BUNDLED_TASKS if name in names]
+
+
+def _no_text(model: str) -> DataInvalid:
+    return DataInvalid(f"no evaluation text for {model}; name one with --data (.jsonl, .txt, .parquet, .csv)")
 
 
 def _labels(texts: Sequence[str]) -> dict[str, str]:
@@ -299,21 +311,28 @@ def _calibration_hashes(db: Path, run: str | None) -> tuple[frozenset[str] | Non
     return frozenset(str(digest) for digest in pc.unique(documents["sha256"]).to_pylist()), []
 
 
-def _run_blocks(target: Path, runner: _Runner, tasks: Sequence[TaskData], progress: bool) -> None:
+def _run_blocks(target: Path, runner: _Runner, tasks: Sequence[TaskData], progress: Progress) -> None:
     """Score every block that has no part yet, then write the parts' rows as one table."""
     size = BLOCK_TOKENS[runner.models.device.type]
     planned = [(t, block) for t in tasks for block in blocks(t.items, size)]
-    total = sum(item.tokens for _, block in planned for item in block)
-    parts = []
-    with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress, desc="evaluate") as bar:
-        for number, (task, block) in enumerate(planned):
-            path = target / PARTS / f"{number:06d}.parquet"
-            if not path.exists():
-                with _enough_memory():
-                    scored = runner.score(task, block)
-                write_table(path, "results", scored, RESULTS)
-            parts.append(read_table(path, RESULTS))
-            bar.update(sum(item.tokens for item in block))
+    paths = [target / PARTS / f"{number:06d}.parquet" for number in range(len(planned))]
+    there = [path.exists() for path in paths]
+    works = [runner.work(block) for _, block in planned]
+    progress.start(
+        "evaluate",
+        sum(len(block) for _, block in planned),
+        sum(works),
+        done=(
+            sum(len(block) for (_, block), done in zip(planned, there, strict=True) if done),
+            sum(work for work, done in zip(works, there, strict=True) if done),
+        ),
+    )
+    for path, done, (task, block) in zip(paths, there, planned, strict=True):
+        if not done:
+            with _enough_memory():
+                scored = runner.score(task, block, progress)
+            write_table(path, "results", scored, RESULTS)
+    parts = [read_table(path, RESULTS) for path in paths]
     write_table(target / RESULTS_FILE, "results", pa.concat_tables(parts), RESULTS)
 
 
@@ -348,7 +367,7 @@ class _Models:
             except CompilationFailed as error:
                 if required:
                     raise DataInvalid(f"INT8 does not run on this CUDA device: {error}; say --device cpu") from None
-                print(f"warning: evaluating on the CPU: {error}", file=sys.stderr)
+                remark(f"warning: evaluating on the CPU: {error}")
         return cls(torch.device("cpu"), source.floating(), candidates.models)
 
 
@@ -366,9 +385,17 @@ class _Runner:
             read = tuple(scale for (_, site), scale in scales if not find_site(site, family).decode_only)
             self.same.setdefault(read, []).append(label)
 
-    def score(self, task: TaskData, items: Sequence[Item]) -> pa.Table:
+        weights = candidates.source.any_weights
+        layers = sum(tensor.numel() for layer in weights.layers for tensor in vars(layer).values())
+        self.cost = Cost(layers, weights.lm_head.numel())
+
+    def work(self, items: Sequence[Item]) -> float:
+        """What a block costs, in the measure of `Cost`."""
+        return self.cost.of(items) * (1 + len(self.same))
+
+    def score(self, task: TaskData, items: Sequence[Item], progress: Progress) -> pa.Table:
         distinct = {labels[0]: self.models.int8[labels[0]] for labels in self.same.values()}
-        scores = score(self.models.reference, distinct, items)
+        scores = score(self.models.reference, distinct, items, self.cost, progress)
         tables = [self._table(FLOAT, scores[FLOAT], task, items)]
         representative = {label: labels[0] for labels in self.same.values() for label in labels}
         for label in self.candidates.models:

@@ -14,6 +14,7 @@ from quambase.apply.likelihood import compare, log_probabilities
 from quambase.model.batch import Batch
 from quambase.model.text import Document
 from quambase.model.tokenizer import Tokenizer
+from quambase.schema.progress import SILENT, Progress, tell
 
 LOGIT_CELLS = 16_000_000
 """Logits held at once (64 MB of float32), whatever the vocabulary."""
@@ -124,7 +125,31 @@ def last_word_items(documents: Sequence[Document], tokenizer: Tokenizer, window:
     return items
 
 
-def score(reference: LanguageModel, models: Mapping[str, LanguageModel], items: Sequence[Item]) -> dict[str, Score]:
+@dataclass(frozen=True)
+class Cost:
+    """What the parts of one model's work on a token cost beside each other, for the estimate of time left: the weights
+    of the layers, for every token, and of the head, for every predicted one.
+    """
+
+    layers: float = 1.0
+    head: float = 1.0
+
+    def of(self, items: Sequence[Item]) -> float:
+        """One model on these items."""
+        return self.of_layers(items) + self.head * sum(item.targets for item in items)
+
+    def of_layers(self, items: Sequence[Item]) -> float:
+        """The same without the head."""
+        return self.layers * sum(item.tokens for item in items)
+
+
+def score(
+    reference: LanguageModel,
+    models: Mapping[str, LanguageModel],
+    items: Sequence[Item],
+    cost: Cost = Cost(),
+    progress: Progress = SILENT,
+) -> dict[str, Score]:
     """Score every item by the floating-point model (label `FLOAT`) and by each model; one forward pass each.
 
     All models are on one device.
@@ -143,23 +168,33 @@ def score(reference: LanguageModel, models: Mapping[str, LanguageModel], items: 
     following = batch.tokens[rows + 1]
     owner = np.repeat(np.arange(len(items)), [item.targets for item in items])
 
-    expected = reference.hidden(batch)
+    runs = len(models) + 1
+    units = len(items) / (cost.of(items) * runs)
+    of_layers = cost.of_layers(items)
+    with progress.piece(of_layers * units, of_layers, "float pass"):
+        expected = reference.hidden(batch)
     device = expected.device
     rows, targets = rows.to(device), following.to(device)
     expected = expected[rows]
-    hidden = {label: model.hidden(batch)[rows] for label, model in models.items()}
-    shape = (len(models) + 1, len(rows))
+    hidden = {}
+    for i, (label, model) in enumerate(models.items(), 1):
+        with progress.piece(of_layers * units, of_layers, f"strategy {i} of {len(models)}: {label}"):
+            hidden[label] = model.hidden(batch)[rows]
+    shape = (runs, len(rows))
     nll, kl = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
     top = torch.zeros(shape, dtype=torch.int64, device=device)
     cells = LOGIT_CELLS if device.type == "cpu" else DEVICE_LOGIT_CELLS
     step = max(1, cells // reference.logits(expected[:1]).shape[1])
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        logp, top[0, part] = log_probabilities(reference.logits(expected[part]))
-        nll[0, part] = -logp.gather(1, targets[part, None])[:, 0].double()
-        for i, (label, model) in enumerate(models.items(), 1):
-            found = compare(logp, model.logits(hidden[label][part]), targets[part])
-            nll[i, part], kl[i, part], top[i, part] = found
+        work = cost.head * len(targets[part]) * runs
+        with progress.piece(work * units, work, "comparing predictions"):
+            logp, top[0, part] = log_probabilities(reference.logits(expected[part]))
+            nll[0, part] = -logp.gather(1, targets[part, None])[:, 0].double()
+            for i, (label, model) in enumerate(models.items(), 1):
+                tell(i / runs)
+                found = compare(logp, model.logits(hidden[label][part]), targets[part])
+                nll[i, part], kl[i, part], top[i, part] = found
     nlls, kls, tops = (figures.cpu().numpy() for figures in (nll, kl, top))
     right = following.numpy()
     return {

@@ -70,18 +70,10 @@ def analyze(
     if list_:
         emit(_definitions(), format_)
         return
-    from tqdm import tqdm
-
     from quambase.analyzer.batch import analyze as analyze_run
     from quambase.analyzer.batch import summarize
 
-    with tqdm(desc="analyze", unit=" groups", leave=False, disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        found = analyze_run(db, run, strategies, granularity, out, progress, target, force)
+    found = analyze_run(db, run, strategies, granularity, out, True, target, force)
     for line in found.notes:
         note(line)
     emit(summarize(found.table), format_)

@@ -107,14 +107,12 @@ def collect(
       quambase collect --model mamba-5m --samples 128
       torchrun --nproc-per-node 2 $(which collect) --model mamba-5m --samples 128
     """
-    from quambase.model.names import hub_data, hub_model
+    from quambase.model.sources import default_data, find_sources
 
     # Before torch is imported, which takes seconds.
     for site in sites:
         find_site(site, family="")
-    hub_model(model)
-    if data is not None:
-        hub_data(data)
+    find_sources(model, tokenizer, [data or default_data(model)])
     from quambase.collector.merge import merge_if_last
     from quambase.collector.observers import take_local_device
     from quambase.collector.run import collect as collect_run

@@ -12,6 +12,7 @@ from quambase.cli.apply import int8_options
 from quambase.cli.complete import complete_labels
 from quambase.cli.console import COUNT, SEED, Command, database_option, device_option, note, one_each, output_options
 from quambase.cli.formats import emit
+from quambase.model.sources import find_given
 from quambase.schema.grouping import GRANULARITIES
 
 if TYPE_CHECKING:
@@ -139,12 +140,14 @@ def evaluate(
       quambase evaluate --strategy all --samples 24
       quambase evaluate --strategy mse --strategy quamba --data sample:evaluation
     """
-    from quambase.apply.evaluate import evaluate as run
-
     if sum([folder is not None, scales is not None or bool(strategies or granularities), floating]) > 1:
         raise click.UsageError("give one of MODEL_DIR, --float, and --scales with --strategy")
     if strategies or granularities:
         scales = scales or Path("scales.parquet")
+    # Before torch is imported, which takes seconds.
+    find_given(model, data)
+    from quambase.apply.evaluate import evaluate as run
+
     evaluation = run(
         folder,
         scales=scales,

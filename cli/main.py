@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "results": "quambase.cli.results:results",
     "import": "quambase.cli.collect:import_tensor",
     "merge": "quambase.cli.collect:merge",
+    "demo": "quambase.cli.demo:demo",
     "generate": "quambase.cli.generate:generate",
     "doctor": "quambase.cli.query:doctor",
 }

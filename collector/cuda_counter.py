@@ -9,7 +9,6 @@ follows the counting is queued on a stream of its own, beside whatever the calle
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,6 +46,7 @@ from quambase.collector.site_batch import (
 from quambase.collector.statistics import PROBABILITIES, SUMMARY_COLUMNS, Encoding, SiteLayout
 from quambase.collector.torch_counter import DeviceCounter, TorchCounter
 from quambase.model.cuda import CompilationFailed, Kernels, multiprocessors, shared_memory
+from quambase.schema.progress import remark
 
 Int64 = npt.NDArray[np.int64]
 
@@ -392,5 +392,5 @@ def choose_counter(encoding: Encoding, most: int, device: torch.device) -> Devic
         try:
             return CudaCounter(encoding, most, device)
         except CompilationFailed as error:
-            print(f"warning: activations are counted in plain PyTorch, which is slow: {error}", file=sys.stderr)
+            remark(f"warning: activations are counted in plain PyTorch, which is slow: {error}")
     return TorchCounter(encoding, most, device)

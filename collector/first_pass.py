@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from quambase.collector.grouping import VARIANTS, Variant, layer_groups
 from quambase.collector.layouts import site_layouts
@@ -23,6 +22,7 @@ from quambase.model.prepare import prepare
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
 from quambase.schema.grouping import LayerGroups, stored_groups
 from quambase.schema.manifest import Manifest
+from quambase.schema.progress import SILENT, Progress
 from quambase.schema.sites import MAMBA2
 from quambase.schema.tables import CHANNELS, read_table
 
@@ -72,7 +72,14 @@ def choose_grouping(
 
 
 def find_groups(
-    loaded: LoadedModel, plan: Plan, grouping: Grouping, block: int, db: Path, where: Where, *, progress: bool = False
+    loaded: LoadedModel,
+    plan: Plan,
+    grouping: Grouping,
+    block: int,
+    db: Path,
+    where: Where,
+    *,
+    progress: Progress = SILENT,
 ) -> list[LayerGroups]:
     """The groups of every layer; errors as `statistics_of_run`'s."""
     config = loaded.any_weights.config
@@ -85,7 +92,7 @@ def find_groups(
 
 
 def first_pass(
-    loaded: LoadedModel, plan: Plan, documents: int, block: int, where: Where, *, progress: bool = False
+    loaded: LoadedModel, plan: Plan, documents: int, block: int, where: Where, *, progress: Progress = SILENT
 ) -> list[npt.NDArray[np.float64]]:
     """(e,) per layer: the largest of the first ``documents`` documents' mean absolute x, as a run not grouped has it.
 
@@ -97,10 +104,11 @@ def first_pass(
         prepare(loaded.any_weights), where, {key: SiteStatistics.empty(layout, 1) for key, layout in layouts.items()}, 1
     )
     some = Plan(plan.documents[:documents], documents, 0, 0)
-    with observer, tqdm(total=some.tokens, desc="group", unit="tok", unit_scale=True, disable=not progress) as bar:
+    progress.start("first pass, for the groups", documents, some.tokens)
+    with observer:
         for number, members in enumerate(some.blocks(block)):
-            observer.observe(number, members)
-            bar.update(sum(document.tokens.size for document in members))
+            with progress.piece(len(members), sum(document.tokens.size for document in members)):
+                observer.observe(number, members)
         statistics = observer.statistics()
     return [statistics[key].moments.mean_abs_max for key in sorted(statistics)]
 

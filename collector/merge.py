@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from quambase.collector.checkpoint import load_checkpoint
 from quambase.collector.layouts import site_layouts
 from quambase.collector.plan import run_id
@@ -36,6 +34,7 @@ from quambase.schema.errors import DatabaseInvalid, QuambaseError, RunBusy, Unkn
 from quambase.schema.files import local_folder, locked
 from quambase.schema.grouping import stored_groups
 from quambase.schema.manifest import MANIFEST, SHARDS, Manifest
+from quambase.schema.progress import Progress, Shown
 from quambase.schema.runs import list_runs, sound_manifests
 
 Found = Mapping[Shard, ShardManifest]
@@ -43,7 +42,7 @@ Folders = Mapping[Shard, Path]
 
 
 def merge(
-    db: str | Path, sources: Sequence[Path] = (), run: str | None = None, *, progress: bool = False
+    db: str | Path, sources: Sequence[Path] = (), run: str | None = None, *, progress: Shown = False
 ) -> CollectedRun:
     """Make the complete run, in ``db``, of its shards in ``db`` and in ``sources``.
 
@@ -64,8 +63,11 @@ def merge(
     folders = _every_shard(name, candidates)
     found = {shard: load_shard(folders[shard]) for shard in sorted(folders)}
     manifest = _agreed(name, found, folders)
-    for shard in tqdm(found, desc="verify", unit="shard", disable=not progress, delay=2):
-        verify_shard(folders[shard], found[shard])
+    with Progress(progress) as shown:
+        shown.start("verify", len(found), len(found), unit="shards")
+        for shard in found:
+            with shown.piece(1, 1):
+                verify_shard(folders[shard], found[shard])
     with locked(folder):
         if (folder / MANIFEST).exists():  # another process has merged it since
             return existing_run(folder)
@@ -85,7 +87,7 @@ def merge(
     return CollectedRun(folder, complete, existed=False)
 
 
-def merge_if_last(db: Path, run: str, *, progress: bool = False) -> CollectedRun | None:
+def merge_if_last(db: Path, run: str, *, progress: Shown = False) -> CollectedRun | None:
     """`merge` for processes that each finish one shard of ``run`` in ``db``, whichever is the last.
 
     None while shards are missing or another process merges; nobody waits for anybody. A shard is complete before its
@@ -241,16 +243,19 @@ def _agreed(run: str, found: Found, folders: Folders) -> Manifest:
     return promised.manifest
 
 
-def _fold(found: Found, folders: Folders, progress: bool) -> dict[Key, SiteStatistics]:
+def _fold(found: Found, folders: Folders, progress: Shown) -> dict[Key, SiteStatistics]:
     """The statistics of all blocks."""
     count, promised = len(found), found[min(found)]
     identity = promised.manifest.identity
     layouts = site_layouts(promised.model_config(), identity["sites"], stored_groups(promised.manifest.model))
     statistics = {key: SiteStatistics.empty(layout, identity["outliers"]) for key, layout in layouts.items()}
-    for shard in tqdm(found, desc="merge", unit="shard", disable=not progress):
-        _, part = load_checkpoint(folders[shard], layouts, identity["outliers"])
-        for key, stats in statistics.items():
-            stats.fold(part[key])
+    with Progress(progress) as shown:
+        shown.start("merge", len(found), len(found), unit="shards")
+        for shard in found:
+            with shown.piece(1, 1):
+                _, part = load_checkpoint(folders[shard], layouts, identity["outliers"])
+                for key, stats in statistics.items():
+                    stats.fold(part[key])
     for stats in statistics.values():
         stats.moments.total[:] = 0
         stats.moments.squares[:] = 0

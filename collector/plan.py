@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from quambase.model.text import read_documents
 from quambase.model.tokenizer import Tokenizer
 from quambase.schema.errors import DataInvalid
+from quambase.schema.progress import SILENT, Progress
 
 Keep = int | Literal["all"]
 """How many tokens' raw activations to keep."""
@@ -59,16 +58,17 @@ class Plan:
         return digest.hexdigest()
 
 
-def make_plan(data: str, tokenizer: Tokenizer, samples: int, seq_len: int, *, progress: bool = False) -> Plan:
+def make_plan(data: str, tokenizer: Tokenizer, samples: int, seq_len: int, *, progress: Progress = SILENT) -> Plan:
     """Read and tokenize the first ``samples`` documents: cut at ``seq_len`` tokens, not packed, nothing added.
 
     DataInvalid if no document has a token.
     """
     documents: list[PlannedDocument] = []
     read = truncated = 0
-    texts: Iterator[Any] = read_documents(data, samples)
-    for document in tqdm(texts, desc="tokenize", unit="doc", total=samples, disable=not progress, delay=2):
+    for document in read_documents(data, samples):
         read += 1
+        if read % 64 == 1:
+            progress.say(f"tokenizing document {read}")
         ids = tokenizer.encode(document.text)
         truncated += len(ids) > seq_len
         if ids:

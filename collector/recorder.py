@@ -79,7 +79,7 @@ def check_seen(seen: Mapping[Key, int], documents: int) -> None:
         if count != documents:
             raise TapNeverFired(
                 f"the tap {site} of layer {layer} saw {count} of {documents} documents: the forward"
-                " pass does not reach it; leave the site out with --sites, or report the model"
+                " pass does not reach it; leave the site out with --site, or report the model"
             )
 
 

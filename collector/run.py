@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from quambase.collector.checkpoint import load_checkpoint, save_checkpoint
 from quambase.collector.first_pass import Grouping, choose_grouping, find_groups
@@ -47,13 +46,15 @@ from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.names import data_name
 from quambase.model.prepare import prepare
 from quambase.model.reorder import reorder
+from quambase.model.sources import default_data, find_sources
 from quambase.model.weights import MambaWeights
 from quambase.schema import FORMAT_VERSION
-from quambase.schema.answer import Shown
+from quambase.schema.answer import PrintsAsTable
 from quambase.schema.errors import DataInvalid
 from quambase.schema.files import local_folder, locked
 from quambase.schema.grouping import LayerGroups
 from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.progress import Progress, Shown
 from quambase.schema.runs import describe_run
 from quambase.schema.sites import FAMILIES, find_site
 
@@ -65,7 +66,7 @@ OUTLIERS = 64
 
 
 @dataclass(frozen=True, repr=False)
-class CollectedRun(Shown):
+class CollectedRun(PrintsAsTable):
     """A complete run, or one ``shard`` of it: its folder and manifest, and whether it was there already."""
 
     folder: Path
@@ -82,11 +83,6 @@ def existing_run(folder: Path) -> CollectedRun:
     """The complete run in ``folder``, which what a killed process left there is cleared from. DatabaseInvalid."""
     clear_leftovers(folder)
     return CollectedRun(folder, Manifest.load(folder), existed=True)
-
-
-def default_data(model: LoadedModel) -> str:
-    """The calibration text of a model none was named for: the bundled sample, or the Pile's validation part."""
-    return "sample:calibration" if model.bundled else "pile-val"
 
 
 SIZES = ("n_layer", "d_model", "d_inner", "d_state", "dt_rank", "headdim", "ngroups", "vocab_size")
@@ -111,7 +107,7 @@ def collect(
     shard: Shard | None = None,
     device: str = "auto",
     dtype: str | None = None,
-    progress: bool = True,
+    progress: Shown = True,
 ) -> CollectedRun:
     """Run ``model`` over the first ``samples`` documents of ``data`` and write a run into ``db``.
 
@@ -125,93 +121,100 @@ def collect(
     first pass on its own.
     ``device``: cpu, cuda, or auto (cuda if there is any). On the CPU the model runs in float32; on CUDA in ``dtype``,
     float16 by default, which is the model as upstream runs it and whose activations are counted without any rounding.
+    ``progress``: shown on stderr, or a function that is called with (documents done, documents in all).
     Errors: ModelNotFound, CheckpointInvalid, DataInvalid, DatabaseInvalid, UnknownName, RunBusy, TapNeverFired.
     """
     db = local_folder(db)
     where = choose_where(device, dtype)
     for name in sites:
         find_site(name, family="")  # any model's, so that a slip is told before the slow part
-    loaded = load_model(str(model), tokenizer=tokenizer)
-    for name in sites:
-        find_site(name, loaded.family)
-    source = str(data) if data else default_data(loaded)
-    plan = make_plan(source, loaded.tokenizer, samples, seq_len, progress=progress)
-    observed = [site.name for site in FAMILIES[loaded.family] if not sites or site.name in sites]
-    grouping = choose_grouping(loaded.family, groups, group_samples, groups_from, len(plan.documents))
-    identity = _identity(
-        loaded,
-        plan,
-        grouping,
-        where,
-        samples=samples,
-        seq_len=seq_len,
-        block=batch_size,
-        sites=observed,
-        keep_tokens=keep_tokens,
-        seed=seed,
-    )
-    run = run_id(loaded.name, identity)
-    folder = db / "runs" / run
-    if (folder / MANIFEST).exists():
-        return existing_run(folder)
-    if shard is None:
-        refuse_beside_shards(folder)
-    else:
-        folder = shard_folder(folder, shard)
-        if (folder / SHARD).exists():
-            return CollectedRun(folder, load_shard(folder).manifest, existed=True, shard=shard)
-    with locked(folder, None if shard is None else f"shard {shard} of run {run}"):
-        clock = _Clock()
-        layers = None
-        if grouping:
-            layers = find_groups(loaded, plan, grouping, batch_size, db, where, progress=progress)
-            clock.lap("group")
-        layouts = site_layouts(loaded.any_weights.config, observed, layers)
-        weights = prepare(_reordered(loaded.any_weights, layers))
-        done, statistics = load_checkpoint(folder, layouts, OUTLIERS)
-        keep = _kept(loaded, plan, keep_tokens, seed)
-        blocks = plan.blocks(batch_size)
-        mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
-        parts = [part_folder(folder, block) for block in range(len(blocks))]
-        with JoinedParts(folder, parts, done) if shard is None else nullcontext() as joined:
-            observer = new_observer(
-                weights,
-                where,
-                statistics,
-                OUTLIERS,
-                run=run,
-                kept=keep,
-                write=joined.add if joined else partial(_write_part, parts),
-                sums=None if joined else lambda number, sums: write_sums(folder, number, sums),
-            )
-            clock.lap("prepare")
-            tables = {}
-            with observer:
-                _observe(observer, blocks, mine, done, folder, joined, progress)
-                statistics = observer.statistics()
-                clock.lap("observe")
-                locate = _locator(plan, loaded)
-                if joined:
-                    tables = write_run(folder, run, statistics, ENCODINGS["float16"], locate, joined)
-                else:
-                    observer.settle()
-                    save_checkpoint(folder, len(mine), statistics)
-                    write_places(folder, statistics, locate)
-            clock.lap("write")
-        manifest = Manifest(
-            run=run,
-            identity=identity,
-            model=_model(loaded, identity, layers),
-            data=_data(source, plan),
-            tables=tables,
-            sites=list(layouts),
-            created={**clock.described(), **where.described(), **versions()},
+    with Progress(progress) as shown:
+        source = str(data) if data else default_data(str(model))
+        shown.say(f"looking for {model} and {source}")
+        find_sources(str(model), tokenizer, [source])
+        shown.say(f"loading {model}")
+        loaded = load_model(str(model), tokenizer=tokenizer)
+        for name in sites:
+            find_site(name, loaded.family)
+        plan = make_plan(source, loaded.tokenizer, samples, seq_len, progress=shown)
+        observed = [site.name for site in FAMILIES[loaded.family] if not sites or site.name in sites]
+        grouping = choose_grouping(loaded.family, groups, group_samples, groups_from, len(plan.documents))
+        identity = _identity(
+            loaded,
+            plan,
+            grouping,
+            where,
+            samples=samples,
+            seq_len=seq_len,
+            block=batch_size,
+            sites=observed,
+            keep_tokens=keep_tokens,
+            seed=seed,
         )
+        run = run_id(loaded.name, identity)
+        folder = db / "runs" / run
+        if (folder / MANIFEST).exists():
+            return existing_run(folder)
         if shard is None:
-            manifest = finish_run(folder, manifest)
+            refuse_beside_shards(folder)
         else:
-            finish_shard(folder, shard, manifest, loaded.any_weights.config, len(blocks))
-    return CollectedRun(folder, manifest, existed=False, shard=shard)
+            folder = shard_folder(folder, shard)
+            if (folder / SHARD).exists():
+                return CollectedRun(folder, load_shard(folder).manifest, existed=True, shard=shard)
+        with locked(folder, None if shard is None else f"shard {shard} of run {run}"):
+            clock = _Clock()
+            layers = None
+            shown.say(f"preparing {loaded.name}")
+            if grouping:
+                layers = find_groups(loaded, plan, grouping, batch_size, db, where, progress=shown)
+                clock.lap("group")
+            layouts = site_layouts(loaded.any_weights.config, observed, layers)
+            weights = prepare(_reordered(loaded.any_weights, layers))
+            done, statistics = load_checkpoint(folder, layouts, OUTLIERS)
+            keep = _kept(loaded, plan, keep_tokens, seed)
+            blocks = plan.blocks(batch_size)
+            mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
+            parts = [part_folder(folder, block) for block in range(len(blocks))]
+            with JoinedParts(folder, parts, done) if shard is None else nullcontext() as joined:
+                observer = new_observer(
+                    weights,
+                    where,
+                    statistics,
+                    OUTLIERS,
+                    run=run,
+                    kept=keep,
+                    write=joined.add if joined else partial(_write_part, parts),
+                    sums=None if joined else lambda number, sums: write_sums(folder, number, sums),
+                )
+                clock.lap("prepare")
+                tables = {}
+                with observer:
+                    _observe(observer, blocks, mine, done, folder, joined, shown)
+                    statistics = observer.statistics()
+                    clock.lap("observe")
+                    shown.say("writing the run")
+                    locate = _locator(plan, loaded)
+                    if joined:
+                        tables = write_run(folder, run, statistics, ENCODINGS["float16"], locate, joined)
+                    else:
+                        observer.settle()
+                        save_checkpoint(folder, len(mine), statistics)
+                        write_places(folder, statistics, locate)
+                clock.lap("write")
+            manifest = Manifest(
+                run=run,
+                identity=identity,
+                model=_model(loaded, identity, layers),
+                data=_data(source, plan),
+                tables=tables,
+                sites=list(layouts),
+                created={**clock.described(), **where.described(), **versions()},
+            )
+            if shard is None:
+                manifest = finish_run(folder, manifest)
+            else:
+                finish_shard(folder, shard, manifest, loaded.any_weights.config, len(blocks))
+        return CollectedRun(folder, manifest, existed=False, shard=shard)
 
 
 class _Clock:
@@ -300,28 +303,22 @@ def _observe(
     done: int,
     folder: Path,
     joined: JoinedParts | None,
-    progress: bool,
+    progress: Progress,
 ) -> None:
     """Run the blocks ``numbers`` after the first ``done`` of them, those of the checkpoint."""
     tokens = [sum(document.tokens.size for document in blocks[number]) for number in numbers]
+    documents = [len(blocks[number]) for number in numbers]
     saved = time.monotonic()
-    with tqdm(
-        total=sum(tokens),
-        initial=sum(tokens[:done]),
-        desc="collect",
-        unit="tok",
-        unit_scale=True,
-        disable=not progress,
-    ) as bar:
-        for place in range(done, len(numbers)):
+    progress.start("collect", sum(documents), sum(tokens), done=(sum(documents[:done]), sum(tokens[:done])))
+    for place in range(done, len(numbers)):
+        with progress.piece(documents[place], tokens[place]):
             observer.observe(numbers[place], blocks[numbers[place]])
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                observer.settle()
-                if joined:
-                    joined.save()
-                save_checkpoint(folder, place + 1, observer.statistics())
-                saved = time.monotonic()
-            bar.update(tokens[place])
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            observer.settle()
+            if joined:
+                joined.save()
+            save_checkpoint(folder, place + 1, observer.statistics())
+            saved = time.monotonic()
 
 
 def _write_part(parts: Sequence[Path], number: int, documents: pa.Table, activations: pa.Table) -> None:

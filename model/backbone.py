@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from quambase.model.batch import Batch
 from quambase.model.mamba2_weights import Mamba2LayerWeights, Mamba2Weights
 from quambase.model.weights import LayerWeights, MambaWeights
+from quambase.schema.progress import tell
 from quambase.schema.sites import HEAD_LAYER
 
 HEAD_ROWS = 512
@@ -69,12 +70,14 @@ class Backbone(ABC):
         residual = F.embedding(batch.tokens, self.weights.embedding)
         for index, layer in self._layers():
             residual += self._block(index, rms_norm(residual, layer.norm, eps), batch, tap)
+            tell((index + 1) / (len(self.weights.layers) + bool(tap)))
         out = rms_norm(residual, self.weights.norm_f, eps)
         if tap:
             tap(HEAD_LAYER, "lm_head:input", out, everything)
             for documents in batch.chunks(HEAD_ROWS):
                 rows = slice(int(batch.offsets[documents.start]), int(batch.offsets[documents.stop]))
                 tap(HEAD_LAYER, "lm_head:output", self.logits(out[rows]), documents)
+                tell((len(self.weights.layers) + rows.stop / len(out)) / (len(self.weights.layers) + 1))
         return out
 
     @torch.inference_mode()

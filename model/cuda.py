@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from quambase.model.kernel_cache import digest, kept
+from quambase.schema.progress import compiling
 
 BUFFER_POINTER, BUFFER_SIZE = 1, 2
 """CU_LAUNCH_PARAM_BUFFER_POINTER and CU_LAUNCH_PARAM_BUFFER_SIZE: all of a kernel's parameters in one buffer."""
@@ -68,7 +69,8 @@ def _compile(nvrtc: Any, files: Mapping[bytes, bytes], flags: list[bytes]) -> by
     (name, source), *headers = files.items()
     names, texts = [header for header, _ in headers], [text for _, text in headers]
     program = _checked(nvrtc.nvrtcCreateProgram(source, name, len(headers), texts, names), "nvrtcCreateProgram")
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+    with compiling():
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
     if int(status) != 0:
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
         nvrtc.nvrtcGetProgramLog(program, log)

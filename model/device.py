@@ -8,7 +8,6 @@ is float32 either way.
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.operators import DeviceBatch, Operators, TorchOperators
 from quambase.model.weights import MambaWeights
 from quambase.schema.errors import DataInvalid, UnknownName
+from quambase.schema.progress import remark
 from quambase.schema.sites import HEAD_LAYER
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -66,7 +66,7 @@ def choose_operators(
         try:
             return CudaOperators(device, dtype, weights.config)
         except CompilationFailed as error:
-            print(f"warning: scans run in plain PyTorch, some hundred times slower: {error}", file=sys.stderr)
+            remark(f"warning: scans run in plain PyTorch, some hundred times slower: {error}")
     return TorchOperators(dtype, weights.config.ngroups if isinstance(weights, Mamba2Weights) else 1)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 
 from quambase.model.backbone import Backbone, State
+from quambase.schema.progress import Progress, Shown
 
 
 def generate(
@@ -19,7 +19,7 @@ def generate(
     temperature: float = 0.9,
     top_p: float = 0.95,
     vocabulary: int | None = None,
-    progress: bool = False,
+    progress: Shown = False,
 ) -> list[list[int]]:
     """Continue every prompt (at least one token) to ``lengths[i]`` tokens in all, prompt included.
 
@@ -34,14 +34,17 @@ def generate(
     wanted = [lengths[i] for i in order]
     state = model.new_state(len(order))
     current = torch.tensor([text[0] for text in texts])
-    for position in tqdm(range(1, wanted[0]), desc="generate", unit="step", disable=not progress, delay=2):
-        active = sum(length > position for length in wanted)
-        state = State([conv[:active] for conv in state.conv], [ssm[:active] for ssm in state.ssm])
-        logits = model.step(current[:active], state)[:, :vocabulary] / temperature
-        for text, token in zip(texts, _draw(logits, top_p, generator).tolist(), strict=False):
-            if position >= len(text):
-                text.append(token)
-        current = torch.tensor([text[position] for text in texts[:active]])
+    with Progress(progress) as shown:
+        shown.start("generate", sum(wanted), sum(wanted), unit="tokens")
+        for position in range(1, wanted[0]):
+            active = sum(length > position for length in wanted)
+            state = State([conv[:active] for conv in state.conv], [ssm[:active] for ssm in state.ssm])
+            with shown.piece(active, active):
+                logits = model.step(current[:active], state)[:, :vocabulary] / temperature
+                for text, token in zip(texts, _draw(logits, top_p, generator).tolist(), strict=False):
+                    if position >= len(text):
+                        text.append(token)
+            current = torch.tensor([text[position] for text in texts[:active]])
     written = {i: text[:length] for i, text, length in zip(order, texts, wanted, strict=True)}
     return [written[i] for i in range(len(order))]
 

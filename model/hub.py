@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
 from pathlib import Path
+from threading import Thread
+
+REACH_SECONDS = 5.0
+"""How long the hub may take for its first answer; its client by itself tries again for half a minute."""
 
 
 class HubError(Exception):
     """A file is neither in the hub's cache nor to be had; the text is the reason, as part of one line."""
 
 
+class Unreachable(HubError):
+    """There is no way to the hub."""
+
+
 def fetch_snapshot(repository: str, patterns: list[str]) -> Path:
     """The folder of a model repository's files that match ``patterns``; HubError."""
 
-    def download() -> str:
+    def download(here: bool) -> str:
         from huggingface_hub import snapshot_download
 
-        return str(snapshot_download(repository, allow_patterns=patterns))
+        return str(snapshot_download(repository, allow_patterns=patterns, local_files_only=here))
 
-    return _fetched(download)
+    return _fetched((repository, *patterns), download)
 
 
 def fetch_file(repository: str, name: str, *, dataset: bool = False) -> Path:
     """One file of a model's or data set's repository; HubError."""
+    kind = "dataset" if dataset else "model"
 
-    def download() -> str:
+    def download(here: bool) -> str:
         from huggingface_hub import hf_hub_download
 
-        return str(hf_hub_download(repository, name, repo_type="dataset" if dataset else "model"))
+        return str(hf_hub_download(repository, name, repo_type=kind, local_files_only=here))
 
-    return _fetched(download)
+    return _fetched((kind, repository, name), download)
+
+
+def cache_name() -> str:
+    """The folder of the hub's cache as a remark, empty where the hub's client is not installed."""
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:
+        return ""
+    return f" {HF_HUB_CACHE}"
 
 
 def mend(path: Path, otherwise: str = "download it again") -> str:
@@ -47,15 +68,74 @@ def mend(path: Path, otherwise: str = "download it again") -> str:
     return otherwise
 
 
-def _fetched(download: Callable[[], str]) -> Path:
+_found: dict[tuple[str, ...], Path] = {}
+"""What this process has asked the hub for already."""
+
+
+def _fetched(key: tuple[str, ...], download: Callable[[bool], str]) -> Path:
+    """What ``download`` fetches, or, called with True, finds in the cache. Asked for once in a process."""
+    if key in _found and _found[key].exists():
+        return _found[key]
     try:
-        return Path(download())
+        from huggingface_hub.utils import logging
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # that it tries again is no news to a user: whether it came to an end is
+        with nullcontext() if _reachable() else _no_requests():
+            _found[key] = Path(download(not _reachable()))
+        return _found[key]
     except ImportError:
         raise HubError("huggingface_hub is not installed; pip install 'quambase[hub]'") from None
     except Exception as error:  # the hub's own errors and its HTTP library's, which share no base
         if isinstance(error, OSError) and error.errno:
             raise  # of this machine: a full disk, a folder that cannot be written
-        raise HubError(_reason(error)) from None
+        raise _hub_error(error) from None
+
+
+@contextmanager
+def _no_requests() -> Iterator[None]:
+    """As with HF_HUB_OFFLINE: asked for a file of its cache, the client still asks the hub for other things."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _reachable() -> bool:
+    """Whether the hub answers; asked once a minute."""
+    return _answers(int(time.monotonic() // 60))
+
+
+@lru_cache(1)
+def _answers(_: int) -> bool:
+    """Whether the hub answers within a short time, through a proxy if there is one."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answers: list[int] = []
+
+    def ask() -> None:
+        with suppress(Exception):  # whatever it is, there is no answer
+            answers.append(get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS).status_code)
+
+    # A thread, since no timeout holds for the look-up of a name.
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(REACH_SECONDS + 1)
+    return bool(answers) and answers[0] < 500
+
+
+def _hub_error(error: Exception) -> HubError:
+    from huggingface_hub import constants, errors
+
+    if not _reachable() and isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        offline = constants.HF_HUB_OFFLINE
+        return Unreachable("HF_HUB_OFFLINE is set: unset it" if offline else f"{constants.ENDPOINT} cannot be reached")
+    return HubError(_reason(error))
 
 
 def _reason(error: Exception) -> str:
@@ -65,9 +145,8 @@ def _reason(error: Exception) -> str:
         return "its authors ask to accept terms first: do so on its page and set HF_TOKEN"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the hub knows no such repository, or it is private: check the name, or set HF_TOKEN"
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        offline = constants.HF_HUB_OFFLINE
-        return "HF_HUB_OFFLINE is set: unset it" if offline else f"{constants.ENDPOINT} cannot be reached: try again"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return f"{constants.ENDPOINT} cannot be reached: try again"
     if isinstance(error, errors.EntryNotFoundError):
         return "the repository has no such file"
     first = (str(error).strip().splitlines() or [""])[0] or type(error).__name__

@@ -9,20 +9,24 @@ from pathlib import Path
 import torch
 
 from quambase.model.backbone import Backbone
-from quambase.model.hub import HubError, fetch_snapshot, mend
+from quambase.model.hub import mend
 from quambase.model.mamba import Mamba
 from quambase.model.mamba2 import Mamba2
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, mamba2_weights_from_tensors
-from quambase.model.names import BUNDLED, NEOX, hub_model
 from quambase.model.settings import Settings, read_json_object, shown
+from quambase.model.sources import (
+    PYTORCH,
+    PYTORCH_INDEX,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    find_sources,
+    is_bundled,
+)
 from quambase.model.tensor_files import read_pytorch, read_safetensors
 from quambase.model.tokenizer import Tokenizer, load_tokenizer
 from quambase.model.weights import MambaConfig, MambaWeights, weights_from_tensors
-from quambase.schema.errors import CheckpointInvalid, ModelNotFound
+from quambase.schema.errors import CheckpointInvalid
 from quambase.schema.sites import MAMBA1, MAMBA2
-
-SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
-PYTORCH, PYTORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True)
@@ -72,44 +76,21 @@ def load_model(name: str, *, tokenizer: str | None = None) -> LoadedModel:
     ``tokenizer`` is a tokenizer.json, a folder holding one, or a hub id; by default the one beside the weights.
     Errors: ModelNotFound, CheckpointInvalid.
     """
-    folder, family = resolve(name)
+    sources = find_sources(name, tokenizer)
+    folder = sources.folder
+    found = load_tokenizer(sources.tokenizer)  # before the weights: it takes less time to be wrong
     weights = load_weights(folder)
-    found = load_tokenizer(folder, name=tokenizer, family=family).for_rows(weights.config.vocab_size)
+    found = found.for_rows(weights.config.vocab_size)
     return LoadedModel(
         # A local folder is called by its own name, so that a run does not depend on where it lay.
         name=Path(name).resolve().name if Path(name).is_dir() else name,
         path=folder,
-        bundled=folder.parent == BUNDLED,
+        bundled=is_bundled(name),
         any_weights=weights,
         tokenizer=found,
         weights_sha256=weights_digest(weights),
         tokenizer_sha256=found.sha256,
     )
-
-
-def resolve(name: str) -> tuple[Path, str | None]:
-    """The folder of a model's files (downloaded if on the hub) and the hub id of its family's tokenizer."""
-    repository = hub_model(name)
-    if repository is None:
-        return (Path(name) if Path(name).is_dir() else BUNDLED / name), None
-    return _from_hub(repository), NEOX if repository.startswith("state-spaces/") else None
-
-
-def _from_hub(repository: str) -> Path:
-    """Download a hub repository's config, tokenizer and weights into the hub's cache; the snapshot folder.
-
-    PyTorch's files are fetched only where there are no safetensors.
-    """
-    advice = f"download {repository} on a machine with a network and pass its folder: --model FOLDER"
-    try:
-        folder = fetch_snapshot(repository, ["config.json", "tokenizer.json", "*.safetensors", SAFETENSORS_INDEX])
-        if not any(folder.glob("*.safetensors")):
-            folder = fetch_snapshot(repository, [PYTORCH, PYTORCH_INDEX, "pytorch_model-*.bin"])
-        return folder
-    except HubError as error:
-        raise ModelNotFound(
-            f"{repository} is not in the local hub cache and could not be fetched ({error}); or {advice}"
-        ) from None
 
 
 def load_weights(folder: Path) -> MambaWeights | Mamba2Weights:

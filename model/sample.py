@@ -13,6 +13,7 @@ from quambase.model.generate import generate
 from quambase.model.load import LoadedModel
 from quambase.model.names import BUNDLED_DATA
 from quambase.schema.files import refuse_foreign_file, replacing
+from quambase.schema.progress import Shown
 
 OPENINGS = (
     "The", "It was", "He", "She", "When", "In the", "There", "At last", "But", "After", "My", "A", "They", "One",
@@ -33,7 +34,7 @@ def write_sample(
     *,
     tokens: int = 300_000,
     seed: int = 0,
-    progress: bool = True,
+    progress: Shown = True,
     force: bool = False,
 ) -> dict[str, int]:
     """Let ``models`` write about ``tokens`` tokens, a document each in turn, and save them as the three files of

@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quambase.model.files import check_file, first_line
-from quambase.model.hub import HubError, fetch_file, mend
-from quambase.model.names import BUNDLED_DATA, PYTHON_DOCS, SAMPLE, hub_data
+from quambase.model.hub import mend
+from quambase.model.names import BUNDLED_DATA, PYTHON_DOCS, SAMPLE
+from quambase.model.sources import find_text
 from quambase.schema.errors import DataInvalid
 
 PASSAGE = 1500
@@ -78,8 +79,7 @@ def _texts(data: str) -> Iterator[str]:
         return _python_docs(PYTHON_DOCS.index(data))
     if data in BUNDLED_DATA:
         return _file_texts(SAMPLE / BUNDLED_DATA[data])
-    source = hub_data(data)
-    return _file_texts(Path(data) if source is None else _from_hub(source))
+    return _file_texts(find_text(data) or Path(data))
 
 
 def _python_docs(part: int) -> Iterator[str]:
@@ -349,16 +349,3 @@ _READERS: dict[str, Callable[[Path], Iterator[str]]] = {
     ".parquet": _parquet_texts,
     ".csv": _csv_texts,
 }
-
-
-def _from_hub(source: str) -> Path:
-    repository, _, name = source.removeprefix("hf:").partition(":")
-    if not repository or not name:
-        raise DataInvalid(f"'{source}' is not of the form hf:REPOSITORY:FILE")
-    try:
-        return fetch_file(repository, name, dataset=True)
-    except HubError as error:
-        raise DataInvalid(
-            f"{source} is not in the local hub cache and could not be fetched ({error}); or download the file on a "
-            "machine with a network and pass it: --data FILE"
-        ) from None

@@ -10,9 +10,9 @@ from pathlib import Path
 import tokenizers
 
 from quambase.model.files import check_file, first_line
-from quambase.model.hub import HubError, fetch_file, mend
+from quambase.model.hub import mend
 from quambase.model.settings import shown
-from quambase.schema.errors import CheckpointInvalid, DataInvalid, ModelNotFound
+from quambase.schema.errors import CheckpointInvalid, DataInvalid
 
 LARGEST_FILE = 256 << 20
 """Bytes of a tokenizer.json at most: those of the largest vocabularies have 35 million."""
@@ -83,21 +83,8 @@ def raise_if_stopped(error: BaseException) -> None:
         raise error
 
 
-def load_tokenizer(folder: Path, *, name: str | None = None, family: str | None = None) -> Tokenizer:
-    """The tokenizer called ``name`` (a file, a folder, a hub id); without one ``folder/tokenizer.json``, and where
-    there is no such file the hub id ``family``. ModelNotFound says what to do where there is none.
-    """
-    beside = folder / "tokenizer.json"
-    if name is not None and Path(name).exists():
-        path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
-    elif name is not None:
-        path = _from_hub(name)
-    elif beside.exists():
-        path = beside
-    elif family is not None:
-        path = _from_hub(family)
-    else:
-        raise ModelNotFound(f"{folder} holds no tokenizer.json; name one with --tokenizer FILE (or a hub id)")
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json. CheckpointInvalid."""
     check_file(path, CheckpointInvalid, LARGEST_FILE)
     try:
         content = path.read_bytes()
@@ -110,13 +97,3 @@ def load_tokenizer(folder: Path, *, name: str | None = None, family: str | None 
     inner.no_padding()
     inner.no_truncation()
     return Tokenizer(path, hashlib.sha256(content).hexdigest(), inner)
-
-
-def _from_hub(repository: str) -> Path:
-    try:
-        return fetch_file(repository, "tokenizer.json")
-    except HubError as error:
-        raise ModelNotFound(
-            f"tokenizer {repository} is not in the local hub cache and could not be fetched ({error}); or pass the "
-            "file: --tokenizer tokenizer.json"
-        ) from None

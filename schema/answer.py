@@ -39,7 +39,7 @@ class Answer:
         return html_table(self.table)
 
 
-class Shown:
+class PrintsAsTable:
     """A result that prints as its most important table; dataclasses of it have ``repr=False``."""
 
     def shown(self) -> pa.Table:

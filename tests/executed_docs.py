@@ -20,7 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 # In the order in which they are run, in one folder: later pages use what the README's session made.
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("database", "quamba-checkout", "python", "questions", "reading-the-output")))
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("database", "quamba-checkout", "python", "questions", "reading-the-output")),
+)
 
 RELATIVE, ABSOLUTE = 0.1, 0.05
 """Tolerance of a number that is shown. Another kind of CPU sums float32 in another order: single codes differ, which

@@ -46,7 +46,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path).strip("/")
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
         parts = path.split("/")
-        if parts[0] == "cdn":
+        if not path:
+            self.end(200, b"")
+        elif parts[0] == "cdn":
             self.content("/".join(parts[1:4]), "/".join(parts[4:]))
         elif parts[0] == "api":
             self.about("/".join(parts[1:4]), parts[4:])

@@ -9,7 +9,7 @@ trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 
 run python -m pip list
-grep -E -i '^(torch|numpy|pyarrow|duckdb|click|matplotlib|numba|safetensors|tokenizers|tqdm|scikit-learn|scipy) ' out.txt
+grep -E -i '^(torch|numpy|pyarrow|duckdb|click|matplotlib|numba|safetensors|tokenizers|scikit-learn|scipy) ' out.txt
 run collect --model mamba-5m --samples 4
 run quambase sql "select layer, site, amax / q9995 as ratio from site_stats order by ratio desc limit 3"
 run quambase sql --schema

@@ -6,8 +6,10 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,9 @@ import torch
 from hub_server import Hub, serving
 from safetensors.torch import load_file
 from tiny_model import TEXTS, write_tiny_model
+
+from quambase.model.load import load_model
+from quambase.schema.errors import ModelNotFound
 
 MODEL = "models/state-spaces/mamba-130m"
 CHUNK = 10 << 20
@@ -104,18 +109,81 @@ def test_downloaded_once_then_without_a_network(hub: Hub, tmp_path: Path) -> Non
     assert run.name.startswith("mamba-130m-") and (run / "run.json").exists()
 
 
-def test_without_a_network_and_with_nothing_in_the_cache(hub: Hub, tmp_path: Path) -> None:
-    model, data = collect(
-        hub, tmp_path, ["--model", "mamba-130m"], ["--model", "mamba-5m", "--data", "pile-val"], HF_HUB_OFFLINE="1"
+def test_without_a_network_everything_that_is_missing_is_told_at_once(hub: Hub, tmp_path: Path) -> None:
+    commands = [["--model", "mamba-130m"], ["--model", "mamba-5m", "--data", "pile-val"]]
+    everything = (
+        r"3 things are not in the local hub cache \S+/cache/hub and could not be fetched \(%s\): "
+        r"the model state-spaces/mamba-130m \(--model FOLDER, with its config.json and weights\), "
+        r"tokenizer.json of EleutherAI/gpt-neox-20b \(--tokenizer FILE\), "
+        r"hf:monology/pile-uncopyrighted:val.jsonl.zst \(--data FILE\); or download them on a machine with a network "
+        r"and pass each by its option. What works without a network: --model mamba-5m, --data python-docs:calibration$"
     )
-    assert re.search(
-        r"state-spaces/mamba-130m is not in the local hub cache and could not be fetched "
-        r"\(HF_HUB_OFFLINE is set: unset it\); or download .* and pass its folder: --model FOLDER$",
-        model.error,
+    text = (
+        r"hf:monology/pile-uncopyrighted:val.jsonl.zst is not in the local hub cache \S+ and could not be fetched "
+        r"\(%s\); or download .* pass it: --data FILE. What works without a network: --data python-docs:calibration$"
     )
-    assert re.search(r"hf:monology/pile-uncopyrighted:val.jsonl.zst is not in .* pass it: --data FILE$", data.error)
-    (unreachable,) = collect(hub, tmp_path, ["--model", "mamba-130m"], HF_ENDPOINT="http://127.0.0.1:9")
-    assert "(http://127.0.0.1:9 cannot be reached: try again)" in unreachable.error
+    for settings, reason in (
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set: unset it"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "http://127.0.0.1:9 cannot be reached"),
+    ):
+        model, data = collect(hub, tmp_path, *commands, **settings)
+        assert re.search(everything % reason, model.error), model.error
+        assert re.search(text % reason, data.error), data.error
+    assert hub.requests == [] and not (tmp_path / "db").exists()
+
+
+def script(folder: Path, *arguments: str, endpoint: str, without: str = "") -> tuple[float, str]:
+    """Seconds that ``collect`` took and all it printed, in a process of its own; ``without``: a module that may not be
+    imported.
+    """
+    code = f"import sys; sys.modules[{without!r}] = None\nfrom quambase.cli.main import collect; collect()"
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--db", str(folder / "db")],
+        env={key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "cache"), "NO_PROXY": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    return time.monotonic() - started, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_local_model_without_a_text_does_not_wait_for_the_network(tmp_path: Path, silent: bool) -> None:
+    """Nothing listens, or what listens never answers: one line, soon, before torch is imported, and none of the hub
+    client's own.
+    """
+    folder = write_tiny_model(tmp_path / "tiny")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1] if silent else 9
+        for model in (str(folder), "mamba-130m"):
+            seconds, printed = script(tmp_path, "--model", model, endpoint=f"http://127.0.0.1:{port}", without="torch")
+            assert printed.startswith("error: ") and printed.count("\n") == 1, printed
+            assert f"http://127.0.0.1:{port} cannot be reached" in printed and "--data FILE" in printed
+            # The limit of the one question is 5 s; starting Python and the hub's client takes the rest.
+            assert seconds < 10
+
+
+def test_what_is_in_the_cache_is_taken_without_a_network(hub: Hub, tmp_path: Path) -> None:
+    command = ["--model", "mamba-130m", "--data", "lambada"]
+    (first,) = collect(hub, tmp_path, command)
+    assert first.code == 0, first.stderr
+    (again,) = collect(hub, tmp_path, command, HF_ENDPOINT="http://127.0.0.1:9")
+    assert again.code == 0 and "already there" in again.stderr, again.stderr
+
+
+def test_a_model_without_a_tokenizer_is_told_before_its_weights_are_read(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "tiny")
+    (folder / "tokenizer.json").unlink()
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    arguments = ["--model", str(folder), "--data", "python-docs:calibration"]
+    _, printed = script(tmp_path, *arguments, endpoint="http://127.0.0.1:9", without="torch")
+    assert printed == f"error: {folder} holds no tokenizer.json; name one with --tokenizer FILE (or a hub id)\n"
+    with pytest.raises(ModelNotFound, match=r"holds no tokenizer.json"):
+        load_model(str(folder))
 
 
 def test_what_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
@@ -133,14 +201,14 @@ def test_what_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
     done = dict(zip(named, collect(hub, tmp_path, *named.values()), strict=True))
     unknown = "the hub knows no such repository, or it is private: check the name, or set HF_TOKEN"
     terms = "its authors ask to accept terms first: do so on its page and set HF_TOKEN"
-    assert f"state-spaces/mamba-9b is not in the local hub cache and could not be fetched ({unknown})" in (
-        done["no such"].error
-    )
-    assert f"some/gated is not in the local hub cache and could not be fetched ({terms})" in done["gated"].error
+    where = f"not in the local hub cache {tmp_path}/cache/hub and could not be fetched"
+    assert f"error: the model state-spaces/mamba-9b is {where} ({unknown}); or download" in done["no such"].error
+    assert f"error: the model some/gated is {where} ({terms}); or download" in done["gated"].error
+    assert all("works without a network" not in each.error for each in done.values())
     assert "config.json is missing; expected a model folder" in done["empty"].error
-    assert re.search(r"tokenizer some/gated is not in .*or pass the file: --tokenizer", done["tokenizer"].error)
-    assert f"({terms}); or download the file" in done["data"].error
-    assert "(the repository has no such file); or download the file" in done["file"].error
+    assert re.search(r"tokenizer.json of some/gated is not in .* pass it: --tokenizer FILE$", done["tokenizer"].error)
+    assert f"({terms}); or download it" in done["data"].error
+    assert "(the repository has no such file); or download it" in done["file"].error
     assert re.search(r"hf:not a name:a.jsonl is not in .*\(Repo id must", done["name"].error)
     assert "repeat the command" not in done["name"].error
 

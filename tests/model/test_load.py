@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -6,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quambase.model.load import load_model, load_weights, resolve, weights_digest
+from quambase.model.load import load_model, load_weights, weights_digest
 from quambase.model.mamba import Mamba
 from quambase.model.names import BUNDLED
+from quambase.model.sources import find_sources
 from quambase.model.weights import MambaConfig, random_weights, tensors_of
 from quambase.schema.errors import CheckpointInvalid, ModelNotFound
 
@@ -144,7 +146,7 @@ def test_nan_weights_are_refused(tmp_path: Path, weights: object) -> None:
 
 def test_unknown_names_list_the_nearest() -> None:
     with pytest.raises(ModelNotFound, match=r"did you mean .*mamba-5m"):
-        resolve("mamba-5x")
+        find_sources("mamba-5x")
 
 
 def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -152,9 +154,9 @@ def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch: pytest.Monkey
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        ModelNotFound, match=r"state-spaces/mamba-130m is not in .* pass its folder: --model FOLDER"
+        ModelNotFound, match=rf"2 things are not in the local hub cache {re.escape(str(tmp_path))} and could not"
     ) as e:
-        resolve("mamba-130m")
+        find_sources("mamba-130m")
     assert "\n" not in str(e.value)
 
 

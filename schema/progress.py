@@ -1,0 +1,339 @@
+"""What a person sees on stderr while a stage works: what runs, how far it is, and how long the rest will take.
+
+On a terminal one line is drawn again and again; elsewhere there is a line at the start and one every half minute. Time
+left is what the later half of the work so far took, carried on to the rest: nothing is said before some of it is
+measured, and compiling kernels, which happens once, counts on neither side.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TextIO
+
+Shown = bool | Callable[[int, int], None]
+"""Whether progress is shown on stderr, or what is told it instead: called with (documents done, documents in all)."""
+
+DRAW_SECONDS = 0.1
+"""Between two drawings on a terminal."""
+
+LINE_SECONDS = 30.0
+"""Between two lines where stderr is no terminal."""
+
+MEASURED_SHARE, MEASURED_SECONDS = 0.05, 5.0
+"""Time left is told once this share of the work is done, or work has gone on for so long."""
+
+LONG_SECONDS = 10.0
+"""Work that is longer is announced: about how long it will take."""
+
+BAR = 20
+"""Characters of the bar."""
+
+_running: list[Progress] = []
+"""Those of the calls that are under way, the innermost last."""
+
+
+class Progress:
+    """The progress of one call, which may have several stages one after another.
+
+    Of a stage the user counts ``units`` (documents), the estimate counts ``work``: numbers proportional to the time
+    that its pieces take (tokens). Only the thread that made it reports.
+    """
+
+    def __init__(
+        self, shown: Shown, *, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._call = shown if callable(shown) else None
+        self._stream = (stream or sys.stderr) if shown is True else None
+        self._terminal = self._stream is not None and self._stream.isatty()
+        self._clock = clock
+        self._thread = threading.get_ident()
+        self._width = 0  # of the line that is on the terminal
+        self._listener: Any = None
+        self._stage = self._detail = ""
+        self._unit = "documents"
+        self._compiling = 0
+        self._compiling_since = self._compiled = 0.0
+        self._drawn = self._lined = self._started = -LINE_SECONDS
+        self._units = self._total_units = 0.0
+        self._work = self._total_work = self._before = 0.0
+        self._piece = (0.0, 0.0)
+        self._share = 0.0
+        self._marks: deque[tuple[float, float]] = deque([(0.0, 0.0)])
+        self._announced = True
+        self._called: int | None = None
+
+    def __enter__(self) -> Progress:
+        _running.append(self)
+        if self._stream:
+            self._listener = _listen_to_numba(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _running.remove(self)
+        if self._listener is not None:
+            _numba_events().unregister("numba:compile", self._listener)
+        self._erase()
+
+    def say(self, text: str) -> None:
+        """What happens now, where it cannot be said how much of it there is."""
+        self._stage, self._detail, self._total_work, self._announced = text, "", 0.0, True
+        self._show(force=True)
+
+    def start(
+        self, stage: str, units: float, work: float, *, unit: str = "documents", done: tuple[float, float] = (0.0, 0.0)
+    ) -> None:
+        """A stage of ``units`` and ``work`` begins; ``done`` of both are there from an earlier call."""
+        self._stage, self._detail, self._unit = stage, "", unit
+        self._total_units, self._total_work = units, work
+        self._units, self._before = done
+        self._work, self._share, self._piece = self._before, 0.0, (0.0, 0.0)
+        self._started, self._compiled = self._clock(), 0.0
+        self._marks = deque([(0.0, 0.0)])
+        self._announced = False
+        if self._stream and not self._terminal:
+            resumed = f", {self._shown_units()} of them done before" if self._units else ""
+            self._line(f"{stage}: {round(units):,} {unit}{resumed}")
+        self._show(force=True)
+
+    @contextmanager
+    def piece(self, units: float, work: float, detail: str = "") -> Iterator[None]:
+        """A piece of the stage: within it `tell` says how far it is, and once left it counts as done."""
+        self._piece, self._share = (units, work), 0.0
+        self._detail = detail
+        self._show()
+        yield
+        self._units, self._work = self._units + units, self._work + work
+        self._piece, self._share = (0.0, 0.0), 0.0
+        self._mark()
+        self._show()
+
+    def tell(self, share: float) -> None:
+        """``share`` (0 to 1) of the piece at hand is done."""
+        if threading.get_ident() == self._thread:
+            self._share = share
+            self._mark()
+            self._show()
+
+    def seconds_left(self) -> float | None:
+        """What the rest of the stage will take, compiling aside; None before enough is measured."""
+        work = self._work_done() - self._before
+        seconds = self._seconds()
+        whole = self._total_work - self._before
+        if work <= 0 or (work < MEASURED_SHARE * whole and seconds < MEASURED_SECONDS):
+            return None
+        # Beginnings are slow (kernels are loaded, memory is new): the later half of what is done tells more.
+        since_work, since_seconds = self._marks[0]
+        return (seconds - since_seconds) * max(0.0, whole - work) / (work - since_work)
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Kernels are compiled here."""
+        self.compilation_begins()
+        try:
+            yield
+        finally:
+            self.compilation_ends()
+
+    def compilation_begins(self) -> None:
+        """A kernel is compiled from now on; compiling one may compile others."""
+        if threading.get_ident() == self._thread:
+            self._compiling += 1
+            if self._compiling == 1:
+                self._compiling_since = self._clock()
+                self._show(force=True)
+
+    def compilation_ends(self) -> None:
+        """The kernel of the last `compilation_begins` is compiled."""
+        if threading.get_ident() == self._thread and self._compiling:
+            self._compiling -= 1
+            if not self._compiling:
+                self._compiled += self._clock() - max(self._compiling_since, self._started)
+                self._show()
+
+    def remark(self, text: str) -> None:
+        """A line that stays."""
+        self._erase()
+        print(text, file=self._stream or sys.stderr, flush=True)
+
+    def _mark(self) -> None:
+        """Note the time of what is done; forget what is before the latest mark of at most half of it."""
+        work = self._work_done() - self._before
+        if work > self._marks[-1][0]:
+            self._marks.append((work, self._seconds()))
+            while len(self._marks) > 1 and self._marks[1][0] <= work / 2:
+                self._marks.popleft()
+
+    def _seconds(self) -> float:
+        """Since the stage began, less what compiling took."""
+        now = self._clock()
+        compiling = now - max(self._compiling_since, self._started) if self._compiling else 0.0
+        return now - self._started - self._compiled - compiling
+
+    def _work_done(self) -> float:
+        return self._work + self._share * self._piece[1]
+
+    def _shown_units(self) -> int:
+        """Whole units: those of pieces that are done, and of the piece at hand as many as its share is worth."""
+        return int(min(self._total_units, self._units + self._share * self._piece[0]) + 1e-6)
+
+    def _show(self, *, force: bool = False) -> None:
+        if self._call and self._total_work:
+            units = self._shown_units()
+            if units != self._called:
+                self._called = units
+                self._call(units, round(self._total_units))
+        if not self._stream:
+            return
+        now = self._clock()
+        if self._terminal:
+            if force or now - self._drawn >= DRAW_SECONDS:
+                self._announce()
+                self._draw(self._text())
+                self._drawn = now
+        elif self._total_work:
+            self._announce()
+            if now - self._lined >= LINE_SECONDS:
+                self._line(self._text())
+
+    def _announce(self) -> None:
+        """Once a stage: about how long it will take, if that is long."""
+        if self._announced or not self._total_work:
+            return
+        left = self.seconds_left()
+        if left is None:
+            return
+        self._announced = True
+        if left >= LONG_SECONDS:
+            text = f"{self._stage}: about {roughly(left)} to go"
+            if self._terminal:
+                self.remark(text)
+            else:
+                self._line(text)
+
+    def _text(self) -> str:
+        """Stage and what runs, and of measured work a bar, share, units, rate and time left."""
+        what = f"{self._stage}: {self._detail}" if self._detail else self._stage
+        if self._compiling:
+            return f"{what}  compiling kernels (once)"
+        if not self._total_work:
+            return what
+        share = min(1.0, self._work_done() / self._total_work)
+        parts = [f"{share:4.0%}", f"{self._unit} {self._shown_units():,}/{round(self._total_units):,}"]
+        left = self.seconds_left()
+        if left is not None:
+            units = self._units + self._share * self._piece[0]
+            before = self._before / self._total_work * self._total_units
+            parts += [f"{rate((units - before) / max(self._seconds(), 1e-9))}/s", f"{as_clock(left)} left"]
+        figures = "  ".join(parts)
+        if not self._terminal:
+            return f"{what}  {figures}"
+        # What does not fit goes: first the bar, then the end of what runs; the figures stay.
+        room = _columns() - len(figures) - 2
+        if len(what) + 2 + BAR <= room:
+            filled = round(share * BAR)
+            return f"{what}  {'█' * filled}{'·' * (BAR - filled)}  {figures}"
+        return f"{what if len(what) <= room else what[: max(0, room - 1)] + '…'}  {figures}"
+
+    def _draw(self, text: str) -> None:
+        columns = _columns()
+        text = text if len(text) <= columns else text[: columns - 1] + "…"
+        assert self._stream is not None
+        self._stream.write("\r" + text.ljust(min(self._width, columns)))
+        self._stream.flush()
+        self._width = len(text)
+
+    def _erase(self) -> None:
+        if self._width and self._stream:
+            self._draw("")
+            self._stream.write("\r")
+            self._stream.flush()
+            self._width = 0
+
+    def _line(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+        self._lined = self._clock()
+
+
+SILENT = Progress(False)
+"""Shows nothing."""
+
+
+def tell(share: float) -> None:
+    """``share`` (0 to 1) of the piece of work at hand is done, whoever shows it; models say so after every layer.
+
+    Handing a `Progress` down to them would put it into every signature on the way.
+    """
+    if _running:
+        _running[-1].tell(share)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Kernels are compiled here, for whoever shows progress."""
+    if _running:
+        with _running[-1].compiling():
+            yield
+    else:
+        yield
+
+
+def remark(text: str) -> None:
+    """A line on stderr that does not run into the one that shows progress."""
+    (_running[-1] if _running else SILENT).remark(text)
+
+
+def _columns() -> int:
+    """Of the terminal, less the last, where some terminals begin a new line."""
+    return shutil.get_terminal_size().columns - 1
+
+
+def _listen_to_numba(progress: Progress) -> Any:
+    """Tell ``progress`` when numba compiles; what it loads from its cache, it does not compile."""
+    events = _numba_events()
+
+    class Compilations(events.Listener):  # type: ignore[misc, name-defined]
+        def on_start(self, event: Any) -> None:
+            progress.compilation_begins()
+
+        def on_end(self, event: Any) -> None:
+            progress.compilation_ends()
+
+    listener = Compilations()
+    events.register("numba:compile", listener)
+    return listener
+
+
+def _numba_events() -> Any:
+    """numba's own report of what it does, untyped; imported where it is used, since the import takes half a second."""
+    return importlib.import_module("numba.core.event")
+
+
+def as_clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any: 0:12, 1:05:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def roughly(seconds: float) -> str:
+    """A duration as one says it: 20 s, 3 minutes, 2 hours."""
+    if seconds < 90:
+        return f"{max(5, 5 * round(seconds / 5))} s"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} minutes"
+    return f"{round(seconds / 3600)} hours"
+
+
+def rate(value: float) -> str:
+    """Two digits of a rate, all before the point."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
