@@ -218,7 +218,7 @@ def summarize(table: pa.Table) -> pa.Table:
         }
 
     found = [summary(label, mine) for label, mine in by_label.items()]
-    found.sort(key=lambda row: (row["needs_decode"], -math.inf if (m := row["sqnr_db_median"]) is None else -m))
+    found.sort(key=lambda row: (row["needs_decode"], math.inf if (m := row["sqnr_db_median"]) is None else -m))
     return pa.Table.from_pylist(found, SUMMARY)
 
 

@@ -92,11 +92,11 @@ def line_width() -> int | None:
 
 
 def wrapped(text: str) -> str:
-    """``text``, its lines broken between words where they are full."""
+    """``text``, its lines broken where they are full, between words but for a word longer than a line."""
     width, shown = line_width(), printable(text)
     if width is None:
         return shown
-    return textwrap.fill(shown, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(shown, width, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def answer(message: str) -> None:
