@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,11 +195,13 @@ def _warnings(database: StatsDB, manifest: Manifest) -> list[str]:
 
 
 def summarize(table: pa.Table) -> pa.Table:
-    """Each strategy of a scale table over the sites the INT8 model consumes, in the order of the table.
+    """Each strategy of a scale table over the scales the INT8 model consumes, best first.
 
-    ``groups`` how many scales, ``selected`` how many of them were, ``sqnr_db_median`` and ``sqnr_db_least`` over
-    them, ``clipped_share_mean``, ``unsafe`` how many would wrap in upstream's kernel. Sites of an imported tensor
-    count as consumed: there are no others.
+    ``sqnr_db_median``, ``sqnr_db_least`` with its ``worst_layer`` and ``worst_site``, and ``clipped_share_mean`` are
+    over the scales that act in evaluation, recurrent states set aside (they act in decoding only). ``selected`` of
+    ``scales``, and how many would wrap in upstream's kernel (``wraps_upstream``), are over all. Best is the largest
+    median; strategies whose codes need a decoder come last. Sites of an imported tensor count as consumed: there are
+    no others.
     """
     rows = table.to_pylist()
     consumed = [row for row in rows if row["consumed"]] or rows
@@ -207,16 +210,84 @@ def summarize(table: pa.Table) -> pa.Table:
         by_label.setdefault(row["label"], []).append(row)
 
     def summary(label: str, mine: list[dict[str, Any]]) -> dict[str, Any]:
-        levels = sorted(row["sqnr_db"] for row in mine if not math.isnan(row["sqnr_db"]))
-        clipped = [row["clipped_share"] for row in mine if not math.isnan(row["clipped_share"])]
+        acting = [row for row in mine if not row["decode_only"]] or mine
+        known = [row for row in acting if not math.isnan(row["sqnr_db"])]
+        worst = min(known, key=lambda row: row["sqnr_db"], default=None)
+        clipped = [row["clipped_share"] for row in acting if not math.isnan(row["clipped_share"])]
         return {
             "strategy": label,
-            "groups": len(mine),
-            "selected": sum(row["selected"] for row in mine),
-            "sqnr_db_median": statistics.median(levels) if levels else None,
-            "sqnr_db_least": levels[0] if levels else None,
+            "sqnr_db_median": statistics.median(row["sqnr_db"] for row in known) if known else None,
+            "sqnr_db_least": worst["sqnr_db"] if worst else None,
+            "worst_layer": worst["layer"] if worst else None,
+            "worst_site": worst["site"] if worst else None,
             "clipped_share_mean": statistics.fmean(clipped) if clipped else None,
-            "unsafe": sum(not row["clip_safe"] for row in mine),
+            "wraps_upstream": sum(not row["clip_safe"] for row in mine),
+            "selected": sum(row["selected"] for row in mine),
+            "scales": len(mine),
+            "needs_decode": mine[0]["needs_decode"],
         }
 
-    return pa.Table.from_pylist([summary(label, mine) for label, mine in by_label.items()])
+    found = [summary(label, mine) for label, mine in by_label.items()]
+    found.sort(key=lambda row: (row["needs_decode"], math.inf if (m := row["sqnr_db_median"]) is None else -m))
+    return pa.Table.from_pylist(found, SUMMARY)
+
+
+SUMMARY = pa.schema(
+    [
+        ("strategy", pa.string()),
+        ("sqnr_db_median", pa.float64()),
+        ("sqnr_db_least", pa.float64()),
+        ("worst_layer", pa.int64()),
+        ("worst_site", pa.string()),
+        ("clipped_share_mean", pa.float64()),
+        ("wraps_upstream", pa.int64()),
+        ("selected", pa.int64()),
+        ("scales", pa.int64()),
+        ("needs_decode", pa.bool_()),
+    ]
+)
+"""What `summarize` answers."""
+
+DB_PER_BIT = 20 * math.log10(2)
+"""One bit more halves the step: 6.02 dB."""
+
+
+def selection(table: pa.Table, target: str = QUAMBASE) -> list[str]:
+    """What the selected scales of ``table`` are, and what they are worth against upstream's, a sentence each."""
+    rows = table.to_pylist()
+    consumed = [row for row in rows if row["consumed"]] or rows
+    chosen = [row for row in consumed if row["selected"]]
+    if not chosen:
+        return ["nothing is selected: every strategy here needs a decoder, which no INT8 model has"]
+    counts = Counter(row["label"] for row in chosen)
+    shares = ", ".join(f"{label} at {count}" for label, count in counts.most_common())
+    why = "the least squared error" + (
+        ", at out_proj:input among scales that clip nothing, since upstream's kernel wraps there"
+        if target == UPSTREAM
+        else ""
+    )
+    found = [f"selected takes {shares} of {len(chosen)} scales: {why} at each"]
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["run"], row["layer"], row["site"], row["group_name"]
+
+    upstream = {key(row): row["sqnr_db"] for row in consumed if row["label"] == "quamba"}
+    gains = [
+        (gain, row)
+        for row in chosen
+        if not row["decode_only"] and math.isfinite(gain := row["sqnr_db"] - upstream.get(key(row), math.nan))
+    ]
+    if gains:
+        middle = statistics.median(gain for gain, _ in gains)
+        most, at = max(gains, key=lambda each: each[0])
+        found.append(
+            f"against upstream's quamba: {middle:+.2g} dB at the median scale ({middle / DB_PER_BIT:+.2g} bits), "
+            f"{most:+.2g} dB at most (layer {at['layer']} {at['site']})"
+        )
+    wrapping = sum(not row["clip_safe"] for row in chosen)
+    if wrapping:
+        found.append(
+            f"{wrapping} of the selected scales clip where upstream's kernel wraps: for upstream, analyze with "
+            "--target upstream"
+        )
+    return found

@@ -306,6 +306,134 @@ def readable(summary: pa.Table) -> Readable:
     return Readable(pa.Table.from_pylist(figures), pa.Table.from_pylist(differences), footnotes)
 
 
+class Ranking(NamedTuple):
+    """One text for people: a table, best strategy first; its footnotes; and the verdicts in words, a line each."""
+
+    task: str
+    data: str
+    documents: int
+    tokens: int
+    table: pa.Table
+    footnotes: list[str]
+    verdicts: list[str]
+
+
+def rank(summary: pa.Table) -> list[Ranking]:
+    """SUMMARY text by text: the float model first, then the strategies by KL, least (starred) first.
+
+    KL is in thousandths of a nat per token; differences are of perplexity, or of accuracy in points for last words. A
+    strategy whose KL is not finite comes last.
+    """
+    families = _families(summary)
+    by_text: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in summary.to_pylist():
+        by_text.setdefault((row["task"], row["data"]), []).append(row)
+    return [_ranking(task, data, rows, families) for (task, data), rows in by_text.items()]
+
+
+def _ranking(task: str, data: str, rows: list[dict[str, Any]], families: dict[tuple[str, str, str], int]) -> Ranking:
+    floating = [row for row in rows if row["strategy"] == FLOAT]
+    strategies = sorted((row for row in rows if row["strategy"] != FLOAT), key=_by_kl)
+    percent = 100.0 if task == LAST_WORD else 1.0
+    marked: dict[str, set[int]] = {}
+    lines = []
+    for row in floating + strategies:
+        starred = len(strategies) > 1 and row is strategies[0] and math.isfinite(row["kl"])
+        line = {
+            "": "*" if starred else "",
+            "strategy": row["strategy"],
+            "KL x1000": "-" if row["strategy"] == FLOAT else _bracketed(row, "kl", 1000.0, digits=3),
+            "perplexity": f"{row['perplexity']:.4g}",
+        }
+        if task == LAST_WORD:
+            line["last word %"] = f"{100 * row['accuracy']:.3g}"
+        for reference in REFERENCES:
+            name = f"vs_{reference}"
+            words, mark = _marked_verdict(row, reference)
+            if mark:
+                marked.setdefault(mark, set()).add(families[task, data, reference])
+            short = "" if row["documents"] < FEWEST else SHORT.get(words, words)
+            value = row[name]
+            if value is not None:
+                words = f"{percent * value:+.3g} {short}".rstrip() if math.isfinite(value) else NOT_FINITE
+            line[f"to {reference}"] = words
+        lines.append(line)
+    notes = [_footnote(mark, comparisons) for mark, comparisons in sorted(marked.items())]
+    return Ranking(
+        task,
+        data,
+        rows[0]["documents"],
+        rows[0]["tokens"],
+        pa.Table.from_pylist(lines),
+        notes,
+        _verdicts(strategies),
+    )
+
+
+SAME = "same"
+SHORT = {f"not distinguishable{mark}": f"{SAME}{mark}" for mark in ("", " (a)", " (b)")}
+"""Verdicts as a narrow table has them: `same` is "not distinguishable", not a proof that nothing differs."""
+
+
+def _by_kl(row: dict[str, Any]) -> float:
+    return float(row["kl"]) if math.isfinite(row["kl"]) else math.inf
+
+
+def _verdicts(strategies: list[dict[str, Any]]) -> list[str]:
+    """Which of the strategies of one text (least KL first) to take, and how sure that is, a sentence each."""
+    found = []
+    bad = [row["strategy"] for row in strategies if not (math.isfinite(row["kl"]) and math.isfinite(row["perplexity"]))]
+    good = [row for row in strategies if row["strategy"] not in bad]
+    if good:
+        best, documents = good[0], good[0]["documents"]
+        least = f"{best['strategy']} has the least KL, {1000 * best['kl']:.3g} x1000"
+        if len(good) > 1 and good[1]["kl"] > 0:
+            least += f", {100 * (1 - best['kl'] / good[1]['kl']):.2g} % below the next, {good[1]['strategy']}"
+        alone = f"{best['strategy']}: KL {1000 * best['kl']:.3g} x1000"
+        found.append(alone if len(good) == 1 else least)
+        if documents < FEWEST:
+            found.append(f"{documents} documents give no verdict, only values; take {FEWEST} or more")
+        else:
+            found += [line for reference in REFERENCES if (line := _against(best, reference))]
+    if bad:
+        found.append(f"not finite, so not ranked: {', '.join(bad)}")
+    return found
+
+
+def _against(row: dict[str, Any], reference: str) -> str | None:
+    """A strategy's difference to a reference in words; None where it was not compared."""
+    name = f"vs_{reference}"
+    words = row[f"{name}_verdict"]
+    if words is None or words == NOT_FINITE:
+        return None
+    whom = "the float model" if reference == FLOAT else f"upstream's {reference}"
+    what = "accuracy" if row["task"] == LAST_WORD else "perplexity"
+    if words in ("better", "worse"):
+        percent, unit = (100.0, " points") if row["task"] == LAST_WORD else (1.0, "")
+        return f"{row['strategy']} is {words} than {whom} in {what}, by {percent * abs(row[name]):.3g}{unit}"
+    line = f"{row['strategy']} is not distinguishable from {whom} in {what} on {row['documents']} documents"
+    smallest = row[f"{name}_detectable"]
+    if smallest is None or row[name] == 0:
+        return line
+    # A standard error falls with the root of the documents.
+    needed = row["documents"] * (smallest / abs(row[name])) ** 2
+    if needed <= row["documents"]:
+        return line
+    if needed > MOST_NEEDED:
+        return f"{line}; the difference seen is too small for any practical number of documents"
+    return f"{line}; if the difference seen is real, about {_round_up(needed):,} documents would show it"
+
+
+MOST_NEEDED = 1_000_000
+"""Documents beyond which a needed number is not named."""
+
+
+def _round_up(count: float) -> int:
+    """``count`` up to two digits."""
+    unit: int = 10 ** max(0, len(str(int(count))) - 2)
+    return math.ceil(count / unit) * unit
+
+
 _MISSES, _CONTAINS = "(a)", "(b)"
 
 
@@ -375,12 +503,12 @@ def remarks(summary: pa.Table, bootstrap: int) -> list[str]:
     return found
 
 
-def _bracketed(row: dict[str, Any], name: str, factor: float = 1.0, sign: str = "") -> str:
+def _bracketed(row: dict[str, Any], name: str, factor: float = 1.0, sign: str = "", digits: int = 4) -> str:
     value = row[name]
     if value is None or math.isnan(value):
         return "-"
-    shown = f"{factor * value:{sign}.4g}"
+    shown = f"{factor * value:{sign}.{digits}g}"
     if row[f"{name}_low"] is None:
         return shown
     low, high = factor * row[f"{name}_low"], factor * row[f"{name}_high"]
-    return f"{shown} [{low:{sign}.4g}, {high:{sign}.4g}]"
+    return f"{shown} [{low:{sign}.{digits}g}, {high:{sign}.{digits}g}]"

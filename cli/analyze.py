@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
 import pyarrow as pa
 
 from quambase.cli.complete import complete_strategies
-from quambase.cli.console import Command, database_option, force_option, format_option, note, one_each
-from quambase.cli.formats import emit
+from quambase.cli.console import (
+    PEOPLE,
+    Command,
+    answer,
+    database_option,
+    force_option,
+    format_option,
+    next_command,
+    note,
+    one_each,
+)
+from quambase.cli.formats import emit, format_cell
 from quambase.cli.query import run_option
+from quambase.schema.errors import QuambaseError
 from quambase.schema.grouping import GRANULARITIES
-from quambase.schema.scales import QUAMBASE, TARGETS
+from quambase.schema.scales import QUAMBASE, TARGETS, read_scales
 
 
 @click.command(cls=Command)
@@ -68,16 +80,51 @@ def analyze(
       quambase analyze --strategy mse --strategy percentile:0.9999 --out two.parquet
     """
     if list_:
-        emit(_definitions(), format_)
+        emit(_definitions(), format_, wrap="definition")
         return
     from quambase.analyzer.batch import analyze as analyze_run
-    from quambase.analyzer.batch import summarize
+    from quambase.analyzer.batch import selection, summarize
 
+    before = _held(out)
     found = analyze_run(db, run, strategies, granularity, out, True, target, force)
     for line in found.notes:
-        note(line)
-    emit(summarize(found.table), format_)
-    note(f"written: {out} ({found.table.num_rows} rows)")
+        answer(line)
+    summary = summarize(found.table)
+    emit(summary if format_ not in PEOPLE else _for_people(summary), format_)
+    if any(summary["needs_decode"].to_pylist()):
+        answer("d: its codes need a decoder, which no INT8 model has")
+    for line in selection(found.table, target):
+        answer(line)
+    note(f"written: {out}")
+    answer(f"it holds {found.table.num_rows:,} scales of {summary.num_rows} strategies{before}")
+    next_command(f"quambase evaluate --scales {shlex.quote(str(out))}", db)
+
+
+def _held(out: Path) -> str:
+    """What the scale table that is about to be replaced holds; nothing where there is none."""
+    try:
+        held = read_scales(out)
+    except QuambaseError:
+        return ""
+    return f"; it replaced {len(held.labels())} strategies of run {', '.join(held.runs())}"
+
+
+def _for_people(summary: pa.Table) -> pa.Table:
+    """analyzer.batch.SUMMARY as a person reads it: the best strategy starred, those that need a decoder marked d."""
+    rows = [
+        {
+            "": "d" if row["needs_decode"] else "*" if place == 0 else "",
+            "strategy": row["strategy"],
+            "median dB": row["sqnr_db_median"],
+            "least": row["sqnr_db_least"],
+            "worst site": "-" if row["worst_site"] is None else f"{row['worst_layer']} {row['worst_site']}",
+            "clipped": format_cell(row["clipped_share_mean"], share=True),
+            "wraps upstream": row["wraps_upstream"],
+            "selected": f"{row['selected']} of {row['scales']}",
+        }
+        for place, row in enumerate(summary.to_pylist())
+    ]
+    return pa.Table.from_pylist(rows)
 
 
 def _definitions() -> pa.Table:

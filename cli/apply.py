@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from quambase.cli.complete import complete_labels, complete_models, complete_sites
-from quambase.cli.console import Command, database_option, force_option, note, one_each
+from quambase.cli.console import Command, answer, database_option, force_option, next_command, note, one_each
 from quambase.schema.grouping import GRANULARITIES
 
 BACKENDS = ("quambase", "quamba")
@@ -170,14 +170,19 @@ def apply(
     )
     if applied.unsafe:
         layer, site = applied.unsafe[0]
-        note(
+        answer(
             f"warning: {len(applied.unsafe)} scales clip where upstream's kernel wraps modulo 256 "
             f"(first: layer {layer} {site}); a scale that clips nothing there avoids it"
         )
     for line in applied.notes:
-        note(line)
-    note(f"strategy {applied.strategy}; evaluate it with: evaluate --db {db}")
+        answer(line)
+    parts = [name for name, wanted in (("head", quantize_lm_head), ("embedding", quantize_embedding)) if wanted]
+    kept = (
+        "" if len(parts) == 2 else "; " + " and ".join(n for n in ("head", "embedding") if n not in parts) + " in float"
+    )
+    answer(f"strategy {applied.strategy}: " + ", ".join(["layers", *parts]) + f" in INT8{kept}; model saved in")
     click.echo(applied.folder)
+    next_command("quambase evaluate", db)
 
 
 def _tell(replaced: Sequence[object]) -> None:

@@ -9,14 +9,28 @@ from typing import TYPE_CHECKING
 import click
 
 from quambase.cli.complete import complete_models, complete_runs, complete_sites, complete_texts
-from quambase.cli.console import COUNT, SEED, Command, database_option, device_option, note, one_each
-from quambase.schema.sites import WHOLE, find_site, is_model_site
+from quambase.cli.console import (
+    COUNT,
+    SEED,
+    Command,
+    answer,
+    database_option,
+    device_option,
+    next_command,
+    note,
+    one_each,
+)
+from quambase.schema.sites import WHOLE, find_site
+from quambase.schema.yardstick import DECODING, EVALUATED, outlier_line, worst_site
 
 if TYPE_CHECKING:
     from quambase.collector.run import CollectedRun
 
 GROUPS = ("fixed", "quamba2", "none")
 """collector.first_pass.CHOICES, whose import would bring torch."""
+
+MOST_WARNINGS = 3
+"""Sites with values that are not finite of which a line each is said."""
 
 DTYPES = ("float16", "float32")
 """collector.observers.DTYPES, likewise."""
@@ -202,32 +216,33 @@ def merge(sources: tuple[Path, ...], run: str | None, db: Path) -> None:
 
 
 def _describe(found: CollectedRun) -> None:
-    """Say where the run is, what went into it, and which sites to look at first."""
-    import pyarrow as pa
-
-    from quambase.cli.formats import emit
+    """Say what went into the run, how bad its outliers are, where it is and how to go on: words, all on stderr."""
     from quambase.schema.tables import SITE_STATS, read_table
 
-    manifest, data, created = found.manifest, found.manifest.data, found.manifest.created
-    size = sum((found.folder / name).stat().st_size for name in manifest.tables)
-    note(f"{'already there' if found.existed else 'written'}: {found.folder} ({size / 1e6:.1f} MB)")
-    skipped = [f"{data[key]} {key}" for key in ("empty", "truncated") if data[key]]
-    seconds = created.get("observe_seconds")
-    rate = f", {data['tokens'] / seconds:,.0f} tokens/s" if seconds and not found.existed else ""
-    note(
-        f"{data['documents']} documents, {data['tokens']:,} tokens of {data['name']}"
-        + (f" ({', '.join(skipped)})" if skipped else "")
-        + rate
-    )
-    stats = read_table(found.folder / "site_stats.parquet", SITE_STATS)
-    for row in stats.to_pylist():
-        if row["nonfinite"] and row["group_name"] == WHOLE:
-            note(
-                f"warning: {row['site']} of layer {row['layer']} holds {row['nonfinite']} values that are NaN, infinite"
-                f" or too large for 16 bits ({row['overflow']}); they are in no quantile"
-            )
+    manifest, data = found.manifest, found.manifest.data
     family = str(manifest.model.get("family"))
-    sites = [not is_model_site(site, family) or find_site(site, family).consumed for site in stats["site"].to_pylist()]
-    worst = stats.filter(pa.array(sites)).sort_by([("outlier_ratio", "descending")]).slice(0, 5)
-    note("largest outliers among the sites INT8 models read, as amax over the 99.95 % quantile:")
-    emit(worst.select(["layer", "site", "group_name", "amax", "q9995", "outlier_ratio"]))
+    rows = read_table(found.folder / "site_stats.parquet", SITE_STATS).to_pylist()
+    broken = [row for row in rows if row["nonfinite"] and row["group_name"] == WHOLE]
+    for row in broken[:MOST_WARNINGS]:
+        answer(
+            f"warning: {row['site']} of layer {row['layer']} holds {row['nonfinite']} values that are NaN, infinite"
+            f" or too large for 16 bits ({row['overflow']}); they are in no quantile"
+        )
+    if len(broken) > MOST_WARNINGS:
+        answer(f"warning: so do {len(broken) - MOST_WARNINGS} more sites; `quambase doctor` lists them all")
+    size = sum((found.folder / name).stat().st_size for name in manifest.tables)
+    skipped = [f"{data[key]:,} {key}" for key in ("empty", "truncated") if data[key]]
+    seconds = None if found.existed else manifest.created.get("observe_seconds")
+    answer(
+        f"{data['documents']:,} documents of {data['name']}"
+        + (f" ({', '.join(skipped)})" if skipped else "")
+        + f", {data['tokens']:,} tokens, {size / 1e6:.1f} MB"
+        + (f"; {seconds:.3g} s, {data['tokens'] / seconds:,.0f} tokens/s" if seconds else "")
+    )
+    for title, wanted in (("outliers", EVALUATED), ("states (act in decoding only)", DECODING)):
+        worst = worst_site(rows, family, wanted)
+        if worst is not None:
+            answer(f"{title}: {outlier_line(worst)}")
+    # A path stays in one piece, so that it can be copied.
+    note(f"{'already there' if found.existed else 'written'}: {found.folder}")
+    next_command("quambase analyze", found.folder.parent.parent)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,13 @@ import click
 from quambase.schema.errors import QuambaseError
 from quambase.schema.files import refuse_foreign_file
 
+DATABASE = Path("quambase-db")
+"""The database folder, where none is named."""
+
 FORMATS = ("table", "json", "csv", "parquet", "markdown")
+
+PEOPLE = ("table", "markdown")
+"""Formats for people; the others carry every number in its own column, with all digits."""
 
 
 COUNT = click.IntRange(1, 2**31 - 1)
@@ -74,6 +83,39 @@ def note(message: str) -> None:
     click.echo(printable(message), err=True)
 
 
+PAGE = 100
+"""Columns of a line where stdout is no terminal."""
+
+_WIDE = "quambase.wide"
+
+
+def line_width() -> int | None:
+    """Columns that a line may have: the terminal's, PAGE where stdout is none; None with `--wide`."""
+    context = click.get_current_context(silent=True)
+    if context and context.meta.get(_WIDE):
+        return None
+    return shutil.get_terminal_size((PAGE, 24)).columns if sys.stdout.isatty() else PAGE
+
+
+def wrapped(text: str) -> str:
+    """``text``, its lines broken where they are full, between words but for a word longer than a line."""
+    width, shown = line_width(), printable(text)
+    if width is None:
+        return shown
+    return textwrap.fill(shown, width, subsequent_indent="    ", break_on_hyphens=False)
+
+
+def answer(message: str) -> None:
+    """Print words to stderr as `note` does, broken between words where a line is full."""
+    click.echo(wrapped(message), err=True)
+
+
+def next_command(command: str, db: Path | None = None) -> None:
+    """Print the command to go on with; its `--db` where that is not the default."""
+    place = "" if db is None or db == DATABASE else f" --db {shlex.quote(str(db))}"
+    click.echo(printable(f"next: {command}{place}"), err=True)
+
+
 def one_each(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     """The values of an option that is given once for each; a usage error that shows how, for a list in one.
 
@@ -92,7 +134,7 @@ def database_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--db",
         type=click.Path(file_okay=False, path_type=Path),
-        default=Path("quambase-db"),
+        default=DATABASE,
         show_default=True,
         help="Database folder.",
     )(function)
@@ -115,14 +157,25 @@ def force_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def format_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--format` of a command that prints a table to stdout alone."""
+    """`--format` and `--wide` of a command that prints a table to stdout alone."""
+
+    def wide(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        ctx.meta[_WIDE] = value
+
+    function = click.option(
+        "--wide",
+        is_flag=True,
+        expose_value=False,
+        callback=wide,
+        help="Show every column, row and text of a table in full. [default: what fits the terminal, or 100 columns]",
+    )(function)
     return click.option(
         "--format", "format_", type=click.Choice(FORMATS), default="table", show_default=True, help="Output format."
     )(function)
 
 
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--format`, `--out` and `--force` of a command that prints a table; ``function`` may take the last."""
+    """`--format`, `--wide`, `--out` and `--force` of a command that prints a table; ``function`` may take the last."""
     takes_force = "force" in inspect.signature(function).parameters
 
     @format_option

@@ -10,16 +10,27 @@ import click
 from quambase.apply.statistics import FEWEST_RESAMPLES, MOST_RESAMPLES, RESAMPLES
 from quambase.cli.apply import int8_options
 from quambase.cli.complete import complete_labels
-from quambase.cli.console import COUNT, SEED, Command, database_option, device_option, note, one_each, output_options
+from quambase.cli.console import (
+    COUNT,
+    PEOPLE,
+    SEED,
+    Command,
+    answer,
+    database_option,
+    device_option,
+    line_width,
+    next_command,
+    note,
+    one_each,
+    output_options,
+    wrapped,
+)
 from quambase.cli.formats import emit
 from quambase.model.sources import find_given
 from quambase.schema.grouping import GRANULARITIES
 
 if TYPE_CHECKING:
     from quambase.apply.evaluate import Evaluation
-
-PEOPLE = ("table", "markdown")
-"""Formats for people: intervals in brackets; the others carry every number in its own column."""
 
 
 def bootstrap_options(function: click.decorators.FC) -> click.decorators.FC:
@@ -41,13 +52,17 @@ def bootstrap_options(function: click.decorators.FC) -> click.decorators.FC:
 
 
 def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, output: Path | None) -> None:
-    """Print an evaluation: two tables for people, one with every number in its own column for programs."""
-    from quambase.apply.summary import readable, remarks, summarize
+    """Print an evaluation: for people a table for each text, best strategy first, and the verdicts in words on stderr.
+
+    With `--wide`, two tables with every figure; for programs, one with every number in its own column.
+    """
+    from quambase.apply.summary import rank, readable, remarks, summarize
 
     summary = summarize(found.results, bootstrap=bootstrap, seed=seed)
+    ranked = rank(summary)
     if format_ not in PEOPLE or output:
         emit(summary, format_, output)
-    else:
+    elif line_width() is None:
         figures, differences, footnotes = readable(summary)
         emit(figures, format_)
         if differences.num_rows:
@@ -55,8 +70,23 @@ def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, 
             emit(differences, format_)
         for footnote in footnotes:
             click.echo(f"\n{footnote}")
-    for remark in [*found.notes, *remarks(summary, bootstrap)]:
-        note(remark)
+    else:
+        own = {text["data"] for text in found.about.get("tasks", []) if text["self_generated"]}
+        for place, text in enumerate(ranked):
+            if place:
+                click.echo()
+            title = f"{text.data}, {text.task}: {text.documents:,} documents, {text.tokens:,} tokens"
+            click.echo(
+                wrapped(title + ("; written by bundled models, no measure of real text" if text.data in own else ""))
+            )
+            emit(text.table, format_)
+            for footnote in text.footnotes:
+                click.echo(f"\n{wrapped(footnote)}")
+    for line in [*found.notes, *remarks(summary, bootstrap)]:
+        answer(line)
+    for text in ranked:
+        for verdict in text.verdicts:
+            answer(f"{text.data}: {verdict}" if len(ranked) > 1 else verdict)
 
 
 @click.command(cls=Command)
@@ -167,4 +197,5 @@ def evaluate(
         progress=True,
     )
     emit_evaluation(evaluation, bootstrap, seed, format_, output)
-    note(f"stored: {evaluation.folder}; print it again with: quambase results {evaluation.id} --db {db}")
+    note(f"stored: {evaluation.folder}")
+    next_command(f"quambase results {evaluation.id} --wide", db)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,46 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from quambase.cli.console import printable
+from quambase.cli.console import line_width, note, printable
 from quambase.schema.files import replacing
 
+ROWS = 1000
+"""Rows of a table that format `table` shows without `--wide`."""
 
-def emit(table: pa.Table, format_: str = "table", output: Path | None = None) -> None:
-    """Print ``table`` to stdout, or write it to ``output`` at once, in one of FORMATS."""
+SHORTEST = 16
+"""Columns that a long text keeps at least when it is shortened."""
+
+SHARE = re.compile(r"(^|_)share(_|$)|^beyond_\d+_sigma$|^top1_agreement$|^(token_)?accuracy(_low|_high)?$")
+"""Names of columns that hold shares of one: people read them as % or, under 0.1 %, as ppm."""
+
+
+def emit(table: pa.Table, format_: str = "table", output: Path | None = None, *, wrap: str | None = None) -> None:
+    """Print ``table`` to stdout, or write it to ``output`` at once, in one of FORMATS.
+
+    Format ``table`` fits the width of the terminal, 100 columns where there is none, and shows ROWS rows at most: long
+    texts are shortened, the last columns left out, and a line to stderr says so. ``--wide`` shows all. No other format
+    is cut. ``wrap`` names a column whose texts are broken into lines instead of shortened.
+    """
+    notes: list[str] = []
     if format_ == "csv":
         content = _csv(table)
     elif format_ == "parquet":
         content = _parquet(table)
     else:
-        text: Callable[[pa.Table], str] = {"json": _json, "markdown": _markdown, "table": _plain}[format_]
-        content = (text(table) + "\n").encode()
+        if format_ == "json":
+            text = _json(table)
+        elif format_ == "markdown":
+            text = _markdown(table)
+        else:
+            text, notes = _plain(table, line_width(), wrap)
+        content = (text + "\n").encode()
     if output:
         with replacing(output) as temporary:
             temporary.write_bytes(content)
     else:
         click.echo(content, nl=False)
+    for line in notes:
+        note(line)
 
 
 def _csv(table: pa.Table) -> bytes:
@@ -50,16 +73,24 @@ def _parquet(table: pa.Table) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-def format_cell(value: Any) -> str:
-    """A value as a person reads it: 5 significant digits, digits grouped, dash for null."""
+def format_cell(value: Any, share: bool = False) -> str:
+    """A value as a person reads it: 3 significant digits, thousands grouped, dash for null.
+
+    Whole numbers, and what is left of the point from 1,000 on, are shown in full. ``share``: of one, as % or ppm.
+    """
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 100_000 else str(value)
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
     if isinstance(value, float):
-        return "nan" if math.isnan(value) else f"{value:.5g}"
+        if math.isnan(value):
+            return "nan"
+        if share and abs(value) <= 1:
+            return f"{format_cell(1e6 * value)} ppm" if 0 < abs(value) < 0.001 else f"{format_cell(100 * value)} %"
+        # From 999.5 on three digits would be 1e+03; beyond 1e15 float64 holds no more digits.
+        return f"{value:,.0f}" if 999.5 <= abs(value) < 1e15 else f"{value:.3g}"
     if isinstance(value, list):
         shown = ", ".join(format_cell(v) for v in value[:8])
         return f"[{shown}{f', … {len(value)} in all' if len(value) > 8 else ''}]"
@@ -68,7 +99,11 @@ def format_cell(value: Any) -> str:
 
 
 def _cells(table: pa.Table) -> list[list[str]]:
-    return [[format_cell(v) for v in row.values()] for row in table.to_pylist()]
+    shares = [SHARE.search(name) is not None for name in table.schema.names]
+    return [
+        [format_cell(value, share) for value, share in zip(row.values(), shares, strict=True)]
+        for row in table.to_pylist()
+    ]
 
 
 def _numeric(table: pa.Table) -> list[bool]:
@@ -77,16 +112,67 @@ def _numeric(table: pa.Table) -> list[bool]:
     ]
 
 
-def _plain(table: pa.Table) -> str:
-    rows = [list(table.schema.names), *_cells(table)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows[0] else []
-    right = _numeric(table)
-    lines = [
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
-        for row in rows
+def _plain(table: pa.Table, width: int | None, wrap: str | None = None) -> tuple[str, list[str]]:
+    """The lines of a table in ``width`` columns (None: as many as it takes), and what a reader does not see."""
+    notes, names, right = [], list(table.schema.names), _numeric(table)
+    if width is not None and table.num_rows > ROWS:
+        left = table.num_rows - ROWS
+        notes.append(f"… {left:,} more rows: --wide shows all, and --format csv, json and parquet hold every row")
+        table = table.slice(0, ROWS)
+    cells = _cells(table)
+    natural = [max(len(cell) for cell in column) for column in zip(names, *cells, strict=True)]
+    floor = [
+        full if r else min(full, max(SHORTEST, len(name))) for full, r, name in zip(natural, right, names, strict=True)
     ]
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(lines)
+    widths = _fitting(natural, floor, width)
+    if len(widths) < len(names):
+        notes.append(_left_out(names[len(widths) :], width or 0))
+    cut = [w < full and name != wrap for w, full, name in zip(widths, natural, names, strict=False)]
+    if any(cut) and len(widths) == len(names):
+        notes.append("… some texts are shortened: --wide shows all")
+    lines = []
+    for row in [names, ["-" * w for w in widths], *cells]:
+        parts = [
+            (textwrap.wrap(cell, w) or [""]) if name == wrap else [cell if len(cell) <= w else cell[: w - 1] + "…"]
+            for cell, w, name in zip(row, widths, names, strict=False)
+        ]
+        for k in range(max(map(len, parts), default=1)):
+            line = [part[k] if k < len(part) else "" for part in parts]
+            shown = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=False))
+            lines.append("  ".join(shown).rstrip())
+    return "\n".join(lines), notes
+
+
+def _fitting(natural: list[int], floor: list[int], width: int | None) -> list[int]:
+    """Widths of the first columns, as many as fit ``width``, two blanks between them; texts are cut, longest first.
+
+    The first column is always there, however wide.
+    """
+    if width is None:
+        return natural
+    for shown in range(len(natural), 0, -1):
+        if sum(floor[:shown]) + 2 * (shown - 1) <= width or shown == 1:
+            break
+    else:
+        return []
+    widths = natural[:shown]
+    while sum(widths) + 2 * (shown - 1) > width:
+        room, place = max((w - least, i) for i, (w, least) in enumerate(zip(widths, floor, strict=False)))
+        if room <= 0:
+            break
+        widths[place] -= 1
+    return widths
+
+
+def _left_out(names: list[str], width: int) -> str:
+    """Which columns are left out, in one line of ``width``."""
+    kind = "column" if len(names) == 1 else "columns"
+    for named in range(len(names), -1, -1):
+        shown = ", ".join([*names[:named], *(["…"] if named < len(names) else [])])
+        line = f"… {len(names)} more {kind} ({printable(shown)}): --wide shows all"
+        if len(line) <= width:
+            break
+    return line
 
 
 def _markdown(table: pa.Table) -> str:

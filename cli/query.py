@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import click
 
 from quambase.cli.complete import complete_runs, complete_sites
-from quambase.cli.console import COUNT, Command, database_option, note, output_options
+from quambase.cli.console import COUNT, Command, answer, database_option, note, output_options
 from quambase.cli.formats import emit
 from quambase.schema.errors import QueryInvalid
+from quambase.schema.yardstick import DECODING, EVALUATED, HEAD, outlier_line, reader, worst_site
 
 if TYPE_CHECKING:
     from quambase.schema.database import StatsDB
+
+READERS = {
+    EVALUATED: "outliers",
+    DECODING: "states (act in decoding only)",
+    HEAD: "head (read where it is quantized)",
+}
+"""What `stats` calls the sites, by what reads them."""
 
 run_option = click.option(
     "--run", shell_complete=complete_runs, help="Run id, its beginning, or all. [default: the newest complete run]"
@@ -60,7 +69,7 @@ def sql(
         for line in _notes_on(database, text):
             note(line)
     if found.num_columns:
-        emit(found.table, format_, output)
+        emit(found.table, format_, output, wrap="comment" if text is None else None)
 
 
 def _read(file: TextIO) -> str:
@@ -105,9 +114,28 @@ def stats(
     from quambase.schema.database import StatsDB
 
     with StatsDB(db, run) as database:
-        emit(database.stats(site=site, layer=layer, limit=limit).table, format_, output)
+        found = database.stats(site=site, layer=layer, limit=limit).table
+        emit(found, format_, output)
         for line in database.notes:
             note(line)
+        for line in _outliers(database, site, layer):
+            answer(line)
+
+
+def _outliers(database: StatsDB, site: str | None, layer: int | None) -> Iterator[str]:
+    """The worst of the sites asked for, by what reads them; of several runs, of each."""
+    everything = "SELECT layer, site, group_name, amax, q9995 FROM site_stats WHERE run = $run ORDER BY ALL"
+    for manifest in database.runs:
+        rows = database.sql(everything, {"run": manifest.run}).to_pylist()
+        rows = [row for row in rows if site in (None, row["site"]) and layer in (None, row["layer"])]
+        if not any(reader(row["site"], str(manifest.model.get("family"))) in READERS for row in rows):
+            yield "no INT8 model reads a scale there"
+        family = str(manifest.model.get("family"))
+        of = f" of {manifest.run}" if len(database.runs) > 1 else ""
+        for wanted, words in READERS.items():
+            worst = worst_site(rows, family, wanted)
+            if worst is not None:
+                yield f"{words}{of}: {outlier_line(worst)}"
 
 
 @click.command(cls=Command)
@@ -129,6 +157,10 @@ def runs(db: Path, format_: str, output: Path | None) -> None:
         note(line)
     for folder in unfinished:
         note(f"unfinished: {folder.name}; its collect command, given again, goes on with it")
+    if table.num_rows:
+        answer(f"{table.num_rows} complete; without --run, commands take {table['run'][0]}, the newest")
+    else:
+        answer("no complete run; `quambase collect` makes one")
 
 
 @click.command(cls=Command)
@@ -144,6 +176,14 @@ def doctor(db: Path, format_: str, output: Path | None) -> None:
     from quambase.schema.doctor import BAD, examine
 
     report = examine(db)
-    emit(report, format_, output)
-    if BAD in report["status"].to_pylist():
+    emit(report, format_, output, wrap="detail")
+    bad = [row for row in report.to_pylist() if row["status"] == BAD]
+    if bad:
+        answer(
+            f"{len(bad)} of {report.num_rows} checks are bad, first: {bad[0]['check']} {bad[0]['subject']}; where a "
+            "file is damaged, remove its folder and run its command again; where a value is not finite, look at "
+            "the model"
+        )
         sys.exit(1)
+    notes = report["status"].to_pylist().count("note")
+    answer("all is well" + (f"; notes: {notes}" if notes else ""))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quambase.cli.console import Command, database_option, note, output_options
+from quambase.cli.console import Command, database_option, next_command, note, output_options
 from quambase.cli.evaluate import bootstrap_options, emit_evaluation
 from quambase.cli.formats import emit
 
@@ -39,6 +39,8 @@ def results(
         emit(table, format_, output)
         for line in notes:
             note(line)
+        next_command("quambase results EVALUATION", db)
         return
     found = find_evaluation(db, evaluation)
     emit_evaluation(found, bootstrap, seed, format_, output)
+    note(f"stored: {found.folder}")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from fabricate import half, make_run, random_activations
 
-from quambase.analyzer.batch import analyze, scale_columns
+from quambase.analyzer.batch import analyze, scale_columns, selection, summarize
 from quambase.analyzer.groups import group_of_values
 from quambase.analyzer.strategies import DEFAULT_LABELS
 from quambase.schema.errors import DatabaseInvalid, UnknownName
-from quambase.schema.scales import read_scales
+from quambase.schema.scales import UPSTREAM, read_scales
 from quambase.schema.sites import find_site
 from quambase.schema.tables import SCALES
 
@@ -144,3 +146,51 @@ def test_works_without_torch(fabricated_database: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(22 * len(DEFAULT_LABELS)), "False"]
+
+
+def fabricated_scale(label: str, sqnr: float, site: str = "x_proj:input", layer: int = 0, **more: object) -> dict:
+    row = dict.fromkeys(SCALES.names) | {"run": "r", "layer": layer, "site": site, "group_name": "all"}
+    row |= {"strategy": label, "label": label, "granularity": "tensor", "consumed": True, "decode_only": False}
+    row |= {"needs_decode": False, "clip_safe": True, "selected": False, "sqnr_db": sqnr, "clipped_share": 1e-4}
+    return row | more
+
+
+def test_the_summary_is_best_first_and_states_do_not_decide() -> None:
+    state = {"site": "ssm_state_act:input", "decode_only": True, "clipped_share": 0.5}
+    rows = [
+        fabricated_scale("low", 20.0),
+        fabricated_scale("low", 22.0, layer=1),
+        fabricated_scale("decoded", 90.0, needs_decode=True),
+        fabricated_scale("high", 30.0, clip_safe=False, selected=True),
+        fabricated_scale("high", 28.0, layer=1, selected=True),
+        fabricated_scale("high", 1.0, **state),
+        fabricated_scale("empty", math.nan),
+    ]
+    found = summarize(pa.Table.from_pylist(rows, SCALES)).to_pylist()
+    assert [row["strategy"] for row in found] == ["high", "low", "empty", "decoded"]
+    high = found[0]
+    assert (high["sqnr_db_median"], high["sqnr_db_least"], high["worst_layer"]) == (29.0, 28.0, 1)
+    assert high["worst_site"] == "x_proj:input" and high["clipped_share_mean"] == pytest.approx(1e-4, rel=1e-12)
+    assert (high["wraps_upstream"], high["selected"], high["scales"]) == (1, 2, 3)
+    assert found[2]["sqnr_db_median"] is None
+
+
+def test_the_selection_in_words() -> None:
+    rows = [
+        fabricated_scale("mse", 30.0, selected=True, clip_safe=False),
+        fabricated_scale("quamba", 24.0),
+        fabricated_scale("mse", 35.0, layer=1),
+        fabricated_scale("quamba", 35.0, layer=1, selected=True),
+    ]
+    lines = selection(pa.Table.from_pylist(rows, SCALES))
+    assert lines[0] == "selected takes mse at 1, quamba at 1 of 2 scales: the least squared error at each"
+    # Gains are 6 and 0 dB; their median, 3 dB, is half of the 6.02 of one bit.
+    assert lines[1] == (
+        "against upstream's quamba: +3 dB at the median scale (+0.5 bits), +6 dB at most (layer 0 x_proj:input)"
+    )
+    assert lines[2].startswith("1 of the selected scales clip where upstream's kernel wraps")
+    assert (
+        "at out_proj:input among scales that clip nothing" in selection(pa.Table.from_pylist(rows, SCALES), UPSTREAM)[0]
+    )
+    (nothing,) = selection(pa.Table.from_pylist([fabricated_scale("d", 9.0, needs_decode=True)], SCALES))
+    assert nothing.startswith("nothing is selected")

@@ -344,7 +344,7 @@ def test_commands(world, tmp_path):
     assert (code, out.strip()) == (0, str(last_applied(db))) and "tight@x_proj:input,in_proj:input/quamba" in err
     options = ("--data", world / "text.jsonl", "--db", db, "--bootstrap", 100, "--window", 16)
     code, out, err = invoke(evaluate_command, *options)
-    assert code == 0 and re.search(r"perplexity.*KL/token", out) and "verdict on quamba" in out and "tight@" in out
+    assert code == 0 and re.search(r"KL x1000.*perplexity", out) and "to quamba" in out and "tight@" in out
     assert "stored" in err and "stored" not in out
     code, again, _ = invoke(results_command, "--db", db, "--bootstrap", 100)
     assert (code, again) == (0, out)

@@ -85,7 +85,8 @@ def test_doctor(tmp_path: Path) -> None:
     assert (report["run", "good"], report["run", "half"], report["values", "good"]) == ("ok", "note", "ok")
     (folder / "counts.parquet").write_bytes((folder / "counts.parquet").read_bytes()[:-9])
     done = run("doctor", "--db", tmp_path)
-    assert done.exit_code == 1 and "altered or cut short" in done.stdout
+    assert done.exit_code == 1 and "altered or cut short" in " ".join(done.stdout.split())
+    assert "1 of " in done.stderr and "checks are bad, first: run good" in " ".join(done.stderr.split())
 
 
 def test_doctor_names_values_that_are_not_finite(tmp_path: Path) -> None:
@@ -100,8 +101,10 @@ def test_analyze(fabricated_database: Path, tmp_path: Path) -> None:
     out = tmp_path / "scales.parquet"
     done = run("analyze", "--db", fabricated_database, "--out", out, "--strategy", "mse", "--strategy", "absmax")
     assert done.exit_code == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["mse", "absmax"]
-    assert "written:" in done.stderr
+    table, columns = done.stdout.splitlines(), ["*", "mse", "absmax"]
+    assert [word for line in table[2:] for word in line.split() if word in columns] == columns  # best first, starred
+    assert f"written: {out}" in done.stderr and "replaced" not in done.stderr
+    assert done.stderr.splitlines()[-1] == f"next: quambase evaluate --scales {out} --db {fabricated_database}"
     assert read_scales(out).labels() == ["mse", "absmax"]
     done = run("analyze", "--db", fabricated_database, "--out", out, "--strategy", "msse")
     assert done.exit_code == 1 and "unknown strategy 'msse'; did you mean mse" in done.stderr
@@ -120,7 +123,7 @@ def test_compare(fabricated_database: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert picture.exists() and f"written: {picture}" in done.stderr
     assert done.stdout.startswith("layer 1 x_proj:input of run run-a\n")
-    assert done.stdout.splitlines()[-1].startswith("least MSE with one INT8 scale: mse (MSE ")
+    assert "least MSE with one INT8 scale: mse (MSE " in done.stderr and "least" not in done.stdout
     done = run("compare", *arguments, "--no-picture", "--table", "values", "--value", "3", "--format", "json")
     assert {r["value"] for r in json.loads(done.stdout)} == {3.0}
     assert run("compare", *arguments, "--value", "a").exit_code == 2

@@ -389,7 +389,10 @@ def test_the_command_reports_what_it_did(model: Path, data: Path, tmp_path: Path
     result = CliRunner().invoke(quambase, arguments)
     assert result.exit_code == 0, result.output
     assert "written: " in result.stderr and "7 documents" in result.stderr and "2 empty" in result.stderr
-    assert result.stdout.splitlines()[0].split() == ["layer", "site", "group_name", "amax", "q9995", "outlier_ratio"]
+    lines = result.stderr.splitlines()
+    assert result.stdout == "" and lines[-1] == f"next: quambase analyze --db {tmp_path / 'db'}"
+    assert any(line.startswith("outliers: mild: ") for line in lines), lines
+    assert any(line.startswith("states (act in decoding only): ") for line in lines)
     assert "already there: " in CliRunner().invoke(quambase, arguments).stderr
     manifest = json.loads(next((tmp_path / "db" / "runs").glob("*/run.json")).read_text())
     assert manifest["model"]["name"] == "tiny" and manifest["created"]["observe_seconds"] >= 0
