@@ -400,7 +400,7 @@ def test_the_command_reports_what_it_did(model: Path, data: Path, tmp_path: Path
     [
         (["--model", "nothing"], "error: unknown model 'nothing'"),
         (["--model", "mamba-5m", "--data", "nothing.txt"], "error: no file nothing.txt here"),
-        (["--model", "mamba-5m", "--sites", "x"], "error: unknown site 'x'"),
+        (["--model", "mamba-5m", "--site", "x"], "error: unknown site 'x'"),
         (["--model", "mamba-5m", "--keep-tokens", "x"], "error: --keep-tokens is 'x'"),
     ],
 )

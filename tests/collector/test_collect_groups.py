@@ -429,7 +429,7 @@ def test_macro_regrouped(grouped: CollectedRun, heads: int, channels: int) -> No
 
 def test_the_command(model: Path, data: Path, tmp_path: Path) -> None:
     arguments = ["collect", "--model", str(model), "--data", str(data), "--samples", "9", "--db", str(tmp_path)]
-    done = CliRunner().invoke(quambase, [*arguments, "--groups", "quamba2", "--group-samples", "4", "--sites", X])
+    done = CliRunner().invoke(quambase, [*arguments, "--groups", "quamba2", "--group-samples", "4", "--site", X])
     assert done.exit_code == 0, done.output
     assert "g0h0c" in done.stdout or "g1h" in done.stdout
     picture = tmp_path / "groups.svg"
