@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,6 +164,13 @@ def test_a_local_model_without_a_text_does_not_wait_for_the_network(tmp_path: Pa
             seconds, printed = script(tmp_path, "--model", model, endpoint=f"http://127.0.0.1:{port}", without="torch")
             assert printed.startswith("error: ") and printed.count("\n") == 1, printed
             assert f"http://127.0.0.1:{port} cannot be reached" in printed and "--data FILE" in printed
+            server.settimeout(0.1)
+            connections = 0
+            with suppress(TimeoutError):
+                while True:
+                    server.accept()[0].close()
+                    connections += 1
+            assert connections == silent, "one question, and none of the client's own"
             # The limit of the one question is 5 s; starting Python and the hub's client takes the rest.
             assert seconds < 10
 
