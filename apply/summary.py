@@ -386,9 +386,13 @@ def _verdicts(strategies: list[dict[str, Any]]) -> list[str]:
     good = [row for row in strategies if row["strategy"] not in bad]
     if good:
         best, documents = good[0], good[0]["documents"]
-        least = f"{best['strategy']} has the least KL, {1000 * best['kl']:.3g} x1000"
-        if len(good) > 1 and good[1]["kl"] > 0:
-            least += f", {100 * (1 - best['kl'] / good[1]['kl']):.2g} % below the next, {good[1]['strategy']}"
+        alike = [row["strategy"] for row in good if row["kl"] == best["kl"]]  # as `selected`, where it is one strategy
+        others = [row for row in good if row["strategy"] not in alike]
+        least = (
+            f"{' and '.join(alike)} {'has' if len(alike) == 1 else 'have'} the least KL, {1000 * best['kl']:.3g} x1000"
+        )
+        if others and others[0]["kl"] > 0:
+            least += f", {100 * (1 - best['kl'] / others[0]['kl']):.2g} % below the next, {others[0]['strategy']}"
         alone = f"{best['strategy']}: KL {1000 * best['kl']:.3g} x1000"
         found.append(alone if len(good) == 1 else least)
         if documents < FEWEST:

@@ -236,9 +236,10 @@ def _describe(found: CollectedRun) -> None:
     answer(
         f"{data['documents']:,} documents of {data['name']}"
         + (f" ({', '.join(skipped)})" if skipped else "")
-        + f", {data['tokens']:,} tokens, {size / 1e6:.1f} MB"
-        + (f"; {seconds:.3g} s, {data['tokens'] / seconds:,.0f} tokens/s" if seconds else "")
+        + f", {data['tokens']:,} tokens"
     )
+    rate = f" in {seconds:.3g} s, {data['tokens'] / seconds:,.0f} tokens/s" if seconds else ""
+    answer(f"{size / 1e6:.1f} MB of statistics{rate}")
     for title, wanted in (("outliers", EVALUATED), ("states (act in decoding only)", DECODING)):
         worst = worst_site(rows, family, wanted)
         if worst is not None:

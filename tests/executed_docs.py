@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 # In the order in which they are run, in one folder: later pages use what the README's session made.
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("database", "quamba-checkout", "python", "questions", "reading-the-output")),
+    *(f"docs/{name}.md" for name in ("database", "quamba-checkout", "python", "questions")),
 )
 
 RELATIVE, ABSOLUTE = 0.1, 0.05
@@ -37,9 +37,7 @@ _MACHINE = re.compile(
     r"|\d{4}-\d\d-\d\d[ T][\d:]+"
 )
 
-_PROGRESS = re.compile(
-    r"\r|^(?:.*\b(?:it|tok|groups|documents)/s|.* to go\b|compiling|loading|collecting|evaluating).*$"
-)
+_PROGRESS = re.compile(r"^(?:collect|evaluate|analyze|groups|verify|merge|generate|compiling)\b.*: |.* left$")
 
 
 @dataclass

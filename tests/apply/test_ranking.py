@@ -34,6 +34,14 @@ def test_the_float_model_then_the_least_kl() -> None:
     assert words == ["b has the least KL, 5 x1000, 17 % below the next, c"]  # 1 - 5/6
 
 
+def test_equal_strategies_share_the_rank() -> None:
+    """`selected` is one strategy wherever that has the least error everywhere."""
+    _, words = only(row(FLOAT, 0.0), row("mse", 0.005), row("selected", 0.005), row("c", 0.006))
+    assert words == ["mse and selected have the least KL, 5 x1000, 17 % below the next, c"]
+    _, words = only(row(FLOAT, 0.0), row("mse", 0.005), row("selected", 0.005))
+    assert words == ["mse and selected have the least KL, 5 x1000"]
+
+
 def test_better_and_worse_with_their_size() -> None:
     more = against(FLOAT, 0.0853, "worse", 0.05) | against("quamba", -0.0714, "better", 0.05)
     table, words = only(row(FLOAT, 0.0), row("mse", 0.005, **more))
