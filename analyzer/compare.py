@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from quambase.analyzer.error import Figures, piecewise_codes, piecewise_figures, quantize
-from quambase.analyzer.groups import ScaleGroup, group_of_values, one_document
+from quambase.analyzer.quantization_error import Figures, piecewise_codes, piecewise_figures, quantize
+from quambase.analyzer.scale_groups import ScaleGroup, group_of_values, one_document
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.schema.answer import PrintsAsTable
 from quambase.schema.database import StatsDB

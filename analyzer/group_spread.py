@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from quambase.analyzer.division import divide
+from quambase.analyzer.channel_division import divide
 from quambase.schema.database import StatsDB
 from quambase.schema.errors import DatabaseInvalid, UnknownName
 from quambase.schema.files import refuse_foreign_picture
-from quambase.schema.grouping import stored_groups
+from quambase.schema.groups import stored_groups
 
 SITE = "x_conv_out:input"
 """Its channels are what is sorted: x, the input of the scan."""
@@ -22,8 +22,8 @@ SITE = "x_conv_out:input"
 class GroupSpread:
     """What `group_spread` found.
 
-    table     a row per layer: groups, spread and mean step (`quambase.analyzer.division.Division`) with heads and
-              channels in the model's own order and as sorted, both divided into groups of the same sizes
+    table     a row per layer: groups, spread and mean step (`quambase.analyzer.channel_division.Division`), with heads
+              and channels in the model's own order and as sorted, both divided into groups of the same sizes
     layer     the one drawn
     picture   the file saved, None if none was
     notes     which run it is, and what else a user should know

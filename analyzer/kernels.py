@@ -1,8 +1,8 @@
 """Compiled inner loops: the tally of one scale, and the search for the scale of least squared error.
 
-Everything here releases the GIL and is exact where it says so; analyzer/error.py and analyzer/optimum.py are
-the callers and say what the numbers mean. Arrays are filled element by element: of an assignment to a slice Numba also
-compiles the error messages, which made the first analysis in an installation wait eight seconds longer.
+Everything here releases the GIL and is exact where it says so; `quambase.analyzer.quantization_error` and
+`quambase.analyzer.least_squares` are the callers and say what the numbers mean. Arrays are filled element by element,
+not by slices: Numba compiles the error paths of slices, which added eight seconds to the first run.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ def least_squares(positive: Float64, counts_positive: Int64, negative: Float64, 
     """The scale s > 0 of least sum n min_c (x - c s)^2 over codes -128..127; the larger of tied ones; 0
     without signal.
 
-    ``positive`` and ``negative`` are ascending magnitudes > 0. See analyzer/optimum.py for why this is the
+    ``positive`` and ``negative`` are ascending magnitudes > 0. See analyzer/least_squares.py for why this is the
     global minimum.
     """
     p0, p1, p2 = suffix_sums(positive, counts_positive)

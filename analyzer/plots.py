@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from quambase.analyzer.division import Division
+from quambase.analyzer.channel_division import Division
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import QuambaseError
 from quambase.schema.files import MARK, replacing

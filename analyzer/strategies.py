@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from quambase.analyzer import kernels
-from quambase.analyzer.error import OUTLIER_CODE
-from quambase.analyzer.groups import ScaleGroup
-from quambase.analyzer.optimum import optimal_scale
-from quambase.analyzer.replay import (
+from quambase.analyzer.least_squares import optimal_scale
+from quambase.analyzer.quantization_error import OUTLIER_CODE
+from quambase.analyzer.scale_groups import ScaleGroup
+from quambase.analyzer.upstream_observers import (
     EMA_ALPHA,
     EMA_SIGMA,
     EMA_SITES,
@@ -213,13 +213,13 @@ def adaptive_outlier_aware(group: ScaleGroup) -> float:
 
 @strategy
 def mse(group: ScaleGroup) -> float:
-    """The least squared error over all scales (analyzer/optimum.py); ties to the larger scale."""
+    """The least squared error over all scales (analyzer/least_squares.py); ties to the larger scale."""
     return optimal_scale(group.distribution)
 
 
 @strategy
 def quamba(group: ScaleGroup) -> float:
-    """What upstream computes (analyzer/replay.py). Mamba-1: at x_proj:input and ssm_state_act:input a moving average
+    """What upstream computes (`upstream_observers`). Mamba-1: at x_proj:input and ssm_state_act:input a moving average
     (0.01) of each document's 0.9995 quantile over 127, in float32; elsewhere max a / 127 in float16. Mamba-2: max a /
     127 everywhere, at x_conv_out:input and ssm_state_act:input in float32, elsewhere in float16."""
     if group.family == MAMBA2:

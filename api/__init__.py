@@ -18,9 +18,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quambase.analyzer.batch import analyze as analyze
-    from quambase.apply.evaluate import evaluate as evaluate
-    from quambase.collector.run import collect as collect
+    from quambase.analyzer.analyze import analyze as analyze
+    from quambase.apply.evaluation.evaluate import evaluate as evaluate
+    from quambase.collector.collect import collect as collect
     from quambase.schema.database import StatsDB as StatsDB
 
 __all__ = ["StatsDB", "__version__", "analyze", "apply", "collect", "evaluate"]
@@ -29,9 +29,9 @@ __version__ = version("quambase")
 
 _NAMES = {
     "StatsDB": "quambase.schema.database",
-    "analyze": "quambase.analyzer.batch",
-    "collect": "quambase.collector.run",
-    "evaluate": "quambase.apply.evaluate",
+    "analyze": "quambase.analyzer.analyze",
+    "collect": "quambase.collector.collect",
+    "evaluate": "quambase.apply.evaluation.evaluate",
 }
 
 

@@ -11,21 +11,21 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from quambase.apply.models import build_model, check_any_scales
-from quambase.apply.scales import (
+from quambase.apply.int8.families import build_model, check_any_scales
+from quambase.apply.int8.model_folder import refuse_foreign_folder, remember, save_model
+from quambase.apply.int8.needed_scales import (
     DEFAULT_OTHERWISE,
     check_model,
     choose_scales,
     describe,
     unsafe_sites,
 )
-from quambase.apply.store import refuse_foreign_folder, remember, save_model
-from quambase.apply.weights import UPSTREAM
-from quambase.model.load import LoadedModel, load_model
+from quambase.apply.int8.weights import UPSTREAM
+from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.names import bundled_models
 from quambase.schema.errors import ModelNotFound
 from quambase.schema.files import local_folder
-from quambase.schema.scales import SELECTED, ScaleTable, read_scales
+from quambase.schema.scale_table import SELECTED, ScaleTable, read_scales
 
 
 @dataclass(frozen=True)

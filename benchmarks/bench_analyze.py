@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from timing import alternate, table
 
-from quambase.analyzer.batch import analyze
+from quambase.analyzer.analyze import analyze
 from quambase.analyzer.strategies import DEFAULT_LABELS
 from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 from timing import table
 
-from quambase.collector.plan import make_plan
-from quambase.collector.run import collect
+from quambase.collector.collect import collect
+from quambase.collector.documents import make_plan
 from quambase.model.backbone import HEAD_ROWS
-from quambase.model.batch import Batch
-from quambase.model.load import load_model
+from quambase.model.checkpoint import load_model
 from quambase.model.mamba import Mamba
 from quambase.model.names import BUNDLED, bundled_models
+from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.weights import MambaConfig, random_weights, tensors_of
 
@@ -51,7 +51,7 @@ def plain_forward(model: Mamba, batches: list[Batch]) -> None:
 def memory(model: str, samples: int, folder: str) -> float:
     """Peak resident memory, in MB, of a process that collects ``samples`` documents."""
     script = (
-        "import re, sys; from pathlib import Path; from quambase.collector.run import collect;"
+        "import re, sys; from pathlib import Path; from quambase.collector.collect import collect;"
         "collect(sys.argv[1], int(sys.argv[2]), db=Path(sys.argv[3]), data=sys.argv[4], progress=False);"
         # Not ru_maxrss: that starts at what the parent had.
         "print(int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024)"

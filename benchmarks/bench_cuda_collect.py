@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from timing import machine
 
+from quambase.collector.block_runners import DTYPES, Kept, choose_where, new_observer
+from quambase.collector.collect import OUTLIERS
+from quambase.collector.documents import Plan, PlannedDocument, sampled_states, sampled_tokens
 from quambase.collector.layouts import site_layouts
-from quambase.collector.observers import DTYPES, Kept, choose_where, new_observer
-from quambase.collector.plan import Plan, PlannedDocument, sampled_states, sampled_tokens
-from quambase.collector.rows import Int64, Places
-from quambase.collector.run import OUTLIERS
+from quambase.collector.run_folder import JoinedParts, part_folder, write_run
 from quambase.collector.statistics import ENCODINGS, SiteLayout, SiteStatistics
-from quambase.collector.writer import JoinedParts, part_folder, write_run
-from quambase.model.batch import Batch
-from quambase.model.device import HEAD_ROWS, DeviceModel, device_model
+from quambase.collector.table_rows import Int64, Places
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
+from quambase.model.operators.device_models import HEAD_ROWS, DeviceModel, device_model
+from quambase.model.packed_batch import Batch
 from quambase.model.weights import MambaConfig, MambaWeights, random_weights
 from quambase.schema.sites import FAMILIES, MAMBA1, MAMBA2
 

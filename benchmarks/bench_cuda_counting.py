@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from timing import machine
 
-from quambase.collector.cuda_counter import CudaCounter
-from quambase.collector.device_statistics import DeviceStatistics
+from quambase.collector.cuda.counter import CudaCounter
+from quambase.collector.cuda.statistics import DeviceStatistics
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, SiteLayout
 
 DOCUMENTS, LENGTH, CHANNELS = 128, 1024, 1536
@@ -30,7 +30,7 @@ class Only:
         self._launch, self._names = counter._kernels(kind).launch, names
 
     def launch(self, name: str, *arguments: Any) -> None:
-        """As `quambase.model.cuda.Kernels.launch`, of the others nothing."""
+        """As `quambase.model.cuda.compiler.Kernels.launch`, of the others nothing."""
         if name in self._names:
             self._launch(name, *arguments)
 

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from timing import alternate, machine
 
-from quambase.apply import quamba1, quamba2
-from quambase.apply.device import int8_on_cuda
-from quambase.apply.device_operators import CudaInt8Operators, pad_weight
-from quambase.apply.models import Int8Model
-from quambase.model.batch import Batch
-from quambase.model.device import HEAD_ROWS, device_model
+from quambase.apply.int8 import mamba1 as quamba1
+from quambase.apply.int8 import mamba2 as quamba2
+from quambase.apply.int8.cuda_models import int8_on_cuda
+from quambase.apply.int8.cuda_operators import CudaInt8Operators, pad_weight
+from quambase.apply.int8.families import Int8Model
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
+from quambase.model.operators.device_models import HEAD_ROWS, device_model
+from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.weights import MambaConfig, MambaWeights, random_weights
 

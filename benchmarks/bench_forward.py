@@ -9,8 +9,8 @@ from timing import alternate, table
 from transformers import MambaConfig as HFConfig
 from transformers import MambaForCausalLM
 
-from quambase.model.batch import Batch
 from quambase.model.mamba import Mamba
+from quambase.model.packed_batch import Batch
 from quambase.model.weights import MambaConfig, random_weights, tensors_of
 
 logging.getLogger("transformers").setLevel(logging.ERROR)

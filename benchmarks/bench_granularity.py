@@ -16,13 +16,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from timing import machine
 
-from quambase.analyzer.batch import analyze
-from quambase.apply.evaluate import evaluate
-from quambase.apply.scoring import FLOAT
-from quambase.apply.summary import readable, summarize
-from quambase.collector.run import collect
+from quambase.analyzer.analyze import analyze
+from quambase.apply.evaluation.evaluate import evaluate
+from quambase.apply.evaluation.scoring import FLOAT
+from quambase.apply.evaluation.summary import readable, summarize
+from quambase.collector.collect import collect
 from quambase.schema.database import StatsDB
-from quambase.schema.grouping import GROUP
+from quambase.schema.groups import GROUP
 
 SAMPLES, EVALUATED = 128, 40
 

@@ -7,9 +7,9 @@ import time
 import torch
 from timing import alternate, table
 
-from quambase.apply.quamba1 import Int8Mamba, build
-from quambase.model.batch import Batch
+from quambase.apply.int8.mamba1 import Int8Mamba, build
 from quambase.model.mamba import Mamba
+from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.weights import MambaConfig, random_weights
 from quambase.schema.sites import layer_sites

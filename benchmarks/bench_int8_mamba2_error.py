@@ -16,19 +16,19 @@ import torch
 import torch.nn.functional as F
 from timing import machine
 
-from quambase.apply.group_scales import channel_groups_of, values_of
-from quambase.apply.quamba2 import Int8Mamba2, build
-from quambase.apply.quamba2_weights import SplitInt8Weight
+from quambase.apply.int8.group_scales import channel_groups_of, values_of
+from quambase.apply.int8.mamba2 import Int8Mamba2, build
+from quambase.apply.int8.mamba2_weights import SplitInt8Weight
 from quambase.model.backbone import Tap
-from quambase.model.batch import Batch
+from quambase.model.checkpoint import load_model
 from quambase.model.hadamard import hadamard
-from quambase.model.kernels import causal_conv1d_silu
-from quambase.model.load import load_model
 from quambase.model.mamba2 import Mamba2, gated_rms_norm
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
+from quambase.model.operators.host_kernels import causal_conv1d_silu
+from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.text import read_documents
-from quambase.schema.scales import Scale
+from quambase.schema.scale_table import Scale
 from quambase.schema.sites import MAMBA2, layer_sites
 
 SHAPES = {

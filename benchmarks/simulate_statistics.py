@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from quambase.apply import statistics
-from quambase.apply.statistics import (
+from quambase.apply.evaluation import paired_statistics as statistics
+from quambase.apply.evaluation.paired_statistics import (
     LEVEL,
     Interval,
     bootstrap_t_interval,

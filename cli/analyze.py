@@ -23,8 +23,8 @@ from quambase.cli.console import (
 from quambase.cli.formats import emit, format_cell
 from quambase.cli.query import run_option
 from quambase.schema.errors import QuambaseError
-from quambase.schema.grouping import GRANULARITIES
-from quambase.schema.scales import QUAMBASE, TARGETS, read_scales
+from quambase.schema.groups import GRANULARITIES
+from quambase.schema.scale_table import QUAMBASE, TARGETS, read_scales
 
 
 @click.command(cls=Command)
@@ -82,8 +82,8 @@ def analyze(
     if list_:
         emit(_definitions(), format_, wrap="definition")
         return
-    from quambase.analyzer.batch import analyze as analyze_run
-    from quambase.analyzer.batch import selection, summarize
+    from quambase.analyzer.analyze import analyze as analyze_run
+    from quambase.analyzer.analyze import selection, summarize
 
     before = _held(out)
     found = analyze_run(db, run, strategies, granularity, out, True, target, force)

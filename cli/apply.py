@@ -10,7 +10,7 @@ import click
 
 from quambase.cli.complete import complete_labels, complete_models, complete_sites
 from quambase.cli.console import Command, answer, database_option, force_option, next_command, note, one_each
-from quambase.schema.grouping import GRANULARITIES
+from quambase.schema.groups import GRANULARITIES
 
 BACKENDS = ("quambase", "quamba")
 
@@ -131,14 +131,14 @@ def apply(
         return
     mix: dict[str, Any] = {"strategy": strategy, "at": at, "otherwise": otherwise, "granularity": granularity}
     if export is not None:
-        from quambase.apply.act_scales import export_act_scales
+        from quambase.apply.upstream.act_scales import export_act_scales
 
         path, replaced = export_act_scales(scales, export, **mix, db=db, force=force)
         _tell(replaced)
         click.echo(path)
         return
     if backend != BACKENDS[0]:
-        from quambase.apply.upstream import build_upstream
+        from quambase.apply.upstream.backend import build_upstream
 
         if out is None or compat is not None:
             raise click.UsageError("--backend quamba needs --out FOLDER, and --compat is not for it")
@@ -195,7 +195,7 @@ def _tell(replaced: Sequence[object]) -> None:
 
 def _import(file: Path, model: str | None, out: Path | None, force: bool) -> None:
     """Make the scale table and say how to go on."""
-    from quambase.apply.imported import import_act_scales
+    from quambase.apply.upstream.import_act_scales import import_act_scales
 
     if model is None:
         raise click.UsageError("--import needs --model NAME, the floating-point model that the scales are for")

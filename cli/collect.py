@@ -24,7 +24,7 @@ from quambase.schema.sites import WHOLE, find_site
 from quambase.schema.yardstick import DECODING, EVALUATED, outlier_line, worst_site
 
 if TYPE_CHECKING:
-    from quambase.collector.run import CollectedRun
+    from quambase.collector.collect import CollectedRun
 
 GROUPS = ("fixed", "quamba2", "none")
 """collector.first_pass.CHOICES, whose import would bring torch."""
@@ -127,10 +127,10 @@ def collect(
     for site in sites:
         find_site(site, family="")
     find_sources(model, tokenizer, [data or default_data(model)])
+    from quambase.collector.block_runners import take_local_device
+    from quambase.collector.collect import collect as collect_run
+    from quambase.collector.collect import parse_keep
     from quambase.collector.merge import merge_if_last
-    from quambase.collector.observers import take_local_device
-    from quambase.collector.run import collect as collect_run
-    from quambase.collector.run import parse_keep
     from quambase.collector.shards import parse_shard, torchrun_shard
 
     launched = None if shard else torchrun_shard(os.environ)
@@ -189,7 +189,7 @@ def import_tensor(file: Path, site: str, layer: int, tensor: str | None, db: Pat
       quambase import activations.pt --site x_proj:input --layer 3
       quambase compare --site x_proj:input --layer 3
     """
-    from quambase.collector.tensor_file import import_tensor as import_file
+    from quambase.collector.import_tensor import import_tensor as import_file
 
     _describe(import_file(file, site, layer=layer, tensor=tensor, db=db))
 

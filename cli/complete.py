@@ -46,7 +46,7 @@ def complete_strategies(ctx: click.Context, param: click.Parameter, incomplete: 
 def complete_labels(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Strategies of the scale table that the command reads."""
     from quambase.schema.errors import QuambaseError
-    from quambase.schema.scales import SELECTED, read_scales
+    from quambase.schema.scale_table import SELECTED, read_scales
 
     try:
         labels = read_scales(Path(ctx.params.get("scales") or "scales.parquet")).labels()

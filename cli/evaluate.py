@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from quambase.apply.statistics import FEWEST_RESAMPLES, MOST_RESAMPLES, RESAMPLES
+from quambase.apply.evaluation.paired_statistics import FEWEST_RESAMPLES, MOST_RESAMPLES, RESAMPLES
 from quambase.cli.apply import int8_options
 from quambase.cli.complete import complete_labels
 from quambase.cli.console import (
@@ -27,10 +27,10 @@ from quambase.cli.console import (
 )
 from quambase.cli.formats import emit
 from quambase.model.sources import find_given
-from quambase.schema.grouping import GRANULARITIES
+from quambase.schema.groups import GRANULARITIES
 
 if TYPE_CHECKING:
-    from quambase.apply.evaluate import Evaluation
+    from quambase.apply.evaluation.evaluate import Evaluation
 
 
 def bootstrap_options(function: click.decorators.FC) -> click.decorators.FC:
@@ -56,7 +56,7 @@ def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, 
 
     With `--wide`, two tables with every figure; for programs, one with every number in its own column.
     """
-    from quambase.apply.summary import rank, readable, remarks, summarize
+    from quambase.apply.evaluation.summary import rank, readable, remarks, summarize
 
     summary = summarize(found.results, bootstrap=bootstrap, seed=seed)
     ranked = rank(summary)
@@ -176,7 +176,7 @@ def evaluate(
         scales = scales or Path("scales.parquet")
     # Before torch is imported, which takes seconds.
     find_given(model, data)
-    from quambase.apply.evaluate import evaluate as run
+    from quambase.apply.evaluation.evaluate import evaluate as run
 
     evaluation = run(
         folder,

@@ -31,7 +31,7 @@ def generate(models: tuple[str, ...], out: Path, tokens: int, seed: int, force: 
     Example:
       quambase generate --model mamba-5m --out sample --tokens 2000
     """
-    from quambase.model.load import load_model
+    from quambase.model.checkpoint import load_model
     from quambase.model.sample import write_sample
 
     loaded = [load_model(name) for name in models]

@@ -11,7 +11,7 @@ from quambase.cli.formats import emit
 from quambase.schema.errors import DatabaseInvalid, QuambaseError
 from quambase.schema.results import finished_evaluations
 from quambase.schema.runs import list_runs, overview
-from quambase.schema.scales import read_scales
+from quambase.schema.scale_table import read_scales
 
 DATABASE, SCALES = Path("quambase-db"), Path("scales.parquet")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from quambase.collector.rows import Key
 from quambase.collector.statistics import Moments, SiteLayout, SiteStatistics
+from quambase.collector.table_rows import Key
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.files import replacing
 

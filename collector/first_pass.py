@@ -11,16 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from quambase.collector.grouping import VARIANTS, Variant, layer_groups
+from quambase.collector.block_runners import Where, new_observer
+from quambase.collector.clustering import VARIANTS, Variant, layer_groups
+from quambase.collector.documents import Plan
 from quambase.collector.layouts import site_layouts
-from quambase.collector.observers import Where, new_observer
-from quambase.collector.plan import Plan
 from quambase.collector.statistics import SiteStatistics
-from quambase.model.load import LoadedModel
+from quambase.model.checkpoint import LoadedModel
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.prepare import prepare
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
-from quambase.schema.grouping import LayerGroups, stored_groups
+from quambase.schema.groups import LayerGroups, stored_groups
 from quambase.schema.manifest import Manifest
 from quambase.schema.progress import SILENT, Progress
 from quambase.schema.sites import MAMBA2

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from quambase.collector.rows import Key
 from quambase.collector.statistics import SiteLayout
+from quambase.collector.table_rows import Key
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
-from quambase.schema.grouping import LayerGroups
+from quambase.schema.groups import LayerGroups
 from quambase.schema.sites import MAMBA1, MAMBA2, STATE_SITES, layer_sites
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from quambase.collector.checkpoint import load_checkpoint
+from quambase.collector.collect import CollectedRun, existing_run
+from quambase.collector.documents import run_id
 from quambase.collector.layouts import site_layouts
-from quambase.collector.plan import run_id
-from quambase.collector.rows import Key
-from quambase.collector.run import CollectedRun, existing_run
+from quambase.collector.run_folder import JoinedParts, finish_run, part_folder, versions, write_run
 from quambase.collector.shards import (
     SHARD,
     Shard,
@@ -29,10 +29,10 @@ from quambase.collector.shards import (
     verify_shard,
 )
 from quambase.collector.statistics import ENCODINGS, SiteStatistics
-from quambase.collector.writer import JoinedParts, finish_run, part_folder, versions, write_run
+from quambase.collector.table_rows import Key
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, RunBusy, UnknownName
 from quambase.schema.files import local_folder, locked
-from quambase.schema.grouping import stored_groups
+from quambase.schema.groups import stored_groups
 from quambase.schema.manifest import MANIFEST, SHARDS, Manifest
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.runs import list_runs, sound_manifests

@@ -19,9 +19,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.collector.checkpoint import CHECKPOINT
-from quambase.collector.rows import Int64, Key, Locate, Places
+from quambase.collector.run_folder import PART_FILES, part_folder
 from quambase.collector.statistics import SiteLayout, SiteStatistics
-from quambase.collector.writer import PART_FILES, part_folder
+from quambase.collector.table_rows import Int64, Key, Locate, Places
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
 from quambase.schema import FORMAT_VERSION

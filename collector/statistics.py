@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quambase.collector.kernels import PATTERNS, SIGN, WIDEST, channel_moments, count_documents
+from quambase.collector.host_kernels import PATTERNS, SIGN, WIDEST, channel_moments, count_documents
 from quambase.schema.tables import DOCUMENT_QUANTILES
 
 Int64 = npt.NDArray[np.int64]

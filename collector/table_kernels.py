@@ -16,7 +16,7 @@ import numpy.typing as npt
 from numba.core import types
 from numba.extending import intrinsic
 
-from quambase.collector.kernels import PATTERNS, SIGN
+from quambase.collector.host_kernels import PATTERNS, SIGN
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

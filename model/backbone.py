@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from quambase.model.batch import Batch
 from quambase.model.mamba2_weights import Mamba2LayerWeights, Mamba2Weights
+from quambase.model.packed_batch import Batch
 from quambase.model.weights import LayerWeights, MambaWeights
 from quambase.schema.progress import tell
 from quambase.schema.sites import HEAD_LAYER

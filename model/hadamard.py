@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quambase.model.kernels import butterflies
+from quambase.model.operators.host_kernels import butterflies
 from quambase.schema.errors import CheckpointInvalid
 
 Matrix = npt.NDArray[np.float32]

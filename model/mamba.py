@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from quambase.model.backbone import Backbone, State, Tap
-from quambase.model.batch import Batch
 from quambase.model.hadamard import hadamard
-from quambase.model.kernels import causal_conv1d_silu, selective_scan
+from quambase.model.operators.host_kernels import causal_conv1d_silu, selective_scan
+from quambase.model.packed_batch import Batch
 from quambase.model.weights import MambaConfig, MambaWeights
 
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from quambase.model.backbone import Backbone, State, Tap
-from quambase.model.batch import Batch
 from quambase.model.hadamard import hadamard
-from quambase.model.kernels import causal_conv1d_silu, ssd_scan
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights
+from quambase.model.operators.host_kernels import causal_conv1d_silu, ssd_scan
+from quambase.model.packed_batch import Batch
 
 
 def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, ngroups: int, eps: float) -> torch.Tensor:

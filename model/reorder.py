@@ -14,7 +14,7 @@ import torch
 
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2LayerWeights, Mamba2Weights
 from quambase.schema.errors import CheckpointInvalid
-from quambase.schema.grouping import LayerGroups
+from quambase.schema.groups import LayerGroups
 
 
 def reorder(weights: Mamba2Weights, layers: Sequence[LayerGroups]) -> Mamba2Weights:

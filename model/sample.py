@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from quambase.model.checkpoint import LoadedModel
 from quambase.model.generate import generate
-from quambase.model.load import LoadedModel
 from quambase.model.names import BUNDLED_DATA
 from quambase.schema.files import refuse_foreign_file, replacing
 from quambase.schema.progress import Shown

@@ -24,11 +24,11 @@ from quambase.schema.answer import Answer
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, QueryInvalid, UnknownName
 from quambase.schema.files import local_folder
-from quambase.schema.grouping import GRANULARITIES, TENSOR, united_groups
+from quambase.schema.groups import GRANULARITIES, TENSOR, united_groups
 from quambase.schema.manifest import Manifest
 from quambase.schema.results import EVALUATION, read_results
 from quambase.schema.runs import runs_table, select_runs
-from quambase.schema.scales import read_scales
+from quambase.schema.scale_table import read_scales
 from quambase.schema.sites import SITE_NAMES
 from quambase.schema.tables import DOCUMENT_QUANTILES, RESULTS, RUN_TABLES, SCALES
 
@@ -221,7 +221,7 @@ class StatsDB:
     def documents(self, run: str) -> dict[tuple[int, str, str], DocumentSeries]:
         """The `documents` table of ``run``, by (layer, site, group_name): each site's whole and its smallest groups.
 
-        Larger groups (`quambase.schema.grouping.united_groups`) follow by `DocumentSeries.united`.
+        Larger groups (`quambase.schema.groups.united_groups`) follow by `DocumentSeries.united`.
         """
         table = self._read(run, "documents").combine_chunks()
         columns = {name: table[name].to_numpy() for name in ("document", "amax", *DOCUMENT_QUANTILES)}

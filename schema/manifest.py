@@ -36,7 +36,7 @@ class Manifest:
                torch version, format version
     model      name, path, family ("mamba1", "mamba2", or "tensor" for an import), n_layer, d_model, d_inner, d_state,
                vocab_size; of Mamba-1 dt_rank, of Mamba-2 headdim and ngroups; of a reordered Mamba-2 groups: variant,
-               where its statistics are from, and layers, a `quambase.schema.grouping.LayerGroups` each
+               where its statistics are from, and layers, a `quambase.schema.groups.LayerGroups` each
     data       name, path (null for a known name), documents, empty, truncated, tokens
     tables     file name to rows and checksum
     sites      the (layer, site) pairs observed

@@ -1,6 +1,6 @@
 """CUDA sources compiled for the host by g++ and run thread by thread: kernels' arithmetic and indexing without a GPU.
 
-What only a device has stays out: tensor cores (apply/gemm.cu), threads that really run beside each other, and speed.
+What only a device has stays out: tensor cores (apply/int8/gemm.cu), threads that run beside each other, and speed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from quambase.model.cuda import Argument, headers_of, parameter_format, parameter_value
+from quambase.model.cuda.compiler import Argument, headers_of, parameter_format, parameter_value
 
 HERE = Path(__file__).with_name("cuda_on_host")
 COMPILER = shutil.which("g++")
@@ -63,7 +63,7 @@ def compile_for_host(source: Path, names: tuple[str, ...], defines: tuple[tuple[
 
 
 class HostKernels:
-    """`quambase.model.cuda.Kernels` for tensors on the host."""
+    """`quambase.model.cuda.compiler.Kernels` for tensors on the host."""
 
     def __init__(
         self,

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from quambase.collector.device_statistics import DeviceStatistics
+from quambase.collector.cuda.statistics import DeviceStatistics
+from quambase.collector.cuda.torch_counter import DeviceCounter
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Counter, Moments, SiteLayout, SiteStatistics
-from quambase.collector.torch_counter import DeviceCounter
 
 MOST = 7
 SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 65519.0, 65520.0, -70000.0, 6e-8, -6e-8, 1e-30]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from quambase.model.backbone import Backbone, Tap
-from quambase.model.batch import Batch
-from quambase.model.device import DeviceModel
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
+from quambase.model.operators.device_models import DeviceModel
+from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.weights import MambaConfig, MambaWeights, random_weights
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
-import quambase.collector.run as run_module
-from quambase.collector.writer import JoinedParts
+import quambase.collector.collect as run_module
+from quambase.collector.run_folder import JoinedParts
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def test_imports_go_one_way(folder: str) -> None:
 
 
 def test_the_rule_would_notice() -> None:
-    assert imports(ROOT / "collector" / "run.py") >= {"quambase.model.load", "quambase.schema.sites"}
+    assert imports(ROOT / "collector" / "collect.py") >= {"quambase.model.checkpoint", "quambase.schema.sites"}
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pytest
 from fabricate import half, make_run, random_activations
 
-from quambase.analyzer.batch import analyze, scale_columns, selection, summarize
-from quambase.analyzer.groups import group_of_values
+from quambase.analyzer.analyze import analyze, scale_columns, selection, summarize
+from quambase.analyzer.scale_groups import group_of_values
 from quambase.analyzer.strategies import DEFAULT_LABELS
 from quambase.schema.errors import DatabaseInvalid, UnknownName
-from quambase.schema.scales import UPSTREAM, read_scales
+from quambase.schema.scale_table import UPSTREAM, read_scales
 from quambase.schema.sites import find_site
 from quambase.schema.tables import SCALES
 
@@ -141,7 +141,7 @@ def test_unknown_names(fabricated_database: Path, tmp_path: Path) -> None:
 def test_works_without_torch(fabricated_database: Path) -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "from pathlib import Path; from quambase.analyzer.batch import analyze\n"
+        "from pathlib import Path; from quambase.analyzer.analyze import analyze\n"
         f"print(analyze(Path({str(fabricated_database)!r}), out=None).table.num_rows, 'click' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny_model import write_texts, write_tiny_model
 
-from quambase.analyzer.batch import analyze
-from quambase.collector.run import collect
+from quambase.analyzer.analyze import analyze
+from quambase.collector.collect import collect
 from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.sites import MAMBA1_SITES, layer_sites

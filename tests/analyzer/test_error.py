@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.analyzer.error import figures, piecewise_figures, quantize
 from quambase.analyzer.kernels import TIE, _keep_ties, suffix_sums
-from quambase.analyzer.optimum import optimal_scale
+from quambase.analyzer.least_squares import optimal_scale
+from quambase.analyzer.quantization_error import figures, piecewise_figures, quantize
 from quambase.schema.distribution import Distribution
 
 Float32 = npt.NDArray[np.float32]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quambase.analyzer import kernels, strategies
-from quambase.analyzer.groups import ScaleGroup, group_of_values
+from quambase.analyzer.scale_groups import ScaleGroup, group_of_values
 from quambase.analyzer.strategies import DEFAULT_LABELS, STRATEGIES, parse_label, parse_labels, strategy
 from quambase.schema.errors import UnknownName
 

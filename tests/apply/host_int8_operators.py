@@ -5,17 +5,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from quambase.apply import kernels, kernels2
-from quambase.apply.device_operators import ScanScales
-from quambase.apply.int8 import Int8Weight, dequantize, matmul, softplus_delta, to_half
+from quambase.apply.int8 import channel_kernels as kernels2
+from quambase.apply.int8 import host_kernels as kernels
+from quambase.apply.int8.arithmetic import Int8Weight, dequantize, matmul, softplus_delta, to_half
+from quambase.apply.int8.cuda_operators import ScanScales
 from quambase.model.hadamard import hadamard
-from quambase.model.kernels import selective_scan, ssd_scan
 from quambase.model.mamba2 import gated_rms_norm
-from quambase.model.operators import DeviceBatch
+from quambase.model.operators.host_kernels import selective_scan, ssd_scan
+from quambase.model.operators.torch import DeviceBatch
 
 
 class HostInt8Operators:
-    """`quambase.apply.device_operators.CudaInt8Operators` on the CPU. ``ngroups``, ``d_inner``: of a Mamba-2."""
+    """`quambase.apply.int8.cuda_operators.CudaInt8Operators` on the CPU. ``ngroups``, ``d_inner``: of a Mamba-2."""
 
     def __init__(self, ngroups: int = 1, d_inner: int = 0) -> None:
         self.ngroups, self.d_inner = ngroups, d_inner

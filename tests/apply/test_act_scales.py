@@ -18,16 +18,16 @@ from tiny_int8_mamba2 import CONFIG as CONFIG2
 from tiny_int8_mamba2 import tiny_weights as tiny_mamba2
 from tiny_model import write_tiny_model
 
-from quambase.apply.act_scales import STATE, X, export_act_scales, on_device, upstream_form
 from quambase.apply.apply import apply
-from quambase.apply.imported import import_act_scales
-from quambase.apply.store import load_stored
+from quambase.apply.int8.model_folder import load_stored
+from quambase.apply.upstream.act_scales import STATE, X, export_act_scales, on_device, upstream_form
+from quambase.apply.upstream.import_act_scales import import_act_scales
 from quambase.cli.main import quambase
-from quambase.model.load import load_model
+from quambase.model.checkpoint import load_model
 from quambase.model.mamba2_weights import mamba2_tensors_of
 from quambase.schema.errors import ScalesInvalid
-from quambase.schema.grouping import LayerGroups
-from quambase.schema.scales import ScaleTable, read_scales, write_scales
+from quambase.schema.groups import LayerGroups
+from quambase.schema.scale_table import ScaleTable, read_scales, write_scales
 from quambase.schema.sites import MAMBA1, MAMBA2, layer_sites
 from quambase.schema.tables import SCALES
 

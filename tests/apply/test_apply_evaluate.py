@@ -17,25 +17,25 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny_int8 import CONFIG, absmax_scales, documents, tiny_weights
 
-from quambase.apply import evaluate as evaluating
 from quambase.apply.apply import apply
-from quambase.apply.evaluate import TaskData, evaluate, find_evaluation, list_evaluations
-from quambase.apply.quamba1 import build
-from quambase.apply.store import CONFIG as CONFIG_FILE
-from quambase.apply.store import TENSORS, last_applied, load_stored, save_model
+from quambase.apply.evaluation import evaluate as evaluating
+from quambase.apply.evaluation.evaluate import TaskData, evaluate, find_evaluation, list_evaluations
+from quambase.apply.int8.mamba1 import build
+from quambase.apply.int8.model_folder import CONFIG as CONFIG_FILE
+from quambase.apply.int8.model_folder import TENSORS, last_applied, load_stored, save_model
 from quambase.cli.apply import apply as apply_command
 from quambase.cli.evaluate import evaluate as evaluate_command
 from quambase.cli.main import load_command
 from quambase.cli.results import results as results_command
-from quambase.model.batch import Batch
-from quambase.model.cuda import CompilationFailed
-from quambase.model.load import load_model
+from quambase.model.checkpoint import load_model
+from quambase.model.cuda.compiler import CompilationFailed
 from quambase.model.names import SAMPLE_AUTHORS
+from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.text import read_documents
 from quambase.model.weights import tensors_of
 from quambase.schema.errors import CheckpointInvalid, DatabaseInvalid, DataInvalid, RunBusy, ScalesInvalid, UnknownName
-from quambase.schema.scales import write_scales
+from quambase.schema.scale_table import write_scales
 from quambase.schema.sites import MAMBA1, find_site
 from quambase.schema.tables import DOCUMENTS, RESULTS, SCALES, write_table
 

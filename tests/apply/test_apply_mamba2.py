@@ -15,20 +15,20 @@ from test_apply_evaluate import scale_rows
 from tiny_int8_mamba2 import CONFIG, absmax_scales, documents, tiny_weights
 
 from quambase.apply.apply import apply
-from quambase.apply.evaluate import evaluate, find_evaluation, list_evaluations
-from quambase.apply.group_scales import channel_maps
-from quambase.apply.quamba2 import build
-from quambase.apply.store import TENSORS, load_stored, save_model
+from quambase.apply.evaluation.evaluate import evaluate, find_evaluation, list_evaluations
+from quambase.apply.int8.group_scales import channel_maps
+from quambase.apply.int8.mamba2 import build
+from quambase.apply.int8.model_folder import TENSORS, load_stored, save_model
 from quambase.cli.apply import apply as apply_command
 from quambase.cli.evaluate import evaluate as evaluate_command
-from quambase.model.batch import Batch
-from quambase.model.load import load_model
+from quambase.model.checkpoint import load_model
 from quambase.model.mamba2_weights import mamba2_tensors_of
+from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.reorder import reorder
 from quambase.schema.errors import ScalesInvalid, UnknownName
-from quambase.schema.grouping import LayerGroups
-from quambase.schema.scales import read_scales, write_scales
+from quambase.schema.groups import LayerGroups
+from quambase.schema.scale_table import read_scales, write_scales
 from quambase.schema.sites import MAMBA2
 from quambase.schema.tables import SCALES
 

@@ -19,20 +19,20 @@ from cuda_kernels_on_host import cuda_or_host
 from host_int8_operators import HostInt8Operators
 from test_device_int8 import host_model
 
-from quambase.analyzer.batch import analyze
-from quambase.apply import device_operators
-from quambase.apply import evaluate as evaluating
-from quambase.apply.device import DeviceWeights, int8_on_cuda, on_device
-from quambase.apply.device_operators import CudaInt8Operators, ScanScales, pad_weight, padded_rows
-from quambase.apply.models import build_model
-from quambase.collector.run import collect
-from quambase.model.batch import Batch
-from quambase.model.load import load_model
+from quambase.analyzer.analyze import analyze
+from quambase.apply.evaluation import evaluate as evaluating
+from quambase.apply.int8 import cuda_operators as device_operators
+from quambase.apply.int8.cuda_models import DeviceWeights, int8_on_cuda, on_device
+from quambase.apply.int8.cuda_operators import CudaInt8Operators, ScanScales, pad_weight, padded_rows
+from quambase.apply.int8.families import build_model
+from quambase.collector.collect import collect
+from quambase.model.checkpoint import load_model
 from quambase.model.mamba2_weights import Mamba2Config
-from quambase.model.operators import DeviceBatch
+from quambase.model.operators.torch import DeviceBatch
+from quambase.model.packed_batch import Batch
 from quambase.model.text import read_documents
 from quambase.model.weights import MambaConfig
-from quambase.schema.scales import read_scales
+from quambase.schema.scale_table import read_scales
 
 LENGTHS = [17, 1, 40, 8, 33, 300]
 

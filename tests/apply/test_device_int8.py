@@ -9,11 +9,12 @@ import tiny_int8_mamba2
 import torch
 from host_int8_operators import HostInt8Operators
 
-from quambase.apply import quamba1, quamba2
-from quambase.apply.device import DeviceWeights, on_device
-from quambase.apply.likelihood import compare, log_probabilities, torch_compare, torch_log_probabilities
-from quambase.apply.models import Int8Model
-from quambase.model.batch import Batch
+from quambase.apply.evaluation.likelihood import compare, log_probabilities, torch_compare, torch_log_probabilities
+from quambase.apply.int8 import mamba1 as quamba1
+from quambase.apply.int8 import mamba2 as quamba2
+from quambase.apply.int8.cuda_models import DeviceWeights, on_device
+from quambase.apply.int8.families import Int8Model
+from quambase.model.packed_batch import Batch
 
 CPU = torch.device("cpu")
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from tiny_int8_mamba2 import CONFIG, absmax_scales, channel_groups, documents, tiny_prepared
 
-from quambase.apply import backbone, quamba2
-from quambase.apply.group_scales import BY_CHANNEL_GROUP
-from quambase.apply.quamba2 import build
-from quambase.model.batch import Batch
+from quambase.apply.int8 import language_model as backbone
+from quambase.apply.int8 import mamba2 as quamba2
+from quambase.apply.int8.group_scales import BY_CHANNEL_GROUP
+from quambase.apply.int8.mamba2 import build
 from quambase.model.mamba2 import Mamba2
+from quambase.model.packed_batch import Batch
 from quambase.schema.errors import ScalesInvalid
 
 GROUPS = channel_groups()

@@ -10,8 +10,9 @@ import torch
 from test_int8_operators import factors_that_do_not_commute
 from tiny_int8_mamba2 import CONFIG, tiny_prepared
 
-from quambase.apply import int8, kernels2
-from quambase.apply.quamba2_weights import Int8Mamba2Layer
+from quambase.apply.int8 import arithmetic as int8
+from quambase.apply.int8 import channel_kernels as kernels2
+from quambase.apply.int8.mamba2_weights import Int8Mamba2Layer
 
 
 def codes(generator, *shape):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny_int8 import CONFIG, absmax_scales, documents, needed, tiny_prepared
 
-from quambase.apply import backbone, quamba1
-from quambase.apply.quamba1 import build
-from quambase.model.batch import Batch
+from quambase.apply.int8 import language_model as backbone
+from quambase.apply.int8 import mamba1 as quamba1
+from quambase.apply.int8.mamba1 import build
 from quambase.model.mamba import Mamba
+from quambase.model.packed_batch import Batch
 from quambase.schema.errors import ScalesInvalid
 
 

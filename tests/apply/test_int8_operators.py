@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.apply import int8, kernels
+from quambase.apply.int8 import arithmetic as int8
+from quambase.apply.int8 import host_kernels as kernels
 from quambase.model.hadamard import hadamard
 
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, permutation_test
 from scipy.stats import t as student
 
-from quambase.apply import statistics, summary
-from quambase.apply.evaluate import Evaluation
-from quambase.apply.statistics import (
+from quambase.apply.evaluation import paired_statistics as statistics
+from quambase.apply.evaluation import summary
+from quambase.apply.evaluation.evaluate import Evaluation
+from quambase.apply.evaluation.paired_statistics import (
     bootstrap_t_interval,
     detectable,
     holm,

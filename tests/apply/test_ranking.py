@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 from test_paired_statistics import results
 
-from quambase.apply.evaluate import Evaluation
-from quambase.apply.summary import FLOAT, SUMMARY, rank, summarize
+from quambase.apply.evaluation.evaluate import Evaluation
+from quambase.apply.evaluation.summary import FLOAT, SUMMARY, rank, summarize
 from quambase.cli.evaluate import emit_evaluation
 
 

@@ -10,11 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_int8 import CONFIG, absmax_scales, documents, tiny_prepared, tiny_weights
 
-from quambase.apply import scoring
-from quambase.apply.quamba1 import build
-from quambase.apply.scoring import FLOAT, Item, blocks, last_word_items, perplexity_items, score, split_last_word
-from quambase.model.batch import Batch
+from quambase.apply.evaluation import scoring
+from quambase.apply.evaluation.scoring import (
+    FLOAT,
+    Item,
+    blocks,
+    last_word_items,
+    perplexity_items,
+    score,
+    split_last_word,
+)
+from quambase.apply.int8.mamba1 import build
 from quambase.model.mamba import Mamba
+from quambase.model.packed_batch import Batch
 from quambase.model.text import Document
 from quambase.model.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ import math
 import pytest
 from simulate_statistics import coverage, false_alarms, made_up, power, share_coverage
 
-from quambase.apply import statistics
+from quambase.apply.evaluation import paired_statistics as statistics
 
 EXPERIMENTS = 300
 

@@ -17,13 +17,13 @@ import torch
 from click.testing import CliRunner
 from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
-from quambase.analyzer.batch import analyze
-from quambase.apply import candidates as candidates_module
+from quambase.analyzer.analyze import analyze
 from quambase.apply.apply import apply
-from quambase.apply.evaluate import evaluate, find_evaluation, list_evaluations
-from quambase.apply.store import CONFIG, LAST, SCALES, TENSORS, TOKENIZER, last_applied, load_stored
+from quambase.apply.evaluation import candidates as candidates_module
+from quambase.apply.evaluation.evaluate import evaluate, find_evaluation, list_evaluations
+from quambase.apply.int8.model_folder import CONFIG, LAST, SCALES, TENSORS, TOKENIZER, last_applied, load_stored
 from quambase.cli.main import load_command
-from quambase.collector.run import collect
+from quambase.collector.collect import collect
 from quambase.schema.database import StatsDB
 from quambase.schema.errors import (
     CheckpointInvalid,
@@ -33,7 +33,7 @@ from quambase.schema.errors import (
     QuambaseError,
     ScalesInvalid,
 )
-from quambase.schema.scales import ScaleTable, read_scales, write_scales
+from quambase.schema.scale_table import ScaleTable, read_scales, write_scales
 
 KINDS = {"mamba1": write_tiny_model, "mamba2": write_tiny_mamba2}
 
@@ -171,7 +171,7 @@ def counted(name):
     return call
 Path.replace, os.fsync, Path.unlink = counted("replace"), counted("fsync"), counted("unlink")
 files.tempfile.mkdtemp, files.shutil.rmtree = counted("mkdtemp"), counted("rmtree")
-from quambase.apply import evaluate as module
+from quambase.apply.evaluation import evaluate as module
 module.BLOCK_TOKENS["cpu"] = 60
 data, scales, db = sys.argv[2:]
 module.evaluate(scales=scales, strategies=["mse"], task="perplexity", data=data, db=db)
@@ -348,7 +348,7 @@ def test_no_other_output_takes_a_foreign_file(world: Path, tmp_path: Path) -> No
 
 
 def test_an_export_is_the_same_bytes_each_time(world: Path, tmp_path: Path) -> None:
-    from quambase.apply.act_scales import export_act_scales
+    from quambase.apply.upstream.act_scales import export_act_scales
 
     paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
     for path in paths:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from test_act_scales import models, table_of, write  # noqa: F401  a fixture
 from test_apply_evaluate import scale_rows
 
-from quambase.apply import upstream
+from quambase.apply.upstream import backend as upstream
 from quambase.cli.main import quambase
 from quambase.schema.errors import BackendUnavailable, CheckpointInvalid, ScalesInvalid
-from quambase.schema.grouping import LayerGroups
+from quambase.schema.groups import LayerGroups
 from quambase.schema.sites import MAMBA1, MAMBA2, layer_sites
 
 

@@ -18,11 +18,11 @@ import pytest
 import torch
 from host_int8_operators import HostInt8Operators
 
-from quambase.apply.device_operators import CudaInt8Operators, ScanScales
-from quambase.model.batch import Batch
-from quambase.model.cuda import Kernels
+from quambase.apply.int8.cuda_operators import CudaInt8Operators, ScanScales
+from quambase.model.cuda.compiler import Kernels
 from quambase.model.mamba2_weights import Mamba2Config
-from quambase.model.operators import DeviceBatch
+from quambase.model.operators.torch import DeviceBatch
+from quambase.model.packed_batch import Batch
 from quambase.model.weights import MambaConfig
 
 pytestmark = [

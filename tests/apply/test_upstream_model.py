@@ -18,21 +18,21 @@ from host_int8_operators import HostInt8Operators
 from test_cuda_int8 import _ordered
 from tiny_model import WORDS, write_model, write_texts
 
-from quambase.analyzer.batch import analyze
-from quambase.apply.backbone import Int8State
-from quambase.apply.device import DeviceWeights, on_device
-from quambase.apply.device_operators import CudaInt8Operators
-from quambase.apply.likelihood import log_probabilities, torch_compare
-from quambase.apply.models import Int8Model, build_model
-from quambase.apply.upstream import build_upstream
-from quambase.collector.run import collect
-from quambase.model.batch import Batch
-from quambase.model.device import device_model
-from quambase.model.load import LoadedModel, load_model
+from quambase.analyzer.analyze import analyze
+from quambase.apply.evaluation.likelihood import log_probabilities, torch_compare
+from quambase.apply.int8.cuda_models import DeviceWeights, on_device
+from quambase.apply.int8.cuda_operators import CudaInt8Operators
+from quambase.apply.int8.families import Int8Model, build_model
+from quambase.apply.int8.language_model import Int8State
+from quambase.apply.upstream.backend import build_upstream
+from quambase.collector.collect import collect
+from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.mamba2_weights import Mamba2Config, mamba2_tensors_of, random_mamba2_weights
+from quambase.model.operators.device_models import device_model
+from quambase.model.packed_batch import Batch
 from quambase.model.text import read_documents
 from quambase.model.weights import MambaConfig, random_weights, tensors_of
-from quambase.schema.scales import read_scales
+from quambase.schema.scale_table import read_scales
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import torch
 
-from quambase.apply.scales import needed_sites
-from quambase.model.batch import Batch
+from quambase.apply.int8.needed_scales import needed_sites
 from quambase.model.mamba import Mamba
+from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.weights import MambaConfig, MambaWeights, random_weights
 from quambase.schema.sites import layer_sites

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import torch
 
-from quambase.model.batch import Batch
 from quambase.model.mamba2 import Mamba2
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
+from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.schema.sites import MAMBA2, layer_sites
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from fabricate import make_run
 
 from quambase.cli.main import COMMANDS, quambase
-from quambase.schema.scales import read_scales
+from quambase.schema.scale_table import read_scales
 
 
 def invoke(*arguments: str | Path) -> Result:

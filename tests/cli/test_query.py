@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from fabricate import make_run, random_activations
 
 from quambase.cli.main import load_command
-from quambase.schema.scales import read_scales
+from quambase.schema.scale_table import read_scales
 
 SMALL = {(0, "in_proj:input"): random_activations()[0, "in_proj:input"]}
 

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from tiny_model import TEXTS, write_texts, write_tiny_model
 
 from quambase.cli.main import quambase
-from quambase.collector.run import CollectedRun, collect, parse_keep
-from quambase.collector.tensor_file import import_tensor
+from quambase.collector.collect import CollectedRun, collect, parse_keep
+from quambase.collector.import_tensor import import_tensor
+from quambase.model.checkpoint import load_model
 from quambase.model.hadamard import hadamard
-from quambase.model.load import load_model
 from quambase.model.prepare import prepare
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, TapNeverFired, TensorFileInvalid, UnknownName
@@ -254,7 +254,7 @@ def test_a_damaged_part_of_an_unfinished_run_is_named_with_what_to_do(
 def test_a_process_killed_in_the_middle_resumes_to_the_same_bytes(model: Path, data: Path, tmp_path: Path) -> None:
     whole = run_tiny(model, data, tmp_path / "whole")
     script = (
-        "import os, sys; from pathlib import Path; import quambase.collector.run as r; r.CHECKPOINT_SECONDS = 0;"
+        "import os, sys; from pathlib import Path; import quambase.collector.collect as r; r.CHECKPOINT_SECONDS = 0;"
         "save = r.save_checkpoint\n"
         "def die(*a):\n save(*a); os.kill(os.getpid(), 9)\n"
         "r.save_checkpoint = die\n"

@@ -14,20 +14,20 @@ import pytest
 from click.testing import CliRunner
 from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
-from quambase.analyzer.batch import analyze
+from quambase.analyzer.analyze import analyze
 from quambase.analyzer.group_spread import group_spread
 from quambase.cli.main import quambase
+from quambase.collector.clustering import layer_groups
+from quambase.collector.collect import CollectedRun, collect
 from quambase.collector.first_pass import statistics_of_run
-from quambase.collector.grouping import layer_groups
-from quambase.collector.run import CollectedRun, collect
-from quambase.model.load import load_model
+from quambase.model.checkpoint import load_model
 from quambase.model.prepare import prepare
 from quambase.model.reorder import reorder
 from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
-from quambase.schema.grouping import GRANULARITIES, ChannelGroup, LayerGroups, stored_groups
-from quambase.schema.scales import read_scales
+from quambase.schema.groups import GRANULARITIES, ChannelGroup, LayerGroups, stored_groups
+from quambase.schema.scale_table import read_scales
 
 Rows = list[dict[str, object]]
 X, STATE = "x_conv_out:input", "ssm_state_act:input"
@@ -142,8 +142,8 @@ def test_the_run_is_of_the_reordered_model(grouped: CollectedRun, model: Path, d
     """Every site's distribution is that of the model reordered first, by the same kernel in the same blocks."""
     from tiny_model import TEXTS
 
-    from quambase.model.batch import Batch
-    from quambase.model.load import floating_model
+    from quambase.model.checkpoint import floating_model
+    from quambase.model.packed_batch import Batch
 
     loaded = load_model(str(model))
     runner = floating_model(prepare(reorder(loaded.any_weights, order_of(grouped))), rotated=True)  # type: ignore[arg-type]

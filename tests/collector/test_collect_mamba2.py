@@ -13,11 +13,11 @@ from click.testing import CliRunner
 from interrupting import interrupted
 from tiny_model import TEXTS, write_texts, write_tiny_mamba2, write_tiny_model
 
-from quambase.analyzer.batch import analyze
+from quambase.analyzer.analyze import analyze
 from quambase.cli.main import quambase
-from quambase.collector.run import CollectedRun, collect
+from quambase.collector.collect import CollectedRun, collect
+from quambase.model.checkpoint import load_model
 from quambase.model.hadamard import hadamard
-from quambase.model.load import load_model
 from quambase.model.prepare import prepare
 from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution

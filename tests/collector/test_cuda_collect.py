@@ -12,7 +12,7 @@ import torch
 from interrupting import interrupted
 from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
-from quambase.collector.run import CollectedRun, collect
+from quambase.collector.collect import CollectedRun, collect
 from quambase.schema.distribution import Distribution
 from quambase.schema.files import file_sha256
 from quambase.schema.tables import RUN_TABLES

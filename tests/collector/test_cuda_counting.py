@@ -22,9 +22,9 @@ from device_cases import (
     wild,
 )
 
-from quambase.collector import cuda_counter
-from quambase.collector.cuda_counter import CudaCounter, choose_counter
-from quambase.collector.device_statistics import DeviceMoments, DeviceStatistics
+from quambase.collector.cuda import counter as cuda_counter
+from quambase.collector.cuda.counter import CudaCounter, choose_counter
+from quambase.collector.cuda.statistics import DeviceMoments, DeviceStatistics
 from quambase.collector.statistics import ENCODINGS, PROBABILITIES, SUMMARY_COLUMNS, Moments
 
 SMALL = list(small_cases())

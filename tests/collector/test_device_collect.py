@@ -16,12 +16,12 @@ from device_cases import assert_same
 from device_models import DOCUMENTS, shown, tiny_weights
 
 from quambase.cli.main import quambase
+from quambase.collector.block_runners import DeviceObserver, HostObserver, Kept, Observer, choose_where
+from quambase.collector.documents import PlannedDocument
 from quambase.collector.layouts import site_layouts
-from quambase.collector.observers import DeviceObserver, HostObserver, Kept, Observer, choose_where
-from quambase.collector.plan import PlannedDocument
 from quambase.collector.statistics import SiteStatistics
-from quambase.model.device import device_model
-from quambase.model.load import floating_model
+from quambase.model.checkpoint import floating_model
+from quambase.model.operators.device_models import device_model
 from quambase.schema.errors import DataInvalid, TapNeverFired, UnknownName
 from quambase.schema.sites import FAMILIES
 
@@ -85,7 +85,7 @@ def test_a_device_observes_what_the_host_does(family: str, everything: bool, mon
     """The same tensors through both observers: equal tables, equal statistics but for the order of float64 sums. The
     head's come document by document.
     """
-    monkeypatch.setattr("quambase.model.device.HEAD_ROWS", 1)
+    monkeypatch.setattr("quambase.model.operators.device_models.HEAD_ROWS", 1)
     weights = tiny_weights(family)
     model = device_model(weights, CPU, torch.float32, rotated=True)
     layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family[:6]]])

@@ -22,16 +22,17 @@ from device_models import tiny_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.collector import cuda_counter, device_statistics
-from quambase.collector.cuda_counter import halvings
-from quambase.collector.device_statistics import DeviceStatistics, merged_top
-from quambase.collector.packing import FLUSH, moment_segments, pack
-from quambase.collector.site_batch import item_rows
+from quambase.collector.cuda import counter as cuda_counter
+from quambase.collector.cuda import statistics as device_statistics
+from quambase.collector.cuda.counter import halvings
+from quambase.collector.cuda.packing import FLUSH, moment_segments, pack
+from quambase.collector.cuda.site_batch import item_rows
+from quambase.collector.cuda.statistics import DeviceStatistics, merged_top
+from quambase.collector.cuda.torch_counter import TorchCounter
 from quambase.collector.statistics import ENCODINGS, SiteLayout, largest
-from quambase.collector.torch_counter import TorchCounter
-from quambase.model import device as device_module
-from quambase.model.cuda import CompilationFailed, compile_cubin
-from quambase.model.operators import TorchOperators
+from quambase.model.cuda.compiler import CompilationFailed, compile_cubin
+from quambase.model.operators import device_models as device_module
+from quambase.model.operators.torch import TorchOperators
 
 CPU = torch.device("cpu")
 CASES = [*small_cases(), *large_cases(30_000)]

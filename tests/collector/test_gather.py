@@ -6,8 +6,8 @@ import pytest
 import torch
 from cuda_kernels_on_host import cuda_or_host
 
-from quambase.collector import gather
-from quambase.collector.gather import CHUNK, PIECES, CudaGather, Gather, TorchGather
+from quambase.collector.cuda import gather
+from quambase.collector.cuda.gather import CHUNK, PIECES, CudaGather, Gather, TorchGather
 
 
 @pytest.fixture(params=["cuda", "host"])

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import AgglomerativeClustering, KMeans
 
-from quambase.collector.grouping import VARIANTS, layer_groups
+from quambase.collector.clustering import VARIANTS, layer_groups
 from quambase.schema.errors import DatabaseInvalid, UnknownName
-from quambase.schema.grouping import LayerGroups
+from quambase.schema.groups import LayerGroups
 
 
 def lognormal(heads: int, headdim: int, seed: int) -> np.ndarray:

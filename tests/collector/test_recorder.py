@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quambase.collector import recorder
+from quambase.collector import taps as recorder
 
 
 def test_what_is_kept_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from test_collect import bytes_of, run_tiny
 from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
-import quambase.collector.run as run_module
+import quambase.collector.collect as run_module
 from quambase.cli.main import quambase
+from quambase.collector.block_runners import DeviceObserver, take_local_device
+from quambase.collector.collect import CollectedRun
 from quambase.collector.merge import merge, merge_if_last
-from quambase.collector.observers import DeviceObserver, take_local_device
-from quambase.collector.rows import channels_pieces
-from quambase.collector.run import CollectedRun
 from quambase.collector.shards import SHARD, Shard, parse_shard, read_sums, torchrun_shard
 from quambase.collector.statistics import SiteLayout, SiteStatistics
-from quambase.model.device import device_model
+from quambase.collector.table_rows import channels_pieces
+from quambase.model.operators.device_models import device_model
 from quambase.schema.doctor import examine
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
 from quambase.schema.tables import CHANNELS, as_made

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quambase.collector import statistics
-from quambase.collector.kernels import (
+from quambase.collector.host_kernels import (
     PATTERNS,
 )
 from quambase.collector.statistics import (

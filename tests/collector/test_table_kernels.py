@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.collector.kernels import PATTERNS, SIGN
+from quambase.collector.host_kernels import PATTERNS, SIGN
 from quambase.collector.statistics import ENCODINGS
 from quambase.collector.table_kernels import (
     addresses,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from quambase.collector.tensor_file import import_tensor, read_tensor
+from quambase.collector.import_tensor import import_tensor, read_tensor
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import QuambaseError, TensorFileInvalid
 from quambase.schema.tables import COUNTS, read_table

@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.collector import rows, writer
-from quambase.collector.device_recorder import KeptRows, gathered_rows
-from quambase.collector.plan import PlannedDocument
-from quambase.collector.recorder import activations_rows, documents_rows
-from quambase.collector.rows import Places, keyed_rows
+from quambase.collector import run_folder as writer
+from quambase.collector import table_rows as rows
+from quambase.collector.cuda.taps import KeptRows, gathered_rows
+from quambase.collector.documents import PlannedDocument
+from quambase.collector.run_folder import JoinedParts, encoded_part, part_folder, write_part, write_run
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Int64, SiteLayout, SiteStatistics
-from quambase.collector.writer import JoinedParts, encoded_part, part_folder, write_part, write_run
+from quambase.collector.table_rows import Places, keyed_rows
+from quambase.collector.taps import activations_rows, documents_rows
 from quambase.schema.distribution import Distribution
 from quambase.schema.files import file_sha256
 from quambase.schema.tables import ACTIVATIONS, CHANNELS, COUNTS, DOCUMENTS, RUN_TABLES, as_made

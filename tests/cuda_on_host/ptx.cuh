@@ -1,4 +1,4 @@
-// model/ptx.cuh in C++.
+// model/cuda/ptx.cuh in C++.
 
 #pragma once
 

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from quambase.model import hub
-from quambase.model.batch import Batch
-from quambase.model.load import floating_model, load_model, load_weights, weights_digest
+from quambase.model.checkpoint import floating_model, load_model, load_weights, weights_digest
 from quambase.model.mamba2_weights import Mamba2Config, mamba2_tensors_of, random_mamba2_weights
+from quambase.model.packed_batch import Batch
 from quambase.model.weights import MambaConfig, random_weights, tensors_of
 from quambase.schema.errors import CheckpointInvalid, DataInvalid, QuambaseError
 

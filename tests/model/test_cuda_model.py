@@ -7,14 +7,14 @@ import torch
 from cuda_kernels_on_host import cuda_or_host
 from device_models import DOCUMENTS, shown, tiny_weights
 
-from quambase.model import cuda_operators
-from quambase.model.batch import Batch
-from quambase.model.cuda_operators import CudaOperators
-from quambase.model.device import DeviceModel, device_model
+from quambase.model.checkpoint import floating_model
 from quambase.model.hadamard import hadamard
-from quambase.model.load import floating_model
 from quambase.model.mamba2_weights import Mamba2Config
-from quambase.model.operators import DeviceBatch, TorchOperators
+from quambase.model.operators import cuda as cuda_operators
+from quambase.model.operators.cuda import CudaOperators
+from quambase.model.operators.device_models import DeviceModel, device_model
+from quambase.model.operators.torch import DeviceBatch, TorchOperators
+from quambase.model.packed_batch import Batch
 from quambase.model.weights import MambaConfig
 
 HALF, SINGLE = torch.float16, torch.float32

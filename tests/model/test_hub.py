@@ -23,7 +23,7 @@ from hub_server import Hub, serving
 from safetensors.torch import load_file
 from tiny_model import TEXTS, write_tiny_model
 
-from quambase.model.load import load_model
+from quambase.model.checkpoint import load_model
 from quambase.schema.errors import ModelNotFound
 
 MODEL = "models/state-spaces/mamba-130m"

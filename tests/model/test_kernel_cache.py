@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from quambase.model import cuda
-from quambase.model.kernel_cache import cache_folder, digest, kept
+from quambase.model.cuda import compiler as cuda
+from quambase.model.cuda.kernel_cache import cache_folder, digest, kept
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.model.kernels import causal_conv1d_silu, exp32, selective_scan
+from quambase.model.operators.host_kernels import causal_conv1d_silu, exp32, selective_scan
 
 EPS = 2.0**-24
 """Half a unit in the last place of 1 in float32."""

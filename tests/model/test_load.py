@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quambase.model.load import load_model, load_weights, weights_digest
+from quambase.model.checkpoint import load_model, load_weights, weights_digest
 from quambase.model.mamba import Mamba
 from quambase.model.names import BUNDLED
 from quambase.model.sources import find_sources

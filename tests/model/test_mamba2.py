@@ -16,10 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_mamba_forward import Sites
 
-from quambase.model.batch import Batch
+from quambase.model.checkpoint import load_weights, weights_digest
 from quambase.model.hadamard import odd_factor, odd_order
-from quambase.model.kernels import ssd_scan
-from quambase.model.load import load_weights, weights_digest
 from quambase.model.mamba2 import Mamba2
 from quambase.model.mamba2_weights import (
     Mamba2Config,
@@ -27,6 +25,8 @@ from quambase.model.mamba2_weights import (
     mamba2_tensors_of,
     random_mamba2_weights,
 )
+from quambase.model.operators.host_kernels import ssd_scan
+from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.schema.errors import CheckpointInvalid
 from quambase.schema.sites import MAMBA2, layer_sites

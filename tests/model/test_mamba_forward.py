@@ -5,9 +5,9 @@ import pytest
 import reference
 import torch
 
-from quambase.model.batch import Batch
 from quambase.model.hadamard import odd_factor, odd_order
 from quambase.model.mamba import Mamba
+from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.weights import MambaConfig, MambaWeights, random_weights, tensors_of
 from quambase.schema.sites import layer_sites

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quambase.model.batch import Batch
-from quambase.model.cuda_operators import CudaOperators
-from quambase.model.device import device_model
 from quambase.model.mamba2_weights import Mamba2Config
-from quambase.model.operators import DeviceBatch
+from quambase.model.operators.cuda import CudaOperators
+from quambase.model.operators.device_models import device_model
+from quambase.model.operators.torch import DeviceBatch
+from quambase.model.packed_batch import Batch
 from quambase.model.weights import MambaConfig, random_weights, tensors_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

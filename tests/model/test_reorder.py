@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.model.batch import Batch
 from quambase.model.mamba2 import Mamba2
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
+from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.reorder import reorder
 from quambase.schema.errors import CheckpointInvalid
-from quambase.schema.grouping import LayerGroups
+from quambase.schema.groups import LayerGroups
 
 TOKENS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3]]
 

@@ -14,9 +14,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.model.load import load_weights
-from quambase.model.training.card import write_card
-from quambase.model.training.data import (
+from quambase.model.checkpoint import load_weights
+from quambase.schema.errors import CheckpointInvalid, DataInvalid
+from training.card import write_card
+from training.data import (
     Windows,
     books,
     read_tokens,
@@ -24,13 +25,12 @@ from quambase.model.training.data import (
     train_tokenizer,
     write_tokens,
 )
-from quambase.model.training.export import export_model, export_run, read_model, shape_of, write_pytorch_model
-from quambase.model.training.heldout import held_out
-from quambase.model.training.loop import LOG, Recipe, Training, optimizer_of
-from quambase.model.training.networks import LanguageModel, after_ssd, before_ssm
-from quambase.model.training.scans import ssd_scan, ssm_scan
-from quambase.model.training.shape import SHAPES, Shape
-from quambase.schema.errors import CheckpointInvalid, DataInvalid
+from training.export import export_model, export_run, read_model, shape_of, write_pytorch_model
+from training.heldout import held_out
+from training.loop import LOG, Recipe, Training, optimizer_of
+from training.networks import LanguageModel, after_ssd, before_ssm
+from training.scans import ssd_scan, ssm_scan
+from training.shape import SHAPES, Shape
 
 TINY = {
     "mamba1": Shape("mamba1", d_model=32, n_layer=2, vocab_size=64, d_state=4),

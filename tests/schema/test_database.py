@@ -20,7 +20,7 @@ from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, QueryInvalid, UnknownName
 from quambase.schema.manifest import Manifest
 from quambase.schema.runs import list_runs
-from quambase.schema.scales import write_scales
+from quambase.schema.scale_table import write_scales
 from quambase.schema.tables import QUANTILES, RESULTS, RUN_TABLES, SCALES
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quambase.schema.grouping import (
+from quambase.schema.groups import (
     GRANULARITIES,
     GROUP,
     TENSOR,

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from quambase.schema.errors import ScalesInvalid, UnknownName
-from quambase.schema.scales import METADATA_KEY, read_scales, write_scales
+from quambase.schema.scale_table import METADATA_KEY, read_scales, write_scales
 from quambase.schema.tables import SCALES
 
 PROVENANCE = {

@@ -1,0 +1,111 @@
+"""What a strategy sees: one scale group's distribution and, for observers that depend on order, its
+documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from quambase.analyzer.quantization_error import Figures, figures, signal_energy
+from quambase.schema.database import DocumentSeries, StatsDB
+from quambase.schema.distribution import Distribution
+from quambase.schema.groups import GROUP, TENSOR, granularity_of, united_groups
+from quambase.schema.sites import MAMBA1, MAMBA2, WHOLE
+from quambase.schema.tables import DOCUMENT_QUANTILES
+
+STATE = "ssm_state_act:input"
+
+
+@dataclass(frozen=True)
+class ScaleGroup:
+    """Everything known of the values that share one scale.
+
+    documents  per-document statistics in file order; of a group without them (an imported tensor), the pooled
+               distribution as if it were one document; of one made of smaller groups, no quantiles
+    family     of the model: "mamba1", "mamba2", or "tensor" for an import
+    innermost  no smaller scale group of its site was asked for
+    state_amax  of a Mamba-2's state, (n,) float32: the largest absolute value at each state index; else None
+    """
+
+    layer: int
+    site: str
+    group_name: str
+    distribution: Distribution
+    documents: DocumentSeries
+    family: str = MAMBA1
+    innermost: bool = True
+    state_amax: npt.NDArray[np.float32] | None = None
+
+    @cached_property
+    def signal(self) -> float:
+        """Sum of x^2, float64."""
+        return signal_energy(self.distribution)
+
+    def figures(self, scale: float) -> Figures:
+        """The error of ``scale`` on this group."""
+        return figures(self.distribution, scale, self.signal)
+
+
+def one_document(distribution: Distribution) -> DocumentSeries:
+    """The whole distribution as a single document."""
+    return DocumentSeries(
+        np.zeros(1, np.int32),
+        np.array([distribution.amax], np.float32),
+        {name: np.array([distribution.quantile_torch(p)]) for name, p in DOCUMENT_QUANTILES.items()},
+    )
+
+
+def default_granularity(family: str) -> str:
+    """What the INT8 model of ``family`` reads."""
+    return GROUP if family == MAMBA2 else TENSOR
+
+
+def scale_groups(database: StatsDB, run: str, granularity: str | None = None) -> list[ScaleGroup]:
+    """Every scale group of ``run`` in model order; granularity as in `StatsDB.distributions`, None for the model's."""
+    family = str(database.manifest(run).model.get("family"))
+    stored = database.documents(run)
+    found = []
+    listed = list(database.distributions(run, granularity or default_granularity(family)))
+    states = database.channel_amax(run, STATE) if family == MAMBA2 else {}
+    finest = {(layer, site): granularity_of(name) for layer, site, name, _ in listed}  # the last one listed is
+    for layer, site, name, distribution in listed:
+        innermost = granularity_of(name) == finest[layer, site]
+        documents = _documents(stored, layer, site, name, distribution)
+        state_amax = _state_amax(states, layer, name) if site == STATE and states else None
+        found.append(ScaleGroup(layer, site, name, distribution, documents, family, innermost, state_amax))
+    return found
+
+
+def _members(smallest: list[str], name: str) -> list[str]:
+    """Those of a site's smallest groups that make up its group ``name``."""
+    return united_groups(smallest, granularity_of(name)).get(name, [])
+
+
+def _state_amax(
+    stored: Mapping[tuple[int, str], npt.NDArray[np.float32]], layer: int, name: str
+) -> npt.NDArray[np.float32]:
+    members = _members([group for la, group in stored if la == layer], name)
+    amax: npt.NDArray[np.float32] = np.max([stored[layer, member] for member in members], axis=0)
+    return amax
+
+
+def _documents(
+    stored: Mapping[tuple[int, str, str], DocumentSeries], layer: int, site: str, name: str, distribution: Distribution
+) -> DocumentSeries:
+    series = stored.get((layer, site, name))
+    if series is None:
+        smallest = [group for la, s, group in stored if (la, s) == (layer, site) and group != WHOLE]
+        if members := _members(smallest, name):
+            series = DocumentSeries.united([stored[layer, site, member] for member in members])
+    return one_document(distribution) if series is None or not series.documents.size else series
+
+
+def group_of_values(values: np.ndarray[tuple[int, ...], np.dtype[np.floating]], site: str = "values") -> ScaleGroup:
+    """A scale group of plain values (any shape), rounded to float16 as a run's counts are."""
+    distribution = Distribution.of_values(values)
+    return ScaleGroup(0, site, WHOLE, distribution, one_document(distribution))

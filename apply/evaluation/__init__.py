@@ -1,0 +1,1 @@
+"""Models scored document by document, and compared with paired statistics."""

@@ -1,0 +1,121 @@
+"""The models of one evaluation: an applied folder, every strategy of a scale table, or the float model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from quambase.apply.apply import load_named, load_source
+from quambase.apply.int8.families import Int8Model, build_model, check_any_scales
+from quambase.apply.int8.model_folder import SCALES, load_stored, weights_digest
+from quambase.apply.int8.needed_scales import (
+    DEFAULT_OTHERWISE,
+    check_granularity,
+    check_model,
+    describe,
+    loadable_labels,
+    needed_sites,
+)
+from quambase.model.checkpoint import LoadedModel, load_model
+from quambase.schema.errors import ScalesInvalid
+from quambase.schema.scale_table import SELECTED, read_scales
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The models to compare: the float one, and INT8 ones by label, which share their weights."""
+
+    source: LoadedModel
+    models: Mapping[str, Int8Model]
+    scales: str
+    run: str | None
+    skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that determines the models' outputs, as JSON: weights, scales, arithmetic, tokenizer, versions."""
+        weights = {weights_digest(model) for model in {id(m.weights): m for m in self.models.values()}.values()}
+        return {
+            "weights": self.source.weights_sha256,
+            "tokenizer": self.source.tokenizer_sha256,
+            "int8": sorted(weights),
+            "models": [
+                [label, model.compat, sorted((layer, site, scale) for (layer, site), scale in model.scales.items())]
+                for label, model in self.models.items()
+            ],
+            "versions": {name: version(name) for name in ("quambase", "torch", "numba", "tokenizers")},
+        }
+
+
+def from_folder(folder: Path, model: str | None) -> Candidates:
+    """An applied model, and upstream's scales on the same weights where the folder keeps them."""
+    stored = load_stored(folder)
+    about = stored.about
+    loaded = load_named(str(about["source"]["name"]), str(about["source"]["path"]), model)
+    if loaded.weights_sha256 != about["weights_sha256"]:
+        raise ScalesInvalid(
+            f"{folder} was made of other weights ({about['weights_sha256'][:12]}) than {loaded.name} has "
+            f"({loaded.weights_sha256[:12]}); give the model it was made of with --model"
+        )
+    models: dict[str, Int8Model] = {about["strategy"]: stored.model}
+    path = folder / SCALES
+    if path.exists():
+        table = read_scales(path)
+        check_model(table, loaded.weights_sha256, loaded.name)
+        needed = needed_sites(loaded.any_weights.config, stored.model.quantized_lm_head)
+        if DEFAULT_OTHERWISE in loadable_labels(table, needed)[0] and DEFAULT_OTHERWISE not in models:
+            models[DEFAULT_OTHERWISE] = stored.model.with_scales(table.group_scales_for(DEFAULT_OTHERWISE))
+    return Candidates(loaded, models, str(path), about.get("run"))
+
+
+def from_model(model: str) -> Candidates:
+    """The floating-point model alone."""
+    loaded = load_model(model)
+    return Candidates(loaded, {}, "", None)
+
+
+def from_scales(
+    scales: Path,
+    strategies: Sequence[str],
+    model: str | None,
+    quantize_lm_head: bool,
+    *,
+    quantize_embedding: bool,
+    compat: str | None,
+    granularities: Sequence[str] = (),
+    db: Path,
+) -> Candidates:
+    """Strategies of a scale table at each of ``granularities`` ("all": every one the table has; none: its finest),
+    built in memory on one set of INT8 weights. Labels name the granularity where it is not the table's finest.
+    ``db`` is where a table that another tool has edited finds its origin again.
+    """
+    table = read_scales(scales, db)
+    held = table.granularities()
+    levels = held if "all" in granularities else [check_granularity(table, level) for level in granularities]
+    loaded = load_source(table, model)
+    needed = needed_sites(loaded.any_weights.config, quantize_lm_head)
+    skipped: list[str] = []
+    labels = list(dict.fromkeys(strategies))
+    if "all" in labels:
+        whole, skipped = loadable_labels(table, needed)
+        labels = [*whole, SELECTED]
+    chosen = {
+        describe(label, granularity=None if level == held[-1] else level): check_any_scales(
+            loaded.any_weights, table, table.group_scales_for(label, level), quantize_lm_head
+        )
+        for level in levels or held[-1:]
+        for label in labels
+    }
+    first = build_model(
+        loaded.any_weights,
+        table,
+        next(iter(chosen.values())),
+        quantize_lm_head=quantize_lm_head,
+        quantize_embedding=quantize_embedding,
+        compat=compat,
+    )
+    models = {label: first.with_scales(found) for label, found in chosen.items()}
+    return Candidates(loaded, models, str(scales), table.run, skipped, table.notes)

@@ -1,0 +1,144 @@
+"""INT8 arithmetic of upstream Quamba's W8A8 model, operator by operator, on the CPU.
+
+Every function says how it rounds. Activations and weights are int8 tensors; products are accumulated exactly,
+as int32 would, by float32 BLAS; what follows a product is float32 in upstream's order of operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from quambase.apply.int8 import host_kernels as kernels
+
+INT8_MIN, INT8_MAX = -128, 127
+
+EXACT_CHUNK = 1024
+"""128 * 128 * 1024 = 2^24: so many products of codes sum exactly in float32, in any order."""
+
+_EXACT = 2**24
+_PER_LEVEL = torch.tensor(1.0) / INT8_MAX
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A weight tensor as codes and one scale: ``weight ~ codes * scale``.
+
+    codes  int8, any shape; (out, in) for a linear layer
+    scale  float32 value (for fp16 arithmetic, a float16 value)
+    """
+
+    codes: torch.Tensor
+    scale: float
+
+    @cached_property
+    def floats(self) -> torch.Tensor:
+        """The codes held in float32 for BLAS; made once and shared by every model that uses this weight."""
+        return self.codes.to(torch.float32)
+
+    @cached_property
+    def exact_at_once(self) -> bool:
+        """Whether no codes can bring any partial sum of a row beyond 2^24, so no chunks are needed."""
+        return int(self.codes.to(torch.int64).abs().sum(-1).max()) * -INT8_MIN <= _EXACT
+
+    def dequantized(self) -> torch.Tensor:
+        """``scale * codes`` in float32."""
+        return self.floats * torch.tensor(self.scale, dtype=torch.float32)
+
+
+def quantize_weight(weight: torch.Tensor) -> Int8Weight:
+    """Per-tensor symmetric absmax in float16 arithmetic (upstream
+    quant_utils.quantize_tensor_per_tensor_absmax).
+
+    ``scale = max(amax, 1e-5) / 127`` and ``weight / scale`` are both rounded to float16, then the quotient to
+    an integer, half to even. ``weight``: float32 holding float16 values, any shape.
+    """
+    half = weight.to(torch.float16)
+    scale = half.abs().amax().clamp(min=1e-5) / INT8_MAX
+    codes = torch.round(half / scale).clamp(INT8_MIN, INT8_MAX).to(torch.int8)
+    return Int8Weight(codes, float(scale))
+
+
+def quantize_weight_float32(weight: torch.Tensor) -> Int8Weight:
+    """The same in float32 arithmetic, as upstream does for A_log, D and the dt bias (qSelectiveScan.py).
+
+    On CUDA, where upstream quantizes, ``x / 127`` is ``x * (1 / 127)``, which a float32 often shows in its last bit
+    (`quambase.analyzer.upstream_observers`) and a float16 never. So a weight of just half the maximum becomes 63 or 64.
+    """
+    scale = weight.abs().amax().clamp(min=1e-5) * _PER_LEVEL
+    codes = torch.round(weight / scale).clamp(INT8_MIN, INT8_MAX).to(torch.int8)
+    return Int8Weight(codes, float(scale))
+
+
+def quantize_rows(weight: torch.Tensor, *, signed_max: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The embedding (v, d) with one scale per row, in float16 arithmetic: int8 codes (v, d), float16 scales
+    (v,).
+
+    ``signed_max`` takes the row's largest value instead of its largest absolute value, as upstream's
+    W8O16Embedding does: rows whose largest magnitude is negative are clipped.
+    """
+    half = weight.to(torch.float16)
+    if signed_max:
+        scales = half.amax(dim=-1, keepdim=True) / INT8_MAX
+    else:
+        scales = half.abs().amax(dim=-1, keepdim=True).clamp(min=1e-5) / INT8_MAX
+    # A row whose largest value is 0 has scale 0 upstream: whatever the codes, it reads as 0.
+    quotient = torch.nan_to_num(half / scales, nan=0.0)
+    codes = torch.round(quotient).clamp(INT8_MIN, INT8_MAX).to(torch.int8)
+    return codes, scales.flatten()
+
+
+def matmul(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
+    """``x @ codes.T`` of int8 codes: the int32 result, rounded to float32 (exact below 2^24). (rows, in) ->
+    (rows, out).
+
+    Where a row of codes could sum beyond 2^24 the product is cut in chunks of EXACT_CHUNK and added up as
+    int32.
+    """
+    floats = x.to(torch.float32)
+    if weight.exact_at_once:
+        return F.linear(floats, weight.floats)
+    total = torch.zeros(x.shape[0], weight.codes.shape[0], dtype=torch.int32)
+    for low in range(0, x.shape[1], EXACT_CHUNK):
+        part = slice(low, low + EXACT_CHUNK)
+        total += F.linear(floats[:, part], weight.floats[:, part]).to(torch.int32)
+    return total.to(torch.float32)
+
+
+def linear_to_int8(x: torch.Tensor, weight: Int8Weight, first: float, second: float) -> torch.Tensor:
+    """INT8 (rows, out): ``(acc * first) * second`` in float32, half to even, saturating."""
+    acc = matmul(x, weight)
+    out = torch.empty(acc.shape, dtype=torch.int8)
+    kernels.scale_to_int8(acc.numpy(), np.float32(first), np.float32(second), out.numpy())
+    return out
+
+
+def linear_to_half(x: torch.Tensor, weight: Int8Weight, first: float, second: float) -> torch.Tensor:
+    """Float16 values in float32 (rows, out): ``(acc * first) * second`` in float32, rounded half to even."""
+    acc = matmul(x, weight)
+    acc.mul_(first).mul_(second)
+    return to_half(acc)
+
+
+def to_half(x: torch.Tensor) -> torch.Tensor:
+    """float32 rounded to float16 values (half to even) and held in float32 again."""
+    return x.to(torch.float16).to(torch.float32)
+
+
+def dequantize(codes: torch.Tensor, scale: float) -> torch.Tensor:
+    """``scale * codes`` in float32, contiguous."""
+    return codes.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale)
+
+
+def softplus_delta(codes: torch.Tensor, scale: float, bias: torch.Tensor) -> torch.Tensor:
+    """``softplus(scale * codes + bias)`` in float32, the identity above 20; codes (t, e), bias (e,)."""
+    return F.softplus(dequantize(codes, scale).add_(bias))
+
+
+def float32(value: float) -> float:
+    """``value`` rounded to float32 (half to even), as a Python float."""
+    return float(np.float32(value))

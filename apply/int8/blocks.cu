@@ -1,0 +1,244 @@
+// The steps of the INT8 blocks between the products, on CUDA: the siblings of kernels.py and kernels2.py, compiled at run
+// time (cuda_operators.py) with -fmad=false, so that no product is contracted with a sum unless written so.
+//
+// MAMBA2   1: a Mamba-2, 0: a Mamba-1
+// WIDTH    taps of the convolution
+// and those of model/cuda/norm_hadamard.cuh and model/cuda/scans.cuh.
+
+#include "norm_hadamard.cuh"
+#include "scans.cuh"
+
+__device__ __forceinline__ float round_to_half(float f) { return half_to_float(float_to_half(f)); }
+
+// The code of v: half away from zero, saturating. What is added is the largest float below a half: a half itself would
+// round 0.49999997 up.
+__device__ __forceinline__ s8 half_away(float v) { return toward_zero(v + copysignf(0.49999997f, v)); }
+
+// The code of silu(v) / divisor, half away from zero, saturating. `inverse` is about 1 / divisor: the approximations are
+// off by less than 1e-3 where the quotient is within 130 (2^-17 of it for the exponential of up to -88, 2^-22 for the
+// rest), so only what lies nearer to a half is computed exactly. Adding 1.5 * 2^23 leaves no fraction bits, so the
+// addition rounds and the code is the sum's last byte: conversions to integers run at a quarter of the speed.
+__device__ __forceinline__ s8 silu_code(float v, float divisor, float inverse) {
+    const float about = v * reciprocal(1.0f + power_of_two(-v * LOG2_E)) * inverse;
+    const float shifted = fminf(fmaxf(about, -128.0f), 127.0f) + 12582912.0f;
+    const float rest = fabsf(about - (shifted - 12582912.0f));
+    if (fabsf(rest - 0.5f) < 1.0f / 512) return half_away(silu(v) / divisor);
+    return (s8)__float_as_int(shifted);
+}
+
+// Four codes as floats: a byte, flipped to be unsigned, is the last one of 2^23 + it.
+__device__ __forceinline__ void code_floats(u32 codes, float (&to)[4]) {
+    codes ^= 0x80808080u;
+#pragma unroll
+    for (int j = 0; j < 4; j++) to[j] = __uint_as_float(__byte_perm(codes, 0x4b000000u, 0x7440 + j)) - 8388736.0f;
+}
+
+const int LANES = 4; // neighbours that a thread has at a time: rows are padded, and read and written whole
+
+// residual += x, then the code (half to even) of residual / rms / scale. x, residual, out (rows, width), each with its
+// stride; `width`, rounded up to LANES, floats of dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(256) norm_to_int8(
+    const u16* x, i64 x_stride, float* residual, i64 residual_stride, i64 width, float eps, float scale, s8* out,
+    i64 out_stride
+) {
+    extern __shared__ __align__(16) float line[];
+    const float rstd = add_and_measure<LANES>(x, x_stride, residual, residual_stride, width, eps, line);
+    for (int i = threadIdx.x * LANES; i < width; i += blockDim.x * LANES) {
+        const float4 v = *(const float4*)(line + i);
+        *(char4*)(out + blockIdx.x * out_stride + i) = make_char4(
+            half_even(v.x * rstd / scale), half_even(v.y * rstd / scale), half_even(v.z * rstd / scale),
+            half_even(v.w * rstd / scale)
+        );
+    }
+}
+
+// The same, rounded to float16 instead: what a head that is not quantized reads.
+extern "C" __global__ void __launch_bounds__(256) norm_to_half(
+    const u16* x, i64 x_stride, float* residual, i64 residual_stride, i64 width, float eps, u16* out, i64 out_stride
+) {
+    extern __shared__ __align__(16) float line[];
+    const float rstd = add_and_measure<LANES>(x, x_stride, residual, residual_stride, width, eps, line);
+    for (int i = threadIdx.x * LANES; i < width; i += blockDim.x * LANES) {
+        const float4 v = *(const float4*)(line + i);
+        *(ushort4*)(out + blockIdx.x * out_stride + i) = make_ushort4(
+            float_to_half(v.x * rstd), float_to_half(v.y * rstd), float_to_half(v.z * rstd), float_to_half(v.w * rstd)
+        );
+    }
+}
+
+const int CONV_ROWS = 8;
+
+// Depthwise causal convolution of codes, SiLU, one rounding, half away from zero: each document with zeros before it. A
+// thread has LANES channels and CONV_ROWS rows, and reads them all before it starts. x (t, e or more) and out (t, e), rows
+// apart and 4-byte aligned; weight (WIDTH, e) codes, the last row for the current token; scale_wx, bias, scale_out (e,);
+// starts (t,) the first row of each row's document.
+extern "C" __global__ void __launch_bounds__(128) conv_silu(
+    const s8* x, i64 x_stride, const float* weight, const float* scale_wx, const float* bias, const float* scale_out,
+    const int* starts, i64 rows, i64 channels, s8* out, i64 out_stride
+) {
+    const int channel = (blockIdx.x * blockDim.x + threadIdx.x) * LANES;
+    if (channel >= channels) return;
+    const i64 first = (i64)blockIdx.y * CONV_ROWS;
+    u32 codes[WIDTH - 1 + CONV_ROWS]; // the last rows of whichever document came before, then this thread's
+    int mine[CONV_ROWS];              // rows of the document before each
+#pragma unroll
+    for (int i = 0; i < WIDTH - 1 + CONV_ROWS; i++) {
+        const i64 row = first + i - (WIDTH - 1);
+        codes[i] = row >= 0 && row < rows ? *(const u32*)(x + row * x_stride + channel) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < CONV_ROWS; i++) mine[i] = first + i < rows ? (int)(first + i) - starts[first + i] : 0;
+    float taps[WIDTH][LANES], window[WIDTH][LANES], scale[LANES], shift[LANES], divisor[LANES], inverse[LANES];
+#pragma unroll
+    for (int j = 0; j < LANES; j++) {
+        // Rows are padded, so that reading codes beyond the last channel does no harm.
+        const int at = channel + j < channels ? channel + j : channel;
+        scale[j] = scale_wx[at], shift[j] = bias[at], divisor[j] = scale_out[at];
+        inverse[j] = 1.0f / divisor[j];
+#pragma unroll
+        for (int k = 0; k < WIDTH; k++) taps[k][j] = weight[k * channels + at];
+    }
+    // window[k] is WIDTH - 1 - k rows back.
+#pragma unroll
+    for (int k = 1; k < WIDTH; k++) code_floats(codes[k - 1], window[k]);
+#pragma unroll
+    for (int i = 0; i < CONV_ROWS; i++) {
+#pragma unroll
+        for (int k = 1; k < WIDTH; k++)
+#pragma unroll
+            for (int j = 0; j < LANES; j++) window[k - 1][j] = window[k][j];
+        code_floats(codes[WIDTH - 1 + i], window[WIDTH - 1]);
+        s8 done[LANES];
+#pragma unroll
+        for (int j = 0; j < LANES; j++) {
+            float total = 0.0f; // products of codes: exact
+#pragma unroll
+            for (int k = 0; k < WIDTH; k++) {
+                if (WIDTH - 1 - k <= mine[i]) total = fmaf(taps[k][j], window[k][j], total);
+            }
+            done[j] = silu_code(scale[j] * total + shift[j], divisor[j], inverse[j]);
+        }
+        if (first + i < rows) {
+            *(char4*)(out + (first + i) * out_stride + channel) = make_char4(done[0], done[1], done[2], done[3]);
+        }
+    }
+}
+
+// Where transformed rows go: out (rows, DIM), rows out_stride apart, codes of factor times the value, half away from zero:
+// saturating, or, if `wrap`, modulo 256 as upstream's float to int32 to int8.
+struct Codes {
+    s8* out;
+    i64 out_stride;
+    float factor;
+    i64 wrap;
+
+    __device__ void operator()(i64 row, int channel, float value) const {
+        const float scaled = value * factor;
+        out[row * out_stride + channel] = wrap ? (s8)(__float2int_rz(roundf(scaled)) & 255) : half_away(scaled);
+    }
+};
+
+#if !MAMBA2
+
+struct Channels {
+    typedef s8 Raw;
+    const s8 *u_start, *delta_start, *bc, *z;
+    i64 u_stride, delta_stride, bc_stride, z_stride;
+    float u_scale, delta_scale, bc_scale;
+    const float* gates; // SiLU of every code
+    i64 channels;
+    u16* y;
+
+    __device__ s8 u_at(i64 row, int channel) const { return u_start[row * u_stride + channel]; }
+    __device__ s8 delta_at(i64 row, int channel) const { return delta_start[row * delta_stride + channel]; }
+    __device__ s8 z_at(i64 row, int channel) const { return z[row * z_stride + channel]; }
+    __device__ s8 b_c_at(i64 row, int n) const { return bc[row * bc_stride + n]; }
+    __device__ float u(s8 raw) const { return u_scale * (float)raw; }
+    __device__ float delta(s8 raw) const { return delta_scale * (float)raw; }
+    __device__ float gate(s8 raw) const { return gates[raw + 128]; }
+    __device__ float b_c(s8 raw) const { return bc_scale * (float)raw; }
+    __device__ void put(i64 row, int channel, float value) const { y[row * channels + channel] = float_to_half(value); }
+};
+
+// Mamba-1's scan of codes, y (t, e) rounded to float16. u, delta (before bias and softplus), z (t, e) and bc (t, 2
+// STATES), B then C: codes, rows apart; the rest as in scan_channels.
+extern "C" __global__ void __launch_bounds__(SCAN_THREADS) selective_scan(
+    const s8* u, i64 u_stride, const s8* delta, i64 delta_stride, const s8* bc, i64 bc_stride, const s8* z, i64 z_stride,
+    float u_scale, float delta_scale, float bc_scale, float z_scale, const float* a, const float* d, const float* bias,
+    const int* offsets, i64 channels, u16* y
+) {
+    __shared__ float gates[256];
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) gates[i] = silu(z_scale * (float)(i - 128));
+    __syncthreads();
+    const Channels in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, delta_scale, bc_scale,
+                         gates, channels, y};
+    scan_channels(in, a, d, bias, offsets, channels, nullptr);
+}
+
+// The Hadamard quantizer: codes of factor * (odd kron H) y. y (rows, DIM) float16; odd (ORDER, ORDER); out (rows, DIM),
+// rows out_stride apart.
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate(
+    const u16* y, i64 rows, const float* odd, float factor, i64 wrap, s8* out, i64 out_stride
+) {
+    extern __shared__ __align__(16) float line[];
+    __shared__ __align__(16) float signs[ORDER * ORDER];
+    Line* lines = (Line*)line;
+    read_rows(y, rows, lines);
+    finish_rows<READ_STAGES>(lines, odd, signs, rows, Codes{out, out_stride, factor, wrap});
+}
+
+#else
+
+struct Head {
+    const s8 *x_at, *b_at, *c_at;
+    i64 stride;
+    const float *x_scales, *b_scales, *c_scales;
+    const s8* dt_at;
+    i64 dt_stride;
+    float dt_scale;
+    i64 width;
+    u16* y;
+
+    __device__ float skipped(i64 row, i64 column) const { return x_scales[column] * (float)x_at[row * stride + column]; }
+    __device__ float x(i64 row, i64 column) const { return round_to_half(skipped(row, column)); }
+    __device__ float b(i64 row, i64 column) const {
+        return round_to_half(b_scales[column] * (float)b_at[row * stride + column]);
+    }
+    __device__ float c(i64 row, i64 column) const {
+        return round_to_half(c_scales[column] * (float)c_at[row * stride + column]);
+    }
+    __device__ float dt(i64 row, int head) const { return dt_scale * (float)dt_at[row * dt_stride + head]; }
+    __device__ void put(i64 row, i64 column, float value) const { y[row * width + column] = float_to_half(value); }
+};
+
+// Mamba-2's scan of codes, of values rounded to float16 but for the skip connection; y (t, heads HEADDIM) rounded to
+// float16. x (t, heads HEADDIM), b and c (t, ngroups STATES): columns of one tensor of codes, rows x_stride apart, with a
+// scale per column; dt (t, heads) codes, rows dt_stride apart, before bias and softplus; the rest as in scan_head.
+extern "C" __global__ void __launch_bounds__(HEADDIM / JOINED * SPLIT) ssd_scan(
+    const s8* x, const s8* b, const s8* c, i64 x_stride, const float* x_scales, const float* b_scales,
+    const float* c_scales, const s8* dt, i64 dt_stride, float dt_scale, const float* a, const float* d, const float* bias,
+    const int* offsets, i64 heads, i64 ngroups, u16* y
+) {
+    const Head in = {x, b, c, x_stride, x_scales, b_scales, c_scales, dt, dt_stride, dt_scale, heads * HEADDIM, y};
+    scan_head(in, a, d, bias, offsets, heads, ngroups, nullptr);
+}
+
+// Gated norm, rounded to float16, then the Hadamard quantizer. y (rows, DIM) float16; z codes, rows z_stride apart, with
+// z_scale; weight (DIM,); the rest as in gated_norm_rows and rotate.
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) gated_rotate(
+    const u16* y, i64 rows, const s8* z, i64 z_stride, float z_scale, const float* weight, i64 groups, float eps,
+    const float* odd, float factor, i64 wrap, s8* out, i64 out_stride
+) {
+    extern __shared__ __align__(16) float line[];
+    __shared__ __align__(16) float signs[ORDER * ORDER];
+    __shared__ float gates[256]; // SiLU of every code
+    Line* lines = (Line*)line;
+    for (int i = threadIdx.x; i < 256; i += ROW_THREADS) gates[i] = silu(z_scale * (float)(i - 128));
+    __syncthreads();
+    const auto gated = [=](i64 row, int i) { return half_to_float(y[row * DIM + i]) * gates[z[row * z_stride + i] + 128]; };
+    const auto keep = [](i64, int, float value, float* place) { *place = round_to_half(value); };
+    gated_norm_rows(lines, rows, weight, groups, eps, gated, keep);
+    finish_rows<0>(lines, odd, signs, rows, Codes{out, out_stride, factor, wrap});
+}
+
+#endif

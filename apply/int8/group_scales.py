@@ -1,0 +1,111 @@
+"""The activation scales of an INT8 Mamba-2: one per tensor, or one per scale group where the model reads groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from quambase.apply.int8.needed_scales import Scales, checked_scale, missing_scale, needed_sites
+from quambase.model.mamba2_weights import Mamba2Config
+from quambase.schema.errors import ScalesInvalid
+from quambase.schema.groups import LayerGroups
+from quambase.schema.scale_table import Scale
+from quambase.schema.sites import MAMBA2, find_site
+
+ChannelGroups = Sequence[Sequence[torch.Tensor]]
+"""Per layer the divisions of the channels of x, each the scale group of every channel (e,), int64; empty where groups
+follow from the sizes."""
+
+BY_CHANNEL_GROUP = ("x_conv_out:input", "ssm_state_act:input")
+"""The sites whose scale groups divide the channels of x."""
+
+
+STATE = "ssm_state_act:input"
+
+
+def values_of(scale: Scale) -> torch.Tensor:
+    """A site's scales as float32 (groups,), or (groups, n) of one per group and state index."""
+    return torch.tensor(scale if isinstance(scale, tuple) else (scale,), dtype=torch.float32)
+
+
+def channel_maps(layers: Sequence[LayerGroups]) -> list[list[torch.Tensor]]:
+    """Each layer's head group, and its scale group, of every channel of x (e,) in the reordered model, both numbered as
+    `LayerGroups.groups` counts.
+    """
+    maps = []
+    for groups in layers:
+        by_head, by_channel = (torch.empty(len(groups.channel_index), dtype=torch.int64) for _ in range(2))
+        heads: dict[tuple[int, int], int] = {}
+        for number, group in enumerate(groups.groups()):
+            by_channel[list(group.channels)] = number
+            by_head[list(group.channels)] = heads.setdefault((group.ssd_group, group.head_group), len(heads))
+        maps.append([by_head, by_channel])
+    return maps
+
+
+def channel_groups_of(config: Mamba2Config, channel_groups: ChannelGroups, layer: int, count: int) -> torch.Tensor:
+    """The group (0 to count - 1) of each channel of x (e,), int64: none, by SSD group, or the layer's own division of
+    that many groups. Divisions are nested, so of the same number they are the same.
+    """
+    if count in (1, config.ngroups):
+        return torch.arange(config.d_inner) // (config.d_inner // count)
+    return next(index for index in channel_groups[layer] if int(index.max()) + 1 == count)
+
+
+def check_group_scales(
+    scales: Scales, config: Mamba2Config, channel_groups: ChannelGroups, quantize_lm_head: bool
+) -> dict[tuple[int, str], Scale]:
+    """The scales the model reads, rounded to float32.
+
+    ScalesInvalid: one is missing, not finite, not positive, or there are not as many as the site has groups.
+    """
+    needed = needed_sites(config, quantize_lm_head)
+    missing = [key for key in needed if key not in scales]
+    if missing:
+        raise missing_scale(missing, needed)
+    found: dict[tuple[int, str], Scale] = {}
+    for layer, site in needed:
+        scale = scales[layer, site]
+        _check_count(layer, site, scale, config, channel_groups)
+        found[layer, site] = _checked(layer, site, scale, config.d_state)
+    return found
+
+
+def _checked(layer: int, site: str, scale: Scale, d_state: int) -> Scale:
+    """``scale`` rounded to float32; one group's is one scale."""
+    if not isinstance(scale, tuple):
+        return checked_scale(layer, site, scale)
+    groups: list[float] = []
+    by_index: list[tuple[float, ...]] = []
+    for part in scale:
+        if not isinstance(part, tuple):
+            groups.append(checked_scale(layer, site, part))
+            continue
+        if site != STATE or len(part) != d_state:
+            expected = f"one for each of the {d_state} state indices" if site == STATE else "one"
+            raise ScalesInvalid(
+                f"layer {layer} {site} has {len(part)} scales in a group, expected {expected}; analyze again"
+            )
+        by_index.append(tuple(checked_scale(layer, site, value) for value in part))
+    if by_index and groups:
+        raise ScalesInvalid(f"layer {layer} {site} has scales by state index in some groups only; analyze again")
+    if by_index:
+        return tuple(by_index)
+    return tuple(groups) if len(groups) > 1 else groups[0]
+
+
+def _check_count(layer: int, site: str, scale: Scale, config: Mamba2Config, channel_groups: ChannelGroups) -> None:
+    if not isinstance(scale, tuple):
+        return
+    expected = {1}
+    if find_site(site, MAMBA2).grouped:
+        expected.add(config.ngroups)
+    if site in BY_CHANNEL_GROUP and layer < len(channel_groups):
+        expected |= {int(index.max()) + 1 for index in channel_groups[layer]}
+    if len(scale) not in expected:
+        counts = " or ".join(map(str, sorted(expected)))
+        raise ScalesInvalid(
+            f"layer {layer} {site} has {len(scale)} scale groups, expected {counts}; "
+            "analyze with --granularity tensor, or collect this model again"
+        )

@@ -1,0 +1,295 @@
+"""Compiled CPU kernels of the INT8 Mamba-1 block: the steps between two integer matrix products.
+
+Rounding is written out in each: half to even (`half_even`) in the norm, the GEMM epilogue and the decoded
+state; half away from zero (`half_away`) in the convolution, the Hadamard quantizer and the prefill state. All
+arithmetic is float32 in upstream's order; no product is contracted with a sum, so results do not depend on
+the compiler. Packed batches as in `quambase.model.operators.host_kernels`.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from quambase.model.operators.host_kernels import BLOCK, exp32, silu32
+
+Float32 = npt.NDArray[np.float32]
+Int8 = npt.NDArray[np.int8]
+Int64 = npt.NDArray[np.int64]
+
+_LOWEST = np.float32(-128)
+_HIGHEST = np.float32(127)
+_HALF = np.float32(0.5)
+_ZERO = np.float32(0)
+_ONE = np.float32(1)
+# Adding 1.5 * 2^23 leaves no fraction bits, so the sum is rounded to an integer, half
+# to even, by the addition itself; exact for |x| < 2^22, and it vectorises.
+_SHIFTER = np.float32(12582912)
+_STATE_FACTOR = np.float32(1e2)
+_INT32_EDGE = np.float32(2147483648)
+
+
+@numba.njit(inline="always")
+def half_even(x: np.float32) -> np.int8:
+    """The INT8 code of x: rounded half to even, saturating at -128 and 127."""
+    # Both limits are integers, so clamping first gives the same code as clamping last.
+    return np.int8(min(max(x, _LOWEST), _HIGHEST) + _SHIFTER - _SHIFTER)
+
+
+@numba.njit(inline="always")
+def round_half_away(x: np.float32) -> np.float32:
+    """C's roundf for |x| < 2^31: half away from zero. (floor(|x| + 0.5) would round 0.49999997 up.)"""
+    whole = np.float32(np.int32(x))
+    rest = x - whole
+    return whole + (_ONE if rest >= _HALF else _ZERO) - (_ONE if rest <= -_HALF else _ZERO)
+
+
+@numba.njit(inline="always")
+def half_away(x: np.float32) -> np.int8:
+    """The INT8 code of x: rounded half away from zero, saturating at -128 and 127."""
+    return np.int8(round_half_away(min(max(x, _LOWEST), _HIGHEST)))
+
+
+@numba.njit(parallel=True, cache=True)
+def scale_to_int8(acc: Float32, first: np.float32, second: np.float32, out: Int8) -> None:
+    """GEMM epilogue: ``half_even((acc * first) * second)``. acc, out (rows, columns)."""
+    rows, columns = acc.shape
+    for row in numba.prange(rows):
+        for i in range(columns):
+            out[row, i] = half_even(np.float32(np.float32(acc[row, i] * first) * second))
+
+
+@numba.njit(fastmath={"reassoc"})
+def _sum_of_squares(line: Float32) -> float:
+    total = 0.0
+    for i in range(line.size):
+        value = float(line[i])
+        total += value * value
+    return total
+
+
+@numba.njit(parallel=True, cache=True)
+def add_rms_norm_int8(x: Float32, residual: Float32, eps: np.float32, scale: np.float32, out: Int8) -> None:
+    """``residual += x``, then the INT8 code (half to even) of ``residual / rms(residual) / scale``.
+
+    x, residual, out (t, d); the norm's weight was folded into the next projection.
+    """
+    rows, width = x.shape
+    for row in numba.prange(rows):
+        line = residual[row]
+        for i in range(width):
+            line[i] += x[row, i]
+        mean = np.float32(_sum_of_squares(line) / width)
+        rstd = np.float32(_ONE / np.sqrt(np.float32(mean + eps)))
+        for i in range(width):
+            out[row, i] = half_even(np.float32(np.float32(line[i] * rstd) / scale))
+
+
+@numba.njit(parallel=True, cache=True)
+def add_rms_norm(x: Float32, residual: Float32, eps: np.float32, out: Float32) -> None:
+    """``residual += x``, then ``residual / rms(residual)`` in float32. x, residual, out (t, d)."""
+    rows, width = x.shape
+    for row in numba.prange(rows):
+        line = residual[row]
+        for i in range(width):
+            line[i] += x[row, i]
+        mean = np.float32(_sum_of_squares(line) / width)
+        rstd = np.float32(_ONE / np.sqrt(np.float32(mean + eps)))
+        for i in range(width):
+            out[row, i] = line[i] * rstd
+
+
+@numba.njit(parallel=True, cache=True)
+def conv_silu_int8(
+    x: Int8,
+    weight: Float32,
+    scale_wx: np.float32,
+    bias: Float32,
+    scale_out: np.float32,
+    offsets: Int64,
+    out: Int8,
+) -> None:
+    """Depthwise causal convolution of codes, SiLU, and one rounding (half away from zero).
+
+    ``v = scale_wx * sum(weight * x) + bias; code = v / (1 + exp(-v)) / scale_out``.
+
+    x (t, >= e): its first e columns are read; weight (k, e) codes held in float32 (the sum of k products is
+    exact), its last row multiplying the current token; bias (e,) dequantized; out (t, e). Zeros before every
+    document.
+    """
+    documents = offsets.size - 1
+    width, channels = weight.shape
+    blocks = (channels + BLOCK - 1) // BLOCK
+    for piece in numba.prange(documents * blocks):
+        document = piece // blocks
+        low = (piece % blocks) * BLOCK
+        size = min(low + BLOCK, channels) - low
+        total = np.empty(BLOCK, np.float32)
+        start = offsets[document]
+        for row in range(start, offsets[document + 1]):
+            for i in range(size):
+                total[i] = _ZERO
+            for tap in range(max(0, width - 1 - (row - start)), width):
+                source = row - (width - 1 - tap)
+                for i in range(size):
+                    total[i] += weight[tap, low + i] * np.float32(x[source, low + i])
+            for i in range(size):
+                value = np.float32(np.float32(scale_wx * total[i]) + bias[low + i])
+                out[row, low + i] = half_away(np.float32(silu32(value) / scale_out))
+
+
+@numba.njit(parallel=True, cache=True)
+def round_to_int8(x: Float32, wrap: bool, out: Int8) -> None:
+    """The Hadamard quantizer's last step: half away from zero, saturating; or modulo 256 if ``wrap``.
+
+    x, out (rows, columns). Wrapping is upstream's float -> int32 (saturating) -> int8 (low byte).
+    """
+    rows, columns = x.shape
+    for row in numba.prange(rows):
+        if wrap:
+            for i in range(columns):
+                value = x[row, i]
+                if value >= _INT32_EDGE:
+                    code = np.int64(2147483647)
+                elif value <= -_INT32_EDGE:
+                    code = np.int64(-2147483648)
+                else:
+                    code = np.int64(round_half_away(value))
+                code &= 255
+                out[row, i] = np.int8(code - 256 if code > 127 else code)
+        else:
+            for i in range(columns):
+                out[row, i] = half_away(x[row, i])
+
+
+@numba.njit(parallel=True, cache=True)
+def state_to_int8(state: Float32, scale: np.float32, out: Int8) -> None:
+    """Codes (half away from zero) of ``state / scale`` after a prefill. Both (documents, n, e)."""
+    for document in numba.prange(state.shape[0]):
+        for n in range(state.shape[1]):
+            for i in range(state.shape[2]):
+                out[document, n, i] = half_away(np.float32(state[document, n, i] / scale))
+
+
+@numba.njit(cache=True)
+def conv_update_int8(
+    x: Int8,
+    window: Int8,
+    weight: Float32,
+    scale_wx: np.float32,
+    bias: Float32,
+    scale_out: np.float32,
+    out: Int8,
+) -> None:
+    """One decoded token through the convolution: shifts ``window``, then sums from the bias in float32.
+
+    x (b, >= e): its first e columns; window (b, k, e), oldest first, updated in place; the rest as in
+    conv_silu_int8. Terms are added in upstream's order, so the sum is rounded differently from the prefill's.
+    """
+    documents, width, channels = window.shape
+    for document in range(documents):
+        for tap in range(width - 1):
+            for i in range(channels):
+                window[document, tap, i] = window[document, tap + 1, i]
+        for i in range(channels):
+            window[document, width - 1, i] = x[document, i]
+        for i in range(channels):
+            value = bias[i]
+            for tap in range(width):
+                scaled = np.float32(scale_wx * weight[tap, i])
+                value = np.float32(value + np.float32(scaled * np.float32(window[document, tap, i])))
+            out[document, i] = half_away(np.float32(silu32(value) / scale_out))
+
+
+@numba.njit(cache=True)
+def scan_update_int8(
+    u: Float32,
+    delta: Float32,
+    a: Float32,
+    b: Float32,
+    c: Float32,
+    d: Float32,
+    z: Float32,
+    scale: np.float32,
+    state: Int8,
+    y: Float32,
+) -> None:
+    """One decoded token through the selective scan; ``state`` is dequantized, advanced and rounded (half to
+    even).
+
+    u, delta, z, y (b, e); a (n, e), negative; b, c (b, n); d (e,); state (b, n, e) codes with ``scale``. The
+    output reads the state before it is rounded.
+    """
+    documents, states, channels = state.shape
+    divisor = np.float32(scale * _STATE_FACTOR)
+    total = np.empty(channels, np.float32)
+    for document in range(documents):
+        for i in range(channels):
+            total[i] = _ZERO
+        for n in range(states):
+            for i in range(channels):
+                step = delta[document, i]
+                decay = exp32(np.float32(a[n, i] * step))
+                gain = np.float32(np.float32(b[document, n] * step) * u[document, i])
+                old = np.float32(scale * np.float32(state[document, n, i]))
+                new = np.float32(np.float32(old * decay) + gain)
+                state[document, n, i] = half_even(np.float32(np.float32(new * _STATE_FACTOR) / divisor))
+                total[i] = np.float32(total[i] + np.float32(new * c[document, n]))
+        for i in range(channels):
+            skipped = np.float32(total[i] + np.float32(u[document, i] * d[i]))
+            y[document, i] = skipped * silu32(z[document, i])
+
+
+@numba.njit(fastmath={"reassoc", "nsz", "contract"})
+def _log_sum_exp(line: Float32) -> tuple[np.float32, int]:
+    """log(sum(exp(line))) and the first index of its largest value."""
+    top = line[0]
+    for i in range(1, line.size):
+        top = max(top, line[i])
+    total = 0.0
+    for i in range(line.size):
+        total += float(exp32(line[i] - top))
+    best = 0
+    while line[best] < top:
+        best += 1
+    return np.float32(top + np.log(total)), best
+
+
+@numba.njit(parallel=True, cache=True)
+def log_softmax_rows(logits: Float32, top: Int64) -> None:
+    """In place: logits (rows, v) to log-probabilities; ``top`` (rows,) gets each row's first argmax."""
+    for row in numba.prange(logits.shape[0]):
+        line = logits[row]
+        lse, best = _log_sum_exp(line)
+        top[row] = best
+        for i in range(line.size):
+            line[i] -= lse
+
+
+@numba.njit(fastmath={"reassoc", "nsz", "contract"})
+def _divergence(reference: Float32, line: Float32, lse: np.float32) -> float:
+    total = 0.0
+    for i in range(line.size):
+        total += float(exp32(reference[i]) * (reference[i] - (line[i] - lse)))
+    return total
+
+
+@numba.njit(parallel=True, cache=True)
+def compare_rows(
+    reference: Float32,
+    logits: Float32,
+    targets: Int64,
+    nll: npt.NDArray[np.float64],
+    kl: npt.NDArray[np.float64],
+    top: Int64,
+) -> None:
+    """Per row: -log q(target), KL(p || q) in nats and the first argmax of q.
+
+    reference (rows, v): log p; logits (rows, v): q before normalisation; the rest (rows,).
+    """
+    for row in numba.prange(logits.shape[0]):
+        lse, best = _log_sum_exp(logits[row])
+        top[row] = best
+        nll[row] = lse - logits[row, targets[row]]
+        kl[row] = _divergence(reference[row], logits[row], lse)

@@ -1,0 +1,292 @@
+"""An INT8 model as a folder: tensors, settings, and where its scales come from.
+
+model.safetensors  int8 weights and their scales, the embedding and head, every activation scale
+config.json        sizes, settings, source model and hashes, strategy
+scales.parquet     the rows of the scale table that were loaded (and upstream's, to compare with)
+tokenizer.json     the source model's tokenizer
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from quambase.apply.int8.arithmetic import Int8Weight
+from quambase.apply.int8.families import Int8Model
+from quambase.apply.int8.mamba1 import Int8Mamba
+from quambase.apply.int8.mamba2 import Int8Mamba2
+from quambase.apply.int8.mamba2_weights import (
+    Int8Mamba2Layer,
+    Int8Mamba2Weights,
+    SplitInt8Weight,
+    conv_widths,
+    in_proj_widths,
+)
+from quambase.apply.int8.weights import Int8Layer, Int8Weights
+from quambase.model.mamba2_weights import Mamba2Config
+from quambase.model.weights import MambaConfig
+from quambase.schema import FORMAT_VERSION
+from quambase.schema.errors import CheckpointInvalid, OutputRefused
+from quambase.schema.files import file_sha256, replacing
+from quambase.schema.scale_table import Scale, write_scales
+
+QUAMBA1, QUAMBA2 = "quamba1-w8a8", "quamba2-w8a8"
+CONFIG, TENSORS, SCALES, TOKENIZER = "config.json", "model.safetensors", "scales.parquet", "tokenizer.json"
+
+LAST = "last.txt"
+"""In the database's ``models`` folder: the path of the model applied last, from there if it lies there."""
+
+UNFINISHED = "unfinished"
+"""What config.json says while the model is being written."""
+
+_EXPECTED: dict[str, type] = {
+    "sizes": dict,
+    "source": dict,
+    "strategy": str,
+    "weights_sha256": str,
+    "tensors_sha256": str,
+    "quantize_lm_head": bool,
+    "quantize_embedding": bool,
+}
+"""What config.json of a finished model says, beside its family and ``compat``."""
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A loaded INT8 model folder; ``about`` is what its config.json says beside the sizes."""
+
+    folder: Path
+    model: Int8Model
+    about: dict[str, Any]
+    tensors_sha256: str
+
+
+def refuse_foreign_folder(folder: Path) -> None:
+    """OutputRefused unless ``folder`` is new, empty, or an INT8 model's of ours; called before any work."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputRefused(f"{folder} is a file; expected a folder to write the INT8 model to")
+    if not any(folder.iterdir()):
+        return
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        ours = isinstance(config, dict) and config.get("family") in (QUAMBA1, QUAMBA2)
+    except (OSError, ValueError, RecursionError):
+        ours = False
+    if not ours:
+        raise OutputRefused(
+            f"{folder} holds files that are no INT8 model of quambase's; name a new or empty folder with --out"
+        )
+
+
+def save_model(
+    folder: Path,
+    model: Int8Model,
+    about: dict[str, Any],
+    tokenizer: Path | None = None,
+    scales: tuple[pa.Table, dict[str, Any]] | None = None,
+) -> None:
+    """Write ``model`` to ``folder``. config.json comes first, marked unfinished, and whole at the end.
+
+    about    source model, hashes, strategy: whatever JSON should be kept beside the settings
+    scales   the rows of the scale table that the model is from, and their provenance
+    OSError; on a full disk too, whose error safetensors reports as its own.
+    """
+    family = QUAMBA2 if isinstance(model, Int8Mamba2) else QUAMBA1
+    _write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, "family": family, UNFINISHED: True})
+    with replacing(folder / TENSORS) as temporary:
+        try:
+            save_file(_tensors(model), temporary)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code), str(folder / TENSORS)) from None
+    if tokenizer is not None:
+        with replacing(folder / TOKENIZER) as temporary:
+            shutil.copyfile(tokenizer, temporary)
+    if scales is not None:
+        write_scales(folder / SCALES, *scales)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "family": family,
+        "sizes": asdict(model.config),
+        "quantize_lm_head": model.quantized_lm_head,
+        "quantize_embedding": model.weights.embedding_scales is not None,
+        "compat": model.compat,
+        "tensors_sha256": file_sha256(folder / TENSORS),
+        **about,
+    }
+    _write_json(folder / CONFIG, config)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def weights_digest(model: Int8Model) -> str:
+    """SHA-256 over the names and bytes of everything a model computes with but its activation scales."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_tensors(model).items()):
+        if not name.startswith("activation_scales."):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _tensors(model: Int8Model) -> dict[str, torch.Tensor]:
+    weights = model.weights
+    found: dict[str, torch.Tensor] = {"embedding": weights.embedding}
+    if weights.embedding_scales is not None:
+        found["embedding.scales"] = weights.embedding_scales
+    named: dict[str, torch.Tensor | Int8Weight | SplitInt8Weight] = {"lm_head": weights.lm_head}
+    layers: tuple[Int8Layer | Int8Mamba2Layer, ...] = weights.layers
+    for i, layer in enumerate(layers):
+        named |= {f"layers.{i}.{f.name}": getattr(layer, f.name) for f in fields(layer)}
+    for name, weight in named.items():
+        if isinstance(weight, torch.Tensor):
+            found[name] = weight
+            continue
+        found[name] = weight.codes
+        scale = weight.scales if isinstance(weight, SplitInt8Weight) else weight.scale
+        found[f"{name}.scale"] = torch.tensor(scale, dtype=torch.float32)
+    scales: Mapping[tuple[int, str], Scale] = model.scales
+    for (layer_number, site), value in scales.items():
+        found[f"activation_scales.{layer_number}.{site}"] = torch.tensor(value, dtype=torch.float32)
+    if isinstance(model, Int8Mamba2):
+        found |= {f"channel_groups.{i}": torch.stack(list(maps)) for i, maps in enumerate(model.channel_groups)}
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def load_stored(folder: Path) -> StoredModel:
+    """Load a folder written by `save_model`, to the same bits.
+
+    CheckpointInvalid: no such folder, unfinished, another family or newer format, a tensor missing, or
+    altered since.
+    """
+    about = read_about(folder)
+    path = folder / TENSORS
+    try:
+        digest = file_sha256(path)
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (FileNotFoundError, SafetensorError) as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointInvalid(f"{path} cannot be read ({first}); run `apply` again") from None
+    if digest != about["tensors_sha256"]:
+        raise CheckpointInvalid(f"{path} was altered since `apply` wrote it (its checksum differs); run `apply` again")
+    try:
+        model = _model_of(about, tensors)
+    except (KeyError, TypeError) as error:
+        raise CheckpointInvalid(f"{folder} lacks {error}; run `apply` again") from None
+    return StoredModel(folder, model, about, digest)
+
+
+def _model_of(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Int8Model:
+    head = _whole(tensors, "lm_head") if about["quantize_lm_head"] else tensors["lm_head"]
+    ends = (tensors["embedding"], tensors.get("embedding.scales"), head)
+    scales: dict[tuple[int, str], Scale] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("activation_scales."):
+            _, layer, site = name.split(".", 2)
+            scales[int(layer), site] = _scale_of(tensor)
+    if about["family"] == QUAMBA2:
+        config = Mamba2Config(**about["sizes"])
+        blocks = tuple(_mamba2_layer(config, tensors, f"layers.{i}.") for i in range(config.n_layer))
+        maps = range(config.n_layer if "channel_groups.0" in tensors else 0)
+        groups = [list(tensors[f"channel_groups.{i}"]) for i in maps]
+        weights = Int8Mamba2Weights(*ends, config, blocks)
+        return Int8Mamba2(weights, scales, channel_groups=groups, compat=about["compat"])
+    sizes = MambaConfig(**about["sizes"])
+    layers = tuple(
+        Int8Layer(**{f.name: _whole(tensors, f"layers.{i}.{f.name}") for f in fields(Int8Layer)})
+        for i in range(sizes.n_layer)
+    )
+    return Int8Mamba(Int8Weights(*ends, sizes, layers), scales, compat=about["compat"])
+
+
+def _scale_of(tensor: torch.Tensor) -> Scale:
+    """A float, a tuple, or a tuple of tuples: as many axes as ``tensor``."""
+    if tensor.dim() == 2:
+        return tuple(map(tuple, tensor.tolist()))
+    return tuple(tensor.tolist()) if tensor.dim() else float(tensor)
+
+
+def _whole(tensors: dict[str, torch.Tensor], name: str) -> Int8Weight:
+    return Int8Weight(tensors[name], float(tensors[f"{name}.scale"]))
+
+
+def _mamba2_layer(config: Mamba2Config, tensors: dict[str, torch.Tensor], prefix: str) -> Int8Mamba2Layer:
+    def split(name: str, widths: tuple[int, ...]) -> SplitInt8Weight:
+        return SplitInt8Weight(tensors[prefix + name], tuple(tensors[f"{prefix}{name}.scale"].tolist()), widths)
+
+    return Int8Mamba2Layer(
+        in_proj=split("in_proj", in_proj_widths(config)),
+        conv_weight=split("conv_weight", conv_widths(config)),
+        conv_bias=split("conv_bias", conv_widths(config)),
+        A_log=_whole(tensors, f"{prefix}A_log"),
+        D=_whole(tensors, f"{prefix}D"),
+        out_proj=_whole(tensors, f"{prefix}out_proj"),
+        dt_bias=tensors[f"{prefix}dt_bias"],
+        gated_norm=tensors[f"{prefix}gated_norm"],
+    )
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """``folder/config.json``; CheckpointInvalid if it is missing, another family or a newer format."""
+    path = folder / CONFIG
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointInvalid(f"{folder} holds no INT8 model (no {CONFIG}); make one with `apply`") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointInvalid(f"{path} is not valid JSON ({error}); run `apply` again") from None
+    if not isinstance(about, dict) or about.get("family") not in (QUAMBA1, QUAMBA2):
+        raise CheckpointInvalid(f"{folder} is no {QUAMBA1} or {QUAMBA2} model; make one with `apply`")
+    if UNFINISHED in about:
+        raise CheckpointInvalid(f"{folder} is unfinished: `apply` was stopped while it wrote it; run `apply` again")
+    version = about.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointInvalid(
+            f"{path} has format version {version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
+        )
+    wrong = [key for key, kind in _EXPECTED.items() if not isinstance(about.get(key), kind)]
+    if not wrong and not {"name", "path"} <= about["source"].keys():
+        wrong = ["source"]
+    if wrong:
+        raise CheckpointInvalid(f"{path} lacks {', '.join(wrong)} or has it in another form; run `apply` again")
+    return about
+
+
+def remember(db: Path, folder: Path) -> None:
+    """Record ``folder`` as the model applied last in this database."""
+    models = (db / "models").resolve()
+    absolute = folder.resolve()
+    # A path inside the database goes with it when it is moved.
+    kept = absolute.relative_to(models) if absolute.is_relative_to(models) else absolute
+    with replacing(models / LAST) as temporary:
+        temporary.write_bytes(os.fsencode(kept) + b"\n")
+
+
+def last_applied(db: Path) -> Path:
+    """The model applied last; CheckpointInvalid if there is none."""
+    path = db / "models" / LAST
+    if not path.exists():
+        raise CheckpointInvalid(
+            f"no model was applied in {db} yet; run `apply`, name a model folder, or give --scales FILE"
+        )
+    return path.parent / Path(os.fsdecode(path.read_bytes().rstrip(b"\n")))

@@ -1,0 +1,209 @@
+"""From a scale table to the activation scales an INT8 model reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from quambase.apply.int8.arithmetic import float32
+from quambase.model.mamba2_weights import Mamba2Config
+from quambase.model.weights import MambaConfig
+from quambase.schema.errors import ScalesInvalid, UnknownName
+from quambase.schema.groups import GRANULARITIES
+from quambase.schema.scale_table import Scale, ScaleTable
+from quambase.schema.sites import FAMILIES, HEAD_LAYER, MAMBA1, MAMBA2, WHOLE, find_site, is_model_site, layer_sites
+
+Scales = Mapping[tuple[int, str], Scale]
+"""(layer, site) to a positive scale, or to one per scale group where an INT8 Mamba-2 reads groups."""
+
+DEFAULT_OTHERWISE = "quamba"
+"""The strategy of the sites that ``at`` does not name: what upstream computes."""
+
+
+def needed_sites(config: MambaConfig | Mamba2Config, quantize_lm_head: bool) -> list[tuple[int, str]]:
+    """The (layer, site) pairs whose scales the model reads."""
+    family = MAMBA2 if isinstance(config, Mamba2Config) else MAMBA1
+    return [
+        (layer, site.name)
+        for layer, site in layer_sites(config.n_layer, family)
+        if site.consumed and (layer != HEAD_LAYER or quantize_lm_head)
+    ]
+
+
+def missing_scale(missing: list[tuple[int, str]], needed: list[tuple[int, str]]) -> ScalesInvalid:
+    """The error that names the first of the ``missing`` of the ``needed`` scales."""
+    layer, site = missing[0]
+    return ScalesInvalid(
+        f"no scale for layer {layer} {site} ({len(missing)} of {len(needed)} missing): the strategy has no plain INT8 "
+        "scale there, or the run lacks the site; name another strategy, or collect every site and analyze again"
+    )
+
+
+def check_scales(scales: Scales, needed: list[tuple[int, str]]) -> dict[tuple[int, str], float]:
+    """The needed scales, rounded to float32. ScalesInvalid: one is missing, not finite, or not positive."""
+    missing = [key for key in needed if key not in scales]
+    if missing:
+        raise missing_scale(missing, needed)
+    found = {}
+    for layer, site in needed:
+        scale = scales[layer, site]
+        if isinstance(scale, tuple):
+            raise ScalesInvalid(
+                f"layer {layer} {site} has {len(scale)} scale groups, expected one scale; analyze with "
+                "--granularity tensor"
+            )
+        found[layer, site] = checked_scale(layer, site, scale)
+    return found
+
+
+def checked_scale(layer: int, site: str, scale: float) -> float:
+    """``scale`` rounded to float32; ScalesInvalid unless it is positive and finite."""
+    value = float32(scale)
+    if not (math.isfinite(value) and value > 0):
+        raise ScalesInvalid(
+            f"the scale at layer {layer} {site} is {value}; expected a positive finite number: analyze again"
+        )
+    return value
+
+
+def check_model(table: ScaleTable, weights_sha256: str, name: str) -> None:
+    """ScalesInvalid unless the table's scales were computed from a run of the model with these weights."""
+    model = table.model
+    if model.get("family") not in FAMILIES:
+        raise ScalesInvalid(
+            f"the scale table describes '{model.get('name')}' (family {model.get('family')}), "
+            "no Mamba model; expected scales of a run of `collect --model NAME`"
+        )
+    found = table.identity.get("weights_sha256")
+    if found != weights_sha256:
+        raise ScalesInvalid(
+            f"the scale table belongs to model {model.get('name')} (weights {str(found)[:12]}), "
+            f"not to {name} (weights {weights_sha256[:12]}); give that model with --model, "
+            f"or collect and analyze {name}"
+        )
+
+
+def choose_scales(
+    table: ScaleTable,
+    strategy: str,
+    at: Collection[str] = (),
+    otherwise: str = DEFAULT_OTHERWISE,
+    granularity: str | None = None,
+) -> dict[tuple[int, str], Scale]:
+    """(layer, site) to scale, or to scales by group, as finely as ``granularity`` (None: as the table has them): those
+    of ``strategy``, or with ``at`` its scales at these sites, ``otherwise``'s elsewhere.
+
+    UnknownName: a label, site or granularity that does not exist; ScalesInvalid: one that the table does not hold.
+    """
+    level = check_granularity(table, granularity)
+    chosen = table.group_scales_for(strategy, level)
+    if not at:
+        return chosen
+    for name in at:
+        find_site(name, str(table.model["family"]))
+    rest = {key: scale for key, scale in table.group_scales_for(otherwise, level).items() if key[1] not in at}
+    return rest | {key: scale for key, scale in chosen.items() if key[1] in at}
+
+
+def check_granularity(table: ScaleTable, granularity: str | None) -> str:
+    """``granularity``, or the table's finest if it is None. UnknownName: no granularity; ScalesInvalid: one at which
+    the table divides nothing.
+    """
+    held = table.granularities()
+    if granularity is None:
+        return held[-1]
+    if granularity not in GRANULARITIES:
+        raise UnknownName.of("granularity", granularity, GRANULARITIES)
+    if granularity not in held:
+        raise ScalesInvalid(
+            f"the scale table has no scales by {granularity} (it has {', '.join(held)}); "
+            "analyze a grouped Mamba-2 run with --granularity group"
+        )
+    return granularity
+
+
+def describe(
+    strategy: str,
+    at: Collection[str] = (),
+    otherwise: str = DEFAULT_OTHERWISE,
+    granularity: str | None = None,
+) -> str:
+    """What a mix is called in results: ``mse@x_proj:input/quamba``; ``mse (tensor)`` at a granularity that was asked
+    for.
+    """
+    mix = f"{strategy}@{','.join(at)}/{otherwise}" if at else strategy
+    return mix if granularity is None else f"{mix} ({granularity})"
+
+
+def loadable_labels(table: ScaleTable, needed: list[tuple[int, str]]) -> tuple[list[str], list[str]]:
+    """The labels that have a plain INT8 scale at every needed site, and those that have not."""
+    whole: list[str] = []
+    partial: list[str] = []
+    for label in table.labels():
+        (whole if set(needed) <= table.group_scales_for(label).keys() else partial).append(label)
+    return whole, partial
+
+
+def unsafe_sites(table: ScaleTable, scales: Scales) -> list[tuple[int, str]]:
+    """Sites whose consumer does not saturate upstream and whose scale clips values seen in calibration.
+
+    There upstream's kernel would wrap: ``round(amax / scale) > 127``. An imported scale has no amax to tell by.
+    """
+    amax = _amax(table)
+    family = str(table.model["family"])
+    return [
+        key
+        for key, scale in scales.items()
+        if is_model_site(key[1], family)
+        and not find_site(key[1], family).saturates
+        and isinstance(scale, float)
+        and not _clips_nothing(amax[key], scale)
+    ]
+
+
+def _amax(table: ScaleTable) -> dict[tuple[int, str], float | None]:
+    rows = table.table.select(["layer", "site", "amax"]).to_pylist()
+    return {(row["layer"], row["site"]): row["amax"] for row in rows}
+
+
+def _clips_nothing(amax: float | None, scale: float) -> bool:
+    return amax is None or amax < 127.5 * scale
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A scale that upstream's kernel cannot take, and the one that takes its place: of ``label``, ``scale``."""
+
+    layer: int
+    site: str
+    before: float
+    label: str
+    scale: float
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.site}: scale {self.before:.4g} clips, {self.scale:.4g} ({self.label}) instead"
+
+
+def clip_safe(table: ScaleTable, scales: Scales) -> tuple[dict[tuple[int, str], Scale], list[Replaced]]:
+    """``scales`` for upstream's INT8 model. Where one clips at a site whose kernel there wraps modulo 256, the scale of
+    least squared error among the table's that clip nothing takes its place, or that of absmax where there is none.
+    """
+    unsafe = set(unsafe_sites(table, scales))
+    found, replaced, amax = {**scales}, [], _amax(table)
+    rows = [row for row in table.table.to_pylist() if (row["layer"], row["site"]) in unsafe and not row["needs_decode"]]
+    for layer, site in sorted(unsafe):
+        largest = amax[layer, site]
+        before = scales[layer, site]
+        assert largest is not None and isinstance(before, float)
+        safe = [
+            (row["mse"], row["scale"], row["label"])
+            for row in rows
+            if (row["layer"], row["site"], row["group_name"]) == (layer, site, WHOLE)
+            and row["mse"] is not None
+            and _clips_nothing(largest, row["scale"])
+        ]
+        _, scale, label = min(safe, default=(0.0, float32(largest / 127), "absmax"))
+        found[layer, site] = scale
+        replaced.append(Replaced(layer, site, before, label, scale))
+    return found, replaced

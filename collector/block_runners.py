@@ -1,0 +1,283 @@
+"""What runs a block and keeps a run's statistics: on the host, or on a device that works on while parts are written."""
+
+from __future__ import annotations
+
+import gc
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from quambase.collector.cuda.counter import choose_counter
+from quambase.collector.cuda.gather import choose_gather
+from quambase.collector.cuda.statistics import DeviceStatistics
+from quambase.collector.cuda.taps import DeviceRecorder, ObservedBlock
+from quambase.collector.documents import PlannedDocument
+from quambase.collector.statistics import ENCODINGS, Counter, SiteLayout, SiteStatistics, sums_of
+from quambase.collector.table_rows import Key
+from quambase.collector.taps import BlockRecorder, Positions
+from quambase.model.backbone import Backbone
+from quambase.model.checkpoint import floating_model
+from quambase.model.mamba2_weights import Mamba2Weights
+from quambase.model.operators.device_models import DeviceModel, choose_device, device_model
+from quambase.model.packed_batch import Batch
+from quambase.model.weights import MambaWeights
+from quambase.schema.errors import DataInvalid, UnknownName
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+Write = Callable[[int, pa.Table, pa.Table], None]
+"""Takes a block's number and its rows of `documents` and `activations`."""
+
+Sums = Callable[[int, npt.NDArray[np.float64]], None]
+"""Takes a block's number and its own `quambase.collector.statistics.sums_of`."""
+
+AHEAD = 2
+"""Blocks that may be queued behind the one that the device works on. With many more, launches would wait for room in
+its queue.
+"""
+
+UNWRITTEN = 4
+"""Blocks whose parts may be unwritten while the device goes on."""
+
+WRITERS = 3
+"""Threads that make and write parts: a part takes longer than a block, on a slow disk by far."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the model runs, and in which type its forward pass: float32 on the CPU, float16 or float32 on CUDA."""
+
+    device: torch.device
+    dtype: str
+
+    def identity(self) -> dict[str, str]:
+        """What of it determines a run's bytes."""
+        return {"device": self.device.type, **({"forward_dtype": self.dtype} if self.device.type != "cpu" else {})}
+
+    def described(self) -> dict[str, str]:
+        """What the manifest says of the machine beside that: the CUDA device's name."""
+        return {"cuda": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}
+
+
+def choose_where(device: str = "auto", dtype: str | None = None) -> Where:
+    """What ``--device`` and ``--dtype`` mean here: CUDA if there is any, and there float16, as upstream runs the model.
+
+    UnknownName: another device or type; DataInvalid: CUDA where there is none, float16 on the CPU.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UnknownName.of("dtype", dtype, DTYPES)
+    where = choose_device(device)
+    if where.type == "cuda":
+        return Where(where, dtype or "float16")
+    if dtype == "float16":
+        raise DataInvalid("the CPU runs the model in float32; leave out --dtype float16, or say --device cuda")
+    return Where(where, "float32")
+
+
+def take_local_device(environment: Mapping[str, str]) -> None:
+    """Under torchrun: make this process's own GPU of the machine's the current one, which `choose_where` takes."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Whose raw activations are kept: ``positions`` of documents, final states of documents (None: all)."""
+
+    positions: Positions | None
+    states: set[int] | None
+
+
+NOTHING = Kept({}, set())
+
+
+class Observer(AbstractContextManager["Observer"]):
+    """Runs blocks in order and folds each into a run's statistics. ``most``: outliers kept per group."""
+
+    run: str
+    kept: Kept
+    write: Write | None
+    sums: Sums | None
+
+    @abstractmethod
+    def observe(self, number: int, documents: Sequence[PlannedDocument]) -> None:
+        """Run one block. TapNeverFired; whatever ``write`` raises, perhaps at a later block."""
+
+    def settle(self) -> None:
+        """Wait until every block so far is observed and ``write`` has taken its rows."""
+
+    @abstractmethod
+    def statistics(self) -> dict[Key, SiteStatistics]:
+        """Of all blocks so far, of the last of which ``write`` may not have taken the rows yet."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go of everything."""
+
+
+def _packed(documents: Sequence[PlannedDocument]) -> Batch:
+    return Batch.join([document.tokens for document in documents])
+
+
+class HostObserver(Observer):
+    """On the CPU, block after block."""
+
+    def __init__(
+        self,
+        model: Backbone,
+        statistics: dict[Key, SiteStatistics],
+        most: int,
+        run: str,
+        kept: Kept,
+        write: Write | None,
+        sums: Sums | None = None,
+    ) -> None:
+        self.model, self._statistics, self.run, self.kept = model, statistics, run, kept
+        self.write, self.sums = write, sums
+        self._layouts = {key: stats.layout for key, stats in statistics.items()}
+        self._counter = Counter(ENCODINGS["float16"], most, max(len(layout.names) for layout in self._layouts.values()))
+
+    def observe(self, number: int, documents: Sequence[PlannedDocument]) -> None:
+        """As `Observer.observe`."""
+        kept = self.kept
+        recorder = BlockRecorder(self.run, documents, self._layouts, self._counter, kept.positions, kept.states)
+        self.model.hidden(_packed(documents), recorder)
+        found = recorder.finish()
+        for key, block in found.items():
+            self._statistics[key].fold(block)
+        if self.sums:
+            self.sums(number, sums_of(found))
+        if self.write:
+            self.write(number, recorder.documents_table(), recorder.activations_table())
+
+    def statistics(self) -> dict[Key, SiteStatistics]:
+        """As `Observer.statistics`."""
+        return self._statistics
+
+
+@cache
+def _observing(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which a device's blocks are observed: of higher priority than the counter's own, whose kernels take
+    what the model's leave idle. One for all observers, since memory that was freed goes to its own stream only.
+    """
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+
+class DeviceObserver(Observer):
+    """On a device, whose queue is kept full: a block's tables are made and written by other threads, while it works on
+    later ones.
+    """
+
+    def __init__(
+        self,
+        model: DeviceModel,
+        statistics: Mapping[Key, SiteStatistics],
+        most: int,
+        run: str,
+        kept: Kept,
+        write: Write | None,
+        sums: Sums | None = None,
+    ) -> None:
+        self.model, self.run, self.kept, self.write, self.sums = model, run, kept, write, sums
+        layouts: dict[Key, SiteLayout] = {key: stats.layout for key, stats in statistics.items()}
+        self._statistics = DeviceStatistics(layouts, most, model.device)
+        self._statistics.load(statistics)
+        self._stream = None
+        if model.device.type == "cuda":
+            self._stream = _observing(model.device)
+            self._stream.wait_stream(torch.cuda.current_stream(model.device))
+        self._counter = choose_counter(ENCODINGS["float16"], most, model.device)
+        self._gather = choose_gather(model.device)
+        self._writer = ThreadPoolExecutor(WRITERS)
+        self._observed: deque[tuple[int, ObservedBlock, torch.Tensor]] = deque()
+        self._unwritten: deque[Future[None]] = deque()
+
+    def __enter__(self) -> DeviceObserver:
+        """Until the end Python looks through no object that is there now: doing so takes it as long as some blocks take
+        the device, which would wait.
+        """
+        gc.freeze()
+        return self
+
+    @torch.inference_mode()
+    def observe(self, number: int, documents: Sequence[PlannedDocument]) -> None:
+        """As `Observer.observe`."""
+        kept = self.kept
+        with torch.cuda.stream(self._stream):
+            recorder = DeviceRecorder(
+                self.run, documents, self._statistics, self._counter, self._gather, kept.positions, kept.states
+            )
+            self.model.hidden(_packed(documents), recorder)
+            block = recorder.finish()
+        if self.write or self.sums:
+            self._observed.append((number, block, self._statistics.block_sums))
+        self._hand_over(AHEAD)
+        self._await_written(UNWRITTEN)
+
+    def _hand_over(self, ahead: int) -> None:
+        """Let every block be written that has come to the host; wait until all have but ``ahead``."""
+        while self._observed and (self._observed[0][1].is_here() or len(self._observed) > ahead):
+            self._unwritten.append(self._writer.submit(self._write, *self._observed.popleft()))
+
+    def _await_written(self, ahead: int) -> None:
+        """Wait until all blocks are written but ``ahead``."""
+        while self._unwritten and len(self._observed) + len(self._unwritten) > ahead:
+            self._unwritten.popleft().result()
+
+    def _write(self, number: int, block: ObservedBlock, sums: torch.Tensor) -> None:
+        if self.sums:
+            self.sums(number, self._statistics.sums_of(sums))
+        if self.write:
+            self.write(number, *block.tables())
+
+    def settle(self) -> None:
+        """As `Observer.settle`."""
+        self._hand_over(0)
+        self._await_written(0)
+
+    def statistics(self) -> dict[Key, SiteStatistics]:
+        """As `Observer.statistics`."""
+        self._hand_over(0)
+        if self._statistics.device.type == "cuda":
+            torch.cuda.synchronize(self._statistics.device)
+        return self._statistics.to_host()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let what is queued be written, unless something failed; raises what went wrong with that."""
+        gc.unfreeze()
+        try:
+            if error is None:
+                self.settle()
+        finally:
+            self._writer.shutdown(wait=True, cancel_futures=True)
+
+
+def new_observer(
+    weights: MambaWeights | Mamba2Weights,
+    where: Where,
+    statistics: dict[Key, SiteStatistics],
+    most: int,
+    *,
+    run: str = "",
+    kept: Kept = NOTHING,
+    write: Write | None = None,
+    sums: Sums | None = None,
+) -> Observer:
+    """An observer of prepared ``weights`` that goes on from ``statistics``; a warning where kernels do not compile."""
+    if where.device.type == "cpu":
+        return HostObserver(floating_model(weights, rotated=True), statistics, most, run, kept, write, sums)
+    model = device_model(weights, where.device, DTYPES[where.dtype], rotated=True)
+    return DeviceObserver(model, statistics, most, run, kept, write, sums)

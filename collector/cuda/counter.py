@@ -1,0 +1,396 @@
+"""Counting on CUDA by compiled kernels; `counting.cu` and what it includes say how each works.
+
+Counters are 16 bits wide in shared memory, one table per multiprocessor, and exact: what would overflow is moved out in
+time. At each site the activations are read twice: for the counts, and for moments and outliers, whose threshold the
+counts give. Sites that follow each other are counted by the same launches: a launch takes the host longer than a small
+site takes the device, and a block of threads that goes on to the next site leaves no multiprocessor waiting. What
+follows the counting is queued on a stream of its own, beside whatever the caller's stream goes on with.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quambase.collector.cuda.packing import moment_segments, pack
+from quambase.collector.cuda.site_batch import (
+    CANDIDATES,
+    COMBINED,
+    FORMING,
+    OF_BATCH,
+    RANGES,
+    REDUCED,
+    SITE,
+    SITES,
+    Job,
+    LayoutTables,
+    Shape,
+    SiteBatch,
+    Tables,
+    blocks_of,
+    item_rows,
+    jobs_of,
+    power_of_two,
+    to_device,
+)
+from quambase.collector.cuda.statistics import DeviceSite, merged_top
+from quambase.collector.cuda.torch_counter import DeviceCounter, TorchCounter
+from quambase.collector.host_kernels import PATTERNS
+from quambase.collector.statistics import PROBABILITIES, SUMMARY_COLUMNS, Encoding, SiteLayout
+from quambase.model.cuda.compiler import CompilationFailed, Kernels, multiprocessors, shared_memory
+from quambase.schema.progress import remark
+
+Int64 = npt.NDArray[np.int64]
+
+SOURCE = Path(__file__).with_name("counting.cu")
+KERNELS = ("count_items", "reduce_counts", "summarise", "moments", "finish")
+KINDS = {
+    ("float16", torch.float16): 0,
+    ("bfloat16", torch.bfloat16): 1,
+    ("float16", torch.float32): 2,
+    ("bfloat16", torch.float32): 3,
+}
+"""KIND in the source, by encoding and type of the activations; others are first brought to float32."""
+
+TABLE = PATTERNS * 2
+"""Bytes of a table of 16-bit counters."""
+
+MOST_HALVINGS = 3
+SEGMENTS = 1024
+"""Documents times groups of one batch at most: each has a table of its own."""
+
+PLANS = 256
+"""How many batches' preparations are remembered."""
+
+
+class _Waiting(NamedTuple):
+    """A site that was added and is not counted yet; x, contiguous along its rows, of the batch's type."""
+
+    into: DeviceSite
+    x: torch.Tensor
+    stride: int
+    offsets: Int64
+    first: int
+    summaries: torch.Tensor
+
+
+@dataclass
+class _Queue:
+    """The sites that wait; ``into``: what each is counted into, by id; ``segments``: the tables that they take."""
+
+    sites: list[_Waiting] = field(default_factory=list)
+    into: set[int] = field(default_factory=set)
+    segments: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What batches of equal layouts, offsets and strides share.
+
+    batch    what of the struct does not differ
+    tables   int32, on the device, and each site's layout's: what it points to
+    rooms    the working memory that it needs: `_rooms`
+    groups, summaries, jobs, finishing: blocks of `reduce_counts` (in y), `summarise`, `moments`, `finish`
+    """
+
+    batch: SiteBatch
+    tables: torch.Tensor
+    layouts: list[LayoutTables]
+    rooms: dict[str, tuple[int, torch.dtype]]
+    groups: int
+    summaries: int
+    jobs: int
+    finishing: int
+
+
+class _Memory:
+    """Working memory of one batch at a time: ``rooms``, by name; ``batches``: each plan's, pointing there; ``reads``:
+    what the last one's kernels read. Its events: when it was counted, and when all its kernels have run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.rooms: dict[str, torch.Tensor] = {}
+        self.batches: dict[_Plan, SiteBatch] = {}
+        self.reads: list[object] = []
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            self._events = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def take(self, plan: _Plan, stream: torch.cuda.Stream | None) -> SiteBatch:
+        """A plan's batch. The one before has to be through with its memory first, on ``stream``, the current one; what
+        that one read may be given out again there.
+        """
+        if stream and self._events:
+            stream.wait_event(self._events[1])
+        self.reads = [plan]
+        if plan not in self.batches:
+            for name, (size, dtype) in plan.rooms.items():
+                if name not in self.rooms or self.rooms[name].numel() < size:
+                    self.rooms[name] = torch.zeros(power_of_two(size), dtype=dtype, device=self._device)
+                    self.batches.clear()  # which hold the old address
+            if len(self.batches) >= PLANS:
+                self.batches.clear()
+            batch = self.batches[plan] = SiteBatch.from_buffer_copy(plan.batch)
+            for name in plan.rooms:
+                setattr(batch, name, self.rooms[name].data_ptr())
+        return self.batches[plan]
+
+    def mark_counted(self, stream: torch.cuda.Stream | None, beside: torch.cuda.Stream | None) -> int | None:
+        """What follows the counting, which is queued on ``stream``, is to be queued ``beside``: its handle."""
+        if not (stream and beside and self._events):
+            return None
+        self._events[0].record(stream)
+        beside.wait_event(self._events[0])
+        return int(beside.cuda_stream)
+
+    def mark_done(self, beside: torch.cuda.Stream | None) -> None:
+        """All that uses the memory is queued."""
+        if beside and self._events:
+            self._events[1].record(beside)
+
+
+def halvings(shared: int) -> int:
+    """How often the range of patterns is halved for a table to fit in ``shared`` bytes.
+
+    CompilationFailed if that is too often.
+    """
+    for count in range(MOST_HALVINGS + 1):
+        if TABLE >> count <= shared:
+            return count
+    raise CompilationFailed(f"{shared} bytes of shared memory hold no table; expected {TABLE >> MOST_HALVINGS} or more")
+
+
+@cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device's counters for what follows the counting; one for all, which share the memory it frees."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+class CudaCounter:
+    """A `DeviceCounter` by compiled kernels; owns their working memory, which every site shares.
+
+    ``most``: outliers kept per group. ``shared``: bytes of shared memory a block may have (default: the device's);
+    ``blocks``: how many count at a time (default: one per multiprocessor). CompilationFailed where they cannot be
+    compiled.
+    """
+
+    def __init__(
+        self,
+        encoding: Encoding,
+        most: int,
+        device: torch.device,
+        *,
+        shared: int | None = None,
+        blocks: int | None = None,
+    ) -> None:
+        if not 1 <= most <= CANDIDATES:
+            raise ValueError(f"the number of outliers kept must lie in 1..{CANDIDATES}")
+        self.encoding, self.most, self.device = encoding, most, device
+        self._halvings = halvings(shared_memory(device) if shared is None else shared)
+        self._blocks = blocks or multiprocessors(device)
+        self._launchers: dict[int, Kernels] = {}
+        self._plans: dict[tuple[tuple[SiteLayout, bytes, int], ...], _Plan] = {}
+        self._waiting: defaultdict[int, _Queue] = defaultdict(_Queue)
+        self._memories = deque([_Memory(device), _Memory(device)])
+        self._layouts: dict[SiteLayout, LayoutTables] = {}
+        self._beside = _beside(device) if device.type == "cuda" else None
+        self._current: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._index = torch.cuda.current_device() if device.index is None else device.index
+        self._probabilities = torch.from_numpy(PROBABILITIES).to(device)
+        self._kernels(KINDS[encoding.name, encoding.torch_dtype])  # so that a failure is told at once
+
+    def _kernels(self, kind: int) -> Kernels:
+        if kind not in self._launchers:
+            defines = {"KIND": kind, "HALVINGS": self._halvings}
+            kernels = Kernels(SOURCE, KERNELS, defines, self.device)
+            kernels.allow_shared("count_items", TABLE >> self._halvings)
+            self._launchers[kind] = kernels
+        return self._launchers[kind]
+
+    def add(self, into: DeviceSite, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
+        """As `DeviceCounter.add`."""
+        documents = len(offsets) - 1
+        most = max(1, SEGMENTS // len(into.layout.names))
+        if documents <= most:
+            self._add(into, x, offsets, first, summaries)
+            return
+        for start in range(0, documents, most):
+            stop = min(start + most, documents)
+            rows = x[offsets[start] : offsets[stop]]
+            self._add(into, rows, offsets[start : stop + 1] - offsets[start], first + start, summaries[start:stop])
+
+    def _add(self, into: DeviceSite, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
+        kind = KINDS.get((self.encoding.name, x.dtype))
+        if kind is None:
+            x, kind = x.float(), KINDS[self.encoding.name, torch.float32]
+        rows, channels = x.shape
+        stride, along = x.stride()
+        if along != 1 or (rows > 1 and stride < channels):
+            x = x.contiguous()
+            stride = channels
+        segments = (len(offsets) - 1) * len(into.layout.names)
+        waiting = self._waiting[kind]
+        if len(waiting.sites) == SITES or waiting.segments + segments > SEGMENTS or id(into) in waiting.into:
+            self._count(kind)
+            waiting = self._waiting[kind]
+        waiting.sites.append(_Waiting(into, x, stride if rows > 1 else channels, offsets, first, summaries))
+        waiting.into.add(id(into))
+        waiting.segments += segments
+
+    def flush(self, *, partly: bool = False) -> None:
+        """As `DeviceCounter.flush`."""
+        for kind in list(self._waiting):
+            # As many more might not fit beside them.
+            if not partly or 2 * len(self._waiting[kind].sites) > SITES:
+                self._count(kind)
+        stream = self._stream()
+        if not partly and stream and self._beside:
+            stream.wait_stream(self._beside)
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        """The current one; to ask torch.cuda for it takes as long as to queue two kernels."""
+        if self.device.type != "cuda":
+            return None
+        raw = torch._C._cuda_getCurrentRawStream(self._index)
+        if self._current is None or self._current.cuda_stream != raw:
+            self._current = torch.cuda.current_stream(self.device)
+        return self._current
+
+    def _count(self, kind: int) -> None:
+        """Queue the counting of what waits of a kind."""
+        waiting = self._waiting.pop(kind).sites
+        if not waiting:
+            return
+        plan = self._plan(waiting)
+        launch = self._kernels(kind).launch
+        memory, stream = self._memories[0], self._stream()
+        self._memories.rotate()
+        batch = memory.take(plan, stream)
+        memory.reads.append(waiting)
+        tops: list[tuple[DeviceSite, torch.Tensor]] = []
+        for number, (into, x, _, offsets, first, summaries) in enumerate(waiting):
+            counts, top, moments = into.addresses
+            if into.calls:
+                tops.append((into, torch.empty_like(into.top)))
+                memory.reads.append(tops[-1])
+                top = tops[-1][1].data_ptr()
+            states = 0
+            if into.layout.d_state:
+                # The outliers are of the rows as counted; the moments are of each group's channels apart.
+                apart = x.reshape(len(offsets) - 1, into.layout.d_state, -1).transpose(1, 2)
+                apart = apart.index_select(1, plan.layouts[number].members)
+                memory.reads.append(apart)
+                states = apart.data_ptr()
+            place = SiteBatch.sites.offset + number * SITE.size
+            SITE.pack_into(batch, place, x.data_ptr(), states, first, counts, summaries.data_ptr(), top, *moments)
+            into.calls += 1
+        arguments = [batch]
+        launch("count_items", (self._blocks, 1), 1024, arguments, TABLE >> self._halvings)
+        beside = memory.mark_counted(stream, self._beside)
+        launch("reduce_counts", (PATTERNS // REDUCED, plan.groups), 256, arguments, 0, beside)
+        launch("summarise", (plan.summaries, 1), 1024, arguments, 0, beside)
+        launch("moments", (plan.jobs, 1), FORMING, arguments, 0, beside)
+        launch("finish", (plan.finishing, 1), 256, arguments, 0, beside)
+        if tops:
+            with torch.cuda.stream(self._beside):  # nothing else than the current one where there is none
+                for into, later in tops:
+                    into.top.copy_(merged_top(into.top, later))
+        memory.mark_done(self._beside)
+
+    def _plan(self, waiting: Sequence[_Waiting]) -> _Plan:
+        key = tuple((one.into.layout, one.offsets.tobytes(), one.stride) for one in waiting)
+        if key not in self._plans:
+            made = self._new_plan([(one.into.layout, one.offsets, one.stride) for one in waiting])
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            self._plans[key] = made
+        return self._plans[key]
+
+    def _new_plan(self, sites: Sequence[tuple[SiteLayout, Int64, int]]) -> _Plan:
+        packing = pack([(layout, offsets) for layout, offsets, _ in sites], self._blocks)
+        items, brought = item_rows(packing, [(layout, stride) for layout, _, stride in sites])
+        layouts = [self._layout(layout) for layout, _, _ in sites]
+        tables = Tables()
+        of_batch = items, packing.block_first, packing.segment_first, np.cumsum([0, *brought])
+        places = {name: tables.put(values) for name, values in zip(OF_BATCH, of_batch, strict=True)}
+        shapes, jobs = (Shape * len(sites))(), list[Job]()
+        firsts = {name: [0] for name in ("group_first", "summary_first", "finish_first", "job_first")}
+        segments = partial = 0
+        known: dict[bytes, tuple[int, int]] = {}  # where offsets and segments lie: most sites of a batch have the same
+        for number, ((layout, offsets, stride), of_layout) in enumerate(zip(sites, layouts, strict=True)):
+            groups, documents = len(layout.names), len(offsets) - 1
+            first_group = firsts["group_first"][-1]
+            lengths = offsets.tobytes()
+            if lengths not in known:
+                known[lengths] = tables.put(offsets), tables.put(np.stack([offsets[:-1], offsets[1:]], axis=1))
+            place, whole = known[lengths]
+            shapes[number] = Shape(stride, documents, groups, first_group, segments, place, **of_layout.places)
+            segments += groups * documents
+            apart = tables.put(moment_segments(layout, offsets)) if layout.d_state else 0
+            for job in jobs_of(number, layout, stride, whole, apart):
+                job.partial = partial
+                partial += documents * job.groups * job.channels
+                jobs.append(job)
+                firsts["job_first"].append(firsts["job_first"][-1] + blocks_of(job, documents))
+            firsts["group_first"].append(first_group + groups)
+            parts = documents if groups == 1 else documents * (groups + 1)
+            firsts["summary_first"].append(firsts["summary_first"][-1] + parts + groups)
+            firsts["finish_first"].append(firsts["finish_first"][-1] + groups + -(-layout.moments // COMBINED))
+        batch = SiteBatch(
+            probabilities=self._probabilities.data_ptr(),
+            quantiles=len(SUMMARY_COLUMNS) - 1,
+            most=self.most,
+            infinity=self.encoding.infinity,
+            limit=float(self.encoding.limit),
+        )
+        for name, starts in firsts.items():
+            array = getattr(batch, name)
+            # A part that is not used begins at the end, where no block is.
+            array[:] = [*starts, *[starts[-1]] * (len(array) - len(starts))]
+        there = to_device(tables, self.device, batch, places, shapes, jobs)
+        rooms = _rooms(len(packing.items), int(brought.sum()), firsts["group_first"][-1], partial)
+        blocks = (firsts[name][-1] for name in ("group_first", "summary_first", "job_first", "finish_first"))
+        return _Plan(batch, there, layouts, rooms, *blocks)
+
+    def _layout(self, layout: SiteLayout) -> LayoutTables:
+        if layout not in self._layouts:
+            self._layouts[layout] = LayoutTables(layout, self.device)
+        return self._layouts[layout]
+
+
+def _rooms(items: int, spills: int, groups: int, partial: int) -> dict[str, tuple[int, torch.dtype]]:
+    """The working memory of a batch: elements and type of what its struct points to, by name."""
+    return {
+        "slots": (items * PATTERNS // 2, torch.int32),
+        "ranges": (items * RANGES, torch.int32),
+        "spill_count": (items, torch.int32),
+        "spills": (spills + 1, torch.int32),
+        "call": (groups * PATTERNS, torch.int64),
+        "call_ranges": (groups * RANGES, torch.int64),
+        "thresholds": (4 * groups, torch.int32),
+        "candidates": (2 * CANDIDATES * groups, torch.int64),
+        "candidate_count": (groups, torch.int32),
+        "partial64": (3 * partial, torch.float64),
+        "partial32": (2 * partial, torch.float32),
+        "partial_counts": (3 * partial, torch.int32),
+    }
+
+
+def choose_counter(encoding: Encoding, most: int, device: torch.device) -> DeviceCounter:
+    """Compiled kernels on CUDA; plain PyTorch elsewhere, and, after a warning on stderr, where they do not compile."""
+    if device.type == "cuda":
+        try:
+            return CudaCounter(encoding, most, device)
+        except CompilationFailed as error:
+            remark(f"warning: activations are counted in plain PyTorch, which is slow: {error}")
+    return TorchCounter(encoding, most, device)

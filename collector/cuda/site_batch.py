@@ -1,0 +1,232 @@
+"""The structs that a CUDA counter's kernels get (site_batch.cuh), and the tables on the device that they point to."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quambase.collector.cuda.packing import Packing
+from quambase.collector.host_kernels import PATTERNS
+from quambase.collector.statistics import SiteLayout
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+SITES = 16
+"""As in the source: sites of a batch at most."""
+
+CANDIDATES = 1024
+"""As in the source: outliers of a group held before they are sorted."""
+
+ALONG = 4
+"""As in the source: channels whose moments one thread forms."""
+
+FORMING = 256
+"""As in the source: threads of a block of `moments`."""
+
+REDUCED = 1024
+"""As in the source: patterns of a block of `reduce_counts`."""
+
+COMBINED = 32
+"""As in the source: channels of a block of `finish`."""
+
+RANGES = PATTERNS // 32
+"""As in the source: runs of neighbouring patterns whose counts are summed too."""
+
+_I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+OF_LAYOUT = ("runs", "members", "edges", "group_of", "place_of")
+"""Arrays that a `Shape` points to, which are the same whatever the documents."""
+
+OF_BATCH = ("items", "block_first", "segment_first", "spill_first")
+"""Arrays that a `SiteBatch` points to."""
+
+
+class Shape(ctypes.Structure):
+    """The source's struct of the same name."""
+
+    _fields_ = [
+        *((name, _I64) for name in ("stride", "documents", "groups", "first_group", "first_segment")),
+        ("offsets", _POINTER),
+        *((name, _POINTER) for name in OF_LAYOUT),
+    ]
+
+
+class Job(ctypes.Structure):
+    """The source's struct of the same name."""
+
+    _fields_ = [
+        *((name, _I64) for name in ("site", "states", "stride", "channels", "groups")),
+        ("segments", _POINTER),
+        *((name, _I64) for name in ("lanes", "emit", "summed", "partial")),
+    ]
+
+
+class Site(ctypes.Structure):
+    """The source's struct of the same name."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("x", "states")),
+        ("first", _I64),
+        *((name, _POINTER) for name in ("counts", "summaries", "top", "count", "nonfinite", "overflow")),
+        *((name, _POINTER) for name in ("lowest", "highest", "total", "squares", "mean_abs_max")),
+    ]
+
+
+class SiteBatch(ctypes.Structure):
+    """The source's struct of the same name."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("shapes", "jobs", "items", "block_first", "segment_first", "slots", "ranges")),
+        *((name, _POINTER) for name in ("spill_first", "spill_count", "spills", "call", "call_ranges", "thresholds")),
+        *((name, _POINTER) for name in ("candidates", "candidate_count", "partial64", "partial32", "partial_counts")),
+        ("probabilities", _POINTER),
+        *((name, _I64) for name in ("quantiles", "most", "infinity")),
+        ("limit", ctypes.c_double),
+        ("sites", Site * SITES),
+        *((name, ctypes.c_int32 * (SITES + 1)) for name in ("group_first", "summary_first", "finish_first")),
+        ("job_first", ctypes.c_int32 * (2 * SITES + 1)),
+    ]
+
+
+SITE = struct.Struct(f"@{len(Site._fields_)}q")
+"""As `Site`, many of which are written."""
+
+
+class Tables:
+    """Arrays of int32 one after the other, each at a multiple of 16 bytes, as a struct may need."""
+
+    def __init__(self) -> None:
+        self.parts: list[Int32] = []
+        self.size = 0
+
+    def put(self, values: npt.NDArray[np.integer[Any]]) -> int:
+        """Append an array; where it begins, in bytes."""
+        flat = values.astype(np.int32).ravel()
+        padding = -flat.size % 4
+        place = self.size
+        self.parts += [flat, _PADDING[:padding]]
+        self.size += flat.size + padding
+        return 4 * place
+
+    def flat(self, structs: bytes = b"") -> torch.Tensor:
+        """All of them, and ``structs`` behind them, on the host."""
+        return torch.from_numpy(np.concatenate([*self.parts, np.frombuffer(structs, np.int32)]))
+
+
+_PADDING = np.zeros(4, np.int32)
+
+
+class LayoutTables:
+    """What of a `Shape` is the same whatever the documents: arrays on the device, their addresses by name (``places``),
+    and one of them, ``members`` (channels,) int32.
+    """
+
+    def __init__(self, layout: SiteLayout, device: torch.device) -> None:
+        groups = len(layout.names)
+        order = np.concatenate([layout.members(g) for g in range(groups)])
+        group_of, place_of = np.empty(layout.channels, np.int64), np.empty(layout.channels, np.int64)
+        group_of[order] = np.repeat(np.arange(groups), layout.widths)
+        place_of[order] = np.concatenate([np.arange(width) for width in layout.widths])
+        tables = Tables()
+        arrays = layout.runs[0], order, np.array(layout.edges), group_of, place_of
+        places = [tables.put(array) for array in arrays]
+        self._there = tables.flat().to(device, non_blocking=True)
+        self.places = {name: self._there.data_ptr() + place for name, place in zip(OF_LAYOUT, places, strict=True)}
+        first = places[OF_LAYOUT.index("members")] // 4
+        self.members = self._there[first : first + layout.channels]
+
+
+@lru_cache(maxsize=1024)
+def _of_groups(layout: SiteLayout) -> Int64:
+    """(groups, 5): the last four members of the source's Item, and the width."""
+    runs, run_first = layout.runs
+    first, last = run_first[:-1], run_first[1:]
+    # A group without channels has no run.
+    low_high = np.append(runs, [[0, 0]], axis=0)[np.where(first < last, first, -1)]
+    return np.column_stack([first, last, low_high, layout.widths])
+
+
+def item_rows(packing: Packing, sites: Sequence[tuple[SiteLayout, int]]) -> tuple[Int32, Int64]:
+    """(items, 8): the members of the source's Item, of sites' layouts and strides; (items,): how many spills each could
+    bring.
+    """
+    of_groups = [_of_groups(layout) for layout, _ in sites]
+    groups_before = np.cumsum([0, *(len(rows) for rows in of_groups)])
+    site, group, first_row, rows = packing.items.T
+    mine = np.concatenate(of_groups)[groups_before[site] + group]
+    found = np.empty((len(site), 8), np.int32)
+    found[:, 0], found[:, 1], found[:, 2] = site, first_row, rows
+    found[:, 3] = np.array([stride for _, stride in sites])[site]
+    found[:, 4:] = mine[:, :4]
+    return found, rows * mine[:, 4] // 0x8000
+
+
+def jobs_of(site: int, layout: SiteLayout, stride: int, segments: int, apart: int) -> list[Job]:
+    """A site's jobs; ``segments``, ``apart``: where its documents' rows lie and, if it has a d_state, its
+    `moment_segments`. Their partial moments are not placed yet.
+    """
+    found = [_job(site, segments, stride, layout.channels, 1, summed=not layout.d_state)]
+    if layout.d_state:
+        found.append(_job(site, apart, layout.d_state, layout.d_state, len(layout.names), states=True))
+    return found
+
+
+def _job(
+    site: int, segments: int, stride: int, channels: int, groups: int, *, states: bool = False, summed: bool = True
+) -> Job:
+    """A job of (rows, channels) values in segments of rows."""
+    return Job(
+        site=site,
+        segments=segments,
+        states=states,
+        stride=stride,
+        channels=channels,
+        groups=groups,
+        lanes=min(32, power_of_two(-(-channels // ALONG))),
+        emit=not states,
+        summed=summed,
+    )
+
+
+def to_device(
+    tables: Tables,
+    device: torch.device,
+    batch: SiteBatch,
+    places: Mapping[str, int],
+    shapes: ctypes.Array[Shape],
+    jobs: Sequence[Job],
+) -> torch.Tensor:
+    """Copy tables there, shapes and jobs behind them, int32, and let structs point to where they are, which are told
+    places in ``tables``, in bytes: a batch's arrays in ``places``, by name, the others in themselves.
+    """
+    words = (ctypes.sizeof(shapes) + len(jobs) * ctypes.sizeof(Job)) // 4
+    there = torch.empty(tables.size + words, dtype=torch.int32, device=device)
+    base = there.data_ptr()
+    for shape in shapes:
+        shape.offsets += base
+    for job in jobs:
+        job.segments += base
+    for name, place in places.items():
+        setattr(batch, name, base + place)
+    batch.shapes = base + 4 * tables.size
+    batch.jobs = batch.shapes + ctypes.sizeof(shapes)
+    there.copy_(tables.flat(bytes(shapes) + b"".join(bytes(job) for job in jobs)), non_blocking=True)
+    return there
+
+
+def blocks_of(job: Job, documents: int) -> int:
+    """How many blocks of `moments` a job has: each segment's, run of channels after run of channels."""
+    return int(documents * job.groups * -(-job.channels // (ALONG * job.lanes)))
+
+
+def power_of_two(least: int) -> int:
+    """The smallest that is no less; 1 for 0."""
+    return 1 << max(least - 1, 0).bit_length()

@@ -1,0 +1,149 @@
+"""`quambase import`: a saved tensor becomes a run of one site."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from quambase.collector.collect import OUTLIERS, CollectedRun, existing_run
+from quambase.collector.documents import run_id
+from quambase.collector.run_folder import JoinedParts, finish_run, part_folder, versions, write_run
+from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
+from quambase.collector.table_rows import Int64, Key, Places, keyed_rows
+from quambase.model.files import check_file, first_line
+from quambase.model.tensor_files import plain_tensor, read_pytorch, read_safetensors
+from quambase.schema import FORMAT_VERSION
+from quambase.schema.errors import TensorFileInvalid
+from quambase.schema.files import file_sha256, local_folder, locked
+from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.sites import WHOLE
+from quambase.schema.tables import ACTIVATIONS, DOCUMENTS
+
+KINDS = (".pt", ".pth", ".npy", ".safetensors")
+
+
+def read_tensor(path: Path, tensor: str | None = None) -> torch.Tensor:
+    """The float tensor in a .pt, .npy or .safetensors file; ``tensor`` names one of several.
+
+    Never unpickles anything but tensors. TensorFileInvalid: missing, of another kind, not one plain float tensor,
+    empty, no tensor of that name.
+    """
+    if not path.exists():
+        raise TensorFileInvalid(f"{path} does not exist; expected a {', '.join(KINDS)} file")
+    if path.suffix not in KINDS:
+        raise TensorFileInvalid(f"{path.name} is of unknown kind; expected {', '.join(KINDS)}")
+    found: object
+    if path.suffix == ".npy":
+        found = _read_npy(path)
+    elif path.suffix == ".safetensors":
+        found = read_safetensors(path, TensorFileInvalid)
+    else:
+        found = read_pytorch(path, TensorFileInvalid)
+    if isinstance(found, dict):
+        found = _choose(path, found, tensor)
+    elif tensor is not None:
+        raise TensorFileInvalid(f"{path} holds no tensors with names; import it without --tensor")
+    if not isinstance(found, torch.Tensor):
+        kind = type(found).__name__
+        raise TensorFileInvalid(f"{path} holds {kind}; expected a tensor of float16, bfloat16, float32 or float64")
+    values = plain_tensor(found, str(path), TensorFileInvalid)
+    if values.numel() == 0:
+        raise TensorFileInvalid(f"{path} holds an empty tensor of shape {tuple(values.shape)}; expected values")
+    return values
+
+
+def _read_npy(path: Path) -> torch.Tensor:
+    """The array of a .npy file, in this machine's byte order. TensorFileInvalid: damaged, or of no type torch has."""
+    check_file(path, TensorFileInvalid)
+    try:
+        # Mapped, so that no memory is asked for before it is known that the file has what its header says.
+        mapped = np.lib.format.open_memmap(path, mode="r")
+        return torch.from_numpy(mapped.astype(mapped.dtype.newbyteorder("=")))
+    except Exception as error:  # a damaged header makes NumPy raise nearly anything
+        raise TensorFileInvalid(
+            f"{path} cannot be read as a tensor ({first_line(error)}); save a plain array of floats again"
+        ) from None
+
+
+def _choose(path: Path, tensors: dict[object, object], name: str | None) -> object:
+    """The tensor that is called ``name``; keys may be numbers, such as layers. Without a name the only one."""
+    names = {str(key): key for key in tensors}
+    if name is None and len(tensors) == 1:
+        return next(iter(tensors.values()))
+    if name not in names or len(names) < len(tensors):
+        shown = "".join(c if c.isprintable() else "?" for c in ", ".join(list(names)[:12]))[:200]
+        raise TensorFileInvalid(f"{path} holds the tensors {shown or 'none'}; name one with --tensor")
+    return tensors[names[name]]
+
+
+def import_tensor(
+    path: str | Path, site: str, *, layer: int = 0, tensor: str | None = None, db: str | Path = Path("quambase-db")
+) -> CollectedRun:
+    """Count a saved tensor as site ``site`` of layer ``layer`` and write a run of that one site.
+
+    The last dimension is channels; with three dimensions or more the first is documents. float16 and bfloat16 are
+    counted as they are, wider types rounded to float16. Importing the same file again finds its run.
+    """
+    path, db = Path(path), local_folder(db)
+    if not site.strip():
+        raise TensorFileInvalid("the site's name is empty; expected one such as x_proj:input")
+    values = read_tensor(path, tensor)
+    shape = tuple(values.shape)
+    documents = shape[0] if values.ndim >= 3 else 1
+    rows = values.reshape(-1, shape[-1] if values.ndim >= 2 else 1)
+    length = rows.shape[0] // documents
+    encoding = ENCODINGS["bfloat16" if values.dtype == torch.bfloat16 else "float16"]
+    digest = file_sha256(path)
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "file": digest,
+        "tensor": tensor,
+        "sites": [site],
+        "layer": layer,
+        "activation_dtype": encoding.name,
+        "outliers": OUTLIERS,
+    }
+    run = run_id(path.stem, identity)
+    folder = db / "runs" / run
+    if (folder / MANIFEST).exists():
+        return existing_run(folder)
+    layout = SiteLayout((WHOLE,), (0, rows.shape[1]))
+    key: Key = (layer, site)
+    stats = SiteStatistics.empty(layout, OUTLIERS)
+    summaries = np.empty((documents, 2, len(SUMMARY_COLUMNS)), np.float32)
+    offsets = np.arange(documents + 1, dtype=np.int64) * length
+    # Wider types are first brought to float32: the moments are of those values.
+    wide = rows if rows.dtype in (torch.float16, torch.bfloat16) else rows.to(torch.float32)
+    Counter(encoding, OUTLIERS, 1).add(stats, wide, offsets, 0, summaries)
+    name, group = layout.ordered_groups[0]
+    columns: dict[str, object] = {
+        "document": np.arange(documents),
+        "tokens": np.full(documents, length),
+        "sha256": [hashlib.sha256(f"{digest}:{i}".encode()).hexdigest() for i in range(documents)],
+        **{column: summaries[:, group, i] for i, column in enumerate(SUMMARY_COLUMNS)},
+    }
+    with locked(folder):
+        with JoinedParts(folder, [part_folder(folder, 0)], 0) as parts:
+            parts.add(0, keyed_rows(run, key, name, documents, columns, DOCUMENTS), ACTIVATIONS.empty_table())
+            tables = write_run(folder, run, {key: stats}, encoding, _locate, parts)
+        manifest = Manifest(
+            run=run,
+            identity=identity,
+            model={"name": path.name, "path": path.name, "family": "tensor", "shape": list(shape)},
+            data={"name": path.name, "read": documents, "documents": documents, "empty": 0, "truncated": 0,
+                  "tokens": documents * length},
+            tables=tables,
+            sites=[key],
+            created=versions(),
+        )  # fmt: skip
+        manifest = finish_run(folder, manifest)
+    return CollectedRun(folder, manifest, existed=False)
+
+
+def _locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:
+    """A value's place in a tensor, which has no tokens."""
+    nothing = [None] * rows.size
+    return Places(rows, nothing, nothing, channels)

@@ -1,0 +1,310 @@
+"""Statistics as rows of the tables of `quambase.schema.tables`, sorted by layer, site and group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from quambase.collector.host_kernels import SIGN
+from quambase.collector.statistics import EXTREMA, INTEGERS, SUMS, Encoding, SiteLayout, SiteStatistics
+from quambase.collector.table_kernels import (
+    addresses,
+    present_counts,
+    present_sizes,
+    repeat,
+    summarize_sums,
+    table_addresses,
+    take_parts,
+)
+from quambase.schema.sites import WHOLE
+from quambase.schema.tables import CHANNELS, COUNTS, GROUPS, OUTLIERS, QUANTILES, SITE_STATS, Piece, as_made
+
+Key = tuple[int, str]
+"""(layer, site)."""
+
+Statistics = Mapping[Key, SiteStatistics]
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+_MOMENT_COLUMNS = {"lowest": "min", "highest": "max", "total": "sum", "squares": "sum_sq"}
+"""The columns of `channels` that have other names than in `Moments`."""
+
+
+def keyed_rows(run: str, key: Key, group: str, rows: int, columns: dict[str, object], schema: pa.Schema) -> pa.Table:
+    """A table of ``schema`` whose key columns are constant and whose other columns are ``columns``."""
+    return many_keyed_rows(run, [(key, group)], [rows], columns, schema)
+
+
+def many_keyed_rows(
+    run: str,
+    keys: Sequence[tuple[Key, str]],
+    rows: Sequence[int] | Int64,
+    columns: dict[str, object],
+    schema: pa.Schema,
+) -> pa.Table:
+    """`keyed_rows` of several (key, group) at once: ``rows[i]`` rows are of ``keys[i]``, one after the other."""
+    return table_of(Keys.of(run, keys).columns(rows) | columns, schema)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Some (key, group) of a run: ``numbers`` (4, keys) int32, the layers and, of the other columns, numbers of
+    ``words``: each column's dictionary holds every word once, as Parquet's must.
+    """
+
+    numbers: Int32
+    words: dict[str, pa.StringArray]
+
+    @classmethod
+    def of(cls, run: str, keys: Sequence[tuple[Key, str]]) -> Keys:
+        """Prepare them."""
+        of_columns = {
+            "run": [run] * len(keys),
+            "site": [site for (_, site), _ in keys],
+            "group_name": [name for _, name in keys],
+        }
+        numbers, words = [[layer for (layer, _), _ in keys]], {}
+        for column, of_keys in of_columns.items():
+            numbered = {word: number for number, word in enumerate(dict.fromkeys(of_keys))}
+            numbers.append([numbered[word] for word in of_keys])
+            words[column] = pa.array(list(numbered), pa.string())
+        return cls(np.array(numbers, np.int32), words)
+
+    def columns(self, rows: Sequence[int] | Int64) -> dict[str, object]:
+        """The key columns of ``rows[i]`` rows of each of them."""
+        sizes = np.asarray(rows, np.int64)
+        repeated = np.empty((4, int(sizes.sum())), np.int32)
+        repeat(self.numbers, sizes, repeated)
+        columns: dict[str, object] = {"layer": repeated[0]}
+        for (column, words), indices in zip(self.words.items(), repeated[1:], strict=True):
+            columns[column] = pa.DictionaryArray.from_arrays(indices, words, safe=False)
+        return columns
+
+
+@lru_cache(4)
+def known_keys(run: str, keys: tuple[tuple[Key, str], ...]) -> Keys:
+    """`Keys.of` keys that block after block has."""
+    return Keys.of(run, keys)
+
+
+def table_of(columns: dict[str, object], schema: pa.Schema) -> pa.Table:
+    """A table of ``schema`` with the key's strings as dictionaries; ``columns`` in any order."""
+    made = as_made(schema)
+    arrays = [
+        column if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column, made.field(name).type)
+        for name, column in ((name, columns[name]) for name in made.names)
+    ]
+    return pa.Table.from_arrays(arrays, schema=made)
+
+
+def with_whole(layout: SiteLayout) -> list[tuple[str, int]]:
+    """`SiteLayout.ordered_groups`, and among them a divided site's whole, as one number more."""
+    whole = [] if layout.names == (WHOLE,) else [(WHOLE, len(layout.names))]
+    return sorted([*layout.ordered_groups, *whole])
+
+
+PIECE_ROWS = 3 << 17
+"""Rows of a table that are made and written together, about: a row group of a useful size."""
+
+
+COUNTED = 20
+"""Groups whose rows of `counts` are made and written together: of a float16 model's activations, some 650,000."""
+
+
+def counts_pieces(run: str, statistics: Statistics, encoding: Encoding) -> Iterator[Piece]:
+    """The table `counts`, several groups a piece.
+
+    Values ascend from -inf to inf, then NaN; -0 joins 0, all NaN join one.
+    """
+    infinity, magnitudes = encoding.infinity, encoding.values()[:SIGN]
+
+    def piece(groups: Sequence[tuple[Key, str, int]]) -> pa.Table:
+        tables = table_addresses(statistics[key].counts[g] for key, _, g in groups)
+        rows = np.empty(len(groups), np.int64)
+        present_sizes(tables, infinity, rows)
+        block = np.empty((3, int(rows.sum())), np.int32)
+        found, values = block[:2].reshape(-1).view(np.int64), block[2].view(np.float32)
+        present_counts(tables, infinity, magnitudes, values, found)
+        columns: dict[str, object] = {"value": values, "count": found}
+        return many_keyed_rows(run, [(key, name) for key, name, _ in groups], rows, columns, COUNTS)
+
+    groups = [(key, name, g) for key in sorted(statistics) for name, g in statistics[key].layout.ordered_groups]
+    for start in range(0, len(groups), COUNTED):
+        yield partial(piece, groups[start : start + COUNTED])
+
+
+CHANNELS_ROWS = 1 << 16
+"""Rows of a piece of `channels`, about: they are wide."""
+
+
+def channels_pieces(run: str, statistics: Statistics) -> Iterator[Piece]:
+    """The table `channels`, several sites a piece."""
+
+    def piece(sites: Sequence[Key]) -> pa.Table:
+        moments = [statistics[key].moments for key in sites]
+        layouts = [statistics[key].layout for key in sites]
+        groups = [
+            (key, layout, name, g)
+            for key, layout in zip(sites, layouts, strict=True)
+            for name, g in layout.ordered_groups
+        ]
+        rows = [layout.moment_rows(g) for _, layout, _, g in groups]
+        channels = [
+            np.arange(mine.size) if group[1].d_state else mine for mine, group in zip(rows, groups, strict=True)
+        ]
+        places = np.concatenate(rows)
+        sizes = [layout.moments for layout in layouts]
+        firsts = np.cumsum([0, *sizes])
+        columns: dict[str, object] = {"channel": np.concatenate(channels)}
+        for names, kind in ((INTEGERS, np.int64), (EXTREMA, np.float32), (SUMS, np.float64)):
+            parts = np.stack([addresses((getattr(of, name) for of in moments), sizes, kind) for name in names])
+            taken = np.empty((len(names), places.size), kind)
+            # -0 becomes 0: which of the two is the lower depends on the order they were met in.
+            take_parts(parts, np.array(sizes), firsts, places, taken)
+            columns |= {_MOMENT_COLUMNS.get(name, name): row for row, name in zip(taken, names, strict=True)}
+        keys = [(key, name) for key, _, name, _ in groups]
+        return many_keyed_rows(run, keys, [mine.size for mine in rows], columns, CHANNELS)
+
+    for sites in _runs_of_sites(statistics, CHANNELS_ROWS, lambda stats: stats.layout.moments):
+        yield partial(piece, sites)
+
+
+def _runs_of_sites(statistics: Statistics, most: int, rows: Callable[[SiteStatistics], int]) -> Iterator[list[Key]]:
+    """The sites in order, as many at a time as have about ``most`` rows."""
+    sites: list[Key] = []
+    held = 0
+    for key in sorted(statistics):
+        sites.append(key)
+        held += rows(statistics[key])
+        if held >= most:
+            yield sites
+            sites, held = [], 0
+    if sites:
+        yield sites
+
+
+def groups_pieces(run: str, layouts: Mapping[Key, SiteLayout]) -> Iterator[Piece]:
+    """The table `groups`, in one piece: it is little more than the channels' numbers."""
+
+    def piece() -> pa.Table:
+        found = [(key, layouts[key], name, g) for key in sorted(layouts) for name, g in layouts[key].ordered_groups]
+        members = [layout.members(g) for _, layout, _, g in found]
+        ends = np.cumsum([0, *(part.size for part in members)])
+        sorted_groups = [layout.sorted_groups[g] if layout.sorted_groups else (None, None) for _, layout, _, g in found]
+        columns: dict[str, object] = {
+            "channels": pa.ListArray.from_arrays(ends.astype(np.int32), np.concatenate(members).astype(np.int32)),
+            "ssd_group": [layout.ssd_groups[g] if layout.ssd_groups else None for _, layout, _, g in found],
+            "head_group": [head for head, _ in sorted_groups],
+            "channel_group": [channel for _, channel in sorted_groups],
+        }
+        return many_keyed_rows(run, [(key, name) for key, _, name, _ in found], [1] * len(found), columns, GROUPS)
+
+    if layouts:
+        yield piece
+
+
+class Places(NamedTuple):
+    """Where values are, as `outliers` has it: positions (n,), token ids, tokens, channels (n,)."""
+
+    positions: Int64
+    token_ids: Sequence[int | None]
+    tokens: Sequence[str | None]
+    channels: Int64
+
+
+Locate = Callable[[SiteLayout, Int64, Int64, Int64], Places]
+"""Takes documents, rows in them and channels, (n,) each."""
+
+
+def outliers_pieces(run: str, statistics: Statistics, encoding: Encoding, locate: Locate) -> Iterator[Piece]:
+    """The table `outliers`, several sites a piece."""
+    values = encoding.values()
+
+    def piece(sites: Sequence[Key]) -> pa.Table:
+        keys: list[tuple[Key, str]] = []
+        tops: list[Int64] = []
+        places: list[Places] = []
+        for key in sites:
+            layout = statistics[key].layout
+            for name, g in layout.ordered_groups:
+                top = statistics[key].top[g]
+                keys.append((key, name))
+                tops.append(top)
+                places.append(locate(layout, top[:, 2], top[:, 3], layout.members(g)[top[:, 4]]))
+        joined = np.concatenate(tops)
+        columns: dict[str, object] = {
+            "document": joined[:, 2],
+            "position": np.concatenate([of.positions for of in places]),
+            "token_id": [token_id for of in places for token_id in of.token_ids],
+            "token": [token for of in places for token in of.tokens],
+            "channel": np.concatenate([of.channels for of in places]),
+            "value": values[joined[:, 1]],
+        }
+        return many_keyed_rows(run, keys, [len(top) for top in tops], columns, OUTLIERS)
+
+    for sites in _runs_of_sites(statistics, PIECE_ROWS, lambda stats: stats.most * len(stats.layout.names)):
+        yield partial(piece, sites)
+
+
+SHARE = 8
+"""Sites that are one task of a pool: what takes a fraction of a millisecond is not worth one of its own."""
+
+
+def site_stats_pieces(run: str, statistics: Statistics, encoding: Encoding, pool: Executor) -> Iterator[Piece]:
+    """The table `site_stats`, in one piece: a row for each site and each group of a divided one.
+
+    Its numbers are computed in ``pool``, into which they are put at once; the piece, put there later, waits for them.
+    """
+    magnitudes = encoding.values()[:SIGN]
+    probabilities = np.array(list(QUANTILES.values()))
+    keys = sorted(statistics)
+
+    def summaries(of: Sequence[Key]) -> tuple[Int64, Float64]:
+        tables: list[Int64] = []
+        firsts = [0]
+        for key in of:
+            counts = statistics[key].counts
+            for _, g in with_whole(statistics[key].layout):
+                tables += [counts[g]] if g < len(counts) else list(counts)
+                firsts.append(len(tables))
+        integers, floats = np.empty((len(firsts) - 1, 5), np.int64), np.empty((len(firsts) - 1, 6 + probabilities.size))
+        given = encoding.infinity, magnitudes, probabilities
+        summarize_sums(table_addresses(tables), np.array(firsts), *given, integers, floats)
+        return integers, floats
+
+    coming = [pool.submit(summaries, keys[start : start + SHARE]) for start in range(0, len(keys), SHARE)]
+
+    def piece() -> pa.Table:
+        named: list[tuple[Key, str]] = []
+        overflow: list[int] = []
+        for key in keys:
+            layout, of_site = statistics[key].layout, statistics[key].moments.overflow
+            for name, g in with_whole(layout):
+                named.append((key, name))
+                overflow.append(int((of_site[layout.moment_rows(g)] if g < len(layout.names) else of_site).sum()))
+        integers = np.concatenate([share.result()[0] for share in coming]).T
+        floats = np.concatenate([share.result()[1] for share in coming]).T
+        columns: dict[str, object] = dict(zip(("amax", "min", "max"), floats[:3].astype(np.float32), strict=True))
+        columns |= dict(zip(("mean", "std", "kurtosis"), floats[3:6], strict=True))
+        columns |= dict(zip(QUANTILES, floats[6:], strict=True))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            for name, quantile in (("outlier_ratio", "q9995"), ("outlier_ratio_q99", "q99")):
+                below = np.asarray(columns[quantile])
+                columns[name] = np.where(below > 0, floats[0] / below, np.nan)
+            for name, row in (("zeros", 2), ("beyond_3_sigma", 3), ("beyond_5_sigma", 4)):
+                columns[name] = integers[row] / integers[0]  # NaN of no values
+        columns |= {"count": integers[0], "nonfinite": integers[1], "overflow": overflow}
+        return many_keyed_rows(run, named, [1] * len(named), columns, SITE_STATS)
+
+    if keys:
+        yield piece

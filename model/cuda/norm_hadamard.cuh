@@ -1,0 +1,194 @@
+// Whole rows of activations: RMS norms and the Hadamard transform, for whatever they are held as. Included by forward.cu
+// (activations) and by apply/int8/blocks.cu (codes).
+//
+// DIM    channels of a row that is gated or transformed: d_inner
+// ORDER  order of the Hadamard matrix that is not a power of two, or 1;  BITS: log2 of the power of two;
+//        ORDER 2^BITS is DIM, unless nothing is transformed
+
+#include "ptx.cuh"
+
+template <class T, int COUNT>
+struct alignas(sizeof(T) * COUNT < 16 ? sizeof(T) * COUNT : 16) Packed {
+    T at[COUNT];
+};
+
+__device__ __forceinline__ float to_float(u16 half) { return half_to_float(half); }
+__device__ __forceinline__ float to_float(float v) { return v; }
+
+// The sum over `threads` (a multiple of 32) neighbouring threads of a block of up to 1024, in float64; each gets its own
+// neighbours'. `room` is for 32 values.
+__device__ __forceinline__ double block_sum(double v, double* room, int threads) {
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = v;
+    __syncthreads();
+    const int first = threadIdx.x / threads * (threads / 32);
+    double total = 0.0;
+    for (int i = 0; i < threads / 32; i++) total += room[first + i];
+    return total;
+}
+
+// residual += x, and the reciprocal of its root mean square; the row stays in `line`. A block per row. A thread has COUNT
+// neighbours at a time: with more than one, rows are padded to whole COUNT and aligned.
+template <int COUNT, class T>
+__device__ __forceinline__ float add_and_measure(
+    const T* x, i64 x_stride, float* residual, i64 residual_stride, i64 width, float eps, float* line
+) {
+    __shared__ double room[32];
+    const T* added = x + blockIdx.x * x_stride;
+    float* row = residual + blockIdx.x * residual_stride;
+    double squares = 0.0;
+    for (int i = threadIdx.x * COUNT; i < width; i += blockDim.x * COUNT) {
+        const Packed<T, COUNT> more = *(const Packed<T, COUNT>*)(added + i);
+        Packed<float, COUNT> v = *(const Packed<float, COUNT>*)(row + i);
+#pragma unroll
+        for (int j = 0; j < COUNT; j++) v.at[j] += to_float(more.at[j]);
+        *(Packed<float, COUNT>*)(row + i) = v;
+        *(Packed<float, COUNT>*)(line + i) = v;
+#pragma unroll
+        for (int j = 0; j < COUNT; j++) {
+            if (i + j < width) squares += (double)v.at[j] * (double)v.at[j];
+        }
+    }
+    const float mean = (float)(block_sum(squares, room, blockDim.x) / (double)width);
+    return 1.0f / sqrtf(mean + eps);
+}
+
+const int INNER = 1 << BITS;
+
+// What follows has ROWS rows a block, row `blockIdx.x * ROWS` the first, and ROW_THREADS threads. They lie in dynamic
+// shared memory, as Line[ROWS].
+const int ROWS = DIM <= 4096 ? 2 : 1;
+const int ROW_THREADS = 256;
+
+// A row of DIM floats, one word of every 33 left out: threads that read eight neighbours each would otherwise all want
+// the same banks.
+const int LINE = DIM + DIM / 32 + 1;
+typedef float Line[LINE];
+__device__ __forceinline__ int padded(int i) { return i + (i >> 5); }
+
+template <int COUNT>
+__device__ __forceinline__ void butterflies(float (&v)[COUNT]) {
+#pragma unroll
+    for (int half = 1; half < COUNT; half *= 2)
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            if (i & half) continue;
+            const float low = v[i], high = v[i + half];
+            v[i] = low + high;
+            v[i + half] = low - high;
+        }
+}
+
+// Stages of the transform that are done as rows are read.
+const int READ_STAGES = BITS < 3 ? BITS : 3;
+
+// Reads rows of x (rows, DIM), eight neighbours a thread, and does the first READ_STAGES.
+template <class T>
+__device__ __forceinline__ void read_rows(const T* x, i64 rows, Line* lines) {
+    constexpr int COUNT = 1 << READ_STAGES, GROUPS = DIM / COUNT;
+    for (int i = threadIdx.x; i < ROWS * GROUPS; i += ROW_THREADS) {
+        const i64 row = (i64)blockIdx.x * ROWS + i / GROUPS;
+        const int start = i % GROUPS * COUNT;
+        if (row >= rows) continue;
+        const Packed<T, COUNT> packed = *(const Packed<T, COUNT>*)(x + row * DIM + start);
+        float v[COUNT];
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) v[k] = to_float(packed.at[k]);
+        butterflies(v);
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) lines[i / GROUPS][padded(start + k)] = v[k];
+    }
+}
+
+// The stages from bit FIRST on, up to four at a time in registers.
+template <int FIRST>
+__device__ __forceinline__ void remaining_stages(Line* lines) {
+    if constexpr (FIRST < BITS) {
+        constexpr int TAKEN = BITS - FIRST < 4 ? BITS - FIRST : 4, COUNT = 1 << TAKEN, GROUPS = DIM / COUNT;
+        __syncthreads();
+        for (int i = threadIdx.x; i < ROWS * GROUPS; i += ROW_THREADS) {
+            float* line = lines[i / GROUPS];
+            const int group = i % GROUPS;
+            const int low = group & ((1 << FIRST) - 1), start = ((group >> FIRST) << (FIRST + TAKEN)) | low;
+            float v[COUNT];
+#pragma unroll
+            for (int k = 0; k < COUNT; k++) v[k] = line[padded(start + (k << FIRST))];
+            butterflies(v);
+#pragma unroll
+            for (int k = 0; k < COUNT; k++) line[padded(start + (k << FIRST))] = v[k];
+        }
+        remaining_stages<FIRST + TAKEN>(lines);
+    }
+}
+
+// The stages from bit FIRST on, in the order of kernels.butterflies: put(row, channel, value) takes the rows times
+// (odd kron H_2^BITS). odd (ORDER, ORDER); `signs` is shared memory for it.
+template <int FIRST, class Put>
+__device__ __forceinline__ void finish_rows(Line* lines, const float* odd, float* signs, i64 rows, const Put& put) {
+    if constexpr (ORDER > 1) {
+        for (int i = threadIdx.x; i < ORDER * ORDER; i += ROW_THREADS) signs[i] = odd[i];
+    }
+    remaining_stages<FIRST>(lines);
+    __syncthreads();
+    const i64 first = (i64)blockIdx.x * ROWS;
+    if constexpr (ORDER == 1) {
+        for (int i = threadIdx.x; i < ROWS * DIM; i += ROW_THREADS) {
+            const i64 row = first + i / DIM;
+            if (row < rows) put(row, i % DIM, lines[i / DIM][padded(i % DIM)]);
+        }
+    } else {
+        // A thread has all ORDER inputs of a place, and all of its outputs or, where rows are long, half of them.
+        constexpr int PARTS = ROWS == 2 ? 1 : 2, OUTPUTS = ORDER / PARTS;
+        for (int i = threadIdx.x; i < ROWS * PARTS * INNER; i += ROW_THREADS) {
+            const int p = i % INNER, begin = i / INNER % PARTS * OUTPUTS;
+            const i64 row = first + i / (PARTS * INNER);
+            if (row >= rows) continue;
+            const float* line = lines[i / (PARTS * INNER)];
+            float v[ORDER];
+#pragma unroll
+            for (int j = 0; j < ORDER; j++) v[j] = line[padded(j * INNER + p)];
+#pragma unroll 4
+            for (int k = 0; k < OUTPUTS; k++) {
+                float total = 0.0f;
+#pragma unroll
+                for (int j = 0; j < ORDER; j += 4) {
+                    const float4 sign = *(const float4*)(signs + (begin + k) * ORDER + j);
+                    // Products with +-1 are exact, so contracting them changes nothing.
+                    total = fmaf(sign.x, v[j], total);
+                    total = fmaf(sign.y, v[j + 1], total);
+                    total = fmaf(sign.z, v[j + 2], total);
+                    total = fmaf(sign.w, v[j + 3], total);
+                }
+                put(row, (begin + k) * INNER + p, total);
+            }
+        }
+    }
+}
+
+// RMS norm of gated(row, channel), each of `groups` runs of channels with its own, times weight (DIM,): take(row,
+// channel, value, place in its line) gets every value of every row.
+template <class Gated, class Take>
+__device__ __forceinline__ void gated_norm_rows(
+    Line* lines, i64 rows, const float* weight, i64 groups, float eps, const Gated& gated, const Take& take
+) {
+    __shared__ double room[32];
+    constexpr int SIDE = ROW_THREADS / ROWS; // threads of a row
+    const int width = DIM / (int)groups, me = threadIdx.x % SIDE;
+    const i64 here = (i64)blockIdx.x * ROWS + threadIdx.x / SIDE, row = here < rows ? here : rows - 1;
+    float* line = lines[threadIdx.x / SIDE];
+    for (int g = 0; g < groups; g++) {
+        double squares = 0.0;
+        for (int i = g * width + me; i < (g + 1) * width; i += SIDE) {
+            const float value = gated(row, i);
+            line[padded(i)] = value;
+            squares += (double)value * (double)value;
+        }
+        const float mean = (float)(block_sum(squares, room, SIDE) / (double)width);
+        const float rstd = 1.0f / sqrtf(mean + eps);
+        for (int i = g * width + me; i < (g + 1) * width; i += SIDE) {
+            take(row, i, line[padded(i)] * rstd * weight[i], &line[padded(i)]);
+        }
+    }
+}

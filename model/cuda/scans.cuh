@@ -1,0 +1,202 @@
+// The scans of both families, for whatever their inputs are held as: included by forward.cu (activations) and by
+// apply/int8/blocks.cu (codes). Compiled at run time (cuda.py hands it to the compiler by name).
+//
+// STATES    d_state
+// HEADDIM   channels of a Mamba-2 head
+// SPLIT     threads that share a channel of scan_head, a power of two that divides STATES, 32 at most
+// JOINED    channels of a thread of scan_head, a power of two that divides HEADDIM
+//
+// An `In` gives the float32 values of a row's inputs and takes its outputs. Arithmetic is float32; scan_head's sums over
+// the states are split over threads, so they run in another order than the CPU's.
+
+#include "ptx.cuh"
+
+const float LOG2_E = 1.4426950408889634f;
+
+__device__ __forceinline__ float silu(float v) { return v / (1.0f + expf(-v)); }
+
+// The identity above 20, as in mamba_ssm.
+__device__ __forceinline__ float softplus(float v) { return v > 20.0f ? v : log1pf(expf(v)); }
+
+const int SCAN_TOKENS = 8, SCAN_THREADS = 128;
+
+// Mamba-1's scan with skip connection and gate, as kernels.selective_scan, softplus included. A thread has one channel of
+// one document (blockIdx.y): two or four threads a channel were slower. a (STATES, channels) negative; d, bias
+// (channels,); state (documents, channels, STATES), written unless null.
+//
+// In: u_at, delta_at, z_at (row, channel) and b_c_at (row, n), n < 2 STATES, read an In::Raw each; u, delta, gate (SiLU
+// of z) and b_c make float32 of it, which waits for the memory; put (row, channel, y).
+template <class In>
+__device__ __forceinline__ void scan_channels(
+    const In& in, const float* a, const float* d, const float* bias, const int* offsets, i64 channels, float* state
+) {
+    typedef typename In::Raw Raw;
+    constexpr int CELLS = SCAN_TOKENS * 2 * STATES, FILLS = (CELLS + SCAN_THREADS - 1) / SCAN_THREADS;
+    __shared__ __align__(16) float shared[2][SCAN_TOKENS][2 * STATES]; // B, then C
+    const int channel = blockIdx.x * SCAN_THREADS + threadIdx.x;
+    const bool mine = channel < channels;
+    const int at = mine ? channel : 0;
+    float h[STATES], rate[STATES];
+#pragma unroll
+    for (int n = 0; n < STATES; n++) {
+        h[n] = 0.0f;
+        rate[n] = a[n * channels + at] * LOG2_E; // exp(x) = 2^(x log2 e)
+    }
+    const float skip = d[at], shift = bias[at];
+    const int begin = offsets[blockIdx.y], last = offsets[blockIdx.y + 1];
+    // A stretch's inputs are read while the one before it is computed.
+    Raw u[SCAN_TOKENS], delta[SCAN_TOKENS], z[SCAN_TOKENS], b_c[FILLS];
+    auto read = [&](int first) {
+#pragma unroll
+        for (int k = 0; k < SCAN_TOKENS; k++) {
+            const i64 row = first + k < last ? first + k : last - 1;
+            u[k] = in.u_at(row, at), delta[k] = in.delta_at(row, at), z[k] = in.z_at(row, at);
+        }
+#pragma unroll
+        for (int k = 0; k < FILLS; k++) {
+            const int i = threadIdx.x + k * SCAN_THREADS, token = first + i / (2 * STATES);
+            b_c[k] = in.b_c_at(token < last ? token : last - 1, i % (2 * STATES));
+        }
+    };
+    if (begin < last) read(begin);
+    int turn = 0;
+    for (int first = begin; first < last; first += SCAN_TOKENS, turn ^= 1) {
+#pragma unroll
+        for (int k = 0; k < FILLS; k++) {
+            const int i = threadIdx.x + k * SCAN_THREADS;
+            if (CELLS % SCAN_THREADS == 0 || i < CELLS) shared[turn][i / (2 * STATES)][i % (2 * STATES)] = in.b_c(b_c[k]);
+        }
+        float step[SCAN_TOKENS], value[SCAN_TOKENS], gate[SCAN_TOKENS];
+#pragma unroll
+        for (int k = 0; k < SCAN_TOKENS; k++) {
+            value[k] = in.u(u[k]);
+            // A token beyond the document leaves the state as it is.
+            step[k] = first + k < last ? softplus(in.delta(delta[k]) + shift) : 0.0f;
+            gate[k] = in.gate(z[k]);
+        }
+        read(first + SCAN_TOKENS);
+        __syncthreads(); // and none is needed after the reading: the next stretch has the other half of `shared`
+#pragma unroll
+        for (int k = 0; k < SCAN_TOKENS; k++) {
+            const float drive = step[k] * value[k];
+            float total = skip * value[k];
+#pragma unroll
+            for (int n = 0; n < STATES; n++) {
+                h[n] = fmaf(power_of_two(step[k] * rate[n]), h[n], shared[turn][k][n] * drive);
+                total = fmaf(shared[turn][k][STATES + n], h[n], total);
+            }
+            if (mine && first + k < last) in.put(first + k, channel, total * gate[k]);
+        }
+    }
+    if (!mine || state == nullptr) return;
+#pragma unroll
+    for (int n = 0; n < STATES; n++) state[((i64)blockIdx.y * channels + channel) * STATES + n] = h[n];
+}
+
+const int SSD_TOKENS = 16;
+
+// Mamba-2's scan with skip connection, not gated, as kernels.ssd_scan, softplus included. A block has one head
+// (blockIdx.x) of one document (blockIdx.y): SPLIT threads, a power of two of 32 at most that divides STATES, have JOINED
+// channels, STATES / SPLIT states each (several channels a thread, since reading B and C from shared memory would bound
+// it). a (heads,) negative; d, bias (heads,); state (documents, heads HEADDIM, STATES), written unless null.
+//
+// In: x (row, column) and skipped (row, column), what the skip connection multiplies; b, c (row, column); dt (row, head);
+// put (row, column, y).
+template <class In>
+__device__ __forceinline__ void scan_head(
+    const In& in, const float* a, const float* d, const float* bias, const int* offsets, i64 heads, i64 ngroups,
+    float* state
+) {
+    constexpr int OWN = STATES / SPLIT, WIDE = OWN % 4 ? 1 : 4; // neighbouring states that are read together
+    __shared__ __align__(16) float shared_b[SSD_TOKENS][STATES], shared_c[SSD_TOKENS][STATES]; // B times the step
+    __shared__ __align__(16) float shared_x[SSD_TOKENS][HEADDIM], skipped[SSD_TOKENS][HEADDIM];
+    __shared__ float step[SSD_TOKENS], decay[SSD_TOKENS];
+    const int head = blockIdx.x;
+    const int part = threadIdx.x % SPLIT, channel = threadIdx.x / SPLIT * JOINED;
+    const u32 lanes = blockDim.x - (threadIdx.x & ~31u);
+    const u32 warp = lanes >= 32 ? 0xffffffffu : (1u << lanes) - 1;
+    const i64 first_state = head * ngroups / heads * STATES, first_channel = (i64)head * HEADDIM;
+    const float skip = d[head];
+    // h[j][i]: channel + j, state (i / WIDE * SPLIT + part) * WIDE + i % WIDE, so that neighbours read neighbours.
+    float h[JOINED][OWN];
+#pragma unroll
+    for (int j = 0; j < JOINED; j++) {
+#pragma unroll
+        for (int i = 0; i < OWN; i++) h[j][i] = 0.0f;
+    }
+    const int last = offsets[blockIdx.y + 1];
+    for (int first = offsets[blockIdx.y]; first < last; first += SSD_TOKENS) {
+        const int tokens = last - first < SSD_TOKENS ? last - first : SSD_TOKENS;
+        __syncthreads();
+        for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
+            step[i] = softplus(in.dt(first + i, head) + bias[head]);
+            decay[i] = expf(step[i] * a[head]);
+        }
+        for (int i = threadIdx.x; i < tokens * HEADDIM; i += blockDim.x) {
+            const i64 row = first + i / HEADDIM, column = first_channel + i % HEADDIM;
+            shared_x[i / HEADDIM][i % HEADDIM] = in.x(row, column);
+            skipped[i / HEADDIM][i % HEADDIM] = in.skipped(row, column) * skip;
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < tokens * STATES; i += blockDim.x) {
+            const i64 row = first + i / STATES, column = first_state + i % STATES;
+            shared_b[i / STATES][i % STATES] = in.b(row, column) * step[i / STATES];
+            shared_c[i / STATES][i % STATES] = in.c(row, column);
+        }
+        __syncthreads();
+        for (int k = 0; k < tokens; k++) {
+            const float kept = decay[k];
+            float x[JOINED], total[JOINED];
+#pragma unroll
+            for (int j = 0; j < JOINED; j++) {
+                x[j] = shared_x[k][channel + j];
+                total[j] = 0.0f;
+            }
+#pragma unroll
+            for (int i = 0; i < OWN; i += WIDE) {
+                const int at = (i / WIDE * SPLIT + part) * WIDE;
+                float gain[WIDE], read[WIDE];
+#pragma unroll
+                for (int n = 0; n < WIDE; n++) gain[n] = shared_b[k][at + n], read[n] = shared_c[k][at + n];
+#pragma unroll
+                for (int n = 0; n < WIDE; n++) {
+#pragma unroll
+                    for (int j = 0; j < JOINED; j++) {
+                        h[j][i + n] = fmaf(kept, h[j][i + n], gain[n] * x[j]);
+                        total[j] = fmaf(read[n], h[j][i + n], total[j]);
+                    }
+                }
+            }
+            // Halving: of two threads each takes half of the channels, until one is left or all threads are summed.
+            int count = JOINED, mine = channel;
+#pragma unroll
+            for (int offset = SPLIT / 2; offset; offset /= 2) {
+                if (count > 1) {
+                    count /= 2;
+                    const bool upper = part & offset;
+#pragma unroll
+                    for (int j = 0; j < JOINED / 2; j++) {
+                        if (j >= count) break;
+                        const float sent = upper ? total[j] : total[j + count];
+                        total[j] = (upper ? total[j + count] : total[j]) + __shfl_xor_sync(warp, sent, offset);
+                    }
+                    mine += upper ? count : 0;
+                } else {
+                    total[0] += __shfl_xor_sync(warp, total[0], offset);
+                }
+            }
+            constexpr int LEFT = JOINED > SPLIT ? JOINED / SPLIT : 1, SAME = JOINED > SPLIT ? 1 : SPLIT / JOINED;
+            if (part % SAME == 0) {
+#pragma unroll
+                for (int j = 0; j < LEFT; j++) in.put(first + k, first_channel + mine + j, total[j] + skipped[k][mine + j]);
+            }
+        }
+    }
+    if (state == nullptr) return;
+#pragma unroll
+    for (int j = 0; j < JOINED; j++) {
+        float* out = state + ((i64)blockIdx.y * heads * HEADDIM + first_channel + channel + j) * STATES;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) out[(i / WIDE * SPLIT + part) * WIDE + i % WIDE] = h[j][i];
+    }
+}

@@ -1,0 +1,1 @@
+"""What the forward passes call: kernels of the host, plain torch, CUDA."""

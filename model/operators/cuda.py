@@ -1,0 +1,167 @@
+"""The operators of the Mamba blocks as compiled CUDA kernels."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from quambase.model.cuda.compiler import Kernels
+from quambase.model.hadamard import odd_factor, odd_order
+from quambase.model.mamba2_weights import Mamba2Config
+from quambase.model.operators.torch import DeviceBatch
+from quambase.model.weights import MambaConfig
+
+SOURCE = Path(__file__).with_name("forward.cu")
+NAMES = ("add_norm", "conv_silu", "selective_scan", "ssd_scan", "gated_norm", "gated_norm_hadamard", "hadamard")
+CONV_ROWS = 16
+"""Rows of one thread of the convolution, as in the source."""
+
+FREE_SHARED = 48 * 1024
+"""Bytes of shared memory that a kernel has without asking."""
+
+ROW_THREADS = 256
+"""Of a kernel whose blocks have whole rows, as in norm_hadamard.cuh."""
+
+SCAN_THREADS = 128
+"""Of a block of the selective scan, one a channel, as in scans.cuh."""
+
+
+def ssd_division(states: int, headdim: int) -> tuple[int, int]:
+    """Threads that share a channel of an SSD scan, and channels of a thread: SPLIT and JOINED of the sources."""
+    split = math.gcd(states, 16)
+    # Four channels a thread where that leaves whole warps.
+    return split, 4 if headdim % 4 == 0 and headdim // 4 * split % 32 == 0 else 1
+
+
+def rows_of_block(dim: int) -> int:
+    """Rows of ``dim`` channels that a block transforms: ROWS of norm_hadamard.cuh."""
+    return 2 if dim <= 4096 else 1
+
+
+def rows_shared(dim: int) -> int:
+    """Bytes of dynamic shared memory that they take there."""
+    return rows_of_block(dim) * 4 * (dim + dim // 32 + 1)
+
+
+def kernel_sizes(config: MambaConfig | Mamba2Config) -> dict[str, int]:
+    """What norm_hadamard.cuh, scans.cuh and the sources that include them are compiled for.
+
+    CheckpointInvalid if there is no Hadamard matrix of d_inner.
+    """
+    order = odd_order(config.d_inner)
+    headdim = config.headdim if isinstance(config, Mamba2Config) else 1
+    split, joined = ssd_division(config.d_state, headdim)
+    return {
+        "DIM": config.d_inner,
+        "ORDER": order,
+        "BITS": (config.d_inner // order).bit_length() - 1,
+        "STATES": config.d_state,
+        "HEADDIM": headdim,
+        "SPLIT": split,
+        "JOINED": joined,
+        "WIDTH": config.d_conv,
+    }
+
+
+class CudaOperators:
+    """`quambase.model.operators.torch.Operators` for one model's sizes on one device.
+
+    CompilationFailed where it cannot be compiled; CheckpointInvalid as `kernel_sizes`.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, config: MambaConfig | Mamba2Config) -> None:
+        self.dtype = dtype
+        sizes = kernel_sizes(config)
+        self._ngroups = config.ngroups if isinstance(config, Mamba2Config) else 1
+        self._ssd_threads = sizes["HEADDIM"] // sizes["JOINED"] * sizes["SPLIT"]
+        self._rows, self._shared = rows_of_block(config.d_inner), rows_shared(config.d_inner)
+        self._odd = torch.tensor(odd_factor(sizes["ORDER"]), device=device)
+        self._factor = config.d_inner**-0.5
+        half, lanes = int(dtype == torch.float16), 4 if config.d_model % 4 == 0 else 1
+        self._kernels = Kernels(SOURCE, NAMES, {"HALF": half, "LANES": lanes, **sizes}, device)
+        shared = {"add_norm": 4 * config.d_model}
+        shared |= dict.fromkeys(("gated_norm", "gated_norm_hadamard", "hadamard"), self._shared)
+        for name, size in shared.items():
+            if size > FREE_SHARED:
+                self._kernels.allow_shared(name, size)
+
+    def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """As `Operators.add_norm`."""
+        rows, width = residual.shape
+        out = torch.empty(rows, width, dtype=self.dtype, device=x.device)
+        arguments = (x.contiguous(), residual, weight, width, eps, out)
+        self._kernels.launch("add_norm", (rows, 1), ROW_THREADS, arguments, 4 * width)
+        return out
+
+    def conv_silu(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, batch: DeviceBatch) -> torch.Tensor:
+        """As `Operators.conv_silu`."""
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        rows, channels = x.shape
+        grid = (-(-channels // 128), -(-rows // CONV_ROWS))
+        arguments = (x, x.stride(0), weight, bias, batch.starts, rows, channels, out)
+        self._kernels.launch("conv_silu", grid, 128, arguments)
+        return out
+
+    def selective_scan(
+        self,
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        bc: torch.Tensor,
+        z: torch.Tensor,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: DeviceBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Operators.selective_scan`."""
+        documents, channels = batch.host.documents, u.shape[1]
+        y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+        state = torch.empty(documents, channels, len(a), device=u.device)
+        arguments = (u.contiguous(), delta.contiguous(), bc, bc.stride(0), z, z.stride(0), a, d, bias)
+        grid = (-(-channels // SCAN_THREADS), documents)
+        rest = (batch.offsets, channels, y, state)
+        self._kernels.launch("selective_scan", grid, SCAN_THREADS, (*arguments, *rest))
+        return y, state
+
+    def ssd_scan(
+        self,
+        x: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: DeviceBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Operators.ssd_scan`; x, b and c are slices of one tensor."""
+        documents, heads = batch.host.documents, len(a)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        state = torch.empty(documents, x.shape[1], b.shape[1] // self._ngroups, device=x.device)
+        arguments = (x, b, c, x.stride(0), dt, dt.stride(0), a, d, bias, batch.offsets, heads, self._ngroups, y, state)
+        self._kernels.launch("ssd_scan", (heads, documents), self._ssd_threads, arguments)
+        return y, state
+
+    def gated_norm(
+        self, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, *, rotated: bool
+    ) -> torch.Tensor:
+        """As `Operators.gated_norm`."""
+        out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+        norm = (y.contiguous(), len(y), z, z.stride(0), weight, self._ngroups, eps)
+        name = "gated_norm_hadamard" if rotated else "gated_norm"
+        arguments = (*norm, self._odd, self._factor, out) if rotated else (*norm, out)
+        self._kernels.launch(name, self._row_blocks(len(y)), ROW_THREADS, arguments, self._shared)
+        return out
+
+    def hadamard(self, x: torch.Tensor) -> torch.Tensor:
+        """As `Operators.hadamard`."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        arguments = (x, len(x), self._odd, self._factor, out)
+        self._kernels.launch("hadamard", self._row_blocks(len(x)), ROW_THREADS, arguments, self._shared)
+        return out
+
+    def _row_blocks(self, rows: int) -> tuple[int, int]:
+        return -(-rows // self._rows), 1

@@ -1,5 +1,0 @@
-"""How the bundled reference models are made: tokenizer, data, networks, training loop, held-out figures, export.
-
-``python -m quambase.model.training --help`` lists the steps. Training wants a CUDA device and mamba-ssm's scan kernels;
-everything else, the networks' plain-torch scans included, runs on a CPU.
-"""

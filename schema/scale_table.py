@@ -1,0 +1,279 @@
+"""Scale tables: what `analyze` writes and `apply` reads, a Parquet file that carries its provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from quambase.schema import FORMAT_VERSION
+from quambase.schema.errors import OutputRefused, ScalesInvalid, UnknownName
+from quambase.schema.files import FORCE_HINT, refuse_foreign_file
+from quambase.schema.groups import GRANULARITIES, GROUP, granularity_of, group_numbers, is_scale_group
+from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.sites import WHOLE
+from quambase.schema.tables import SCALES, write_table
+
+METADATA_KEY = b"quambase"
+"""Key of the Parquet schema metadata whose value is the provenance, as JSON."""
+
+Scale = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
+"""A site's one scale; one per scale group, in channel order; or, of a Mamba-2's state, one per group and index."""
+
+QUAMBASE, UPSTREAM = TARGETS = ("quambase", "upstream")
+"""Whose INT8 model the selected rows are for."""
+
+SELECTED = "selected"
+"""The label that stands for each scale group's selected row instead of one strategy."""
+
+
+@dataclass(frozen=True)
+class ScaleTable:
+    """A valid scale table and where it came from.
+
+    table       rows of tables.SCALES
+    provenance  format_version, quambase (its version), granularity, target, and ``runs``: run id to
+                ``{"model": ..., "identity": ..., "data": ...}`` as in the manifests
+    notes       what a user should know, a line each
+    """
+
+    table: pa.Table
+    provenance: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def labels(self) -> list[str]:
+        """The strategy labels (``percentile``, ``percentile:0.9999``, ...) in the order of the table."""
+        return [str(label) for label in pc.unique(self.table["label"]).to_pylist()]
+
+    def runs(self) -> list[str]:
+        """The run ids the scales were computed from."""
+        return [str(run) for run in pc.unique(self.table["run"]).to_pylist()]
+
+    @cached_property
+    def run(self) -> str:
+        """The one run of this table; ScalesInvalid if it holds several."""
+        runs = self.runs()
+        if len(runs) != 1:
+            raise ScalesInvalid(
+                f"the scale table holds {len(runs)} runs ({', '.join(runs)}), expected one; "
+                "analyze one with `analyze --run ID`"
+            )
+        return runs[0]
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The manifest's ``model`` (name, path, family, n_layer, ...) of the one run."""
+        model: dict[str, Any] = self.provenance["runs"][self.run]["model"]
+        return model
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The manifest's ``identity`` (weights_sha256, ...) of the one run."""
+        identity: dict[str, Any] = self.provenance["runs"][self.run]["identity"]
+        return identity
+
+    def granularities(self) -> list[str]:
+        """The granularities at which this table divides a site that an INT8 model may read by group, coarse to fine;
+        "tensor" is always among them.
+        """
+        names = [str(name) for name in pc.unique(self.table["group_name"]).to_pylist()]
+        found = {granularity_of(name) for name in names if name == WHOLE or is_scale_group(name)}
+        return [name for name in GRANULARITIES if name in found]
+
+    def group_scales_for(self, label: str, granularity: str = GROUP) -> dict[tuple[int, str], Scale]:
+        """Like `scales_for`, but where the table has rows of a site's scale groups (g0, g0h1, g0h1c2), those: one scale
+        per group, by SSD group, head group and channel group, or where they have component scales those of each. Of
+        several divisions the finest up to ``granularity``. UnknownName for another granularity.
+        """
+        if granularity not in GRANULARITIES:
+            raise UnknownName.of("granularity", granularity, GRANULARITIES)
+        found: dict[tuple[int, str], Scale] = {**self.scales_for(label)}
+        rows = self._plain_rows(label)
+        finest = GRANULARITIES.index(granularity)
+        by_site: dict[tuple[int, str], dict[int, dict[tuple[int, ...], Any]]] = {}
+        columns = (rows[name].to_pylist() for name in ("layer", "site", "group_name", "scale", "component_scales"))
+        for layer, site, name, scale, components in zip(*columns, strict=True):
+            level = GRANULARITIES.index(granularity_of(name))
+            if is_scale_group(name) and level <= finest:
+                of_group = scale if components is None else tuple(components)
+                by_site.setdefault((layer, site), {}).setdefault(level, {})[group_numbers(name)] = of_group
+        for key, levels in by_site.items():
+            groups = levels[max(levels)]
+            found[key] = tuple(groups[numbers] for numbers in sorted(groups))
+        return found
+
+    def scales_for(self, label: str) -> dict[tuple[int, str], float]:
+        """(layer, site) to the scale of strategy ``label``, for sites that have one scale (``all``).
+
+        ``selected`` stands for each site's selected row. Rows that need decoding (two segments) are left out:
+        their one number is no scale. UnknownName for a label the table does not hold; ScalesInvalid for
+        several runs.
+        """
+        if label != SELECTED and label not in self.labels():
+            raise UnknownName.of("strategy", label, [*self.labels(), SELECTED])
+        _ = self.run
+        rows = self._plain_rows(label)
+        rows = rows.filter(pc.equal(rows["group_name"], pa.scalar(WHOLE)))
+        columns = (rows[name].to_pylist() for name in ("layer", "site", "scale"))
+        return {(layer, site): scale for layer, site, scale in zip(*columns, strict=True)}
+
+    def _plain_rows(self, label: str) -> pa.Table:
+        """The rows of ``label`` whose scale is one INT8 multiplication."""
+        chosen = self.table["selected"] if label == SELECTED else pc.equal(self.table["label"], pa.scalar(label))
+        return self.table.filter(pc.and_(chosen, pc.invert(self.table["needs_decode"])))
+
+
+def write_scales(path: Path, table: pa.Table, provenance: dict[str, Any]) -> None:
+    """Write ``table`` (tables.SCALES) with its provenance, atomically; equal input gives equal bytes."""
+    text = json.dumps(provenance, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    schema = SCALES.with_metadata({METADATA_KEY: text.encode()})
+    write_table(path, "scales", table.replace_schema_metadata(schema.metadata), schema)
+
+
+def provenance_of(manifests: Iterable[Manifest], granularity: str, target: str) -> dict[str, Any]:
+    """The provenance of a table made of these runs; ``target`` is whose INT8 model its selected rows are for."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "quambase": version("quambase"),
+        "granularity": granularity,
+        "target": target,
+        "runs": {m.run: {"model": m.model, "identity": m.identity, "data": m.data} for m in manifests},
+    }
+
+
+def refuse_foreign_table(path: Path, *, force: bool = False) -> None:
+    """OutputRefused if ``path`` is something else than a scale table of ours, which a new one would replace."""
+
+    def ours(path: Path) -> bool:
+        try:
+            return METADATA_KEY in (pq.read_schema(path).metadata or {})
+        except (pa.ArrowException, OSError):
+            return False
+
+    refuse_foreign_file(path, ours, "scale table", force=force)
+
+
+def refuse_fewer_labels(path: Path, labels: Sequence[str]) -> None:
+    """OutputRefused if ``path`` is a scale table with strategies that a table of ``labels`` in its place would lack."""
+    try:
+        held = [str(label) for label in pc.unique(pq.read_table(path, columns=["label"])["label"]).to_pylist()]
+    except (pa.ArrowException, OSError):  # none there, or a damaged one
+        return
+    lost = [label for label in held if label not in labels]
+    if lost:
+        raise OutputRefused(
+            f"{path} holds {len(held)} strategies, of which the new table would lack {', '.join(lost)}; {FORCE_HINT}"
+        )
+
+
+def read_scales(path: Path, db: Path | None = None) -> ScaleTable:
+    """Read and check a scale table.
+
+    db   where the runs of a table are looked up that another tool wrote, which leaves the provenance out
+    ScalesInvalid: no such file, not a scale table, a newer format, missing columns, two rows for one scale, or a scale
+    that is not positive and finite.
+    """
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except FileNotFoundError:
+        raise ScalesInvalid(f"{path} does not exist; run `analyze` to make a scale table") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise ScalesInvalid(f"{path} is not a readable Parquet file ({first}); run `analyze` again") from None
+    metadata = table.schema.metadata or {}
+    missing = [name for name in SCALES.names if name not in table.schema.names]
+    if missing:
+        what = "lacks" if METADATA_KEY in metadata else "is not a scale table: it lacks"
+        raise ScalesInvalid(f"{path} {what} the columns {', '.join(missing)}; make one with `analyze`")
+    try:
+        table = table.select(SCALES.names).cast(SCALES)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ScalesInvalid(f"{path} holds columns of other types ({first}); run `analyze` again") from None
+    notes: list[str] = []
+    if METADATA_KEY in metadata:
+        provenance = _provenance(path, metadata[METADATA_KEY])
+    else:
+        provenance, line = _provenance_from(path, table, db)
+        notes = [line]
+    _check_positive(path, table)
+    _check_single(path, table)
+    scales = ScaleTable(table, provenance, notes)
+    strangers = set(scales.runs()) - set(provenance["runs"])
+    if strangers:
+        raise ScalesInvalid(f"{path} has rows of run {min(strangers)}, unknown to its provenance; run `analyze` again")
+    return scales
+
+
+def _provenance(path: Path, text: bytes) -> dict[str, Any]:
+    """The provenance that the file carries."""
+    try:
+        provenance = json.loads(text)
+        found_version = provenance["format_version"]
+        ready = isinstance(found_version, int) and all(
+            isinstance(about, dict) and all(isinstance(about.get(key, {}), dict) for key in ("model", "identity"))
+            for about in provenance["runs"].values()
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        ready = False
+    if not ready:
+        raise ScalesInvalid(f"the provenance of {path} is damaged; run `analyze` again")
+    if found_version > FORMAT_VERSION:
+        raise ScalesInvalid(
+            f"{path} has format version {found_version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
+        )
+    found: dict[str, Any] = provenance
+    return found
+
+
+def _provenance_from(path: Path, table: pa.Table, db: Path | None) -> tuple[dict[str, Any], str]:
+    """The provenance of a table that lost it in another tool, from its runs in ``db``, and a line that says so."""
+    runs = sorted({str(run) for run in pc.unique(table["run"]).to_pylist()})
+    manifests = []
+    for run in runs:
+        folder = (db or Path()) / "runs" / run
+        if db is None or Path(run).name != run or not (folder / MANIFEST).exists():
+            raise ScalesInvalid(
+                f"{path} names no origin, as if another tool had written it, and run {run} is not in "
+                f"{db or 'a database'}, where it could be looked up; name the database that holds it with --db"
+            )
+        manifests.append(Manifest.load(folder))
+    lost = f"{path} was written by another tool, which left its origin out: it is taken from run {', '.join(runs)}"
+    return provenance_of(manifests, "the table's", "the table's"), f"{lost} in {db}"
+
+
+def _check_single(path: Path, table: pa.Table) -> None:
+    """ScalesInvalid where two rows speak of one scale, or two rows of one scale group are selected."""
+    group = ["run", "layer", "site", "group_name"]
+    for rows, keys in ((table, [*group, "label"]), (table.filter(table["selected"]), group)):
+        counted = rows.group_by(keys).aggregate([([], "count_all")])
+        double = counted.filter(pc.greater(counted["count_all"], 1))
+        if double.num_rows:
+            row = double.slice(0, 1).to_pylist()[0]
+            what = f"rows of {row['label']}" if "label" in row else "selected rows"
+            raise ScalesInvalid(
+                f"{path} has {row['count_all']} {what} for one scale, that of layer {row['layer']} {row['site']} "
+                f"({row['group_name']}); keep one"
+            )
+
+
+def _check_positive(path: Path, table: pa.Table) -> None:
+    scales = np.asarray(table["scale"].to_numpy(zero_copy_only=False), np.float64)  # null becomes NaN
+    with np.errstate(invalid="ignore"):
+        bad = np.flatnonzero(~(np.isfinite(scales) & (scales > 0)))
+    if bad.size:
+        row = table.slice(int(bad[0]), 1).to_pylist()[0]
+        others = f", nor are {bad.size - 1} others" if bad.size > 1 else ""
+        where = f"layer {row['layer']} {row['site']} ({row['group_name']}, {row['label']})"
+        raise ScalesInvalid(
+            f"{path}: scale {row['scale']} at {where} is not positive and finite{others}; run `analyze` again"
+        )
