@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from timing import table
 
 from quambase.collector.collect import collect
-from quambase.collector.documents import make_plan
+from quambase.collector.documents import read_document_set
 from quambase.model.backbone import HEAD_ROWS
 from quambase.model.checkpoint import load_model
 from quambase.model.mamba import Mamba
@@ -67,7 +67,7 @@ def main(which: str) -> None:
         samples = 64 if which == "130m" else 512
         model = str(write_130m(folder / "mamba-130m-shape")) if which == "130m" else bundled_models()[0]
         loaded = load_model(model)
-        plan = make_plan("sample:calibration", loaded.tokenizer, samples, SEQ_LEN)
+        plan = read_document_set("sample:calibration", loaded.tokenizer, samples, SEQ_LEN)
         batches = [Batch.pack([d.tokens.tolist() for d in block]) for block in plan.blocks(BLOCK)]
         float_model = Mamba(prepare(loaded.weights), rotated=True)
         plain_forward(float_model, batches[:1])

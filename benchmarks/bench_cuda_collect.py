@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from timing import machine
 
-from quambase.collector.block_runners import DTYPES, Kept, choose_where, new_observer
+from quambase.collector.block_runners import DTYPES, KeptTokens, choose_placement, new_block_runner
 from quambase.collector.collect import OUTLIERS
-from quambase.collector.documents import Plan, PlannedDocument, sampled_states, sampled_tokens
+from quambase.collector.documents import DocumentSet, TokenizedDocument, sampled_states, sampled_tokens
 from quambase.collector.layouts import site_layouts
 from quambase.collector.run_folder import JoinedParts, part_folder, write_run
 from quambase.collector.statistics import ENCODINGS, SiteLayout, SiteStatistics
@@ -51,16 +51,16 @@ def plain_forward(model: DeviceModel, batches: list[Batch]) -> float:
 
 
 def collecting(
-    weights: MambaWeights | Mamba2Weights, family: str, plan: Plan, folder: Path
+    weights: MambaWeights | Mamba2Weights, family: str, plan: DocumentSet, folder: Path
 ) -> tuple[float, float, int, int]:
     """Seconds of observing every block and of the writing after it; bytes of the database, of `activations` in it."""
     layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family]])
     statistics = {key: SiteStatistics.empty(layout, OUTLIERS) for key, layout in layouts.items()}
-    kept = Kept(sampled_tokens(plan, KEEP, 0), sampled_states(plan, KEEP // weights.config.d_state, 0))
+    kept = KeptTokens(sampled_tokens(plan, KEEP, 0), sampled_states(plan, KEEP // weights.config.d_state, 0))
     blocks = plan.blocks(BLOCK)
     with JoinedParts(folder, [part_folder(folder, number) for number in range(len(blocks))], 0) as parts:
-        observer = new_observer(
-            weights, choose_where("cuda"), statistics, OUTLIERS, run="run", kept=kept, write=parts.add
+        observer = new_block_runner(
+            weights, choose_placement("cuda"), statistics, OUTLIERS, run="run", kept=kept, write=parts.add
         )
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -80,10 +80,10 @@ def locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -
     return Places(rows, [0] * rows.size, [""] * rows.size, channels)
 
 
-def new_plan(documents: int) -> Plan:
+def new_plan(documents: int) -> DocumentSet:
     """Documents of SEQ_LEN random tokens."""
     tokens = np.random.default_rng(0).integers(0, 50277, (documents, SEQ_LEN)).astype(np.int32)
-    return Plan(tuple(PlannedDocument(i, f"{i:064}", row) for i, row in enumerate(tokens)), documents, 0, 0)
+    return DocumentSet(tuple(TokenizedDocument(i, f"{i:064}", row) for i, row in enumerate(tokens)), documents, 0, 0)
 
 
 def upstream_forward(batches: list[Batch]) -> float | None:
@@ -125,19 +125,20 @@ def memory() -> None:
         subprocess.run([sys.executable, __file__, "peak", str(documents)], check=True)
 
 
-def ragged(plan: Plan) -> Plan:
+def ragged(plan: DocumentSet) -> DocumentSet:
     """The same documents, cut at 64 to SEQ_LEN tokens."""
     lengths = np.random.default_rng(1).integers(64, SEQ_LEN + 1, len(plan.documents))
     documents = [
-        PlannedDocument(d.index, d.sha256, d.tokens[:length]) for d, length in zip(plan.documents, lengths, strict=True)
+        TokenizedDocument(d.index, d.sha256, d.tokens[:length])
+        for d, length in zip(plan.documents, lengths, strict=True)
     ]
-    return Plan(tuple(documents), plan.read, 0, len(documents))
+    return DocumentSet(tuple(documents), plan.read, 0, len(documents))
 
 
-def of_texts(weights: MambaWeights | Mamba2Weights, family: str, plan: Plan) -> str:
+def of_texts(weights: MambaWeights | Mamba2Weights, family: str, plan: DocumentSet) -> str:
     """A row: seconds as the median of TURNS turns, together also the least and the most of them."""
     batches = [Batch.pack([d.tokens.tolist() for d in block]) for block in plan.blocks(BLOCK)]
-    model = device_model(weights, choose_where("cuda").device, DTYPES["float16"], rotated=True)
+    model = device_model(weights, choose_placement("cuda").device, DTYPES["float16"], rotated=True)
     plain, turns = [], []
     with tempfile.TemporaryDirectory() as name:
         for turn in range(-1, TURNS):

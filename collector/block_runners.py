@@ -21,9 +21,8 @@ from quambase.collector.cuda.counter import choose_counter
 from quambase.collector.cuda.gather import choose_gather
 from quambase.collector.cuda.statistics import DeviceStatistics
 from quambase.collector.cuda.taps import DeviceRecorder, ObservedBlock
-from quambase.collector.documents import PlannedDocument
+from quambase.collector.documents import TokenizedDocument
 from quambase.collector.statistics import ENCODINGS, Counter, SiteLayout, SiteStatistics, sums_of
-from quambase.collector.table_rows import Key
 from quambase.collector.taps import BlockRecorder, Positions
 from quambase.model.backbone import Backbone
 from quambase.model.checkpoint import floating_model
@@ -32,6 +31,7 @@ from quambase.model.operators.device_models import DeviceModel, choose_device, d
 from quambase.model.packed_batch import Batch
 from quambase.model.weights import MambaWeights
 from quambase.schema.errors import DataInvalid, UnknownName
+from quambase.schema.sites import SiteKey
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -54,7 +54,7 @@ WRITERS = 3
 
 
 @dataclass(frozen=True)
-class Where:
+class Placement:
     """Where the model runs, and in which type its forward pass: float32 on the CPU, float16 or float32 on CUDA."""
 
     device: torch.device
@@ -69,7 +69,7 @@ class Where:
         return {"cuda": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}
 
 
-def choose_where(device: str = "auto", dtype: str | None = None) -> Where:
+def choose_placement(device: str = "auto", dtype: str | None = None) -> Placement:
     """What ``--device`` and ``--dtype`` mean here: CUDA if there is any, and there float16, as upstream runs the model.
 
     UnknownName: another device or type; DataInvalid: CUDA where there is none, float16 on the CPU.
@@ -78,46 +78,46 @@ def choose_where(device: str = "auto", dtype: str | None = None) -> Where:
         raise UnknownName.of("dtype", dtype, DTYPES)
     where = choose_device(device)
     if where.type == "cuda":
-        return Where(where, dtype or "float16")
+        return Placement(where, dtype or "float16")
     if dtype == "float16":
         raise DataInvalid("the CPU runs the model in float32; leave out --dtype float16, or say --device cuda")
-    return Where(where, "float32")
+    return Placement(where, "float32")
 
 
 def take_local_device(environment: Mapping[str, str]) -> None:
-    """Under torchrun: make this process's own GPU of the machine's the current one, which `choose_where` takes."""
+    """Under torchrun: make this process's own GPU of the machine's the current one, which `choose_placement` takes."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptTokens:
     """Whose raw activations are kept: ``positions`` of documents, final states of documents (None: all)."""
 
     positions: Positions | None
     states: set[int] | None
 
 
-NOTHING = Kept({}, set())
+NOTHING = KeptTokens({}, set())
 
 
-class Observer(AbstractContextManager["Observer"]):
+class BlockRunner(AbstractContextManager["BlockRunner"]):
     """Runs blocks in order and folds each into a run's statistics. ``most``: outliers kept per group."""
 
     run: str
-    kept: Kept
+    kept: KeptTokens
     write: Write | None
     sums: Sums | None
 
     @abstractmethod
-    def observe(self, number: int, documents: Sequence[PlannedDocument]) -> None:
+    def observe(self, number: int, documents: Sequence[TokenizedDocument]) -> None:
         """Run one block. TapNeverFired; whatever ``write`` raises, perhaps at a later block."""
 
     def settle(self) -> None:
         """Wait until every block so far is observed and ``write`` has taken its rows."""
 
     @abstractmethod
-    def statistics(self) -> dict[Key, SiteStatistics]:
+    def statistics(self) -> dict[SiteKey, SiteStatistics]:
         """Of all blocks so far, of the last of which ``write`` may not have taken the rows yet."""
 
     def __exit__(
@@ -126,20 +126,20 @@ class Observer(AbstractContextManager["Observer"]):
         """Let go of everything."""
 
 
-def _packed(documents: Sequence[PlannedDocument]) -> Batch:
+def _packed(documents: Sequence[TokenizedDocument]) -> Batch:
     return Batch.join([document.tokens for document in documents])
 
 
-class HostObserver(Observer):
+class HostBlockRunner(BlockRunner):
     """On the CPU, block after block."""
 
     def __init__(
         self,
         model: Backbone,
-        statistics: dict[Key, SiteStatistics],
+        statistics: dict[SiteKey, SiteStatistics],
         most: int,
         run: str,
-        kept: Kept,
+        kept: KeptTokens,
         write: Write | None,
         sums: Sums | None = None,
     ) -> None:
@@ -148,8 +148,8 @@ class HostObserver(Observer):
         self._layouts = {key: stats.layout for key, stats in statistics.items()}
         self._counter = Counter(ENCODINGS["float16"], most, max(len(layout.names) for layout in self._layouts.values()))
 
-    def observe(self, number: int, documents: Sequence[PlannedDocument]) -> None:
-        """As `Observer.observe`."""
+    def observe(self, number: int, documents: Sequence[TokenizedDocument]) -> None:
+        """As `BlockRunner.observe`."""
         kept = self.kept
         recorder = BlockRecorder(self.run, documents, self._layouts, self._counter, kept.positions, kept.states)
         self.model.hidden(_packed(documents), recorder)
@@ -161,8 +161,8 @@ class HostObserver(Observer):
         if self.write:
             self.write(number, recorder.documents_table(), recorder.activations_table())
 
-    def statistics(self) -> dict[Key, SiteStatistics]:
-        """As `Observer.statistics`."""
+    def statistics(self) -> dict[SiteKey, SiteStatistics]:
+        """As `BlockRunner.statistics`."""
         return self._statistics
 
 
@@ -174,7 +174,7 @@ def _observing(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
-class DeviceObserver(Observer):
+class CudaBlockRunner(BlockRunner):
     """On a device, whose queue is kept full: a block's tables are made and written by other threads, while it works on
     later ones.
     """
@@ -182,15 +182,15 @@ class DeviceObserver(Observer):
     def __init__(
         self,
         model: DeviceModel,
-        statistics: Mapping[Key, SiteStatistics],
+        statistics: Mapping[SiteKey, SiteStatistics],
         most: int,
         run: str,
-        kept: Kept,
+        kept: KeptTokens,
         write: Write | None,
         sums: Sums | None = None,
     ) -> None:
         self.model, self.run, self.kept, self.write, self.sums = model, run, kept, write, sums
-        layouts: dict[Key, SiteLayout] = {key: stats.layout for key, stats in statistics.items()}
+        layouts: dict[SiteKey, SiteLayout] = {key: stats.layout for key, stats in statistics.items()}
         self._statistics = DeviceStatistics(layouts, most, model.device)
         self._statistics.load(statistics)
         self._stream = None
@@ -203,7 +203,7 @@ class DeviceObserver(Observer):
         self._observed: deque[tuple[int, ObservedBlock, torch.Tensor]] = deque()
         self._unwritten: deque[Future[None]] = deque()
 
-    def __enter__(self) -> DeviceObserver:
+    def __enter__(self) -> CudaBlockRunner:
         """Until the end Python looks through no object that is there now: doing so takes it as long as some blocks take
         the device, which would wait.
         """
@@ -211,8 +211,8 @@ class DeviceObserver(Observer):
         return self
 
     @torch.inference_mode()
-    def observe(self, number: int, documents: Sequence[PlannedDocument]) -> None:
-        """As `Observer.observe`."""
+    def observe(self, number: int, documents: Sequence[TokenizedDocument]) -> None:
+        """As `BlockRunner.observe`."""
         kept = self.kept
         with torch.cuda.stream(self._stream):
             recorder = DeviceRecorder(
@@ -242,12 +242,12 @@ class DeviceObserver(Observer):
             self.write(number, *block.tables())
 
     def settle(self) -> None:
-        """As `Observer.settle`."""
+        """As `BlockRunner.settle`."""
         self._hand_over(0)
         self._await_written(0)
 
-    def statistics(self) -> dict[Key, SiteStatistics]:
-        """As `Observer.statistics`."""
+    def statistics(self) -> dict[SiteKey, SiteStatistics]:
+        """As `BlockRunner.statistics`."""
         self._hand_over(0)
         if self._statistics.device.type == "cuda":
             torch.cuda.synchronize(self._statistics.device)
@@ -265,19 +265,19 @@ class DeviceObserver(Observer):
             self._writer.shutdown(wait=True, cancel_futures=True)
 
 
-def new_observer(
+def new_block_runner(
     weights: MambaWeights | Mamba2Weights,
-    where: Where,
-    statistics: dict[Key, SiteStatistics],
+    where: Placement,
+    statistics: dict[SiteKey, SiteStatistics],
     most: int,
     *,
     run: str = "",
-    kept: Kept = NOTHING,
+    kept: KeptTokens = NOTHING,
     write: Write | None = None,
     sums: Sums | None = None,
-) -> Observer:
+) -> BlockRunner:
     """An observer of prepared ``weights`` that goes on from ``statistics``; a warning where kernels do not compile."""
     if where.device.type == "cpu":
-        return HostObserver(floating_model(weights, rotated=True), statistics, most, run, kept, write, sums)
+        return HostBlockRunner(floating_model(weights, rotated=True), statistics, most, run, kept, write, sums)
     model = device_model(weights, where.device, DTYPES[where.dtype], rotated=True)
-    return DeviceObserver(model, statistics, most, run, kept, write, sums)
+    return CudaBlockRunner(model, statistics, most, run, kept, write, sums)

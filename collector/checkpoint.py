@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from quambase.collector.statistics import Moments, SiteLayout, SiteStatistics
-from quambase.collector.table_rows import Key
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.files import replacing
+from quambase.schema.sites import SiteKey
 
 CHECKPOINT = "checkpoint.npz"
 
 
-def save_checkpoint(folder: Path, blocks: int, statistics: Mapping[Key, SiteStatistics]) -> None:
+def save_checkpoint(folder: Path, blocks: int, statistics: Mapping[SiteKey, SiteStatistics]) -> None:
     """Write the statistics of the first ``blocks`` blocks. Counts are stored sparsely, sites in sorted order."""
     arrays: dict[str, np.ndarray] = {"blocks": np.array(blocks)}
     for number, key in enumerate(sorted(statistics)):
@@ -35,8 +35,8 @@ def save_checkpoint(folder: Path, blocks: int, statistics: Mapping[Key, SiteStat
 
 
 def load_checkpoint(
-    folder: Path, layouts: Mapping[Key, SiteLayout], most: int
-) -> tuple[int, dict[Key, SiteStatistics]]:
+    folder: Path, layouts: Mapping[SiteKey, SiteLayout], most: int
+) -> tuple[int, dict[SiteKey, SiteStatistics]]:
     """The number of blocks done and their statistics; nothing done where there is no checkpoint.
 
     DatabaseInvalid if the file is damaged.

@@ -14,9 +14,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from quambase.collector.block_runners import Kept, Observer, Where, choose_where, new_observer
+from quambase.collector.block_runners import BlockRunner, KeptTokens, Placement, choose_placement, new_block_runner
 from quambase.collector.checkpoint import load_checkpoint, save_checkpoint
-from quambase.collector.documents import Keep, Plan, PlannedDocument, make_plan, run_id, sampled_states, sampled_tokens
+from quambase.collector.documents import (
+    DocumentSet,
+    Keep,
+    TokenizedDocument,
+    read_document_set,
+    run_id,
+    sampled_states,
+    sampled_tokens,
+)
 from quambase.collector.first_pass import Grouping, choose_grouping, find_groups
 from quambase.collector.layouts import site_layouts
 from quambase.collector.run_folder import (
@@ -125,7 +133,7 @@ def collect(
     Errors: ModelNotFound, CheckpointInvalid, DataInvalid, DatabaseInvalid, UnknownName, RunBusy, TapNeverFired.
     """
     db = local_folder(db)
-    where = choose_where(device, dtype)
+    where = choose_placement(device, dtype)
     for name in sites:
         find_site(name, family="")  # any model's, so that a slip is told before the slow part
     with Progress(progress) as shown:
@@ -136,7 +144,7 @@ def collect(
         loaded = load_model(str(model), tokenizer=tokenizer)
         for name in sites:
             find_site(name, loaded.family)
-        plan = make_plan(source, loaded.tokenizer, samples, seq_len, progress=shown)
+        plan = read_document_set(source, loaded.tokenizer, samples, seq_len, progress=shown)
         observed = [site.name for site in FAMILIES[loaded.family] if not sites or site.name in sites]
         grouping = choose_grouping(loaded.family, groups, group_samples, groups_from, len(plan.documents))
         identity = _identity(
@@ -176,7 +184,7 @@ def collect(
             mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
             parts = [part_folder(folder, block) for block in range(len(blocks))]
             with JoinedParts(folder, parts, done) if shard is None else nullcontext() as joined:
-                observer = new_observer(
+                observer = new_block_runner(
                     weights,
                     where,
                     statistics,
@@ -235,7 +243,7 @@ class _Clock:
         return {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)), **self._seconds}
 
 
-def _data(source: str, plan: Plan) -> dict[str, Any]:
+def _data(source: str, plan: DocumentSet) -> dict[str, Any]:
     """What the manifest says of the text."""
     name, path = data_name(source)
     return {
@@ -251,9 +259,9 @@ def _data(source: str, plan: Plan) -> dict[str, Any]:
 
 def _identity(
     loaded: LoadedModel,
-    plan: Plan,
+    plan: DocumentSet,
     grouping: Grouping | None,
-    where: Where,
+    where: Placement,
     **settings: Any,
 ) -> dict[str, Any]:
     """Everything that determines the bytes of the run's tables, ``settings`` among it; its hash is the run id."""
@@ -287,18 +295,18 @@ def _reordered(weights: MambaWeights | Mamba2Weights, layers: list[LayerGroups] 
     return reorder(weights, layers) if layers and isinstance(weights, Mamba2Weights) else weights
 
 
-def _kept(loaded: LoadedModel, plan: Plan, keep: Keep, seed: int) -> Kept:
+def _kept(loaded: LoadedModel, plan: DocumentSet, keep: Keep, seed: int) -> KeptTokens:
     """Which tokens' activations, and which documents' final states, a run of ``keep`` tokens keeps."""
     if keep == "all":
-        return Kept(None, None)
+        return KeptTokens(None, None)
     # A state has d_state values for every channel of a token.
     states = sampled_states(plan, keep // loaded.any_weights.config.d_state, seed)
-    return Kept(sampled_tokens(plan, keep, seed), states)
+    return KeptTokens(sampled_tokens(plan, keep, seed), states)
 
 
 def _observe(
-    observer: Observer,
-    blocks: list[list[PlannedDocument]],
+    observer: BlockRunner,
+    blocks: list[list[TokenizedDocument]],
     numbers: range,
     done: int,
     folder: Path,
@@ -325,7 +333,7 @@ def _write_part(parts: Sequence[Path], number: int, documents: pa.Table, activat
     write_part(parts[number], documents, encoded_part(activations))
 
 
-def _locator(plan: Plan, loaded: LoadedModel) -> Locate:
+def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:
     """How `outliers` names a value's place: a state's row and column are one flat channel of the last token."""
     tokens = np.concatenate([document.tokens for document in plan.documents])
     sizes, firsts = np.zeros((2, plan.documents[-1].index + 1), np.int64)

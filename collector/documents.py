@@ -20,7 +20,7 @@ Keep = int | Literal["all"]
 
 
 @dataclass(frozen=True)
-class PlannedDocument:
+class TokenizedDocument:
     """A document with a token or more: place in the file, hash of its text, token ids (cut at the sequence length)."""
 
     index: int
@@ -29,10 +29,10 @@ class PlannedDocument:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DocumentSet:
     """Documents of a run in file order; ``read`` counts all, ``empty`` those of no token, ``truncated`` those cut."""
 
-    documents: tuple[PlannedDocument, ...]
+    documents: tuple[TokenizedDocument, ...]
     read: int
     empty: int
     truncated: int
@@ -42,9 +42,9 @@ class Plan:
         """Tokens of all documents together."""
         return sum(document.tokens.size for document in self.documents)
 
-    def blocks(self, size: int) -> list[list[PlannedDocument]]:
+    def blocks(self, size: int) -> list[list[TokenizedDocument]]:
         """Runs of ``size`` consecutive documents of the file, less the empty ones."""
-        blocks: dict[int, list[PlannedDocument]] = {}
+        blocks: dict[int, list[TokenizedDocument]] = {}
         for document in self.documents:
             blocks.setdefault(document.index // size, []).append(document)
         return list(blocks.values())
@@ -58,12 +58,14 @@ class Plan:
         return digest.hexdigest()
 
 
-def make_plan(data: str, tokenizer: Tokenizer, samples: int, seq_len: int, *, progress: Progress = SILENT) -> Plan:
+def read_document_set(
+    data: str, tokenizer: Tokenizer, samples: int, seq_len: int, *, progress: Progress = SILENT
+) -> DocumentSet:
     """Read and tokenize the first ``samples`` documents: cut at ``seq_len`` tokens, not packed, nothing added.
 
     DataInvalid if no document has a token.
     """
-    documents: list[PlannedDocument] = []
+    documents: list[TokenizedDocument] = []
     read = truncated = 0
     for document in read_documents(data, samples):
         read += 1
@@ -73,10 +75,10 @@ def make_plan(data: str, tokenizer: Tokenizer, samples: int, seq_len: int, *, pr
         truncated += len(ids) > seq_len
         if ids:
             tokens = np.array(ids[:seq_len], np.int32)
-            documents.append(PlannedDocument(document.index, document.sha256, tokens))
+            documents.append(TokenizedDocument(document.index, document.sha256, tokens))
     if not documents:
         raise DataInvalid(f"{data} holds no document with a token ({read} read); expected at least one text")
-    return Plan(tuple(documents), read, read - len(documents), truncated)
+    return DocumentSet(tuple(documents), read, read - len(documents), truncated)
 
 
 def token_hash(seed: int, document: npt.NDArray[np.uint64], position: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -92,7 +94,7 @@ def token_hash(seed: int, document: npt.NDArray[np.uint64], position: npt.NDArra
         return mix(start + (position + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
 
 
-def sampled_tokens(plan: Plan, keep: int, seed: int) -> dict[int, npt.NDArray[np.int64]]:
+def sampled_tokens(plan: DocumentSet, keep: int, seed: int) -> dict[int, npt.NDArray[np.int64]]:
     """The ``keep`` tokens of smallest hash: document number to its sampled positions, ascending."""
     documents = np.concatenate([np.full(d.tokens.size, d.index, np.uint64) for d in plan.documents])
     positions = np.concatenate([np.arange(d.tokens.size, dtype=np.uint64) for d in plan.documents])
@@ -103,7 +105,7 @@ def sampled_tokens(plan: Plan, keep: int, seed: int) -> dict[int, npt.NDArray[np
     return {document: np.array(places, np.int64) for document, places in found.items()}
 
 
-def sampled_states(plan: Plan, keep: int, seed: int) -> set[int]:
+def sampled_states(plan: DocumentSet, keep: int, seed: int) -> set[int]:
     """The ``keep`` documents whose last token has the smallest hash: their final states are kept."""
     documents = np.array([d.index for d in plan.documents], np.uint64)
     last = np.array([d.tokens.size - 1 for d in plan.documents], np.uint64)

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from quambase.collector.block_runners import Where, new_observer
+from quambase.collector.block_runners import Placement, new_block_runner
 from quambase.collector.clustering import VARIANTS, Variant, layer_groups
-from quambase.collector.documents import Plan
+from quambase.collector.documents import DocumentSet
 from quambase.collector.layouts import site_layouts
 from quambase.collector.statistics import SiteStatistics
 from quambase.model.checkpoint import LoadedModel
@@ -73,11 +73,11 @@ def choose_grouping(
 
 def find_groups(
     loaded: LoadedModel,
-    plan: Plan,
+    plan: DocumentSet,
     grouping: Grouping,
     block: int,
     db: Path,
-    where: Where,
+    where: Placement,
     *,
     progress: Progress = SILENT,
 ) -> list[LayerGroups]:
@@ -92,7 +92,7 @@ def find_groups(
 
 
 def first_pass(
-    loaded: LoadedModel, plan: Plan, documents: int, block: int, where: Where, *, progress: Progress = SILENT
+    loaded: LoadedModel, plan: DocumentSet, documents: int, block: int, where: Placement, *, progress: Progress = SILENT
 ) -> list[npt.NDArray[np.float64]]:
     """(e,) per layer: the largest of the first ``documents`` documents' mean absolute x, as a run not grouped has it.
 
@@ -100,10 +100,10 @@ def first_pass(
     is the same but for float16's rounding of the weights.
     """
     layouts = site_layouts(loaded.any_weights.config, [SITE])
-    observer = new_observer(
+    observer = new_block_runner(
         prepare(loaded.any_weights), where, {key: SiteStatistics.empty(layout, 1) for key, layout in layouts.items()}, 1
     )
-    some = Plan(plan.documents[:documents], documents, 0, 0)
+    some = DocumentSet(plan.documents[:documents], documents, 0, 0)
     progress.start("first pass, for the groups", documents, some.tokens)
     with observer:
         for number, members in enumerate(some.blocks(block)):

@@ -12,14 +12,14 @@ from quambase.collector.collect import OUTLIERS, CollectedRun, existing_run
 from quambase.collector.documents import run_id
 from quambase.collector.run_folder import JoinedParts, finish_run, part_folder, versions, write_run
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
-from quambase.collector.table_rows import Int64, Key, Places, keyed_rows
+from quambase.collector.table_rows import Int64, Places, keyed_rows
 from quambase.model.files import check_file, first_line
 from quambase.model.tensor_files import plain_tensor, read_pytorch, read_safetensors
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import TensorFileInvalid
 from quambase.schema.files import file_sha256, local_folder, locked
 from quambase.schema.manifest import MANIFEST, Manifest
-from quambase.schema.sites import WHOLE
+from quambase.schema.sites import WHOLE, SiteKey
 from quambase.schema.tables import ACTIVATIONS, DOCUMENTS
 
 KINDS = (".pt", ".pth", ".npy", ".safetensors")
@@ -111,7 +111,7 @@ def import_tensor(
     if (folder / MANIFEST).exists():
         return existing_run(folder)
     layout = SiteLayout((WHOLE,), (0, rows.shape[1]))
-    key: Key = (layer, site)
+    key: SiteKey = (layer, site)
     stats = SiteStatistics.empty(layout, OUTLIERS)
     summaries = np.empty((documents, 2, len(SUMMARY_COLUMNS)), np.float32)
     offsets = np.arange(documents + 1, dtype=np.int64) * length

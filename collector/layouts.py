@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from quambase.collector.statistics import SiteLayout
-from quambase.collector.table_rows import Key
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
 from quambase.schema.groups import LayerGroups
-from quambase.schema.sites import MAMBA1, MAMBA2, STATE_SITES, layer_sites
+from quambase.schema.sites import MAMBA1, MAMBA2, STATE_SITES, SiteKey, layer_sites
 
 
 def site_layouts(
     config: MambaConfig | Mamba2Config, sites: Sequence[str], groups: Sequence[LayerGroups] | None = None
-) -> dict[Key, SiteLayout]:
+) -> dict[SiteKey, SiteLayout]:
     """Every observed (layer, site) of a model and where its groups lie; ``sites``: their names; ``groups``: of each
     layer of a reordered Mamba-2, by which x and the state are divided.
     """

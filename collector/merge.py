@@ -29,13 +29,13 @@ from quambase.collector.shards import (
     verify_shard,
 )
 from quambase.collector.statistics import ENCODINGS, SiteStatistics
-from quambase.collector.table_rows import Key
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, RunBusy, UnknownName
 from quambase.schema.files import local_folder, locked
 from quambase.schema.groups import stored_groups
 from quambase.schema.manifest import MANIFEST, SHARDS, Manifest
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.runs import list_runs, sound_manifests
+from quambase.schema.sites import SiteKey
 
 Found = Mapping[Shard, ShardManifest]
 Folders = Mapping[Shard, Path]
@@ -243,7 +243,7 @@ def _agreed(run: str, found: Found, folders: Folders) -> Manifest:
     return promised.manifest
 
 
-def _fold(found: Found, folders: Folders, progress: Shown) -> dict[Key, SiteStatistics]:
+def _fold(found: Found, folders: Folders, progress: Shown) -> dict[SiteKey, SiteStatistics]:
     """The statistics of all blocks."""
     count, promised = len(found), found[min(found)]
     identity = promised.manifest.identity

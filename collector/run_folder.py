@@ -23,7 +23,6 @@ from quambase.collector.checkpoint import CHECKPOINT
 from quambase.collector.statistics import Encoding, SiteStatistics
 from quambase.collector.table_rows import (
     PIECE_ROWS,
-    Key,
     Locate,
     channels_pieces,
     counts_pieces,
@@ -35,6 +34,7 @@ from quambase.schema.errors import DatabaseInvalid, RunBusy
 from quambase.schema.files import locked, remove_strays, replacing
 from quambase.schema.manifest import SHARDS, Manifest, TableFile
 from quambase.schema.runs import list_runs, sound_manifests
+from quambase.schema.sites import SiteKey
 from quambase.schema.tables import (
     ACTIVATIONS,
     DOCUMENTS,
@@ -61,7 +61,7 @@ PART_FILES = (DOCUMENTS_PART, ACTIVATIONS_PART)
 
 
 def part_folder(folder: Path, block: int) -> Path:
-    """Where block number ``block`` leaves its rows until the run is complete."""
+    """Placement block number ``block`` leaves its rows until the run is complete."""
     return folder / PARTS / f"block-{block:05d}"
 
 
@@ -225,7 +225,7 @@ class JoinedParts(AbstractContextManager["JoinedParts"]):
 def write_run(
     folder: Path,
     run: str,
-    statistics: Mapping[Key, SiteStatistics],
+    statistics: Mapping[SiteKey, SiteStatistics],
     encoding: Encoding,
     locate: Locate,
     parts: JoinedParts,

@@ -21,14 +21,14 @@ import pyarrow as pa
 from quambase.collector.checkpoint import CHECKPOINT
 from quambase.collector.run_folder import PART_FILES, part_folder
 from quambase.collector.statistics import SiteLayout, SiteStatistics
-from quambase.collector.table_rows import Int64, Key, Locate, Places
+from quambase.collector.table_rows import Int64, Locate, Places
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
 from quambase.schema.files import file_sha256, replacing
 from quambase.schema.manifest import SHARDS, Manifest
-from quambase.schema.sites import MAMBA2
+from quambase.schema.sites import MAMBA2, SiteKey
 from quambase.schema.tables import read_table, write_table
 
 SHARD = "shard.json"
@@ -120,7 +120,7 @@ def read_sums(folder: Path, block: int) -> npt.NDArray[np.float64]:
     return found
 
 
-def write_places(folder: Path, statistics: Mapping[Key, SiteStatistics], locate: Locate) -> None:
+def write_places(folder: Path, statistics: Mapping[SiteKey, SiteStatistics], locate: Locate) -> None:
     """Keep where each of the largest values is: `outliers` of the whole run are among those of its shards."""
     found: dict[tuple[bool, int, int, int], tuple[Any, ...]] = {}
     for stats in statistics.values():

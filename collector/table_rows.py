@@ -23,13 +23,10 @@ from quambase.collector.table_kernels import (
     table_addresses,
     take_parts,
 )
-from quambase.schema.sites import WHOLE
+from quambase.schema.sites import WHOLE, SiteKey
 from quambase.schema.tables import CHANNELS, COUNTS, GROUPS, OUTLIERS, QUANTILES, SITE_STATS, Piece, as_made
 
-Key = tuple[int, str]
-"""(layer, site)."""
-
-Statistics = Mapping[Key, SiteStatistics]
+Statistics = Mapping[SiteKey, SiteStatistics]
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -40,14 +37,16 @@ _MOMENT_COLUMNS = {"lowest": "min", "highest": "max", "total": "sum", "squares":
 """The columns of `channels` that have other names than in `Moments`."""
 
 
-def keyed_rows(run: str, key: Key, group: str, rows: int, columns: dict[str, object], schema: pa.Schema) -> pa.Table:
+def keyed_rows(
+    run: str, key: SiteKey, group: str, rows: int, columns: dict[str, object], schema: pa.Schema
+) -> pa.Table:
     """A table of ``schema`` whose key columns are constant and whose other columns are ``columns``."""
     return many_keyed_rows(run, [(key, group)], [rows], columns, schema)
 
 
 def many_keyed_rows(
     run: str,
-    keys: Sequence[tuple[Key, str]],
+    keys: Sequence[tuple[SiteKey, str]],
     rows: Sequence[int] | Int64,
     columns: dict[str, object],
     schema: pa.Schema,
@@ -66,7 +65,7 @@ class Keys:
     words: dict[str, pa.StringArray]
 
     @classmethod
-    def of(cls, run: str, keys: Sequence[tuple[Key, str]]) -> Keys:
+    def of(cls, run: str, keys: Sequence[tuple[SiteKey, str]]) -> Keys:
         """Prepare them."""
         of_columns = {
             "run": [run] * len(keys),
@@ -92,7 +91,7 @@ class Keys:
 
 
 @lru_cache(4)
-def known_keys(run: str, keys: tuple[tuple[Key, str], ...]) -> Keys:
+def known_keys(run: str, keys: tuple[tuple[SiteKey, str], ...]) -> Keys:
     """`Keys.of` keys that block after block has."""
     return Keys.of(run, keys)
 
@@ -128,7 +127,7 @@ def counts_pieces(run: str, statistics: Statistics, encoding: Encoding) -> Itera
     """
     infinity, magnitudes = encoding.infinity, encoding.values()[:SIGN]
 
-    def piece(groups: Sequence[tuple[Key, str, int]]) -> pa.Table:
+    def piece(groups: Sequence[tuple[SiteKey, str, int]]) -> pa.Table:
         tables = table_addresses(statistics[key].counts[g] for key, _, g in groups)
         rows = np.empty(len(groups), np.int64)
         present_sizes(tables, infinity, rows)
@@ -150,7 +149,7 @@ CHANNELS_ROWS = 1 << 16
 def channels_pieces(run: str, statistics: Statistics) -> Iterator[Piece]:
     """The table `channels`, several sites a piece."""
 
-    def piece(sites: Sequence[Key]) -> pa.Table:
+    def piece(sites: Sequence[SiteKey]) -> pa.Table:
         moments = [statistics[key].moments for key in sites]
         layouts = [statistics[key].layout for key in sites]
         groups = [
@@ -179,9 +178,9 @@ def channels_pieces(run: str, statistics: Statistics) -> Iterator[Piece]:
         yield partial(piece, sites)
 
 
-def _runs_of_sites(statistics: Statistics, most: int, rows: Callable[[SiteStatistics], int]) -> Iterator[list[Key]]:
+def _runs_of_sites(statistics: Statistics, most: int, rows: Callable[[SiteStatistics], int]) -> Iterator[list[SiteKey]]:
     """The sites in order, as many at a time as have about ``most`` rows."""
-    sites: list[Key] = []
+    sites: list[SiteKey] = []
     held = 0
     for key in sorted(statistics):
         sites.append(key)
@@ -193,7 +192,7 @@ def _runs_of_sites(statistics: Statistics, most: int, rows: Callable[[SiteStatis
         yield sites
 
 
-def groups_pieces(run: str, layouts: Mapping[Key, SiteLayout]) -> Iterator[Piece]:
+def groups_pieces(run: str, layouts: Mapping[SiteKey, SiteLayout]) -> Iterator[Piece]:
     """The table `groups`, in one piece: it is little more than the channels' numbers."""
 
     def piece() -> pa.Table:
@@ -214,7 +213,7 @@ def groups_pieces(run: str, layouts: Mapping[Key, SiteLayout]) -> Iterator[Piece
 
 
 class Places(NamedTuple):
-    """Where values are, as `outliers` has it: positions (n,), token ids, tokens, channels (n,)."""
+    """Placement values are, as `outliers` has it: positions (n,), token ids, tokens, channels (n,)."""
 
     positions: Int64
     token_ids: Sequence[int | None]
@@ -230,8 +229,8 @@ def outliers_pieces(run: str, statistics: Statistics, encoding: Encoding, locate
     """The table `outliers`, several sites a piece."""
     values = encoding.values()
 
-    def piece(sites: Sequence[Key]) -> pa.Table:
-        keys: list[tuple[Key, str]] = []
+    def piece(sites: Sequence[SiteKey]) -> pa.Table:
+        keys: list[tuple[SiteKey, str]] = []
         tops: list[Int64] = []
         places: list[Places] = []
         for key in sites:
@@ -269,7 +268,7 @@ def site_stats_pieces(run: str, statistics: Statistics, encoding: Encoding, pool
     probabilities = np.array(list(QUANTILES.values()))
     keys = sorted(statistics)
 
-    def summaries(of: Sequence[Key]) -> tuple[Int64, Float64]:
+    def summaries(of: Sequence[SiteKey]) -> tuple[Int64, Float64]:
         tables: list[Int64] = []
         firsts = [0]
         for key in of:
@@ -285,7 +284,7 @@ def site_stats_pieces(run: str, statistics: Statistics, encoding: Encoding, pool
     coming = [pool.submit(summaries, keys[start : start + SHARE]) for start in range(0, len(keys), SHARE)]
 
     def piece() -> pa.Table:
-        named: list[tuple[Key, str]] = []
+        named: list[tuple[SiteKey, str]] = []
         overflow: list[int] = []
         for key in keys:
             layout, of_site = statistics[key].layout, statistics[key].moments.overflow

@@ -12,10 +12,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from quambase.collector.documents import PlannedDocument
+from quambase.collector.documents import TokenizedDocument
 from quambase.collector.statistics import SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
-from quambase.collector.table_rows import Key, Keys, many_keyed_rows, table_of, with_whole
+from quambase.collector.table_rows import Keys, many_keyed_rows, table_of, with_whole
 from quambase.schema.errors import TapNeverFired
+from quambase.schema.sites import SiteKey
 from quambase.schema.tables import ACTIVATIONS, DOCUMENTS, as_made
 
 Positions = Mapping[int, npt.NDArray[np.int64]]
@@ -23,8 +24,8 @@ Positions = Mapping[int, npt.NDArray[np.int64]]
 
 def documents_rows(
     run: str,
-    documents: Sequence[PlannedDocument],
-    layouts: Mapping[Key, SiteLayout],
+    documents: Sequence[TokenizedDocument],
+    layouts: Mapping[SiteKey, SiteLayout],
     flat: npt.NDArray[np.float32],
     starts: Sequence[int],
 ) -> pa.Table:
@@ -57,10 +58,10 @@ class _DocumentsOrder:
 
 @lru_cache(2)
 def _documents_order(
-    run: str, layouts: tuple[tuple[Key, SiteLayout], ...], starts: tuple[int, ...], documents: int
+    run: str, layouts: tuple[tuple[SiteKey, SiteLayout], ...], starts: tuple[int, ...], documents: int
 ) -> _DocumentsOrder:
     """Kept of the blocks of full size and of the last."""
-    keyed: list[tuple[Key, str]] = []
+    keyed: list[tuple[SiteKey, str]] = []
     rows: list[npt.NDArray[np.int64]] = []
     columns = len(SUMMARY_COLUMNS)
     for (key, layout), start in sorted(zip(layouts, starts, strict=True), key=lambda site: site[0][0]):
@@ -73,7 +74,7 @@ def _documents_order(
     )
 
 
-def check_seen(seen: Mapping[Key, int], documents: int) -> None:
+def check_seen(seen: Mapping[SiteKey, int], documents: int) -> None:
     """TapNeverFired for a site that was not reached for every one of a block's documents."""
     for (layer, site), count in seen.items():
         if count != documents:
@@ -83,7 +84,7 @@ def check_seen(seen: Mapping[Key, int], documents: int) -> None:
             )
 
 
-Kept = tuple[int, int, npt.NDArray[np.float32]]
+KeptRow = tuple[int, int, npt.NDArray[np.float32]]
 """Document, position, and the values of a token at a site, or of a final state, flat (e, n)."""
 
 Rows = tuple[Sequence[tuple[int, int]], npt.NDArray[np.float32]]
@@ -94,10 +95,10 @@ PIECE = 1 << 24
 """Values that are joined to one piece of `activations`: Arrow's lists have 32-bit offsets."""
 
 
-def activations_rows(run: str, layouts: Mapping[Key, SiteLayout], kept: Mapping[Key, Rows]) -> pa.Table:
+def activations_rows(run: str, layouts: Mapping[SiteKey, SiteLayout], kept: Mapping[SiteKey, Rows]) -> pa.Table:
     """A block's rows of `activations`: raw float32 values, a row per sampled token and group."""
     pieces: list[pa.Table] = []
-    parts: list[tuple[Key, str, Sequence[tuple[int, int]], npt.NDArray[np.float32]]] = []
+    parts: list[tuple[SiteKey, str, Sequence[tuple[int, int]], npt.NDArray[np.float32]]] = []
 
     def join() -> None:
         """Make a piece of ``parts``: key, group, whose rows, values (rows, width)."""
@@ -168,21 +169,21 @@ class BlockRecorder:
     """
 
     run: str
-    documents: Sequence[PlannedDocument]
-    layouts: Mapping[Key, SiteLayout]
+    documents: Sequence[TokenizedDocument]
+    layouts: Mapping[SiteKey, SiteLayout]
     counter: Counter
     positions: Positions | None
     states: set[int] | None
-    statistics: dict[Key, SiteStatistics] = field(init=False)
-    summaries: dict[Key, npt.NDArray[np.float32]] = field(init=False)
+    statistics: dict[SiteKey, SiteStatistics] = field(init=False)
+    summaries: dict[SiteKey, npt.NDArray[np.float32]] = field(init=False)
 
     def __post_init__(self) -> None:
         shapes = {key: (len(self.documents), len(layout.names) + 1) for key, layout in self.layouts.items()}
         self.statistics = {k: SiteStatistics.empty(layout, self.counter.most) for k, layout in self.layouts.items()}
         self.summaries = {k: np.empty((*shape, len(SUMMARY_COLUMNS)), np.float32) for k, shape in shapes.items()}
         self._seen = dict.fromkeys(self.layouts, 0)
-        self._last: tuple[Key, torch.Tensor] | None = None
-        self._kept: dict[Key, list[Kept]] = {key: [] for key in self.layouts}
+        self._last: tuple[SiteKey, torch.Tensor] | None = None
+        self._kept: dict[SiteKey, list[KeptRow]] = {key: [] for key in self.layouts}
         self._room = _Room()
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
@@ -209,7 +210,7 @@ class BlockRecorder:
         self._last = key, values
         self._keep(key, layout, values, offsets, here)
 
-    def _copied(self, key: Key, values: torch.Tensor, documents: int) -> bool:
+    def _copied(self, key: SiteKey, values: torch.Tensor, documents: int) -> bool:
         """Take over the statistics of the call before if it brought this very tensor for every document: an identity's
         output is its input, and counting is what a collection costs.
         """
@@ -224,11 +225,11 @@ class BlockRecorder:
 
     def _keep(
         self,
-        key: Key,
+        key: SiteKey,
         layout: SiteLayout,
         values: torch.Tensor,
         offsets: npt.NDArray[np.int64],
-        documents: Sequence[PlannedDocument],
+        documents: Sequence[TokenizedDocument],
     ) -> None:
         kept = self._kept[key]
         for place, document in enumerate(documents):
@@ -248,7 +249,7 @@ class BlockRecorder:
             torch.index_select(values, 0, torch.from_numpy(offsets[place] + wanted), out=torch.from_numpy(picked))
             kept.extend((document.index, int(position), row) for position, row in zip(wanted, picked, strict=True))
 
-    def finish(self) -> dict[Key, SiteStatistics]:
+    def finish(self) -> dict[SiteKey, SiteStatistics]:
         """The block's statistics, documents numbered as in the file.
 
         TapNeverFired if a site was not reached for every document.

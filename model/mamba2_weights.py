@@ -67,7 +67,7 @@ class Mamba2Config:
 
     @property
     def in_proj_edges(self) -> tuple[int, ...]:
-        """Where z, x, B, C, dt begin in in_proj's output, and where dt ends."""
+        """Placement z, x, B, C, dt begin in in_proj's output, and where dt ends."""
         e, w = self.d_inner, self.bc_width
         return (0, e, 2 * e, 2 * e + w, 2 * e + 2 * w, 2 * e + 2 * w + self.heads)
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from quambase.schema.errors import UnknownName
 
+SiteKey = tuple[int, str]
+"""(layer, site): what statistics and scales are kept by."""
+
 HEAD_LAYER = -1
 """The layer number of the language-model head's sites."""
 

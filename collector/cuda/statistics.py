@@ -29,7 +29,7 @@ from quambase.collector.statistics import (
     SiteLayout,
     SiteStatistics,
 )
-from quambase.collector.table_rows import Key
+from quambase.schema.sites import SiteKey
 
 
 @dataclass
@@ -94,7 +94,7 @@ class DeviceSite:
 
     @cached_property
     def addresses(self) -> tuple[int, int, tuple[int, ...]]:
-        """Where counts, outliers and moments lie, these in the order of `DeviceMoments.named`."""
+        """Placement counts, outliers and moments lie, these in the order of `DeviceMoments.named`."""
         moments = tuple(values.data_ptr() for values in self.moments.named().values())
         return self.counts.data_ptr(), self.top.data_ptr(), moments
 
@@ -143,7 +143,7 @@ class DeviceStatistics:
     folded block's totals and squares, (2, channels) float64, for `sums_of`; ``shared``: the sites that are another's.
     """
 
-    def __init__(self, layouts: Mapping[Key, SiteLayout], most: int, device: torch.device) -> None:
+    def __init__(self, layouts: Mapping[SiteKey, SiteLayout], most: int, device: torch.device) -> None:
         # Equal layouts become one object, so that comparing them costs nothing.
         distinct: dict[SiteLayout, SiteLayout] = {}
         self.layouts = {key: distinct.setdefault(layout, layout) for key, layout in layouts.items()}
@@ -159,8 +159,8 @@ class DeviceStatistics:
         self._top = torch.full((groups[-1], most, len(TOP_FIELDS)), -1, dtype=torch.int64, device=device)
         self._block_top = self._top.clone()
         self.block_sums = self._block_moments.sums[:2]
-        self.shared: dict[Key, Key] = {}
-        self._summaries: dict[int, tuple[torch.Tensor, dict[Key, torch.Tensor]]] = {}
+        self.shared: dict[SiteKey, SiteKey] = {}
+        self._summaries: dict[int, tuple[torch.Tensor, dict[SiteKey, torch.Tensor]]] = {}
         self.sites = {
             key: DeviceSite(
                 layout,
@@ -171,7 +171,7 @@ class DeviceStatistics:
             for key, layout in self.layouts.items()
         }
 
-    def summaries(self, documents: int) -> tuple[torch.Tensor, dict[Key, torch.Tensor]]:
+    def summaries(self, documents: int) -> tuple[torch.Tensor, dict[SiteKey, torch.Tensor]]:
         """Room for a block's summaries, which the next block of as many documents has again: flat, and each site's part
         (documents, groups + 1, 1 + q: SUMMARY_COLUMNS).
         """
@@ -183,7 +183,7 @@ class DeviceStatistics:
             self._summaries[documents] = flat, dict(zip(self.layouts, parts, strict=True))
         return self._summaries[documents]
 
-    def share(self, key: Key, source: Key) -> None:
+    def share(self, key: SiteKey, source: SiteKey) -> None:
         """Make ``key`` the same as ``source``, of an equal layout: every block brings both of them one tensor."""
         if key not in self.shared:
             self.shared[key] = source
@@ -209,7 +209,7 @@ class DeviceStatistics:
         (found,) = _copies(block_sums)
         return np.concatenate([found[:, slice(*self._channels[key])] for key in sorted(self.layouts)], axis=1)
 
-    def to_host(self) -> dict[Key, SiteStatistics]:
+    def to_host(self) -> dict[SiteKey, SiteStatistics]:
         """A copy of the run's statistics, arrays of sites that are shared being the same; waits for the device."""
         named = self._moments.named()
         counts, top, *values = _copies(self._counts, self._top, *named.values())
@@ -226,7 +226,7 @@ class DeviceStatistics:
             )
         return found
 
-    def load(self, statistics: Mapping[Key, SiteStatistics]) -> None:
+    def load(self, statistics: Mapping[SiteKey, SiteStatistics]) -> None:
         """Take over what `to_host` gave, or a checkpoint."""
         named = self._moments.named()
         moments = dict(zip(named, _copies(*named.values()), strict=True))

@@ -15,11 +15,12 @@ import torch
 from quambase.collector.cuda.gather import Gather
 from quambase.collector.cuda.statistics import DeviceStatistics
 from quambase.collector.cuda.torch_counter import DeviceCounter
-from quambase.collector.documents import PlannedDocument
+from quambase.collector.documents import TokenizedDocument
 from quambase.collector.statistics import SUMMARY_COLUMNS, SiteLayout
 from quambase.collector.table_kernels import gather_rows
-from quambase.collector.table_rows import Float32, Int64, Key, known_keys, table_of
+from quambase.collector.table_rows import Float32, Int64, known_keys, table_of
 from quambase.collector.taps import PIECE, Positions, Rows, activations_rows, check_seen, documents_rows
+from quambase.schema.sites import SiteKey
 from quambase.schema.tables import ACTIVATIONS, as_made
 
 
@@ -28,7 +29,7 @@ class KeptRows(NamedTuple):
     host, where all are kept. Otherwise they are among a block's values, in the order in which they were brought.
     """
 
-    key: Key
+    key: SiteKey
     span: int
     width: int
     rows: torch.Tensor | None = None
@@ -51,11 +52,11 @@ class ObservedBlock:
     """
 
     run: str
-    documents: Sequence[PlannedDocument]
-    layouts: Mapping[Key, SiteLayout]
+    documents: Sequence[TokenizedDocument]
+    layouts: Mapping[SiteKey, SiteLayout]
     values: torch.Tensor
     copied: torch.cuda.Event | None
-    same: Mapping[Key, Key]
+    same: Mapping[SiteKey, SiteKey]
     kept: Sequence[KeptRows]
     places: Sequence[Int64]
 
@@ -83,9 +84,9 @@ class ObservedBlock:
             activations = activations_rows(self.run, self.layouts, self._matrices(rest))
         return documents, activations
 
-    def _matrices(self, values: Float32) -> dict[Key, Rows]:
+    def _matrices(self, values: Float32) -> dict[SiteKey, Rows]:
         """The places of every site that has some, and its values there."""
-        found: dict[Key, list[tuple[Int64, Float32]]] = {}
+        found: dict[SiteKey, list[tuple[Int64, Float32]]] = {}
         start = 0
         for part in self.kept:
             places = self.places[part.span]
@@ -108,9 +109,9 @@ class ObservedBlock:
 
 def gathered_rows(
     run: str,
-    layouts: Mapping[Key, SiteLayout],
+    layouts: Mapping[SiteKey, SiteLayout],
     kept: Sequence[KeptRows],
-    same: Mapping[Key, Key],
+    same: Mapping[SiteKey, SiteKey],
     places: Sequence[Int64],
     values: Float32,
 ) -> pa.Table:
@@ -165,7 +166,7 @@ class _EntriesOrder:
 
     spans: Int64
     widths: Int64
-    keys: list[tuple[Key, str]]
+    keys: list[tuple[SiteKey, str]]
     groups: Int64
     parts: Int64
     firsts: Int64
@@ -175,17 +176,17 @@ class _EntriesOrder:
 
 @lru_cache(8)
 def _entries_order(
-    parts: tuple[tuple[Key, SiteLayout, int, int], ...], same: tuple[tuple[Key, SiteLayout, Key], ...]
+    parts: tuple[tuple[SiteKey, SiteLayout, int, int], ...], same: tuple[tuple[SiteKey, SiteLayout, SiteKey], ...]
 ) -> _EntriesOrder:
     """Kept of blocks whose head comes in as many pieces; parts: key, layout, span, width; same: key, layout, source."""
-    sites: dict[Key, SiteLayout] = {key: layout for key, layout, _, _ in parts}
-    numbers: dict[Key, list[int]] = {key: [] for key in sites}
+    sites: dict[SiteKey, SiteLayout] = {key: layout for key, layout, _, _ in parts}
+    numbers: dict[SiteKey, list[int]] = {key: [] for key in sites}
     for number, (key, _, _, _) in enumerate(parts):
         numbers[key].append(number)
     for key, layout, source in same:
         if source in numbers:
             sites[key], numbers[key] = layout, numbers[source]
-    keys: list[tuple[Key, str]] = []
+    keys: list[tuple[SiteKey, str]] = []
     entries: list[tuple[int, int, int, int]] = []
     columns: list[Int64] = []
     known: dict[tuple[SiteLayout, int, int], tuple[int, int]] = {}
@@ -221,7 +222,7 @@ class DeviceRecorder:
     def __init__(
         self,
         run: str,
-        documents: Sequence[PlannedDocument],
+        documents: Sequence[TokenizedDocument],
         statistics: DeviceStatistics,
         counter: DeviceCounter,
         gather: Gather,
@@ -233,8 +234,8 @@ class DeviceRecorder:
         self.positions, self.states = positions, states
         self._flat, self.summaries = statistics.summaries(len(documents))
         self._seen = dict.fromkeys(statistics.layouts, 0)
-        self._last: tuple[Key, torch.Tensor] | None = None
-        self._same: dict[Key, Key] = {}
+        self._last: tuple[SiteKey, torch.Tensor] | None = None
+        self._same: dict[SiteKey, SiteKey] = {}
         self._layer: int | None = None
         self._kept: list[KeptRows] = []
         self._borders: dict[tuple[int, int, int], Int64] = {}
@@ -282,14 +283,14 @@ class DeviceRecorder:
             self._borders[span] = np.cumsum([0, *lengths], dtype=np.int64)
         return self._borders[span]
 
-    def _identity(self, key: Key, values: torch.Tensor, documents: int) -> Key | None:
+    def _identity(self, key: SiteKey, values: torch.Tensor, documents: int) -> SiteKey | None:
         """As `BlockRecorder`: the site that the call before brought this very tensor for, of every document."""
         if self._last is None or self._last[1] is not values or documents != len(self.documents):
             return None
         source = self._same.get(self._last[0], self._last[0])
         return source if self.statistics.layouts[source] == self.statistics.layouts[key] else None
 
-    def _keep(self, key: Key, layout: SiteLayout, values: torch.Tensor, offsets: Int64, documents: slice) -> None:
+    def _keep(self, key: SiteKey, layout: SiteLayout, values: torch.Tensor, offsets: Int64, documents: slice) -> None:
         name = (documents.start, documents.stop, layout.state)
         if name not in self._spans:
             places, rows = self._sampled_states(documents) if layout.state else self._sampled(documents, offsets)

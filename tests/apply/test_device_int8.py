@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def _clipping(scales: dict) -> dict:
-    """Where upstream wraps."""
+    """Placement upstream wraps."""
     return {key: scale / 4 if key[1] == "out_proj:input" else scale for key, scale in scales.items()}
 
 

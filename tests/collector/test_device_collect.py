@@ -16,8 +16,8 @@ from device_cases import assert_same
 from device_models import DOCUMENTS, shown, tiny_weights
 
 from quambase.cli.main import quambase
-from quambase.collector.block_runners import DeviceObserver, HostObserver, Kept, Observer, choose_where
-from quambase.collector.documents import PlannedDocument
+from quambase.collector.block_runners import BlockRunner, CudaBlockRunner, HostBlockRunner, KeptTokens, choose_placement
+from quambase.collector.documents import TokenizedDocument
 from quambase.collector.layouts import site_layouts
 from quambase.collector.statistics import SiteStatistics
 from quambase.model.checkpoint import floating_model
@@ -67,12 +67,12 @@ def test_documents_of_a_batch_are_as_if_alone() -> None:
 Tables = list[tuple[int, pa.Table, pa.Table]]
 
 
-def planned(first: int) -> list[PlannedDocument]:
+def planned(first: int) -> list[TokenizedDocument]:
     """A block, whose documents' numbers leave some out."""
-    return [PlannedDocument(first + 2 * i, f"{i:064}", np.array(d, np.int32)) for i, d in enumerate(DOCUMENTS)]
+    return [TokenizedDocument(first + 2 * i, f"{i:064}", np.array(d, np.int32)) for i, d in enumerate(DOCUMENTS)]
 
 
-def observed(observer: Observer) -> None:
+def observed(observer: BlockRunner) -> None:
     with observer:
         observer.observe(0, planned(3))
         observer.observe(1, planned(40))
@@ -89,17 +89,17 @@ def test_a_device_observes_what_the_host_does(family: str, everything: bool, mon
     weights = tiny_weights(family)
     model = device_model(weights, CPU, torch.float32, rotated=True)
     layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family[:6]]])
-    kept = Kept(None, None) if everything else Kept({3: np.array([0, 2]), 44: np.array([17])}, {44, 42})
+    kept = KeptTokens(None, None) if everything else KeptTokens({3: np.array([0, 2]), 44: np.array([17])}, {44, 42})
 
-    def run(make: Callable[..., Observer]) -> tuple[dict, Tables]:
+    def run(make: Callable[..., BlockRunner]) -> tuple[dict, Tables]:
         tables: Tables = []
         statistics = {key: SiteStatistics.empty(layout, 5) for key, layout in layouts.items()}
         observer = make(model, statistics, 5, "run", kept, lambda *table: tables.append(table))
         observed(observer)
         return observer.statistics(), tables
 
-    host, host_tables = run(HostObserver)
-    device, device_tables = run(DeviceObserver)
+    host, host_tables = run(HostBlockRunner)
+    device, device_tables = run(CudaBlockRunner)
     assert sorted(device_tables, key=lambda part: part[0]) == host_tables and len(host_tables) == 3
     assert host_tables[0][2].num_rows > 0
     nothing = np.zeros(1)
@@ -112,9 +112,9 @@ def test_a_site_that_is_not_reached_and_a_failing_writer_are_told() -> None:
     model = device_model(weights, CPU, torch.float32, rotated=True)
     layouts = site_layouts(weights.config, ["x_proj:input"])
 
-    def observer(layers: int, write: Callable[..., None] | None) -> DeviceObserver:
+    def observer(layers: int, write: Callable[..., None] | None) -> CudaBlockRunner:
         statistics = {(i, "x_proj:input"): SiteStatistics.empty(layouts[0, "x_proj:input"], 5) for i in range(layers)}
-        return DeviceObserver(model, statistics, 5, "run", Kept({}, set()), write)
+        return CudaBlockRunner(model, statistics, 5, "run", KeptTokens({}, set()), write)
 
     with pytest.raises(TapNeverFired, match="x_proj:input of layer 2 saw 0 of 5 documents"):
         observed(observer(3, None))
@@ -133,8 +133,8 @@ def test_the_garbage_collector_passes_over_what_is_there_until_the_end_however_i
     layouts = site_layouts(weights.config, ["in_proj:input"])
     statistics = {key: SiteStatistics.empty(layout, 5) for key, layout in layouts.items()}
     for error in (None, KeyboardInterrupt):
-        observer = DeviceObserver(
-            device_model(weights, CPU, torch.float32), statistics, 5, "run", Kept({}, set()), write=None
+        observer = CudaBlockRunner(
+            device_model(weights, CPU, torch.float32), statistics, 5, "run", KeptTokens({}, set()), write=None
         )
         with suppress(KeyboardInterrupt), observer:
             assert gc.get_freeze_count() > 0
@@ -148,15 +148,15 @@ def test_the_garbage_collector_passes_over_what_is_there_until_the_end_however_i
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_options_that_do_not_fit_the_machine_are_refused(tmp_path: Path) -> None:
-    assert choose_where().identity() == {"device": "cpu"}
-    assert choose_where("cpu", "float32") == choose_where("auto")
+    assert choose_placement().identity() == {"device": "cpu"}
+    assert choose_placement("cpu", "float32") == choose_placement("auto")
     with pytest.raises(DataInvalid, match="finds no CUDA device here"):
-        choose_where("cuda")
+        choose_placement("cuda")
     with pytest.raises(DataInvalid, match="the CPU runs the model in float32"):
-        choose_where("auto", "float16")
+        choose_placement("auto", "float16")
     with pytest.raises(UnknownName, match="unknown device 'gpu'"):
-        choose_where("gpu")
+        choose_placement("gpu")
     with pytest.raises(UnknownName, match="unknown dtype 'half'"):
-        choose_where("cpu", "half")
+        choose_placement("cpu", "half")
     result = CliRunner().invoke(quambase, ["collect", "--model", "mamba-5m", "--device", "cuda", "--db", str(tmp_path)])
     assert result.exit_code == 1 and result.stderr.startswith("error: torch ")

@@ -20,7 +20,7 @@ from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
 import quambase.collector.collect as run_module
 from quambase.cli.main import quambase
-from quambase.collector.block_runners import DeviceObserver, take_local_device
+from quambase.collector.block_runners import CudaBlockRunner, take_local_device
 from quambase.collector.collect import CollectedRun
 from quambase.collector.merge import merge, merge_if_last
 from quambase.collector.shards import SHARD, Shard, parse_shard, read_sums, torchrun_shard
@@ -142,11 +142,11 @@ def test_shards_of_a_device_give_its_whole_runs_bytes(
     """The device is the CPU in plain PyTorch, whose bytes are its own; its statistics never are on the host."""
     world: World = request.getfixturevalue(family)
 
-    def on_device(weights: object, where: object, statistics: dict, most: int, **named: object) -> DeviceObserver:
+    def on_device(weights: object, where: object, statistics: dict, most: int, **named: object) -> CudaBlockRunner:
         model = device_model(weights, torch.device("cpu"), torch.float32, rotated=True)
-        return DeviceObserver(model, statistics, most, **named)
+        return CudaBlockRunner(model, statistics, most, **named)
 
-    monkeypatch.setattr(run_module, "new_observer", on_device)
+    monkeypatch.setattr(run_module, "new_block_runner", on_device)
     whole = world.collect(tmp_path / "whole")
     for index in range(3):
         world.collect(tmp_path / "shards", shard=Shard(index, 3))

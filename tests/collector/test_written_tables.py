@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from quambase.collector import run_folder as writer
 from quambase.collector import table_rows as rows
 from quambase.collector.cuda.taps import KeptRows, gathered_rows
-from quambase.collector.documents import PlannedDocument
+from quambase.collector.documents import TokenizedDocument
 from quambase.collector.run_folder import JoinedParts, encoded_part, part_folder, write_part, write_run
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Int64, SiteLayout, SiteStatistics
 from quambase.collector.table_rows import Places, keyed_rows
@@ -89,7 +89,7 @@ def test_rows_of_documents_are_sorted_by_site_and_group(documents: int) -> None:
     layouts = {(1, "b"): LAYOUT, (0, "w"): SiteLayout(("all",), (0, 3)), (1, "a"): SiteLayout(("y", "c"), (0, 1, 2))}
     layouts[2, "c"] = layouts[1, "a"]
     for first in (5, 40):
-        block = [PlannedDocument(first + 2 * i, f"sha {i}", np.zeros(i + 7, np.int32)) for i in range(documents)]
+        block = [TokenizedDocument(first + 2 * i, f"sha {i}", np.zeros(i + 7, np.int32)) for i in range(documents)]
         generator = np.random.default_rng(first)
         summaries = {
             key: generator.random((documents, len(layout.names) + 1, len(SUMMARY_COLUMNS)), "f4")
