@@ -119,7 +119,7 @@ def _for_people(summary: pa.Table) -> pa.Table:
             "least": row["sqnr_db_least"],
             "worst site": "-" if row["worst_site"] is None else f"{row['worst_layer']} {row['worst_site']}",
             "clipped": format_cell(row["clipped_share_mean"], share=True),
-            "wraps upstream": row["wraps_upstream"],
+            "wraps": row["wraps_upstream"],
             "selected": f"{row['selected']} of {row['scales']}",
         }
         for place, row in enumerate(summary.to_pylist())
