@@ -168,7 +168,7 @@ def evaluate(
     \b
     Example:
       quambase evaluate --strategy all --samples 24
-      quambase evaluate --strategy mse --strategy quamba --data sample:evaluation
+      quambase evaluate --strategy mse --strategy quamba --samples 24 --task perplexity
     """
     if sum([folder is not None, scales is not None or bool(strategies or granularities), floating]) > 1:
         raise click.UsageError("give one of MODEL_DIR, --float, and --scales with --strategy")

@@ -36,7 +36,8 @@ def help_examples(command: str) -> list[str]:
     return [line.strip() for line in text.strip().splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+# tests/cli/test_demo.py runs the demo.
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "demo"])
 def test_every_example_of_help_runs(session: Path, tmp_path: Path, command: str) -> None:
     folder = tmp_path if command in ALONE else session
     torch.save(torch.randn(8, 6), folder / "activations.pt")

@@ -47,6 +47,7 @@ def base(name: str, world: Path, db: Path) -> list[str | Path]:
         "stats": ["--db", world / "db"],
         "generate": ["--model", world / "tiny", "--out", db, "--tokens", "3"],
         "results": ["--db", world / "db"],
+        "demo": ["--out", db / "demo"],
     }[name]
 
 
