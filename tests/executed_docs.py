@@ -29,7 +29,7 @@ RELATIVE, ABSOLUTE = 0.1, 0.05
 """Tolerance of a number that is shown. Another kind of CPU sums float32 in another order: single codes differ, which
 moves KL by up to 6 % and differences of perplexity by some hundredths."""
 
-_NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?")
 
 _MACHINE = re.compile(
     r"\b[0-9a-f]{12,64}\b"  # ids: they hold torch's version
