@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from quambase.model.backbone import Backbone, State, Tap
+from quambase.model.exponential import exp
 from quambase.model.hadamard import hadamard
 from quambase.model.operators.host_kernels import causal_conv1d_silu, selective_scan
 from quambase.model.packed_batch import Batch
@@ -24,7 +25,7 @@ class Mamba(Backbone):
         self.rotated = rotated
         # What the kernels read, laid out once: conv (k, e), A (n, e) negative.
         self._conv = [layer.conv_weight.T.contiguous().numpy() for layer in weights.layers]
-        self._a = [-torch.exp(layer.A_log).T.contiguous() for layer in weights.layers]
+        self._a = [-exp(layer.A_log).T.contiguous() for layer in weights.layers]
 
     def _block(self, index: int, normalised: torch.Tensor, batch: Batch, tap: Tap | None) -> torch.Tensor:
         layer = self.weights.layers[index]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from quambase.model.backbone import Backbone, State, Tap
+from quambase.model.exponential import exp
 from quambase.model.hadamard import hadamard
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights
 from quambase.model.operators.host_kernels import causal_conv1d_silu, ssd_scan
@@ -37,7 +38,7 @@ class Mamba2(Backbone):
         self.rotated = rotated
         # What the kernels read, laid out once: conv (k, channels), A (h,) negative.
         self._conv = [layer.conv_weight.T.contiguous().numpy() for layer in weights.layers]
-        self._a = [-torch.exp(layer.A_log) for layer in weights.layers]
+        self._a = [-exp(layer.A_log) for layer in weights.layers]
 
     def _block(self, index: int, normalised: torch.Tensor, batch: Batch, tap: Tap | None) -> torch.Tensor:
         c = self.config
@@ -87,7 +88,7 @@ class Mamba2(Backbone):
         ssd_scan(
             x.numpy(),
             delta.numpy(),
-            torch.exp(delta * self._a[index]).numpy(),
+            exp(delta * self._a[index]).numpy(),
             b.numpy(),
             read.numpy(),
             layer.D.numpy(),

@@ -32,6 +32,7 @@ from quambase.apply.int8.group_scales import ChannelGroups, channel_groups_of, c
 from quambase.apply.int8.language_model import Int8Backbone, Int8State, last_inputs
 from quambase.apply.int8.mamba2_weights import Int8Mamba2Layer, Int8Mamba2Weights, quantize
 from quambase.apply.int8.needed_scales import Scales
+from quambase.model.exponential import exp
 from quambase.model.mamba2 import gated_rms_norm
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights
 from quambase.model.operators.host_kernels import ssd_scan
@@ -155,7 +156,7 @@ class Int8Mamba2(Int8Backbone):
         ssd_scan(
             x16.numpy(),
             delta.numpy(),
-            torch.exp(delta * layer.a).numpy(),
+            exp(delta * layer.a).numpy(),
             b16.numpy(),
             c16.numpy(),
             no_skip,
@@ -186,7 +187,7 @@ class Int8Mamba2(Int8Backbone):
         kernels2.ssd_update_int8(
             x.numpy(),
             delta.numpy(),
-            torch.exp(delta * layer.a).numpy(),
+            exp(delta * layer.a).numpy(),
             b.numpy(),
             read.numpy(),
             layer.D.dequantized().numpy(),

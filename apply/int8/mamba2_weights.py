@@ -11,6 +11,7 @@ import torch
 
 from quambase.apply.int8.arithmetic import Int8Weight, quantize_weight, quantize_weight_float32
 from quambase.apply.int8.weights import Int8Ends
+from quambase.model.exponential import exp
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2LayerWeights, Mamba2Weights
 
 
@@ -97,7 +98,7 @@ class Int8Mamba2Layer:
     @cached_property
     def a(self) -> torch.Tensor:
         """A (h,) = -exp(scale * A_log codes): quantized before the exponential."""
-        return -torch.exp(self.A_log.dequantized())
+        return -exp(self.A_log.dequantized())
 
 
 @dataclass(frozen=True)

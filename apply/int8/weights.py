@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from quambase.apply.int8.arithmetic import Int8Weight, quantize_rows, quantize_weight, quantize_weight_float32
+from quambase.model.exponential import exp
 from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.weights import LayerWeights, MambaConfig, MambaWeights
 
@@ -49,7 +50,7 @@ class Int8Layer:
     @cached_property
     def a(self) -> torch.Tensor:
         """A (n, e) = -exp(scale * A_log codes): quantized before the exponential."""
-        return -torch.exp(self.A_log.dequantized().T.contiguous())
+        return -exp(self.A_log.dequantized().T.contiguous())
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from quambase.model.backbone import Tap
 from quambase.model.cuda.compiler import CompilationFailed
+from quambase.model.exponential import exp
 from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.operators.cuda import CudaOperators
 from quambase.model.operators.torch import DeviceBatch, Operators, TorchOperators
@@ -146,7 +147,7 @@ class DeviceMamba(DeviceModel):
                 **{name: self._matrix(getattr(layer, name)) for name in matrices},
                 **{name: self._vector(getattr(layer, name)) for name in vectors},
                 "conv_weight": self._vector(layer.conv_weight.T),
-                "A": self._vector(-torch.exp(layer.A_log).T),
+                "A": self._vector(-exp(layer.A_log).T),
             }
             for layer in weights.layers
         ]
@@ -199,7 +200,7 @@ class DeviceMamba2(DeviceModel):
                 **{name: self._matrix(getattr(layer, name)) for name in ("in_proj", "out_proj")},
                 **{name: self._vector(getattr(layer, name)) for name in vectors},
                 "conv_weight": self._vector(layer.conv_weight.T),
-                "A": self._vector(-torch.exp(layer.A_log)),
+                "A": self._vector(-exp(layer.A_log)),
             }
             for layer in weights.layers
         ]
