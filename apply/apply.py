@@ -118,7 +118,7 @@ def apply(
     labels = [strategy, *([otherwise] if at else []), DEFAULT_OTHERWISE]
     rows = _rows_of(table, labels), table.provenance
     save_model(folder, int8, settings, loaded.tokenizer.path, rows)
-    notes = list(table.notes)
+    notes = [f"scales of run {table.run}", *table.notes]
     try:
         remember(db, folder)
     except OSError as error:

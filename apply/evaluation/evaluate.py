@@ -196,7 +196,13 @@ def evaluate(
         }
         evaluation = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         target = db / "results" / evaluation
-        notes = [*candidates.notes, *unknown, *(note for t in tasks for note in t.notes(candidates.source.name))]
+        named = [f"scales of run {candidates.run}"] if candidates.run else []
+        notes = [
+            *named,
+            *candidates.notes,
+            *unknown,
+            *(note for t in tasks for note in t.notes(candidates.source.name)),
+        ]
         if models.device.type == "cuda":
             notes.append(f"run on {torch.cuda.get_device_name(models.device)}; the CPU's results are kept apart")
         if candidates.skipped:

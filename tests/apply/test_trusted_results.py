@@ -364,7 +364,9 @@ def test_a_table_that_another_tool_wrote_finds_its_origin_in_the_database(world:
     plain = pq.read_table(world / "scales.parquet").replace_schema_metadata(None)
     pq.write_table(plain, tmp_path / "edited.parquet")
     applied = apply(tmp_path / "edited.parquet", strategy="mse", db=world / "db", out=tmp_path / "m")
-    assert len(applied.notes) == 1 and "was written by another tool" in applied.notes[0]
+    run = pq.read_table(world / "scales.parquet")["run"][0].as_py()
+    assert applied.notes[0] == f"scales of run {run}" and "was written by another tool" in applied.notes[1]
+    assert len(applied.notes) == 2
     assert (tmp_path / "m" / TENSORS).read_bytes() == (
         apply(world / "scales.parquet", strategy="mse", db=tmp_path / "db", out=tmp_path / "n").folder / TENSORS
     ).read_bytes()
