@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -107,7 +108,8 @@ def test_a_query_file_of_another_encoding_is_one_line(fabricated_database: Path,
 def test_ctrl_c_stops_a_query_at_once(fabricated_database: Path, query: str) -> None:
     script = "from quambase.cli.main import load_command; load_command('sql')()"
     command = [sys.executable, "-c", script, "--db", str(fabricated_database), query]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background is started deaf to it
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         time.sleep(4)  # long enough to be at the query; were it not, the command would still have to stop
         assert process.poll() is None
         pressed = time.monotonic()
@@ -120,8 +122,10 @@ def test_ctrl_c_stops_a_query_at_once(fabricated_database: Path, query: str) -> 
 
 
 def test_a_query_in_another_thread_can_be_stopped_too(fabricated_database: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with StatsDB(fabricated_database) as db:
         threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
             db.sql("select count(*) from range(1000000000000)")
         assert db.sql("select 1 as a")["a"].to_pylist() == [1], "the database goes on"
+    signal.signal(signal.SIGINT, before)
