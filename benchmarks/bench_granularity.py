@@ -19,7 +19,8 @@ from timing import machine
 from quambase.analyzer.analyze import analyze
 from quambase.apply.evaluation.evaluate import evaluate
 from quambase.apply.evaluation.scoring import FLOAT
-from quambase.apply.evaluation.summary import readable, summarize
+from quambase.apply.evaluation.summary import summarize
+from quambase.apply.evaluation.summary_text import readable
 from quambase.collector.collect import collect
 from quambase.schema.database import StatsDB
 from quambase.schema.groups import GROUP

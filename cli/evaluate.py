@@ -30,7 +30,7 @@ from quambase.model.sources import find_given
 from quambase.schema.groups import GRANULARITIES
 
 if TYPE_CHECKING:
-    from quambase.apply.evaluation.evaluate import Evaluation
+    from quambase.apply.evaluation.stored import Evaluation
 
 
 def bootstrap_options(function: click.decorators.FC) -> click.decorators.FC:
@@ -56,7 +56,8 @@ def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, 
 
     With `--wide`, two tables with every figure; for programs, one with every number in its own column.
     """
-    from quambase.apply.evaluation.summary import rank, readable, remarks, summarize
+    from quambase.apply.evaluation.summary import summarize
+    from quambase.apply.evaluation.summary_text import rank, readable, remarks
 
     summary = summarize(found.results, bootstrap=bootstrap, seed=seed)
     ranked = rank(summary)

@@ -32,7 +32,7 @@ def results(
     Example:
       quambase results --list
     """
-    from quambase.apply.evaluation.evaluate import find_evaluation, list_evaluations
+    from quambase.apply.evaluation.stored import find_evaluation, list_evaluations
 
     if list_:
         table, notes = list_evaluations(db)

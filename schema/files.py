@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import os
 import re
@@ -69,16 +70,15 @@ def replacing(path: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def remove_strays(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left of `replacing` a file called ``name`` in ``folder``."""
-    for stray in folder.glob(f".{name}.*.tmp" if name == "*" else f".{_escaped(name)}.*.tmp"):
+def remove_strays(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary folders of `replacing` that killed processes left in ``folder``.
+
+    name  only those of the file of this name
+    """
+    for stray in folder.glob(f".{'*' if name is None else glob.escape(name)}.*.tmp"):
         if stray.is_dir() and (lock := _locked_folder(stray)) is not None:
             shutil.rmtree(stray, ignore_errors=True)
             os.close(lock)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _locked_folder(folder: Path) -> int | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quambase.apply.apply import load_named, load_source
+from quambase.apply.evaluation.tasks import no_text
 from quambase.apply.int8.families import Int8Model, build_model, check_any_scales
 from quambase.apply.int8.model_folder import SCALES, load_stored, weights_digest
 from quambase.apply.int8.needed_scales import (
@@ -20,7 +21,8 @@ from quambase.apply.int8.needed_scales import (
     needed_sites,
 )
 from quambase.model.checkpoint import LoadedModel, load_model
-from quambase.schema.errors import ScalesInvalid
+from quambase.model.sources import is_bundled
+from quambase.schema.errors import DataInvalid, ScalesInvalid
 from quambase.schema.scale_table import SELECTED, read_scales
 
 
@@ -71,8 +73,12 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
     return Candidates(loaded, models, str(path), about.get("run"))
 
 
-def from_model(model: str) -> Candidates:
-    """The floating-point model alone."""
+def from_model(model: str | None, texts: Sequence[str]) -> Candidates:
+    """The floating-point model alone. DataInvalid: no model is named, or no text for one that brings none."""
+    if model is None:
+        raise DataInvalid("no model is named; say which floating-point model to evaluate: --float --model NAME")
+    if not texts and not is_bundled(model):
+        raise no_text(model)
     loaded = load_model(model)
     return Candidates(loaded, {}, "", None)
 

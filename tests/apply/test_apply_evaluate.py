@@ -18,8 +18,11 @@ from safetensors.torch import load_file, save_file
 from tiny_int8 import CONFIG, absmax_scales, documents, tiny_weights
 
 from quambase.apply.apply import apply
+from quambase.apply.evaluation import block_scorer
 from quambase.apply.evaluation import evaluate as evaluating
-from quambase.apply.evaluation.evaluate import TaskData, evaluate, find_evaluation, list_evaluations
+from quambase.apply.evaluation.evaluate import evaluate
+from quambase.apply.evaluation.stored import find_evaluation, list_evaluations
+from quambase.apply.evaluation.tasks import TaskData
 from quambase.apply.int8.mamba1 import build
 from quambase.apply.int8.model_folder import CONFIG as CONFIG_FILE
 from quambase.apply.int8.model_folder import TENSORS, last_applied, load_stored, save_model
@@ -218,7 +221,7 @@ def test_a_killed_evaluation_resumes_to_the_same_rows(world, tmp_path, monkeypat
     whole = run(world, tmp_path / "a", strategies=["tight"], task="perplexity")
     assert run(world, tmp_path / "a", strategies=["tight"], task="perplexity").results.equals(whole.results)
     scored = []
-    original = evaluating.score
+    original = block_scorer.score
 
     def dies(*arguments):
         if len(scored) == 2:
@@ -226,13 +229,13 @@ def test_a_killed_evaluation_resumes_to_the_same_rows(world, tmp_path, monkeypat
         scored.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(evaluating, "score", dies)
+    monkeypatch.setattr(block_scorer, "score", dies)
     with pytest.raises(Killed):
         run(world, tmp_path / "b", strategies=["tight"], task="perplexity")
     with pytest.raises(DatabaseInvalid, match="no finished evaluation"):
         find_evaluation(tmp_path / "b")
     left = []
-    monkeypatch.setattr(evaluating, "score", lambda *arguments: left.append(1) or original(*arguments))
+    monkeypatch.setattr(block_scorer, "score", lambda *arguments: left.append(1) or original(*arguments))
     resumed = run(world, tmp_path / "b", strategies=["tight"], task="perplexity")
     assert resumed.id == whole.id and resumed.results.equals(whole.results)
     assert len(left) >= 2 and len(left) == whole_blocks(whole) - 2
@@ -250,14 +253,14 @@ def whole_blocks(evaluation) -> int:
 
 
 def test_two_processes_on_one_evaluation(world, tmp_path, monkeypatch):
-    original = evaluating.score
+    original = block_scorer.score
 
     def second_process(*arguments):
         with pytest.raises(RunBusy, match="another process"):
             run(world, tmp_path, strategies=["tight"])
         return original(*arguments)
 
-    monkeypatch.setattr(evaluating, "score", second_process)
+    monkeypatch.setattr(block_scorer, "score", second_process)
     run(world, tmp_path, strategies=["tight"])
 
 
@@ -269,7 +272,7 @@ def test_where_the_int8_kernels_do_not_compile(world, tmp_path, monkeypatch, cap
 
     wanted = run(world, tmp_path, strategies=["tight"], task="perplexity", device="cpu")
     monkeypatch.setattr(evaluating, "choose_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(evaluating, "int8_on_cuda", refuses)
+    monkeypatch.setattr(block_scorer, "int8_on_cuda", refuses)
     found = run(world, tmp_path, strategies=["tight"], task="perplexity", device="auto")
     assert found.id == wanted.id and found.about["device"] == "cpu"
     assert capsys.readouterr().err == (
@@ -283,7 +286,7 @@ def test_a_device_without_enough_memory(world, tmp_path, monkeypatch):
     def too_much(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
 
-    monkeypatch.setattr(evaluating, "score", too_much)
+    monkeypatch.setattr(block_scorer, "score", too_much)
     with pytest.raises(DataInvalid, match=r"\(CUDA out of memory\. Tried .* GiB\.\); say --device cpu$"):
         run(world, tmp_path, strategies=["tight"], task="perplexity")
 

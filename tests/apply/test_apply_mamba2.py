@@ -15,7 +15,8 @@ from test_apply_evaluate import scale_rows
 from tiny_int8_mamba2 import CONFIG, absmax_scales, documents, tiny_weights
 
 from quambase.apply.apply import apply
-from quambase.apply.evaluation.evaluate import evaluate, find_evaluation, list_evaluations
+from quambase.apply.evaluation.evaluate import evaluate
+from quambase.apply.evaluation.stored import find_evaluation, list_evaluations
 from quambase.apply.int8.group_scales import channel_maps
 from quambase.apply.int8.mamba2 import build
 from quambase.apply.int8.model_folder import TENSORS, load_stored, save_model

@@ -20,7 +20,7 @@ from host_int8_operators import HostInt8Operators
 from test_device_int8 import host_model
 
 from quambase.analyzer.analyze import analyze
-from quambase.apply.evaluation import evaluate as evaluating
+from quambase.apply.evaluation.evaluate import evaluate
 from quambase.apply.int8 import cuda_operators as device_operators
 from quambase.apply.int8.cuda_models import DeviceWeights, int8_on_cuda, on_device
 from quambase.apply.int8.cuda_operators import CudaInt8Operators, ScanScales, pad_weight, padded_rows
@@ -289,8 +289,8 @@ def test_evaluate_on_cuda_agrees_with_the_cpu(device: torch.device, tmp_path: Pa
         "samples": 6,
         "db": db,
     }
-    found = evaluating.evaluate(**options, device="cuda")
-    wanted = evaluating.evaluate(**options, device="cpu")
+    found = evaluate(**options, device="cuda")
+    wanted = evaluate(**options, device="cpu")
     assert found.id != wanted.id and found.about["device"] == "cuda"
     figures = {
         (e.about["device"], label, name): np.array([r[name] for r in e.results.to_pylist() if r["strategy"] == label])
@@ -307,5 +307,5 @@ def test_evaluate_on_cuda_agrees_with_the_cpu(device: torch.device, tmp_path: Pa
         # thousands of tokens (3 % apart when one value in a thousand of each scan is a last place off).
         mine, theirs = (figures[where, label, "kl"].sum() for where in ("cuda", "cpu"))
         assert abs(mine - theirs) < 0.1 * theirs
-    again = evaluating.evaluate(**options, device="cuda")
+    again = evaluate(**options, device="cuda")
     assert again.id == found.id

@@ -18,8 +18,7 @@ from scipy.stats import binomtest, permutation_test
 from scipy.stats import t as student
 
 from quambase.apply.evaluation import paired_statistics as statistics
-from quambase.apply.evaluation import summary
-from quambase.apply.evaluation.evaluate import Evaluation
+from quambase.apply.evaluation import summary, summary_text
 from quambase.apply.evaluation.paired_statistics import (
     bootstrap_t_interval,
     detectable,
@@ -38,6 +37,7 @@ from quambase.apply.evaluation.paired_statistics import (
     verdict,
     wilson,
 )
+from quambase.apply.evaluation.stored import Evaluation
 from quambase.cli.evaluate import emit_evaluation
 from quambase.cli.evaluate import evaluate as evaluate_command
 from quambase.cli.results import results as results_command
@@ -457,7 +457,7 @@ def test_few_documents_have_values_and_nothing_else(documents, task):
     values |= {"token_accuracy", "vs_float", *(("accuracy",) if task == "last-word" else ())}
     row = summed.to_pylist()[1]
     assert {name for name, value in row.items() if value is not None} == values
-    figures, differences, footnotes = summary.readable(summed)
+    figures, differences, footnotes = summary_text.readable(summed)
     shown = [cell for table in (figures, differences) for row in table.to_pylist() for cell in row.values()]
     assert not any("[" in str(cell) for cell in shown) and not footnotes
     assert differences["verdict on float"].to_pylist() == ["too few documents (under 10)"]
@@ -480,7 +480,8 @@ def test_a_small_bootstrap_and_many_strategies_still_allow_verdicts(documents):
         assert max(row["vs_float_p"] for row in rows) <= 17 * 2 / 2**10
     for name in ("vs_float_p", "vs_float_low", "vs_quamba_p", "vs_quamba_high", "vs_float_detectable"):
         assert found[0][name].equals(found[1][name])
-    assert "coarse" in summary.remarks(found[0], 100)[0] and "coarse" not in str(summary.remarks(found[0], 1000))
+    assert "coarse" in summary_text.remarks(found[0], 100)[0]
+    assert "coarse" not in str(summary_text.remarks(found[0], 1000))
 
 
 def test_more_strategies_than_the_documents_can_tell_apart_are_said():
@@ -488,7 +489,7 @@ def test_more_strategies_than_the_documents_can_tell_apart_are_said():
     # 26 times the least p of ten documents, 2/2^10, is 0.0508.
     assert {row["vs_float_verdict"] for row in summed.to_pylist()[1:]} == {"not distinguishable"}
     assert set(summed["vs_float_detectable"].to_pylist()) == {None}
-    assert "10 documents are too few for any verdict on float" in summary.remarks(summed, 1000)[-1]
+    assert "10 documents are too few for any verdict on float" in summary_text.remarks(summed, 1000)[-1]
 
 
 def test_holm_is_over_the_strategies_compared():
@@ -521,12 +522,12 @@ def test_what_is_not_finite_takes_nothing_else_with_it():
 
 
 def test_remarks_say_what_a_family_is():
-    (many,) = summary.remarks(summary.summarize(results(12, {"quamba": 0.0, "mse": 0.0})), 10_000)
+    (many,) = summary_text.remarks(summary.summarize(results(12, {"quamba": 0.0, "mse": 0.0})), 10_000)
     assert "(2 families here, of 2 comparisons at most)" in many and "one at a time escape" in many
-    (one,) = summary.remarks(summary.summarize(results(12, {"mse": 0.0})), 10_000)
+    (one,) = summary_text.remarks(summary.summarize(results(12, {"mse": 0.0})), 10_000)
     assert one.startswith("one strategy was compared") and "one at a time escape" in one
     for nothing in (results(12, {}), results(9, {"quamba": 0.0, "mse": 0.0})):
-        assert summary.remarks(summary.summarize(nothing), 10_000) == []
+        assert summary_text.remarks(summary.summarize(nothing), 10_000) == []
 
 
 def test_strategies_of_other_documents_are_refused():
@@ -537,7 +538,7 @@ def test_strategies_of_other_documents_are_refused():
 
 def test_readable_has_a_row_per_strategy_and_percents():
     summed = summary.summarize(results(40, {"quamba": 0.3}, task="last-word"), bootstrap=100)
-    figures, differences, _ = summary.readable(summed)
+    figures, differences, _ = summary_text.readable(summed)
     assert figures["strategy"].to_pylist() == ["float", "quamba"]
     accuracy = float(figures["last word %"].to_pylist()[0].split(" ")[0])
     assert accuracy == pytest.approx(100 * summed["accuracy"][0].as_py(), rel=1e-3)  # four digits are shown
@@ -553,7 +554,7 @@ def test_a_verdict_that_its_interval_contradicts_is_explained(low, high, p_value
     row = summary.summarize(results(12, {"quamba": 0.0}), bootstrap=100).to_pylist()
     row[1] |= {"vs_float_low": low, "vs_float_high": high, "vs_float_p": p_value}
     row[1]["vs_float_verdict"] = verdict(0.2, (low, high), p_value, smaller_is_better=True)
-    _, differences, footnotes = summary.readable(pa.Table.from_pylist(row, summary.SUMMARY))
+    _, differences, footnotes = summary_text.readable(pa.Table.from_pylist(row, summary.SUMMARY))
     (shown,) = differences["verdict on float"].to_pylist()
     assert shown == f"{row[1]['vs_float_verdict']} {mark}".strip()
     assert [footnote[:3] for footnote in footnotes] == ([mark] if mark else [])

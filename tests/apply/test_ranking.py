@@ -6,8 +6,10 @@ import pyarrow as pa
 import pytest
 from test_paired_statistics import results
 
-from quambase.apply.evaluation.evaluate import Evaluation
-from quambase.apply.evaluation.summary import FLOAT, SUMMARY, rank, summarize
+from quambase.apply.evaluation.scoring import FLOAT
+from quambase.apply.evaluation.stored import Evaluation
+from quambase.apply.evaluation.summary import SUMMARY, summarize
+from quambase.apply.evaluation.summary_text import rank
 from quambase.cli.evaluate import emit_evaluation
 
 

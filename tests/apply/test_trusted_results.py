@@ -20,7 +20,8 @@ from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 from quambase.analyzer.analyze import analyze
 from quambase.apply.apply import apply
 from quambase.apply.evaluation import candidates as candidates_module
-from quambase.apply.evaluation.evaluate import evaluate, find_evaluation, list_evaluations
+from quambase.apply.evaluation.evaluate import evaluate
+from quambase.apply.evaluation.stored import find_evaluation, list_evaluations
 from quambase.apply.int8.model_folder import CONFIG, LAST, SCALES, TENSORS, TOKENIZER, last_applied, load_stored
 from quambase.cli.main import load_command
 from quambase.collector.collect import collect

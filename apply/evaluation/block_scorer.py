@@ -1,0 +1,122 @@
+"""Scores the blocks of an evaluation on one device: the floating-point model and each distinct INT8 model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from quambase.apply.evaluation.candidates import Candidates
+from quambase.apply.evaluation.scoring import FLOAT, LAST_WORD, Cost, Item, LanguageModel, Score, score
+from quambase.apply.evaluation.tasks import TaskData
+from quambase.apply.int8.cuda_models import int8_on_cuda
+from quambase.model.cuda.compiler import CompilationFailed
+from quambase.model.operators.device_models import device_model
+from quambase.schema.errors import DataInvalid
+from quambase.schema.progress import Progress, remark
+from quambase.schema.scale_table import Scale
+from quambase.schema.sites import find_site
+from quambase.schema.tables import RESULTS
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """DataInvalid where a CUDA device has too little."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        raise DataInvalid(f"the CUDA device has too little memory for this model ({first}); say --device cpu") from None
+
+
+@dataclass(frozen=True)
+class PlacedModels:
+    """What is run, on one device: the float32 model and, by label, the INT8 ones."""
+
+    device: torch.device
+    reference: LanguageModel
+    int8: Mapping[str, LanguageModel]
+
+    @classmethod
+    def on(cls, device: torch.device, candidates: Candidates, *, required: bool) -> PlacedModels:
+        """The CPU's models, with a warning, where the INT8 kernels cannot be compiled for ``device``; DataInvalid if it
+        is ``required``.
+        """
+        source = candidates.source
+        if device.type == "cuda":
+            try:
+                with _enough_memory():
+                    int8 = int8_on_cuda(candidates.models, device)
+                    return cls(device, device_model(source.any_weights, device, torch.float32), int8)
+            except CompilationFailed as error:
+                if required:
+                    raise DataInvalid(f"INT8 does not run on this CUDA device: {error}; say --device cpu") from None
+                remark(f"warning: evaluating on the CPU: {error}")
+        return cls(torch.device("cpu"), source.floating(), candidates.models)
+
+
+class BlockScorer:
+    """Scores blocks; strategies whose scales differ only where prefill does not read them are run once."""
+
+    def __init__(self, candidates: Candidates, models: PlacedModels, evaluation: str) -> None:
+        self.candidates = candidates
+        self.models = models
+        self.evaluation = evaluation
+        self.same: dict[tuple[Scale, ...], list[str]] = {}
+        family = candidates.source.family
+        for label, model in candidates.models.items():
+            scales = model.scales.items()
+            read = tuple(scale for (_, site), scale in scales if not find_site(site, family).decode_only)
+            self.same.setdefault(read, []).append(label)
+
+        weights = candidates.source.any_weights
+        layers = sum(tensor.numel() for layer in weights.layers for tensor in vars(layer).values())
+        self.cost = Cost(layers, weights.lm_head.numel())
+
+    def work(self, items: Sequence[Item]) -> float:
+        """What a block costs, in the measure of `Cost`."""
+        return self.cost.of(items) * (1 + len(self.same))
+
+    def score(self, task: TaskData, items: Sequence[Item], progress: Progress) -> pa.Table:
+        """The rows of tables.RESULTS of one block of a text: the floating-point model's, then each strategy's.
+
+        DataInvalid where a CUDA device has too little memory.
+        """
+        distinct = {labels[0]: self.models.int8[labels[0]] for labels in self.same.values()}
+        with _enough_memory():
+            scores = score(self.models.reference, distinct, items, self.cost, progress)
+        tables = [self._table(FLOAT, scores[FLOAT], task, items)]
+        representative = {label: labels[0] for labels in self.same.values() for label in labels}
+        for label in self.candidates.models:
+            tables.append(self._table(label, scores[representative[label]], task, items))
+        return pa.concat_tables(tables)
+
+    def _table(self, label: str, scored: Score, task: TaskData, items: Sequence[Item]) -> pa.Table:
+        model = self.candidates.models.get(label)  # none: the floating-point one
+        count = len(items)
+        constant: dict[str, Any] = {
+            "evaluation": self.evaluation,
+            "model": self.candidates.source.name,
+            "scales": self.candidates.scales,
+            "strategy": label,
+            "task": task.task,
+            "data": task.data,
+            "quantize_lm_head": model is not None and model.quantized_lm_head,
+            "quantize_embedding": model is not None and model.weights.embedding_scales is not None,
+            "compat_upstream": model is not None and model.compat is not None,
+        }
+        columns = {name: [value] * count for name, value in constant.items()} | {
+            "document": [item.document for item in items],
+            "sha256": [item.sha256 for item in items],
+            "tokens": [item.targets for item in items],
+            "nll": scored.nll,
+            "kl": scored.kl,
+            "top1_agreement": scored.top1,
+            "top1_right": scored.right,
+            "correct": scored.correct if task.task == LAST_WORD else [None] * count,
+        }
+        return pa.table({f.name: pa.array(columns[f.name], f.type) for f in RESULTS}, schema=RESULTS)

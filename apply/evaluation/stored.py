@@ -1,0 +1,69 @@
+"""Finished evaluations of a database, found again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from quambase.apply.evaluation.summary import summarize
+from quambase.schema.answer import PrintsAsTable
+from quambase.schema.errors import DatabaseInvalid, UnknownName
+from quambase.schema.results import EVALUATION, finished_evaluations, read_evaluation, read_results
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation(PrintsAsTable):
+    """A finished evaluation: ``results`` has the columns of tables.RESULTS."""
+
+    id: str
+    folder: Path
+    results: pa.Table
+    about: dict[str, Any]
+    notes: list[str]
+
+    def shown(self) -> pa.Table:
+        """Each strategy on each text in one row, with KL and perplexity and their 95 % intervals."""
+        columns = ["data", "task", "strategy", "documents"]
+        figures = [f"{name}{end}" for name in ("kl", "perplexity") for end in ("", "_low", "_high")]
+        return summarize(self.results).select([*columns, *figures])
+
+
+def find_evaluation(db: str | Path, evaluation: str | None = None) -> Evaluation:
+    """A stored evaluation by (the beginning of) its id, else the newest. UnknownName, DatabaseInvalid."""
+    db = Path(db)
+    if evaluation is None:
+        found, notes = finished_evaluations(db)
+        if not found:
+            raise DatabaseInvalid(notes[0] if notes else f"{db} holds no finished evaluation; run `evaluate`")
+        about = found[-1]
+    else:
+        names = [path.parent.name for path in (db / "results").glob(f"*/{EVALUATION}")]
+        matching = [name for name in names if name.startswith(evaluation)]
+        if len(matching) != 1:
+            raise UnknownName.of("evaluation", evaluation, names, where=str(db))
+        about, notes = read_evaluation(db / "results" / matching[0]), []
+    folder = db / "results" / str(about["evaluation"])
+    return Evaluation(folder.name, folder, read_results(folder), about, [*about["notes"], *notes])
+
+
+def list_evaluations(db: str | Path) -> tuple[pa.Table, list[str]]:
+    """One row per finished evaluation, oldest first: evaluation, model, strategies, texts, scales. Then a line for each
+    that is damaged. DatabaseInvalid if there is none.
+    """
+    found, notes = finished_evaluations(Path(db))
+    if not found:
+        raise DatabaseInvalid(notes[0] if notes else f"{db} holds no finished evaluation; run `evaluate`")
+    rows = [
+        {
+            "evaluation": about["evaluation"],
+            "model": about["model"],
+            "strategies": ", ".join(map(str, about["strategies"])),
+            "texts": ", ".join(f"{t['data']} ({t['task']}, {t['documents']} documents)" for t in about["tasks"]),
+            "scales": about["scales"],
+        }
+        for about in found
+    ]
+    return pa.Table.from_pylist(rows), notes

@@ -1,0 +1,122 @@
+"""The texts of an evaluation: which ones, their tokens, and how many the calibration run held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.compute as pc
+
+from quambase.apply.evaluation.scoring import LAST_WORD, PERPLEXITY, Item, last_word_items, perplexity_items
+from quambase.model.checkpoint import LoadedModel
+from quambase.model.names import BUNDLED_DATA, SAMPLE_AUTHORS, data_name
+from quambase.model.text import read_documents
+from quambase.schema.errors import DatabaseInvalid, DataInvalid
+from quambase.schema.tables import DOCUMENTS, read_table
+
+BUNDLED_TASKS = (
+    (PERPLEXITY, "sample:evaluation"),
+    (PERPLEXITY, "python-docs:evaluation"),
+    (LAST_WORD, "sample:last-word"),
+)
+"""A bundled model's texts by default: its own, real text beside it, its own last-word set."""
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One task's documents; how many had nothing to predict and how many the calibration run held."""
+
+    task: str
+    data: str
+    items: list[Item]
+    skipped: int
+    calibrated: int | None
+
+    def notes(self, model: str) -> Iterator[str]:
+        """What a reader of the figures must know."""
+        if self.skipped:
+            yield f"{self.data}: {self.skipped} documents without a target were skipped"
+        if self.calibrated:
+            yield (
+                f"warning: {self.data}: {self.calibrated} of {len(self.items)} documents were in the "
+                "calibration run; figures on them flatter the scales"
+            )
+        if self.data in BUNDLED_DATA and self.task == PERPLEXITY:
+            authors = " and ".join(SAMPLE_AUTHORS)
+            if model in SAMPLE_AUTHORS:
+                yield f"{self.data} was written by {authors}: perplexity there is low by construction"
+            else:
+                yield f"{self.data} was written by the models {authors}: no measure of {model} on real text"
+
+
+@dataclass(frozen=True)
+class CalibrationDocuments:
+    """SHA-256 of each document of the run whose scales are evaluated; None where they are not known.
+
+    notes  a line where they should be known
+    """
+
+    hashes: frozenset[str] | None
+    notes: list[str]
+
+
+def calibration_documents(db: Path, run: str | None) -> CalibrationDocuments:
+    """The documents of ``run`` in ``db``, as far as they can be read."""
+    path = db / "runs" / str(run) / "documents.parquet"
+    if run is None or not path.exists():
+        return CalibrationDocuments(None, [])
+    try:
+        documents = read_table(path, DOCUMENTS)
+    except DatabaseInvalid as error:
+        note = f"warning: whether the calibration run held these documents is not known: {error}"
+        return CalibrationDocuments(None, [note])
+    return CalibrationDocuments(frozenset(map(str, pc.unique(documents["sha256"]).to_pylist())), [])
+
+
+def read_tasks(
+    task: str,
+    texts: Sequence[str],
+    source: LoadedModel,
+    samples: int | None,
+    window: int,
+    calibration: CalibrationDocuments,
+) -> list[TaskData]:
+    """Read and tokenize the documents of every task; parameters as `quambase.apply.evaluation.evaluate.evaluate`.
+
+    DataInvalid: no ``texts`` for a model that brings none, or nothing to predict in any document of one.
+    """
+    labels = _labels(texts)
+    found = []
+    for name, text in _plan(source, task, texts):
+        documents = list(read_documents(text, samples))
+        make = last_word_items if name == LAST_WORD else perplexity_items
+        items = make(documents, source.tokenizer, window)
+        if not items:
+            raise DataInvalid(f"{text}: none of its {len(documents)} documents has a target for {name}")
+        known = calibration.hashes
+        calibrated = None if known is None else sum(item.sha256 in known for item in items)
+        found.append(TaskData(name, labels.get(text, text), items, len(documents) - len(items), calibrated))
+    return found
+
+
+def _plan(source: LoadedModel, task: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """(task, text) pairs to evaluate."""
+    names = (PERPLEXITY, LAST_WORD) if task == "both" else (task,)
+    if texts:
+        return [(name, text) for text in texts for name in names]
+    if not source.bundled:
+        raise no_text(source.name)
+    return [(name, text) for name, text in BUNDLED_TASKS if name in names]
+
+
+def no_text(model: str) -> DataInvalid:
+    """The error of a model for which no text was named and that brings none."""
+    return DataInvalid(f"no evaluation text for {model}; name one with --data (.jsonl, .txt, .parquet, .csv)")
+
+
+def _labels(texts: Sequence[str]) -> dict[str, str]:
+    """What results call each text: its file's name, or the whole path where two files have one name."""
+    names = [data_name(text) for text in texts]
+    paths = {name: {path for other, path in names if other == name} for name, _ in names}
+    return {t: str(path) if len(paths[name]) > 1 else name for t, (name, path) in zip(texts, names, strict=True)}
