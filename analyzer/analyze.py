@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from quambase.analyzer.quantization_error import QMAX, QMIN, piecewise_figures
+from quambase.analyzer.quantization_error import piecewise_figures
 from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.schema.answer import PrintsAsTable
@@ -21,6 +21,7 @@ from quambase.schema.database import StatsDB
 from quambase.schema.errors import UnknownName
 from quambase.schema.groups import granularity_of
 from quambase.schema.manifest import Manifest
+from quambase.schema.number_format import INT8
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.scale_table import (
     QUAMBASE,
@@ -167,8 +168,8 @@ def scale_columns(
     return {
         "scale": single,
         "component_scales": components,
-        "qmin": QMIN,
-        "qmax": QMAX,
+        "qmin": INT8.qmin,
+        "qmax": INT8.qmax,
         "amax": amax,
         "clipped_share": figures.clipped_share,
         "mse": figures.mse,
@@ -176,17 +177,13 @@ def scale_columns(
         "codes_used": figures.codes_used,
         "codes_above_120": figures.codes_above_120,
         "entropy_bits": figures.entropy_bits,
-        # From 127.5 scales on a code rounds to 128, which wraps where nothing clamps; the quotient is float32's.
-        "clip_safe": saturates or bool(np.float32(amax) / np.float32(single) < np.float32(127.5)),
+        # A code that rounds beyond qmax wraps where nothing clamps; the quotient is float32's.
+        "clip_safe": saturates or bool(np.float32(amax) / np.float32(single) < np.float32(INT8.rounds_beyond)),
     }
 
 
 def _warnings(database: StatsDB, manifest: Manifest) -> list[str]:
-    rows = database.sql(
-        "SELECT layer, site, max(nonfinite) AS nonfinite, max(overflow) AS overflow FROM site_stats "
-        "WHERE run = $run AND (nonfinite > 0 OR overflow > 0) GROUP BY ALL ORDER BY layer, site",
-        {"run": manifest.run},
-    ).to_pylist()
+    rows = database.query("nonfinite_values", {"run": manifest.run}).to_pylist()
     return [
         f"warning: layer {row['layer']} {row['site']}: {row['nonfinite']} values are NaN or infinite "
         f"({row['overflow']} of them finite before rounding to 16 bits); no scale accounts for them"

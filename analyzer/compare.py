@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from quambase.analyzer.quantization_error import Figures, piecewise_codes, piecewise_figures, quantize
+from quambase.analyzer.quantization_error import Figures, piecewise_codes, piecewise_figures
 from quambase.analyzer.scale_groups import ScaleGroup, group_of_values, one_document
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.schema.answer import PrintsAsTable
 from quambase.schema.database import StatsDB
 from quambase.schema.errors import UnknownName
 from quambase.schema.files import refuse_foreign_picture
+from quambase.schema.number_format import INT8
 from quambase.schema.sites import WHOLE
 
 MAGNITUDES = (2.0, 4.5, 5.0, 8.0, 10.0, 12.0)
@@ -129,7 +130,7 @@ def reconstruct(values: npt.NDArray[np.float32], scale: Scale) -> npt.NDArray[np
 def _coded(values: npt.NDArray[np.float32], scale: Scale) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     if isinstance(scale, tuple):
         return piecewise_codes(values, *scale)
-    codes = quantize(values, scale).astype(np.int64)
+    codes = INT8.quantize(values, scale).astype(np.int64)
     return codes, codes * np.float64(scale)
 
 
@@ -156,11 +157,8 @@ def _site_of_run(
         if group not in found:
             raise UnknownName.of(f"group of {site}", group, found, where=f"run {manifest.run}")
         series = database.documents(manifest.run).get((layer, site, group)) or one_document(found[group])
-        channels = database.sql(
-            "SELECT sum(len(channels)) AS n FROM groups "
-            "WHERE layer = $layer AND site = $site AND ($group = 'all' OR group_name = $group)",
-            {"layer": layer, "site": site, "group": group},
-        )["n"].to_pylist()[0]
+        wanted = {"layer": layer, "site": site, "group": group}
+        channels = database.query("channels_of_group", wanted)["n"].to_pylist()[0]
     total = found[group].total + found[group].nonfinite
     shape = f"{total // channels} x {channels}" if channels else str(total)
     slice_name = "" if group == WHOLE else f", group {group}"

@@ -63,11 +63,7 @@ def group_spread(
             raise DatabaseInvalid(
                 f"run {manifest.run} has no sorted groups; collect a Mamba-2 with --groups fixed or --groups quamba2"
             )
-        rows = database.sql(
-            "SELECT greatest(abs(min), abs(max))::DOUBLE AS amax FROM channels WHERE site = $site "
-            "ORDER BY layer, channel",
-            {"site": SITE},
-        )
+        rows = database.query("amax_of_every_channel", {"site": SITE})
     if rows.num_rows != len(layers) * len(layers[0].channel_index):
         raise DatabaseInvalid(f"run {manifest.run} lacks {SITE}; collect it with that site")
     amax = rows["amax"].to_numpy().reshape(len(layers), -1)

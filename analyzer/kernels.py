@@ -11,13 +11,16 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from quambase.schema.number_format import INT8
+
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
-POSITIVE_LEVELS = 127
-LEVELS = 255
-"""Code boundaries k - 0.5: k = 1..127 above zero, then k = 1..128 below it."""
+QMIN, QMAX = INT8.qmin, INT8.qmax
+
+BOUNDARIES = INT8.codes - 1
+"""Between neighbouring codes, at k - 0.5 scales: k = 1..QMAX above zero, then k = 1..-QMIN below it."""
 
 LEAF = 48
 """Breakpoints below which an interval is swept instead of halved."""
@@ -33,10 +36,9 @@ TIE = 2.0**-44
 
 @njit(cache=True, nogil=True)
 def tally(values: Float32, counts: Int64, scale: np.float32, histogram: Int64) -> tuple[float, int]:
-    """Add to ``histogram`` (256,) how many values get each code + 128; return the summed squared error and
-    how many clipped.
+    """Add to ``histogram`` (codes,) how many values get each code; return the summed squared error and how many clip.
 
-    code = clamp(rint(float32(x / scale)), -128, 127), ties to even; clipped is a code the clamp changed. The
+    code = clamp(rint(float32(x / scale)), QMIN, QMAX), ties to even; clipped is a code the clamp changed. The
     error x - code * scale is exact in float64 before it is squared (at most 32 significant bits).
     """
     error = 0.0
@@ -44,13 +46,13 @@ def tally(values: Float32, counts: Int64, scale: np.float32, histogram: Int64) -
     step = np.float64(scale)
     for i in range(values.size):
         code = np.rint(values[i] / scale)
-        if code > np.float32(127):
-            code = np.float32(127)
+        if code > np.float32(QMAX):
+            code = np.float32(QMAX)
             clipped += counts[i]
-        elif code < np.float32(-128):
-            code = np.float32(-128)
+        elif code < np.float32(QMIN):
+            code = np.float32(QMIN)
             clipped += counts[i]
-        histogram[int(code) + 128] += counts[i]
+        histogram[int(code) - QMIN] += counts[i]
         rest = np.float64(values[i]) - np.float64(code) * step
         error += counts[i] * (rest * rest)
     return error, clipped
@@ -63,7 +65,7 @@ def lp_error(values: Float32, counts: Int64, scale: np.float32, power: float) ->
     step = np.float64(scale)
     for i in range(values.size):
         code = np.rint(values[i] / scale)
-        code = min(max(code, np.float32(-128)), np.float32(127))
+        code = min(max(code, np.float32(QMIN)), np.float32(QMAX))
         error += counts[i] * abs(np.float64(values[i]) - np.float64(code) * step) ** power
     return error
 
@@ -155,7 +157,7 @@ def _assign(
     high: Int64,
     out: Int64,
 ) -> tuple[float, float]:
-    """Boundaries of the nearest codes at ``scale`` into ``out`` (255,); return A = sum n c^2 and B = sum n x
+    """Boundaries of the nearest codes at ``scale`` into ``out`` (BOUNDARIES,); return A = sum n c^2 and B = sum n x
     c.
 
     A magnitude of code c lies above the boundaries 1..c, so A adds 2k - 1 and B adds a for each boundary k
@@ -163,13 +165,13 @@ def _assign(
     """
     energy = 0.0
     product = 0.0
-    for k in range(1, POSITIVE_LEVELS + 1):
+    for k in range(1, QMAX + 1):
         place = _place(positive, (k - 0.5) * scale, low[k - 1], high[k - 1])
         out[k - 1] = place
         energy += (2 * k - 1) * np.float64(zeroth[0][place])
         product += first[0][place]
-    for k in range(1, LEVELS - POSITIVE_LEVELS + 1):
-        i = POSITIVE_LEVELS + k - 1
+    for k in range(1, -QMIN + 1):
+        i = QMAX + k - 1
         place = _place(negative, (k - 0.5) * scale, low[i], high[i])
         out[i] = place
         energy += (2 * k - 1) * np.float64(zeroth[1][place])
@@ -191,11 +193,11 @@ def _sweep(
     sorted.
     """
     found = 0
-    for i in range(LEVELS):
-        k = i + 1 if i < POSITIVE_LEVELS else i - POSITIVE_LEVELS + 1
+    for i in range(BOUNDARIES):
+        k = i + 1 if i < QMAX else i - QMAX + 1
         for j in range(row_low[i], row_high[i]):
-            a = positive[j] if i < POSITIVE_LEVELS else negative[j]
-            n = counts_positive[j] if i < POSITIVE_LEVELS else counts_negative[j]
+            a = positive[j] if i < QMAX else negative[j]
+            n = counts_positive[j] if i < QMAX else counts_negative[j]
             at = a / (k - 0.5)
             slot = found
             while slot > 0 and events[slot - 1, 0] > at:
@@ -217,10 +219,10 @@ def _clip_floor(
     sides: tuple[Float64, Float64],
     sums: tuple[tuple[Int64, Int64], tuple[Float64, Float64], Float64, Float64],
 ) -> float:
-    """Least error possible at any scale up to ``scale``: what lies beyond 128 scales is clipped at least that
+    """Least error possible at any scale up to ``scale``: what lies beyond -QMIN scales is clipped at least that
     far.
     """
-    reach = 128.0 * scale
+    reach = -QMIN * scale
     zeroth, first, second_positive, second_negative = sums
     error = 0.0
     for side in range(2):
@@ -261,13 +263,13 @@ def _coarse_grid(
 ) -> tuple[int, float]:
     """Scales from ``top`` down to where clipping alone costs more than the best so far; how many, and the least error.
 
-    Written: grid (scales, 3) scale, A, B; rows (scales, LEVELS) the boundaries of the codes.
+    Written: grid (scales, 3) scale, A, B; rows (scales, BOUNDARIES) the boundaries of the codes.
     """
     positive, negative = sides
     zeroth, first, _, _ = sums
-    floor_row, ceiling_row = np.zeros(LEVELS, np.int64), np.empty(LEVELS, np.int64)
-    for i in range(LEVELS):
-        ceiling_row[i] = positive.size if i < POSITIVE_LEVELS else negative.size
+    floor_row, ceiling_row = np.zeros(BOUNDARIES, np.int64), np.empty(BOUNDARIES, np.int64)
+    for i in range(BOUNDARIES):
+        ceiling_row[i] = positive.size if i < QMAX else negative.size
     ratio = 2.0 ** (-1.0 / STEPS_PER_OCTAVE)
     least = signal
     size = 0
@@ -321,7 +323,7 @@ def least_squares(positive: Float64, counts_positive: Int64, negative: Float64, 
 
     # 1. A coarse grid.
     grid = np.empty((MAX_GRID, 3))
-    rows = np.empty((MAX_GRID + MAX_DEPTH + 2, LEVELS), np.int64)
+    rows = np.empty((MAX_GRID + MAX_DEPTH + 2, BOUNDARIES), np.int64)
     size, least = _coarse_grid(top, signal, tie, (positive, negative), (zeroth, first, p2, n2), grid, rows)
 
     # 2. Branch and bound within each grid interval, larger scales first.
@@ -343,7 +345,7 @@ def least_squares(positive: Float64, counts_positive: Int64, negative: Float64, 
             if _bound(signal, left, right, a1, b1, a2, b2) > least + tie:
                 continue
             crossings = 0
-            for i in range(LEVELS):
+            for i in range(BOUNDARIES):
                 crossings += rows[row2, i] - rows[row1, i]
             if crossings > LEAF and depth < MAX_DEPTH - 1:
                 middle = np.sqrt(left * right)

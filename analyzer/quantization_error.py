@@ -1,7 +1,7 @@
 """What an INT8 scale does to a distribution: squared error, clipping and codes, all exact.
 
-``code = clamp(rint(x / s), -128, 127)``, ties to even, with x, s and the quotient in float32, as the INT8
-model computes it; so code counts equal quantizing every value one by one. The reconstruction is ``code * s``.
+Codes are those of `quambase.schema.number_format.INT8`, as the INT8 model computes them, so that code counts equal
+quantizing every value one by one. The reconstruction is ``code * scale``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from quambase.analyzer import kernels
 from quambase.schema.distribution import Distribution
-
-QMIN, QMAX = -128, 127
+from quambase.schema.number_format import INT8
 
 OUTLIER_CODE = 120
 """Codes beyond this magnitude are the seed's "outlier range" (121..127 and -121..-128)."""
@@ -25,8 +24,8 @@ OUTLIER_CODE = 120
 class Figures:
     """The error of one scale on one distribution.
 
-    histogram      (256,) int64: how many values get code -128 .. 127
-    clipped        how many values lie beyond the codes (rint(x / s) < -128 or > 127)
+    histogram      (codes,) int64: how many values get each code from qmin on
+    clipped        how many values lie beyond the codes (round(x / scale) is less than qmin or more than qmax)
     squared_error  sum of (x - code * s)^2, float64
     signal         sum of x^2, float64
     """
@@ -60,7 +59,7 @@ class Figures:
 
     @property
     def codes_used(self) -> int:
-        """How many of the 256 codes occur."""
+        """How many of the codes occur."""
         return int(np.count_nonzero(self.histogram))
 
     @property
@@ -83,7 +82,7 @@ class Figures:
 
 
 def _outlier_codes() -> npt.NDArray[np.bool_]:
-    return np.abs(np.arange(QMIN, QMAX + 1)) > OUTLIER_CODE
+    return np.abs(np.arange(INT8.qmin, INT8.qmax + 1)) > OUTLIER_CODE
 
 
 def signal_energy(distribution: Distribution) -> float:
@@ -93,7 +92,7 @@ def signal_energy(distribution: Distribution) -> float:
 
 def figures(distribution: Distribution, scale: float, signal: float | None = None) -> Figures:
     """The error of ``scale`` (used as float32). ``signal`` spares computing `signal_energy` again."""
-    histogram = np.zeros(256, np.int64)
+    histogram = np.zeros(INT8.codes, np.int64)
     error, clipped = kernels.tally(distribution.values, distribution.counts, np.float32(scale), histogram)
     return Figures(histogram, int(clipped), float(error), signal_energy(distribution) if signal is None else signal)
 
@@ -112,7 +111,7 @@ def piecewise_codes(
     rebuilt = code * inner
     if outer > 0:
         beyond = magnitude > edge
-        above = np.minimum(np.rint((magnitude[beyond] - edge) / outer), QMAX - OUTLIER_CODE)
+        above = np.minimum(np.rint((magnitude[beyond] - edge) / outer), INT8.qmax - OUTLIER_CODE)
         code[beyond] = OUTLIER_CODE + above
         rebuilt[beyond] = edge + above * outer
     negative = values < 0
@@ -120,20 +119,12 @@ def piecewise_codes(
 
 
 def piecewise_figures(distribution: Distribution, inner: float, outer: float, signal: float | None = None) -> Figures:
-    """The error of `piecewise_codes`; a magnitude half an outer step beyond code 127 counts as clipped."""
+    """The error of `piecewise_codes`; a magnitude half an outer step beyond qmax counts as clipped."""
     values = distribution.values.astype(np.float64)
     codes, rebuilt = piecewise_codes(values, inner, outer)
-    histogram = np.zeros(256, np.int64)
-    np.add.at(histogram, codes - QMIN, distribution.counts)
+    histogram = np.zeros(INT8.codes, np.int64)
+    np.add.at(histogram, codes - INT8.qmin, distribution.counts)
     error = float(((values - rebuilt) ** 2 * distribution.counts).sum())
-    reach = OUTLIER_CODE * inner + (QMAX - OUTLIER_CODE + 0.5) * outer
+    reach = OUTLIER_CODE * inner + (INT8.qmax - OUTLIER_CODE + 0.5) * outer
     clipped = int(distribution.counts[np.abs(values) > reach].sum())
     return Figures(histogram, clipped, error, signal_energy(distribution) if signal is None else signal)
-
-
-def quantize(values: npt.NDArray[np.float32], scale: float) -> npt.NDArray[np.int8]:
-    """Codes of float32 ``values`` (any shape), by the rule at the top of this module."""
-    with np.errstate(over="ignore"):
-        quotient = np.rint(values.astype(np.float32) / np.float32(scale))
-    codes: npt.NDArray[np.int8] = np.clip(quotient, QMIN, QMAX).astype(np.int8)
-    return codes

@@ -12,8 +12,10 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from quambase.analyzer import kernels
 from quambase.analyzer.least_squares import optimal_scale
@@ -31,12 +33,14 @@ from quambase.analyzer.upstream_observers import (
     quantile_column,
 )
 from quambase.schema.errors import UnknownName
+from quambase.schema.number_format import INT8
 from quambase.schema.sites import MAMBA2
-
-LEVELS = 127
 
 Scale = float | tuple[float, float]
 """One scale, or the (inner, outer) scales of two segments."""
+
+ByStateIndex = Callable[[npt.NDArray[np.float32]], list[float]]
+Function = TypeVar("Function", bound=Callable[..., Scale])
 
 DEFAULT_LABELS = (
     "absmax",
@@ -57,14 +61,19 @@ DEFAULT_LABELS = (
 class Strategy:
     """A registered strategy.
 
-    parameters    its numeric parameters and their defaults, in the order a label gives them
-    needs_decode  its codes are no single multiplication (two segments)
+    parameters         its numeric parameters and their defaults, in the order a label gives them
+    needs_decode       its codes are no single multiplication: ``function`` returns the scales of two segments
+    document_quantile  the parameter that names a stored quantile of each document, of which it takes an average
+    by_state_index     the scales (n,) of a Mamba-2's state from the largest magnitude at each state index (n,) float32,
+                       where they follow from that alone
     """
 
     name: str
     function: Callable[..., Scale]
     parameters: dict[str, float]
     needs_decode: bool = False
+    document_quantile: str | None = None
+    by_state_index: ByStateIndex | None = None
 
     @property
     def definition(self) -> str:
@@ -94,7 +103,8 @@ class Choice:
     @property
     def needs_document_quantiles(self) -> bool:
         """Whether it averages a quantile of each document (the Mamba-1 sites where `quamba` does are never united)."""
-        return self.strategy.name == "ema_percentile" and quantile_column(self.params["alpha"]) != "amax"
+        name = self.strategy.document_quantile
+        return name is not None and quantile_column(self.params[name]) != "amax"
 
     def scale(self, group: ScaleGroup) -> Scale:
         """The scale of ``group``, as float32 and at least `SCALE_FLOOR`; two for a two-segment strategy."""
@@ -105,35 +115,43 @@ class Choice:
         """Of a Mamba-2's state, one scale per state index (n,), as upstream has it, where the strategy follows from
         largest values alone; None of every other group and strategy. Upstream observes the float16 cache.
         """
-        if group.state_amax is None or self.strategy.name not in ("absmax", "quamba"):
+        if group.state_amax is None or self.strategy.by_state_index is None:
             return None
         with np.errstate(over="ignore"):
-            amax = group.state_amax.astype(np.float16).astype(np.float32)
-        if self.strategy.name == "absmax":
-            return [_stored(value / LEVELS) for value in amax.tolist()]
-        return [float(minmax_scale_float32(value)) for value in amax[:, None]]
+            return self.strategy.by_state_index(group.state_amax.astype(np.float16).astype(np.float32))
 
 
 STRATEGIES: dict[str, Strategy] = {}
 
 
-def strategy(function: Callable[..., Scale]) -> Callable[..., Scale]:
-    """Register ``function`` under its own name; its keyword defaults are its parameters."""
-    return _register(function, needs_decode=False)
+@overload
+def strategy(function: Function, /) -> Function: ...
 
 
-def two_segment_strategy(function: Callable[..., Scale]) -> Callable[..., Scale]:
-    """Register a strategy that returns (inner, outer) scales."""
-    return _register(function, needs_decode=True)
+@overload
+def strategy(
+    *,
+    needs_decode: bool = False,
+    document_quantile: str | None = None,
+    by_state_index: ByStateIndex | None = None,
+) -> Callable[[Function], Function]: ...
 
 
-def _register(function: Callable[..., Scale], needs_decode: bool) -> Callable[..., Scale]:
-    name = function.__name__
-    if name in STRATEGIES:
-        raise ValueError(f"strategy {name} is registered twice")
-    arguments = list(inspect.signature(function).parameters.values())[1:]
-    STRATEGIES[name] = Strategy(name, function, {a.name: float(a.default) for a in arguments}, needs_decode)
-    return function
+def strategy(function: Any = None, /, **properties: Any) -> Any:
+    """Register a function under its own name; its keyword defaults are its parameters, its docstring the definition.
+
+    ``@strategy``, or with properties of `Strategy` ``@strategy(needs_decode=True)``.
+    """
+
+    def register(function: Function) -> Function:
+        name = function.__name__
+        if name in STRATEGIES:
+            raise ValueError(f"strategy {name} is registered twice")
+        arguments = list(inspect.signature(function).parameters.values())[1:]
+        STRATEGIES[name] = Strategy(name, function, {a.name: float(a.default) for a in arguments}, **properties)
+        return function
+
+    return register if function is None else register(function)
 
 
 def parse_label(label: str) -> Choice:
@@ -163,8 +181,8 @@ def _check_parameters(choice: Choice, label: str) -> None:
         low, high = _WITHIN.get(name, (0.0, math.inf))
         if not low < value <= high:
             raise UnknownName(f"strategy '{label}' has {name} = {value:g}; expected {low:g} < {name} <= {high:g}")
-    if choice.strategy.name == "ema_percentile":
-        quantile_column(choice.params["alpha"])
+    if choice.strategy.document_quantile is not None:
+        quantile_column(choice.params[choice.strategy.document_quantile])
 
 
 def parse_labels(labels: list[str] | tuple[str, ...] | None) -> list[Choice]:
@@ -184,16 +202,16 @@ def _stored(scale: float) -> float:
     return float(max(np.float32(scale), np.float32(SCALE_FLOOR)))
 
 
-@strategy
+@strategy(by_state_index=lambda amax: [_stored(value / INT8.qmax) for value in amax.tolist()])
 def absmax(group: ScaleGroup) -> float:
     """max a / 127: nothing clips."""
-    return group.distribution.amax / LEVELS
+    return group.distribution.amax / INT8.qmax
 
 
 @strategy
 def percentile(group: ScaleGroup, alpha: float = 0.9995) -> float:
     """Q(alpha) / 127 of the pooled distribution."""
-    return _quantile(group, alpha) / LEVELS
+    return _quantile(group, alpha) / INT8.qmax
 
 
 @strategy
@@ -208,7 +226,7 @@ ADAPTIVE_RATIOS = (0.95, 0.97, 0.99, 0.995)
 @strategy
 def adaptive_outlier_aware(group: ScaleGroup) -> float:
     """Q(r) / (127 r) for the r of 0.95, 0.97, 0.99, 0.995 with least squared error; ties to the larger scale."""
-    return _least_error(group, [_quantile(group, r) / (LEVELS * r) for r in ADAPTIVE_RATIOS])
+    return _least_error(group, [_quantile(group, r) / (INT8.qmax * r) for r in ADAPTIVE_RATIOS])
 
 
 @strategy
@@ -217,7 +235,7 @@ def mse(group: ScaleGroup) -> float:
     return optimal_scale(group.distribution)
 
 
-@strategy
+@strategy(by_state_index=lambda amax: [float(minmax_scale_float32(value)) for value in amax[:, None]])
 def quamba(group: ScaleGroup) -> float:
     """What upstream computes (`upstream_observers`). Mamba-1: at x_proj:input and ssm_state_act:input a moving average
     (0.01) of each document's 0.9995 quantile over 127, in float32; elsewhere max a / 127 in float16. Mamba-2: max a /
@@ -230,7 +248,7 @@ def quamba(group: ScaleGroup) -> float:
     return float(minmax_scale(group.documents.amax))
 
 
-@strategy
+@strategy(document_quantile="alpha")
 def ema_percentile(group: ScaleGroup, alpha: float = EMA_ALPHA, sigma: float = EMA_SIGMA) -> float:
     """Upstream's moving average of per-document quantiles at every site, with other constants; alpha is one
     that `documents` stores, or 1 for the maximum."""
@@ -239,17 +257,17 @@ def ema_percentile(group: ScaleGroup, alpha: float = EMA_ALPHA, sigma: float = E
     return float(ema_scale(observed, sigma))
 
 
-@two_segment_strategy
+@strategy(needs_decode=True)
 def outlier_piecewise(group: ScaleGroup, ratio: float = 0.99) -> tuple[float, float]:
     """Two segments: a <= Q(ratio) on codes 0..120, the rest up to max a on 121..127. Not one multiplication."""
     inner = max(_quantile(group, ratio) / OUTLIER_CODE, SCALE_FLOOR)
-    return inner, (group.distribution.amax - inner * OUTLIER_CODE) / (LEVELS - OUTLIER_CODE)
+    return inner, (group.distribution.amax - inner * OUTLIER_CODE) / (INT8.qmax - OUTLIER_CODE)
 
 
 @strategy
 def sigma(group: ScaleGroup, k: float = 5) -> float:
     """k standard deviations / 127."""
-    return k * _or_zero(group.distribution.moments()[1]) / LEVELS
+    return k * _or_zero(group.distribution.moments()[1]) / INT8.qmax
 
 
 @strategy
@@ -263,7 +281,7 @@ def pow2(group: ScaleGroup) -> float:
     best, least = scale, math.inf
     while scale >= SCALE_FLOOR:
         # What lies beyond the codes is clipped at least so far, and at every smaller scale further.
-        beyond = np.maximum(np.abs(values) - (LEVELS + 1) * scale, 0)
+        beyond = np.maximum(np.abs(values) + INT8.qmin * scale, 0)
         if float((beyond**2 * counts).sum()) >= least:
             break
         error = group.figures(scale).squared_error
@@ -276,7 +294,7 @@ def pow2(group: ScaleGroup) -> float:
 def lp(group: ScaleGroup, p: float = 2.4) -> float:
     """The least sum of |error|^p over max a / 127 * i / 100, i = 1..100 (llm-compressor's observer has p =
     2.4 and the grid 0.8..1); ties to the larger scale."""
-    top = group.distribution.amax / LEVELS
+    top = group.distribution.amax / INT8.qmax
     values, counts = group.distribution.values, group.distribution.counts
     candidates = [_stored(top * i / 100) for i in range(100, 0, -1)]
     errors = [kernels.lp_error(values, counts, np.float32(scale), p) for scale in candidates]
@@ -300,7 +318,7 @@ def entropy(group: ScaleGroup) -> float:
     bins[0] = bins[1]
     divergences = kernels.entropy_divergences(bins, ENTROPY_LEVELS)
     last = divergences.size - 1 - int(np.argmin(divergences[::-1]))
-    return amax * (last + ENTROPY_LEVELS) / ENTROPY_BINS / LEVELS
+    return amax * (last + ENTROPY_LEVELS) / ENTROPY_BINS / INT8.qmax
 
 
 ACIQ_LAPLACE = 9.89675982
@@ -317,13 +335,13 @@ def aciq_laplace(group: ScaleGroup) -> float:
     if not values.size:
         return 0.0
     mean = group.distribution.moments()[0]
-    return ACIQ_LAPLACE * float((np.abs(values - mean) * counts).sum() / counts.sum()) / LEVELS
+    return ACIQ_LAPLACE * float((np.abs(values - mean) * counts).sum() / counts.sum()) / INT8.qmax
 
 
 @strategy
 def aciq_gauss(group: ScaleGroup) -> float:
     """ACIQ's clipping for a normal distribution (Banner et al. 2019, 8 bits): 3.924 std / 127."""
-    return ACIQ_GAUSS * _or_zero(group.distribution.moments()[1]) / LEVELS
+    return ACIQ_GAUSS * _or_zero(group.distribution.moments()[1]) / INT8.qmax
 
 
 def _quantile(group: ScaleGroup, p: float) -> float:

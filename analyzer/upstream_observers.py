@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.schema.errors import UnknownName
+from quambase.schema.number_format import INT8
 from quambase.schema.tables import DOCUMENT_QUANTILES
 
 AMAX_FLOOR = 1e-5
@@ -34,7 +35,7 @@ EMA_SIGMA = 0.01
 EMA_ALPHA = 0.9995
 
 _FLOAT16_MAX = np.float32(65504)
-_PER_LEVEL = np.float32(1) / np.float32(127)
+_PER_LEVEL = np.float32(1) / np.float32(INT8.qmax)
 
 
 def minmax_scale(amax: npt.NDArray[np.float32]) -> np.float32:

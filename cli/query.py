@@ -13,6 +13,7 @@ from quambase.cli.complete import complete_runs, complete_sites
 from quambase.cli.console import COUNT, Command, answer, database_option, note, output_options
 from quambase.cli.formats import emit
 from quambase.schema.errors import QueryInvalid
+from quambase.schema.queries import definitions_for
 from quambase.schema.yardstick import DECODING, EVALUATED, HEAD, outlier_line, reader, worst_site
 
 if TYPE_CHECKING:
@@ -30,10 +31,14 @@ run_option = click.option(
 )
 
 
+show_sql_option = click.option("--show-sql", is_flag=True, help="Print the SQL that runs, on stderr.")
+
+
 @click.command(cls=Command)
 @click.argument("query", required=False)
 @click.option("-f", "--file", type=click.File(encoding="utf-8"), help="Read the query from a file (- for stdin).")
 @click.option("--schema", is_flag=True, help="List every view, macro and column with its meaning instead.")
+@show_sql_option
 @run_option
 @click.option("--scales", type=click.Path(dir_okay=False, path_type=Path), help="Scale table of the view scales.")
 @click.option("--unsafe", is_flag=True, help="Let the query read and write other files.")
@@ -43,6 +48,7 @@ def sql(
     query: str | None,
     file: TextIO | None,
     schema: bool,
+    show_sql: bool,
     run: str | None,
     scales: Path | None,
     unsafe: bool,
@@ -51,6 +57,8 @@ def sql(
     output: Path | None,
 ) -> None:
     """Answer a DuckDB query over the views of a run.
+
+    With --show-sql, the definitions of the views and macros that the query names are printed too.
 
     \b
     Example:
@@ -63,13 +71,21 @@ def sql(
         raise click.UsageError("give one of QUERY, --file and --schema")
     from quambase.schema.database import StatsDB
 
-    with StatsDB(db, run, unsafe=unsafe, scales=scales) as database:
+    with StatsDB(db, run, unsafe=unsafe, scales=scales, trace=_note_sql if show_sql else None) as database:
         text = query if file is None else _read(file)
+        if show_sql and text is not None:
+            for statement in definitions_for(text):
+                _note_sql(statement)
         found = database.describe() if text is None else database.sql(text)
         for line in _notes_on(database, text):
             note(line)
     if found.num_columns:
         emit(found.table, format_, output, wrap="comment" if text is None else None)
+
+
+def _note_sql(text: str) -> None:
+    for line in text.splitlines():
+        note(line)
 
 
 def _read(file: TextIO) -> str:
@@ -93,6 +109,7 @@ def _notes_on(database: StatsDB, text: str | None) -> list[str]:
 @click.option("--site", shell_complete=complete_sites, help="Only this site.")
 @click.option("--layer", type=int, help="Only this layer; -1 is the head.")
 @click.option("--limit", type=COUNT, default=20, show_default=True, help="Rows at most.")
+@show_sql_option
 @run_option
 @database_option
 @output_options
@@ -100,6 +117,7 @@ def stats(
     site: str | None,
     layer: int | None,
     limit: int,
+    show_sql: bool,
     run: str | None,
     db: Path,
     format_: str,
@@ -113,7 +131,7 @@ def stats(
     """
     from quambase.schema.database import StatsDB
 
-    with StatsDB(db, run) as database:
+    with StatsDB(db, run, trace=_note_sql if show_sql else None) as database:
         found = database.stats(site=site, layer=layer, limit=limit).table
         emit(found, format_, output)
         for line in database.notes:
@@ -124,9 +142,8 @@ def stats(
 
 def _outliers(database: StatsDB, site: str | None, layer: int | None) -> Iterator[str]:
     """The worst of the sites asked for, by what reads them; of several runs, of each."""
-    everything = "SELECT layer, site, group_name, amax, q9995 FROM site_stats WHERE run = $run ORDER BY ALL"
     for manifest in database.runs:
-        rows = database.sql(everything, {"run": manifest.run}).to_pylist()
+        rows = database.query("reach_of_sites", {"run": manifest.run}).to_pylist()
         rows = [row for row in rows if site in (None, row["site"]) and layer in (None, row["layer"])]
         if not any(reader(row["site"], str(manifest.model.get("family"))) in READERS for row in rows):
             yield "no INT8 model reads a scale there"

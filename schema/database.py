@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,11 +25,14 @@ from quambase.schema.errors import DatabaseInvalid, QuambaseError, QueryInvalid,
 from quambase.schema.files import local_folder
 from quambase.schema.groups import GRANULARITIES, TENSOR, united_groups
 from quambase.schema.manifest import Manifest
+from quambase.schema.number_format import INT8
+from quambase.schema.queries import named_queries, sql_file
 from quambase.schema.results import EVALUATION, read_results
 from quambase.schema.runs import runs_table, select_runs
 from quambase.schema.scale_table import read_scales
 from quambase.schema.sites import SITE_NAMES
 from quambase.schema.tables import DOCUMENT_QUANTILES, RESULTS, RUN_TABLES, SCALES
+from quambase.schema.views import comments
 
 VERIFY_LIMIT_BYTES = 256 << 20
 """`activations` above this size is not hashed when a run is opened (`doctor` hashes it); every other table
@@ -72,6 +74,7 @@ class StatsDB:
     run     which run the views show: None for the newest complete one, a run id (or its unambiguous
             beginning), or ``"all"``
     unsafe  let SQL read and write other files
+    trace   called with the text of every query before it runs, its parameters in a comment
     scales  scale table for the view `scales`; None takes ``<path>/scales.parquet``, then
             ``./scales.parquet``, and leaves the view empty where there is none or it belongs to other runs
 
@@ -81,9 +84,15 @@ class StatsDB:
     """
 
     def __init__(
-        self, path: str | Path, run: str | None = None, unsafe: bool = False, scales: Path | None = None
+        self,
+        path: str | Path,
+        run: str | None = None,
+        unsafe: bool = False,
+        scales: Path | None = None,
+        trace: Callable[[str], None] | None = None,
     ) -> None:
         self.path = local_folder(path)
+        self._trace = trace
         self.runs, self.notes = select_runs(self.path, run)
         self.scales_notes: list[str] = []
         self.results_notes: list[str] | None = None  # until a query asks for the view
@@ -97,7 +106,8 @@ class StatsDB:
         self._connection.register("_runs", runs_table(self.runs))
         self._connection.register("_scales", self._scales(scales))
         self._connection.register("_results", RESULTS.empty_table())
-        self._connection.execute(files("quambase.schema").joinpath("schema.sql").read_text(encoding="utf-8"))
+        self._connection.register("_number_format", pa.table({"qmin": [INT8.qmin], "qmax": [INT8.qmax]}))
+        self._connection.execute(sql_file("views.sql") + "\n".join(comments()))
         for statement in () if unsafe else _LOCKDOWN:
             self._connection.execute(statement)
 
@@ -128,6 +138,8 @@ class StatsDB:
         """
         if self.results_notes is None and "results" in query.lower():
             self._read_results()
+        if self._trace:
+            self._trace("".join([query, *(f"\n-- ${name} = {value!r}" for name, value in (params or {}).items())]))
         try:
             return Answer(self._interruptible(query, params))
         except duckdb.Error as error:
@@ -150,25 +162,13 @@ class StatsDB:
                 self._connection.interrupt()
                 raise
 
+    def query(self, name: str, params: Mapping[str, object] | None = None) -> Answer:
+        """Answer a named query of queries.sql."""
+        return self.sql(named_queries()[name], params)
+
     def describe(self) -> Answer:
-        """Every view and table macro and its columns: ``view, column, type, comment`` (the view's own row
-        first).
-        """
-        return self.sql(
-            """
-            WITH listed AS (
-                SELECT view_name AS view, 0 AS place, '' AS "column", 'view' AS type, comment
-                FROM duckdb_views() WHERE NOT internal AND comment IS NOT NULL
-                UNION ALL
-                SELECT table_name, column_index, column_name, data_type, comment
-                FROM duckdb_columns() WHERE NOT internal AND comment IS NOT NULL
-                UNION ALL
-                SELECT function_name || '(' || array_to_string(parameters, ', ') || ')', 0, '', 'macro',
-                comment FROM duckdb_functions() WHERE NOT internal AND comment IS NOT NULL
-            )
-            SELECT view, "column", type, comment FROM listed ORDER BY view LIKE '%)', view, place
-            """
-        )
+        """Every view and table macro and its columns: ``view, column, type, comment``, the view's own row first."""
+        return self.query("schema")
 
     def stats(self, site: str | None = None, layer: int | None = None, limit: int | None = 20) -> Answer:
         """The summary of each site and group, largest outlier ratio (amax / q9995) first.
@@ -176,19 +176,10 @@ class StatsDB:
         UnknownName: a site or layer that the opened runs do not hold.
         """
         for kind, wanted in (("site", site), ("layer", layer)):
-            known = self._names(f"SELECT DISTINCT {kind}::VARCHAR FROM site_stats")
+            known = self._names(f"{kind}s")
             if wanted is not None and str(wanted) not in known:
                 raise UnknownName.of(kind, str(wanted), known, where=self._run_names())
-        return self.sql(
-            """
-            SELECT layer, site, group_name, count, amax, q99, q9995, outlier_ratio, mean, std, kurtosis,
-                beyond_5_sigma, zeros, nonfinite
-            FROM site_stats
-            WHERE ($site IS NULL OR site = $site) AND ($layer IS NULL OR layer = $layer)
-            ORDER BY outlier_ratio DESC NULLS LAST, layer, site, group_name, run LIMIT $limit
-            """,
-            {"site": site, "layer": layer, "limit": limit},
-        )
+        return self.query("sites_by_outliers", {"site": site, "layer": layer, "limit": limit})
 
     def _run_names(self) -> str:
         return f"run {self.runs[0].run}" if len(self.runs) == 1 else f"{len(self.runs)} runs"
@@ -241,11 +232,7 @@ class StatsDB:
 
     def channel_amax(self, run: str, site: str) -> dict[tuple[int, str], npt.NDArray[np.float32]]:
         """(layer, group_name) to the largest absolute value of each channel (of a state: of each state index) (m,)."""
-        rows = self.sql(
-            "SELECT layer, group_name, list(greatest(abs(min), abs(max)) ORDER BY channel) AS amax FROM channels "
-            "WHERE run = $run AND site = $site GROUP BY ALL",
-            {"run": run, "site": site},
-        )
+        rows = self.query("channel_amax", {"run": run, "site": site})
         return {(r["layer"], r["group_name"]): np.array(r["amax"], np.float32) for r in rows.to_pylist()}
 
     def _counts(
@@ -309,10 +296,10 @@ class StatsDB:
     def _explain(self, message: str) -> str:
         """DuckDB's message as one line that says what to do."""
         if found := re.search(r"Table with name (\S+) does not exist", message):
-            views = self._names("SELECT view_name FROM duckdb_views() WHERE NOT internal AND comment IS NOT NULL")
+            views = self._names("views")
             return str(UnknownName.of("view", found[1], views))
         if found := re.search(r'Referenced column "(.+?)" not found', message):
-            columns = self._names("SELECT DISTINCT column_name FROM duckdb_columns() WHERE comment IS NOT NULL")
+            columns = self._names("columns")
             hint = re.search(r"Candidate bindings: (.+)", message)
             nearest = re.findall(r'"([^"]+)"', hint[1]) if hint else []
             return str(UnknownName.of("column", found[1], nearest or columns))
@@ -324,7 +311,8 @@ class StatsDB:
         return " ".join(lines) + "; see the views and columns with `quambase sql --schema`"
 
     def _names(self, query: str) -> list[str]:
-        return [str(row[0]) for row in self._connection.sql(query).fetchall()]
+        """The one column of a named query."""
+        return [str(row[0]) for row in self._connection.sql(named_queries()[query]).fetchall()]
 
 
 def _dataset(paths: list[Path], schema: pa.Schema) -> Any:

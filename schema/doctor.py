@@ -71,10 +71,7 @@ def _evaluations(db: Path) -> Iterator[dict[str, str]]:
 
 def _values(db: Path, run: str) -> list[dict[str, str]]:
     with StatsDB(db, run) as database:
-        rows = database.sql(
-            "SELECT layer, site, max(nonfinite) AS nonfinite, max(overflow) AS overflow FROM site_stats "
-            "WHERE nonfinite > 0 OR overflow > 0 GROUP BY ALL ORDER BY layer, site"
-        ).to_pylist()
+        rows = database.query("nonfinite_values", {"run": run}).to_pylist()
     if not rows:
         return [_row("values", run, "ok", "every value is finite")]
     return [

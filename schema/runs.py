@@ -11,18 +11,7 @@ import pyarrow as pa
 
 from quambase.schema.errors import DatabaseInvalid, UnknownName
 from quambase.schema.manifest import MANIFEST, Manifest
-
-RUNS = pa.schema(
-    [
-        *(pa.field(name, pa.string()) for name in ("run", "model", "family", "model_path")),
-        *(pa.field(name, pa.int64()) for name in ("n_layer", "d_model", "headdim", "ngroups")),
-        pa.field("grouping", pa.string()),
-        pa.field("data", pa.string()),
-        *(pa.field(n, pa.int64()) for n in ("documents", "empty", "truncated", "tokens", "format_version")),
-        *(pa.field(name, pa.string()) for name in ("identity", "created")),
-    ]
-)
-"""The view `runs`: one row per manifest."""
+from quambase.schema.tables import RUNS
 
 
 def list_runs(path: Path) -> tuple[list[Path], list[Path]]:

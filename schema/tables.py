@@ -1,11 +1,12 @@
-"""Arrow schemas of every table, how each is written as Parquet, and atomic file writing."""
+"""Every table: its columns, their Arrow types and what they mean; how tables are written as Parquet, and read."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -16,12 +17,32 @@ from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.files import replacing
 from quambase.schema.parquet_files import joined
 
-_KEY = [
-    pa.field("run", pa.string(), nullable=False),
-    pa.field("layer", pa.int32(), nullable=False),
-    pa.field("site", pa.string(), nullable=False),
-    pa.field("group_name", pa.string(), nullable=False),
-]
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a table or view holds, and what each of its columns means."""
+
+    holds: str
+    columns: Mapping[str, str]
+
+
+MEANINGS: dict[str, Meaning] = {}
+"""Of every table, by its name; `quambase.schema.views` adds those of the views that SQL computes."""
+
+KEY_MEANINGS = {
+    "run": "Run id.",
+    "layer": "Layer number from 0; -1 is the language-model head.",
+    "site": "Observed point, by upstream Quamba's key, such as in_proj:input.",
+    "group_name": "Channel slice of the site (x, z; dt, B, C), or all for the whole of it.",
+}
+
+_KEY = [pa.field(name, pa.int32() if name == "layer" else pa.string(), nullable=False) for name in KEY_MEANINGS]
+
+
+def _table(name: str, holds: str, *columns: tuple[str, pa.DataType, str], key: bool = True) -> pa.Schema:
+    """The Arrow schema of a table, whose meaning is put into MEANINGS; ``key``: it begins with the key's columns."""
+    MEANINGS[name] = Meaning(holds, (KEY_MEANINGS if key else {}) | {column: text for column, _, text in columns})
+    return pa.schema([*(_KEY if key else []), *(pa.field(column, kind) for column, kind, _ in columns)])
 
 
 WORDS = pa.dictionary(pa.int32(), pa.string())
@@ -39,12 +60,37 @@ def cast_to(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return table if table.schema.equals(schema) else table.cast(schema)
 
 
-def _schema(*fields: tuple[str, pa.DataType], key: bool = True) -> pa.Schema:
-    return pa.schema([*(_KEY if key else []), *(pa.field(name, kind) for name, kind in fields)])
+RUNS = _table(
+    "runs",
+    "One collection each: what was run on what.",
+    ("run", pa.string(), "Run id: a hash of everything that determines the tables."),
+    ("model", pa.string(), "Name of the model."),
+    ("family", pa.string(), "mamba1, mamba2, or tensor for an imported file."),
+    ("model_path", pa.string(), "Where the checkpoint was read from."),
+    ("n_layer", pa.int64(), "Layers of the model."),
+    ("d_model", pa.int64(), "Width of the model."),
+    ("headdim", pa.int64(), "Channels of a head (Mamba-2), else null."),
+    ("ngroups", pa.int64(), "SSD groups (Mamba-2), else null."),
+    ("grouping", pa.string(), "How heads and channels were sorted into groups: fixed, quamba2; else null."),
+    ("data", pa.string(), "Name of the text."),
+    ("documents", pa.int64(), "Documents in the calibration set."),
+    ("empty", pa.int64(), "Documents without a token."),
+    ("truncated", pa.int64(), "Documents cut at the sequence length."),
+    ("tokens", pa.int64(), "Tokens counted."),
+    ("format_version", pa.int64(), "Version of the database layout."),
+    ("identity", pa.string(), "Everything that determines the tables, as JSON."),
+    ("created", pa.string(), "Versions, host and timings, as JSON."),
+    key=False,
+)
+"""Not stored: one row per manifest."""
 
-
-COUNTS = _schema(("value", pa.float32()), ("count", pa.int64()))
-"""One row per distinct value of a group, as a 16-bit value; sorted by value, NaN last."""
+COUNTS = _table(
+    "counts",
+    "How often each distinct 16-bit value occurred: the whole distribution, exactly; sorted by value. Groups only: a "
+    "divided site is the sum of its groups.",
+    ("value", pa.float32(), "Activation, rounded to the 16-bit type of the run; -0 is 0, NaN comes last."),
+    ("count", pa.int64(), "How many times it occurred."),
+)
 
 QUANTILES: dict[str, float] = {
     "q50": 0.5,
@@ -63,122 +109,163 @@ QUANTILES: dict[str, float] = {
 DOCUMENT_QUANTILES: dict[str, float] = {name: p for name, p in QUANTILES.items() if p >= 0.99}
 """Quantile columns of `documents`: torch.quantile's rule (float32 rank and interpolation)."""
 
-SITE_STATS = _schema(
-    ("count", pa.int64()),
-    ("amax", pa.float32()),
-    ("min", pa.float32()),
-    ("max", pa.float32()),
-    ("mean", pa.float64()),
-    ("std", pa.float64()),
-    ("kurtosis", pa.float64()),
-    *((name, pa.float64()) for name in QUANTILES),
-    ("outlier_ratio", pa.float64()),
-    ("outlier_ratio_q99", pa.float64()),
-    ("beyond_3_sigma", pa.float64()),
-    ("beyond_5_sigma", pa.float64()),
-    ("zeros", pa.float64()),
-    ("nonfinite", pa.int64()),
-    ("overflow", pa.int64()),
+SITE_STATS = _table(
+    "site_stats",
+    "Summary of each site and of each group of a divided site; everything but overflow follows from counts.",
+    ("count", pa.int64(), "Finite values."),
+    ("amax", pa.float32(), "Largest absolute value."),
+    ("min", pa.float32(), "Smallest value."),
+    ("max", pa.float32(), "Largest value."),
+    ("mean", pa.float64(), "Mean."),
+    ("std", pa.float64(), "Population standard deviation."),
+    ("kurtosis", pa.float64(), "Pearson kurtosis m4/m2^2; 3 for a Gaussian; null without spread."),
+    *(
+        (name, pa.float64(), f"{100 * p:g} % quantile of the absolute value: rank p(n-1), linear interpolation.")
+        for name, p in QUANTILES.items()
+    ),
+    ("outlier_ratio", pa.float64(), "amax / q9995; null where q9995 is 0."),
+    ("outlier_ratio_q99", pa.float64(), "amax / q99; null where q99 is 0."),
+    ("beyond_3_sigma", pa.float64(), "Share of values with |x - mean| > 3 std."),
+    ("beyond_5_sigma", pa.float64(), "Share of values with |x - mean| > 5 std."),
+    ("zeros", pa.float64(), "Share of zeros."),
+    ("nonfinite", pa.int64(), "NaN and infinite values; in no other column."),
+    ("overflow", pa.int64(), "Finite float32 values that became infinite in 16 bits (part of nonfinite)."),
 )
-"""One row per site (`all`) and per group of a divided site; everything follows from `counts` but `overflow`."""
 
-CHANNELS = _schema(
-    ("channel", pa.int32()),
-    ("count", pa.int64()),
-    ("min", pa.float32()),
-    ("max", pa.float32()),
-    ("sum", pa.float64()),
-    ("sum_sq", pa.float64()),
-    ("mean_abs_max", pa.float64()),
-    ("nonfinite", pa.int64()),
-    ("overflow", pa.int64()),
+CHANNELS = _table(
+    "channels",
+    "Per channel (at the ssm_state sites per state index, of each group), of the unrounded float32 values.",
+    ("channel", pa.int32(), "Channel index within the site."),
+    ("count", pa.int64(), "Finite values."),
+    ("min", pa.float32(), "Smallest value."),
+    ("max", pa.float32(), "Largest value."),
+    ("sum", pa.float64(), "Sum."),
+    ("sum_sq", pa.float64(), "Sum of squares."),
+    (
+        "mean_abs_max",
+        pa.float64(),
+        "Largest, over documents, of the document's mean absolute value: upstream's reorder statistic.",
+    ),
+    ("nonfinite", pa.int64(), "NaN and infinite values."),
+    ("overflow", pa.int64(), "Finite values that become infinite in 16 bits."),
 )
-"""One row per channel (at the ssm_state sites per state index, of each group), of the unrounded float32 values."""
 
-DOCUMENTS = _schema(
-    ("document", pa.int32()),
-    ("tokens", pa.int32()),
-    ("sha256", pa.string()),
-    ("amax", pa.float32()),
-    *((name, pa.float32()) for name in DOCUMENT_QUANTILES),
+DOCUMENTS = _table(
+    "documents",
+    "Per document that has a token: what replays order-dependent observers.",
+    ("document", pa.int32(), "Place of the document in the file, from 0, empty ones counted."),
+    ("tokens", pa.int32(), "Tokens of the document."),
+    ("sha256", pa.string(), "SHA-256 of its text."),
+    ("amax", pa.float32(), "Largest absolute value."),
+    *(
+        (
+            name,
+            pa.float32(),
+            f"{100 * p:g} % quantile of the absolute value within the document, by torch.quantile in float32.",
+        )
+        for name, p in DOCUMENT_QUANTILES.items()
+    ),
 )
-"""One row per document that has a token, for the whole of each site and each group of a divided one."""
 
-OUTLIERS = _schema(
-    ("document", pa.int32()),
-    ("position", pa.int32()),
-    ("token_id", pa.int32()),
-    ("token", pa.string()),
-    ("channel", pa.int32()),
-    ("value", pa.float32()),
+OUTLIERS = _table(
+    "outliers",
+    "The 64 largest values of each group, by absolute value, and the token that made each.",
+    ("document", pa.int32(), "Document number."),
+    ("position", pa.int32(), "Position of the token in the document, from 0."),
+    ("token_id", pa.int32(), "Token id."),
+    ("token", pa.string(), "Token text."),
+    ("channel", pa.int32(), "Channel index within the site."),
+    ("value", pa.float32(), "The activation, float32."),
 )
-"""The K largest values of a group: by absolute value, then document, position, channel."""
 
-ACTIVATIONS = _schema(
-    ("document", pa.int32()),
-    ("position", pa.int32()),
-    ("values", pa.list_(pa.float32())),
+ACTIVATIONS = _table(
+    "activations",
+    "Raw activations of sampled tokens: a row per token and group; at the state sites per document, its last state.",
+    ("document", pa.int32(), "Document number."),
+    ("position", pa.int32(), "Position of the token in the document, from 0."),
+    (
+        "values",
+        pa.list_(pa.float32()),
+        "Activations of the group, in channel order, float32; of a state flat, (channels, n).",
+    ),
 )
-"""Raw activations of sampled tokens: one row per token and group; at the state sites the last token's, flat
-(channels of the group, n)."""
 
-GROUPS = _schema(
-    ("channels", pa.list_(pa.int32())),
-    ("ssd_group", pa.int32()),
-    ("head_group", pa.int32()),
-    ("channel_group", pa.int32()),
+GROUPS = _table(
+    "groups",
+    "The channels of each group.",
+    (
+        "channels",
+        pa.list_(pa.int32()),
+        "Channel indices within the site, as the model that was run has them: a sorted Mamba-2's are sorted.",
+    ),
+    ("ssd_group", pa.int32(), "SSD group (Mamba-2), else null."),
+    ("head_group", pa.int32(), "Head group (Mamba-2), else null."),
+    ("channel_group", pa.int32(), "Channel group (Mamba-2), else null."),
 )
-"""The channels of each group; the last three are null where it is no SSD group, head group, channel group."""
 
-SCALES = _schema(
-    ("strategy", pa.string()),
-    ("params", pa.string()),
-    ("label", pa.string()),
-    ("granularity", pa.string()),
-    ("count", pa.int64()),
-    ("scale", pa.float32()),
-    ("component_scales", pa.list_(pa.float32())),
-    ("qmin", pa.int16()),
-    ("qmax", pa.int16()),
-    ("amax", pa.float32()),
-    ("clipped_share", pa.float64()),
-    ("mse", pa.float64()),
-    ("sqnr_db", pa.float64()),
-    ("codes_used", pa.int32()),
-    ("codes_above_120", pa.int32()),
-    ("entropy_bits", pa.float64()),
-    ("consumed", pa.bool_()),
-    ("decode_only", pa.bool_()),
-    ("needs_decode", pa.bool_()),
-    ("clip_safe", pa.bool_()),
-    ("selected", pa.bool_()),
+SCALES = _table(
+    "scales",
+    "The scale table: one row per scale group and strategy, coarser groups too (granularity tells them apart), for the "
+    "runs opened.",
+    ("strategy", pa.string(), "Name of the strategy."),
+    ("params", pa.string(), "Its parameters, as JSON."),
+    ("label", pa.string(), "Name and parameters, as given on the command line."),
+    ("granularity", pa.string(), "How finely this group divides its site: tensor, ssd_group, head_group, group."),
+    ("count", pa.int64(), "Finite values that share the scale."),
+    ("scale", pa.float32(), "INT8 scale: code = clamp(round(x / scale), -128, 127)."),
+    (
+        "component_scales",
+        pa.list_(pa.float32()),
+        "Scales of the two segments (outlier_piecewise), or of each state index (absmax and quamba at a Mamba-2's "
+        "state), else null.",
+    ),
+    ("qmin", pa.int16(), "Smallest code."),
+    ("qmax", pa.int16(), "Largest code."),
+    ("amax", pa.float32(), "Largest absolute value of the distribution."),
+    ("clipped_share", pa.float64(), "Share of values beyond the codes."),
+    ("mse", pa.float64(), "Mean squared error."),
+    ("sqnr_db", pa.float64(), "Signal to quantization noise, in dB."),
+    ("codes_used", pa.int32(), "Distinct codes that occur."),
+    ("codes_above_120", pa.int32(), "Distinct codes with |code| > 120 that occur."),
+    ("entropy_bits", pa.float64(), "Shannon entropy of the codes, in bits."),
+    (
+        "consumed",
+        pa.bool_(),
+        "The INT8 model reads this scale (of a site it may read by group, the smallest groups of the table).",
+    ),
+    ("decode_only", pa.bool_(), "Only token-by-token decoding reads it."),
+    ("needs_decode", pa.bool_(), "Not one multiplication: needs a decoder for its segments."),
+    ("clip_safe", pa.bool_(), "Upstream's kernel that reads it saturates, or nothing clips."),
+    (
+        "selected",
+        pa.bool_(),
+        "The row that apply takes by default: the least MSE of its scale group among strategies with one INT8 scale "
+        "(with --target upstream only those that are clip_safe).",
+    ),
 )
-"""One row per run, layer, site, scale group (`group_name`) and strategy with its parameters (`label` names both). A
-table holds the coarser groups too: `granularity` tells them apart, and `count` values share the scale."""
 
-RESULTS = _schema(
-    ("evaluation", pa.string()),
-    ("model", pa.string()),
-    ("scales", pa.string()),
-    ("strategy", pa.string()),
-    ("task", pa.string()),
-    ("data", pa.string()),
-    ("document", pa.int32()),
-    ("sha256", pa.string()),
-    ("tokens", pa.int32()),
-    ("nll", pa.float64()),
-    ("kl", pa.float64()),
-    ("top1_agreement", pa.int32()),
-    ("top1_right", pa.int32()),
-    ("correct", pa.bool_()),
-    ("quantize_lm_head", pa.bool_()),
-    ("quantize_embedding", pa.bool_()),
-    ("compat_upstream", pa.bool_()),
+RESULTS = _table(
+    "results",
+    "Evaluations: one row per document and strategy; nll and kl are sums over the predicted tokens, in nats.",
+    ("evaluation", pa.string(), "Evaluation id."),
+    ("model", pa.string(), "Model evaluated."),
+    ("scales", pa.string(), "Scale table used."),
+    ("strategy", pa.string(), "Strategy label; float is the floating-point model."),
+    ("task", pa.string(), "What was measured."),
+    ("data", pa.string(), "Name of the evaluation text."),
+    ("document", pa.int32(), "Document number in the evaluation text."),
+    ("sha256", pa.string(), "SHA-256 of its text."),
+    ("tokens", pa.int32(), "Predicted tokens."),
+    ("nll", pa.float64(), "Sum of the negative log-likelihood, nats."),
+    ("kl", pa.float64(), "Sum of KL(float || quantized), nats."),
+    ("top1_agreement", pa.int32(), "Tokens whose most likely token is the floating-point model's."),
+    ("top1_right", pa.int32(), "Tokens whose most likely token is the one that follows."),
+    ("correct", pa.bool_(), "Last word right; null for other tasks."),
+    ("quantize_lm_head", pa.bool_(), "The head was quantized."),
+    ("quantize_embedding", pa.bool_(), "The embedding was quantized."),
+    ("compat_upstream", pa.bool_(), "Upstream's wrap-around was reproduced."),
     key=False,
 )
-"""One row per evaluated document and strategy (`float` is the floating-point model). nll and kl are sums, in nats,
-over `tokens` predicted tokens; top1_agreement and top1_right count those whose most likely token is the floating-point
-model's, and the one that follows; `correct` is null unless the task is last-word."""
 
 RUN_TABLES: dict[str, pa.Schema] = {
     "counts": COUNTS,

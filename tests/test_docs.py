@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from generated_docs import PARTS, generated
 
 from quambase.analyzer.strategies import DEFAULT_LABELS, STRATEGIES, parse_labels
 from quambase.cli.main import COMMANDS, load_command
@@ -61,3 +62,10 @@ def test_no_unknown_command_is_named() -> None:
     used = set(re.findall(r"^\$? ?(?:\.venv/bin/)?quambase ([a-z]+)", ALL, flags=re.MULTILINE))
     used |= set(re.findall(r"`quambase ([a-z]+)", ALL))
     assert used and used <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_generated_part_is_what_the_code_says(name: str) -> None:
+    path, make = PARTS[name]
+    text = page(f"docs/{path}")
+    assert generated(text, name, make()) == text, "run python tests/generated_docs.py"

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from quambase.analyzer.kernels import TIE, _keep_ties, suffix_sums
 from quambase.analyzer.least_squares import optimal_scale
-from quambase.analyzer.quantization_error import figures, piecewise_figures, quantize
+from quambase.analyzer.quantization_error import figures, piecewise_figures
 from quambase.schema.distribution import Distribution
+from quambase.schema.number_format import INT8
 
 Float32 = npt.NDArray[np.float32]
 
@@ -56,7 +57,7 @@ def test_figures_equal_quantizing_each_value(values: list[float], scale: float, 
     outer = [n for code, n in enumerate(histogram, -128) if abs(code) > 120]
     assert found.codes_above_120 == sum(n > 0 for n in outer)
     assert found.values_above_120 == sum(outer)
-    assert np.bincount(quantize(array, scale).astype(int) + 128, minlength=256).tolist() == histogram
+    assert np.bincount(INT8.quantize(array, scale).astype(int) + 128, minlength=256).tolist() == histogram
 
 
 def test_ties_round_to_even_and_clip_from_127_and_a_half() -> None:

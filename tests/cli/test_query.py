@@ -53,6 +53,16 @@ def test_sql_lists_views_and_columns(fabricated_database: Path) -> None:
     assert all(r["comment"] for r in rows)
 
 
+def test_show_sql_prints_what_runs(fabricated_database: Path) -> None:
+    query = "select count(*) as n from outlier_channels"
+    done = run("sql", "--db", fabricated_database, "--show-sql", "--format", "csv", query)
+    assert done.stdout.splitlines()[0] == '"n"'
+    lines = done.stderr.splitlines()
+    assert "CREATE VIEW outlier_channels AS" in lines and "CREATE VIEW channel_stats AS" in lines and query in lines
+    done = run("stats", "--db", fabricated_database, "--show-sql", "--limit", "1", "--format", "csv")
+    assert "-- $limit = 1" in done.stderr.splitlines() and len(done.stdout.splitlines()) == 2
+
+
 def test_sql_errors_are_one_line(fabricated_database: Path, tmp_path: Path) -> None:
     done = run("sql", "--db", fabricated_database, "select * from site_stat")
     assert done.exit_code == 1

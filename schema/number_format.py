@@ -1,0 +1,41 @@
+"""The number format of quantized activations: which codes there are, and how a value becomes one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """A uniform integer format with one scale and no zero point: ``code = clamp(round(x / scale), qmin, qmax)``.
+
+    x, scale and their quotient are float32; ties round to even.
+    """
+
+    name: str
+    qmin: int
+    qmax: int
+
+    @property
+    def codes(self) -> int:
+        """How many codes there are."""
+        return self.qmax - self.qmin + 1
+
+    @property
+    def rounds_beyond(self) -> float:
+        """The least quotient x / scale whose rounding exceeds qmax (a tie, which rounds to the even qmax + 1)."""
+        return self.qmax + 0.5
+
+    def quantize(self, values: npt.ArrayLike, scale: float) -> npt.NDArray[Any]:
+        """The codes of ``values``, in the smallest signed integer type that holds them."""
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            quotient = np.rint(np.asarray(values, np.float32) / np.float32(scale))
+        return np.clip(quotient, self.qmin, self.qmax).astype(np.min_scalar_type(self.qmin))
+
+
+INT8 = NumberFormat("int8", -128, 127)
+"""What every scale of this package is for."""
