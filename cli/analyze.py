@@ -19,6 +19,7 @@ from quambase.cli.console import (
     next_command,
     note,
     one_each,
+    options,
 )
 from quambase.cli.formats import emit, format_cell
 from quambase.cli.query import run_option
@@ -26,39 +27,45 @@ from quambase.schema.errors import QuambaseError
 from quambase.schema.groups import GRANULARITIES
 from quambase.schema.scale_table import QUAMBASE, TARGETS, read_scales
 
+analyze_options = options(
+    click.option(
+        "--strategy",
+        "strategies",
+        multiple=True,
+        metavar="LABEL",
+        callback=one_each,
+        shell_complete=complete_strategies,
+        help="A strategy, such as mse or percentile:0.9999; once for each; all for every one. [default: see --list]",
+    ),
+    click.option(
+        "--granularity",
+        type=click.Choice(GRANULARITIES),
+        help="One scale per site; also one per SSD group, head group, smallest group. "
+        "[default: what the INT8 model reads]",
+    ),
+    click.option(
+        "--target",
+        type=click.Choice(TARGETS),
+        default=QUAMBASE,
+        show_default=True,
+        help="Whose INT8 model the selected scales are for; upstream's wraps what clips at out_proj:input.",
+    ),
+    click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        default=Path("scales.parquet"),
+        show_default=True,
+        help="Scale table to write.",
+    ),
+    click.option("--list", "list_", is_flag=True, help="List the strategies and their definitions instead."),
+    database_option,
+)
+"""Which strategies, for whose model, and where they are written."""
+
 
 @click.command(cls=Command)
-@click.option(
-    "--strategy",
-    "strategies",
-    multiple=True,
-    metavar="LABEL",
-    callback=one_each,
-    shell_complete=complete_strategies,
-    help="A strategy, such as mse or percentile:0.9999; once for each; all for every one. [default: see --list]",
-)
-@click.option(
-    "--granularity",
-    type=click.Choice(GRANULARITIES),
-    help="One scale per site; also one per SSD group, head group, smallest group. [default: what the INT8 model reads]",
-)
-@click.option(
-    "--target",
-    type=click.Choice(TARGETS),
-    default=QUAMBASE,
-    show_default=True,
-    help="Whose INT8 model the selected scales are for; upstream's wraps what clips at out_proj:input.",
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("scales.parquet"),
-    show_default=True,
-    help="Scale table to write.",
-)
-@click.option("--list", "list_", is_flag=True, help="List the strategies and their definitions instead.")
+@analyze_options
 @run_option
-@database_option
 @format_option
 @force_option
 def analyze(

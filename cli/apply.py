@@ -9,111 +9,113 @@ from typing import Any
 import click
 
 from quambase.cli.complete import complete_labels, complete_models, complete_sites
-from quambase.cli.console import Command, answer, database_option, force_option, next_command, note, one_each
+from quambase.cli.console import (
+    Command,
+    answer,
+    database_option,
+    force_option,
+    next_command,
+    note,
+    one_each,
+    options,
+)
 from quambase.schema.groups import GRANULARITIES
 
 BACKENDS = ("quambase", "quamba")
 
 
-def int8_options(function: click.decorators.FC) -> click.decorators.FC:
-    """What is quantized, and how faithfully to upstream's defects."""
-    for option in (
-        click.option(
-            "--model",
-            metavar="NAME",
-            shell_complete=complete_models,
-            help="The floating-point model, if it moved since the scales were made.",
-        ),
-        click.option("--compat", type=click.Choice(["upstream"]), help="Reproduce upstream's overflow defects too."),
-        click.option("--quantize-embedding", is_flag=True, help="Quantize the embedding, one scale per row."),
-        click.option("--quantize-lm-head", is_flag=True, help="Quantize the language-model head and its input."),
-    ):
-        function = option(function)
-    return function
+int8_options = options(
+    click.option("--quantize-lm-head", is_flag=True, help="Quantize the language-model head and its input."),
+    click.option("--quantize-embedding", is_flag=True, help="Quantize the embedding, one scale per row."),
+    click.option("--compat", type=click.Choice(["upstream"]), help="Reproduce upstream's overflow defects too."),
+    click.option(
+        "--model",
+        metavar="NAME",
+        shell_complete=complete_models,
+        help="The floating-point model, if it moved since the scales were made.",
+    ),
+)
+"""What is quantized, and how faithfully to upstream's defects."""
+
+mix_options = options(
+    click.option(
+        "--scales",
+        type=click.Path(dir_okay=False, path_type=Path),
+        default=Path("scales.parquet"),
+        show_default=True,
+        help="Scale table written by `analyze`.",
+    ),
+    click.option(
+        "--strategy",
+        default="selected",
+        show_default=True,
+        metavar="LABEL",
+        shell_complete=complete_labels,
+        help="A strategy of the table, or `selected`: the row marked so at each site.",
+    ),
+    click.option(
+        "--at",
+        multiple=True,
+        callback=one_each,
+        metavar="SITE",
+        shell_complete=complete_sites,
+        help="Use the strategy only at this site; once for each.",
+    ),
+    click.option(
+        "--otherwise",
+        default="quamba",
+        show_default=True,
+        metavar="LABEL",
+        shell_complete=complete_labels,
+        help="The strategy of the other sites.",
+    ),
+    click.option(
+        "--granularity",
+        type=click.Choice(GRANULARITIES),
+        help="Of a Mamba-2: how finely scales divide its sites. [default: as the table]",
+    ),
+)
+"""Which scales of which table."""
+
+MIX = ("strategy", "at", "otherwise", "granularity")
+
+product_options = options(
+    click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        help="Folder to write, or with --import the scale table. [default: DB/models/<id>; FILE.parquet]",
+    ),
+    click.option(
+        "--export",
+        metavar="FILE.pt",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Write the scales as upstream Quamba's act_scales (and reorder_params) instead of a model.",
+    ),
+    click.option(
+        "--import",
+        "import_",
+        metavar="FILE.pt",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Make a scale table of upstream's act_scales for the model named with --model instead.",
+    ),
+    click.option(
+        "--backend",
+        type=click.Choice(BACKENDS),
+        default=BACKENDS[0],
+        show_default=True,
+        help="quamba: build with upstream's own package and kernels, which need a GPU, and save as it does.",
+    ),
+    force_option,
+)
+"""What is made of the scales, and where."""
 
 
 @click.command(cls=Command)
-@click.option(
-    "--scales",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("scales.parquet"),
-    show_default=True,
-    help="Scale table written by `analyze`.",
-)
-@click.option(
-    "--strategy",
-    default="selected",
-    show_default=True,
-    metavar="LABEL",
-    shell_complete=complete_labels,
-    help="A strategy of the table, or `selected`: the row marked so at each site.",
-)
-@click.option(
-    "--at",
-    multiple=True,
-    callback=one_each,
-    metavar="SITE",
-    shell_complete=complete_sites,
-    help="Use the strategy only at this site; once for each.",
-)
-@click.option(
-    "--otherwise",
-    default="quamba",
-    show_default=True,
-    metavar="LABEL",
-    shell_complete=complete_labels,
-    help="The strategy of the other sites.",
-)
-@click.option(
-    "--granularity",
-    type=click.Choice(GRANULARITIES),
-    help="Of a Mamba-2: how finely scales divide its sites. [default: as the table]",
-)
+@mix_options
 @int8_options
 @database_option
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Folder to write, or with --import the scale table. [default: DB/models/<id>; FILE.parquet]",
-)
-@click.option(
-    "--export",
-    metavar="FILE.pt",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the scales as upstream Quamba's act_scales (and reorder_params) instead of a model.",
-)
-@click.option(
-    "--import",
-    "import_",
-    metavar="FILE.pt",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Make a scale table of upstream's act_scales for the model named with --model instead.",
-)
-@click.option(
-    "--backend",
-    type=click.Choice(BACKENDS),
-    default=BACKENDS[0],
-    show_default=True,
-    help="quamba: build with upstream's own package and kernels, which need a GPU, and save as it does.",
-)
-@force_option
-def apply(
-    scales: Path,
-    strategy: str,
-    at: tuple[str, ...],
-    otherwise: str,
-    granularity: str | None,
-    quantize_lm_head: bool,
-    quantize_embedding: bool,
-    compat: str | None,
-    model: str | None,
-    db: Path,
-    out: Path | None,
-    export: Path | None,
-    import_: Path | None,
-    backend: str,
-    force: bool,
-) -> None:
+@product_options
+def apply(export: Path | None, import_: Path | None, backend: str, **given: Any) -> None:
     """Build the INT8 model with one strategy's scales and save it; prints its folder.
 
     The floating-point model is the one the scale table names.
@@ -126,47 +128,23 @@ def apply(
     """
     if sum([export is not None, import_ is not None, backend != BACKENDS[0]]) > 1:
         raise click.UsageError("give one of --export, --import and --backend quamba")
+    mix = {name: given.pop(name) for name in MIX}
     if import_ is not None:
-        _import(import_, model, out, force)
-        return
-    mix: dict[str, Any] = {"strategy": strategy, "at": at, "otherwise": otherwise, "granularity": granularity}
-    if export is not None:
-        from quambase.apply.upstream.act_scales import export_act_scales
+        _import(import_, given["model"], given["out"], given["force"])
+    elif export is not None:
+        _export(given["scales"], export, mix, given["db"], given["force"])
+    elif backend != BACKENDS[0]:
+        _build_upstream(mix, **given)
+    else:
+        _build(mix, **given)
 
-        path, replaced = export_act_scales(scales, export, **mix, db=db, force=force)
-        _tell(replaced)
-        click.echo(path)
-        return
-    if backend != BACKENDS[0]:
-        from quambase.apply.upstream.backend import build_upstream
 
-        if out is None or compat is not None:
-            raise click.UsageError("--backend quamba needs --out FOLDER, and --compat is not for it")
-        _, replaced = build_upstream(
-            scales,
-            **mix,
-            quantize_lm_head=quantize_lm_head,
-            quantize_embedding=quantize_embedding,
-            model=model,
-            out=out,
-            db=db,
-        )
-        _tell(replaced)
-        if not quantize_lm_head:
-            note("note: upstream's own loader reads no model without --quantize-lm-head")
-        click.echo(out)
-        return
+def _build(mix: dict[str, Any], quantize_lm_head: bool, quantize_embedding: bool, force: bool, **given: Any) -> None:
+    """Build quambase's own INT8 model, save it, and say how to go on."""
     from quambase.apply.apply import apply as run
 
     applied = run(
-        scales,
-        **mix,
-        quantize_lm_head=quantize_lm_head,
-        quantize_embedding=quantize_embedding,
-        compat=compat,
-        model=model,
-        db=db,
-        out=out,
+        given.pop("scales"), **mix, quantize_lm_head=quantize_lm_head, quantize_embedding=quantize_embedding, **given
     )
     if applied.unsafe:
         layer, site = applied.unsafe[0]
@@ -176,17 +154,43 @@ def apply(
         )
     for line in applied.notes:
         answer(line)
-    parts = [name for name, wanted in (("head", quantize_lm_head), ("embedding", quantize_embedding)) if wanted]
-    kept = (
-        "" if len(parts) == 2 else "; " + " and ".join(n for n in ("head", "embedding") if n not in parts) + " in float"
-    )
-    answer(f"strategy {applied.strategy}: " + ", ".join(["layers", *parts]) + f" in INT8{kept}; model saved in")
+    parts = {"head": quantize_lm_head, "embedding": quantize_embedding}
+    quantized = ", ".join(["layers", *(name for name, wanted in parts.items() if wanted)])
+    floating = " and ".join(name for name, wanted in parts.items() if not wanted)
+    kept = f"; {floating} in float" if floating else ""
+    answer(f"strategy {applied.strategy}: {quantized} in INT8{kept}; model saved in")
     click.echo(applied.folder)
-    next_command("quambase evaluate", db)
+    next_command("quambase evaluate", given["db"])
 
 
-def _tell(replaced: Sequence[object]) -> None:
-    """Which scales upstream's kernel could not have taken, and what took their places."""
+def _export(scales: Path, export: Path, mix: dict[str, Any], db: Path, force: bool) -> None:
+    """Write the scales in upstream's form, and say which gave way to others."""
+    from quambase.apply.upstream.act_scales import export_act_scales
+
+    exported = export_act_scales(scales, export, **mix, db=db, force=force)
+    _tell(exported.replaced, exported.notes)
+    click.echo(exported.path)
+
+
+def _build_upstream(
+    mix: dict[str, Any], out: Path | None, compat: str | None, quantize_lm_head: bool, force: bool, **given: Any
+) -> None:
+    """Build the model with upstream's own package, and say which scales gave way to others."""
+    from quambase.apply.upstream.backend import build_upstream
+
+    if out is None or compat is not None:
+        raise click.UsageError("--backend quamba needs --out FOLDER, and --compat is not for it")
+    built = build_upstream(given.pop("scales"), **mix, quantize_lm_head=quantize_lm_head, out=out, **given)
+    _tell(built.replaced, built.notes)
+    if not quantize_lm_head:
+        note("note: upstream's own loader reads no model without --quantize-lm-head")
+    click.echo(out)
+
+
+def _tell(replaced: Sequence[object], notes: Sequence[str]) -> None:
+    """Which run the scales are of, which ones upstream's kernel could not have taken, and what took their places."""
+    for text in notes:
+        answer(text)
     if replaced:
         note("upstream's kernel at out_proj:input wraps what clips; these scales gave way to ones that clip nothing:")
     for line in replaced:

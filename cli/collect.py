@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,7 @@ from quambase.cli.console import (
     next_command,
     note,
     one_each,
+    options,
 )
 from quambase.schema.sites import WHOLE, find_site
 from quambase.schema.yardstick import DECODING, EVALUATED, outlier_line, worst_site
@@ -36,81 +37,72 @@ DTYPES = ("float16", "float32")
 """collector.observers.DTYPES, likewise."""
 
 
+collect_options = options(
+    click.option(
+        "--model",
+        required=True,
+        metavar="NAME",
+        shell_complete=complete_models,
+        help="Bundled name, folder, short name (mamba-130m) or hub id.",
+    ),
+    click.option("--samples", default=512, show_default=True, type=COUNT, help="Documents to read."),
+    click.option("--seq-len", default=512, show_default=True, type=COUNT, help="Tokens per document at most."),
+    click.option(
+        "--data",
+        metavar="FILE|NAME",
+        shell_complete=complete_texts,
+        help="Text file, or a name such as python-docs:calibration. [default: the model's own]",
+    ),
+    database_option,
+    click.option("--batch-size", default=32, show_default=True, type=COUNT, help="Documents per forward pass."),
+    click.option(
+        "--keep-tokens", default="64", show_default=True, help="Tokens whose raw activations are kept, or all."
+    ),
+    click.option(
+        "--site",
+        "sites",
+        multiple=True,
+        callback=one_each,
+        shell_complete=complete_sites,
+        help="Observe only this site; once for each. [default: every one]",
+    ),
+    click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of the token sample."),
+    click.option("--tokenizer", help="tokenizer.json, folder or hub id. [default: the model's own]"),
+    click.option(
+        "--groups",
+        type=click.Choice(GROUPS),
+        help="Sort a Mamba-2's heads and channels into groups: corrected, as upstream does, or not. [default: fixed]",
+    ),
+    click.option(
+        "--group-samples",
+        type=COUNT,
+        help="Documents of the first pass that finds the groups. [default: 64; quamba2: all]",
+    ),
+    click.option(
+        "--groups-from",
+        metavar="RUN",
+        shell_complete=complete_runs,
+        help="Find the groups in a stored run's statistics instead.",
+    ),
+    click.option(
+        "--shard",
+        metavar="i/N",
+        help="Only every N-th block of documents, from block i on (i from 0 to N - 1); see `quambase merge`. "
+        "[default: all, or under torchrun the process's own]",
+    ),
+    device_option,
+    click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        help="Of the forward pass on CUDA; the CPU's is float32. [default: float16]",
+    ),
+)
+"""What is run over which text, and what is stored of it."""
+
+
 @click.command(cls=Command)
-@click.option(
-    "--model",
-    required=True,
-    metavar="NAME",
-    shell_complete=complete_models,
-    help="Bundled name, folder, short name (mamba-130m) or hub id.",
-)
-@click.option("--samples", default=512, show_default=True, type=COUNT, help="Documents to read.")
-@click.option("--seq-len", default=512, show_default=True, type=COUNT, help="Tokens per document at most.")
-@click.option(
-    "--data",
-    metavar="FILE|NAME",
-    shell_complete=complete_texts,
-    help="Text file, or a name such as python-docs:calibration. [default: the model's own]",
-)
-@database_option
-@click.option("--batch-size", default=32, show_default=True, type=COUNT, help="Documents per forward pass.")
-@click.option("--keep-tokens", default="64", show_default=True, help="Tokens whose raw activations are kept, or all.")
-@click.option(
-    "--site",
-    "sites",
-    multiple=True,
-    callback=one_each,
-    shell_complete=complete_sites,
-    help="Observe only this site; once for each. [default: every one]",
-)
-@click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of the token sample.")
-@click.option("--tokenizer", help="tokenizer.json, folder or hub id. [default: the model's own]")
-@click.option(
-    "--groups",
-    type=click.Choice(GROUPS),
-    help="Sort a Mamba-2's heads and channels into groups: corrected, as upstream does, or not. [default: fixed]",
-)
-@click.option(
-    "--group-samples",
-    type=COUNT,
-    help="Documents of the first pass that finds the groups. [default: 64; quamba2: all]",
-)
-@click.option(
-    "--groups-from",
-    metavar="RUN",
-    shell_complete=complete_runs,
-    help="Find the groups in a stored run's statistics instead.",
-)
-@click.option(
-    "--shard",
-    metavar="i/N",
-    help="Only every N-th block of documents, from block i on (i from 0 to N - 1); see `quambase merge`. "
-    "[default: all, or under torchrun the process's own]",
-)
-@device_option
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    help="Of the forward pass on CUDA; the CPU's is float32. [default: float16]",
-)
-def collect(
-    model: str,
-    samples: int,
-    seq_len: int,
-    data: str | None,
-    db: Path,
-    batch_size: int,
-    keep_tokens: str,
-    sites: tuple[str, ...],
-    seed: int,
-    tokenizer: str | None,
-    groups: str | None,
-    group_samples: int | None,
-    groups_from: str | None,
-    shard: str | None,
-    device: str,
-    dtype: str | None,
-) -> None:
+@collect_options
+def collect(model: str, keep_tokens: str, shard: str | None, db: Path, **given: Any) -> None:
     """Run a model over calibration texts and store the exact distribution of its activations.
 
     A killed run resumes when the same command is given again. Under torchrun every process takes a shard, and the
@@ -124,13 +116,12 @@ def collect(
     from quambase.model.sources import default_data, find_sources
 
     # Before torch is imported, which takes seconds.
-    for site in sites:
+    for site in given["sites"]:
         find_site(site, family="")
-    find_sources(model, tokenizer, [data or default_data(model)])
+    find_sources(model, given["tokenizer"], [given["data"] or default_data(model)])
     from quambase.collector.block_runners import take_local_device
     from quambase.collector.collect import collect as collect_run
     from quambase.collector.collect import parse_keep
-    from quambase.collector.merge import merge_if_last
     from quambase.collector.shards import parse_shard, torchrun_shard
 
     launched = None if shard else torchrun_shard(os.environ)
@@ -138,30 +129,27 @@ def collect(
         take_local_device(os.environ)
     found = collect_run(
         model,
-        samples,
-        data=data,
-        seq_len=seq_len,
-        db=db,
-        batch_size=batch_size,
         keep_tokens=parse_keep(keep_tokens),
-        sites=sites,
-        seed=seed,
-        tokenizer=tokenizer,
-        groups=groups,
-        group_samples=group_samples,
-        groups_from=groups_from,
         shard=parse_shard(shard) if shard else launched,
         # The bars of several processes in one terminal would overwrite each other.
         progress=launched is None or launched.index == 0,
-        device=device,
-        dtype=dtype,
+        db=db,
+        **given,
     )
     if found.shard is None:
         _describe(found)
-        return
+    else:
+        _describe_shard(found, db, launched=launched is not None)
+
+
+def _describe_shard(found: CollectedRun, db: Path, *, launched: bool) -> None:
+    """Say where a shard is; the last of the processes that torchrun ``launched`` merges all, and describes the run."""
+    from quambase.collector.merge import merge_if_last
+
+    assert found.shard is not None
     run = found.manifest.run
     note(f"{'already there' if found.existed else 'written'}: {found.folder}, shard {found.shard} of run {run}")
-    if launched is None:
+    if not launched:
         note(f"when all {found.shard.count} shards are complete: quambase merge --db {db} [OTHER_DB...]")
     elif merged := merge_if_last(db, run, progress=True):
         _describe(merged)

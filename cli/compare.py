@@ -11,7 +11,7 @@ import click
 import pyarrow as pa
 
 from quambase.cli.complete import complete_sites, complete_strategies
-from quambase.cli.console import SEED, Command, answer, database_option, note, one_each, output_options
+from quambase.cli.console import SEED, Command, answer, database_option, note, one_each, options, output_options
 from quambase.cli.formats import emit
 from quambase.cli.query import run_option
 from quambase.schema.sites import WHOLE
@@ -45,37 +45,45 @@ def picture_options(default: str) -> Callable[[click.decorators.FC], click.decor
     return add
 
 
+compare_options = options(
+    click.option(
+        "--site",
+        shell_complete=complete_sites,
+        help="Site to compare at. [default: the one with the largest outlier ratio]",
+    ),
+    click.option("--layer", type=int, help="Its layer; -1 is the head. [default: that with the largest outlier ratio]"),
+    click.option("--group", default=WHOLE, show_default=True, help="Slice of a divided site: x, z; dt, B, C."),
+    click.option(
+        "--strategy",
+        "strategies",
+        multiple=True,
+        callback=one_each,
+        metavar="LABEL",
+        shell_complete=complete_strategies,
+        help="A strategy; once for each. [default: as analyze]",
+    ),
+    click.option(
+        "--value",
+        "values",
+        type=float,
+        multiple=True,
+        callback=_finite,
+        help="A magnitude to show code, reconstruction and error of; once for each. [default: 2, 4.5, 5, 8, 10, 12]",
+    ),
+    click.option("--synthetic", is_flag=True, help="No database: a seeded heavy-tailed tensor."),
+    click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of --synthetic."),
+    picture_options("compare.png"),
+    click.option(
+        "--table", type=click.Choice(TABLES), help="Only this table. [default: all, or strategies if not plain]"
+    ),
+    database_option,
+)
+"""Which site, which strategies, and what is shown of them."""
+
+
 @click.command(cls=Command)
-@click.option(
-    "--site",
-    shell_complete=complete_sites,
-    help="Site to compare at. [default: the one with the largest outlier ratio]",
-)
-@click.option("--layer", type=int, help="Its layer; -1 is the head. [default: that with the largest outlier ratio]")
-@click.option("--group", default=WHOLE, show_default=True, help="Slice of a divided site: x, z; dt, B, C.")
-@click.option(
-    "--strategy",
-    "strategies",
-    multiple=True,
-    callback=one_each,
-    metavar="LABEL",
-    shell_complete=complete_strategies,
-    help="A strategy; once for each. [default: as analyze]",
-)
-@click.option(
-    "--value",
-    "values",
-    type=float,
-    multiple=True,
-    callback=_finite,
-    help="A magnitude to show code, reconstruction and error of; once for each. [default: 2, 4.5, 5, 8, 10, 12]",
-)
-@click.option("--synthetic", is_flag=True, help="No database: a seeded heavy-tailed tensor.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of --synthetic.")
-@picture_options("compare.png")
-@click.option("--table", type=click.Choice(TABLES), help="Only this table. [default: all, or strategies if not plain]")
+@compare_options
 @run_option
-@database_option
 @output_options
 def compare(
     site: str | None,

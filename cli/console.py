@@ -129,6 +129,17 @@ def one_each(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     return values
 
 
+def options(*decorators: Callable[[Any], Any]) -> Callable[[click.decorators.FC], click.decorators.FC]:
+    """Several options as one decorator, in the order of `--help`."""
+
+    def decorate(function: click.decorators.FC) -> click.decorators.FC:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
 def database_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--db DIR`: the database folder."""
     return click.option(

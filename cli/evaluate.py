@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,7 @@ from quambase.cli.console import (
     next_command,
     note,
     one_each,
+    options,
     output_options,
     wrapped,
 )
@@ -90,56 +91,62 @@ def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, 
             answer(f"{text.data}: {verdict}" if len(ranked) > 1 else verdict)
 
 
+evaluate_options = options(
+    click.option(
+        "--scales",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Evaluate strategies of this scale table, no applied model. [default: scales.parquet, with --strategy]",
+    ),
+    click.option(
+        "--strategy",
+        "strategies",
+        multiple=True,
+        callback=one_each,
+        metavar="LABEL|all",
+        shell_complete=complete_labels,
+        help="A strategy of the scale table, built in memory; once for each. [default: all, with --scales]",
+    ),
+    click.option(
+        "--granularity",
+        "granularities",
+        multiple=True,
+        type=click.Choice(["all", *GRANULARITIES]),
+        callback=one_each,
+        help="Of a Mamba-2, how finely scales divide its sites; once for each. [default: the table's finest]",
+    ),
+    click.option("--float", "floating", is_flag=True, help="Evaluate the floating-point --model alone."),
+    click.option(
+        "--data",
+        multiple=True,
+        metavar="FILE|NAME",
+        help="Text to evaluate on; may be repeated. [default: the bundled texts, for a bundled model]",
+    ),
+    click.option("--samples", type=COUNT, help="Only the first so many documents of each text."),
+    click.option(
+        "--task",
+        type=click.Choice(["perplexity", "last-word", "both"]),
+        default="both",
+        show_default=True,
+        help="What to measure.",
+    ),
+    click.option(
+        "--window",
+        type=click.IntRange(2, COUNT.max),
+        default=2048,
+        show_default=True,
+        help="Tokens; longer documents are cut in non-overlapping windows.",
+    ),
+    device_option,
+    int8_options,
+    database_option,
+)
+"""Which models are scored, on which text and how."""
+
+
 @click.command(cls=Command)
 @click.argument("folder", required=False, metavar="[MODEL_DIR]", type=click.Path(file_okay=False, path_type=Path))
-@click.option(
-    "--scales",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Evaluate strategies of this scale table, no applied model. [default: scales.parquet, with --strategy]",
-)
-@click.option(
-    "--strategy",
-    "strategies",
-    multiple=True,
-    callback=one_each,
-    metavar="LABEL|all",
-    shell_complete=complete_labels,
-    help="A strategy of the scale table, built in memory; once for each. [default: all, with --scales]",
-)
-@click.option(
-    "--granularity",
-    "granularities",
-    multiple=True,
-    type=click.Choice(["all", *GRANULARITIES]),
-    callback=one_each,
-    help="Of a Mamba-2, how finely scales divide its sites; once for each. [default: the table's finest]",
-)
-@click.option("--float", "floating", is_flag=True, help="Evaluate the floating-point --model alone.")
-@click.option(
-    "--data",
-    multiple=True,
-    metavar="FILE|NAME",
-    help="Text to evaluate on; may be repeated. [default: the bundled texts, for a bundled model]",
-)
-@click.option("--samples", type=COUNT, help="Only the first so many documents of each text.")
-@click.option(
-    "--task",
-    type=click.Choice(["perplexity", "last-word", "both"]),
-    default="both",
-    show_default=True,
-    help="What to measure.",
-)
-@click.option(
-    "--window",
-    type=click.IntRange(2, COUNT.max),
-    default=2048,
-    show_default=True,
-    help="Tokens; longer documents are cut in non-overlapping windows.",
-)
-@device_option
+@evaluate_options
 @bootstrap_options
-@int8_options
-@database_option
 @output_options
 def evaluate(
     folder: Path | None,
@@ -147,20 +154,11 @@ def evaluate(
     strategies: tuple[str, ...],
     granularities: tuple[str, ...],
     floating: bool,
-    data: tuple[str, ...],
-    samples: int | None,
-    task: str,
-    window: int,
-    device: str,
     bootstrap: int,
     seed: int,
-    quantize_lm_head: bool,
-    quantize_embedding: bool,
-    compat: str | None,
-    model: str | None,
-    db: Path,
     format_: str,
     output: Path | None,
+    **given: Any,
 ) -> None:
     """Perplexity, KL, agreement and last-word accuracy of INT8 models, paired against the float model and `quamba`.
 
@@ -176,7 +174,7 @@ def evaluate(
     if strategies or granularities:
         scales = scales or Path("scales.parquet")
     # Before torch is imported, which takes seconds.
-    find_given(model, data)
+    find_given(given["model"], given["data"])
     from quambase.apply.evaluation.evaluate import evaluate as run
 
     evaluation = run(
@@ -185,18 +183,9 @@ def evaluate(
         strategies=strategies or ("all",),
         granularities=granularities,
         floating=floating,
-        data=data,
-        samples=samples,
-        task=task,
-        window=window,
-        quantize_lm_head=quantize_lm_head,
-        quantize_embedding=quantize_embedding,
-        compat=compat,
-        model=model,
-        db=db,
-        device=device,
         progress=True,
+        **given,
     )
     emit_evaluation(evaluation, bootstrap, seed, format_, output)
     note(f"stored: {evaluation.folder}")
-    next_command(f"quambase results {evaluation.id} --wide", db)
+    next_command(f"quambase results {evaluation.id} --wide", given["db"])

@@ -34,7 +34,8 @@ class NumberFormat:
         """The codes of ``values``, in the smallest signed integer type that holds them."""
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             quotient = np.rint(np.asarray(values, np.float32) / np.float32(scale))
-        return np.clip(quotient, self.qmin, self.qmax).astype(np.min_scalar_type(self.qmin))
+        codes: npt.NDArray[Any] = np.clip(quotient, self.qmin, self.qmax).astype(np.min_scalar_type(self.qmin))
+        return codes
 
 
 INT8 = NumberFormat("int8", -128, 127)

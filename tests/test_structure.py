@@ -67,3 +67,51 @@ def test_analysis_commands_work_without_torch(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage:" in done.stdout
+
+
+def module_of(path: Path) -> str:
+    """The name under which a file of the product is imported."""
+    stage, *rest = path.relative_to(ROOT).with_suffix("").parts
+    parts = ["quambase", *(() if stage == "api" else (stage,)), *rest]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def top_level_imports(path: Path) -> set[str]:
+    """What a file imports when it is imported: not inside functions, and not for the type checker alone."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Names that lead back to the first of them; none where there is no cycle."""
+    done: set[str] = set()
+
+    def walk(name: str, trail: list[str]) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(graph[name]):
+            if found := walk(other, [*trail, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := walk(name, []))), [])
+
+
+def test_files_import_in_no_cycle() -> None:
+    files = {module_of(path): path for folder in ALLOWED for path in (ROOT / folder).glob("**/*.py")}
+    graph = {name: top_level_imports(path) & files.keys() - {name} for name, path in files.items()}
+    assert sum(map(len, graph.values())) > 200
+    assert cycle(graph) == []
+
+
+def test_a_cycle_would_be_found() -> None:
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c", "b"]
+    assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []

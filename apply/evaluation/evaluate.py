@@ -21,7 +21,7 @@ from quambase.apply.evaluation.block_scorer import BlockScorer, PlacedModels
 from quambase.apply.evaluation.candidates import Candidates, from_folder, from_model, from_scales
 from quambase.apply.evaluation.scoring import blocks
 from quambase.apply.evaluation.stored import Evaluation
-from quambase.apply.evaluation.tasks import TaskData, calibration_documents, read_tasks
+from quambase.apply.evaluation.tasks import TaskData, read_tasks
 from quambase.apply.int8.model_folder import last_applied
 from quambase.model.names import BUNDLED_DATA
 from quambase.model.operators.device_models import choose_device
@@ -74,8 +74,7 @@ def evaluate(
     A killed evaluation resumes: the same call finds its finished blocks.
     Errors: ScalesInvalid, UnknownName, CheckpointInvalid, ModelNotFound, DataInvalid, RunBusy.
     """
-    db = local_folder(db)
-    model = None if model is None else str(model)
+    db, model = local_folder(db), None if model is None else str(model)
     texts = [str(data)] if isinstance(data, str | Path) else [str(text) for text in data]
     find_given(model, texts)
     where = choose_device(device)
@@ -98,16 +97,26 @@ def evaluate(
             )
         models = PlacedModels.on(where, candidates, required=device != "auto")
         shown.say("tokenizing")
-        calibration = calibration_documents(db, candidates.run)
-        tasks = read_tasks(task, texts, candidates.source, samples, window, calibration)
-        about = _about(candidates, tasks, models.device, window, calibration.notes)
-        target = db / "results" / str(about["evaluation"])
-        if not (target / EVALUATION).exists():
-            with locked(target, f"evaluation {target.name}"):
-                _run_blocks(target, BlockScorer(candidates, models, target.name), tasks, shown)
-                _finish(target, about | {"number": next_number(db)})
-        _clear(target)
-        return Evaluation(target.name, target, read_results(target), about, about["notes"])
+        tasks, notes = read_tasks(task, texts, candidates.source, samples, window, db, candidates.run)
+        about = _about(candidates, tasks, models.device, window, notes)
+        return _finished(db / "results" / str(about["evaluation"]), about, candidates, models, tasks, shown)
+
+
+def _finished(
+    target: Path,
+    about: dict[str, Any],
+    candidates: Candidates,
+    models: PlacedModels,
+    tasks: Sequence[TaskData],
+    progress: Progress,
+) -> Evaluation:
+    """The evaluation in folder ``target``: the finished one, or what is missing of it is scored first."""
+    if not (target / EVALUATION).exists():
+        with locked(target, f"evaluation {target.name}"):
+            _run_blocks(target, BlockScorer(candidates, models, target.name), tasks, progress)
+            _finish(target, about | {"number": next_number(target.parent.parent)})
+    _clear(target)
+    return Evaluation(target.name, target, read_results(target), about, about["notes"])
 
 
 def _finish(target: Path, about: dict[str, Any]) -> None:

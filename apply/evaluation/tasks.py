@@ -50,42 +50,23 @@ class TaskData:
                 yield f"{self.data} was written by the models {authors}: no measure of {model} on real text"
 
 
-@dataclass(frozen=True)
-class CalibrationDocuments:
-    """SHA-256 of each document of the run whose scales are evaluated; None where they are not known.
-
-    notes  a line where they should be known
-    """
-
-    hashes: frozenset[str] | None
-    notes: list[str]
-
-
-def calibration_documents(db: Path, run: str | None) -> CalibrationDocuments:
-    """The documents of ``run`` in ``db``, as far as they can be read."""
-    path = db / "runs" / str(run) / "documents.parquet"
-    if run is None or not path.exists():
-        return CalibrationDocuments(None, [])
-    try:
-        documents = read_table(path, DOCUMENTS)
-    except DatabaseInvalid as error:
-        note = f"warning: whether the calibration run held these documents is not known: {error}"
-        return CalibrationDocuments(None, [note])
-    return CalibrationDocuments(frozenset(map(str, pc.unique(documents["sha256"]).to_pylist())), [])
-
-
 def read_tasks(
     task: str,
     texts: Sequence[str],
     source: LoadedModel,
     samples: int | None,
     window: int,
-    calibration: CalibrationDocuments,
-) -> list[TaskData]:
-    """Read and tokenize the documents of every task; parameters as `quambase.apply.evaluation.evaluate.evaluate`.
+    db: Path,
+    run: str | None,
+) -> tuple[list[TaskData], list[str]]:
+    """Read and tokenize the documents of every task; then what a user should know, a line each.
+
+    run  the calibration run in ``db`` whose documents the texts may share
+    The other parameters are those of `quambase.apply.evaluation.evaluate.evaluate`.
 
     DataInvalid: no ``texts`` for a model that brings none, or nothing to predict in any document of one.
     """
+    known, notes = _calibration_hashes(db, run)
     labels = _labels(texts)
     found = []
     for name, text in _plan(source, task, texts):
@@ -94,10 +75,21 @@ def read_tasks(
         items = make(documents, source.tokenizer, window)
         if not items:
             raise DataInvalid(f"{text}: none of its {len(documents)} documents has a target for {name}")
-        known = calibration.hashes
         calibrated = None if known is None else sum(item.sha256 in known for item in items)
         found.append(TaskData(name, labels.get(text, text), items, len(documents) - len(items), calibrated))
-    return found
+    return found, notes
+
+
+def _calibration_hashes(db: Path, run: str | None) -> tuple[frozenset[str] | None, list[str]]:
+    """SHA-256 of each document of ``run``, None where they are not known, and a line if they should be."""
+    path = db / "runs" / str(run) / "documents.parquet"
+    if run is None or not path.exists():
+        return None, []
+    try:
+        documents = read_table(path, DOCUMENTS)
+    except DatabaseInvalid as error:
+        return None, [f"warning: whether the calibration run held these documents is not known: {error}"]
+    return frozenset(map(str, pc.unique(documents["sha256"]).to_pylist())), []
 
 
 def _plan(source: LoadedModel, task: str, texts: Sequence[str]) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ import io
 import json
 import zipfile
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,20 @@ SAME_AS_INPUT = ("z_act", "x_conv_in", "B_conv_in", "C_conv_in", "dt_act")
 """Identities whose ``:output`` upstream's Mamba-2 decodes by, while the code was made with the scale of ``:input``."""
 
 
+@dataclass(frozen=True)
+class Exported:
+    """An export: its file, the scales that gave way to others, and what a user should know, a line each."""
+
+    path: Path
+    replaced: list[Replaced]
+    notes: list[str]
+
+
+def notes_on(table: ScaleTable) -> list[str]:
+    """Which run a table's scales are of, and what else a user of them should know."""
+    return [f"scales of run {table.run}", *table.notes]
+
+
 def export_act_scales(
     scales: Path,
     out: Path,
@@ -66,14 +81,14 @@ def export_act_scales(
     granularity: str | None = None,
     db: Path | None = None,
     force: bool = False,
-) -> tuple[Path, list[Replaced]]:
+) -> Exported:
     """Write one strategy's scales (``at`` some sites, ``otherwise``'s elsewhere) to ``out`` as upstream has them.
 
     Scales of a coarser ``granularity`` than upstream's form has are repeated in it. ``db``: as `read_scales` has it.
     ``force``: let ``out`` take the place of a file that is no such export. Equal scales give equal bytes.
 
-    Upstream's Hadamard quantizer at out_proj:input wraps where ours clamps: scales that clip there are replaced, and
-    returned (`quambase.apply.int8.needed_scales.clip_safe`).
+    Upstream's Hadamard quantizer at out_proj:input wraps where ours clamps: scales that clip there are replaced
+    (`quambase.apply.int8.needed_scales.clip_safe`).
 
     OutputRefused. ScalesInvalid: a scale the INT8 model reads is missing, or groups that upstream has no form for.
     """
@@ -84,7 +99,7 @@ def export_act_scales(
     torch.save(content, buffer)  # to a path it would write this path's name into the file
     with replacing(out) as temporary:
         temporary.write_bytes(buffer.getvalue())
-    return out, replaced
+    return Exported(out, replaced, notes_on(table))
 
 
 def _is_export(path: Path) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from quambase.apply.apply import load_source
 from quambase.apply.int8.needed_scales import DEFAULT_OTHERWISE, Replaced, missing_scale
-from quambase.apply.upstream.act_scales import on_device, upstream_form
+from quambase.apply.upstream.act_scales import notes_on, on_device, upstream_form
 from quambase.model.checkpoint import LoadedModel
 from quambase.model.mamba2_weights import Mamba2Weights, mamba2_tensors_of
 from quambase.model.weights import tensors_of
@@ -61,6 +61,15 @@ def check_gemm(linear: Any, device: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Built:
+    """Upstream's model, the scales that gave way to others where its kernel wraps, and what a user should know."""
+
+    model: Any
+    replaced: list[Replaced]
+    notes: list[str]
+
+
 def build_upstream(
     scales: Path,
     *,
@@ -73,9 +82,8 @@ def build_upstream(
     model: str | None = None,
     out: Path | None = None,
     db: Path | None = None,
-) -> tuple[Any, list[Replaced]]:
-    """Upstream's W8A8 model with one strategy's scales, on the GPU; also saved to ``out`` if that is given. With it the
-    scales that took the place of others, since those would clip where its kernel wraps.
+) -> Built:
+    """Upstream's W8A8 model with one strategy's scales, on the GPU; also saved to ``out`` if that is given.
 
     Upstream's own loader reads a saved model only if its head is quantized, and a Mamba-2 only if it is sorted into
     four by four groups.
@@ -113,7 +121,7 @@ def build_upstream(
     )
     if out is not None:
         _save(found, out)
-    return found, replaced
+    return Built(found, replaced, notes_on(table))
 
 
 def _float_model(source: LoadedModel) -> Any:

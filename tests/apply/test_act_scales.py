@@ -130,7 +130,7 @@ def same(one: object, other: object) -> bool:
 
 
 def exported(table: ScaleTable, folder: Path, name: str) -> tuple[Path, dict]:
-    path, _ = export_act_scales(write(table, folder / f"{name}.parquet"), folder / f"{name}.pt")
+    path = export_act_scales(write(table, folder / f"{name}.parquet"), folder / f"{name}.pt").path
     return path, torch.load(path, weights_only=True)
 
 

@@ -84,7 +84,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     collect(name, samples=16, data=data, db=folder / "db", groups=groups, device="cpu", progress=False)
     analyze(folder / "db", out=folder / "scales.parquet")
     loaded = load_model(name)
-    theirs, _ = build_upstream(folder / "scales.parquet", strategy="quamba", granularity=granularity, **switches)
+    scales = folder / "scales.parquet"
+    theirs = build_upstream(scales, strategy="quamba", granularity=granularity, **switches).model
     tokens = [ids[:LENGTH] for ids in loaded.tokenizer.encode_batch(texts) if len(ids) >= LENGTH][:DOCUMENTS]
     recorded: list[torch.Tensor] = []
     watched = watch(theirs, recorded)
