@@ -34,10 +34,8 @@ def report() -> list[str]:
     """The lines of the report."""
     files = product()
     long = [(lines, path, name, kernel) for path in files for lines, name, kernel in functions(path)]
-    lines = [
-        f"{sum(len(path.read_text(encoding='utf-8').splitlines()) for path in files):,} lines in {len(files)} files"
-    ]
-    lines += ["", "longest functions"]
+    sizes = [(len(path.read_text(encoding="utf-8").splitlines()), path) for path in files]
+    lines = [f"{sum(size for size, _ in sizes):,} lines in {len(files)} files", "", "longest functions"]
     for count, path, name, kernel in sorted(long, key=lambda item: -item[0])[:SHOWN]:
         lines.append(f"{count:5}  {path.relative_to(ROOT)}: {name}{' (kernel)' if kernel else ''}")
     lines += ["", "longest files"]

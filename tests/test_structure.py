@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from house import product, report
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
@@ -115,3 +116,8 @@ def test_files_import_in_no_cycle() -> None:
 def test_a_cycle_would_be_found() -> None:
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c", "b"]
     assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_the_report_for_reviewers_counts_every_file() -> None:
+    lines = report()
+    assert lines[0].endswith(f" lines in {len(product())} files") and "longest functions" in lines
