@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 # In the order in which they are run, in one folder: later pages use what the README's session made.
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("database", "quamba-checkout", "python", "questions")),
+    *(f"docs/{name}.md" for name in ("database", "quamba-checkout", "python", "questions", "mamba2")),
 )
 
 RELATIVE, ABSOLUTE = 0.1, 0.05
@@ -140,7 +140,8 @@ def update(page: str, folder: Path) -> None:
     for example in reversed([(e, *run(e, folder)) for e in examples(page)]):
         found, code, output = example
         print(f"{found}: exit {code}", flush=True)
-        if not found.python and found.shown != ["..."]:
+        # What is shown in part stays as it is while it is right.
+        if not found.python and ("..." not in found.shown or difference(found.shown, output)):
             lines[found.line + 1 : found.line + 1 + len(found.shown)] = output
     (ROOT / page).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
