@@ -41,7 +41,7 @@ class Analysis(PrintsAsTable):
     """What `analyze` made.
 
     table       rows of tables.SCALES
-    provenance  as `schema.scales.ScaleTable` has it
+    provenance  as in `quambase.schema.scale_table.ScaleTable`
     notes       what a user should know, one line each: which run it is, NaN, infinities, overflow
     path        the file written, None if none was
     """
@@ -77,14 +77,13 @@ def analyze(
                  None: what the INT8 model reads, ``tensor`` of a Mamba-1 and ``group`` of a Mamba-2
     out          where to write; None writes nothing
     progress     shown on stderr, or a function that is called with (groups done, groups in all)
-    force        let ``out`` take the place of a file that is no scale table
-
     target       which INT8 model `selected` is for: ``quambase``'s own, or ``upstream``'s, whose Hadamard quantizer at
                  out_proj:input wraps where ours clamps, so that only scales that clip nothing are selected there
+    force        replace ``out`` even if it is no scale table
 
-    ``selected`` marks the least squared error among strategies of one multiplication that the target can use; ties go
-    to the larger scale, then to the earlier strategy. The same statistics give the same
-    bytes. OutputRefused, and the errors of `StatsDB` and `parse_labels`.
+    ``selected`` marks the least squared error among the strategies with one scale that the target can use. Ties go to
+    the larger scale, then to the earlier strategy. Equal statistics give equal bytes.
+    Errors: OutputRefused, and those of `StatsDB` and `parse_labels`.
     """
     out = None if out is None else Path(out)
     if target not in TARGETS:
@@ -101,7 +100,7 @@ def analyze(
             manifests = sorted(database.runs, key=lambda manifest: manifest.run)
             notes = [*database.notes, *(line for manifest in manifests for line in _warnings(database, manifest))]
             groups = [(m.run, group) for m in manifests for group in scale_groups(database, m.run, granularity)]
-        # A strategy's time goes with the different values that a group has.
+        # The time of a strategy is proportional to the distinct values of a group.
         works = [group.distribution.values.size for _, group in groups]
         shown.start("analyze", len(groups), sum(works), unit="groups")
         for (run_id, group), work in zip(groups, works, strict=True):
@@ -117,7 +116,7 @@ def analyze(
 def group_rows(run: str, group: ScaleGroup, choices: list[Choice], target: str = QUAMBASE) -> list[dict[str, Any]]:
     """One row of tables.SCALES for each of ``choices``, one of them selected for the INT8 model ``target``.
 
-    A strategy that needs the quantiles of each document has no row for a group whose documents' are not known.
+    A strategy that needs the quantiles of each document has no row for a group for which they are not stored.
     """
     known = is_model_site(group.site, group.family)
     site = find_site(group.site, group.family) if known else Site(group.site)
@@ -155,8 +154,8 @@ def scale_columns(
     """The columns of tables.SCALES that follow from a scale: its error, its codes and whether clipping is
     safe.
 
-    ``saturates``: every consumer clamps, so that clipping is safe at any scale. ``state_scales``: those of each state
-    index, which the figures, of the one scale, know nothing of: a state is counted by group.
+    ``saturates``: every consumer clamps, so that clipping is safe at any scale. ``state_scales``: one for each state
+    index. The figures are those of the one scale, since a state is counted by group and not by index.
     """
     components = list(scale) if isinstance(scale, tuple) else state_scales
     single = scale[0] if isinstance(scale, tuple) else scale
@@ -250,7 +249,7 @@ DB_PER_BIT = 20 * math.log10(2)
 
 
 def selection(table: pa.Table, target: str = QUAMBASE) -> list[str]:
-    """What the selected scales of ``table`` are, and what they are worth against upstream's, a sentence each."""
+    """Which strategies are selected in ``table``, and how they compare with upstream's scales, a sentence each."""
     rows = table.to_pylist()
     consumed = [row for row in rows if row["consumed"]] or rows
     chosen = [row for row in consumed if row["selected"]]

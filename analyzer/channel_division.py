@@ -43,7 +43,10 @@ class Division:
 
 
 def divide(groups: LayerGroups, amax: Float64) -> tuple[Division, Division]:
-    """The model's own order and the sorted one, divided alike. amax (e,): of the sorted layer's channels."""
+    """The channels in the model's own order and sorted, both cut into groups of the same sizes.
+
+    amax (e,): the largest magnitude of each channel of the sorted layer.
+    """
     original = np.empty_like(amax)
     original[list(groups.channel_index)] = amax
     members = [list(group.channels) for group in groups.groups()]

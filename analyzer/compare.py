@@ -83,8 +83,7 @@ def compare(
     values       magnitudes whose code, reconstruction and error are shown
     picture      file to save a picture to (its suffix says the format); None saves none
     synthetic    no database: a tensor of (512, 1536) values from Student's t with 3 degrees of freedom, from ``seed``
-
-    force        let the picture take the place of a file that is no picture of quambase's
+    force        replace ``picture`` even if it is no picture of quambase's
 
     UnknownName: a site, layer, group or strategy that does not exist. OutputRefused.
     """
@@ -123,7 +122,7 @@ def compare(
 
 
 def reconstruct(values: npt.NDArray[np.float32], scale: Scale) -> npt.NDArray[np.float64]:
-    """What ``values`` (any shape) become when coded with ``scale`` and decoded."""
+    """``values`` (any shape) after quantization with ``scale`` and dequantization."""
     return _coded(values, scale)[1]
 
 

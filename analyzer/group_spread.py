@@ -15,7 +15,7 @@ from quambase.schema.files import refuse_foreign_picture
 from quambase.schema.groups import stored_groups
 
 SITE = "x_conv_out:input"
-"""Its channels are what is sorted: x, the input of the scan."""
+"""x, the input of the scan: the site whose channels are sorted."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def group_spread(
 
     layer    the one to draw; None: where sorting shortens the mean step most
     picture  file to save it to (its suffix says the format); None saves none
-    force    let it take the place of a file that is no picture of quambase's
+    force    replace ``picture`` even if it is no picture of quambase's
 
     UnknownName: several runs, no such layer; DatabaseInvalid: a run that was not sorted, or without the site;
     OutputRefused.

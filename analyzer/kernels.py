@@ -289,7 +289,7 @@ def _coarse_grid(
 
 @njit(cache=True, nogil=True)
 def _halve(stack: Float64, stack_rows: Int64, at: int, middle: float, a: float, b: float, row: int) -> None:
-    """Replace the interval at ``at`` by its lower half, and put the upper half on top of it.
+    """Replace the interval at ``at`` by its lower half and push its upper half.
 
     stack (entries, 6): scale, A and B of the left end, and of the right one; stack_rows (entries, 3): the ends' rows of
     boundaries, depth. ``middle``, A, B and row are of the new end.

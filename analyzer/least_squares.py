@@ -1,4 +1,4 @@
-"""The scale of least squared error, over all scales there are.
+"""The scale of least squared error among all positive scales.
 
 Write the error as E(s) = sum n min_c (x - c s)^2. Holding the code of every value fixed gives a parabola with
 minimum S2 - B^2 / A at s = B / A, where S2 = sum n x^2, A = sum n c^2 and B = sum n x c. E is the least of

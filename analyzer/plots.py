@@ -17,15 +17,15 @@ from quambase.schema.errors import QuambaseError
 from quambase.schema.files import MARK, replacing
 
 Reconstructions = Mapping[str, Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float64]]]
-"""Label of a strategy to what makes of values their reconstructions; least error first."""
+"""Label of a strategy to the function that quantizes and dequantizes values; least error first."""
 
 SHOWN = 6
-"""Strategies drawn: those of least error, and absmax."""
+"""How many strategies are drawn: those of least error, and absmax."""
 
 BINS_PER_OCTAVE = 4
 
 OCTAVES = 14
-"""How far below the largest magnitude the error is shown: further down every code is zero."""
+"""How far below the largest magnitude the error is shown; further down every code is zero."""
 
 
 def comparison_picture(path: Path, title: str, distribution: Distribution, reconstructions: Reconstructions) -> None:
@@ -54,7 +54,7 @@ def groups_picture(path: Path, title: str, before: Division, after: Division) ->
     _save(figure, path)
 
 
-# Without dates the same figures give the same picture. The mark tells a picture of ours from others.
+# No dates, so that equal figures give equal pictures. The mark identifies a picture of ours.
 _METADATA: dict[str, dict[str, str | None]] = {
     "png": {"Software": MARK},
     "svg": {"Creator": MARK, "Date": None},
@@ -63,8 +63,9 @@ _METADATA: dict[str, dict[str, str | None]] = {
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """The suffix of ``path`` chooses the format (png, svg, pdf); the file takes its place at once. QuambaseError for
-    another suffix.
+    """Save the figure, whole or not at all; the suffix of ``path`` chooses the format (png, svg, pdf).
+
+    QuambaseError: another suffix.
     """
     suffix = path.suffix.lstrip(".").lower()
     if suffix not in _METADATA:

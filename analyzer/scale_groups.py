@@ -1,6 +1,4 @@
-"""What a strategy sees: one scale group's distribution and, for observers that depend on order, its
-documents.
-"""
+"""The input of a strategy: one scale group's distribution and, for observers that depend on order, its documents."""
 
 from __future__ import annotations
 
@@ -23,13 +21,13 @@ STATE = "ssm_state_act:input"
 
 @dataclass(frozen=True)
 class ScaleGroup:
-    """Everything known of the values that share one scale.
+    """Everything known about the values that share one scale.
 
-    documents  per-document statistics in file order; of a group without them (an imported tensor), the pooled
-               distribution as if it were one document; of one made of smaller groups, no quantiles
-    family     of the model: "mamba1", "mamba2", or "tensor" for an import
-    innermost  no smaller scale group of its site was asked for
-    state_amax  of a Mamba-2's state, (n,) float32: the largest absolute value at each state index; else None
+    documents   statistics of each document in file order. A group without any (an imported tensor) has its pooled
+                distribution as one document; a group made of smaller ones has no quantiles
+    family      of the model: "mamba1", "mamba2", or "tensor" for an import
+    innermost   no smaller scale group of the site was asked for
+    state_amax  for a Mamba-2's state, (n,) float32: the largest absolute value at each state index; else None
     """
 
     layer: int
@@ -61,12 +59,12 @@ def one_document(distribution: Distribution) -> DocumentSeries:
 
 
 def default_granularity(family: str) -> str:
-    """What the INT8 model of ``family`` reads."""
+    """The granularity that the INT8 model of ``family`` reads."""
     return GROUP if family == MAMBA2 else TENSOR
 
 
 def scale_groups(database: StatsDB, run: str, granularity: str | None = None) -> list[ScaleGroup]:
-    """Every scale group of ``run`` in model order; granularity as in `StatsDB.distributions`, None for the model's."""
+    """Every scale group of ``run`` in model order; ``granularity`` as in `StatsDB.distributions`, None: the default."""
     family = str(database.manifest(run).model.get("family"))
     stored = database.documents(run)
     found = []
@@ -82,7 +80,7 @@ def scale_groups(database: StatsDB, run: str, granularity: str | None = None) ->
 
 
 def _members(smallest: list[str], name: str) -> list[str]:
-    """Those of a site's smallest groups that make up its group ``name``."""
+    """The smallest groups of a site that form its group ``name``."""
     return united_groups(smallest, granularity_of(name)).get(name, [])
 
 

@@ -102,7 +102,7 @@ class Choice:
 
     @property
     def needs_document_quantiles(self) -> bool:
-        """Whether it averages a quantile of each document (the Mamba-1 sites where `quamba` does are never united)."""
+        """Whether it averages a quantile of each document. (`quamba` does at Mamba-1 sites, which are never united.)"""
         name = self.strategy.document_quantile
         return name is not None and quantile_column(self.params[name]) != "amax"
 
@@ -112,8 +112,8 @@ class Choice:
         return (_stored(found[0]), _stored(found[1])) if isinstance(found, tuple) else _stored(found)
 
     def state_scales(self, group: ScaleGroup) -> list[float] | None:
-        """Of a Mamba-2's state, one scale per state index (n,), as upstream has it, where the strategy follows from
-        largest values alone; None of every other group and strategy. Upstream observes the float16 cache.
+        """One scale for each state index (n,) of a Mamba-2's state, as upstream has them, if the strategy follows from
+        largest values alone; None for every other group and strategy. Upstream observes the float16 cache.
         """
         if group.state_amax is None or self.strategy.by_state_index is None:
             return None
@@ -280,7 +280,7 @@ def pow2(group: ScaleGroup) -> float:
     scale = 2.0 ** math.ceil(math.log2(2 * amax))  # every code is zero from here on
     best, least = scale, math.inf
     while scale >= SCALE_FLOOR:
-        # What lies beyond the codes is clipped at least so far, and at every smaller scale further.
+        # Values beyond the codes lose at least this much, and more at every smaller scale.
         beyond = np.maximum(np.abs(values) + INT8.qmin * scale, 0)
         if float((beyond**2 * counts).sum()) >= least:
             break
@@ -353,6 +353,6 @@ def _or_zero(value: float) -> float:
 
 
 def _least_error(group: ScaleGroup, candidates: list[float]) -> float:
-    """The candidate of least squared error as stored in float32; the larger of equal ones."""
+    """The candidate of least squared error, rounded to float32; the larger one of a tie."""
     errors = {_stored(scale): group.figures(_stored(scale)).squared_error for scale in candidates}
     return min(errors, key=lambda scale: (errors[scale], -scale))

@@ -55,7 +55,7 @@ def minmax_scale(amax: npt.NDArray[np.float32]) -> np.float32:
 
 
 def minmax_scale_float32(amax: npt.NDArray[np.float32]) -> np.float32:
-    """Upstream's Mamba-2 `CrossHeadMinmaxObserver`: the same of values cast to float32, of one of its groups.
+    """Upstream's Mamba-2 `CrossHeadMinmaxObserver` for one of its groups: as `minmax_scale`, of values cast to float32.
 
     amax  (D,) float32 largest absolute value of each document.
     """

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class _Callable(ModuleType):
-    """A package and a function have this name: the package is imported, so that it must do for both."""
+    """``quambase.apply`` names a package and a function. The package is imported, so it is made callable."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """See `quambase.apply.apply.apply`."""

@@ -30,8 +30,8 @@ from quambase.schema.scale_table import SELECTED, ScaleTable, read_scales
 
 @dataclass(frozen=True)
 class Applied:
-    """What `apply` made: the folder, the strategy's name, the sites where upstream's kernel would wrap, and what else a
-    user should know, a line each.
+    """Result of `apply`: the model's folder, the strategy's name, the sites where upstream's kernel would wrap, and
+    notes for the user, a line each.
     """
 
     folder: Path
@@ -48,9 +48,9 @@ def load_source(table: ScaleTable, model: str | Path | None) -> LoadedModel:
 
 
 def load_named(name: str, path: str, model: str | Path | None) -> LoadedModel:
-    """The float model called ``model``, or without one that which was recorded as ``name``, once found at ``path``.
+    """Load the float model ``model``; if that is None, the one that was recorded as ``name``, found at ``path``.
 
-    ModelNotFound says where it was, if it is not there any more.
+    ModelNotFound: it is not at ``path`` any more.
     """
     if model is not None:
         return load_model(str(model))
@@ -81,11 +81,11 @@ def apply(
 ) -> Applied:
     """Load one strategy's scales into the INT8 model and write it to ``out`` (default ``db/models/<id>``).
 
-    strategy   a label of the table, or "selected": each site's selected row
-    at         use it only at these sites, and ``otherwise`` elsewhere
-    granularity  how finely scales divide a Mamba-2's sites at most; None: as finely as the table does
-    compat     None, or "upstream": its wrapping Hadamard quantizer and embedding maximum
-    model      the floating-point model, if it is not where the scale table says
+    strategy     a label of the table, or "selected": each site's selected row
+    at           use it only at these sites, and ``otherwise`` at the others
+    granularity  the finest division of a Mamba-2's sites to use; None: the table's finest
+    compat       None, or "upstream": its wrapping Hadamard quantizer and embedding maximum
+    model        the floating-point model, if it is not where the scale table says
     An existing ``out`` must be empty or an INT8 model's folder.
     Errors: OutputRefused, ScalesInvalid, UnknownName, ModelNotFound, CheckpointInvalid.
     """

@@ -108,7 +108,7 @@ def analyze(
 
 
 def _held(out: Path) -> str:
-    """What the scale table that is about to be replaced holds; nothing where there is none."""
+    """In words, what the scale table at ``out`` holds before it is replaced; empty if there is none."""
     try:
         held = read_scales(out)
     except QuambaseError:
@@ -117,7 +117,7 @@ def _held(out: Path) -> str:
 
 
 def _for_people(summary: pa.Table) -> pa.Table:
-    """analyzer.batch.SUMMARY as a person reads it: the best strategy starred, those that need a decoder marked d."""
+    """The summary of strategies for people: the best one starred, those that need a decoder marked d."""
     rows = [
         {
             "": "d" if row["needs_decode"] else "*" if place == 0 else "",

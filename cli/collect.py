@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from quambase.collector.collect import CollectedRun
 
 GROUPS = ("fixed", "quamba2", "none")
-"""collector.first_pass.CHOICES, whose import would bring torch."""
+"""As quambase.collector.first_pass.CHOICES, whose import would load torch."""
 
 MOST_WARNINGS = 3
-"""Sites with values that are not finite of which a line each is said."""
+"""How many sites with values that are not finite get a warning of their own."""
 
 DTYPES = ("float16", "float32")
-"""collector.observers.DTYPES, likewise."""
+"""As quambase.collector.block_runners.DTYPES, for the same reason."""
 
 
 collect_options = options(
@@ -204,7 +204,7 @@ def merge(sources: tuple[Path, ...], run: str | None, db: Path) -> None:
 
 
 def _describe(found: CollectedRun) -> None:
-    """Say what went into the run, how bad its outliers are, where it is and how to go on: words, all on stderr."""
+    """Describe the run on stderr: its documents, its worst outliers, its folder and the next command."""
     from quambase.schema.tables import SITE_STATS, read_table
 
     manifest, data = found.manifest, found.manifest.data

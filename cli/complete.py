@@ -1,4 +1,4 @@
-"""What a shell completes: names of models, texts, sites, strategies, runs. Nothing here imports torch."""
+"""Shell completion of models, texts, sites, strategies and runs. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def complete_sites(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
 
 def complete_strategies(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Strategies there are."""
+    """Every registered strategy."""
     from quambase.analyzer.strategies import DEFAULT_LABELS, STRATEGIES
 
     return _beginning(dict.fromkeys(["all", *DEFAULT_LABELS, *STRATEGIES]), incomplete)

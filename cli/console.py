@@ -19,7 +19,7 @@ from quambase.schema.errors import QuambaseError
 from quambase.schema.files import refuse_foreign_file
 
 DATABASE = Path("quambase-db")
-"""The database folder, where none is named."""
+"""The default database folder."""
 
 FORMATS = ("table", "json", "csv", "parquet", "markdown")
 
@@ -28,13 +28,13 @@ PEOPLE = ("table", "markdown")
 
 
 COUNT = click.IntRange(1, 2**31 - 1)
-"""How many of something: it is stored in 32 bits."""
+"""A count: at least 1, and small enough for 32 bits."""
 
 SEED = click.IntRange(0, 2**63 - 1)
 
 
 def debug_option() -> click.Option:
-    """`--debug`, which the program looks up among its arguments, wherever it stands."""
+    """`--debug`, at any place among the arguments."""
     return click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error.")
 
 
@@ -98,7 +98,7 @@ def line_width() -> int | None:
 
 
 def wrapped(text: str) -> str:
-    """``text``, its lines broken where they are full, between words but for a word longer than a line."""
+    """``text`` broken into lines of the terminal's width, between words where that is possible."""
     width, shown = line_width(), printable(text)
     if width is None:
         return shown
@@ -106,18 +106,18 @@ def wrapped(text: str) -> str:
 
 
 def answer(message: str) -> None:
-    """Print words to stderr as `note` does, broken between words where a line is full."""
+    """Print a sentence to stderr, wrapped to the width of the terminal."""
     click.echo(wrapped(message), err=True)
 
 
 def next_command(command: str, db: Path | None = None) -> None:
-    """Print the command to go on with; its `--db` where that is not the default."""
+    """Print the next command, with `--db` unless that is the default."""
     place = "" if db is None or db == DATABASE else f" --db {shlex.quote(str(db))}"
     click.echo(printable(f"next: {command}{place}"), err=True)
 
 
 def one_each(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    """The values of an option that is given once for each; a usage error that shows how, for a list in one.
+    """Check an option that is repeated for several values; a comma-separated list is a usage error that shows how.
 
     A strategy's label may hold commas between numbers (``outlier_aware:0.95,120``), no name does.
     """
@@ -155,7 +155,7 @@ def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--device NAME`: where models run."""
     return click.option(
         "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),  # model.device.DEVICES, whose import would bring torch
+        type=click.Choice(["auto", "cpu", "cuda"]),  # as DEVICES of model/, whose import would load torch
         default="auto",
         show_default=True,
         help="Where models run; auto: CUDA if there is any.",
@@ -202,5 +202,5 @@ def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def printable(text: str) -> str:
-    """``text`` with whatever a terminal would obey rather than show written as an escape."""
+    """``text`` with control characters, which a terminal would obey, written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -16,7 +16,7 @@ from quambase.cli.console import Command, fail
 from quambase.schema.errors import OutputRefused
 
 MARK = ".quambase-demo"
-"""A file in the demo's folder, by which it is known."""
+"""A file that marks a folder as the demo's."""
 
 
 @click.command(cls=Command)
@@ -108,7 +108,7 @@ Next, there:
 
 
 def _run(command: str, folder: Path) -> None:
-    """Print a command and run it there, without the network."""
+    """Print a command and run it in the demo's folder, without the network."""
     click.secho(f"$ {command}", bold=True)
     sys.stdout.flush()
     program = [sys.executable, "-m", *shlex.split(command)]

@@ -21,7 +21,7 @@ ROWS = 1000
 """Rows of a table that format `table` shows without `--wide`."""
 
 SHORTEST = 16
-"""Columns that a long text keeps at least when it is shortened."""
+"""Least width to which a long text is shortened."""
 
 SHARE = re.compile(r"(^|_)share(_|$)|^beyond_\d+_sigma$|^top1_agreement$|^(token_)?accuracy(_low|_high)?$")
 """Names of columns that hold shares of one: people read them as % or, under 0.1 %, as ppm."""
@@ -57,7 +57,7 @@ def emit(table: pa.Table, format_: str = "table", output: Path | None = None, *,
 
 
 def _csv(table: pa.Table) -> bytes:
-    """Lists, maps and structs, which CSV has no form for, become JSON."""
+    """CSV has no lists, maps or structs: they are written as JSON."""
     for place, field in enumerate(table.schema):
         if pa.types.is_nested(field.type):
             texts = [None if value is None else _json_text(value) for value in table[place].to_pylist()]
@@ -76,7 +76,7 @@ def _parquet(table: pa.Table) -> bytes:
 def format_cell(value: Any, share: bool = False) -> str:
     """A value as a person reads it: 3 significant digits, thousands grouped, dash for null.
 
-    Whole numbers, and what is left of the point from 1,000 on, are shown in full. ``share``: of one, as % or ppm.
+    Whole numbers are shown in full, and numbers from 1,000 on without decimals. ``share``: a share of one, as % or ppm.
     """
     if value is None:
         return "-"
@@ -94,7 +94,7 @@ def format_cell(value: Any, share: bool = False) -> str:
     if isinstance(value, list):
         shown = ", ".join(format_cell(v) for v in value[:8])
         return f"[{shown}{f', … {len(value)} in all' if len(value) > 8 else ''}]"
-    # A token may be a line break: shown as it would be typed, so that it does not break the table.
+    # A token may be a line break. It is shown as an escape, so that it does not break the table.
     return printable(str(value))
 
 
@@ -113,7 +113,7 @@ def _numeric(table: pa.Table) -> list[bool]:
 
 
 def _plain(table: pa.Table, width: int | None, wrap: str | None = None) -> tuple[str, list[str]]:
-    """The lines of a table in ``width`` columns (None: as many as it takes), and what a reader does not see."""
+    """The lines of a table in ``width`` columns (None: no limit), and a line that says what is left out."""
     notes, names, right = [], list(table.schema.names), _numeric(table)
     if width is not None and table.num_rows > ROWS:
         left = table.num_rows - ROWS
@@ -146,7 +146,7 @@ def _plain(table: pa.Table, width: int | None, wrap: str | None = None) -> tuple
 def _fitting(natural: list[int], floor: list[int], width: int | None) -> list[int]:
     """Widths of the first columns, as many as fit ``width``, two blanks between them; texts are cut, longest first.
 
-    The first column is always there, however wide.
+    The first column is always shown, however wide.
     """
     if width is None:
         return natural

@@ -24,7 +24,7 @@ READERS = {
     DECODING: "states (act in decoding only)",
     HEAD: "head (read where it is quantized)",
 }
-"""What `stats` calls the sites, by what reads them."""
+"""How `stats` names sites, by the part of the INT8 model that reads them."""
 
 run_option = click.option(
     "--run", shell_complete=complete_runs, help="Run id, its beginning, or all. [default: the newest complete run]"
@@ -98,7 +98,7 @@ def _read(file: TextIO) -> str:
 
 
 def _notes_on(database: StatsDB, text: str | None) -> list[str]:
-    """What a reader of an answer to ``text`` should know; an answer from the schema alone needs nothing."""
+    """Notes on the answer to ``text``: which run, and what a view lacks. None for `--schema`."""
     if text is None:
         return []
     scales = database.scales_notes if "scales" in text.lower() else []
@@ -141,7 +141,7 @@ def stats(
 
 
 def _outliers(database: StatsDB, site: str | None, layer: int | None) -> Iterator[str]:
-    """The worst of the sites asked for, by what reads them; of several runs, of each."""
+    """The worst of the chosen sites in each run, one sentence for each part of the INT8 model that reads them."""
     for manifest in database.runs:
         rows = database.query("reach_of_sites", {"run": manifest.run}).to_pylist()
         rows = [row for row in rows if site in (None, row["site"]) and layer in (None, row["layer"])]

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 SHOWN = 20
-"""Rows of a table that are printed, half of them from its end where it has more."""
+"""How many rows are printed at most: the first half from the start of the table, the rest from its end."""
 
 
 class Answer:

@@ -35,9 +35,7 @@ from quambase.schema.tables import DOCUMENT_QUANTILES, RESULTS, RUN_TABLES, SCAL
 from quambase.schema.views import comments
 
 VERIFY_LIMIT_BYTES = 256 << 20
-"""`activations` above this size is not hashed when a run is opened (`doctor` hashes it); every other table
-is.
-"""
+"""Opening a run compares every table's checksum, that of `activations` only up to this size; `doctor` compares all."""
 
 _LOCKDOWN = (
     "SET temp_directory = ''",
@@ -50,7 +48,7 @@ _LOCKDOWN = (
 
 @dataclass(frozen=True)
 class DocumentSeries:
-    """What one (layer, site, group) was in each document, in the order of the file.
+    """One (layer, site, group) in each document, in the order of the file.
 
     documents  (D,) int32 document numbers, ascending
     amax       (D,) float32
@@ -63,7 +61,7 @@ class DocumentSeries:
 
     @classmethod
     def united(cls, parts: Sequence[Self]) -> Self:
-        """Several groups of one site as one: the largest amax of each document; quantiles do not follow from theirs."""
+        """Several groups of one site as one: the largest amax of each document. Their quantiles do not combine."""
         return cls(parts[0].documents, np.max([part.amax for part in parts], axis=0), {})
 
 
@@ -79,8 +77,10 @@ class StatsDB:
             ``./scales.parquet``, and leaves the view empty where there is none or it belongs to other runs
 
     DatabaseInvalid: no folder, no complete run, a file missing or not as written, a newer format.
-    UnknownName: no such run. `notes` says which run it is and which are left out, since they are damaged, a line each;
-    `scales_notes` and `results_notes` say why these views have fewer rows than they might.
+    UnknownName: no such run.
+
+    `notes` names the opened run and the damaged ones that are left out, a line each. `scales_notes` and `results_notes`
+    say why these views lack rows.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class StatsDB:
         self.close()
 
     def close(self) -> None:
-        """Give the files back."""
+        """Close the connection and the files."""
         self._connection.close()
 
     def folder(self, run: str) -> Path:
@@ -131,10 +131,9 @@ class StatsDB:
         return f"StatsDB({str(self.path)!r}): {self.notes[0]}"
 
     def sql(self, query: str, params: Mapping[str, object] | None = None) -> Answer:
-        """Answer ``query`` (named parameters as ``$name``); no columns where a statement returns no rows.
+        """Answer ``query`` (named parameters as ``$name``); a statement that returns no rows gives no columns.
 
-        QueryInvalid, one line, for everything DuckDB refuses; an unknown view or column names its nearest
-        neighbours.
+        QueryInvalid: whatever DuckDB refuses, in one line; for an unknown view or column it names the nearest ones.
         """
         if self.results_notes is None and "results" in query.lower():
             self._read_results()
@@ -148,7 +147,7 @@ class StatsDB:
             raise DatabaseInvalid(f"a table could not be read ({str(error).splitlines()[0]}); try `doctor`") from None
 
     def _interruptible(self, query: str, params: Mapping[str, object] | None) -> pa.Table:
-        """Answer ``query`` in a thread of its own, so that Ctrl-C reaches this one and stops it at once."""
+        """Run ``query`` in another thread, so that Ctrl-C reaches this one and stops the query at once."""
 
         def answer() -> pa.Table:
             relation = self._connection.sql(query, params=dict(params) if params else None)
@@ -250,7 +249,7 @@ class StatsDB:
         return pq.read_table(path, read_dictionary=words, partitioning=None)
 
     def _checked(self, manifest: Manifest) -> list[str]:
-        """The tables whose checksum is compared on opening."""
+        """The files whose checksum is compared when a run is opened."""
         large = self.folder(manifest.run) / "activations.parquet"
         skip = large.exists() and large.stat().st_size > VERIFY_LIMIT_BYTES
         return [name for name in manifest.tables if not (skip and name == large.name)]
@@ -283,7 +282,7 @@ class StatsDB:
         return mine
 
     def _read_results(self) -> None:
-        """Fill the view `results`. Only a query of it needs these files, and only it is told of a damaged one."""
+        """Fill the view `results`. Other queries do not need its files, so a damaged one does not stop them."""
         self.results_notes = []
         sound = [RESULTS.empty_table()]
         for path in sorted(self.path.glob(f"results/*/{EVALUATION}")):
@@ -318,7 +317,7 @@ class StatsDB:
 def _dataset(paths: list[Path], schema: pa.Schema) -> Any:
     if not paths:
         return schema.empty_table()
-    # Words read as dictionaries scan three times faster than as plain strings.
+    # Strings read as dictionaries are scanned three times faster than plain ones.
     words = [field.name for field in schema if pa.types.is_string(field.type)]
     options = ds.ParquetReadOptions(dictionary_columns=words)
     return ds.dataset([str(p) for p in paths], format=ds.ParquetFileFormat(read_options=options))
@@ -359,13 +358,11 @@ def _model_order(layer: int, site: str) -> tuple[bool, int, int, str]:
 
 
 _AS_TEXT = re.compile(r"DATE|TIME|INTERVAL|UNION|BIT|BLOB")
-"""Types with values that Python, CSV or Parquet cannot hold (infinite dates, intervals): answered as DuckDB writes
-them.
-"""
+"""Types with values that Python, CSV or Parquet cannot hold (infinite dates, intervals): they are answered as text."""
 
 
 def _to_arrow(relation: duckdb.DuckDBPyRelation) -> pa.Table:
-    """The rows; of columns with one name the later are called ``name_1``, ``name_2``, as DuckDB's own tables do."""
+    """The rows as Arrow. Repeated column names become ``name_1``, ``name_2``, as in DuckDB's own tables."""
     names: list[str] = []
     for name in relation.columns:
         others = (f"{name}_{i}" for i in itertools.count(1))
@@ -381,7 +378,7 @@ def _to_arrow(relation: duckdb.DuckDBPyRelation) -> pa.Table:
 
 
 def _plain_integers(table: pa.Table) -> pa.Table:
-    """SQL's sum of integers is a 128-bit number; make it int64 where it fits, as everything else reads."""
+    """Turn DuckDB's 128-bit sums of integers into int64 where they fit, since few libraries read 128 bits."""
     for place, field in enumerate(table.schema):
         if pa.types.is_decimal(field.type) and field.type.scale == 0:
             try:

@@ -31,7 +31,7 @@ class Distribution:
 
     @classmethod
     def of_rows(cls, values: Float32, counts: Int64) -> Distribution:
-        """From rows of `counts` in any order, repeats allowed (several groups): sort, add up, set nonfinite aside."""
+        """From rows of `counts` in any order and with repeats (several groups): sorted, added up, nonfinite apart."""
         values = np.asarray(values, np.float32) + np.float32(0)  # -0.0 + 0.0 is +0.0
         counts = np.asarray(counts, np.int64)
         finite = np.isfinite(values)

@@ -1,4 +1,4 @@
-"""What is wrong with a database, and on what it runs."""
+"""`doctor`: checks every file and value of a database, and reports the versions it runs on."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class QuambaseError(Exception):
-    """Base of every error that is the user's to mend; the command line prints it as one line."""
+    """Base of every error that a user can act on; the command line prints it as one line."""
 
 
 class ModelNotFound(QuambaseError):
@@ -39,8 +39,8 @@ class UnknownName(QuambaseError):
 
     @classmethod
     def of(cls, kind: str, name: str, known: Iterable[str], where: str = "") -> UnknownName:
-        """Build the message for an unknown ``kind`` (such as "strategy"), naming its nearest neighbours; ``where`` is
-        what it was looked for in.
+        """Build the message for an unknown ``kind`` (such as "strategy"). It names the nearest known ones, and
+        ``where`` they were looked up.
         """
         names = sorted(set(known))
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
@@ -62,7 +62,7 @@ class BackendUnavailable(QuambaseError):
 
 
 class OutputRefused(QuambaseError):
-    """What would be written would take the place of something that quambase did not write."""
+    """An output would replace something that quambase did not write."""
 
 
 class TensorFileInvalid(QuambaseError):

@@ -12,8 +12,8 @@ from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.sites import WHOLE
 
 TENSOR, SSD_GROUP, HEAD_GROUP, GROUP = GRANULARITIES = ("tensor", "ssd_group", "head_group", "group")
-"""How finely scales divide a site, coarse to fine: not at all, by SSD group (g0), by head group (g0h1), by the smallest
-group there is (g0h1c2; x and z; dt, B and C)."""
+"""How finely scales divide a site, coarse to fine: not at all; by SSD group (g0); by head group (g0h1); by the smallest
+groups (g0h1c2 of a sorted Mamba-2; x and z, or dt, B and C of a Mamba-1)."""
 
 _NUMBERED = re.compile(r"(g\d+)(?:(h\d+)(c\d+)?)?")
 
@@ -29,17 +29,17 @@ def granularity_of(group_name: str) -> str:
 
 
 def is_scale_group(group_name: str) -> bool:
-    """Whether an INT8 Mamba-2 may read a scale of its own for a group of this name: by SSD group or finer."""
+    """Whether a group of this name can have its own scale in an INT8 Mamba-2: an SSD group or a part of one."""
     return _NUMBERED.fullmatch(group_name) is not None
 
 
 def group_numbers(group_name: str) -> tuple[int, ...]:
-    """SSD group, head group and channel group in the name of a scale group, as far as it has them."""
+    """The SSD group, head group and channel group that a scale group's name holds; a coarse one holds fewer."""
     return tuple(map(int, re.findall(r"\d+", group_name)))
 
 
 def united_groups(names: Iterable[str], granularity: str) -> dict[str, list[str]]:
-    """What the smallest groups ``names`` of a site make up at ``granularity``: name to members, in order.
+    """The groups of a site at ``granularity``, each as the smallest groups (``names``) that form it, in order.
 
     Empty where the site has no such division: it is undivided, divided otherwise or less finely, or into one group.
     """
@@ -137,8 +137,8 @@ class LayerGroups:
 
 
 def stored_groups(model: dict[str, Any]) -> list[LayerGroups] | None:
-    """The groups of every layer that a run's manifest (its ``model``) or a scale table's provenance holds; None where
-    the model was not reordered.
+    """The groups of every layer, from the ``model`` of a run's manifest or of a scale table's provenance; None if the
+    model was not reordered.
     """
     stored = model.get("groups")
     return None if stored is None else [LayerGroups.from_json(layer) for layer in stored["layers"]]

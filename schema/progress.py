@@ -1,8 +1,8 @@
-"""What a person sees on stderr while a stage works: what runs, how far it is, and how long the rest will take.
+"""Progress on stderr while a stage works: what runs, how much is done, and how long the rest will take.
 
-On a terminal one line is drawn again and again; elsewhere there is a line at the start and one every half minute. Time
-left is what the later half of the work so far took, carried on to the rest: nothing is said before some of it is
-measured, and compiling kernels, which happens once, counts on neither side.
+On a terminal one line is redrawn; elsewhere a line is printed at the start and every half minute. The time left is
+extrapolated from the later half of the work done so far. Nothing is said before some work is measured, and the time
+that kernels take to compile, which happens once, is left out.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from types import TracebackType
 from typing import Any, TextIO
 
 Shown = bool | Callable[[int, int], None]
-"""Whether progress is shown on stderr, or what is told it instead: called with (documents done, documents in all)."""
+"""Whether progress is shown on stderr, or a function to call instead, with (documents done, documents in all)."""
 
 DRAW_SECONDS = 0.1
-"""Between two drawings on a terminal."""
+"""Least seconds between two drawings on a terminal."""
 
 LINE_SECONDS = 30.0
-"""Between two lines where stderr is no terminal."""
+"""Seconds between two lines where stderr is no terminal."""
 
 MEASURED_SHARE, MEASURED_SECONDS = 0.05, 5.0
-"""Time left is told once this share of the work is done, or work has gone on for so long."""
+"""The time left is shown once this share of the work is done, or after so many seconds."""
 
 LONG_SECONDS = 10.0
-"""Work that is longer is announced: about how long it will take."""
+"""Stages longer than so many seconds are announced with about how long they will take."""
 
 BAR = 20
-"""Characters of the bar."""
+"""Characters in the bar."""
 
 _running: list[Progress] = []
-"""Those of the calls that are under way, the innermost last."""
+"""The progress of every call under way, the innermost last."""
 
 
 class Progress:
     """The progress of one call, which may have several stages one after another.
 
-    Of a stage the user counts ``units`` (documents), the estimate counts ``work``: numbers proportional to the time
-    that its pieces take (tokens). Only the thread that made it reports.
+    A stage is shown in ``units`` (documents) and estimated by ``work``, numbers proportional to the time that its
+    pieces take (tokens). Only the thread that made the object reports.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class Progress:
         self._erase()
 
     def say(self, text: str) -> None:
-        """What happens now, where it cannot be said how much of it there is."""
+        """Show what happens now, where its length is not known."""
         self._stage, self._detail, self._total_work, self._announced = text, "", 0.0, True
         self._show(force=True)
 
     def start(
         self, stage: str, units: float, work: float, *, unit: str = "documents", done: tuple[float, float] = (0.0, 0.0)
     ) -> None:
-        """A stage of ``units`` and ``work`` begins; ``done`` of both are there from an earlier call."""
+        """Begin a stage of ``units`` and ``work``; an earlier call already did ``done`` of both."""
         self._stage, self._detail, self._unit = stage, "", unit
         self._total_units, self._total_work = units, work
         self._units, self._before = done
@@ -107,7 +107,7 @@ class Progress:
 
     @contextmanager
     def piece(self, units: float, work: float, detail: str = "") -> Iterator[None]:
-        """A piece of the stage: within it `tell` says how far it is, and once left it counts as done."""
+        """A piece of the stage: inside, `tell` reports how much of it is done; on leaving, all of it is."""
         self._piece, self._share = (units, work), 0.0
         self._detail = detail
         self._show()
@@ -118,26 +118,26 @@ class Progress:
         self._show()
 
     def tell(self, share: float) -> None:
-        """``share`` (0 to 1) of the piece at hand is done."""
+        """Report that ``share`` (0 to 1) of the current piece is done."""
         if threading.get_ident() == self._thread:
             self._share = share
             self._mark()
             self._show()
 
     def seconds_left(self) -> float | None:
-        """What the rest of the stage will take, compiling aside; None before enough is measured."""
+        """Seconds that the rest of the stage will take, without compiling; None before enough is measured."""
         work = self._work_done() - self._before
         seconds = self._seconds()
         whole = self._total_work - self._before
         if work <= 0 or (work < MEASURED_SHARE * whole and seconds < MEASURED_SECONDS):
             return None
-        # Beginnings are slow (kernels are loaded, memory is new): the later half of what is done tells more.
+        # The start is slow, since kernels are loaded and memory is allocated: measure the later half.
         since_work, since_seconds = self._marks[0]
         return (seconds - since_seconds) * max(0.0, whole - work) / (work - since_work)
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """Kernels are compiled here."""
+        """Inside, kernels are compiled."""
         self.compilation_begins()
         try:
             yield
@@ -145,7 +145,7 @@ class Progress:
             self.compilation_ends()
 
     def compilation_begins(self) -> None:
-        """A kernel is compiled from now on; compiling one may compile others."""
+        """A kernel begins to compile; that may compile others."""
         if threading.get_ident() == self._thread:
             self._compiling += 1
             if self._compiling == 1:
@@ -161,12 +161,12 @@ class Progress:
                 self._show()
 
     def remark(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self._erase()
         print(text, file=self._stream or sys.stderr, flush=True)
 
     def _mark(self) -> None:
-        """Note the time of what is done; forget what is before the latest mark of at most half of it."""
+        """Record when so much was done; drop the records before the last one at or below half of it."""
         work = self._work_done() - self._before
         if work > self._marks[-1][0]:
             self._marks.append((work, self._seconds()))
@@ -174,7 +174,7 @@ class Progress:
                 self._marks.popleft()
 
     def _seconds(self) -> float:
-        """Since the stage began, less what compiling took."""
+        """Seconds since the stage began, without compiling."""
         now = self._clock()
         compiling = now - max(self._compiling_since, self._started) if self._compiling else 0.0
         return now - self._started - self._compiled - compiling
@@ -183,7 +183,7 @@ class Progress:
         return self._work + self._share * self._piece[1]
 
     def _shown_units(self) -> int:
-        """Whole units: those of pieces that are done, and of the piece at hand as many as its share is worth."""
+        """Units done: those of finished pieces, and the share of the current piece, rounded down."""
         return int(min(self._total_units, self._units + self._share * self._piece[0]) + 1e-6)
 
     def _show(self, *, force: bool = False) -> None:
@@ -206,7 +206,7 @@ class Progress:
                 self._line(self._text())
 
     def _announce(self) -> None:
-        """Once a stage: about how long it will take, if that is long."""
+        """Say once in a stage about how long it will take, if that is long."""
         if self._announced or not self._total_work:
             return
         left = self.seconds_left()
@@ -221,7 +221,7 @@ class Progress:
                 self._line(text)
 
     def _text(self) -> str:
-        """Stage and what runs, and of measured work a bar, share, units, rate and time left."""
+        """The stage and what runs; where work is measured, also a bar, share, units, rate and time left."""
         what = f"{self._stage}: {self._detail}" if self._detail else self._stage
         if self._compiling:
             return f"{what}  compiling kernels (once)"
@@ -237,7 +237,7 @@ class Progress:
         figures = "  ".join(parts)
         if not self._terminal:
             return f"{what}  {figures}"
-        # What does not fit goes: first the bar, then the end of what runs; the figures stay.
+        # A line that is too long loses its bar first, then the end of what runs; figures stay.
         room = _columns() - len(figures) - 2
         if len(what) + 2 + BAR <= room:
             filled = round(share * BAR)
@@ -265,13 +265,13 @@ class Progress:
 
 
 SILENT = Progress(False)
-"""Shows nothing."""
+"""A progress that shows nothing."""
 
 
 def tell(share: float) -> None:
-    """``share`` (0 to 1) of the piece of work at hand is done, whoever shows it; models say so after every layer.
+    """Report to whichever progress is shown that ``share`` (0 to 1) of the current piece is done.
 
-    Handing a `Progress` down to them would put it into every signature on the way.
+    Models call it after every layer. Passing a `Progress` down to them would put it into every signature in between.
     """
     if _running:
         _running[-1].tell(share)
@@ -279,7 +279,7 @@ def tell(share: float) -> None:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Kernels are compiled here, for whoever shows progress."""
+    """Inside, kernels are compiled: told to whichever progress is shown."""
     if _running:
         with _running[-1].compiling():
             yield
@@ -288,17 +288,17 @@ def compiling() -> Iterator[None]:
 
 
 def remark(text: str) -> None:
-    """A line on stderr that does not run into the one that shows progress."""
+    """Print a line on stderr, apart from the one that shows progress."""
     (_running[-1] if _running else SILENT).remark(text)
 
 
 def _columns() -> int:
-    """Of the terminal, less the last, where some terminals begin a new line."""
+    """The terminal's columns without the last one, at which some terminals begin a new line."""
     return shutil.get_terminal_size().columns - 1
 
 
 def _listen_to_numba(progress: Progress) -> Any:
-    """Tell ``progress`` when numba compiles; what it loads from its cache, it does not compile."""
+    """Tell ``progress`` when numba compiles a kernel; one loaded from its cache is not compiled."""
     events = _numba_events()
 
     class Compilations(events.Listener):  # type: ignore[misc, name-defined]
@@ -314,7 +314,7 @@ def _listen_to_numba(progress: Progress) -> Any:
 
 
 def _numba_events() -> Any:
-    """numba's own report of what it does, untyped; imported where it is used, since the import takes half a second."""
+    """numba's event module, untyped; imported only when needed, since that takes half a second."""
     return importlib.import_module("numba.core.event")
 
 
@@ -326,7 +326,7 @@ def as_clock(seconds: float) -> str:
 
 
 def roughly(seconds: float) -> str:
-    """A duration as one says it: 20 s, 3 minutes, 2 hours."""
+    """A duration in words: 20 s, 3 minutes, 2 hours."""
     if seconds < 90:
         return f"{max(5, 5 * round(seconds / 5))} s"
     if seconds < 90 * 60:
@@ -335,5 +335,5 @@ def roughly(seconds: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Two digits of a rate, all before the point."""
+    """A rate: two digits, or all digits before the point."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

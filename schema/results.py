@@ -14,7 +14,7 @@ from quambase.schema.files import file_sha256
 from quambase.schema.tables import RESULTS, read_table
 
 EVALUATION, RESULTS_FILE = "evaluation.json", "results.parquet"
-"""What the folder ``results/<evaluation id>`` holds; the first is written last, and makes the evaluation finished."""
+"""Files of the folder ``results/<evaluation id>``. The first is written last: with it the evaluation is finished."""
 
 _EXPECTED: dict[str, type | tuple[type, ...]] = {
     "evaluation": str,

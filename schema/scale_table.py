@@ -27,13 +27,14 @@ METADATA_KEY = b"quambase"
 """Key of the Parquet schema metadata whose value is the provenance, as JSON."""
 
 Scale = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
-"""A site's one scale; one per scale group, in channel order; or, of a Mamba-2's state, one per group and index."""
+"""One scale for a site; or one for each scale group, in channel order; or, for a Mamba-2's state, one for each group
+and state index."""
 
 QUAMBASE, UPSTREAM = TARGETS = ("quambase", "upstream")
 """Whose INT8 model the selected rows are for."""
 
 SELECTED = "selected"
-"""The label that stands for each scale group's selected row instead of one strategy."""
+"""The label that takes each scale group's selected row instead of one strategy."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,18 @@ class ScaleTable:
         return identity
 
     def granularities(self) -> list[str]:
-        """The granularities at which this table divides a site that an INT8 model may read by group, coarse to fine;
-        "tensor" is always among them.
+        """The granularities, coarse to fine, at which this table has scales by group that an INT8 model can read;
+        "tensor" is always one.
         """
         names = [str(name) for name in pc.unique(self.table["group_name"]).to_pylist()]
         found = {granularity_of(name) for name in names if name == WHOLE or is_scale_group(name)}
         return [name for name in GRANULARITIES if name in found]
 
     def group_scales_for(self, label: str, granularity: str = GROUP) -> dict[tuple[int, str], Scale]:
-        """Like `scales_for`, but where the table has rows of a site's scale groups (g0, g0h1, g0h1c2), those: one scale
-        per group, by SSD group, head group and channel group, or where they have component scales those of each. Of
-        several divisions the finest up to ``granularity``. UnknownName for another granularity.
+        """Like `scales_for`, with the scales of a site's scale groups (g0, g0h1, g0h1c2) where the table has them.
+
+        They are in the order of SSD group, head group and channel group; a group with component scales has all of them.
+        A site that is divided several ways has its finest division up to ``granularity``. UnknownName: no granularity.
         """
         if granularity not in GRANULARITIES:
             raise UnknownName.of("granularity", granularity, GRANULARITIES)
@@ -140,7 +142,7 @@ def write_scales(path: Path, table: pa.Table, provenance: dict[str, Any]) -> Non
 
 
 def provenance_of(manifests: Iterable[Manifest], granularity: str, target: str) -> dict[str, Any]:
-    """The provenance of a table made of these runs; ``target`` is whose INT8 model its selected rows are for."""
+    """The provenance of a table of these runs; ``target`` says for whose INT8 model rows are selected."""
     return {
         "format_version": FORMAT_VERSION,
         "quambase": version("quambase"),
@@ -151,7 +153,7 @@ def provenance_of(manifests: Iterable[Manifest], granularity: str, target: str) 
 
 
 def refuse_foreign_table(path: Path, *, force: bool = False) -> None:
-    """OutputRefused if ``path`` is something else than a scale table of ours, which a new one would replace."""
+    """OutputRefused if a new table at ``path`` would replace something else than a scale table of ours."""
 
     def ours(path: Path) -> bool:
         try:
@@ -163,7 +165,7 @@ def refuse_foreign_table(path: Path, *, force: bool = False) -> None:
 
 
 def refuse_fewer_labels(path: Path, labels: Sequence[str]) -> None:
-    """OutputRefused if ``path`` is a scale table with strategies that a table of ``labels`` in its place would lack."""
+    """OutputRefused if ``path`` is a scale table with strategies that are not in ``labels``: they would be lost."""
     try:
         held = [str(label) for label in pc.unique(pq.read_table(path, columns=["label"])["label"]).to_pylist()]
     except (pa.ArrowException, OSError):  # none there, or a damaged one
@@ -178,7 +180,7 @@ def refuse_fewer_labels(path: Path, labels: Sequence[str]) -> None:
 def read_scales(path: Path, db: Path | None = None) -> ScaleTable:
     """Read and check a scale table.
 
-    db   where the runs of a table are looked up that another tool wrote, which leaves the provenance out
+    db   the database in which the runs of a table are looked up if another tool wrote it and dropped its provenance
     ScalesInvalid: no such file, not a scale table, a newer format, missing columns, two rows for one scale, or a scale
     that is not positive and finite.
     """
@@ -236,7 +238,7 @@ def _provenance(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _provenance_from(path: Path, table: pa.Table, db: Path | None) -> tuple[dict[str, Any], str]:
-    """The provenance of a table that lost it in another tool, from its runs in ``db``, and a line that says so."""
+    """The provenance of a table that another tool stripped of it, from its runs in ``db``; and a line that says so."""
     runs = sorted({str(run) for run in pc.unique(table["run"]).to_pylist()})
     manifests = []
     for run in runs:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from quambase.schema.errors import UnknownName
 
 SiteKey = tuple[int, str]
-"""(layer, site): what statistics and scales are kept by."""
+"""(layer, site): the key of statistics and scales."""
 
 HEAD_LAYER = -1
 """The layer number of the language-model head's sites."""
 
 WHOLE = "all"
-"""The name of an undivided site's one group, and of the whole of a divided one."""
+"""The group name of an undivided site, and of the whole of a divided one."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ MAMBA1_SITES: tuple[Site, ...] = (
 )
 
 MAMBA2_SITES: tuple[Site, ...] = (
-    # Upstream observes the identities' outputs too and reads some of them; they are the
-    # inputs once more, and a code must be decoded by the scale that made it: the input's.
+    # Upstream also observes the outputs of identities, which equal their inputs, and reads some of them. A code must be
+    # decoded by the scale that made it, so only the input's scale is read here.
     Site("in_proj:input", consumed=True),
     Site("in_proj:output", groups=("z", "x", "B", "C", "dt")),
     Site("z_act:input", consumed=True),
@@ -102,7 +102,7 @@ FAMILIES: dict[str, tuple[Site, ...]] = {MAMBA1: MAMBA1_SITES, MAMBA2: MAMBA2_SI
 
 
 def _merged() -> tuple[str, ...]:
-    """All site names in one order that agrees with each family's."""
+    """All site names, in one order that keeps each family's own."""
     order = [site.name for site in MAMBA2_SITES]
     place = 0
     for site in MAMBA1_SITES:

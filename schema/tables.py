@@ -27,7 +27,7 @@ class Meaning:
 
 
 MEANINGS: dict[str, Meaning] = {}
-"""Of every table, by its name; `quambase.schema.views` adds those of the views that SQL computes."""
+"""The meaning of every table, by its name; `quambase.schema.views` has those of the views that SQL computes."""
 
 KEY_MEANINGS = {
     "run": "Run id.",
@@ -40,13 +40,13 @@ _KEY = [pa.field(name, pa.int32() if name == "layer" else pa.string(), nullable=
 
 
 def _table(name: str, holds: str, *columns: tuple[str, pa.DataType, str], key: bool = True) -> pa.Schema:
-    """The Arrow schema of a table, whose meaning is put into MEANINGS; ``key``: it begins with the key's columns."""
+    """Describe a table in MEANINGS and return its Arrow schema; ``key``: it begins with the key's columns."""
     MEANINGS[name] = Meaning(holds, (KEY_MEANINGS if key else {}) | {column: text for column, _, text in columns})
     return pa.schema([*(_KEY if key else []), *(pa.field(column, kind) for column, kind, _ in columns)])
 
 
 WORDS = pa.dictionary(pa.int32(), pa.string())
-"""Of the key's strings while a run's tables are made and written: of the few there are, each is held once."""
+"""Type of the key's strings while tables are built and written: dictionary-encoded, since few distinct ones occur."""
 
 
 @cache

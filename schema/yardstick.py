@@ -9,7 +9,7 @@ from typing import Any
 from quambase.schema.sites import WHOLE, Site, find_site, is_model_site
 
 NOTABLE, SEVERE = 3.0, 10.0
-"""From how many times the 99.95 % quantile on a largest magnitude is notable, and severe.
+"""Ratios of amax to the 99.95 % quantile from which outliers are notable, and severe.
 
 A scale that clips nothing spends its 127 steps up to the largest magnitude. 99.95 % of the values get 127 / ratio of
 them: of 8 bits log2(ratio) are lost. Below 3 that is under 1.6 bits, and 42 steps remain, as good as 6.4 bits. From 10
@@ -17,18 +17,18 @@ on it is over 3.3 bits, and 12 steps or fewer remain, less than 5 bits: clip the
 """
 
 EVALUATED, DECODING, HEAD, UNREAD = "evaluated", "decoding", "head", "unread"
-"""What reads a site's scale: the INT8 model in any pass; in decoding only; with a quantized head only; nothing."""
+"""Which part of the INT8 model reads a site's scale: any pass; decoding only; the quantized head only; none."""
 
 
 def outlier_ratio(amax: float, q9995: float) -> float:
-    """amax / q9995: 1 where every value is zero, infinite where only outliers are not, NaN where either is."""
+    """amax / q9995: 1 if every value is zero, infinite if only outliers are nonzero, NaN if either is NaN."""
     if q9995 == 0:
         return 1.0 if amax == 0 else math.inf if amax > 0 else math.nan
     return amax / q9995
 
 
 def bits_lost(ratio: float) -> float:
-    """Of 8 bits, those that a scale which clips nothing leaves to values above the 99.95 % quantile."""
+    """How many of 8 bits a scale that clips nothing spends on values above the 99.95 % quantile."""
     return math.log2(ratio)
 
 

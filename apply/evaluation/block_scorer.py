@@ -35,7 +35,7 @@ def _enough_memory() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PlacedModels:
-    """What is run, on one device: the float32 model and, by label, the INT8 ones."""
+    """The models on one device: the float32 one and, by label, the INT8 ones."""
 
     device: torch.device
     reference: LanguageModel

@@ -181,7 +181,7 @@ def _id(candidates: Candidates, tasks: Sequence[TaskData], device: torch.device,
 
 
 def _notes(candidates: Candidates, tasks: Sequence[TaskData], device: torch.device, notes: Sequence[str]) -> list[str]:
-    """What a reader of the figures must know, a line each."""
+    """Notes for whoever reads the figures, a line each."""
     found = [f"scales of run {candidates.run}"] if candidates.run else []
     found += [*candidates.notes, *notes]
     found += [note for t in tasks for note in t.notes(candidates.source.name)]

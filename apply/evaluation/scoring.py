@@ -127,19 +127,19 @@ def last_word_items(documents: Sequence[Document], tokenizer: Tokenizer, window:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the parts of one model's work on a token cost beside each other, for the estimate of time left: the weights
-    of the layers, for every token, and of the head, for every predicted one.
+    """Cost of one model, for the estimate of time left: the weights of the layers count for every token, those of the
+    head for every predicted token.
     """
 
     layers: float = 1.0
     head: float = 1.0
 
     def of(self, items: Sequence[Item]) -> float:
-        """One model on these items."""
+        """The cost of one model on these items."""
         return self.of_layers(items) + self.head * sum(item.targets for item in items)
 
     def of_layers(self, items: Sequence[Item]) -> float:
-        """The same without the head."""
+        """The cost of the layers alone."""
         return self.layers * sum(item.tokens for item in items)
 
 

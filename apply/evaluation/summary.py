@@ -177,7 +177,7 @@ class _Text:
         return row
 
     def _perplexity(self, label: str) -> tuple[float, Float64]:
-        """Perplexity, and each document's share (n,) in its error."""
+        """Perplexity, and each document's contribution (n,) to its deviation."""
         mean, shares = linearised(self.columns[label, "nll"], self.per)
         perplexity = _exp(mean)
         with np.errstate(invalid="ignore"):  # an infinite perplexity has no shares: they are NaN

@@ -14,7 +14,7 @@ from quambase.apply.evaluation.summary import NOT_FINITE, REFERENCES, can_reach_
 
 
 class Readable(NamedTuple):
-    """Tables for people and, a line each, what a reader of them must know."""
+    """Tables for people, and their footnotes, a line each."""
 
     figures: pa.Table
     differences: pa.Table
@@ -133,7 +133,7 @@ def _by_kl(row: dict[str, Any]) -> float:
 
 
 def _verdicts(strategies: list[dict[str, Any]]) -> list[str]:
-    """Which of the strategies of one text (least KL first) to take, and how sure that is, a sentence each."""
+    """The best strategy of one text (they come least KL first) and how certain that is, a sentence each."""
     found = []
     bad = [row["strategy"] for row in strategies if not (math.isfinite(row["kl"]) and math.isfinite(row["perplexity"]))]
     good = [row for row in strategies if row["strategy"] not in bad]
@@ -172,7 +172,7 @@ def _against(row: dict[str, Any], reference: str) -> str | None:
     smallest = row[f"{name}_detectable"]
     if smallest is None or row[name] == 0:
         return line
-    # A standard error falls with the root of the documents.
+    # A standard error is proportional to one over the root of the number of documents.
     needed = row["documents"] * (smallest / abs(row[name])) ** 2
     if needed <= row["documents"]:
         return line
@@ -182,7 +182,7 @@ def _against(row: dict[str, Any], reference: str) -> str | None:
 
 
 MOST_NEEDED = 1_000_000
-"""Documents beyond which a needed number is not named."""
+"""Largest number of needed documents that is named."""
 
 
 def _round_up(count: float) -> int:
@@ -231,7 +231,7 @@ def _families(summary: pa.Table) -> dict[tuple[str, str, str], int]:
 
 
 def remarks(summary: pa.Table, bootstrap: int) -> list[str]:
-    """What holds for the whole of a summary, a line each: families of comparisons, and how far they reach."""
+    """Remarks on a whole summary, a line each: its families of comparisons, and whether a verdict is possible."""
     found = []
     if bootstrap < STEADY_RESAMPLES:
         found.append(

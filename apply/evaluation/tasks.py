@@ -34,7 +34,7 @@ class TaskData:
     calibrated: int | None
 
     def notes(self, model: str) -> Iterator[str]:
-        """What a reader of the figures must know."""
+        """Notes for whoever reads the figures, a line each."""
         if self.skipped:
             yield f"{self.data}: {self.skipped} documents without a target were skipped"
         if self.calibrated:
@@ -103,12 +103,12 @@ def _plan(source: LoadedModel, task: str, texts: Sequence[str]) -> list[tuple[st
 
 
 def no_text(model: str) -> DataInvalid:
-    """The error of a model for which no text was named and that brings none."""
+    """The error for a model that has no text of its own, when none was named."""
     return DataInvalid(f"no evaluation text for {model}; name one with --data (.jsonl, .txt, .parquet, .csv)")
 
 
 def _labels(texts: Sequence[str]) -> dict[str, str]:
-    """What results call each text: its file's name, or the whole path where two files have one name."""
+    """The name of each text in results: its file's name, or its whole path if two files have the same name."""
     names = [data_name(text) for text in texts]
     paths = {name: {path for other, path in names if other == name} for name, _ in names}
     return {t: str(path) if len(paths[name]) > 1 else name for t, (name, path) in zip(texts, names, strict=True)}

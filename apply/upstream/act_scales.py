@@ -85,7 +85,7 @@ def export_act_scales(
     """Write one strategy's scales (``at`` some sites, ``otherwise``'s elsewhere) to ``out`` as upstream has them.
 
     Scales of a coarser ``granularity`` than upstream's form has are repeated in it. ``db``: as `read_scales` has it.
-    ``force``: let ``out`` take the place of a file that is no such export. Equal scales give equal bytes.
+    ``force``: replace ``out`` even if it is no such export. Equal scales give equal bytes.
 
     Upstream's Hadamard quantizer at out_proj:input wraps where ours clamps: scales that clip there are replaced
     (`quambase.apply.int8.needed_scales.clip_safe`).
@@ -119,7 +119,7 @@ def upstream_form(
     otherwise: str = DEFAULT_OTHERWISE,
     granularity: str | None = None,
 ) -> tuple[dict[str, Any], list[Replaced]]:
-    """What `export_act_scales` writes, and the scales that took the place of others since those would clip."""
+    """What `export_act_scales` writes, and which scales were replaced because they would clip."""
     model = table.model
     family = str(model.get("family"))
     if family not in FAMILIES:
@@ -227,7 +227,7 @@ def _repeated(layer: int, site: str, scale: Scale, numbers: Sequence[tuple[int, 
 
 
 def check_rectangular(groups: LayerGroups, layer: int) -> None:
-    """ScalesInvalid unless each SSD group has as many head groups, and each of those as many channel groups."""
+    """ScalesInvalid unless all SSD groups have the same number of head groups, and these of channel groups."""
     heads = {len(sizes) for sizes in groups.head_groups}
     channels = {len(sizes) for of_heads in groups.channel_group for sizes in of_heads}
     if len(heads) > 1 or len(channels) > 1:

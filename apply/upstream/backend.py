@@ -24,7 +24,7 @@ from quambase.schema.errors import BackendUnavailable, CheckpointInvalid, Output
 from quambase.schema.scale_table import SELECTED, read_scales
 from quambase.schema.sites import HEAD_LAYER, MAMBA2
 
-CUDA = "cuda"  # upstream's functions name this device themselves
+CUDA = "cuda"  # upstream's functions use this device by name
 NORM_EPS = 1e-5  # mamba-ssm's, which its configuration cannot change
 
 ADVICE = "leave out --backend for quambase's own INT8 model, or take the scales there with --export FILE.pt"

@@ -38,8 +38,8 @@ def import_act_scales(path: Path, model: str, out: Path, *, force: bool = False)
     path   what `act_scales.export_act_scales` writes, or upstream's own list alone as `torch.save` left it (without
            reorder_params only if it has no groups)
     model  the floating-point model that the scales are for, as `quambase.model.checkpoint.load_model` takes it
-    force  let ``out`` take the place of a file that is no scale table
-    What only activations could tell (amax, errors, codes) is null. Errors: ScalesInvalid, and load_model's.
+    force  replace ``out`` even if it is no scale table
+    Columns that only activations determine (amax, errors, codes) are null. Errors: ScalesInvalid, and load_model's.
     """
     refuse_foreign_table(out, force=force)
     content = _read(path)
