@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -72,20 +73,20 @@ def write(table: ScaleTable, path: Path) -> Path:
     return path
 
 
-def whole_rows(draw, family: str) -> list[dict]:
+def whole_rows(draw: Any, family: str) -> list[dict]:
     keys = [(layer, site.name) for layer, site in layer_sites(2, family)]
     scales = draw(st.lists(positive, min_size=len(keys), max_size=len(keys)))
     return scale_rows(dict(zip(keys, scales, strict=True)), "mse", selected=True, family=family)
 
 
-def parts(draw, total: int, count: int) -> tuple[int, ...]:
+def parts(draw: Any, total: int, count: int) -> tuple[int, ...]:
     """``total`` in ``count`` parts of at least one."""
     cuts = sorted(draw(st.permutations(range(1, total)))[: count - 1])
     return tuple(b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True))
 
 
 @st.composite
-def sorted_layers(draw) -> list[LayerGroups]:
+def sorted_layers(draw: Any) -> list[LayerGroups]:
     """Two layers of heads and channels in any order, in a grid of groups of any sizes."""
     head_groups, channel_groups = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     layers = []
@@ -100,7 +101,7 @@ def sorted_layers(draw) -> list[LayerGroups]:
 
 
 @st.composite
-def mamba2_rows(draw) -> tuple[list[dict], list[LayerGroups]]:
+def mamba2_rows(draw: Any) -> tuple[list[dict], list[LayerGroups]]:
     """A table by scale group; the state has a scale for each state index in some of the layers."""
     layers = draw(sorted_layers())
     rows = []
@@ -178,7 +179,7 @@ def test_mamba1_has_upstreams_list(models: dict[str, Path]) -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(drawn=mamba2_rows())
-def test_every_channel_finds_its_own_groups_scale(drawn, models: dict[str, Path]) -> None:
+def test_every_channel_finds_its_own_groups_scale(drawn: Any, models: dict[str, Path]) -> None:
     """Read as upstream's kernels do: by the first cumulative head and channel range that the channel lies before."""
     rows, layers = drawn
     content = upstream_form(table_of(rows, models[MAMBA2], layers), "mse")[0]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +46,9 @@ from quambase.schema.tables import DOCUMENTS, RESULTS, SCALES, write_table
 WORDS = [f"w{i}" for i in range(CONFIG.vocab_size)]
 
 
-def scale_rows(scales: dict[tuple[int, str], float], label: str, selected: bool = False, family=MAMBA1) -> list[dict]:
+def scale_rows(
+    scales: dict[tuple[int, str], float], label: str, selected: bool = False, family: Any = MAMBA1
+) -> list[dict]:
     blank = dict.fromkeys(SCALES.names, 0) | {
         "run": "run-a",
         "group_name": "all",
@@ -67,7 +70,7 @@ def scale_rows(scales: dict[tuple[int, str], float], label: str, selected: bool 
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A folder with a checkpoint, a scale table of four strategies and an evaluation text."""
     root = tmp_path_factory.mktemp("world")
     weights = tiny_weights()
@@ -97,7 +100,7 @@ def world(tmp_path_factory):
     return root
 
 
-def test_a_stored_model_gives_the_same_bits(world, tmp_path):
+def test_a_stored_model_gives_the_same_bits(world: Any, tmp_path: Path) -> None:
     applied = apply(world / "scales.parquet", strategy="tight", db=tmp_path)
     assert applied.folder.parent == tmp_path / "models" and applied.strategy == "tight"
     stored = load_stored(applied.folder)
@@ -114,7 +117,7 @@ def test_a_stored_model_gives_the_same_bits(world, tmp_path):
 
 
 @pytest.mark.parametrize("compat", [None, "upstream"])
-def test_quantized_head_and_embedding_survive_storing(world, tmp_path, compat):
+def test_quantized_head_and_embedding_survive_storing(world: Any, tmp_path: Path, compat: str | None) -> None:
     prepared = prepare(tiny_weights())
     model = build(
         prepared, absmax_scales(prepared, documents(1)), quantize_lm_head=True, quantize_embedding=True, compat=compat
@@ -127,7 +130,7 @@ def test_quantized_head_and_embedding_survive_storing(world, tmp_path, compat):
     assert stored.compat == compat and stored.quantized_lm_head
 
 
-def test_a_strategy_at_some_sites_only(world, tmp_path):
+def test_a_strategy_at_some_sites_only(world: Any, tmp_path: Path) -> None:
     mixed = load_stored(
         apply(world / "scales.parquet", strategy="tight", at=["x_proj:input"], db=tmp_path).folder
     ).model
@@ -141,7 +144,7 @@ def test_a_strategy_at_some_sites_only(world, tmp_path):
     assert load_stored(last_applied(tmp_path)).model.scales == quamba.scales
 
 
-def test_apply_refuses(world, tmp_path):
+def test_apply_refuses(world: Any, tmp_path: Path) -> None:
     table = world / "scales.parquet"
     with pytest.raises(UnknownName, match="did you mean tight"):
         apply(table, strategy="tigth", db=tmp_path)
@@ -156,7 +159,7 @@ def test_apply_refuses(world, tmp_path):
     assert not list(tmp_path.glob("models/*"))
 
 
-def test_a_table_of_a_tensor_is_refused(world, tmp_path):
+def test_a_table_of_a_tensor_is_refused(world: Any, tmp_path: Path) -> None:
     origin = pq.read_table(world / "scales.parquet")
     provenance = json.loads(origin.schema.metadata[b"quambase"])
     provenance["runs"]["run-a"]["model"]["family"] = "tensor"
@@ -165,7 +168,7 @@ def test_a_table_of_a_tensor_is_refused(world, tmp_path):
         apply(tmp_path / "t.parquet", db=tmp_path, model=str(world / "tiny"))
 
 
-def test_a_damaged_model_folder_is_refused(world, tmp_path):
+def test_a_damaged_model_folder_is_refused(world: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointInvalid, match="no model was applied"):
         last_applied(tmp_path)
     folder = apply(world / "scales.parquet", db=tmp_path).folder
@@ -184,12 +187,12 @@ def test_a_damaged_model_folder_is_refused(world, tmp_path):
         load_stored(folder)
 
 
-def run(world, db, device="cpu", **settings):
+def run(world: Any, db: Any, device: torch.device = "cpu", **settings: Any) -> Any:
     texts = [str(world / "text.jsonl")]
     return evaluate(scales=world / "scales.parquet", data=texts, window=16, db=db, device=device, **settings)
 
 
-def test_evaluate_all_strategies(world, tmp_path):
+def test_evaluate_all_strategies(world: Any, tmp_path: Path) -> None:
     found = run(world, tmp_path)
     assert found.results.schema.names == RESULTS.names
     rows = found.results.to_pylist()
@@ -216,14 +219,16 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_evaluation_resumes_to_the_same_rows(world, tmp_path, monkeypatch):
+def test_a_killed_evaluation_resumes_to_the_same_rows(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(evaluating.BLOCK_TOKENS, "cpu", 40)
     whole = run(world, tmp_path / "a", strategies=["tight"], task="perplexity")
     assert run(world, tmp_path / "a", strategies=["tight"], task="perplexity").results.equals(whole.results)
     scored = []
     original = block_scorer.score
 
-    def dies(*arguments):
+    def dies(*arguments: Any) -> Any:
         if len(scored) == 2:
             raise Killed
         scored.append(1)
@@ -241,7 +246,7 @@ def test_a_killed_evaluation_resumes_to_the_same_rows(world, tmp_path, monkeypat
     assert len(left) >= 2 and len(left) == whole_blocks(whole) - 2
 
 
-def whole_blocks(evaluation) -> int:
+def whole_blocks(evaluation: Any) -> int:
     """Blocks of about 40 tokens of the documents with a target, counted by hand from their lengths."""
     lengths, blocks, total = (30, 12, 50, 8, 21, 9, 17, 33, 26, 14), 0, 0
     for length in lengths:
@@ -252,10 +257,10 @@ def whole_blocks(evaluation) -> int:
     return blocks + (total > 0)
 
 
-def test_two_processes_on_one_evaluation(world, tmp_path, monkeypatch):
+def test_two_processes_on_one_evaluation(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = block_scorer.score
 
-    def second_process(*arguments):
+    def second_process(*arguments: Any) -> Any:
         with pytest.raises(RunBusy, match="another process"):
             run(world, tmp_path, strategies=["tight"])
         return original(*arguments)
@@ -264,10 +269,12 @@ def test_two_processes_on_one_evaluation(world, tmp_path, monkeypatch):
     run(world, tmp_path, strategies=["tight"])
 
 
-def test_where_the_int8_kernels_do_not_compile(world, tmp_path, monkeypatch, capsys):
+def test_where_the_int8_kernels_do_not_compile(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`auto` says so and takes the CPU, with the CPU's results; asked for CUDA, evaluation stops with what to do."""
 
-    def refuses(models, device):
+    def refuses(models: Any, device: torch.device) -> None:
         raise CompilationFailed("gemm.cu does not compile: error: needs compute capability 8.0")
 
     wanted = run(world, tmp_path, strategies=["tight"], task="perplexity", device="cpu")
@@ -282,8 +289,8 @@ def test_where_the_int8_kernels_do_not_compile(world, tmp_path, monkeypatch, cap
         run(world, tmp_path, strategies=["tight"], task="perplexity", device="cuda")
 
 
-def test_a_device_without_enough_memory(world, tmp_path, monkeypatch):
-    def too_much(*arguments):
+def test_a_device_without_enough_memory(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
 
     monkeypatch.setattr(block_scorer, "score", too_much)
@@ -292,12 +299,12 @@ def test_a_device_without_enough_memory(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_cuda_it_cannot_be_asked_for(world, tmp_path):
+def test_without_cuda_it_cannot_be_asked_for(world: Any, tmp_path: Path) -> None:
     with pytest.raises(DataInvalid, match="finds no CUDA device here; leave out --device, or say cpu"):
         run(world, tmp_path, strategies=["tight"], device="cuda")
 
 
-def test_documents_of_the_calibration_run_are_warned_of(world, tmp_path):
+def test_documents_of_the_calibration_run_are_warned_of(world: Any, tmp_path: Path) -> None:
     hashes = [document.sha256 for document in read_documents(str(world / "text.jsonl"))]
     rows = [dict.fromkeys(DOCUMENTS.names) | {"run": "run-a", "layer": 0, "site": "s", "group_name": "all", "sha256": h}
             for h in (hashes[0], hashes[1], hashes[4], hashes[4])]  # fmt: skip
@@ -308,7 +315,7 @@ def test_documents_of_the_calibration_run_are_warned_of(world, tmp_path):
     assert found.about["tasks"][0]["in_calibration_run"] == 2
 
 
-def test_evaluating_an_applied_model_compares_with_quamba(world, tmp_path):
+def test_evaluating_an_applied_model_compares_with_quamba(world: Any, tmp_path: Path) -> None:
     apply(world / "scales.parquet", strategy="tight", db=tmp_path)
     found = evaluate(data=[str(world / "text.jsonl")], window=16, db=tmp_path, task="perplexity")
     every = run(world, tmp_path, task="perplexity").results
@@ -325,7 +332,7 @@ def test_evaluating_an_applied_model_compares_with_quamba(world, tmp_path):
         find_evaluation(tmp_path, "zzz")
 
 
-def test_evaluate_refuses(world, tmp_path):
+def test_evaluate_refuses(world: Any, tmp_path: Path) -> None:
     with pytest.raises(DataInvalid, match="no evaluation text for tiny"):
         evaluate(scales=world / "scales.parquet", db=tmp_path)
     (tmp_path / "one.jsonl").write_text('{"text": "w1"}\n{"text": ""}\n')
@@ -333,12 +340,12 @@ def test_evaluate_refuses(world, tmp_path):
         evaluate(scales=world / "scales.parquet", data=[str(tmp_path / "one.jsonl")], db=tmp_path)
 
 
-def invoke(command, *arguments):
+def invoke(command: Any, *arguments: Any) -> Any:
     result = CliRunner().invoke(command, [str(a) for a in arguments], catch_exceptions=False)
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_commands(world, tmp_path):
+def test_commands(world: Any, tmp_path: Path) -> None:
     db, table = tmp_path / "db", world / "scales.parquet"
     code, out, err = invoke(
         *(apply_command, "--scales", table, "--strategy", "tight", "--db", db),
@@ -374,12 +381,12 @@ def test_commands(world, tmp_path):
         ("collect", ("--model", "mamba-5m", "--site", "x_proj:input,in_proj:input"), "--site x_proj:input --site in_"),
     ],
 )
-def test_a_list_in_one_option_is_refused_with_the_right_form(command, option, hint):
+def test_a_list_in_one_option_is_refused_with_the_right_form(command: str, option: Any, hint: str) -> None:
     code, _, err = invoke(load_command(command), *option)
     assert code == 2 and f"is a list; give the option once for each: {hint}" in " ".join(err.split())
 
 
-def test_a_label_with_a_comma_reaches_the_evaluation(world, tmp_path):
+def test_a_label_with_a_comma_reaches_the_evaluation(world: Any, tmp_path: Path) -> None:
     """`outlier_aware:0.95,120` is one label; without --scales the table in the folder is taken, never ignored."""
     label = "outlier_aware:0.95,120"
     table = pq.read_table(world / "scales.parquet")
@@ -399,7 +406,7 @@ def test_a_label_with_a_comma_reaches_the_evaluation(world, tmp_path):
         assert code == 1 and "scales.parquet does not exist; run `analyze`" in err
 
 
-def test_upstreams_wrapping_is_warned_of(world, tmp_path):
+def test_upstreams_wrapping_is_warned_of(world: Any, tmp_path: Path) -> None:
     origin = pq.read_table(world / "scales.parquet")
     rows = zip(origin["amax"].to_pylist(), origin["site"].to_pylist(), strict=True)
     amax = [1e6 if site == "out_proj:input" else value for value, site in rows]
@@ -413,7 +420,7 @@ def test_upstreams_wrapping_is_warned_of(world, tmp_path):
     assert code == 0 and "wraps" not in err
 
 
-def test_errors_are_one_line(world, tmp_path):
+def test_errors_are_one_line(world: Any, tmp_path: Path) -> None:
     code, out, err = invoke(apply_command, "--scales", tmp_path / "none.parquet", "--db", tmp_path)
     assert (code, out) == (1, "") and err.startswith("error: ") and len(err.splitlines()) == 1
     code, _, err = invoke(evaluate_command, "--db", tmp_path)

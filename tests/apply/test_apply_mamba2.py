@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,16 +50,16 @@ def layer_groups(seed: int) -> LayerGroups:
 GROUPS = [layer_groups(i) for i in range(CONFIG.n_layer)]
 
 
-def finest(layers):
+def finest(layers: Any) -> Any:
     """Each layer's smallest groups of channels."""
     return [maps[-1] for maps in channel_maps(layers)]
 
 
-def prepared_and_sorted():
+def prepared_and_sorted() -> Any:
     return prepare(reorder(tiny_weights(), GROUPS))
 
 
-def group_rows(scales, label):
+def group_rows(scales: Any, label: Any) -> Any:
     """Rows of a table of granularity "group": the whole of each site, and its groups of every level, in no particular
     order. A larger group's scale is the largest of its members'.
     """
@@ -79,7 +81,7 @@ def group_rows(scales, label):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A Mamba-2 checkpoint and scale tables: of the sorted model by channel group, of the plain one per tensor, SSD."""
     root = tmp_path_factory.mktemp("world2")
     weights, folder = tiny_weights(), root / "tiny2"
@@ -117,7 +119,7 @@ def world(tmp_path_factory):
     return root
 
 
-def test_group_rows_come_in_channel_order(world):
+def test_group_rows_come_in_channel_order(world: Any) -> None:
     scales = read_scales(world / "channel.parquet").group_scales_for("quamba")
     expected = absmax_scales(prepared_and_sorted(), documents(1), "channel", finest(GROUPS))
     assert scales == expected
@@ -125,7 +127,7 @@ def test_group_rows_come_in_channel_order(world):
     assert len(scales[1, "B_conv_out:input"]) == 2
 
 
-def test_channel_maps_number_each_groups_channels():
+def test_channel_maps_number_each_groups_channels() -> None:
     for (by_head, by_channel), layer in zip(channel_maps(GROUPS), GROUPS, strict=True):
         heads = [0, 0, 1, 1, 2, 2, 3, 3]  # two channel groups in each of the four head groups
         for number, group in enumerate(layer.groups()):
@@ -135,7 +137,7 @@ def test_channel_maps_number_each_groups_channels():
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "ssd", "channel"])
-def test_a_stored_model_gives_the_same_bits(world, tmp_path, granularity):
+def test_a_stored_model_gives_the_same_bits(world: Any, tmp_path: Path, granularity: str) -> None:
     applied = apply(world / f"{granularity}.parquet", strategy="quamba", db=tmp_path)
     stored = load_stored(applied.folder).model
     prepared = prepared_and_sorted() if granularity == "channel" else prepare(tiny_weights())
@@ -150,7 +152,7 @@ def test_a_stored_model_gives_the_same_bits(world, tmp_path, granularity):
     assert tensors["layers.0.in_proj"].dtype == torch.int8 and tensors["layers.0.in_proj.scale"].shape == (5,)
 
 
-def test_quantized_head_and_embedding_survive_storing(tmp_path):
+def test_quantized_head_and_embedding_survive_storing(tmp_path: Path) -> None:
     prepared = prepare(tiny_weights())
     scales = absmax_scales(prepared, documents(1), "ssd")
     model = build(prepared, scales, quantize_lm_head=True, quantize_embedding=True, compat="upstream")
@@ -162,7 +164,7 @@ def test_quantized_head_and_embedding_survive_storing(tmp_path):
     assert stored.compat == "upstream" and stored.quantized_lm_head
 
 
-def run(world, name, db, **settings):
+def run(world: Any, name: Any, db: Any, **settings: Any) -> Any:
     return evaluate(
         scales=world / f"{name}.parquet",
         data=[str(world / "text.jsonl")],
@@ -174,7 +176,7 @@ def run(world, name, db, **settings):
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-def test_evaluate_compares_strategies_with_the_float_model(world, tmp_path, granularity):
+def test_evaluate_compares_strategies_with_the_float_model(world: Any, tmp_path: Path, granularity: str) -> None:
     rows = run(world, granularity, tmp_path, strategies=["quamba", "tight"]).results.to_pylist()
     total = {s: sum(row["kl"] for row in rows if row["strategy"] == s) for s in ("float", "quamba", "tight")}
     tokens = sum(row["tokens"] for row in rows if row["strategy"] == "quamba")
@@ -189,7 +191,7 @@ def test_evaluate_compares_strategies_with_the_float_model(world, tmp_path, gran
     assert [r["kl"] for r in again if r["strategy"] == "tight"] == [r["kl"] for r in rows if r["strategy"] == "tight"]
 
 
-def test_a_strategy_at_one_site_keeps_the_other_groups(world, tmp_path):
+def test_a_strategy_at_one_site_keeps_the_other_groups(world: Any, tmp_path: Path) -> None:
     table = world / "channel.parquet"
     applied = apply(table, strategy="tight", at=["x_conv_out:input"], otherwise="quamba", db=tmp_path)
     mixed = load_stored(applied.folder).model.scales
@@ -199,7 +201,7 @@ def test_a_strategy_at_one_site_keeps_the_other_groups(world, tmp_path):
         np.testing.assert_allclose(scale, values, rtol=1e-7)  # one rounding to float32
 
 
-def test_every_granularity_of_one_table(world, tmp_path):
+def test_every_granularity_of_one_table(world: Any, tmp_path: Path) -> None:
     """A coarser granularity reads the same rows as a table that has no finer ones, and gives the same results."""
     full = read_scales(world / "channel.parquet")
     assert full.granularities() == ["tensor", "ssd_group", "head_group", "group"]
@@ -231,14 +233,14 @@ def test_every_granularity_of_one_table(world, tmp_path):
         )
 
 
-def named_levels(table):
+def named_levels(table: Any) -> Any:
     """The rows, each with the level its group's name says, written out."""
     levels = {"a": "tensor", 2: "ssd_group", 4: "head_group", 6: "group"}
     rows = table.to_pylist()
     return [{"granularity": levels["a" if r["group_name"] == "all" else len(r["group_name"])]} for r in rows]
 
 
-def test_scales_by_state_index_are_loaded_and_stored(world, tmp_path):
+def test_scales_by_state_index_are_loaded_and_stored(world: Any, tmp_path: Path) -> None:
     table = read_scales(world / "channel.parquet")
     rows = table.table.to_pylist()
     state = "ssm_state_act:input"
@@ -263,14 +265,14 @@ def test_scales_by_state_index_are_loaded_and_stored(world, tmp_path):
     assert torch.equal(a.ssm[1], b.ssm[1]) and torch.equal(stored.step(tokens, a), built.step(tokens, b))
 
 
-def test_a_granularity_that_the_table_does_not_hold(world, tmp_path):
+def test_a_granularity_that_the_table_does_not_hold(world: Any, tmp_path: Path) -> None:
     with pytest.raises(ScalesInvalid, match="has no scales by head_group \\(it has tensor, ssd_group\\)"):
         apply(world / "ssd.parquet", strategy="quamba", granularity="head_group", db=tmp_path)
     with pytest.raises(UnknownName, match="unknown granularity 'heads'"):
         run(world, "ssd", tmp_path, strategies=["quamba"], granularities=["heads"])
 
 
-def test_the_float_model_alone(world, tmp_path):
+def test_the_float_model_alone(world: Any, tmp_path: Path) -> None:
     """Its rows are those that it has beside INT8 models, and the tokens it gets right are counted one by one."""
     arguments = ["--float", "--model", str(world / "tiny2"), "--data", str(world / "text.jsonl"), "--window", "16"]
     done = CliRunner().invoke(
@@ -298,7 +300,7 @@ def test_the_float_model_alone(world, tmp_path):
     assert refused.exit_code == 1 and "--float --model NAME" in refused.stderr
 
 
-def test_groups_without_their_channels_are_refused(world, tmp_path):
+def test_groups_without_their_channels_are_refused(world: Any, tmp_path: Path) -> None:
     table = read_scales(world / "channel.parquet")
     provenance = json.loads(json.dumps(table.provenance))
     del provenance["runs"]["run-a"]["model"]["groups"]
@@ -307,7 +309,7 @@ def test_groups_without_their_channels_are_refused(world, tmp_path):
         apply(tmp_path / "lost.parquet", strategy="quamba", db=tmp_path)
 
 
-def test_the_command_names_a_missing_site_in_one_line(world, tmp_path):
+def test_the_command_names_a_missing_site_in_one_line(world: Any, tmp_path: Path) -> None:
     table = read_scales(world / "tensor.parquet")
     kept = table.table.filter(pa.array([row["site"] != "dt_act:input" for row in table.table.to_pylist()]))
     write_scales(tmp_path / "less.parquet", kept, table.provenance)

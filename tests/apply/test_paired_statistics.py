@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 from fractions import Fraction
+from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,7 +53,7 @@ def binomial_test(successes: int, total: int) -> Fraction:
     return sum((chance for chance in chances if chance <= chances[successes]), Fraction(0))
 
 
-def test_samples_count_the_drawn_documents(monkeypatch):
+def test_samples_count_the_drawn_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "_CHUNK_CELLS", 35)  # five samples at a time: several chunks, the last one short
     found = np.concatenate(list(samples(7, 23, seed=5)))
     generator = np.random.default_rng(5)
@@ -59,7 +61,7 @@ def test_samples_count_the_drawn_documents(monkeypatch):
     np.testing.assert_array_equal(found, [[list(row).count(i) for i in range(7)] for row in drawn])
 
 
-def test_shares_are_the_ratios_derivatives_and_give_the_textbook_error():
+def test_shares_are_the_ratios_derivatives_and_give_the_textbook_error() -> None:
     generator = np.random.default_rng(0)
     weights = generator.uniform(1, 9, 11)
     values = weights * generator.normal(3, 1, 11)
@@ -76,7 +78,7 @@ def test_shares_are_the_ratios_derivatives_and_give_the_textbook_error():
     assert standard_error(shares) == pytest.approx(math.sqrt(squares / 11) / (sum(weights) / 11), rel=1e-12)
 
 
-def test_student_interval():
+def test_student_interval() -> None:
     # Quantiles as tables print them.
     for documents, quantile in ((10, 2.262), (12, 2.201), (24, 2.069), (61, 2.000)):
         assert student_quantile(0.975, documents) == pytest.approx(quantile, abs=5e-4)
@@ -89,7 +91,7 @@ def test_student_interval():
     assert student_interval(math.nan, shares) is None
 
 
-def test_resampled_t_by_loops(monkeypatch):
+def test_resampled_t_by_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "_CHUNK_CELLS", 13 * 7)
     generator = np.random.default_rng(2)
     weights = np.stack([generator.uniform(1, 50, 13), np.ones(13)], axis=1)
@@ -106,7 +108,7 @@ def test_resampled_t_by_loops(monkeypatch):
             assert row[j] == pytest.approx(expected, rel=1e-10)
 
 
-def test_bootstrap_t_takes_the_outer_five_percent_and_knows_when_there_is_nothing_to_know():
+def test_bootstrap_t_takes_the_outer_five_percent_and_knows_when_there_is_nothing_to_know() -> None:
     studentised = np.arange(-1000.0, 1001.0) / 500 + 0.3
     # The 2.5 % and 97.5 % quantiles are -1.9 + 0.3 and 1.9 + 0.3; they change places and signs.
     assert bootstrap_t_interval(5.0, 0.1, studentised) == pytest.approx((5 - 0.22, 5 + 0.16), abs=2e-4)
@@ -126,11 +128,11 @@ def test_bootstrap_t_takes_the_outer_five_percent_and_knows_when_there_is_nothin
     assert (found == 0).mean() > (10 / 12) ** 12 / 2 and np.isfinite(found).all()
 
 
-def perplexity(nll, tokens) -> float:
+def perplexity(nll: Any, tokens: Any) -> float:
     return math.exp(sum(nll) / sum(tokens))
 
 
-def test_sign_flips_are_every_swap_of_documents_in_the_printed_perplexities():
+def test_sign_flips_are_every_swap_of_documents_in_the_printed_perplexities() -> None:
     """Swap two strategies' results in every subset of ten documents, and take their perplexities anew."""
     generator = np.random.default_rng(4)
     tokens = generator.integers(3, 90, 10)
@@ -146,7 +148,7 @@ def test_sign_flips_are_every_swap_of_documents_in_the_printed_perplexities():
         (p_value,) = sign_flip_p((second - first)[:, None], seed=0)
         assert p_value == as_far / 2**10
 
-        def difference(x, y, axis, tokens=tokens):
+        def difference(x: Any, y: Any, axis: Any, tokens: Any = tokens) -> Any:
             return np.exp(x.sum(axis) / tokens.sum()) - np.exp(y.sum(axis) / tokens.sum())
 
         scipys = permutation_test((first, second), difference, permutation_type="samples", n_resamples=np.inf)
@@ -155,7 +157,7 @@ def test_sign_flips_are_every_swap_of_documents_in_the_printed_perplexities():
     assert found[2] < 0.05 < found[0]  # both ends of the range were seen
 
 
-def test_random_sign_flips_come_to_the_exact_share(monkeypatch):
+def test_random_sign_flips_come_to_the_exact_share(monkeypatch: pytest.MonkeyPatch) -> None:
     differences = np.random.default_rng(5).normal([0.0, 0.4, 1.5], 1, (17, 3))
     signs = (np.arange(2**17)[:, None] >> np.arange(17) & 1) * 2 - 1
     exact = (abs(signs @ differences) >= abs(differences.sum(0)) - 1e-12).mean(0)
@@ -169,7 +171,7 @@ def test_random_sign_flips_come_to_the_exact_share(monkeypatch):
 
 
 @pytest.mark.parametrize("documents", [12, 40])
-def test_sign_flips_of_nothing_and_of_what_is_not_finite(documents):
+def test_sign_flips_of_nothing_and_of_what_is_not_finite(documents: int) -> None:
     differences = np.random.default_rng(6).normal(3, 1, (documents, 4))
     differences[:, 1] = 0
     differences[2, 2] = math.nan
@@ -179,7 +181,7 @@ def test_sign_flips_of_nothing_and_of_what_is_not_finite(documents):
     assert found[1] == 1 and math.isnan(found[2])
 
 
-def test_sums_that_differ_by_rounding_alone_are_equal():
+def test_sums_that_differ_by_rounding_alone_are_equal() -> None:
     """Tenths, whose sums round: flipping 0.1, 0.2 and -0.3 together leaves the sum as it is."""
     whole = np.array([[1, 2, -3, 4, 1, -2, 5, 3, 2, -1, 3]], float).T
     assert sign_flip_p(whole / 10, seed=0) == sign_flip_p(whole, seed=0)  # integers are added exactly
@@ -187,7 +189,7 @@ def test_sums_that_differ_by_rounding_alone_are_equal():
 
 @given(st.integers(0, 200), st.integers(1, 200))
 @settings(max_examples=80, deadline=None)
-def test_wilson_as_scipy_has_it(successes, more):
+def test_wilson_as_scipy_has_it(successes: Any, more: Any) -> None:
     total = successes + more - 1 or 1
     expected = binomtest(successes, total).proportion_ci(0.95, method="wilson")
     assert wilson(successes, total) == pytest.approx((expected.low, expected.high), abs=1e-12)
@@ -196,7 +198,7 @@ def test_wilson_as_scipy_has_it(successes, more):
 @pytest.mark.parametrize(
     ("table", "low", "high"), [((36, 12, 2, 0), 0.0569, 0.3404), ((20, 12, 2, 16), 0.0562, 0.3292)]
 )
-def test_newcombe_as_published(table, low, high):
+def test_newcombe_as_published(table: Any, low: float, high: float) -> None:
     """Method 10 in the examples of Newcombe (1998), Statistics in Medicine 17, table III; four digits."""
     assert newcombe(*table) == pytest.approx((low, high), abs=5e-5)
     both, first, second, neither = table
@@ -205,7 +207,7 @@ def test_newcombe_as_published(table, low, high):
 
 @given(st.integers(0, 40), st.integers(0, 9), st.integers(0, 9), st.integers(1, 40))
 @settings(max_examples=80, deadline=None)
-def test_newcombe_from_its_definition(both, first, second, neither):
+def test_newcombe_from_its_definition(both: Any, first: Any, second: Any, neither: Any) -> None:
     n = both + first + second + neither
     ends = [binomtest(k, n).proportion_ci(0.95, method="wilson") for k in (both + first, both + second)]
     p1, p2 = (both + first) / n, (both + second) / n
@@ -221,12 +223,12 @@ def test_newcombe_from_its_definition(both, first, second, neither):
 
 @given(st.integers(0, 60), st.integers(0, 60))
 @settings(max_examples=60, deadline=None)
-def test_mcnemar_is_the_two_sided_binomial_test(first, second):
+def test_mcnemar_is_the_two_sided_binomial_test(first: Any, second: Any) -> None:
     expected = float(binomial_test(first, first + second))
     assert mcnemar_exact(first, second) == pytest.approx(expected, rel=1e-15)  # one division of exact integers
 
 
-def test_mcnemar_by_enumeration():
+def test_mcnemar_by_enumeration() -> None:
     # All 2^8 ways that eight discordant pairs can fall, those at least as uneven as 2 : 6.
     extreme = sum(min(sum(way), 8 - sum(way)) <= 2 for way in itertools.product((0, 1), repeat=8))
     assert mcnemar_exact(2, 6) == mcnemar_exact(6, 2) == extreme / 2**8
@@ -235,7 +237,7 @@ def test_mcnemar_by_enumeration():
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.randoms())
 @settings(max_examples=60, deadline=None)
-def test_holm_by_definition(p_values, random):
+def test_holm_by_definition(p_values: Any, random: Any) -> None:
     adjusted = holm(p_values)
     for alpha in (0.01, 0.05, 0.2, 0.7):
         # Step down: reject the smallest while p <= alpha / (hypotheses left).
@@ -250,13 +252,13 @@ def test_holm_by_definition(p_values, random):
     assert holm([p_values[i] for i in order]) == [adjusted[i] for i in order]
 
 
-def test_least_discordant_pairs_count_the_correction():
+def test_least_discordant_pairs_count_the_correction() -> None:
     """Six pairs, all one way, are the fewest that McNemar's exact test calls significant: 2/2^6 <= 0.05 < 2/2^5."""
     assert least_discordant() == 6 and mcnemar_exact(6, 0) <= 0.05 < mcnemar_exact(5, 0)
     assert least_discordant(10) == 9  # 20 / 2^9 = 0.039
 
 
-def test_detectable_is_what_holm_leaves():
+def test_detectable_is_what_holm_leaves() -> None:
     normal = NormalDist()
     expected = normal.inv_cdf(1 - 0.05 / 20) + normal.inv_cdf(0.8)
     # Of a million documents Student's t is the normal distribution; its quantiles differ by z (z^2 + 1) / 4e6.
@@ -276,7 +278,7 @@ def test_detectable_is_what_holm_leaves():
         (0.0, None, 1.0, "not distinguishable"),
     ],
 )
-def test_verdict(value, interval, p_value, words):
+def test_verdict(value: float, interval: Any, p_value: float, words: str) -> None:
     assert verdict(value, interval, p_value, smaller_is_better=True) == words
     mirrored = {"better": "worse", "worse": "better"}
     assert verdict(value, interval, p_value, smaller_is_better=False) == mirrored.get(words, words)
@@ -312,20 +314,20 @@ def by_document(table: pa.Table, label: str, name: str) -> list[float]:
     return [float(row[name]) for row in sorted(rows, key=lambda row: row["document"])]
 
 
-def test_summary_of_perplexity_by_loops():
+def test_summary_of_perplexity_by_loops() -> None:
     table = results(15, {"quamba": 0.02, "mse": 0.0})
     found = {row["strategy"]: row for row in summary.summarize(table, bootstrap=120, seed=9).to_pylist()}
     tokens = by_document(table, "float", "tokens")
     total = sum(tokens)
     draws = np.random.default_rng(9).integers(0, 15, (120, 15))
 
-    def ratio(values, sample) -> tuple[float, float]:
+    def ratio(values: Any, sample: Any) -> tuple[float, float]:
         """The ratio of a sample's sums, and its standard error."""
         mean = sum(values[i] for i in sample) / sum(tokens[i] for i in sample)
         squares = sum((values[i] - mean * tokens[i]) ** 2 for i in sample)
         return mean, math.sqrt(15 / 14 * squares) / sum(tokens[i] for i in sample)
 
-    def by_bootstrap(values) -> list[float]:
+    def by_bootstrap(values: Any) -> list[float]:
         mean, error = ratio(values, range(15))
         drawn = [(m - mean) / e for m, e in (ratio(values, sample) for sample in draws)]
         low, high = np.quantile(drawn, [0.025, 0.975], method="closest_observation")
@@ -368,7 +370,7 @@ def test_summary_of_perplexity_by_loops():
     assert found["float"]["vs_float"] is None and found["quamba"]["vs_quamba"] is None
 
 
-def test_summary_of_last_words():
+def test_summary_of_last_words() -> None:
     table = results(400, {"quamba": 0.2, "same": 0.0}, task="last-word")
     found = {row["strategy"]: row for row in summary.summarize(table, bootstrap=300).to_pylist()}
     right = {label: by_document(table, label, "correct") for label in ("float", "quamba", "same")}
@@ -384,7 +386,7 @@ def test_summary_of_last_words():
     assert found["quamba"]["perplexity"] == pytest.approx(math.exp(mean), rel=1e-12)
 
 
-def test_accuracy_has_score_intervals():
+def test_accuracy_has_score_intervals() -> None:
     table = results(40, {"quamba": 0.2}, task="last-word")
     reference, row = summary.summarize(table, bootstrap=100).to_pylist()
     here, there = (np.array(by_document(table, label, "correct")) > 0 for label in ("quamba", "float"))
@@ -400,7 +402,7 @@ def test_accuracy_has_score_intervals():
     assert row["vs_float_detectable"] == pytest.approx(max(factor * error, 6 / 40), rel=1e-9)
 
 
-def test_one_answer_that_differs_does_not_make_every_difference_detectable():
+def test_one_answer_that_differs_does_not_make_every_difference_detectable() -> None:
     """Its spread is tiny, but McNemar's exact test needs six pairs."""
     table = results(40, {"same": 0.0}, task="last-word")
     correct = table["correct"].to_pylist()
@@ -411,7 +413,7 @@ def test_one_answer_that_differs_does_not_make_every_difference_detectable():
     assert abs(row["vs_float"]) == pytest.approx(1 / 40, rel=1e-12) and row["vs_float_detectable"] == 6 / 40
 
 
-def test_the_interval_of_kl_is_not_below_zero():
+def test_the_interval_of_kl_is_not_below_zero() -> None:
     """Ten documents, all but one short: samples without the long one have errors that say little of the whole."""
     table = results(10, {"quamba": 0.02})
     long = [document == 3 for document in table["document"].to_pylist()]
@@ -431,7 +433,7 @@ def test_the_interval_of_kl_is_not_below_zero():
 
 
 @pytest.mark.parametrize("task", ["perplexity", "last-word"])
-def test_identical_results_have_no_detectable_difference(task):
+def test_identical_results_have_no_detectable_difference(task: str) -> None:
     table = results(40, {"same": 0.0}, task=task)
     columns = {name: table[name].to_pylist() for name in ("strategy", "document", "nll", "correct")}
     of_float = {
@@ -451,7 +453,7 @@ def test_identical_results_have_no_detectable_difference(task):
 
 @pytest.mark.parametrize("task", ["perplexity", "last-word"])
 @pytest.mark.parametrize("documents", [1, 2, 9])
-def test_few_documents_have_values_and_nothing_else(documents, task):
+def test_few_documents_have_values_and_nothing_else(documents: int, task: str) -> None:
     summed = summary.summarize(results(documents, {"quamba": 0.5}, task), bootstrap=100)
     values = {"data", "task", "strategy", "documents", "tokens", "perplexity", "kl", "top1_agreement"}
     values |= {"token_accuracy", "vs_float", *(("accuracy",) if task == "last-word" else ())}
@@ -464,14 +466,14 @@ def test_few_documents_have_values_and_nothing_else(documents, task):
     assert differences["detectable"].to_pylist() == ["-"]
 
 
-def test_ten_documents_have_all():
+def test_ten_documents_have_all() -> None:
     row = summary.summarize(results(10, {"quamba": 0.5}), bootstrap=1000).to_pylist()[1]
     assert row["vs_float_verdict"] == "worse" and row["vs_float_p"] == 2 / 2**10
     assert row["perplexity_low"] < row["perplexity"] < row["perplexity_high"]
 
 
 @pytest.mark.parametrize("documents", [10, 24, 40])
-def test_a_small_bootstrap_and_many_strategies_still_allow_verdicts(documents):
+def test_a_small_bootstrap_and_many_strategies_still_allow_verdicts(documents: int) -> None:
     many = {"quamba": 0.02, **{f"s{i}": 0.02 for i in range(16)}}
     table = results(documents, many)
     found = [summary.summarize(table, bootstrap=count, seed=1) for count in (100, 2000)]
@@ -484,7 +486,7 @@ def test_a_small_bootstrap_and_many_strategies_still_allow_verdicts(documents):
     assert "coarse" not in str(summary_text.remarks(found[0], 1000))
 
 
-def test_more_strategies_than_the_documents_can_tell_apart_are_said():
+def test_more_strategies_than_the_documents_can_tell_apart_are_said() -> None:
     summed = summary.summarize(results(10, {f"s{i}": 0.02 for i in range(26)}), bootstrap=100)
     # 26 times the least p of ten documents, 2/2^10, is 0.0508.
     assert {row["vs_float_verdict"] for row in summed.to_pylist()[1:]} == {"not distinguishable"}
@@ -492,7 +494,7 @@ def test_more_strategies_than_the_documents_can_tell_apart_are_said():
     assert "10 documents are too few for any verdict on float" in summary_text.remarks(summed, 1000)[-1]
 
 
-def test_holm_is_over_the_strategies_compared():
+def test_holm_is_over_the_strategies_compared() -> None:
     one = summary.summarize(results(30, {"a": 0.004}), bootstrap=100).to_pylist()[1]["vs_float_p"]
     many = {"a": 0.004, **{f"b{i}": 0.0 for i in range(4)}}
     table = results(30, many)
@@ -504,7 +506,7 @@ def test_holm_is_over_the_strategies_compared():
     assert 0 < one < 0.05 < expected[0]  # the same documents: what one comparison shows, five do not
 
 
-def test_what_is_not_finite_takes_nothing_else_with_it():
+def test_what_is_not_finite_takes_nothing_else_with_it() -> None:
     table = results(20, {"quamba": 0.02, "mse": 0.02, "broken": 0.02})
     nll = table["nll"].to_pylist()
     broken = table["strategy"].to_pylist().index("broken")
@@ -521,7 +523,7 @@ def test_what_is_not_finite_takes_nothing_else_with_it():
         assert {label: rows[label] for label in expected} == expected
 
 
-def test_remarks_say_what_a_family_is():
+def test_remarks_say_what_a_family_is() -> None:
     (many,) = summary_text.remarks(summary.summarize(results(12, {"quamba": 0.0, "mse": 0.0})), 10_000)
     assert "(2 families here, of 2 comparisons at most)" in many and "one at a time escape" in many
     (one,) = summary_text.remarks(summary.summarize(results(12, {"mse": 0.0})), 10_000)
@@ -530,13 +532,13 @@ def test_remarks_say_what_a_family_is():
         assert summary_text.remarks(summary.summarize(nothing), 10_000) == []
 
 
-def test_strategies_of_other_documents_are_refused():
+def test_strategies_of_other_documents_are_refused() -> None:
     table = results(12, {"quamba": 0.02})
     with pytest.raises(DatabaseInvalid, match="t: quamba and float were not scored on the same documents"):
         summary.summarize(table.slice(0, 23))
 
 
-def test_readable_has_a_row_per_strategy_and_percents():
+def test_readable_has_a_row_per_strategy_and_percents() -> None:
     summed = summary.summarize(results(40, {"quamba": 0.3}, task="last-word"), bootstrap=100)
     figures, differences, _ = summary_text.readable(summed)
     assert figures["strategy"].to_pylist() == ["float", "quamba"]
@@ -550,7 +552,9 @@ def test_readable_has_a_row_per_strategy_and_percents():
     ("low", "high", "p_value", "mark"),
     [(0.1, 0.3, 0.2, "(a)"), (-0.1, 0.3, 0.01, "(b)"), (0.1, 0.3, 0.01, ""), (-0.1, 0.3, 0.2, "")],
 )
-def test_a_verdict_that_its_interval_contradicts_is_explained(low, high, p_value, mark):
+def test_a_verdict_that_its_interval_contradicts_is_explained(
+    low: float, high: float, p_value: float, mark: str
+) -> None:
     row = summary.summarize(results(12, {"quamba": 0.0}), bootstrap=100).to_pylist()
     row[1] |= {"vs_float_low": low, "vs_float_high": high, "vs_float_p": p_value}
     row[1]["vs_float_verdict"] = verdict(0.2, (low, high), p_value, smaller_is_better=True)
@@ -561,7 +565,9 @@ def test_a_verdict_that_its_interval_contradicts_is_explained(low, high, p_value
     assert not mark or "by a test of its own" in footnotes[0]  # one comparison: nothing was corrected
 
 
-def test_the_footnote_stands_under_the_table_and_the_family_in_the_notes(tmp_path, capsys):
+def test_the_footnote_stands_under_the_table_and_the_family_in_the_notes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two documents' worth of Holm: one difference that its interval shows, twelve comparisons, no verdict."""
     table = results(12, {"a": 0.0035, **{f"b{i}": 0.0 for i in range(11)}}, seed=0)
     row = summary.summarize(table).to_pylist()[1]
@@ -587,7 +593,7 @@ def test_the_footnote_stands_under_the_table_and_the_family_in_the_notes(tmp_pat
         (["--bootstrap", "99"], "99 is not in the range"),
     ],
 )
-def test_seed_and_bootstrap_out_of_range_are_one_line(command, options, words):
+def test_seed_and_bootstrap_out_of_range_are_one_line(command: Any, options: Any, words: str) -> None:
     found = CliRunner().invoke(command, options)
     assert found.exit_code == 2 and words in found.stderr and not found.stdout
     with pytest.raises(DataInvalid, match="expected"):

@@ -1,6 +1,7 @@
 """The verdict sentences of an evaluation: better, worse, same, too few, one strategy, not finite."""
 
 import math
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -96,7 +97,7 @@ def test_what_is_not_finite_is_last_and_named() -> None:
 
 
 @pytest.mark.parametrize("task", ["perplexity", "last-word"])
-def test_every_line_fits_and_own_texts_are_told(tmp_path, capsys, task) -> None:
+def test_every_line_fits_and_own_texts_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str) -> None:
     labels = {"quamba": 0.02, "adaptive_outlier_aware@" + ",".join(["ssm_state_act:input"] * 6) + "/quamba": 0.3}
     about = {"tasks": [{"data": "t", "self_generated": True}]}
     found = Evaluation("x", tmp_path, results(12, labels, task), about, ["a note " * 30])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import tokenizers
@@ -53,30 +56,30 @@ def lm_eval_pair(text: str) -> tuple[str, str]:
 
 @given(st.lists(st.text("abth.,'", min_size=1, max_size=5), min_size=2, max_size=6), st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
-def test_last_word_is_lm_evals(words, gap):
+def test_last_word_is_lm_evals(words: Any, gap: Any) -> None:
     text = " ".join(words[:-1]) + " " * gap + words[-1]
     assert split_last_word(text) == lm_eval_pair(text)
 
 
 @pytest.mark.parametrize("text", ["", "   ", "word", " word \n"])
-def test_no_context_no_target(text):
+def test_no_context_no_target(text: str) -> None:
     assert split_last_word(text) is None
     assert last_word_items([document(text)], Letters(), 100) == []
 
 
-def test_last_word_tokens_and_trailing_space():
+def test_last_word_tokens_and_trailing_space() -> None:
     (item,) = last_word_items([document("we saw the  moth \n", 7)], Letters(), 100)
     (sequence,) = item.sequences
     assert sequence[item.first :] == [ord(c) for c in "  mo\u0100"]
     assert (item.document, item.sha256, item.targets) == (7, "sha7", 5)
 
 
-def test_a_long_context_is_cut_from_the_left():
+def test_a_long_context_is_cut_from_the_left() -> None:
     (item,) = last_word_items([document("abcdefgh ij")], Letters(), 5)
     assert item.sequences == ([ord(c) for c in "fgh ij"],) and item.first == 3
 
 
-def test_windows_do_not_overlap_and_leave_single_tokens_out():
+def test_windows_do_not_overlap_and_leave_single_tokens_out() -> None:
     items = perplexity_items(
         [document("abcdefghi", 0), document("", 1), document("x", 2), document("yz", 3)], Letters(), 4
     )
@@ -85,7 +88,7 @@ def test_windows_do_not_overlap_and_leave_single_tokens_out():
     assert items[0].targets == 6 and items[0].tokens == 8
 
 
-def test_blocks_cover_the_items_in_order():
+def test_blocks_cover_the_items_in_order() -> None:
     items = [Item(i, "", ([0] * length,)) for i, length in enumerate((3, 9, 1, 1, 1, 20, 2))]
     cut = blocks(items, 10)
     assert [item.document for block in cut for item in block] == list(range(7))
@@ -94,7 +97,7 @@ def test_blocks_cover_the_items_in_order():
 
 
 @pytest.fixture(scope="module")
-def models():
+def models() -> Any:
     prepared = tiny_prepared()
     scales = absmax_scales(prepared, documents(1))
     coarse = {key: 4 * scale for key, scale in scales.items()}
@@ -106,7 +109,7 @@ def models():
     }
 
 
-def test_scores_equal_softmax_written_out(models, monkeypatch):
+def test_scores_equal_softmax_written_out(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reference, int8 = models
     monkeypatch.setattr(scoring, "LOGIT_CELLS", 7 * CONFIG.vocab_size)  # several chunks
     texts = documents(3, (12, 2, 25, 9))
@@ -145,7 +148,7 @@ def test_scores_equal_softmax_written_out(models, monkeypatch):
     assert found[FLOAT].top1.tolist() == [item.targets for item in items]
 
 
-def test_some_document_can_be_wholly_right(models):
+def test_some_document_can_be_wholly_right(models: Any) -> None:
     reference, int8 = models
     text = documents(4, (8,))[0]
     likely = int(reference.logits(reference.hidden(Batch.pack([text])))[-1].argmax())
@@ -160,7 +163,7 @@ def test_some_document_can_be_wholly_right(models):
     assert score(reference, int8, [half])[FLOAT].correct.tolist() == [False]
 
 
-def test_real_tokenizer_has_the_same_interface(tmp_path):
+def test_real_tokenizer_has_the_same_interface(tmp_path: Path) -> None:
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     items = perplexity_items([document("a b a")], Tokenizer(tmp_path, "", inner), 10)

@@ -5,6 +5,7 @@ deviation sqrt(p (1 - p) / n), and four of them are allowed, one in 16,000 by ch
 """
 
 import math
+from typing import Any
 
 import pytest
 from simulate_statistics import coverage, false_alarms, made_up, power, share_coverage
@@ -15,7 +16,7 @@ EXPERIMENTS = 300
 
 
 @pytest.fixture(scope="module")
-def population():
+def population() -> Any:
     return made_up(5000, 10, 0)
 
 
@@ -24,7 +25,9 @@ def within(found: float, expected: float, experiments: int = EXPERIMENTS) -> boo
 
 
 @pytest.mark.parametrize("documents", [12, 24])
-def test_ten_strategies_that_are_alike_seldom_get_a_verdict(population, documents, monkeypatch):
+def test_ten_strategies_that_are_alike_seldom_get_a_verdict(
+    population: Any, documents: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The least p, times ten, is 0.01: enough flips to see 0.05, and to take tens of milliseconds.
     monkeypatch.setattr(statistics, "FLIPS", 999)
     small, alarms = false_alarms(population, documents, EXPERIMENTS)
@@ -32,7 +35,7 @@ def test_ten_strategies_that_are_alike_seldom_get_a_verdict(population, document
     assert within(small, 0.045) and alarms <= small
 
 
-def test_intervals_hold_the_truth_as_often_as_the_table_says(population):
+def test_intervals_hold_the_truth_as_often_as_the_table_says(population: Any) -> None:
     found = coverage(population, 24, EXPERIMENTS, resamples=300)
     expected = {"perplexity difference": 0.950, "KL difference": 0.932, "KL": 0.906, "log perplexity": 0.933}
     assert {name for name, share in expected.items() if not within(found[name], share)} == set()
@@ -40,14 +43,16 @@ def test_intervals_hold_the_truth_as_often_as_the_table_says(population):
     assert found["KL"] > found["KL by t"]
 
 
-def test_a_detectable_difference_is_detected_about_as_often_as_said(population, monkeypatch):
+def test_a_detectable_difference_is_detected_about_as_often_as_said(
+    population: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(statistics, "FLIPS", 999)
     # Without the correction in `detectable` it would be 0.5.
     assert within(power(population, 60, EXPERIMENTS), 0.8)
 
 
 @pytest.mark.parametrize(("documents", "right"), [(12, 0.1), (24, 0.1), (60, 0.02), (200, 0.02)])
-def test_wilson_covers_by_summing_the_binomial(documents, right):
+def test_wilson_covers_by_summing_the_binomial(documents: int, right: float) -> None:
     exact = 0.0
     for k in range(documents + 1):
         low, high = statistics.wilson(k, documents)

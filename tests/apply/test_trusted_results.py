@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,7 +51,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return root
 
 
-def run(world: Path, db: Path, **options):
+def run(world: Path, db: Path, **options: Any) -> Any:
     options = {"strategies": ["mse"], "task": "perplexity", "data": world / "text.jsonl"} | options
     if "folder" not in options and not options.get("floating"):
         options["scales"] = options.get("scales", world / "scales.parquet")
@@ -78,7 +79,7 @@ def another_tokenizer(world: Path, tmp_path: Path) -> Path:
     return model
 
 
-def test_what_decides_the_numbers_decides_the_id(world: Path, tmp_path: Path, monkeypatch) -> None:
+def test_what_decides_the_numbers_decides_the_id(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole kind: each way in which two evaluations can differ gives another id, and the same one the same."""
     first = run(world, tmp_path)
     assert run(world, tmp_path).id == first.id
@@ -113,7 +114,7 @@ def test_the_reference_of_a_folder_is_part_of_it(world: Path, tmp_path: Path) ->
     second = run(world, tmp_path, folder=applied.folder)
     assert second.id != first.id
 
-    def kl(found, label: str) -> float:
+    def kl(found: Any, label: str) -> float:
         return sum(row["kl"] for row in found.results.to_pylist() if row["strategy"] == label)
 
     assert kl(second, "mse") == kl(first, "mse") and kl(second, "quamba") != kl(first, "quamba")
@@ -130,7 +131,9 @@ def test_another_text_of_the_same_name_is_kept_apart(world: Path, tmp_path: Path
     assert found == {str(tmp_path / "a" / "t.jsonl"): 3, str(tmp_path / "b" / "t.jsonl"): 4}
 
 
-def test_relative_or_absolute_gives_the_same_bytes_from_any_folder(world: Path, tmp_path: Path, monkeypatch) -> None:
+def test_relative_or_absolute_gives_the_same_bytes_from_any_folder(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(world / "tiny", tmp_path / "here" / "m")
     shutil.copyfile(world / "text.jsonl", tmp_path / "here" / "text.jsonl")
     monkeypatch.chdir(tmp_path / "here")

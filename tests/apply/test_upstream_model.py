@@ -84,8 +84,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     collect(name, samples=16, data=data, db=folder / "db", groups=groups, device="cpu", progress=False)
     analyze(folder / "db", out=folder / "scales.parquet")
     loaded = load_model(name)
-    scales = folder / "scales.parquet"
-    theirs = build_upstream(scales, strategy="quamba", granularity=granularity, **switches).model
+    path = folder / "scales.parquet"
+    theirs = build_upstream(path, strategy="quamba", granularity=granularity, **switches).model
     tokens = [ids[:LENGTH] for ids in loaded.tokenizer.encode_batch(texts) if len(ids) >= LENGTH][:DOCUMENTS]
     recorded: list[torch.Tensor] = []
     watched = watch(theirs, recorded)
@@ -97,7 +97,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             raise
         pytest.skip("this mamba_ssm calls the last norm as a float one (docs/upstream.md)")
     unwatch(watched)
-    table = read_scales(folder / "scales.parquet")
+    table = read_scales(path)
     scales = table.group_scales_for("quamba", granularity) if granularity else table.group_scales_for("quamba")
     host = build_model(loaded.any_weights, table, scales, compat="upstream", **switches)
     return Case(loaded, Batch.pack(tokens), theirs, recorded, logits, host)
