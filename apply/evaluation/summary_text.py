@@ -247,8 +247,8 @@ def remarks(summary: pa.Table, bootstrap: int) -> list[str]:
     elif families:
         found.append(
             "p-values are corrected (Holm) within a family, the strategies compared on one text with one reference "
-            f"({len(families)} families here, of {max(families.values())} comparisons at most); strategies evaluated "
-            "one at a time escape the correction"
+            f"({len(families)} {'family' if len(families) == 1 else 'families'} here, of {max(families.values())} "
+            "comparisons at most); strategies evaluated one at a time escape the correction"
         )
     documents = {(row["task"], row["data"]): row["documents"] for row in summary.to_pylist()}
     for (task, data, reference), count in families.items():
