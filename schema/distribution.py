@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from quambase.schema.quantile_rules import interpolate, interpolate_torch, rank, rank_torch
 from quambase.schema.tables import QUANTILES
 
 Float32 = npt.NDArray[np.float32]
@@ -93,29 +94,19 @@ class Distribution:
         """`quantile` of each of ``ps``."""
         if not self.values.size:
             return [float("nan")] * len(ps)
-        rank = np.array(ps, np.float64) * (self.total - 1)
-        below = np.floor(rank).astype(np.int64)
-        weight = rank - below
-        ranks = np.stack([below, np.minimum(below + 1, self.total - 1)])
-        places = np.searchsorted(self._cumulative, ranks, side="right")
-        low, high = self.absolute[0][places].astype(np.float64)
-        # numpy's _lerp: computed from the nearer end.
-        step = high - low
-        found: list[float] = np.where(weight >= 0.5, high - step * (1 - weight), low + step * weight).tolist()
+        found = []
+        for p in ps:
+            below, above, weight = rank(p, self.total)
+            ends = (float(self.order_statistic(place)) for place in (below, above))
+            found.append(float(interpolate(*ends, weight)))
         return found
 
     def quantile_torch(self, p: float) -> np.float32:
-        """Quantile of the absolute value as torch.quantile computes it for float32 data on the CPU.
-
-        Rank and interpolation in float32 (ATen/native/Sorting.cpp, quantile_compute; Lerp.h), so above 2^24 values
-        the rank itself is rounded.
-        """
+        """Quantile of the absolute value as torch.quantile computes it for float32 data; NaN if empty."""
         if not self.values.size:
             return np.float32("nan")
-        rank = np.float32(p) * np.float32(self.total - 1)
-        below = int(rank)
-        above = min(int(np.ceil(rank)), self.total - 1)
-        return lerp_torch(self.order_statistic(below), self.order_statistic(above), rank - np.float32(below))
+        below, above, weight = rank_torch(np.float32(p), self.total)
+        return interpolate_torch(self.order_statistic(below), self.order_statistic(above), weight)
 
     def moments(self) -> tuple[float, float, float]:
         """Mean, population standard deviation and Pearson kurtosis m4/m2^2 (3 for a Gaussian), in float64."""
@@ -165,13 +156,3 @@ class Distribution:
 def ratio(numerator: float, denominator: float) -> float:
     """``numerator / denominator``, NaN where the denominator is zero or NaN."""
     return numerator / denominator if denominator > 0 else float("nan")
-
-
-def lerp_torch(low: np.float32, high: np.float32, weight: np.float32) -> np.float32:
-    """torch.lerp on float32 (ATen/native/Lerp.h): from the nearer end, the product not rounded before the sum."""
-    # float64 holds a float32 product exactly, and the sum of two such numbers of
-    # near magnitude too, so rounding once at the end is what an FMA does.
-    step = np.float64(np.float32(high - low))
-    if weight < np.float32(0.5):
-        return np.float32(np.float64(low) + np.float64(weight) * step)
-    return np.float32(np.float64(high) + np.float64(np.float32(weight - np.float32(1))) * step)

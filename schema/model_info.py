@@ -1,0 +1,150 @@
+"""What a manifest and a scale table say about the model and the text of a run, as typed values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quambase.schema.groups import LayerGroups
+
+SIZES = ("n_layer", "d_model", "d_inner", "d_state", "dt_rank", "headdim", "ngroups", "vocab_size")
+"""Names of a model's sizes; a family has some of them."""
+
+
+@dataclass(frozen=True)
+class SortedGroups:
+    """How a Mamba-2's heads and channels are sorted.
+
+    settings  how the groups were found: variant (fixed or quamba2) and where its statistics are from
+    layers    the order and the groups of each layer
+    """
+
+    settings: Mapping[str, Any]
+    layers: tuple[LayerGroups, ...]
+
+    @property
+    def variant(self) -> str:
+        """fixed or quamba2."""
+        return str(self.settings["variant"])
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model of a run.
+
+    name    what it is called
+    family  "mamba1", "mamba2", or "tensor" for an imported file
+    path    where its checkpoint was read from
+    sizes   by name, of SIZES
+    groups  of a sorted Mamba-2
+    shape   of an imported tensor
+    """
+
+    name: str
+    family: str
+    path: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    groups: SortedGroups | None = None
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def n_layer(self) -> int:
+        """Layers of the model; ValueError if they are not known."""
+        return self.size("n_layer")
+
+    def size(self, name: str) -> int:
+        """The size called ``name``; ValueError if it is not known."""
+        if name not in self.sizes:
+            raise ValueError(f"the {name} of model {self.name} is not known")
+        return self.sizes[name]
+
+    @property
+    def layer_groups(self) -> list[LayerGroups] | None:
+        """The groups of each layer; None if the model was not sorted."""
+        return None if self.groups is None else list(self.groups.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """As manifests and provenances store it."""
+        return {
+            "name": self.name,
+            "path": self.path,
+            "family": self.family,
+            **self.sizes,
+            **({"shape": list(self.shape)} if self.shape is not None else {}),
+            **(
+                {"groups": {**self.groups.settings, "layers": [layer.to_json() for layer in self.groups.layers]}}
+                if self.groups is not None
+                else {}
+            ),
+        }
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> ModelInfo:
+        """What `to_json` gave. ValueError, TypeError or KeyError: something is missing or of another type."""
+        stored = raw.get("groups")
+        groups = None
+        if stored is not None:
+            settings = {name: value for name, value in stored.items() if name != "layers"}
+            groups = SortedGroups(settings, tuple(LayerGroups.from_json(layer) for layer in stored["layers"]))
+            groups.variant  # noqa: B018  (KeyError where it is missing)
+        return cls(
+            name=_typed(raw, "name", str),
+            family=_typed(raw, "family", str),
+            path=None if raw.get("path") is None else _typed(raw, "path", str),
+            sizes={name: _typed(raw, name, int) for name in SIZES if raw.get(name) is not None},
+            groups=groups,
+            shape=None if raw.get("shape") is None else tuple(int(size) for size in raw["shape"]),
+        )
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """The text of a run.
+
+    name       what it is called
+    path       of the file; None for a known name
+    read       documents read
+    documents  documents with a token
+    empty      documents without one
+    truncated  documents cut at the sequence length
+    tokens     tokens counted
+    """
+
+    name: str
+    documents: int
+    tokens: int
+    path: str | None = None
+    read: int | None = None
+    empty: int = 0
+    truncated: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As manifests and provenances store it."""
+        return {
+            "name": self.name,
+            "path": self.path,
+            "read": self.read,
+            "documents": self.documents,
+            "empty": self.empty,
+            "truncated": self.truncated,
+            "tokens": self.tokens,
+        }
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> TextInfo:
+        """What `to_json` gave. ValueError: something is missing or of another type."""
+        return cls(
+            name=_typed(raw, "name", str),
+            path=None if raw.get("path") is None else _typed(raw, "path", str),
+            read=None if raw.get("read") is None else _typed(raw, "read", int),
+            **{name: _typed(raw, name, int) for name in ("documents", "empty", "truncated", "tokens")},
+        )
+
+
+def _typed(raw: Mapping[str, Any], key: str, kind: type) -> Any:
+    """``raw[key]``; ValueError unless it is a ``kind`` (a bool is no int)."""
+    value = raw.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"its {key} is no {kind.__name__}")
+    return value
