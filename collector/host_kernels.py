@@ -9,6 +9,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from quambase.schema.quantile_rules import interpolate_torch, rank_torch
+
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
@@ -26,6 +28,10 @@ stay in the nearer caches."""
 
 FEW = 16384
 """A document with fewer values in a group is un-counted value by value, not by passing over 65,536 bins."""
+
+
+_rank_torch = numba.njit(cache=True)(rank_torch)
+_interpolate_torch = numba.njit(cache=True)(interpolate_torch)
 
 
 @numba.njit(cache=True)
@@ -69,9 +75,7 @@ def _tail(tables: UInt32, highest: int, total: int, magnitudes: Float32, probabi
     out[0] = magnitudes[magnitude]
     above = out[0]
     for wanted in range(probabilities.size):
-        position = probabilities[wanted] * np.float32(total - 1)
-        below_rank = int(position)
-        above_rank = min(int(np.ceil(position)), total - 1)
+        below_rank, above_rank, weight = _rank_torch(probabilities[wanted], total)
         # Neighbouring probabilities may need the same upper value, which lies behind us.
         if above_rank < last_rank:
             while seen < total - above_rank:
@@ -85,13 +89,7 @@ def _tail(tables: UInt32, highest: int, total: int, magnitudes: Float32, probabi
             for g in range(tables.shape[0]):
                 seen += tables[g, magnitude] + tables[g, magnitude + SIGN]
         below = magnitudes[magnitude]
-        weight = np.float32(position - np.float32(below_rank))
-        # quambase.schema.distribution.lerp_torch
-        step = np.float64(np.float32(above - below))
-        if weight < np.float32(0.5):
-            out[1 + wanted] = np.float32(np.float64(below) + np.float64(weight) * step)
-        else:
-            out[1 + wanted] = np.float32(np.float64(above) + np.float64(np.float32(weight - np.float32(1))) * step)
+        out[1 + wanted] = _interpolate_torch(below, above, weight)
 
 
 @numba.njit(parallel=True, cache=True)
