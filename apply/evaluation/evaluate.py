@@ -46,6 +46,7 @@ from quambase.schema import FORMAT_VERSION
 from quambase.schema.answer import PrintsAsTable
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
 from quambase.schema.files import file_sha256, local_folder, locked, remove_strays, replacing
+from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.progress import Progress, Shown, remark
 from quambase.schema.results import (
     EVALUATION,
@@ -55,9 +56,10 @@ from quambase.schema.results import (
     read_evaluation,
     read_results,
 )
+from quambase.schema.runs import read_run_table
 from quambase.schema.scale_table import Scale
 from quambase.schema.sites import find_site
-from quambase.schema.tables import DOCUMENTS, RESULTS, read_table, write_table
+from quambase.schema.tables import RESULTS, read_table, write_table
 
 BLOCK_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Tokens of one forward pass; part of the evaluation id, since float32 rows depend on the batch."""
@@ -307,11 +309,11 @@ def read_task(
 
 def _calibration_hashes(db: Path, run: str | None) -> tuple[frozenset[str] | None, list[str]]:
     """Hashes of the calibration run's documents, None where they are not known, and a line if they should be."""
-    path = db / "runs" / str(run) / "documents.parquet"
-    if run is None or not path.exists():
+    folder = db / "runs" / str(run)
+    if run is None or not (folder / MANIFEST).exists():
         return None, []
     try:
-        documents = read_table(path, DOCUMENTS)
+        documents = read_run_table(folder, Manifest.load(folder), "documents")
     except DatabaseInvalid as error:
         return None, [f"warning: whether the calibration run held these documents is not known: {error}"]
     return frozenset(str(digest) for digest in pc.unique(documents["sha256"]).to_pylist()), []
