@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -12,38 +13,41 @@ from timing import alternate, table
 
 from quambase.analyzer.analyze import analyze
 from quambase.analyzer.strategies import DEFAULT_LABELS
+from quambase.collector.run_folder import part_file, write_file
 from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
-from quambase.schema.files import file_sha256
-from quambase.schema.manifest import Manifest, TableFile
+from quambase.schema.manifest import Manifest
 from quambase.schema.sites import layer_sites
-from quambase.schema.tables import COUNTS, write_table
+from quambase.schema.tables import COUNTS
 
 RUN = "synthetic"
 VALUES = 6_000_000
 
 
 def rows() -> Iterator[pa.Table]:
-    """Heavy-tailed values of each group at its own spread."""
+    """Heavy-tailed values of each group at its own spread, a table for each layer."""
     random = np.random.default_rng(0)
     drawn = random.standard_t(3, VALUES)
-    for layer, site in layer_sites(24):
-        for group in site.groups:
-            counted = Distribution.of_values(drawn * 10.0 ** random.uniform(-2, 1))
-            key = {"run": RUN, "layer": layer, "site": site.name, "group_name": group}
-            columns = [pa.array([value] * counted.values.size) for value in key.values()]
-            yield pa.table([*columns, counted.values, counted.counts], names=COUNTS.names)
+    for _, sites in groupby(layer_sites(24), key=lambda place: place[0]):
+        tables = []
+        for layer, site in sites:
+            for group in site.groups:
+                counted = Distribution.of_values(drawn * 10.0 ** random.uniform(-2, 1))
+                key = {"run": RUN, "layer": layer, "site": site.name, "group_name": group}
+                columns = [pa.array([value] * counted.values.size) for value in key.values()]
+                tables.append(pa.table([*columns, counted.values, counted.counts], names=COUNTS.names))
+        yield pa.concat_tables(tables)
 
 
 def main() -> None:
     """Print the time of `analyze` beside the target, and of a scan and of a summary query."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "runs" / RUN
-        path = run / "counts.parquet"
-        total = write_table(path, "counts", rows(), COUNTS)
+        files = {part_file(number): write_file(run, part_file(number), made) for number, made in enumerate(rows())}
         identity, model = {"weights_sha256": "none"}, {"name": "synthetic", "family": "mamba1", "n_layer": 24}
-        Manifest(RUN, identity, model, {}, {path.name: TableFile(total, file_sha256(path))}, []).save(run)
-        print(f"{total:,} count rows, {path.stat().st_size / 1e6:.1f} MB, strategies: {', '.join(DEFAULT_LABELS)}")
+        Manifest(RUN, identity, model, {}, files, []).save(run)
+        size, total = sum((run / file).stat().st_size for file in files), sum(entry.rows for entry in files.values())
+        print(f"{total:,} count rows, {size / 1e6:.1f} MB, strategies: {', '.join(DEFAULT_LABELS)}")
         database = StatsDB(Path(folder))
         scan = "SELECT layer, site, group_name, max(abs(value)), sum(count) FROM counts GROUP BY ALL"
         seconds = alternate(

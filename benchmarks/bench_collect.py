@@ -84,12 +84,13 @@ def main(which: str) -> None:
             parts = ("prepare_seconds", "observe_seconds", "write_seconds")
             seconds["collect"].append(sum(created[part] for part in parts))
         size = sum((run.folder / file).stat().st_size for file in run.manifest.tables)
-        without = size - (run.folder / "activations.parquet").stat().st_size
+        without = size - sum((run.folder / file).stat().st_size for file in run.manifest.files_of("activations"))
+        counted = sum(run.manifest.tables[file].rows for file in run.manifest.files_of("counts"))
         peaks = {
             n: memory(model, n, str(folder / f"memory{n}")) for n in ((32, 128, 512) if which != "130m" else (64,))
         }
         print(f"\n{plan.tokens:,} tokens of {len(plan.documents)} documents; database {size / 1e6:.1f} MB,")
-        print(f"{without / 1e6:.1f} MB without activations; {run.manifest.tables['counts.parquet'].rows:,} count rows")
+        print(f"{without / 1e6:.1f} MB without activations; {counted:,} count rows")
         for count, peak in peaks.items():
             print(f"peak memory at {count} samples: {peak:,.0f} MB")
         table(f"collect, {loaded.name}", "seconds", {k: min(v) for k, v in seconds.items()}, "plain forward")

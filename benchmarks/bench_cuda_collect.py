@@ -21,13 +21,14 @@ from quambase.collector.block_runners import DTYPES, KeptTokens, choose_placemen
 from quambase.collector.collect import OUTLIERS
 from quambase.collector.documents import DocumentSet, TokenizedDocument, sampled_states, sampled_tokens
 from quambase.collector.layouts import site_layouts
-from quambase.collector.run_folder import JoinedParts, part_folder, write_run
+from quambase.collector.run_folder import BlockFiles, every_table, write_statistics
 from quambase.collector.statistics import ENCODINGS, SiteLayout, SiteStatistics
 from quambase.collector.table_rows import Int64, Places
 from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
 from quambase.model.operators.device_models import HEAD_ROWS, DeviceModel, device_model
 from quambase.model.packed_batch import Batch
 from quambase.model.weights import MambaConfig, MambaWeights, random_weights
+from quambase.schema.manifest import table_of
 from quambase.schema.sites import FAMILIES, MAMBA1, MAMBA2
 
 SEQ_LEN, BLOCK, KEEP = 512, 32, 64
@@ -58,9 +59,9 @@ def collecting(
     statistics = {key: SiteStatistics.empty(layout, OUTLIERS) for key, layout in layouts.items()}
     kept = KeptTokens(sampled_tokens(plan, KEEP, 0), sampled_states(plan, KEEP // weights.config.d_state, 0))
     blocks = plan.blocks(BLOCK)
-    with JoinedParts(folder, [part_folder(folder, number) for number in range(len(blocks))], 0) as parts:
+    with BlockFiles(folder) as files:
         observer = new_block_runner(
-            weights, choose_placement("cuda"), statistics, OUTLIERS, run="run", kept=kept, write=parts.add
+            weights, choose_placement("cuda"), statistics, OUTLIERS, run="run", kept=kept, write=files.add
         )
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -69,10 +70,13 @@ def collecting(
                 observer.observe(number, documents)
             statistics = observer.statistics()
             observed = time.perf_counter()
-            tables = write_run(folder, "run", statistics, ENCODINGS["float16"], locate, parts)
+            made = write_statistics(folder, "run", statistics, ENCODINGS["float16"], locate)
+            observer.settle()
+            tables = every_table(folder, files.written() | made)
     written = time.perf_counter()
     sizes = {name: (folder / name).stat().st_size for name in tables}
-    return observed - start, written - observed, sum(sizes.values()), sizes["activations.parquet"]
+    raw = sum(size for file, size in sizes.items() if table_of(file) == "activations")
+    return observed - start, written - observed, sum(sizes.values()), raw
 
 
 def locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:

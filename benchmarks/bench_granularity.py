@@ -33,9 +33,9 @@ WHERE site = 'x_conv_out:input' GROUP BY ALL
 """
 
 
-def size_of(folder: Path, name: str = "*") -> float:
-    """Megabytes of the files of ``folder``."""
-    return sum(path.stat().st_size for path in folder.glob(name)) / 1e6
+def size_of(folder: Path) -> float:
+    """Megabytes of the tables in ``folder``."""
+    return sum(path.stat().st_size for path in folder.rglob("*.parquet")) / 1e6
 
 
 def collected(model: str, db: Path, groups: str | None = None) -> str:
@@ -43,7 +43,7 @@ def collected(model: str, db: Path, groups: str | None = None) -> str:
     start = time.perf_counter()
     run = collect(model, SAMPLES, db=db, groups=groups, progress=False)
     seconds = time.perf_counter() - start
-    raw = size_of(run.folder, "activations.parquet")
+    raw = size_of(run.folder / "activations")
     found = pq.read_metadata(run.folder / "groups.parquet").num_rows
     return (
         f"| {model} {groups or ''} | {run.manifest.data['tokens']:,} | {seconds:.1f} | "

@@ -31,7 +31,7 @@ def seconds(command: str, *arguments: str) -> float:
 
 def megabytes(folder: Path, *, without: str = "") -> float:
     """Of a run's Parquet files."""
-    return sum(path.stat().st_size for path in folder.rglob("*.parquet") if path.stem != without) / 1e6
+    return sum(path.stat().st_size for path in folder.rglob("*.parquet") if without not in path.parts) / 1e6
 
 
 def main(samples: str = "64", evaluated: str = "4", device: str = "auto") -> None:

@@ -205,11 +205,11 @@ def merge(sources: tuple[Path, ...], run: str | None, db: Path) -> None:
 
 def _describe(found: CollectedRun) -> None:
     """Describe the run on stderr: its documents, its worst outliers, its folder and the next command."""
-    from quambase.schema.tables import SITE_STATS, read_table
+    from quambase.schema.runs import read_run_table
 
     manifest, data = found.manifest, found.manifest.data
     family = str(manifest.model.get("family"))
-    rows = read_table(found.folder / "site_stats.parquet", SITE_STATS).to_pylist()
+    rows = read_run_table(found.folder, manifest, "site_stats").to_pylist()
     broken = [row for row in rows if row["nonfinite"] and row["group_name"] == WHOLE]
     for row in broken[:MOST_WARNINGS]:
         answer(

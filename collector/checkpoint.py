@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from quambase.collector.statistics import Moments, SiteLayout, SiteStatistics
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.files import replacing
+from quambase.schema.manifest import TableFile, table_files
 from quambase.schema.sites import SiteKey
 
 CHECKPOINT = "checkpoint.npz"
 
 
-def save_checkpoint(folder: Path, blocks: int, statistics: Mapping[SiteKey, SiteStatistics]) -> None:
-    """Write the statistics of the first ``blocks`` blocks. Counts are stored sparsely, sites in sorted order."""
-    arrays: dict[str, np.ndarray] = {"blocks": np.array(blocks)}
+class Checkpoint(NamedTuple):
+    """The first ``blocks`` blocks of a run or a shard: their statistics, and the files that hold their rows."""
+
+    blocks: int
+    statistics: dict[SiteKey, SiteStatistics]
+    files: dict[str, TableFile]
+
+
+def save_checkpoint(
+    folder: Path, blocks: int, statistics: Mapping[SiteKey, SiteStatistics], files: Mapping[str, TableFile]
+) -> None:
+    """Write a `Checkpoint`; ``files`` are on the disk. Counts are stored sparsely, sites in sorted order."""
+    listed = json.dumps({file: asdict(entry) for file, entry in files.items()})
+    arrays: dict[str, np.ndarray] = {"blocks": np.array(blocks), "files": np.array(listed)}
     for number, key in enumerate(sorted(statistics)):
         stats = statistics[key]
         flat = stats.counts.ravel()
@@ -34,17 +48,12 @@ def save_checkpoint(folder: Path, blocks: int, statistics: Mapping[SiteKey, Site
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def load_checkpoint(
-    folder: Path, layouts: Mapping[SiteKey, SiteLayout], most: int
-) -> tuple[int, dict[SiteKey, SiteStatistics]]:
-    """The number of blocks done and their statistics; nothing done where there is no checkpoint.
-
-    DatabaseInvalid if the file is damaged.
-    """
+def load_checkpoint(folder: Path, layouts: Mapping[SiteKey, SiteLayout], most: int) -> Checkpoint:
+    """What `save_checkpoint` wrote; of no block where there is none. DatabaseInvalid if the file is damaged."""
     statistics = {key: SiteStatistics.empty(layout, most) for key, layout in layouts.items()}
     path = folder / CHECKPOINT
     if not path.exists():
-        return 0, statistics
+        return Checkpoint(0, statistics, {})
     try:
         with np.load(path, allow_pickle=False) as arrays:
             for number, key in enumerate(sorted(statistics)):
@@ -53,7 +62,8 @@ def load_checkpoint(
                 for field in fields(Moments):
                     setattr(stats.moments, field.name, arrays[f"{number}.{field.name}"])
                 stats.top = [arrays[f"{number}.top{g}"] for g in range(len(stats.layout.names))]
-            return int(arrays["blocks"]), statistics
+            files = table_files(json.loads(str(arrays["files"])))
+            return Checkpoint(int(arrays["blocks"]), statistics, files)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0]
         raise DatabaseInvalid(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -28,14 +27,12 @@ from quambase.collector.documents import (
 from quambase.collector.first_pass import Grouping, choose_grouping, find_groups
 from quambase.collector.layouts import site_layouts
 from quambase.collector.run_folder import (
-    JoinedParts,
+    BlockFiles,
     clear_leftovers,
-    encoded_part,
+    every_table,
     finish_run,
-    part_folder,
     versions,
-    write_part,
-    write_run,
+    write_statistics,
 )
 from quambase.collector.shards import (
     SHARD,
@@ -56,7 +53,7 @@ from quambase.model.prepare import prepare
 from quambase.model.reorder import reorder
 from quambase.model.sources import default_data, find_sources
 from quambase.model.weights import MambaWeights
-from quambase.schema import FORMAT_VERSION
+from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.answer import PrintsAsTable
 from quambase.schema.errors import DataInvalid
 from quambase.schema.files import local_folder, locked
@@ -178,12 +175,11 @@ def collect(
                 clock.lap("group")
             layouts = site_layouts(loaded.any_weights.config, observed, layers)
             weights = prepare(_reordered(loaded.any_weights, layers))
-            done, statistics = load_checkpoint(folder, layouts, OUTLIERS)
+            done, statistics, there = load_checkpoint(folder, layouts, OUTLIERS)
             keep = _kept(loaded, plan, keep_tokens, seed)
             blocks = plan.blocks(batch_size)
             mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
-            parts = [part_folder(folder, block) for block in range(len(blocks))]
-            with JoinedParts(folder, parts, done) if shard is None else nullcontext() as joined:
+            with BlockFiles(folder, there) as files:
                 observer = new_block_runner(
                     weights,
                     where,
@@ -191,22 +187,24 @@ def collect(
                     OUTLIERS,
                     run=run,
                     kept=keep,
-                    write=joined.add if joined else partial(_write_part, parts),
-                    sums=None if joined else lambda number, sums: write_sums(folder, number, sums),
+                    write=files.add,
+                    sums=partial(write_sums, folder) if shard else None,
                 )
                 clock.lap("prepare")
-                tables = {}
                 with observer:
-                    _observe(observer, blocks, mine, done, folder, joined, shown)
+                    _observe(observer, blocks, mine, done, folder, files, shown)
                     statistics = observer.statistics()
                     clock.lap("observe")
                     shown.say("writing the run")
                     locate = _locator(plan, loaded)
-                    if joined:
-                        tables = write_run(folder, run, statistics, ENCODINGS["float16"], locate, joined)
+                    if shard is None:  # while the last blocks' files are written
+                        made = write_statistics(folder, run, statistics, ENCODINGS["float16"], locate)
+                    observer.settle()
+                    tables = files.written()
+                    if shard is None:
+                        tables = every_table(folder, tables | made)
                     else:
-                        observer.settle()
-                        save_checkpoint(folder, len(mine), statistics)
+                        save_checkpoint(folder, len(mine), statistics, tables)
                         write_places(folder, statistics, locate)
                 clock.lap("write")
             manifest = Manifest(
@@ -266,7 +264,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Everything that determines the bytes of the run's tables, ``settings`` among it; its hash is the run id."""
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": RUN_FORMAT_VERSION,
         "weights_sha256": loaded.weights_sha256,
         "tokenizer_sha256": loaded.tokenizer_sha256,
         "documents": plan.digest(),
@@ -310,7 +308,7 @@ def _observe(
     numbers: range,
     done: int,
     folder: Path,
-    joined: JoinedParts | None,
+    files: BlockFiles,
     progress: Progress,
 ) -> None:
     """Run the blocks ``numbers`` after the first ``done`` of them, those of the checkpoint."""
@@ -323,14 +321,8 @@ def _observe(
             observer.observe(numbers[place], blocks[numbers[place]])
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             observer.settle()
-            if joined:
-                joined.save()
-            save_checkpoint(folder, place + 1, observer.statistics())
+            save_checkpoint(folder, place + 1, observer.statistics(), files.written())
             saved = time.monotonic()
-
-
-def _write_part(parts: Sequence[Path], number: int, documents: pa.Table, activations: pa.Table) -> None:
-    write_part(parts[number], documents, encoded_part(activations))
 
 
 def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:

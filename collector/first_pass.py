@@ -23,8 +23,8 @@ from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
 from quambase.schema.groups import LayerGroups, stored_groups
 from quambase.schema.manifest import Manifest
 from quambase.schema.progress import SILENT, Progress
+from quambase.schema.runs import read_run_table
 from quambase.schema.sites import MAMBA2
-from quambase.schema.tables import CHANNELS, read_table
 
 SITE = "x_conv_out:input"
 """Its channels are what is sorted: x, the input of the scan."""
@@ -126,8 +126,8 @@ def statistics_of_run(folder: Path, weights_sha256: str) -> list[npt.NDArray[np.
     layers = range(int(manifest.model["n_layer"]))
     if any((layer, SITE) not in manifest.sites for layer in layers):
         raise DatabaseInvalid(f"run {folder.name} lacks {SITE}; name a run that was collected with that site")
-    manifest.verify(folder, ["channels.parquet"])
-    table = read_table(folder / "channels.parquet", CHANNELS)
+    manifest.verify(folder, manifest.files_of("channels"))
+    table = read_run_table(folder, manifest, "channels")
     table = table.filter(pc.equal(table["site"], SITE)).sort_by([("layer", "ascending"), ("channel", "ascending")])
     stored = table["mean_abs_max"].to_numpy().reshape(len(layers), -1)
     groups = stored_groups(manifest.model)

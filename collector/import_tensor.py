@@ -10,12 +10,12 @@ import torch
 
 from quambase.collector.collect import OUTLIERS, CollectedRun, existing_run
 from quambase.collector.documents import run_id
-from quambase.collector.run_folder import JoinedParts, finish_run, part_folder, versions, write_run
+from quambase.collector.run_folder import BlockFiles, every_table, finish_run, versions, write_statistics
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
 from quambase.collector.table_rows import Int64, Places, keyed_rows
 from quambase.model.files import check_file, first_line
 from quambase.model.tensor_files import plain_tensor, read_pytorch, read_safetensors
-from quambase.schema import FORMAT_VERSION
+from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.errors import TensorFileInvalid
 from quambase.schema.files import file_sha256, local_folder, locked
 from quambase.schema.manifest import MANIFEST, Manifest
@@ -98,7 +98,7 @@ def import_tensor(
     encoding = ENCODINGS["bfloat16" if values.dtype == torch.bfloat16 else "float16"]
     digest = file_sha256(path)
     identity = {
-        "format_version": FORMAT_VERSION,
+        "format_version": RUN_FORMAT_VERSION,
         "file": digest,
         "tensor": tensor,
         "sites": [site],
@@ -126,9 +126,10 @@ def import_tensor(
         **{column: summaries[:, group, i] for i, column in enumerate(SUMMARY_COLUMNS)},
     }
     with locked(folder):
-        with JoinedParts(folder, [part_folder(folder, 0)], 0) as parts:
-            parts.add(0, keyed_rows(run, key, name, documents, columns, DOCUMENTS), ACTIVATIONS.empty_table())
-            tables = write_run(folder, run, {key: stats}, encoding, _locate, parts)
+        with BlockFiles(folder) as blocks:
+            blocks.add(0, keyed_rows(run, key, name, documents, columns, DOCUMENTS), ACTIVATIONS.empty_table())
+            made = write_statistics(folder, run, {key: stats}, encoding, _locate)
+            tables = every_table(folder, blocks.written() | made)
         manifest = Manifest(
             run=run,
             identity=identity,

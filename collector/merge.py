@@ -1,7 +1,8 @@
 """`quambase merge`: the shards of a run to the run itself, the same bytes as if one process had collected it.
 
-Counts, extrema and largest values add up in any order. The float64 sums do not: every shard kept them block by block,
-and here they are added from 0 in block order, as `SiteStatistics.fold` does in a run that was not divided.
+The files of blocks' rows go to the run as they are. Counts, extrema and largest values add up in any order. The float64
+sums do not: every shard kept them block by block, and here they are added from 0 in block order, as
+`SiteStatistics.fold` does in a run that was not divided.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from quambase.collector.checkpoint import load_checkpoint
 from quambase.collector.collect import CollectedRun, existing_run
 from quambase.collector.documents import run_id
 from quambase.collector.layouts import site_layouts
-from quambase.collector.run_folder import JoinedParts, finish_run, part_folder, versions, write_run
+from quambase.collector.run_folder import every_table, finish_run, versions, write_statistics
 from quambase.collector.shards import (
     SHARD,
     Shard,
@@ -30,9 +31,9 @@ from quambase.collector.shards import (
 )
 from quambase.collector.statistics import ENCODINGS, SiteStatistics
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, RunBusy, UnknownName
-from quambase.schema.files import local_folder, locked
+from quambase.schema.files import link_or_copy, local_folder, locked
 from quambase.schema.groups import stored_groups
-from quambase.schema.manifest import MANIFEST, SHARDS, Manifest
+from quambase.schema.manifest import MANIFEST, SHARDS, Manifest, TableFile
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.runs import list_runs, sound_manifests
 from quambase.schema.sites import SiteKey
@@ -72,11 +73,14 @@ def merge(
         if (folder / MANIFEST).exists():  # another process has merged it since
             return existing_run(folder)
         statistics = _fold(found, folders, progress)
-        count, blocks = len(found), found[min(found)].blocks
-        parts = [part_folder(folders[Shard(block % count, count)], block) for block in range(blocks)]
+        blocks: dict[str, TableFile] = {}
+        for shard, each in found.items():
+            for file in each.manifest.tables:
+                link_or_copy(folders[shard] / file, folder / file)
+            blocks |= each.manifest.tables
         encoding = ENCODINGS[manifest.identity["activation_dtype"]]
-        with JoinedParts(folder, parts, len(parts)) as joined:
-            tables = write_run(folder, name, statistics, encoding, stored_locator(list(folders.values())), joined)
+        locate = stored_locator(list(folders.values()))
+        tables = every_table(folder, blocks | write_statistics(folder, name, statistics, encoding, locate))
         created = {
             "started": min(str(each.manifest.created["started"]) for each in found.values()),
             "shard_seconds": [each.manifest.created["observe_seconds"] for each in found.values()],
@@ -253,7 +257,7 @@ def _fold(found: Found, folders: Folders, progress: Shown) -> dict[SiteKey, Site
         shown.start("merge", len(found), len(found), unit="shards")
         for shard in found:
             with shown.piece(1, 1):
-                _, part = load_checkpoint(folders[shard], layouts, identity["outliers"])
+                part = load_checkpoint(folders[shard], layouts, identity["outliers"]).statistics
                 for key, stats in statistics.items():
                     stats.fold(part[key])
     for stats in statistics.values():

@@ -1,13 +1,17 @@
-"""From accumulated statistics to a finished run folder: tables, checksums, `run.json`, and the lock."""
+"""A run folder: the files of its tables, each written straight to its place; `run.json`; what is cleared at the end.
+
+`documents` and `activations` come block by block and are folders with a file for each block that has rows. `counts`,
+which is large and made at the end, is a folder of parts. The other tables are a file each.
+"""
 
 from __future__ import annotations
 
 import platform
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -17,268 +21,148 @@ from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from quambase.collector.checkpoint import CHECKPOINT
 from quambase.collector.statistics import Encoding, SiteStatistics
 from quambase.collector.table_rows import (
-    PIECE_ROWS,
     Locate,
-    channels_pieces,
-    counts_pieces,
-    groups_pieces,
-    outliers_pieces,
-    site_stats_pieces,
+    channels_rows,
+    counts_parts,
+    groups_rows,
+    outliers_rows,
+    site_stats_maker,
 )
 from quambase.schema.errors import DatabaseInvalid, RunBusy
-from quambase.schema.files import locked, remove_strays, replacing
-from quambase.schema.manifest import SHARDS, Manifest, TableFile
+from quambase.schema.files import file_damage, file_sha256, locked, remove_strays
+from quambase.schema.manifest import SHARDS, Manifest, TableFile, table_of
 from quambase.schema.runs import list_runs, sound_manifests
 from quambase.schema.sites import SiteKey
-from quambase.schema.tables import (
-    ACTIVATIONS,
-    DOCUMENTS,
-    RUN_TABLES,
-    Piece,
-    as_made,
-    cast_to,
-    encode_pieces,
-    encoded_table,
-    write_encoded,
-    write_joined,
-)
+from quambase.schema.tables import RUN_TABLES, write_table
 
-PARTS = "parts"
-"""Folder, inside an unfinished run, of what each block adds to `documents` and `activations`."""
-
-_ONE_DICTIONARY = pa.ipc.IpcWriteOptions(unify_dictionaries=True)
-"""An Arrow file has one of each column."""
-
-DOCUMENTS_PART, ACTIVATIONS_PART = "documents.arrow", "activations.parquet"
-
-PART_FILES = (DOCUMENTS_PART, ACTIVATIONS_PART)
-"""What a block leaves there: few rows of `documents`, in Arrow's own format, and its row group of `activations`."""
+BLOCK_TABLES = ("documents", "activations")
+"""The tables that come block by block."""
 
 
-def part_folder(folder: Path, block: int) -> Path:
-    """Placement block number ``block`` leaves its rows until the run is complete."""
-    return folder / PARTS / f"block-{block:05d}"
+def block_file(table: str, block: int) -> str:
+    """The file of a block's rows, as a path in the run folder."""
+    return f"{table}/block-{block:05d}.parquet"
 
 
-UNSAVED = 1 << 28
-"""Bytes of parts, about, that stay in memory until they have to be on the disk."""
+def part_file(number: int) -> str:
+    """The file of a part of `counts`, likewise."""
+    return f"counts/part-{number:03d}.parquet"
 
 
-def encoded_part(activations: pa.Table) -> memoryview:
-    """The bytes of a part's file of its rows of `activations`."""
-    return encoded_table("activations", activations if activations.num_rows else None, ACTIVATIONS)
+def write_file(folder: Path, file: str, rows: pa.Table) -> TableFile:
+    """Write rows of a table to one of its files; ``file`` is its path in the run folder. OSError."""
+    table = table_of(file)
+    write_table(folder / file, table, rows, RUN_TABLES[table])
+    return TableFile(rows.num_rows, file_sha256(folder / file))
 
 
-def write_part(part: Path, documents: pa.Table, activations: memoryview) -> None:
-    """Write one block's rows of `documents`, and its `encoded_part`, into its folder."""
-    made = as_made(DOCUMENTS)
-    with (
-        replacing(part / DOCUMENTS_PART) as temporary,
-        pa.ipc.new_file(str(temporary), made, options=_ONE_DICTIONARY) as file,
-    ):
-        file.write_table(cast_to(documents, made))
-    with replacing(part / ACTIVATIONS_PART) as temporary:
-        temporary.write_bytes(activations)
+WRITERS = 4
+"""Threads that write blocks' files: raw activations take longer to encode than a GPU takes for a block."""
+
+UNWRITTEN_BYTES = 1 << 28
+"""Bytes of rows that may wait for these threads."""
 
 
-PIECE_BYTES = 1 << 22
-"""Bytes of rows of `documents` that are joined, about."""
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """DatabaseInvalid if a part is gone, cut short, or an earlier version's."""
-    try:
-        yield
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else "is cut short or altered"
-        raise DatabaseInvalid(
-            f"{path} {what}, so this unfinished run cannot be completed; remove {path.parents[2]} and collect again"
-        ) from None
-
-
-class _Part:
-    """A part: in memory, or on the disk, whence it is read."""
-
-    def __init__(self, folder: Path, documents: pa.Table | None = None, activations: memoryview | None = None) -> None:
-        self.folder, self._documents, self._activations = folder, documents, activations
-
-    @property
-    def size(self) -> int:
-        """Bytes in memory."""
-        return sum(held.nbytes for held in (self._documents, self._activations) if held is not None)
-
-    def save(self) -> None:
-        """Write it to the disk, and keep it in memory no longer."""
-        if self._documents is not None and self._activations is not None:
-            write_part(self.folder, self._documents, self._activations)
-        self._documents = self._activations = None
-
-    def documents(self) -> pa.Table:
-        """Its rows of `documents`."""
-        if (documents := self._documents) is not None:
-            return documents
-        path = self.folder / DOCUMENTS_PART
-        with _readable(path), pa.memory_map(str(path)) as file:
-            return pa.ipc.open_file(file).read_all()
-
-    def activations(self) -> memoryview:
-        """The bytes of its file of `activations`."""
-        if (activations := self._activations) is not None:
-            return activations
-        path = self.folder / ACTIVATIONS_PART
-        with _readable(path), pa.memory_map(str(path)) as file:
-            pq.read_metadata(file)  # so that it is a whole file
-            file.seek(0)
-            return memoryview(file.read_buffer())
-
-
-class JoinedParts(AbstractContextManager["JoinedParts"]):
-    """The tables `documents` and `activations` of a run, which are written while its blocks' parts come in.
-
-    A part is of use to a run that was stopped if a checkpoint counts its block: until then, or until there are many,
-    parts stay in memory.
+class BlockFiles(AbstractContextManager["BlockFiles"]):
+    """Writes the files of blocks, in threads, while later blocks are observed.
 
     folder  the run's
-    parts   the parts' folders in the order of blocks, the first ``there`` of which are complete
-    pool    where pieces of tables are made and encoded
-    `add` and `tables` raise DatabaseInvalid where a part on the disk is gone or damaged, and OSError.
+    there   the files of blocks that a checkpoint counts, which are checked: DatabaseInvalid
     """
 
-    def __init__(self, folder: Path, parts: Sequence[Path], there: int) -> None:
-        self.pool = ThreadPoolExecutor(pa.cpu_count())
-        self._parts = parts
-        self._coming: list[Future[_Part]] = [Future() for _ in parts]
-        for part, coming in zip(parts, self._coming[:there], strict=False):
-            coming.set_result(_Part(part))
-        self._unsaved: deque[_Part] = deque()
+    def __init__(self, folder: Path, there: Mapping[str, TableFile] | None = None) -> None:
+        self._folder, self._files = folder, dict(there or {})
+        for file, entry in self._files.items():
+            if damage := file_damage(folder / file, entry.sha256):
+                raise DatabaseInvalid(
+                    f"{folder / file} {damage}, so this unfinished run cannot be completed; remove {folder} and "
+                    "collect again"
+                )
+        self._pool = ThreadPoolExecutor(WRITERS)
+        self._coming: deque[tuple[str, int, Future[TableFile]]] = deque()  # with the bytes of their rows
         self._lock = Lock()
-        self._writers = ThreadPoolExecutor(2)
-        self._tables = {
-            "documents": self._writers.submit(
-                lambda: _write(folder, "documents", _encode("documents", _gathered(self._documents()), self.pool))
-            ),
-            "activations": self._writers.submit(
-                lambda: TableFile(*write_joined(folder / "activations.parquet", self._activations()))
-            ),
-        }
 
     def add(self, block: int, documents: pa.Table, activations: pa.Table) -> None:
-        """Take the part of block number ``block``; raises what went wrong with the tables, too."""
-        try:
-            for table in self._tables.values():
-                if table.done():
-                    table.result()
-            part = _Part(self._parts[block], cast_to(documents, as_made(DOCUMENTS)), encoded_part(activations))
+        """Write the rows of block number ``block``; waits while more than UNWRITTEN_BYTES are unwritten.
+
+        OSError, perhaps of an earlier block.
+        """
+        for table, rows in zip(BLOCK_TABLES, (documents, activations), strict=True):
+            if rows.num_rows:
+                file = block_file(table, block)
+                coming = self._pool.submit(write_file, self._folder, file, rows)
+                with self._lock:
+                    self._coming.append((file, rows.nbytes, coming))
+        self._wait(UNWRITTEN_BYTES)
+
+    def written(self) -> dict[str, TableFile]:
+        """Wait for the files of every block so far; those and the ones that were there. OSError."""
+        self._wait(0)
+        return dict(self._files)
+
+    def _wait(self, most: int) -> None:
+        """Wait for the oldest files until the rows of the others have ``most`` bytes at most."""
+        while True:
             with self._lock:
-                self._unsaved.append(part)
-            self._save_all_but(UNSAVED)
-        except BaseException as error:
-            self._coming[block].set_exception(error)  # for who waits for the tables
-            raise
-        self._coming[block].set_result(part)
-
-    def save(self) -> None:
-        """Write the parts so far to the disk."""
-        self._save_all_but(0)
-
-    def tables(self) -> dict[str, TableFile]:
-        """Rows and checksums by the tables' names; waits until all parts are in them."""
-        return {name: table.result() for name, table in self._tables.items()}
+                if not self._coming or (
+                    sum(size for _, size, _ in self._coming) <= most and not self._coming[0][2].done()
+                ):
+                    return
+                file, _, coming = self._coming.popleft()
+            entry = coming.result()
+            with self._lock:
+                self._files[file] = entry
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go of tables that wait for parts which will not come."""
-        for part in self._coming:
-            part.cancel()
-        self._writers.shutdown(wait=True)
-        self.pool.shutdown(wait=True)
-
-    def _save_all_but(self, most: int) -> None:
-        """The oldest first, until ``most`` bytes are left."""
-        leaving: list[_Part] = []
-        with self._lock:
-            size = sum(part.size for part in self._unsaved)
-            while self._unsaved and size > most:
-                leaving.append(self._unsaved.popleft())
-                size -= leaving[-1].size
-        for part in leaving:
-            part.save()
-
-    def _documents(self) -> Iterator[pa.Table]:
-        """The parts of `documents` in block order."""
-        for coming in self._coming:
-            yield coming.result().documents()
-
-    def _activations(self) -> Iterator[memoryview]:
-        """The parts of `activations` in block order."""
-        for coming in self._coming:
-            yield coming.result().activations()
+        """Wait for the files that are being written; files that no thread has begun are not."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def write_run(
-    folder: Path,
-    run: str,
-    statistics: Mapping[SiteKey, SiteStatistics],
-    encoding: Encoding,
-    locate: Locate,
-    parts: JoinedParts,
+def write_statistics(
+    folder: Path, run: str, statistics: Mapping[SiteKey, SiteStatistics], encoding: Encoding, locate: Locate
 ) -> dict[str, TableFile]:
-    """Write every table of a run from its statistics, and wait for those that its blocks' parts make; rows and
-    checksums by file name. Errors as `JoinedParts`.
-    """
+    """Write the tables that are made of a run's statistics, in threads; their files. OSError."""
     layouts = {key: stats.layout for key, stats in statistics.items()}
-    pool = parts.pool
 
-    def put(name: str, pieces: Iterable[Piece]) -> list[Future[memoryview]]:
-        return list(_encode(name, pieces, pool))
+    def write(file: str, make: Callable[[], pa.Table]) -> TableFile:
+        return write_file(folder, file, make())
 
-    # All that the pool has to do is known before its threads compete with this one; what takes longest comes first.
-    encoded = {
-        "channels": put("channels", channels_pieces(run, statistics)),
-        "counts": put("counts", counts_pieces(run, statistics, encoding)),
-    }
-    site_stats = list(site_stats_pieces(run, statistics, encoding, pool))
-    encoded["outliers"] = put("outliers", outliers_pieces(run, statistics, encoding, locate))
-    encoded["groups"] = put("groups", groups_pieces(run, layouts))
-    encoded["site_stats"] = put("site_stats", site_stats)
-    with ThreadPoolExecutor(len(encoded)) as writers:
-        coming = {name: writers.submit(_write, folder, name, files) for name, files in encoded.items()}
-        written = {name: table.result() for name, table in coming.items()} | parts.tables()
-    return {f"{name}.parquet": written[name] for name in RUN_TABLES}
+    with ThreadPoolExecutor(pa.cpu_count()) as pool:
+        site_stats = site_stats_maker(run, statistics, encoding, pool)
+        # What takes longest comes first.
+        made: dict[str, Callable[[], pa.Table]] = {
+            "channels.parquet": partial(channels_rows, run, statistics),
+            **{part_file(number): part for number, part in enumerate(counts_parts(run, statistics, encoding))},
+            "outliers.parquet": partial(outliers_rows, run, statistics, encoding, locate),
+            "groups.parquet": partial(groups_rows, run, layouts),
+            "site_stats.parquet": site_stats,
+        }
+        coming = {file: pool.submit(write, file, make) for file, make in made.items()}
+        return {file: entry.result() for file, entry in coming.items()}
 
 
-def _encode(name: str, pieces: Iterable[Piece], pool: Executor) -> Iterator[Future[memoryview]]:
-    return encode_pieces(name, pieces, RUN_TABLES[name], pool)
+def every_table(folder: Path, files: Mapping[str, TableFile]) -> dict[str, TableFile]:
+    """The files of a whole run in order, among them one without rows for each table that has none, so that it has its
+    columns. OSError.
+    """
+    found = dict(files)
+    for file in (part_file(0), *(block_file(table, 0) for table in BLOCK_TABLES)):
+        if table_of(file) not in map(table_of, files):
+            found[file] = write_file(folder, file, RUN_TABLES[table_of(file)].empty_table())
+    return in_order(found)
 
 
-def _write(folder: Path, name: str, encoded: Iterable[Future[memoryview]]) -> TableFile:
-    return TableFile(*write_encoded(folder / f"{name}.parquet", name, encoded, RUN_TABLES[name]))
-
-
-def _gathered(tables: Iterator[pa.Table]) -> Iterator[Piece]:
-    """Small tables joined to pieces of about PIECE_ROWS rows or PIECE_BYTES."""
-    held: list[pa.Table] = []
-    rows = size = 0
-    for table in tables:
-        held.append(table)
-        rows += table.num_rows
-        size += table.nbytes
-        if rows >= PIECE_ROWS or size >= PIECE_BYTES:
-            yield partial(_joined, held)
-            held, rows, size = [], 0, 0
-    if held:
-        yield partial(_joined, held)
-
-
-def _joined(held: Sequence[pa.Table]) -> pa.Table:
-    return held[0] if len(held) == 1 else pa.concat_tables(held).combine_chunks()
+def in_order(files: Mapping[str, TableFile]) -> dict[str, TableFile]:
+    """Files of a run by table, each table's in the order of its rows."""
+    tables = list(RUN_TABLES)
+    # Numbers with more digits than most come last.
+    return dict(sorted(files.items(), key=lambda item: (tables.index(table_of(item[0])), len(item[0]), item[0])))
 
 
 def finish_run(folder: Path, manifest: Manifest) -> Manifest:
@@ -288,6 +172,10 @@ def finish_run(folder: Path, manifest: Manifest) -> Manifest:
     before, _ = sound_manifests(list_runs(folder.parent.parent)[0])
     number = 1 + (before[0].age()[0] if before else 0)
     numbered = replace(manifest, created={"number": number, **manifest.created})
+    # Who reads a table's folder as a whole must not find files that a killed process of another version left.
+    for path in folder.glob("*/*.parquet"):
+        if path.relative_to(folder).as_posix() not in manifest.tables:
+            path.unlink()
     numbered.save(folder)
     _clear(folder)
     return numbered
@@ -298,16 +186,17 @@ def clear_leftovers(folder: Path) -> None:
 
     Nothing happens where there is nothing, while another process is at it, or where the folder cannot be written.
     """
-    if any((folder / name).exists() for name in (PARTS, SHARDS, CHECKPOINT, ".lock")):
+    if any((folder / name).exists() for name in (SHARDS, CHECKPOINT, ".lock")):
         with suppress(RunBusy, OSError), locked(folder):
             _clear(folder)
 
 
 def _clear(folder: Path) -> None:
-    for name in (PARTS, SHARDS):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder / SHARDS, ignore_errors=True)
     (folder / CHECKPOINT).unlink(missing_ok=True)
-    remove_strays(folder)
+    places: Iterable[Path] = (folder, *(folder / table for table in RUN_TABLES))
+    for place in places:
+        remove_strays(place)
 
 
 def versions() -> dict[str, Any]:

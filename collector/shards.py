@@ -1,15 +1,15 @@
 """One part of a run that several processes share: shard i of N takes every N-th block, from block i on.
 
-A shard is a folder inside the unfinished run: the statistics of its blocks as a checkpoint, what each block adds to
-`documents` and `activations`, and, since float64 sums depend on their order, each block's own sums. `shard.json` is
-written last; `quambase.collector.merge.merge` needs nothing else, no model and no text.
+A shard is a folder inside the unfinished run: the files of its blocks' rows, as in a run folder; the statistics of its
+blocks as a checkpoint; and, since float64 sums depend on their order, each block's own sums. `shard.json` is written
+last; `quambase.collector.merge.merge` needs nothing else, no model and no text.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.collector.checkpoint import CHECKPOINT
-from quambase.collector.run_folder import PART_FILES, part_folder
 from quambase.collector.statistics import SiteLayout, SiteStatistics
 from quambase.collector.table_rows import Int64, Locate, Places
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
-from quambase.schema import FORMAT_VERSION
+from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
-from quambase.schema.files import file_sha256, replacing
-from quambase.schema.manifest import SHARDS, Manifest
+from quambase.schema.files import check_format_version, file_damage, file_sha256, replacing
+from quambase.schema.manifest import SHARDS, Manifest, table_files
 from quambase.schema.sites import MAMBA2, SiteKey
 from quambase.schema.tables import read_table, write_table
 
 SHARD = "shard.json"
-SUMS = "sums.npy"
 PLACES = "places.parquet"
 
 _PLACES = pa.schema(
@@ -108,15 +106,20 @@ def refuse_beside_shards(run_folder: Path) -> None:
         )
 
 
+def sums_file(block: int) -> str:
+    """The file of a block's sums, as a path in the shard's folder."""
+    return f"sums/block-{block:05d}.npy"
+
+
 def write_sums(folder: Path, block: int, sums: npt.NDArray[np.float64]) -> None:
     """Keep one block's `quambase.collector.statistics.sums_of`."""
-    with replacing(part_folder(folder, block) / SUMS) as temporary, temporary.open("wb") as file:
+    with replacing(folder / sums_file(block)) as temporary, temporary.open("wb") as file:
         np.save(file, sums, allow_pickle=False)
 
 
 def read_sums(folder: Path, block: int) -> npt.NDArray[np.float64]:
     """What `write_sums` wrote."""
-    found: npt.NDArray[np.float64] = np.load(part_folder(folder, block) / SUMS, allow_pickle=False)
+    found: npt.NDArray[np.float64] = np.load(folder / sums_file(block), allow_pickle=False)
     return found
 
 
@@ -157,10 +160,10 @@ def stored_locator(folders: Sequence[Path]) -> Locate:
 class ShardManifest:
     """What `shard.json` says.
 
-    manifest  the run's, as `run.json` will have it, but for ``tables`` (empty) and ``created`` (this shard's)
+    manifest  the run's, as `run.json` will have it, but for ``tables`` and ``created``, which are this shard's
     config    the fields of the model's configuration
     blocks    how many blocks the whole run has
-    files     every file of the shard and its SHA-256
+    files     every other file of the shard and its SHA-256
     """
 
     shard: Shard
@@ -178,33 +181,32 @@ def finish_shard(
     folder: Path, shard: Shard, manifest: Manifest, config: MambaConfig | Mamba2Config, blocks: int
 ) -> None:
     """Write `shard.json`, which makes the shard complete."""
-    names = [CHECKPOINT, PLACES, *_part_files(shard.blocks(blocks))]
+    names = [CHECKPOINT, PLACES, *map(sums_file, shard.blocks(blocks))]
     files = {name: file_sha256(folder / name) for name in names}
     content = asdict(ShardManifest(shard, manifest, asdict(config), blocks, files))
     with replacing(folder / SHARD) as temporary:
         temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _part_files(blocks: range) -> Iterator[str]:
-    for block in blocks:
-        part = part_folder(Path(), block)
-        yield from ((part / name).as_posix() for name in (*PART_FILES, SUMS))
-
-
 def load_shard(folder: Path) -> ShardManifest:
-    """Read ``folder/shard.json``. DatabaseInvalid: missing (the shard is unfinished), not JSON, a newer format."""
+    """Read ``folder/shard.json``. DatabaseInvalid: missing (the shard is unfinished), not JSON, another format."""
     path = folder / SHARD
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        version = raw["manifest"]["format_version"]
-        if version > FORMAT_VERSION:
+        manifest = raw["manifest"]
+        version = check_format_version(path, manifest["format_version"], RUN_FORMAT_VERSION)
+        if version < RUN_FORMAT_VERSION:
             raise DatabaseInvalid(
-                f"{path} has format version {version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
+                f"{path} has format version {version}, of an earlier quambase, and shards of version "
+                f"{RUN_FORMAT_VERSION} can be merged; delete {folder} and collect the shard again"
             )
-        manifest = raw["manifest"] | {"sites": [(layer, site) for layer, site in raw["manifest"]["sites"]]}
+        read = {
+            "sites": [(layer, site) for layer, site in manifest["sites"]],
+            "tables": table_files(manifest["tables"]),
+        }
         return ShardManifest(
             Shard(**raw["shard"]),
-            Manifest(**{field.name: manifest[field.name] for field in fields(Manifest)}),
+            Manifest(**{field.name: (manifest | read)[field.name] for field in fields(Manifest)}),
             raw["config"],
             raw["blocks"],
             raw["files"],
@@ -221,8 +223,7 @@ def load_shard(folder: Path) -> ShardManifest:
 
 def verify_shard(folder: Path, found: ShardManifest) -> None:
     """DatabaseInvalid names the first file that is missing, was cut short or altered."""
-    for name, sha256 in found.files.items():
-        path = folder / name
-        if not path.exists() or file_sha256(path) != sha256:
-            state = "was altered or cut short" if path.exists() else "is missing"
-            raise DatabaseInvalid(f"{path} {state}; copy shard {found.shard} again, or collect it again")
+    tables = {file: entry.sha256 for file, entry in found.manifest.tables.items()}
+    for file, sha256 in (found.files | tables).items():
+        if damage := file_damage(folder / file, sha256):
+            raise DatabaseInvalid(f"{folder / file} {damage}; copy shard {found.shard} again, or collect it again")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.collector.host_kernels import SIGN
-from quambase.collector.statistics import EXTREMA, INTEGERS, SUMS, Encoding, SiteLayout, SiteStatistics
+from quambase.collector.statistics import EXTREMA, INTEGERS, SUMS, TOP_FIELDS, Encoding, SiteLayout, SiteStatistics
 from quambase.collector.table_kernels import (
     addresses,
     present_counts,
@@ -24,7 +24,7 @@ from quambase.collector.table_kernels import (
     take_parts,
 )
 from quambase.schema.sites import WHOLE, SiteKey
-from quambase.schema.tables import CHANNELS, COUNTS, GROUPS, OUTLIERS, QUANTILES, SITE_STATS, Piece, as_made
+from quambase.schema.tables import CHANNELS, COUNTS, GROUPS, OUTLIERS, QUANTILES, SITE_STATS, as_made
 
 Statistics = Mapping[SiteKey, SiteStatistics]
 
@@ -32,6 +32,9 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+
+_NOTHING = np.empty(0, np.int64)
+"""Joined with arrays of which there may be none."""
 
 _MOMENT_COLUMNS = {"lowest": "min", "highest": "max", "total": "sum", "squares": "sum_sq"}
 """The columns of `channels` that have other names than in `Moments`."""
@@ -112,22 +115,18 @@ def with_whole(layout: SiteLayout) -> list[tuple[str, int]]:
     return sorted([*layout.ordered_groups, *whole])
 
 
-PIECE_ROWS = 3 << 17
-"""Rows of a table that are made and written together, about: a row group of a useful size."""
-
-
 COUNTED = 20
-"""Groups whose rows of `counts` are made and written together: of a float16 model's activations, some 650,000."""
+"""Groups whose rows of `counts` make a file: of a float16 model's activations, some 650,000."""
 
 
-def counts_pieces(run: str, statistics: Statistics, encoding: Encoding) -> Iterator[Piece]:
-    """The table `counts`, several groups a piece.
+def counts_parts(run: str, statistics: Statistics, encoding: Encoding) -> list[Callable[[], pa.Table]]:
+    """What make the rows of `counts`, some groups each; together, in order, they are the table.
 
     Values ascend from -inf to inf, then NaN; -0 joins 0, all NaN join one.
     """
     infinity, magnitudes = encoding.infinity, encoding.values()[:SIGN]
 
-    def piece(groups: Sequence[tuple[SiteKey, str, int]]) -> pa.Table:
+    def part(groups: Sequence[tuple[SiteKey, str, int]]) -> pa.Table:
         tables = table_addresses(statistics[key].counts[g] for key, _, g in groups)
         rows = np.empty(len(groups), np.int64)
         present_sizes(tables, infinity, rows)
@@ -138,78 +137,47 @@ def counts_pieces(run: str, statistics: Statistics, encoding: Encoding) -> Itera
         return many_keyed_rows(run, [(key, name) for key, name, _ in groups], rows, columns, COUNTS)
 
     groups = [(key, name, g) for key in sorted(statistics) for name, g in statistics[key].layout.ordered_groups]
-    for start in range(0, len(groups), COUNTED):
-        yield partial(piece, groups[start : start + COUNTED])
+    return [partial(part, groups[start : start + COUNTED]) for start in range(0, len(groups), COUNTED)]
 
 
-CHANNELS_ROWS = 1 << 16
-"""Rows of a piece of `channels`, about: they are wide."""
+def channels_rows(run: str, statistics: Statistics) -> pa.Table:
+    """The table `channels`."""
+    sites = sorted(statistics)
+    moments = [statistics[key].moments for key in sites]
+    layouts = [statistics[key].layout for key in sites]
+    groups = [
+        (key, layout, name, g) for key, layout in zip(sites, layouts, strict=True) for name, g in layout.ordered_groups
+    ]
+    rows = [layout.moment_rows(g) for _, layout, _, g in groups]
+    channels = [np.arange(mine.size) if group[1].d_state else mine for mine, group in zip(rows, groups, strict=True)]
+    places = np.concatenate([_NOTHING, *rows])
+    sizes = [layout.moments for layout in layouts]
+    firsts = np.cumsum([0, *sizes])
+    columns: dict[str, object] = {"channel": np.concatenate([_NOTHING, *channels])}
+    for names, kind in ((INTEGERS, np.int64), (EXTREMA, np.float32), (SUMS, np.float64)):
+        parts = np.stack([addresses((getattr(of, name) for of in moments), sizes, kind) for name in names])
+        taken = np.empty((len(names), places.size), kind)
+        # -0 becomes 0: which of the two is the lower depends on the order they were met in.
+        take_parts(parts, np.array(sizes, np.int64), firsts, places, taken)
+        columns |= {_MOMENT_COLUMNS.get(name, name): row for row, name in zip(taken, names, strict=True)}
+    keys = [(key, name) for key, _, name, _ in groups]
+    return many_keyed_rows(run, keys, [mine.size for mine in rows], columns, CHANNELS)
 
 
-def channels_pieces(run: str, statistics: Statistics) -> Iterator[Piece]:
-    """The table `channels`, several sites a piece."""
-
-    def piece(sites: Sequence[SiteKey]) -> pa.Table:
-        moments = [statistics[key].moments for key in sites]
-        layouts = [statistics[key].layout for key in sites]
-        groups = [
-            (key, layout, name, g)
-            for key, layout in zip(sites, layouts, strict=True)
-            for name, g in layout.ordered_groups
-        ]
-        rows = [layout.moment_rows(g) for _, layout, _, g in groups]
-        channels = [
-            np.arange(mine.size) if group[1].d_state else mine for mine, group in zip(rows, groups, strict=True)
-        ]
-        places = np.concatenate(rows)
-        sizes = [layout.moments for layout in layouts]
-        firsts = np.cumsum([0, *sizes])
-        columns: dict[str, object] = {"channel": np.concatenate(channels)}
-        for names, kind in ((INTEGERS, np.int64), (EXTREMA, np.float32), (SUMS, np.float64)):
-            parts = np.stack([addresses((getattr(of, name) for of in moments), sizes, kind) for name in names])
-            taken = np.empty((len(names), places.size), kind)
-            # -0 becomes 0: which of the two is the lower depends on the order they were met in.
-            take_parts(parts, np.array(sizes), firsts, places, taken)
-            columns |= {_MOMENT_COLUMNS.get(name, name): row for row, name in zip(taken, names, strict=True)}
-        keys = [(key, name) for key, _, name, _ in groups]
-        return many_keyed_rows(run, keys, [mine.size for mine in rows], columns, CHANNELS)
-
-    for sites in _runs_of_sites(statistics, CHANNELS_ROWS, lambda stats: stats.layout.moments):
-        yield partial(piece, sites)
-
-
-def _runs_of_sites(statistics: Statistics, most: int, rows: Callable[[SiteStatistics], int]) -> Iterator[list[SiteKey]]:
-    """The sites in order, as many at a time as have about ``most`` rows."""
-    sites: list[SiteKey] = []
-    held = 0
-    for key in sorted(statistics):
-        sites.append(key)
-        held += rows(statistics[key])
-        if held >= most:
-            yield sites
-            sites, held = [], 0
-    if sites:
-        yield sites
-
-
-def groups_pieces(run: str, layouts: Mapping[SiteKey, SiteLayout]) -> Iterator[Piece]:
-    """The table `groups`, in one piece: it is little more than the channels' numbers."""
-
-    def piece() -> pa.Table:
-        found = [(key, layouts[key], name, g) for key in sorted(layouts) for name, g in layouts[key].ordered_groups]
-        members = [layout.members(g) for _, layout, _, g in found]
-        ends = np.cumsum([0, *(part.size for part in members)])
-        sorted_groups = [layout.sorted_groups[g] if layout.sorted_groups else (None, None) for _, layout, _, g in found]
-        columns: dict[str, object] = {
-            "channels": pa.ListArray.from_arrays(ends.astype(np.int32), np.concatenate(members).astype(np.int32)),
-            "ssd_group": [layout.ssd_groups[g] if layout.ssd_groups else None for _, layout, _, g in found],
-            "head_group": [head for head, _ in sorted_groups],
-            "channel_group": [channel for _, channel in sorted_groups],
-        }
-        return many_keyed_rows(run, [(key, name) for key, _, name, _ in found], [1] * len(found), columns, GROUPS)
-
-    if layouts:
-        yield piece
+def groups_rows(run: str, layouts: Mapping[SiteKey, SiteLayout]) -> pa.Table:
+    """The table `groups`."""
+    found = [(key, layouts[key], name, g) for key in sorted(layouts) for name, g in layouts[key].ordered_groups]
+    members = [layout.members(g) for _, layout, _, g in found]
+    ends = np.cumsum([0, *(part.size for part in members)])
+    channels = np.concatenate([_NOTHING, *members]).astype(np.int32)
+    sorted_groups = [layout.sorted_groups[g] if layout.sorted_groups else (None, None) for _, layout, _, g in found]
+    columns: dict[str, object] = {
+        "channels": pa.ListArray.from_arrays(ends.astype(np.int32), channels),
+        "ssd_group": [layout.ssd_groups[g] if layout.ssd_groups else None for _, layout, _, g in found],
+        "head_group": [head for head, _ in sorted_groups],
+        "channel_group": [channel for _, channel in sorted_groups],
+    }
+    return many_keyed_rows(run, [(key, name) for key, _, name, _ in found], [1] * len(found), columns, GROUPS)
 
 
 class Places(NamedTuple):
@@ -225,44 +193,38 @@ Locate = Callable[[SiteLayout, Int64, Int64, Int64], Places]
 """Takes documents, rows in them and channels, (n,) each."""
 
 
-def outliers_pieces(run: str, statistics: Statistics, encoding: Encoding, locate: Locate) -> Iterator[Piece]:
-    """The table `outliers`, several sites a piece."""
-    values = encoding.values()
-
-    def piece(sites: Sequence[SiteKey]) -> pa.Table:
-        keys: list[tuple[SiteKey, str]] = []
-        tops: list[Int64] = []
-        places: list[Places] = []
-        for key in sites:
-            layout = statistics[key].layout
-            for name, g in layout.ordered_groups:
-                top = statistics[key].top[g]
-                keys.append((key, name))
-                tops.append(top)
-                places.append(locate(layout, top[:, 2], top[:, 3], layout.members(g)[top[:, 4]]))
-        joined = np.concatenate(tops)
-        columns: dict[str, object] = {
-            "document": joined[:, 2],
-            "position": np.concatenate([of.positions for of in places]),
-            "token_id": [token_id for of in places for token_id in of.token_ids],
-            "token": [token for of in places for token in of.tokens],
-            "channel": np.concatenate([of.channels for of in places]),
-            "value": values[joined[:, 1]],
-        }
-        return many_keyed_rows(run, keys, [len(top) for top in tops], columns, OUTLIERS)
-
-    for sites in _runs_of_sites(statistics, PIECE_ROWS, lambda stats: stats.most * len(stats.layout.names)):
-        yield partial(piece, sites)
+def outliers_rows(run: str, statistics: Statistics, encoding: Encoding, locate: Locate) -> pa.Table:
+    """The table `outliers`."""
+    keys: list[tuple[SiteKey, str]] = []
+    tops: list[Int64] = []
+    places: list[Places] = []
+    for key in sorted(statistics):
+        layout = statistics[key].layout
+        for name, g in layout.ordered_groups:
+            top = statistics[key].top[g]
+            keys.append((key, name))
+            tops.append(top)
+            places.append(locate(layout, top[:, 2], top[:, 3], layout.members(g)[top[:, 4]]))
+    joined = np.concatenate([np.empty((0, len(TOP_FIELDS)), np.int64), *tops])
+    columns: dict[str, object] = {
+        "document": joined[:, 2],
+        "position": np.concatenate([_NOTHING, *(of.positions for of in places)]),
+        "token_id": [token_id for of in places for token_id in of.token_ids],
+        "token": [token for of in places for token in of.tokens],
+        "channel": np.concatenate([_NOTHING, *(of.channels for of in places)]),
+        "value": encoding.values()[joined[:, 1]],
+    }
+    return many_keyed_rows(run, keys, [len(top) for top in tops], columns, OUTLIERS)
 
 
 SHARE = 8
 """Sites that are one task of a pool: what takes a fraction of a millisecond is not worth one of its own."""
 
 
-def site_stats_pieces(run: str, statistics: Statistics, encoding: Encoding, pool: Executor) -> Iterator[Piece]:
-    """The table `site_stats`, in one piece: a row for each site and each group of a divided one.
+def site_stats_maker(run: str, statistics: Statistics, encoding: Encoding, pool: Executor) -> Callable[[], pa.Table]:
+    """What makes the table `site_stats`: a row for each site and each group of a divided one.
 
-    Its numbers are computed in ``pool``, into which they are put at once; the piece, put there later, waits for them.
+    Its numbers are computed in ``pool``, where that begins at once; what is returned waits for them.
     """
     magnitudes = encoding.values()[:SIGN]
     probabilities = np.array(list(QUANTILES.values()))
@@ -283,7 +245,7 @@ def site_stats_pieces(run: str, statistics: Statistics, encoding: Encoding, pool
 
     coming = [pool.submit(summaries, keys[start : start + SHARE]) for start in range(0, len(keys), SHARE)]
 
-    def piece() -> pa.Table:
+    def rows() -> pa.Table:
         named: list[tuple[SiteKey, str]] = []
         overflow: list[int] = []
         for key in keys:
@@ -291,8 +253,9 @@ def site_stats_pieces(run: str, statistics: Statistics, encoding: Encoding, pool
             for name, g in with_whole(layout):
                 named.append((key, name))
                 overflow.append(int((of_site[layout.moment_rows(g)] if g < len(layout.names) else of_site).sum()))
-        integers = np.concatenate([share.result()[0] for share in coming]).T
-        floats = np.concatenate([share.result()[1] for share in coming]).T
+        integers = np.concatenate([np.empty((0, 5), np.int64), *(share.result()[0] for share in coming)]).T
+        nothing = np.empty((0, 6 + probabilities.size))
+        floats = np.concatenate([nothing, *(share.result()[1] for share in coming)]).T
         columns: dict[str, object] = dict(zip(("amax", "min", "max"), floats[:3].astype(np.float32), strict=True))
         columns |= dict(zip(("mean", "std", "kurtosis"), floats[3:6], strict=True))
         columns |= dict(zip(QUANTILES, floats[6:], strict=True))
@@ -305,5 +268,4 @@ def site_stats_pieces(run: str, statistics: Statistics, encoding: Encoding, pool
         columns |= {"count": integers[0], "nonfinite": integers[1], "overflow": overflow}
         return many_keyed_rows(run, named, [1] * len(named), columns, SITE_STATS)
 
-    if keys:
-        yield piece
+    return rows

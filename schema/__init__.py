@@ -15,8 +15,8 @@ scale group
 document
     One calibration text, numbered by its place in the file (empty ones included).
 block
-    A fixed run of consecutive documents: the unit of forward pass, part file,
-    resume and merge.
+    A fixed run of consecutive documents: the unit of forward pass, files, resume
+    and merge.
 run
     One collection: a folder ``runs/<run id>/``.
 distribution
@@ -30,4 +30,7 @@ width.
 """
 
 FORMAT_VERSION = 1
-"""Version of the database layout and of scale tables; readers refuse newer ones."""
+"""Version of scale tables, evaluations and INT8 model folders; readers refuse newer ones."""
+
+RUN_FORMAT_VERSION = 2
+"""Version of run folders and shards. In version 1 every table was a single file; readers read both."""

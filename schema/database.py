@@ -35,7 +35,9 @@ from quambase.schema.tables import DOCUMENT_QUANTILES, RESULTS, RUN_TABLES, SCAL
 from quambase.schema.views import comments
 
 VERIFY_LIMIT_BYTES = 256 << 20
-"""Opening a run compares every table's checksum, that of `activations` only up to this size; `doctor` compares all."""
+"""Opening a run compares every file's checksum, those of `activations` only up to this size in all; `doctor` compares
+every one.
+"""
 
 _LOCKDOWN = (
     "SET temp_directory = ''",
@@ -241,21 +243,23 @@ class StatsDB:
         return table["value"].to_numpy(), table["count"].to_numpy(), _segments(table)
 
     def _read(self, run: str, name: str) -> pa.Table:
-        manifest = self.manifest(run)
-        path = self.folder(run) / f"{name}.parquet"
-        if path.name not in manifest.tables:
+        paths = self._paths(self.manifest(run), name)
+        if not paths:
             return RUN_TABLES[name].empty_table()
-        words = [field.name for field in RUN_TABLES[name] if pa.types.is_string(field.type)]
-        return pq.read_table(path, read_dictionary=words, partitioning=None)
+        return pq.read_table([str(path) for path in paths], read_dictionary=_words(RUN_TABLES[name]), partitioning=None)
+
+    def _paths(self, manifest: Manifest, name: str) -> list[Path]:
+        """The files of a run's table."""
+        return [self.folder(manifest.run) / file for file in manifest.files_of(name)]
 
     def _checked(self, manifest: Manifest) -> list[str]:
         """The files whose checksum is compared when a run is opened."""
-        large = self.folder(manifest.run) / "activations.parquet"
-        skip = large.exists() and large.stat().st_size > VERIFY_LIMIT_BYTES
-        return [name for name in manifest.tables if not (skip and name == large.name)]
+        raw = manifest.files_of("activations")
+        size = sum(path.stat().st_size for path in self._paths(manifest, "activations") if path.exists())
+        return [file for file in manifest.tables if size <= VERIFY_LIMIT_BYTES or file not in raw]
 
     def _dataset(self, name: str) -> Any:
-        present = [self.folder(m.run) / f"{name}.parquet" for m in self.runs if f"{name}.parquet" in m.tables]
+        present = [path for manifest in self.runs for path in self._paths(manifest, name)]
         for path in present:
             found = pq.read_schema(path).names
             if found != RUN_TABLES[name].names:
@@ -314,12 +318,15 @@ class StatsDB:
         return [str(row[0]) for row in self._connection.sql(named_queries()[query]).fetchall()]
 
 
+def _words(schema: pa.Schema) -> list[str]:
+    """The columns that are read as dictionaries, which scan three times faster than plain strings."""
+    return [field.name for field in schema if pa.types.is_string(field.type)]
+
+
 def _dataset(paths: list[Path], schema: pa.Schema) -> Any:
     if not paths:
         return schema.empty_table()
-    # Strings read as dictionaries are scanned three times faster than plain ones.
-    words = [field.name for field in schema if pa.types.is_string(field.type)]
-    options = ds.ParquetReadOptions(dictionary_columns=words)
+    options = ds.ParquetReadOptions(dictionary_columns=_words(schema))
     return ds.dataset([str(p) for p in paths], format=ds.ParquetFileFormat(read_options=options))
 
 

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, never over what quambase did not write, one writer at a time, checksums."""
+"""Files: written whole or not at all, never over what is not ours, one writer at a time; checksums and versions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quambase.schema.errors import DatabaseInvalid, OutputRefused, RunBusy
+from quambase.schema.errors import DatabaseInvalid, OutputRefused, QuambaseError, RunBusy
 
 MARK = "quambase"
 """What files of ours carry in their metadata."""
 
 FORCE_HINT = "name another file, or replace it with --force"
+
+ALTERED = "was altered or cut short since it was written (its checksum differs)"
 
 
 def local_folder(folder: str | Path) -> Path:
@@ -162,3 +164,32 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def file_damage(path: Path, sha256: str) -> str | None:
+    """What is wrong with a file that had this SHA-256 when it was written: "is missing" or ALTERED; None if nothing."""
+    if not path.exists():
+        return "is missing"
+    return None if file_sha256(path) == sha256 else ALTERED
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give the file ``source`` the second name ``target``, or copy it where the file system cannot do that; what lies
+    at ``target`` is replaced. OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        with replacing(target) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def check_format_version(path: Path, found: object, newest: int, error: type[QuambaseError] = DatabaseInvalid) -> int:
+    """``found``, the format version that the file ``path`` names; ``error`` if it is newer than ``newest``, the newest
+    that this quambase reads, or no number.
+    """
+    if not isinstance(found, int) or found > newest:
+        raise error(f"{path} has format version {found}; this quambase reads up to {newest}: upgrade quambase")
+    return found

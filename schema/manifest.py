@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from quambase.schema import FORMAT_VERSION
+from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid
-from quambase.schema.files import file_sha256, replacing
+from quambase.schema.files import check_format_version, file_damage, replacing
 
 MANIFEST = "run.json"
 
@@ -26,6 +27,23 @@ class TableFile:
     sha256: str
 
 
+def table_of(file: str) -> str:
+    """The table to which a file of a run belongs, by its path in the run folder: ``counts`` of
+    ``counts/part-000.parquet`` and of ``counts.parquet``.
+    """
+    return PurePosixPath(file).parts[0].removesuffix(".parquet")
+
+
+_FILE = re.compile(r"\w+(/[\w-]+)?\.parquet")
+
+
+def table_files(raw: dict[str, Any]) -> dict[str, TableFile]:
+    """What a manifest's JSON says of its tables. ValueError: an entry of another form, a path out of the run folder."""
+    if strange := [name for name in raw if not _FILE.fullmatch(name)]:
+        raise ValueError(f"{strange[0]} is no file of a table")
+    return {name: TableFile(_typed(entry, "rows", int), _typed(entry, "sha256", str)) for name, entry in raw.items()}
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Everything `run.json` says.
@@ -38,7 +56,7 @@ class Manifest:
                vocab_size; of Mamba-1 dt_rank, of Mamba-2 headdim and ngroups; of a reordered Mamba-2 groups: variant,
                where its statistics are from, and layers, a `quambase.schema.groups.LayerGroups` each
     data       name, path (null for a known name), documents, empty, truncated, tokens
-    tables     file name to rows and checksum
+    tables     file, as a path in the run folder, to rows and checksum; each table's files in the order of its rows
     sites      the (layer, site) pairs observed
     created    number (1 for the first run that the database completed, then 2, ...), versions, host, timings: what may
                differ between two equal runs
@@ -51,7 +69,7 @@ class Manifest:
     tables: dict[str, TableFile]
     sites: list[tuple[int, str]]
     created: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = RUN_FORMAT_VERSION
 
     def age(self) -> tuple[int, str, str]:
         """What orders a database's runs, oldest first: the number it gave the run when the run was complete; among
@@ -59,6 +77,10 @@ class Manifest:
         """
         number = self.created.get("number")
         return number if isinstance(number, int) else 0, str(self.created.get("started", "")), self.run
+
+    def files_of(self, table: str) -> list[str]:
+        """The files of a table, in the order of its rows; none if the run has no such table."""
+        return [file for file in self.tables if table_of(file) == table]
 
     def save(self, folder: Path) -> None:
         """Write ``folder/run.json`` atomically."""
@@ -77,11 +99,8 @@ class Manifest:
             ) from None
         except (ValueError, RecursionError) as error:
             raise DatabaseInvalid(f"{path} is not valid JSON ({error}); restore it or collect again") from None
-        version = raw.get("format_version") if isinstance(raw, dict) else None
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise DatabaseInvalid(
-                f"{path} has format version {version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
-            )
+        found_version = raw.get("format_version") if isinstance(raw, dict) else None
+        version = check_format_version(path, found_version, RUN_FORMAT_VERSION)
         missing = {f.name for f in fields(cls)} - raw.keys()
         if missing:
             raise DatabaseInvalid(f"{path} lacks {', '.join(sorted(missing))}; restore it or collect again")
@@ -89,10 +108,7 @@ class Manifest:
             found = cls(
                 run=_typed(raw, "run", str),
                 **{key: _typed(raw, key, dict) for key in ("identity", "model", "data", "created")},
-                tables={
-                    str(name): TableFile(_typed(entry, "rows", int), _typed(entry, "sha256", str))
-                    for name, entry in _typed(raw, "tables", dict).items()
-                },
+                tables=table_files(_typed(raw, "tables", dict)),
                 sites=[(int(layer), str(site)) for layer, site in _typed(raw, "sites", list)],
                 format_version=version,
             )
@@ -111,13 +127,9 @@ class Manifest:
         for name, entry in self.tables.items():
             if names is not None and name not in names:
                 continue
-            path = folder / name
-            if not path.exists():
-                raise DatabaseInvalid(f"{path} is missing; restore it or collect again")
-            if file_sha256(path) != entry.sha256:
+            if damage := file_damage(folder / name, entry.sha256):
                 raise DatabaseInvalid(
-                    f"{path} was altered or cut short since it was written (its checksum differs); "
-                    "restore it or delete the run folder and collect again"
+                    f"{folder / name} {damage}; restore it or delete the run folder and collect again"
                 )
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid
-from quambase.schema.files import file_sha256
+from quambase.schema.files import ALTERED, check_format_version, file_sha256
 from quambase.schema.tables import RESULTS, read_table
 
 EVALUATION, RESULTS_FILE = "evaluation.json", "results.parquet"
@@ -38,11 +38,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
         raise DatabaseInvalid(f"{path} is not valid JSON ({error}); {advice}") from None
     if not isinstance(about, dict):
         raise DatabaseInvalid(f"{path} holds no JSON object; {advice}")
-    version = about.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise DatabaseInvalid(
-            f"{path} has format version {version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
-        )
+    check_format_version(path, about.get("format_version"), FORMAT_VERSION)
     wrong = [key for key, kind in _EXPECTED.items() if not isinstance(about.get(key), kind)]
     if not wrong and not all(
         isinstance(task, dict) and {"task", "data", "documents"} <= task.keys() for task in about["tasks"]
@@ -61,10 +57,7 @@ def read_results(folder: Path) -> pa.Table:
     path = folder / RESULTS_FILE
     expected = about.get("results_sha256")  # quambase before 0.2 stored none
     if expected is not None and path.exists() and file_sha256(path) != expected:
-        raise DatabaseInvalid(
-            f"{path} was altered or cut short since it was written (its checksum differs); delete {folder} and "
-            "evaluate again"
-        )
+        raise DatabaseInvalid(f"{path} {ALTERED}; delete {folder} and evaluate again")
     return read_table(path, RESULTS)
 
 

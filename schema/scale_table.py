@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import OutputRefused, ScalesInvalid, UnknownName
-from quambase.schema.files import FORCE_HINT, refuse_foreign_file
+from quambase.schema.files import FORCE_HINT, check_format_version, refuse_foreign_file
 from quambase.schema.groups import GRANULARITIES, GROUP, granularity_of, group_numbers, is_scale_group
 from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.sites import WHOLE
@@ -229,10 +229,7 @@ def _provenance(path: Path, text: bytes) -> dict[str, Any]:
         ready = False
     if not ready:
         raise ScalesInvalid(f"the provenance of {path} is damaged; run `analyze` again")
-    if found_version > FORMAT_VERSION:
-        raise ScalesInvalid(
-            f"{path} has format version {found_version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
-        )
+    check_format_version(path, found_version, FORMAT_VERSION, ScalesInvalid)
     found: dict[str, Any] = provenance
     return found
 

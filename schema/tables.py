@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +12,6 @@ import pyarrow.parquet as pq
 
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.files import replacing
-from quambase.schema.parquet_files import joined
 
 
 @dataclass(frozen=True)
@@ -276,7 +272,7 @@ RUN_TABLES: dict[str, pa.Schema] = {
     "activations": ACTIVATIONS,
     "groups": GROUPS,
 }
-"""The tables of one run folder, each `<name>.parquet`."""
+"""The tables of one run folder: each is a file ``<name>.parquet``, or a folder ``<name>/`` of Parquet files."""
 
 # Sorted 16-bit values differ little from their neighbours byte by byte, and most counts are small. Raw activations have
 # few exponents, and those of a float16 model end in zeros.
@@ -289,7 +285,7 @@ _STATISTICS = {"counts": ["layer"]}
 """The columns by which row groups are told apart, of the table where those of the others take long to find."""
 
 
-def _writer(path: Path | pa.NativeFile, name: str, schema: pa.Schema) -> pq.ParquetWriter:
+def _writer(path: Path, name: str, schema: pa.Schema) -> pq.ParquetWriter:
     words = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_dictionary(f.type)]
     return pq.ParquetWriter(
         path,
@@ -306,82 +302,11 @@ def _writer(path: Path | pa.NativeFile, name: str, schema: pa.Schema) -> pq.Parq
     )
 
 
-def write_table(path: Path, name: str, batches: pa.Table | Iterable[pa.Table], schema: pa.Schema) -> int:
-    """Write one Parquet file atomically; return its number of rows.
-
-    ``name`` chooses the column encodings; ``batches`` may be a stream, each piece of which becomes row groups.
-    """
-    rows = 0
+def write_table(path: Path, name: str, table: pa.Table, schema: pa.Schema) -> None:
+    """Write one Parquet file atomically; ``name``, the table's, chooses how columns are encoded."""
     made = as_made(schema) if name in RUN_TABLES else schema
     with replacing(path) as temporary, _writer(temporary, name, made) as writer:
-        for table in [batches] if isinstance(batches, pa.Table) else batches:
-            writer.write_table(cast_to(table, made))
-            rows += table.num_rows
-    return rows
-
-
-def encoded_table(name: str, table: pa.Table | None, schema: pa.Schema) -> memoryview:
-    """The bytes of the file that `write_table` makes; of no row group if there is no table."""
-    made = as_made(schema) if name in RUN_TABLES else schema
-    sink = pa.BufferOutputStream()
-    with _writer(sink, name, made) as writer:
-        if table is not None:
-            writer.write_table(cast_to(table, made))
-    return memoryview(sink.getvalue())
-
-
-def write_joined(path: Path, files: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write one Parquet file of the row groups of ``files`` (`quambase.schema.parquet_files`) atomically, as they come;
-    its number of rows and the SHA-256 of its bytes.
-    """
-    digest = hashlib.sha256()
-    with replacing(path) as temporary:
-        with temporary.open("wb") as file:
-            for part in joined(files):
-                file.write(part)
-                digest.update(part)
-        rows = pq.read_metadata(temporary).num_rows
-    return rows, digest.hexdigest()
-
-
-Piece = Callable[[], pa.Table]
-"""Makes some rows of a table."""
-
-UNWRITTEN = 64
-"""Encoded pieces at most that wait for one before them to be written, while more are asked for."""
-
-
-def encode_pieces(
-    name: str, pieces: Iterable[Piece], schema: pa.Schema, pool: Executor
-) -> Iterator[Future[memoryview]]:
-    """`encoded_table` of what each of ``pieces`` makes, in ``pool``, into which each is put as soon as it comes."""
-
-    def encoded(make: Piece) -> memoryview:
-        return encoded_table(name, make(), schema)
-
-    for piece in pieces:
-        yield pool.submit(encoded, piece)
-
-
-def write_encoded(path: Path, name: str, encoded: Iterable[Future[memoryview]], schema: pa.Schema) -> tuple[int, str]:
-    """Write what `encode_pieces` gives, as it comes, to the bytes that `write_table` makes of the same pieces; the
-    table's number of rows and the SHA-256 of the file. Whatever a piece raises; OSError.
-    """
-
-    def files() -> Iterator[memoryview]:
-        waiting: deque[Future[memoryview]] = deque()
-        none = True
-        for file in encoded:
-            none = False
-            waiting.append(file)
-            while waiting and (waiting[0].done() or len(waiting) > UNWRITTEN):
-                yield waiting.popleft().result()
-        if none:
-            yield encoded_table(name, None, schema)
-        for file in waiting:
-            yield file.result()
-
-    return write_joined(path, files())
+        writer.write_table(cast_to(table, made))
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:

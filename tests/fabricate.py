@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.distribution import Distribution
 from quambase.schema.files import file_sha256
 from quambase.schema.manifest import Manifest, TableFile
@@ -74,10 +76,15 @@ def quantile_float32(values: npt.NDArray[np.float32], p: float) -> float:
 
 
 def make_run(
-    database: Path, run: str = "run-a", activations: Activations | None = None, number: int = 1, **model: Any
+    database: Path,
+    run: str = "run-a",
+    activations: Activations | None = None,
+    number: int = 1,
+    format_version: int = RUN_FORMAT_VERSION,
+    **model: Any,
 ) -> Path:
     """Write ``database/runs/<run>`` of ``activations`` (default `random_activations`); return the folder. It is
-    the database's run number ``number``.
+    the database's run number ``number``. In ``format_version`` 1 each table is one file.
     """
     activations = random_activations() if activations is None else activations
     folder = database / "runs" / run
@@ -101,10 +108,9 @@ def make_run(
             rows["documents"] += _documents(whole, joined)
     tables = {}
     for name, schema in RUN_TABLES.items():
-        path = folder / f"{name}.parquet"
-        table = pa.Table.from_pylist(rows[name], schema=schema)
-        write_table(path, name, table, schema)
-        tables[path.name] = TableFile(table.num_rows, file_sha256(path))
+        for file, mine in pieces(name, rows[name]) if format_version > 1 else [(f"{name}.parquet", rows[name])]:
+            write_table(folder / file, name, pa.Table.from_pylist(mine, schema=schema), schema)
+            tables[file] = TableFile(len(mine), file_sha256(folder / file))
     layers = 1 + max(layer for layer, _ in activations)
     shape = {"name": "fabricated", "path": "fabricated", "family": "mamba1", "n_layer": layers, "d_model": 6}
     data = {"name": "random", "path": None, "documents": 6, "empty": 1, "truncated": 0, "tokens": sum(TOKENS)}
@@ -116,8 +122,23 @@ def make_run(
         tables=tables,
         sites=list(activations),
         created={"host": "elsewhere", "number": number},
+        format_version=format_version,
     ).save(folder)
     return folder
+
+
+def pieces(name: str, rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The files of a table: `counts` in three parts, `documents` in blocks of three documents."""
+    if name == "counts":
+        borders = [0, len(rows) // 3, len(rows) // 2, len(rows)]
+        return [(f"counts/part-{i:03d}.parquet", rows[a:b]) for i, (a, b) in enumerate(pairwise(borders))]
+    if name == "documents":
+        blocks = {row["document"] // 3 for row in rows}
+        return [
+            (f"documents/block-{block:05d}.parquet", [row for row in rows if row["document"] // 3 == block])
+            for block in sorted(blocks)
+        ]
+    return [("activations/block-00000.parquet" if name == "activations" else f"{name}.parquet", rows)]
 
 
 def _summary(documents: list[npt.NDArray[np.float32]]) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import pytest
 
 import quambase.collector.collect as run_module
-from quambase.collector.run_folder import JoinedParts
+from quambase.collector.run_folder import BlockFiles
 
 
 @contextmanager
 def interrupted(after: int = 1, checkpoint_seconds: float = 0.0) -> Iterator[None]:
-    """Collecting inside ends as by Ctrl-C when the part after the first ``after`` comes."""
-    add, calls = JoinedParts.add, []
+    """Collecting inside ends as by Ctrl-C when the rows of the block after the first ``after`` come."""
+    add, calls = BlockFiles.add, []
 
     def stop(*args: object) -> None:
         if len(calls) == after:
@@ -23,5 +23,5 @@ def interrupted(after: int = 1, checkpoint_seconds: float = 0.0) -> Iterator[Non
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run_module, "CHECKPOINT_SECONDS", checkpoint_seconds)
-        patch.setattr(JoinedParts, "add", stop)
+        patch.setattr(BlockFiles, "add", stop)
         yield

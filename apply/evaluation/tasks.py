@@ -13,7 +13,8 @@ from quambase.model.checkpoint import LoadedModel
 from quambase.model.names import BUNDLED_DATA, SAMPLE_AUTHORS, data_name
 from quambase.model.text import read_documents
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
-from quambase.schema.tables import DOCUMENTS, read_table
+from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.runs import read_run_table
 
 BUNDLED_TASKS = (
     (PERPLEXITY, "sample:evaluation"),
@@ -82,11 +83,11 @@ def read_tasks(
 
 def _calibration_hashes(db: Path, run: str | None) -> tuple[frozenset[str] | None, list[str]]:
     """SHA-256 of each document of ``run``, None where they are not known, and a line if they should be."""
-    path = db / "runs" / str(run) / "documents.parquet"
-    if run is None or not path.exists():
+    folder = db / "runs" / str(run)
+    if run is None or not (folder / MANIFEST).exists():
         return None, []
     try:
-        documents = read_table(path, DOCUMENTS)
+        documents = read_run_table(folder, Manifest.load(folder), "documents")
     except DatabaseInvalid as error:
         return None, [f"warning: whether the calibration run held these documents is not known: {error}"]
     return frozenset(map(str, pc.unique(documents["sha256"]).to_pylist())), []

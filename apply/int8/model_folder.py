@@ -40,7 +40,7 @@ from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.weights import MambaConfig
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import CheckpointInvalid, OutputRefused
-from quambase.schema.files import file_sha256, replacing
+from quambase.schema.files import check_format_version, file_sha256, replacing
 from quambase.schema.scale_table import Scale, write_scales
 
 QUAMBA1, QUAMBA2 = "quamba1-w8a8", "quamba2-w8a8"
@@ -259,11 +259,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise CheckpointInvalid(f"{folder} is no {QUAMBA1} or {QUAMBA2} model; make one with `apply`")
     if UNFINISHED in about:
         raise CheckpointInvalid(f"{folder} is unfinished: `apply` was stopped while it wrote it; run `apply` again")
-    version = about.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise CheckpointInvalid(
-            f"{path} has format version {version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
-        )
+    check_format_version(path, about.get("format_version"), FORMAT_VERSION, CheckpointInvalid)
     wrong = [key for key, kind in _EXPECTED.items() if not isinstance(about.get(key), kind)]
     if not wrong and not {"name", "path"} <= about["source"].keys():
         wrong = ["source"]

@@ -19,7 +19,7 @@ from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.tensor_files import read_pytorch
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, ScalesInvalid
-from quambase.schema.files import file_sha256
+from quambase.schema.files import check_format_version, file_sha256
 from quambase.schema.groups import GROUP, TENSOR, LayerGroups, granularity_of
 from quambase.schema.scale_table import refuse_foreign_table, write_scales
 from quambase.schema.sites import HEAD_LAYER, WHOLE, find_site, is_model_site
@@ -99,10 +99,7 @@ def _origin(path: Path, content: dict[str, Any], loaded: LoadedModel) -> dict[st
         weights, format_version = origin["weights_sha256"], int(origin["format_version"])
     except (ValueError, TypeError, KeyError):
         raise ScalesInvalid(f"the provenance in {path} is damaged; export it again") from None
-    if format_version > FORMAT_VERSION:
-        raise ScalesInvalid(
-            f"{path} has format version {format_version}; this quambase reads up to {FORMAT_VERSION}: upgrade quambase"
-        )
+    check_format_version(path, format_version, FORMAT_VERSION, ScalesInvalid)
     if weights is not None and weights != loaded.weights_sha256:
         raise ScalesInvalid(
             f"{path} has scales of other weights ({weights[:12]}) than {loaded.name} ({loaded.weights_sha256[:12]}); "

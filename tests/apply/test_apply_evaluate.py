@@ -39,6 +39,8 @@ from quambase.model.prepare import prepare
 from quambase.model.text import read_documents
 from quambase.model.weights import tensors_of
 from quambase.schema.errors import CheckpointInvalid, DatabaseInvalid, DataInvalid, RunBusy, ScalesInvalid, UnknownName
+from quambase.schema.files import file_sha256
+from quambase.schema.manifest import Manifest, TableFile
 from quambase.schema.scale_table import write_scales
 from quambase.schema.sites import MAMBA1, find_site
 from quambase.schema.tables import DOCUMENTS, RESULTS, SCALES, write_table
@@ -308,8 +310,13 @@ def test_documents_of_the_calibration_run_are_warned_of(world: Any, tmp_path: Pa
     hashes = [document.sha256 for document in read_documents(str(world / "text.jsonl"))]
     rows = [dict.fromkeys(DOCUMENTS.names) | {"run": "run-a", "layer": 0, "site": "s", "group_name": "all", "sha256": h}
             for h in (hashes[0], hashes[1], hashes[4], hashes[4])]  # fmt: skip
-    path = tmp_path / "runs" / "run-a" / "documents.parquet"
-    write_table(path, "documents", pa.Table.from_pylist(rows, DOCUMENTS), DOCUMENTS)
+    folder = tmp_path / "runs" / "run-a"
+    tables = {}
+    for i, mine in enumerate((rows[:3], rows[3:])):
+        path = folder / "documents" / f"block-{i:05d}.parquet"
+        write_table(path, "documents", pa.Table.from_pylist(mine, DOCUMENTS), DOCUMENTS)
+        tables[f"documents/{path.name}"] = TableFile(len(mine), file_sha256(path))
+    Manifest("run-a", {}, {}, {}, tables, []).save(folder)
     found = run(world, tmp_path, strategies=["tight"], task="perplexity")
     assert any("2 of 10 documents were in the calibration run" in note for note in found.notes)
     assert found.about["tasks"][0]["in_calibration_run"] == 2

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import reference
 import torch
 from click.testing import CliRunner
 from interrupting import interrupted
 from safetensors.torch import save_file
+from stored_runs import bytes_of, stored_table, table_files
 from tiny_model import TEXTS, write_texts, write_tiny_model
 
 from quambase.cli.main import quambase
@@ -25,7 +25,7 @@ from quambase.model.hadamard import hadamard
 from quambase.model.prepare import prepare
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, TapNeverFired, TensorFileInvalid, UnknownName
-from quambase.schema.files import file_sha256
+from quambase.schema.runs import list_runs
 from quambase.schema.sites import layer_sites
 from quambase.schema.tables import RUN_TABLES
 
@@ -52,7 +52,7 @@ def kept(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 def table(run: CollectedRun, name: str) -> pa.Table:
-    return pq.read_table(run.folder / f"{name}.parquet")
+    return stored_table(run.folder, name)
 
 
 def rows(run: CollectedRun, name: str, layer: int, site: str, group: str | None = None) -> pa.Table:
@@ -66,17 +66,25 @@ def rows(run: CollectedRun, name: str, layer: int, site: str, group: str | None 
     return found.filter(pa.array(mask))
 
 
-def bytes_of(run: CollectedRun) -> dict[str, str]:
-    return {name: file_sha256(run.folder / f"{name}.parquet") for name in RUN_TABLES}
-
-
 def test_manifest_describes_the_documents(kept: CollectedRun) -> None:
     data = kept.manifest.data
     assert (data["read"], data["documents"], data["empty"], data["truncated"]) == (9, 7, 2, 3)
     assert data["tokens"] == sum(min(32, len(text.split())) for text in TEXTS)
     assert kept.manifest.sites == [(layer, site.name) for layer, site in layer_sites(2)]
     kept.manifest.verify(kept.folder)
-    assert sorted(p.name for p in kept.folder.iterdir()) == sorted([*(f"{n}.parquet" for n in RUN_TABLES), "run.json"])
+    single = ["channels", "groups", "outliers", "site_stats"]
+    folders = ["activations", "counts", "documents"]
+    assert sorted([*single, *folders]) == sorted(RUN_TABLES)
+    names = [*folders, *(f"{name}.parquet" for name in single), "run.json"]
+    assert sorted(p.name for p in kept.folder.iterdir()) == sorted(names)
+    assert bytes_of(kept.folder) == {file: entry.sha256 for file, entry in kept.manifest.tables.items()}
+    blocks = [f"block-0000{block}.parquet" for block in range(3)]
+    for name, files in {"documents": blocks, "activations": blocks}.items():
+        assert [path.name for path in table_files(kept.folder, name)] == files
+        assert kept.manifest.files_of(name) == [f"{name}/{file}" for file in files]
+    for name in RUN_TABLES:
+        rows = [kept.manifest.tables[file].rows for file in kept.manifest.files_of(name)]
+        assert sum(rows) == table(kept, name).num_rows and min(rows) > 0
 
 
 def test_recounting_the_kept_activations_gives_the_counts(kept: CollectedRun) -> None:
@@ -230,39 +238,66 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert not (folder / "run.json").exists()
     resumed = run_tiny(model, data, tmp_path / "cut")
     assert resumed.folder.name == whole.folder.name
-    assert bytes_of(resumed) == bytes_of(whole)
+    assert bytes_of(resumed.folder) == bytes_of(whole.folder)
     assert resumed.manifest.tables == whole.manifest.tables
 
 
-@pytest.mark.parametrize("name", ["documents.arrow", "activations.parquet"])
+@pytest.mark.parametrize("name", ["documents", "activations"])
 @pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_a_damaged_part_of_an_unfinished_run_is_named_with_what_to_do(
+def test_a_damaged_file_of_an_unfinished_run_is_named_with_what_to_do(
     model: Path, data: Path, tmp_path: Path, damage: str, name: str
 ) -> None:
     with interrupted():
         run_tiny(model, data, tmp_path)
-    (path,) = tmp_path.glob(f"runs/*/parts/*/{name}")
+    (path,) = tmp_path.glob(f"runs/*/{name}/block-00000.parquet")
     if damage == "missing":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-20])
-    what = "is missing" if damage == "missing" else "is cut short"
-    with pytest.raises(DatabaseInvalid, match=rf"{name} {what}.*remove .*collect again"):
+    what = "is missing" if damage == "missing" else "was altered or cut short"
+    with pytest.raises(DatabaseInvalid, match=rf"{name}/block-00000.parquet {what}.*remove .*collect again"):
         run_tiny(model, data, tmp_path)
 
 
-def test_a_process_killed_in_the_middle_resumes_to_the_same_bytes(model: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "call", "before"),
+    [
+        ("collect.save_checkpoint", 1, False),
+        ("run_folder.write_table", 1, False),  # of six files of blocks; their checksums are not known yet
+        ("run_folder.write_table", 4, True),
+        ("run_folder.write_table", 9, False),  # of the tables made at the end
+        ("run_folder.Manifest.save", 1, True),
+        ("run_folder.Manifest.save", 1, False),
+    ],
+)
+def test_a_process_killed_in_the_middle_resumes_to_the_same_bytes(
+    model: Path, data: Path, tmp_path: Path, name: str, call: int, before: bool
+) -> None:
+    """Killed before or after the call of a function with that number."""
     whole = run_tiny(model, data, tmp_path / "whole")
     script = (
-        "import os, sys; from pathlib import Path; import quambase.collector.collect as r; r.CHECKPOINT_SECONDS = 0;"
-        "save = r.save_checkpoint\n"
-        "def die(*a):\n save(*a); os.kill(os.getpid(), 9)\n"
-        "r.save_checkpoint = die\n"
-        "r.collect(sys.argv[1], 9, data=sys.argv[2], db=Path(sys.argv[3]), seq_len=32, batch_size=4, progress=False)"
+        "import os, sys; from pathlib import Path; from quambase.collector import collect, run_folder\n"
+        "collect.CHECKPOINT_SECONDS = 0\n"
+        f"owner, name = {name.rpartition('.')[0]}, {name.rpartition('.')[2]!r}\n"
+        "whole, calls = getattr(owner, name), []\n"
+        "def die(*a):\n"
+        " calls.append(a)\n"
+        " number = len(calls)\n"
+        f" if number == {call} and {before}: os.kill(os.getpid(), 9)\n"
+        " whole(*a)\n"
+        f" if number == {call}: os.kill(os.getpid(), 9)\n"
+        "setattr(owner, name, die)\n"
+        "collect.collect(sys.argv[1], 9, data=sys.argv[2], db=Path(sys.argv[3]), seq_len=32, batch_size=4, "
+        "progress=False)"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(model), str(data), str(tmp_path / "cut")], check=False)
     assert killed.returncode == -9
-    assert bytes_of(run_tiny(model, data, tmp_path / "cut")) == bytes_of(whole)
+    assert len(list_runs(tmp_path / "cut")[0]) == (name.endswith("save") and not before)
+    resumed = run_tiny(model, data, tmp_path / "cut")
+    assert bytes_of(resumed.folder) == bytes_of(whole.folder)
+    assert sorted(path.name for path in resumed.folder.rglob("*")) == sorted(
+        path.name for path in whole.folder.rglob("*")
+    )
 
 
 def test_two_processes_do_not_write_one_run(model: Path, data: Path, tmp_path: Path) -> None:
@@ -376,9 +411,8 @@ def test_files_that_are_not_plain_tensors_are_refused(tmp_path: Path) -> None:
     assert "cannot be read (" in message("cut.safetensors")
     assert "unknown kind" in message("a.txt")
     assert "does not exist" in message("missing.pt")
-    assert (
-        import_tensor(tmp_path / "two.pt", "mine", tensor="b", db=tmp_path).manifest.tables["counts.parquet"].rows == 1
-    )
+    tables = import_tensor(tmp_path / "two.pt", "mine", tensor="b", db=tmp_path).manifest.tables
+    assert tables["counts/part-000.parquet"].rows == 1
 
 
 # ---------------------------------------------------------------- the command

@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from stored_runs import stored_table, write_as_version_1
 from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
 from quambase.analyzer.analyze import analyze
@@ -65,7 +65,7 @@ def grouped(model: Path, data: Path, db: Path) -> CollectedRun:
 
 
 def table(run: CollectedRun, name: str, site: str = "") -> Rows:
-    rows = pq.read_table(run.folder / f"{name}.parquet").to_pylist()
+    rows = stored_table(run.folder, name).to_pylist()
     return [row for row in rows if not site or row["site"] == site]
 
 
@@ -213,6 +213,13 @@ def test_groups_from_a_run_in_either_order(grouped: CollectedRun, plain: Collect
     lacking = run_tiny(model, data, db, groups="none", sites=[STATE])
     with pytest.raises(DatabaseInvalid, match=f"lacks {X}"):
         run_tiny(model, data, db, groups_from=lacking.manifest.run)
+
+
+def test_groups_from_a_run_of_an_earlier_version(plain: CollectedRun, tmp_path: Path) -> None:
+    weights = str(plain.manifest.identity["weights_sha256"])
+    earlier = write_as_version_1(plain.folder, tmp_path)
+    for mine, theirs in zip(statistics_of_run(earlier, weights), statistics_of_run(plain.folder, weights), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_another_models_statistics_are_refused(plain: CollectedRun, data: Path, tmp_path: Path) -> None:

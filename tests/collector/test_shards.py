@@ -15,7 +15,8 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_collect import bytes_of, run_tiny
+from stored_runs import bytes_of
+from test_collect import run_tiny
 from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
 import quambase.collector.collect as run_module
@@ -25,7 +26,7 @@ from quambase.collector.collect import CollectedRun
 from quambase.collector.merge import merge, merge_if_last
 from quambase.collector.shards import SHARD, Shard, parse_shard, read_sums, torchrun_shard
 from quambase.collector.statistics import SiteLayout, SiteStatistics
-from quambase.collector.table_rows import channels_pieces
+from quambase.collector.table_rows import channels_rows
 from quambase.model.operators.device_models import device_model
 from quambase.schema.doctor import examine
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
@@ -42,7 +43,7 @@ class World:
         self.root, self.model, self.options = root, model, {"batch_size": 2, "keep_tokens": 8} | options
         self.data = write_texts(root / "texts.jsonl")
         self.whole = self.collect(root / "whole")
-        self.expected = bytes_of(self.whole)
+        self.expected = bytes_of(self.whole.folder)
 
     def collect(self, db: Path, **options: object) -> CollectedRun:
         return run_tiny(self.model, self.data, db, **(self.options | options))
@@ -83,11 +84,35 @@ def test_any_shards_in_any_order_give_the_whole_runs_bytes(
     order = data.draw(st.permutations(world.shards(count)))
     merged = merge(tmp_path_factory.mktemp("merged"), order)
     assert merged.folder.name == world.whole.folder.name
-    assert bytes_of(merged) == world.expected
+    assert bytes_of(merged.folder) == world.expected
     assert merged.manifest.tables == world.whole.manifest.tables
     assert merged.manifest.model == world.whole.manifest.model and merged.manifest.data == world.whole.manifest.data
     merged.manifest.verify(merged.folder)
     assert all((db / "runs").exists() for db in order), "the sources stay"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_blocks_files_are_moved_not_written_again(
+    first: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Linked where the file system can, copied elsewhere; the sources stay as they are, whatever lies there already."""
+
+    def refuse(*_: object) -> None:
+        raise OSError("this file system has no links")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    sources = [shutil.copytree(first.shard(index, 2), tmp_path / str(index)) for index in range(2)]
+    before = {path: (path.read_bytes(), path.stat().st_mode) for db in sources for path in db.rglob("*.parquet")}
+    target = tmp_path / "db" / "runs" / first.whole.folder.name / "documents" / "block-00003.parquet"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"what a killed merge left")
+    merged = merge(tmp_path / "db", sources)
+    assert bytes_of(merged.folder) == first.expected
+    assert {path: (path.read_bytes(), path.stat().st_mode) for path in before} == before
+    for path in before:
+        if path.parent.name in ("documents", "activations"):
+            assert path.samefile(merged.folder / path.parent.name / path.name) == links
 
 
 def test_shards_of_one_database_are_removed_with_the_merge(first: World, tmp_path: Path) -> None:
@@ -98,7 +123,7 @@ def test_shards_of_one_database_are_removed_with_the_merge(first: World, tmp_pat
     assert "shards begun: 0/3, 1/3, 2/3; `quambase merge` joins them" in detail
     assert first.collect(tmp_path, shard=Shard(1, 3)).existed
     merged = merge(tmp_path)
-    assert bytes_of(merged) == first.expected
+    assert bytes_of(merged.folder) == first.expected
     assert sorted(p.name for p in merged.folder.iterdir()) == sorted(p.name for p in first.whole.folder.iterdir())
     again = first.collect(tmp_path, shard=Shard(1, 3))
     assert again.existed and again.shard is None, "the run is there, no shard of it is needed"
@@ -108,6 +133,7 @@ def test_a_shard_that_is_empty(first: World) -> None:
     folder = next((first.shard(6, 7) / "runs").glob("*/shards/*"))
     about = json.loads((folder / SHARD).read_text())
     assert about["blocks"] == 5 and sorted(about["files"]) == ["checkpoint.npz", "places.parquet"]
+    assert about["manifest"]["tables"] == {}
 
 
 def test_a_shard_keeps_the_sums_of_each_block_by_itself(first: World) -> None:
@@ -128,8 +154,7 @@ def test_the_lower_of_zero_and_minus_zero_is_stored_as_zero() -> None:
             block.moments.lowest[:] = value
             block.moments.highest[:] = value
             stats.fold(block)
-        (piece,) = channels_pieces("run", {(0, "site"): stats})
-        table = piece()
+        table = channels_rows("run", {(0, "site"): stats})
         assert table.schema == as_made(CHANNELS)
         stored.append([np.signbit(table[name].to_numpy()).any() for name in ("min", "max")])
     assert stored == [[False, False]] * 2
@@ -150,7 +175,7 @@ def test_shards_of_a_device_give_its_whole_runs_bytes(
     whole = world.collect(tmp_path / "whole")
     for index in range(3):
         world.collect(tmp_path / "shards", shard=Shard(index, 3))
-    assert bytes_of(merge(tmp_path / "shards")) == bytes_of(whole)
+    assert bytes_of(merge(tmp_path / "shards").folder) == bytes_of(whole.folder)
 
 
 def test_a_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +209,7 @@ def test_an_interrupted_shard_resumes(
         merge(tmp_path)
     monkeypatch.setattr(run_module, "write_sums", written)
     first.collect(tmp_path, shard=Shard(0, 2))
-    assert bytes_of(merge(tmp_path, [first.shard(1, 2)])) == first.expected
+    assert bytes_of(merge(tmp_path, [first.shard(1, 2)]).folder) == first.expected
 
 
 def test_missing_shards_are_named(first: World, tmp_path: Path) -> None:
@@ -194,7 +219,7 @@ def test_missing_shards_are_named(first: World, tmp_path: Path) -> None:
         merge(tmp_path, [first.shard(0, 2), first.shard(1, 3)])
     assert not list(tmp_path.iterdir()), "nothing is written"
     # Another count beside a complete one is no obstacle.
-    assert bytes_of(merge(tmp_path, [*first.shards(2), first.shard(1, 3)])) == first.expected
+    assert bytes_of(merge(tmp_path, [*first.shards(2), first.shard(1, 3)]).folder) == first.expected
 
 
 def test_nothing_to_merge(first: World, tmp_path: Path) -> None:
@@ -213,7 +238,7 @@ def test_shards_of_two_runs(first: World, tmp_path: Path) -> None:
     with pytest.raises(DatabaseInvalid, match=r"shards of 2 runs were found, .*, which differ in seed; expected one"):
         merge(tmp_path, [first.shard(0, 2)])
     merged = merge(tmp_path, first.shards(2), run=first.whole.manifest.run[:-2])
-    assert bytes_of(merged) == first.expected
+    assert bytes_of(merged.folder) == first.expected
 
 
 def test_a_complete_run_is_not_merged_again(first: World, tmp_path: Path) -> None:
@@ -224,8 +249,8 @@ def test_a_complete_run_is_not_merged_again(first: World, tmp_path: Path) -> Non
             (merged.folder / "shards" / "0-of-2").mkdir(parents=True)
             (merged.folder / "checkpoint.npz").write_bytes(b"left over")
             again = merge(tmp_path, sources, **options)
-            assert again.existed and again.manifest == merged.manifest and bytes_of(again) == first.expected
-            assert sorted(p.suffix for p in merged.folder.iterdir()) == [".json"] + 7 * [".parquet"]
+            assert again.existed and again.manifest == merged.manifest and bytes_of(again.folder) == first.expected
+            assert sorted(p.suffix for p in merged.folder.iterdir()) == 3 * [""] + [".json"] + 4 * [".parquet"]
 
 
 def test_a_shard_being_written(first: World, tmp_path: Path) -> None:
@@ -254,12 +279,28 @@ def copied(world: World, index: int, count: int, to: Path) -> Path:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: next(f.glob("parts/*/sums.npy")).unlink(), r"sums.npy is missing; copy shard 1/2 again"),
-        (lambda f: (f / "checkpoint.npz").write_bytes(b"PK"), r"checkpoint.npz was altered or cut short; copy shard"),
+        (lambda f: next(f.glob("sums/*.npy")).unlink(), r"sums/block-.*.npy is missing; copy shard 1/2 again"),
+        (lambda f: next(f.glob("documents/*")).unlink(), r"documents/.*.parquet is missing; copy shard 1/2 again"),
+        (
+            lambda f: (f / "activations" / "block-00001.parquet").write_bytes(b"PAR1"),
+            r"activations/block-00001.parquet was altered or cut short .*; copy shard 1/2 again",
+        ),
+        (lambda f: (f / "checkpoint.npz").write_bytes(b"PK"), r"checkpoint.npz was altered or cut short .*; copy"),
         (lambda f: (f / SHARD).write_text("{"), r"shard.json is damaged .*; delete .* and collect the shard again"),
         (lambda f: change(f, lambda m: m["shard"].update(index=0)), r"was altered: it tells of shard 0/2 of another"),
         (lambda f: change(f, lambda m: m["manifest"]["identity"].update(seed=9)), "was altered: it tells of shard 1/2"),
-        (lambda f: change(f, lambda m: m["manifest"].update(format_version=99)), "has format version 99"),
+        (
+            lambda f: change(f, lambda m: m["manifest"].update(format_version=99)),
+            "has format version 99; this quambase reads up to 2: upgrade quambase",
+        ),
+        (
+            lambda f: change(f, lambda m: m["manifest"].update(format_version=1)),
+            "has format version 1, of an earlier quambase, .* collect the shard again",
+        ),
+        (
+            lambda f: change(f, lambda m: m["manifest"]["tables"].update({"../x.parquet": {"rows": 1, "sha256": ""}})),
+            r"shard.json is damaged \(ValueError: ../x.parquet is no file of a table\)",
+        ),
         (lambda f: change(f, lambda m: m.update(blocks=7)), "shards 0/2 and 1/2 of run .* disagree"),
         (
             lambda f: change(f, lambda m: m["manifest"]["model"].update(groups={"layers": []})),
@@ -283,7 +324,7 @@ def change(folder: Path, edit: object) -> None:
 
 def test_two_copies_of_a_shard(first: World, tmp_path: Path) -> None:
     folder = copied(first, 1, 2, tmp_path)
-    assert bytes_of(merge(tmp_path / "a", [*first.shards(2), folder])) == first.expected
+    assert bytes_of(merge(tmp_path / "a", [*first.shards(2), folder]).folder) == first.expected
     change(folder, lambda m: m["files"].update({"places.parquet": "0"}))
     with pytest.raises(DatabaseInvalid, match="shard 1/2 was found twice and the two differ"):
         merge(tmp_path / "b", [*first.shards(2), folder])
@@ -300,7 +341,7 @@ def test_the_last_shard_merges_and_nobody_waits(first: World, tmp_path: Path) ->
         fcntl.flock(held, fcntl.LOCK_EX)
         assert merge_if_last(tmp_path, run) is None, "another process merges"
     merged = merge_if_last(tmp_path, run)
-    assert merged is not None and not merged.existed and bytes_of(merged) == first.expected
+    assert merged is not None and not merged.existed and bytes_of(merged.folder) == first.expected
     again = merge_if_last(tmp_path, run)
     assert again is not None and again.existed
 
@@ -336,9 +377,7 @@ def test_the_commands(first: World, tmp_path: Path) -> None:
     done = CliRunner().invoke(quambase, ["merge", "--db", str(tmp_path / "0"), str(tmp_path / "1")])
     assert done.exit_code == 0, done.output
     assert "written" in done.stderr and "outliers: " in done.stderr
-    assert bytes_of(CollectedRun(tmp_path / "0" / "runs" / first.whole.manifest.run, first.whole.manifest, True)) == (
-        first.expected
-    )
+    assert bytes_of(tmp_path / "0" / "runs" / first.whole.manifest.run) == first.expected
 
 
 def test_processes_under_torchrun_share_the_run(first: World, tmp_path: Path) -> None:
@@ -351,5 +390,5 @@ def test_processes_under_torchrun_share_the_run(first: World, tmp_path: Path) ->
     assert [process.returncode for process in started] == [0, 0, 0], outputs
     assert any(b"outliers: " in err for _, err in outputs), "the last one tells of the whole run"
     folder = tmp_path / "runs" / first.whole.manifest.run
-    assert bytes_of(CollectedRun(folder, first.whole.manifest, True)) == first.expected
+    assert bytes_of(folder) == first.expected
     assert not (folder / "shards").exists()

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from stored_runs import stored_table
 
 from quambase.collector.import_tensor import import_tensor, read_tensor
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import QuambaseError, TensorFileInvalid
-from quambase.schema.tables import COUNTS, read_table
 
 X = torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(0))
 SUFFIXES = [".pt", ".pth", ".npy", ".safetensors"]
@@ -49,7 +49,7 @@ def refusal(path: Path, tensor: str | None = None) -> str:
 def test_what_a_hook_saves_is_counted(tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     torch.save(change(X.clone()), tmp_path / "hooked.pt")
     run = import_tensor(tmp_path / "hooked.pt", "mine", db=tmp_path)
-    found, expected = read_table(run.folder / "counts.parquet", COUNTS), Distribution.of_values(X.half().numpy())
+    found, expected = stored_table(run.folder, "counts"), Distribution.of_values(X.half().numpy())
     assert found["value"].to_numpy().tolist() == expected.values.tolist()
     assert found["count"].to_pylist() == expected.counts.tolist()
 

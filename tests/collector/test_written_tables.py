@@ -1,7 +1,11 @@
-"""A run's tables as written: in the order of blocks, whatever pieces they are made in, and with plain strings."""
+"""A run's tables as written: files in the order of blocks and parts, complete or refused, with plain strings."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,18 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored_runs import bytes_of, table_files
 
-from quambase.collector import run_folder as writer
+from quambase.collector import run_folder
 from quambase.collector import table_rows as rows
 from quambase.collector.cuda.taps import KeptRows, gathered_rows
 from quambase.collector.documents import TokenizedDocument
-from quambase.collector.run_folder import JoinedParts, encoded_part, part_folder, write_part, write_run
+from quambase.collector.run_folder import BlockFiles, every_table, finish_run, in_order, write_statistics
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Int64, SiteLayout, SiteStatistics
 from quambase.collector.table_rows import Places, keyed_rows
 from quambase.collector.taps import activations_rows, documents_rows
 from quambase.schema.distribution import Distribution
+from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.files import file_sha256
-from quambase.schema.tables import ACTIVATIONS, CHANNELS, COUNTS, DOCUMENTS, RUN_TABLES, as_made
+from quambase.schema.manifest import Manifest, TableFile, table_of
+from quambase.schema.tables import ACTIVATIONS, CHANNELS, COUNTS, DOCUMENTS, RUN_TABLES, as_made, read_table
 
 FLOAT16 = ENCODINGS["float16"]
 LAYOUT = SiteLayout(("b", "a"), (0, 2, 5))
@@ -46,8 +53,8 @@ def statistics(seed: int) -> SiteStatistics:
 STATISTICS = {(layer, site): statistics(layer) for layer in (1, 0) for site in ("x", "w")}
 
 
-def part(block: int) -> tuple[pa.Table, pa.Table]:
-    """Two documents at a site, a raw row of each of ``block`` + 1 sites: dictionaries differ from part to part."""
+def rows_of_block(block: int) -> tuple[pa.Table, pa.Table]:
+    """Two documents at a site, a raw row of each of ``block`` + 1 sites: dictionaries differ from block to block."""
     documents: dict[str, object] = {name: np.zeros(2, np.float32) for name in DOCUMENTS.names[7:]}
     documents |= {"document": [2 * block, 2 * block + 1], "tokens": [3, 4], "sha256": [f"{block}", "x"]}
     raw = [
@@ -64,22 +71,32 @@ def nowhere(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) 
     return Places(rows, [0] * rows.size, [""] * rows.size, channels)
 
 
-def save_part(folder: Path, block: int) -> None:
-    """As a block's part is written."""
-    documents, activations = part(block)
-    write_part(folder, documents, encoded_part(activations))
+Files = dict[str, TableFile]
 
 
-def written(folder: Path, blocks: list[int]) -> dict[str, pa.Table]:
-    """The tables of a run of these blocks' parts, read again."""
-    for block in blocks:
-        save_part(part_folder(folder, block), block)
-    with JoinedParts(folder, [part_folder(folder, block) for block in blocks], len(blocks)) as parts:
-        tables = write_run(folder, "run", STATISTICS, FLOAT16, nowhere, parts)
-    found = {name: pq.read_table(folder / f"{name}.parquet", partitioning=None) for name in RUN_TABLES}
-    assert {name: table.num_rows for name, table in found.items()} == {
-        name: tables[f"{name}.parquet"].rows for name in RUN_TABLES
-    }
+def write_blocks(folder: Path, blocks: Sequence[int], there: Files | None = None) -> Files:
+    """Write the rows of blocks, in the order in which they come."""
+    with BlockFiles(folder, there) as files:
+        for block in blocks:
+            files.add(block, *rows_of_block(block))
+        return files.written()
+
+
+def written(folder: Path, blocks: Sequence[int]) -> dict[str, pa.Table]:
+    """The tables of a run of these blocks, read again; what is said of its files is so."""
+    files = write_blocks(folder, blocks)
+    made = write_statistics(folder, "run", STATISTICS, FLOAT16, nowhere)
+    files = every_table(folder, dict(reversed(list({**made, **files}.items()))))
+    assert list(dict.fromkeys(map(table_of, files))) == list(RUN_TABLES)
+    found = {}
+    for name, schema in RUN_TABLES.items():
+        mine = [file for file in files if table_of(file) == name]
+        parts = [read_table(folder / file, schema) for file in mine]
+        assert [files[file] for file in mine] == [
+            TableFile(part.num_rows, file_sha256(folder / file)) for file, part in zip(mine, parts, strict=True)
+        ]
+        assert mine == [path.relative_to(folder).as_posix() for path in table_files(folder, name)]
+        found[name] = pa.concat_tables(parts)
     return found
 
 
@@ -156,90 +173,118 @@ def test_gathered_rows_are_those_of_the_sites_matrices(data: st.DataObject) -> N
             assert set(chunk.dictionary.to_pylist()) == set(chunk.to_pylist())
 
 
-def test_rows_of_parts_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for size in (writer.PIECE_ROWS, 1, 3):
-        monkeypatch.setattr(writer, "PIECE_ROWS", size)
-        found = written(tmp_path / str(size), [0, 1, 2])
+def test_rows_of_blocks_follow_one_another(tmp_path: Path) -> None:
+    """In the order of blocks, whatever the order in which they come."""
+    for number, blocks in enumerate(([0, 1, 2], [2, 0, 1])):
+        found = written(tmp_path / str(number), blocks)
         assert found["documents"]["document"].to_pylist() == [0, 1, 2, 3, 4, 5]
         raw = [(row["document"], row["site"], row["values"]) for row in found["activations"].to_pylist()]
         assert raw == [(block, f"site {i}", [1.0, i]) for block in range(3) for i in reversed(range(block + 1))]
+    assert bytes_of(tmp_path / "0") == bytes_of(tmp_path / "1")
 
 
-def test_only_small_parts_of_documents_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of `activations` are row groups from the beginning."""
-    for size, groups in ((1 << 22, 1), (1, 3)):
-        monkeypatch.setattr(writer, "PIECE_BYTES", size)
-        written(tmp_path / str(size), [0, 1, 2])
-        for name, expected in (("documents", groups), ("activations", 3)):
-            assert pq.read_metadata(tmp_path / str(size) / f"{name}.parquet").num_row_groups == expected, name
+def test_files_with_more_digits_come_last(tmp_path: Path) -> None:
+    names = ["counts/part-1000.parquet", "counts/part-999.parquet", "documents/block-100000.parquet",
+             "documents/block-99999.parquet", "counts/part-000.parquet", "groups.parquet"]  # fmt: skip
+    assert list(in_order({name: TableFile(0, "") for name in names})) == [
+        names[4], names[1], names[0], names[3], names[2], names[5]
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("room", ["none", "of blocks 1 and 2", "of all"])
-def test_parts_that_come_in_any_order_are_joined_in_that_of_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: str
+@pytest.mark.parametrize("bytes_waiting", [0, 1 << 28])
+def test_blocks_are_written_beside_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_waiting: int
 ) -> None:
-    """To the same bytes as parts that were all on the disk, where they are at once, if they are many, or when asked."""
-    written(tmp_path / "whole", [0, 1, 2, 3])
-    sizes = [part(block)[0].nbytes + encoded_part(part(block)[1]).nbytes for block in range(4)]
-    unsaved = {"none": 0, "of blocks 1 and 2": sizes[1] + sizes[2], "of all": writer.UNSAVED}[room]
-    monkeypatch.setattr(writer, "UNSAVED", unsaved)
-    folders = [part_folder(tmp_path / "came", block) for block in range(4)]
-    save_part(folders[0], 0)
-    with JoinedParts(tmp_path / "came", folders, 1) as parts:
-        for block in (3, 1, 2):
-            assert not (tmp_path / "came" / "documents.parquet").exists()
-            parts.add(block, *part(block))
-        saved = [block for block in range(4) if folders[block].exists()]
-        assert saved == {"none": [0, 1, 2, 3], "of blocks 1 and 2": [0, 3], "of all": [0]}[room]
-        tables = parts.tables()
-        parts.save()
-    for name in ("documents", "activations"):
-        file = tmp_path / "came" / f"{name}.parquet"
-        assert file.read_bytes() == (tmp_path / "whole" / f"{name}.parquet").read_bytes(), name
-        assert tables[name].sha256 == file_sha256(file) and tables[name].rows == pq.read_metadata(file).num_rows
-    for block, folder in enumerate(folders):
-        whole = part_folder(tmp_path / "whole", block)
-        assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
-        for path in folder.iterdir():
-            assert path.read_bytes() == (whole / path.name).read_bytes()
+    """Where nothing may wait, a block is on the disk once it was added."""
+    monkeypatch.setattr(run_folder, "UNWRITTEN_BYTES", bytes_waiting)
+    write, slow = run_folder.write_file, threading.Event()
+
+    def writing(folder: Path, file: str, rows: pa.Table) -> TableFile:
+        slow.wait(0.3)
+        return write(folder, file, rows)
+
+    monkeypatch.setattr(run_folder, "write_file", writing)
+    with BlockFiles(tmp_path) as files:
+        files.add(7, *rows_of_block(7))
+        assert len(list(tmp_path.rglob("*.parquet"))) == (2 if bytes_waiting == 0 else 0)
+        assert set(files.written()) == {"documents/block-00007.parquet", "activations/block-00007.parquet"}
 
 
-def test_what_a_part_failed_with_is_told_to_who_waits_for_the_tables(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
+def test_what_a_file_failed_with_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a later block, or when the files are waited for."""
+    calls: list[str] = []
+
+    def full(folder: Path, file: str, rows: pa.Table) -> TableFile:
+        calls.append(file)
         raise OSError("no space left")
 
-    with JoinedParts(tmp_path, [part_folder(tmp_path, block) for block in range(2)], 0) as parts:
-        parts.add(0, *part(0))
-        monkeypatch.setattr(writer, "UNSAVED", 0)
-        monkeypatch.setattr(writer, "write_part", full)
+    monkeypatch.setattr(run_folder, "write_file", full)
+    with BlockFiles(tmp_path) as files:
+        with suppress(OSError):
+            files.add(0, *rows_of_block(0))
         with pytest.raises(OSError, match="no space left"):
-            parts.add(1, *part(1))
+            files.written()
         with pytest.raises(OSError, match="no space left"):
-            parts.tables()
+            for block in range(1, 100):
+                files.add(block, *rows_of_block(block))
+                time.sleep(0.01)
     assert not list(tmp_path.iterdir())  # nothing half written
 
 
-def test_tables_whose_parts_do_not_come_are_let_go(tmp_path: Path) -> None:
-    with JoinedParts(tmp_path, [part_folder(tmp_path, block) for block in range(2)], 0) as parts:
-        parts.add(0, *part(0))
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name", ["documents", "activations"])
+def test_files_of_a_checkpoint_are_checked(tmp_path: Path, name: str) -> None:
+    there = write_blocks(tmp_path, [0, 1])
+    later = write_blocks(tmp_path, [2], there)
+    assert later.items() > there.items() and len(later) == 6
+    path = tmp_path / name / "block-00001.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:-5] + b"other")
+    with pytest.raises(DatabaseInvalid, match=f"{name}/block-00001.parquet was altered .* remove {tmp_path} and coll"):
+        BlockFiles(tmp_path, there)
+    path.unlink()
+    with pytest.raises(DatabaseInvalid, match=f"{name}/block-00001.parquet is missing"):
+        BlockFiles(tmp_path, there)
+
+
+def test_a_block_without_rows_has_no_file_and_a_table_has_one(tmp_path: Path) -> None:
+    documents, activations = rows_of_block(4)
+    with BlockFiles(tmp_path) as files:
+        files.add(4, documents, as_made(ACTIVATIONS).empty_table())
+        found = files.written()
+    assert list(found) == ["documents/block-00004.parquet"]
+    whole = every_table(tmp_path, found)
+    assert list(whole) == ["counts/part-000.parquet", *found, "activations/block-00000.parquet"]
+    with BlockFiles(tmp_path / "all") as files:
+        files.add(0, documents, activations)
+        found = files.written()
+    assert [file for file in every_table(tmp_path / "all", found) if table_of(file) != "counts"] == list(
+        in_order(found)
+    )
 
 
 def test_tables_of_no_site_are_there_and_empty(tmp_path: Path) -> None:
-    with JoinedParts(tmp_path, [part_folder(tmp_path, 0)], 0) as parts:
-        parts.add(0, as_made(DOCUMENTS).empty_table(), as_made(ACTIVATIONS).empty_table())
-        tables = write_run(tmp_path, "run", {}, FLOAT16, nowhere, parts)
-    for name, schema in RUN_TABLES.items():
-        found = pq.read_table(tmp_path / f"{name}.parquet", partitioning=None)
-        assert found.schema.equals(schema) and found.num_rows == tables[f"{name}.parquet"].rows == 0, name
+    tables = every_table(tmp_path, write_statistics(tmp_path, "run", {}, FLOAT16, nowhere))
+    assert list(map(table_of, tables)) == list(RUN_TABLES)
+    for file, entry in tables.items():
+        found = pq.read_table(tmp_path / file, partitioning=None)
+        assert found.schema.equals(RUN_TABLES[table_of(file)]) and found.num_rows == entry.rows == 0, file
+
+
+def test_a_finished_run_has_no_other_files(tmp_path: Path) -> None:
+    """Whoever reads a folder as one table finds nothing of a process that was killed."""
+    folder = tmp_path / "runs" / "r"
+    files = every_table(folder, write_statistics(folder, "r", STATISTICS, FLOAT16, nowhere))
+    (folder / "counts" / "part-999.parquet").write_bytes(b"PAR1")
+    (folder / "documents" / ".block-00000.parquet.x.tmp").mkdir()
+    finish_run(folder, Manifest("r", {}, {}, {}, files, []))
+    assert set(bytes_of(folder)) == set(files)
+    assert not list(folder.rglob("*.tmp"))
 
 
 def test_raw_values_are_stored_byte_by_byte(tmp_path: Path) -> None:
     """Of a column that has no such name Parquet's writer would say nothing."""
     written(tmp_path, [0])
-    group = pq.read_metadata(tmp_path / "activations.parquet").row_group(0)
+    group = pq.read_metadata(tmp_path / "activations" / "block-00000.parquet").row_group(0)
     columns = [group.column(i) for i in range(group.num_columns)]
     (encodings,) = [column.encodings for column in columns if column.path_in_schema.startswith("values.")]
     assert "BYTE_STREAM_SPLIT" in encodings
@@ -264,7 +309,9 @@ def test_counts_are_those_of_every_group_in_order(groups: int, tmp_path: Path, m
                 held[value] = held.get(value, 0) + int(counts[pattern])
             wanted.append((layer, site, name, held))
     found: dict[tuple[int, str, str], dict[float, int]] = {}
-    for row in written(tmp_path, [0])["counts"].to_pylist():
+    table = written(tmp_path, [0])["counts"]
+    assert len(table_files(tmp_path, "counts")) == -(-len(wanted) // groups)
+    for row in table.to_pylist():
         value = "nan" if np.isnan(row["value"]) else row["value"]
         found.setdefault((row["layer"], row["site"], row["group_name"]), {})[value] = row["count"]
     for held in found.values():
@@ -274,11 +321,7 @@ def test_counts_are_those_of_every_group_in_order(groups: int, tmp_path: Path, m
     assert COUNTS.names[-2:] == ["value", "count"]
 
 
-@pytest.mark.parametrize("rows_of_piece", [1, 1 << 16])
-def test_channels_are_every_groups_in_order(
-    rows_of_piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rows, "CHANNELS_ROWS", rows_of_piece)
+def test_channels_are_every_groups_in_order(tmp_path: Path) -> None:
     names = {"count": "count", "nonfinite": "nonfinite", "overflow": "overflow", "mean_abs_max": "mean_abs_max"}
     names |= {"min": "lowest", "max": "highest", "sum": "total", "sum_sq": "squares"}
     wanted = []

@@ -21,6 +21,7 @@ import pytest
 import torch
 from hub_server import Hub, serving
 from safetensors.torch import load_file
+from stored_runs import stored_table
 from tiny_model import TEXTS, write_tiny_model
 
 from quambase.model.checkpoint import load_model
@@ -286,7 +287,7 @@ def test_pytorch_shards_are_fetched_where_there_are_no_safetensors(hub: Hub, tmp
     assert not any("some/both" in path and "pytorch_model" in path for path in fetched)
     # The same weights, tokenizer and texts: the same counts, whatever the files were.
     first, second = (
-        pyarrow.parquet.read_table(run / "counts.parquet", columns=["layer", "value", "count"])
+        stored_table(run, "counts").select(["layer", "value", "count"])
         for run in sorted((tmp_path / "db" / "runs").iterdir())
     )
     assert first.num_rows > 100 and first.equals(second)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fabricate import NUMBERS, half, make_run, random_activations
+from stored_runs import stored_table
 
 from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
@@ -56,7 +57,7 @@ def test_every_table_is_a_view_with_its_columns_commented(db: StatsDB) -> None:
 
 def test_views_hold_the_rows_of_the_files(db: StatsDB, fabricated_database: Path) -> None:
     for name in RUN_TABLES:
-        stored = pq.read_table(fabricated_database / "runs" / "run-a" / f"{name}.parquet")
+        stored = stored_table(fabricated_database / "runs" / "run-a", name)
         rows = [{k: None if v != v else v for k, v in row.items()} for row in stored.to_pylist()]
         assert db.sql(f"select * from {name}").to_pylist() == rows
 
@@ -225,7 +226,7 @@ def test_no_database_and_no_complete_run(tmp_path: Path) -> None:
 def test_a_harmed_run_is_refused(tmp_path: Path, harm: str) -> None:
     small = {(0, "in_proj:input"): random_activations()[0, "in_proj:input"]}
     folder = make_run(tmp_path, "r", small)
-    path = folder / "counts.parquet"
+    path = folder / "counts" / "part-001.parquet"
     data = path.read_bytes()
     if harm == "cut":
         path.write_bytes(data[:-100])
@@ -238,8 +239,8 @@ def test_a_harmed_run_is_refused(tmp_path: Path, harm: str) -> None:
         path.unlink()
     else:
         manifest = (folder / "run.json").read_text()
-        (folder / "run.json").write_text(manifest.replace('"format_version": 1', '"format_version": 2'))
-    message = {"remove": "is missing", "newer": "format version 2; this quambase reads up to 1"}
+        (folder / "run.json").write_text(manifest.replace('"format_version": 2', '"format_version": 3'))
+    message = {"remove": "is missing", "newer": "format version 3; this quambase reads up to 2: upgrade quambase"}
     with pytest.raises(DatabaseInvalid, match=message.get(harm, "was altered or cut short")):
         StatsDB(tmp_path)
 
@@ -334,7 +335,7 @@ ESCAPES = [
     "attach '{dir}/new.db'",
     "select * from read_csv('/etc/passwd')",
     "select * from read_text('/etc/passwd')",
-    "select * from read_parquet('{db}/runs/run-a/counts.parquet')",
+    "select * from read_parquet('{db}/runs/run-a/counts/part-000.parquet')",
     "select * from '/etc/passwd'",
     "select * from glob('/*')",
     "select * from sniff_csv('/etc/passwd')",

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from quambase.schema.errors import OutputRefused
-from quambase.schema.files import refuse_foreign_file, refuse_foreign_picture, remove_strays, replacing
+from quambase.schema.files import (
+    file_damage,
+    file_sha256,
+    link_or_copy,
+    refuse_foreign_file,
+    refuse_foreign_picture,
+    remove_strays,
+    replacing,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -104,3 +112,29 @@ def test_what_is_not_ours_is_refused_before_it_is_touched(tmp_path: Path) -> Non
     refuse_foreign_file(tmp_path / "new", None, "a table")
     path.write_text("")
     refuse_foreign_file(path, None, "a table")  # as mktemp leaves one
+
+
+def refuse(*_: object) -> None:
+    raise OSError("this file system has no links")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_gets_a_second_name_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    source, target = tmp_path / "source", tmp_path / "there" / "target"
+    source.write_text("content")
+    source.chmod(0o400)
+    (tmp_path / "name").symlink_to(source)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    for _ in range(2):  # the second replaces what is there
+        link_or_copy(tmp_path / "name", target)
+        assert target.read_text() == "content" and not target.is_symlink() and target.samefile(source) == links
+    assert names(target.parent) == ["target"] and stat.S_IMODE(source.stat().st_mode) == 0o400
+
+
+def test_damage_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    assert file_damage(path, "") == "is missing"
+    path.write_text("content")
+    assert file_damage(path, file_sha256(path)) is None
+    assert file_damage(path, "0") == "was altered or cut short since it was written (its checksum differs)"
