@@ -162,7 +162,7 @@ def _site_of_run(
     shape = f"{total // channels} x {channels}" if channels else str(total)
     slice_name = "" if group == WHOLE else f", group {group}"
     title = f"layer {layer} {site}{slice_name} of run {manifest.run}"
-    family = str(manifest.model.get("family"))
+    family = manifest.model.family
     return title, ScaleGroup(layer, site, group, found[group], series, family), shape, database.notes
 
 

@@ -12,7 +12,6 @@ from quambase.analyzer.channel_division import divide
 from quambase.schema.database import StatsDB
 from quambase.schema.errors import DatabaseInvalid, UnknownName
 from quambase.schema.files import refuse_foreign_picture
-from quambase.schema.groups import stored_groups
 
 SITE = "x_conv_out:input"
 """x, the input of the scan: the site whose channels are sorted."""
@@ -58,7 +57,7 @@ def group_spread(
         if len(database.runs) != 1:
             raise UnknownName(f"{len(database.runs)} runs were chosen; groups looks at one: name it with --run")
         manifest = database.runs[0]
-        layers = stored_groups(manifest.model)
+        layers = manifest.model.layer_groups
         if layers is None:
             raise DatabaseInvalid(
                 f"run {manifest.run} has no sorted groups; collect a Mamba-2 with --groups fixed or --groups quamba2"

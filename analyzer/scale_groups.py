@@ -65,7 +65,7 @@ def default_granularity(family: str) -> str:
 
 def scale_groups(database: StatsDB, run: str, granularity: str | None = None) -> list[ScaleGroup]:
     """Every scale group of ``run`` in model order; ``granularity`` as in `StatsDB.distributions`, None: the default."""
-    family = str(database.manifest(run).model.get("family"))
+    family = database.manifest(run).model.family
     stored = database.documents(run)
     found = []
     listed = list(database.distributions(run, granularity or default_granularity(family)))

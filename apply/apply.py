@@ -42,7 +42,7 @@ class Applied:
 
 def load_source(table: ScaleTable, model: str | Path | None) -> LoadedModel:
     """The float model of a scale table, by its provenance or by name; ScalesInvalid if it is another."""
-    loaded = load_named(str(table.model.get("name")), str(table.model.get("path")), model)
+    loaded = load_named(table.model.name, str(table.model.path), model)
     check_model(table, loaded.weights_sha256, loaded.name)
     return loaded
 

@@ -17,6 +17,7 @@ from quambase.collector.run_folder import part_file, write_file
 from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.manifest import Manifest
+from quambase.schema.model_info import ModelInfo, TextInfo
 from quambase.schema.sites import layer_sites
 from quambase.schema.tables import COUNTS
 
@@ -44,8 +45,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "runs" / RUN
         files = {part_file(number): write_file(run, part_file(number), made) for number, made in enumerate(rows())}
-        identity, model = {"weights_sha256": "none"}, {"name": "synthetic", "family": "mamba1", "n_layer": 24}
-        Manifest(RUN, identity, model, {}, files, []).save(run)
+        model, text = ModelInfo("synthetic", "mamba1", sizes={"n_layer": 24}), TextInfo("synthetic", 1, 1)
+        Manifest(RUN, {"weights_sha256": "none"}, model, text, files, []).save(run)
         size, total = sum((run / file).stat().st_size for file in files), sum(entry.rows for entry in files.values())
         print(f"{total:,} count rows, {size / 1e6:.1f} MB, strategies: {', '.join(DEFAULT_LABELS)}")
         database = StatsDB(Path(folder))

@@ -208,7 +208,7 @@ def _describe(found: CollectedRun) -> None:
     from quambase.schema.runs import read_run_table
 
     manifest, data = found.manifest, found.manifest.data
-    family = str(manifest.model.get("family"))
+    family = manifest.model.family
     rows = read_run_table(found.folder, manifest, "site_stats").to_pylist()
     broken = [row for row in rows if row["nonfinite"] and row["group_name"] == WHOLE]
     for row in broken[:MOST_WARNINGS]:
@@ -219,14 +219,14 @@ def _describe(found: CollectedRun) -> None:
     if len(broken) > MOST_WARNINGS:
         answer(f"warning: so do {len(broken) - MOST_WARNINGS} more sites; `quambase doctor` lists them all")
     size = sum((found.folder / name).stat().st_size for name in manifest.tables)
-    skipped = [f"{data[key]:,} {key}" for key in ("empty", "truncated") if data[key]]
+    skipped = [f"{getattr(data, key):,} {key}" for key in ("empty", "truncated") if getattr(data, key)]
     seconds = None if found.existed else manifest.created.get("observe_seconds")
     answer(
-        f"{data['documents']:,} documents of {data['name']}"
+        f"{data.documents:,} documents of {data.name}"
         + (f" ({', '.join(skipped)})" if skipped else "")
-        + f", {data['tokens']:,} tokens"
+        + f", {data.tokens:,} tokens"
     )
-    rate = f" in {seconds:.3g} s, {data['tokens'] / seconds:,.0f} tokens/s" if seconds else ""
+    rate = f" in {seconds:.3g} s, {data.tokens / seconds:,.0f} tokens/s" if seconds else ""
     answer(f"{size / 1e6:.1f} MB of statistics{rate}")
     for title, wanted in (("outliers", EVALUATED), ("states (act in decoding only)", DECODING)):
         worst = worst_site(rows, family, wanted)

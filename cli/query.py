@@ -145,9 +145,9 @@ def _outliers(database: StatsDB, site: str | None, layer: int | None) -> Iterato
     for manifest in database.runs:
         rows = database.query("reach_of_sites", {"run": manifest.run}).to_pylist()
         rows = [row for row in rows if site in (None, row["site"]) and layer in (None, row["layer"])]
-        if not any(reader(row["site"], str(manifest.model.get("family"))) in READERS for row in rows):
+        if not any(reader(row["site"], manifest.model.family) in READERS for row in rows):
             yield "no INT8 model reads a scale there"
-        family = str(manifest.model.get("family"))
+        family = manifest.model.family
         of = f" of {manifest.run}" if len(database.runs) > 1 else ""
         for wanted, words in READERS.items():
             worst = worst_site(rows, family, wanted)

@@ -59,6 +59,7 @@ from quambase.schema.errors import DataInvalid
 from quambase.schema.files import local_folder, locked
 from quambase.schema.groups import LayerGroups
 from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.model_info import SIZES, ModelInfo, SortedGroups, TextInfo
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.runs import describe_run
 from quambase.schema.sites import FAMILIES, find_site
@@ -88,10 +89,6 @@ def existing_run(folder: Path) -> CollectedRun:
     """The complete run in ``folder``, which what a killed process left there is cleared from. DatabaseInvalid."""
     clear_leftovers(folder)
     return CollectedRun(folder, Manifest.load(folder), existed=True)
-
-
-SIZES = ("n_layer", "d_model", "d_inner", "d_state", "dt_rank", "headdim", "ngroups", "vocab_size")
-"""What the manifest says of a model's sizes, as far as its family has them."""
 
 
 def collect(
@@ -211,7 +208,7 @@ def collect(
                 run=run,
                 identity=identity,
                 model=_model(loaded, identity, layers),
-                data=_data(source, plan),
+                data=_text(source, plan),
                 tables=tables,
                 sites=list(layouts),
                 created={**clock.described(), **where.described(), **versions()},
@@ -241,18 +238,11 @@ class _Clock:
         return {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)), **self._seconds}
 
 
-def _data(source: str, plan: DocumentSet) -> dict[str, Any]:
+def _text(source: str, plan: DocumentSet) -> TextInfo:
     """What the manifest says of the text."""
     name, path = data_name(source)
-    return {
-        "name": name,
-        "path": path,
-        "read": plan.read,
-        "documents": len(plan.documents),
-        "empty": plan.empty,
-        "truncated": plan.truncated,
-        "tokens": plan.tokens,
-    }
+    documents = len(plan.documents)
+    return TextInfo(name, documents, plan.tokens, path, plan.read, plan.empty, plan.truncated)
 
 
 def _identity(
@@ -277,16 +267,16 @@ def _identity(
     }
 
 
-def _model(loaded: LoadedModel, identity: dict[str, Any], layers: list[LayerGroups] | None) -> dict[str, Any]:
-    """What the manifest says of the model: name, path, family, sizes, and the order of a sorted Mamba-2."""
+def _model(loaded: LoadedModel, identity: dict[str, Any], layers: list[LayerGroups] | None) -> ModelInfo:
+    """What the manifest says of the model."""
     sizes = loaded.any_weights.config
-    return {
-        "name": loaded.name,
-        "path": str(loaded.path.resolve()) if not loaded.bundled else loaded.name,
-        "family": loaded.family,
-        **{key: getattr(sizes, key) for key in SIZES if hasattr(sizes, key)},
-        **({"groups": {**identity["groups"], "layers": [layer.to_json() for layer in layers]}} if layers else {}),
-    }
+    return ModelInfo(
+        loaded.name,
+        loaded.family,
+        loaded.name if loaded.bundled else str(loaded.path.resolve()),
+        {key: getattr(sizes, key) for key in SIZES if hasattr(sizes, key)},
+        SortedGroups(identity["groups"], tuple(layers)) if layers else None,
+    )
 
 
 def _reordered(weights: MambaWeights | Mamba2Weights, layers: list[LayerGroups] | None) -> MambaWeights | Mamba2Weights:

@@ -20,7 +20,7 @@ from quambase.model.checkpoint import LoadedModel
 from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.prepare import prepare
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
-from quambase.schema.groups import LayerGroups, stored_groups
+from quambase.schema.groups import LayerGroups
 from quambase.schema.manifest import Manifest
 from quambase.schema.progress import SILENT, Progress
 from quambase.schema.runs import read_run_table
@@ -123,14 +123,14 @@ def statistics_of_run(folder: Path, weights_sha256: str) -> list[npt.NDArray[np.
     manifest = Manifest.load(folder)
     if manifest.identity.get("weights_sha256") != weights_sha256:
         raise DatabaseInvalid(f"run {folder.name} is of other weights; name a run of the model that is collected")
-    layers = range(int(manifest.model["n_layer"]))
+    layers = range(manifest.model.n_layer)
     if any((layer, SITE) not in manifest.sites for layer in layers):
         raise DatabaseInvalid(f"run {folder.name} lacks {SITE}; name a run that was collected with that site")
     manifest.verify(folder, manifest.files_of("channels"))
     table = read_run_table(folder, manifest, "channels")
     table = table.filter(pc.equal(table["site"], SITE)).sort_by([("layer", "ascending"), ("channel", "ascending")])
     stored = table["mean_abs_max"].to_numpy().reshape(len(layers), -1)
-    groups = stored_groups(manifest.model)
+    groups = manifest.model.layer_groups
     if groups is None:
         return list(stored)
     found = np.empty_like(stored)

@@ -19,6 +19,7 @@ from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.errors import TensorFileInvalid
 from quambase.schema.files import file_sha256, local_folder, locked
 from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.model_info import ModelInfo, TextInfo
 from quambase.schema.sites import WHOLE, SiteKey
 from quambase.schema.tables import ACTIVATIONS, DOCUMENTS
 
@@ -133,13 +134,12 @@ def import_tensor(
         manifest = Manifest(
             run=run,
             identity=identity,
-            model={"name": path.name, "path": path.name, "family": "tensor", "shape": list(shape)},
-            data={"name": path.name, "read": documents, "documents": documents, "empty": 0, "truncated": 0,
-                  "tokens": documents * length},
+            model=ModelInfo(path.name, "tensor", path.name, shape=tuple(shape)),
+            data=TextInfo(path.name, documents, documents * length, read=documents),
             tables=tables,
             sites=[key],
             created=versions(),
-        )  # fmt: skip
+        )
         manifest = finish_run(folder, manifest)
     return CollectedRun(folder, manifest, existed=False)
 

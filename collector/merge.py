@@ -32,7 +32,6 @@ from quambase.collector.shards import (
 from quambase.collector.statistics import ENCODINGS, SiteStatistics
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, RunBusy, UnknownName
 from quambase.schema.files import link_or_copy, local_folder, locked
-from quambase.schema.groups import stored_groups
 from quambase.schema.manifest import MANIFEST, SHARDS, Manifest, TableFile
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.runs import list_runs, sound_manifests
@@ -232,12 +231,12 @@ def _agreed(run: str, found: Found, folders: Folders) -> Manifest:
     first, promised = min(found), found[min(found)]
     for shard, each in found.items():
         manifest = each.manifest
-        if each.shard != shard or run_id(str(manifest.model["name"]), manifest.identity) != run:
+        if each.shard != shard or run_id(manifest.model.name, manifest.identity) != run:
             raise DatabaseInvalid(
                 f"{folders[shard] / SHARD} was altered: it tells of shard {each.shard} of another run or count, not of "
                 f"{shard} of {run}; copy it again"
             )
-        if manifest.model.get("groups") != promised.manifest.model.get("groups"):
+        if manifest.model.groups != promised.manifest.model.groups:
             raise DatabaseInvalid(
                 f"shards {first} and {shard} of run {run} found different groups of heads and channels, as different "
                 "kinds of machine can; collect them with --groups-from RUN"
@@ -251,7 +250,7 @@ def _fold(found: Found, folders: Folders, progress: Shown) -> dict[SiteKey, Site
     """The statistics of all blocks."""
     count, promised = len(found), found[min(found)]
     identity = promised.manifest.identity
-    layouts = site_layouts(promised.model_config(), identity["sites"], stored_groups(promised.manifest.model))
+    layouts = site_layouts(promised.model_config(), identity["sites"], promised.manifest.model.layer_groups)
     statistics = {key: SiteStatistics.empty(layout, identity["outliers"]) for key, layout in layouts.items()}
     with Progress(progress) as shown:
         shown.start("merge", len(found), len(found), unit="shards")

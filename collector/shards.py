@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from quambase.model.weights import MambaConfig
 from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
 from quambase.schema.files import check_format_version, file_damage, file_sha256, replacing
-from quambase.schema.manifest import SHARDS, Manifest, table_files
+from quambase.schema.manifest import SHARDS, Manifest
 from quambase.schema.sites import MAMBA2, SiteKey
 from quambase.schema.tables import read_table, write_table
 
@@ -174,7 +174,7 @@ class ShardManifest:
 
     def model_config(self) -> MambaConfig | Mamba2Config:
         """The model's sizes."""
-        return (Mamba2Config if self.manifest.model["family"] == MAMBA2 else MambaConfig)(**self.config)
+        return (Mamba2Config if self.manifest.model.family == MAMBA2 else MambaConfig)(**self.config)
 
 
 def finish_shard(
@@ -183,7 +183,13 @@ def finish_shard(
     """Write `shard.json`, which makes the shard complete."""
     names = [CHECKPOINT, PLACES, *map(sums_file, shard.blocks(blocks))]
     files = {name: file_sha256(folder / name) for name in names}
-    content = asdict(ShardManifest(shard, manifest, asdict(config), blocks, files))
+    content = {
+        "shard": asdict(shard),
+        "manifest": manifest.to_json(),
+        "config": asdict(config),
+        "blocks": blocks,
+        "files": files,
+    }
     with replacing(folder / SHARD) as temporary:
         temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -200,16 +206,8 @@ def load_shard(folder: Path) -> ShardManifest:
                 f"{path} has format version {version}, of an earlier quambase, and shards of version "
                 f"{RUN_FORMAT_VERSION} can be merged; delete {folder} and collect the shard again"
             )
-        read = {
-            "sites": [(layer, site) for layer, site in manifest["sites"]],
-            "tables": table_files(manifest["tables"]),
-        }
         return ShardManifest(
-            Shard(**raw["shard"]),
-            Manifest(**{field.name: (manifest | read)[field.name] for field in fields(Manifest)}),
-            raw["config"],
-            raw["blocks"],
-            raw["files"],
+            Shard(**raw["shard"]), Manifest.from_json(manifest, version), raw["config"], raw["blocks"], raw["files"]
         )
     except FileNotFoundError:
         raise DatabaseInvalid(

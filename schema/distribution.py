@@ -97,8 +97,8 @@ class Distribution:
         found = []
         for p in ps:
             below, above, weight = rank(p, self.total)
-            ends = (float(self.order_statistic(place)) for place in (below, above))
-            found.append(float(interpolate(*ends, weight)))
+            low, high = float(self.order_statistic(below)), float(self.order_statistic(above))
+            found.append(float(interpolate(low, high, weight)))
         return found
 
     def quantile_torch(self, p: float) -> np.float32:

@@ -134,11 +134,3 @@ class LayerGroups:
             tuple(raw["channel_index"]),
             tuple(tuple(tuple(sizes) for sizes in of_ssd) for of_ssd in raw["channel_group"]),
         )
-
-
-def stored_groups(model: dict[str, Any]) -> list[LayerGroups] | None:
-    """The groups of every layer, from the ``model`` of a run's manifest or of a scale table's provenance; None if the
-    model was not reordered.
-    """
-    stored = model.get("groups")
-    return None if stored is None else [LayerGroups.from_json(layer) for layer in stored["layers"]]

@@ -12,6 +12,7 @@ from typing import Any
 from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.files import check_format_version, file_damage, replacing
+from quambase.schema.model_info import ModelInfo, TextInfo
 
 MANIFEST = "run.json"
 
@@ -52,10 +53,8 @@ class Manifest:
     identity   what determines the bytes of the tables: model weights and tokenizer hashes, documents,
                sites, grouping, activation dtype, samples, sequence length, block size, device type,
                torch version, format version
-    model      name, path, family ("mamba1", "mamba2", or "tensor" for an import), n_layer, d_model, d_inner, d_state,
-               vocab_size; of Mamba-1 dt_rank, of Mamba-2 headdim and ngroups; of a reordered Mamba-2 groups: variant,
-               where its statistics are from, and layers, a `quambase.schema.groups.LayerGroups` each
-    data       name, path (null for a known name), documents, empty, truncated, tokens
+    model      name, family, sizes, order of heads and channels
+    data       the text: name, documents, tokens
     tables     file, as a path in the run folder, to rows and checksum; each table's files in the order of its rows
     sites      the (layer, site) pairs observed
     created    number (1 for the first run that the database completed, then 2, ...), versions, host, timings: what may
@@ -64,8 +63,8 @@ class Manifest:
 
     run: str
     identity: dict[str, Any]
-    model: dict[str, Any]
-    data: dict[str, Any]
+    model: ModelInfo
+    data: TextInfo
     tables: dict[str, TableFile]
     sites: list[tuple[int, str]]
     created: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +84,27 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write ``folder/run.json`` atomically."""
         with replacing(folder / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def to_json(self) -> dict[str, Any]:
+        """As `run.json` stores it."""
+        typed = {"model": self.model.to_json(), "data": self.data.to_json()}
+        plain = {"tables": {file: asdict(entry) for file, entry in self.tables.items()}}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | typed | plain
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], version: int) -> Manifest:
+        """What `to_json` gave. ValueError, TypeError or KeyError: something is missing or of another type."""
+        return cls(
+            run=_typed(raw, "run", str),
+            identity=_typed(raw, "identity", dict),
+            model=ModelInfo.from_json(_typed(raw, "model", dict)),
+            data=TextInfo.from_json(_typed(raw, "data", dict)),
+            tables=table_files(_typed(raw, "tables", dict)),
+            sites=[(int(layer), str(site)) for layer, site in _typed(raw, "sites", list)],
+            created=_typed(raw, "created", dict),
+            format_version=version,
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -105,14 +124,8 @@ class Manifest:
         if missing:
             raise DatabaseInvalid(f"{path} lacks {', '.join(sorted(missing))}; restore it or collect again")
         try:
-            found = cls(
-                run=_typed(raw, "run", str),
-                **{key: _typed(raw, key, dict) for key in ("identity", "model", "data", "created")},
-                tables=table_files(_typed(raw, "tables", dict)),
-                sites=[(int(layer), str(site)) for layer, site in _typed(raw, "sites", list)],
-                format_version=version,
-            )
-        except (ValueError, TypeError) as error:
+            found = cls.from_json(raw, version)
+        except (ValueError, TypeError, KeyError) as error:
             raise DatabaseInvalid(f"{path} is damaged ({error}); restore it or collect again") from None
         # Names of files are made of it: another run's would be read in its place.
         if found.run != folder.name:

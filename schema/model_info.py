@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.groups import LayerGroups
 
 SIZES = ("n_layer", "d_model", "d_inner", "d_state", "dt_rank", "headdim", "ngroups", "vocab_size")
@@ -16,7 +17,7 @@ SIZES = ("n_layer", "d_model", "d_inner", "d_state", "dt_rank", "headdim", "ngro
 class SortedGroups:
     """How a Mamba-2's heads and channels are sorted.
 
-    settings  how the groups were found: variant (fixed or quamba2) and where its statistics are from
+    settings  how the groups were found: variant, and where its statistics are from
     layers    the order and the groups of each layer
     """
 
@@ -24,9 +25,10 @@ class SortedGroups:
     layers: tuple[LayerGroups, ...]
 
     @property
-    def variant(self) -> str:
-        """fixed or quamba2."""
-        return str(self.settings["variant"])
+    def variant(self) -> str | None:
+        """fixed or quamba2; None if the order is upstream's own, from a file of its scales."""
+        found = self.settings.get("variant")
+        return None if found is None else str(found)
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,13 @@ class ModelInfo:
 
     @property
     def n_layer(self) -> int:
-        """Layers of the model; ValueError if they are not known."""
+        """Layers of the model; DatabaseInvalid if they are not known."""
         return self.size("n_layer")
 
     def size(self, name: str) -> int:
-        """The size called ``name``; ValueError if it is not known."""
+        """The size called ``name``; DatabaseInvalid if it is not known."""
         if name not in self.sizes:
-            raise ValueError(f"the {name} of model {self.name} is not known")
+            raise DatabaseInvalid(f"the {name} of model {self.name} is not stored with its run; collect again")
         return self.sizes[name]
 
     @property
@@ -87,7 +89,6 @@ class ModelInfo:
         if stored is not None:
             settings = {name: value for name, value in stored.items() if name != "layers"}
             groups = SortedGroups(settings, tuple(LayerGroups.from_json(layer) for layer in stored["layers"]))
-            groups.variant  # noqa: B018  (KeyError where it is missing)
         return cls(
             name=_typed(raw, "name", str),
             family=_typed(raw, "family", str),

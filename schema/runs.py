@@ -98,10 +98,10 @@ def _row(manifest: Manifest, folder: Path) -> dict[str, Any]:
     files = [folder / name for name in manifest.tables]
     return {
         "run": manifest.run,
-        "model": manifest.model.get("name"),
-        "text": manifest.data.get("name"),
-        "documents": manifest.data.get("documents"),
-        "tokens": manifest.data.get("tokens"),
+        "model": manifest.model.name,
+        "text": manifest.data.name,
+        "documents": manifest.data.documents,
+        "tokens": manifest.data.tokens,
         "MB": round(sum(path.stat().st_size for path in files if path.exists()) / 1e6, 1),
         "begun": str(manifest.created.get("started", "")).replace("T", " ").rstrip("Z"),
     }
@@ -118,13 +118,14 @@ def runs_table(manifests: list[Manifest]) -> pa.Table:
         texts = {"identity": m.identity, "created": m.created}
         return {
             "run": m.run,
-            "model": m.model.get("name"),
-            "model_path": None if m.model.get("path") is None else str(m.model["path"]),
-            "data": m.data.get("name"),
+            "model": m.model.name,
+            "model_path": m.model.path,
+            "data": m.data.name,
             "format_version": m.format_version,
-            **{name: m.model.get(name) for name in ("family", "n_layer", "d_model", "headdim", "ngroups")},
-            "grouping": (m.model.get("groups") or {}).get("variant"),
-            **{name: m.data.get(name) for name in ("documents", "empty", "truncated", "tokens")},
+            "family": m.model.family,
+            **{name: m.model.sizes.get(name) for name in ("n_layer", "d_model", "headdim", "ngroups")},
+            "grouping": m.model.groups.variant if m.model.groups else None,
+            **{name: getattr(m.data, name) for name in ("documents", "empty", "truncated", "tokens")},
             **{name: json.dumps(value, sort_keys=True, default=str) for name, value in texts.items()},
         }
 

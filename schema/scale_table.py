@@ -20,6 +20,7 @@ from quambase.schema.errors import OutputRefused, ScalesInvalid, UnknownName
 from quambase.schema.files import FORCE_HINT, check_format_version, refuse_foreign_file
 from quambase.schema.groups import GRANULARITIES, GROUP, granularity_of, group_numbers, is_scale_group
 from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.model_info import ModelInfo
 from quambase.schema.sites import WHOLE
 from quambase.schema.tables import SCALES, write_table
 
@@ -70,17 +71,24 @@ class ScaleTable:
             )
         return runs[0]
 
-    @property
-    def model(self) -> dict[str, Any]:
-        """The manifest's ``model`` (name, path, family, n_layer, ...) of the one run."""
-        model: dict[str, Any] = self.provenance["runs"][self.run]["model"]
-        return model
+    @cached_property
+    def model(self) -> ModelInfo:
+        """The model of the one run; ScalesInvalid if the provenance does not describe one."""
+        try:
+            return ModelInfo.from_json(self._origin["model"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ScalesInvalid(f"the scale table describes its model wrongly ({error}); run `analyze` again") from None
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """The manifest's ``identity`` (weights_sha256, ...) of the one run."""
-        identity: dict[str, Any] = self.provenance["runs"][self.run]["identity"]
-        return identity
+    def weights_sha256(self) -> str | None:
+        """The SHA-256 of the weights of the one run's model; None where the provenance has none."""
+        found = self._origin["identity"].get("weights_sha256")
+        return None if found is None else str(found)
+
+    @property
+    def _origin(self) -> dict[str, Any]:
+        origin: dict[str, Any] = self.provenance["runs"][self.run]
+        return origin
 
     def granularities(self) -> list[str]:
         """The granularities, coarse to fine, at which this table has scales by group that an INT8 model can read;
@@ -148,7 +156,9 @@ def provenance_of(manifests: Iterable[Manifest], granularity: str, target: str) 
         "quambase": version("quambase"),
         "granularity": granularity,
         "target": target,
-        "runs": {m.run: {"model": m.model, "identity": m.identity, "data": m.data} for m in manifests},
+        "runs": {
+            m.run: {"model": m.model.to_json(), "identity": m.identity, "data": m.data.to_json()} for m in manifests
+        },
     }
 
 

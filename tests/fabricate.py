@@ -16,6 +16,7 @@ from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.distribution import Distribution
 from quambase.schema.files import file_sha256
 from quambase.schema.manifest import Manifest, TableFile
+from quambase.schema.model_info import ModelInfo, TextInfo
 from quambase.schema.sites import STATE_SITES, WHOLE, Site, layer_sites
 from quambase.schema.tables import DOCUMENT_QUANTILES, RUN_TABLES, write_table
 
@@ -117,8 +118,8 @@ def make_run(
     Manifest(
         run=run,
         identity={"weights_sha256": hashlib.sha256(run.encode()).hexdigest(), "samples": 6},
-        model=shape | model,
-        data=data,
+        model=ModelInfo.from_json(shape | model),
+        data=TextInfo.from_json(data),
         tables=tables,
         sites=list(activations),
         created={"host": "elsewhere", "number": number},

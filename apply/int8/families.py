@@ -12,7 +12,6 @@ from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.prepare import prepare
 from quambase.model.reorder import reorder
 from quambase.model.weights import MambaWeights
-from quambase.schema.groups import stored_groups
 from quambase.schema.scale_table import ScaleTable
 
 Int8Model = Int8Mamba | Int8Mamba2
@@ -39,7 +38,7 @@ def build_model(
             quantize_embedding=quantize_embedding,
             compat=compat,
         )
-    groups = stored_groups(table.model)
+    groups = table.model.layer_groups
     return quamba2.build(
         prepare(weights if groups is None else reorder(weights, groups)),
         scales,
@@ -56,5 +55,5 @@ def check_any_scales(
     """The scales that `build_model` would read, rounded to float32; ScalesInvalid, before the slow part."""
     if isinstance(weights, MambaWeights):
         return check_scales(scales, needed_sites(weights.config, quantize_lm_head))
-    maps = channel_maps(stored_groups(table.model) or ())
+    maps = channel_maps(table.model.layer_groups or ())
     return check_group_scales(scales, weights.config, maps, quantize_lm_head)

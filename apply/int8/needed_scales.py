@@ -70,15 +70,15 @@ def checked_scale(layer: int, site: str, scale: float) -> float:
 def check_model(table: ScaleTable, weights_sha256: str, name: str) -> None:
     """ScalesInvalid unless the table's scales were computed from a run of the model with these weights."""
     model = table.model
-    if model.get("family") not in FAMILIES:
+    if model.family not in FAMILIES:
         raise ScalesInvalid(
-            f"the scale table describes '{model.get('name')}' (family {model.get('family')}), "
+            f"the scale table describes '{model.name}' (family {model.family}), "
             "no Mamba model; expected scales of a run of `collect --model NAME`"
         )
-    found = table.identity.get("weights_sha256")
+    found = table.weights_sha256
     if found != weights_sha256:
         raise ScalesInvalid(
-            f"the scale table belongs to model {model.get('name')} (weights {str(found)[:12]}), "
+            f"the scale table belongs to model {model.name} (weights {str(found)[:12]}), "
             f"not to {name} (weights {weights_sha256[:12]}); give that model with --model, "
             f"or collect and analyze {name}"
         )
@@ -101,7 +101,7 @@ def choose_scales(
     if not at:
         return chosen
     for name in at:
-        find_site(name, str(table.model["family"]))
+        find_site(name, table.model.family)
     rest = {key: scale for key, scale in table.group_scales_for(otherwise, level).items() if key[1] not in at}
     return rest | {key: scale for key, scale in chosen.items() if key[1] in at}
 
@@ -151,7 +151,7 @@ def unsafe_sites(table: ScaleTable, scales: Scales) -> list[tuple[int, str]]:
     There upstream's kernel would wrap: ``round(amax / scale) > 127``. An imported scale has no amax to tell by.
     """
     amax = _amax(table)
-    family = str(table.model["family"])
+    family = table.model.family
     return [
         key
         for key, scale in scales.items()

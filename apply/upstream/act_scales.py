@@ -41,7 +41,8 @@ from quambase.apply.int8.needed_scales import (
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.files import refuse_foreign_file, replacing
-from quambase.schema.groups import LayerGroups, stored_groups
+from quambase.schema.groups import LayerGroups
+from quambase.schema.model_info import ModelInfo
 from quambase.schema.scale_table import SELECTED, Scale, ScaleTable, read_scales
 from quambase.schema.sites import FAMILIES, HEAD_LAYER, MAMBA2, layer_sites
 
@@ -121,18 +122,16 @@ def upstream_form(
 ) -> tuple[dict[str, Any], list[Replaced]]:
     """What `export_act_scales` writes, and which scales were replaced because they would clip."""
     model = table.model
-    family = str(model.get("family"))
+    family = model.family
     if family not in FAMILIES:
-        raise ScalesInvalid(
-            f"the scale table describes {model.get('name')} (family {family}); expected a Mamba model's"
-        )
+        raise ScalesInvalid(f"the scale table describes {model.name} (family {family}); expected a Mamba model's")
     chosen, replaced = clip_safe(table, choose_scales(table, strategy, at, otherwise, granularity))
-    n_layer = int(model["n_layer"])
+    n_layer = model.n_layer
     sites = list(layer_sites(n_layer, family))
     needed = [(layer, site.name) for layer, site in sites if site.consumed and layer != HEAD_LAYER]
     if missing := [key for key in needed if key not in chosen]:
         raise missing_scale(missing, needed)
-    groups = stored_groups(model)
+    groups = model.layer_groups
     form = _Form(chosen, groups, model)
     layers: list[dict[str, UpstreamScale]] = [{} for _ in range(n_layer + 1)]
     for layer, site in sites:
@@ -146,8 +145,8 @@ def upstream_form(
         "strategy": describe(strategy, at, otherwise, granularity),
         "replaced": [str(one) for one in replaced],
         "run": table.run,
-        "model": {key: value for key, value in model.items() if key not in ("groups", "path")},
-        "weights_sha256": table.identity.get("weights_sha256"),
+        "model": {key: value for key, value in model.to_json().items() if key not in ("groups", "path")},
+        "weights_sha256": table.weights_sha256,
     }
     content = {
         "act_scales": layers,
@@ -160,11 +159,11 @@ def upstream_form(
 class _Form:
     """The chosen scales, one by one in upstream's form."""
 
-    def __init__(self, chosen: Scales, groups: Sequence[LayerGroups] | None, model: dict[str, Any]) -> None:
+    def __init__(self, chosen: Scales, groups: Sequence[LayerGroups] | None, model: ModelInfo) -> None:
         self.chosen, self.groups = chosen, groups
-        if groups is not None and "d_state" not in model:
+        if groups is not None and "d_state" not in model.sizes:
             raise ScalesInvalid("the scale table does not say the model's d_state; collect and analyze again")
-        self.d_state = int(model.get("d_state", 0))
+        self.d_state = model.sizes.get("d_state", 0)
 
     def scale(self, layer: int, site: str) -> UpstreamScale:
         scale = self.chosen[layer, site]

@@ -155,7 +155,7 @@ def test_export_import_export_is_the_identity(
         assert same(first[key], again[key])
     # What the INT8 model reads is what the original table has.
     before, after = table.group_scales_for("mse"), imported.group_scales_for("imported")
-    for layer, site in layer_sites(2, table.model["family"]):
+    for layer, site in layer_sites(2, table.model.family):
         if site.consumed and site.name != STATE:
             scale = before[layer, site.name]
             by_group = isinstance(after[layer, site.name], tuple) and not isinstance(scale, tuple)

@@ -41,6 +41,7 @@ from quambase.model.weights import tensors_of
 from quambase.schema.errors import CheckpointInvalid, DatabaseInvalid, DataInvalid, RunBusy, ScalesInvalid, UnknownName
 from quambase.schema.files import file_sha256
 from quambase.schema.manifest import Manifest, TableFile
+from quambase.schema.model_info import ModelInfo, TextInfo
 from quambase.schema.scale_table import write_scales
 from quambase.schema.sites import MAMBA1, find_site
 from quambase.schema.tables import DOCUMENTS, RESULTS, SCALES, write_table
@@ -316,7 +317,7 @@ def test_documents_of_the_calibration_run_are_warned_of(world: Any, tmp_path: Pa
         path = folder / "documents" / f"block-{i:05d}.parquet"
         write_table(path, "documents", pa.Table.from_pylist(mine, DOCUMENTS), DOCUMENTS)
         tables[f"documents/{path.name}"] = TableFile(len(mine), file_sha256(path))
-    Manifest("run-a", {}, {}, {}, tables, []).save(folder)
+    Manifest("run-a", {}, ModelInfo("m", "mamba1"), TextInfo("t", 5, 5), tables, []).save(folder)
     found = run(world, tmp_path, strategies=["tight"], task="perplexity")
     assert any("2 of 10 documents were in the calibration run" in note for note in found.notes)
     assert found.about["tasks"][0]["in_calibration_run"] == 2

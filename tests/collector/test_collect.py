@@ -68,8 +68,8 @@ def rows(run: CollectedRun, name: str, layer: int, site: str, group: str | None 
 
 def test_manifest_describes_the_documents(kept: CollectedRun) -> None:
     data = kept.manifest.data
-    assert (data["read"], data["documents"], data["empty"], data["truncated"]) == (9, 7, 2, 3)
-    assert data["tokens"] == sum(min(32, len(text.split())) for text in TEXTS)
+    assert (data.read, data.documents, data.empty, data.truncated) == (9, 7, 2, 3)
+    assert data.tokens == sum(min(32, len(text.split())) for text in TEXTS)
     assert kept.manifest.sites == [(layer, site.name) for layer, site in layer_sites(2)]
     kept.manifest.verify(kept.folder)
     single = ["channels", "groups", "outliers", "site_stats"]
@@ -196,7 +196,7 @@ def test_groups_and_channels_cover_the_site(kept: CollectedRun) -> None:
     assert rows(kept, "groups", 0, "in_proj:output", "z")["channels"][0].as_py() == list(range(32, 64))
     channels = rows(kept, "channels", 0, "in_proj:output")
     assert channels["channel"].to_pylist() == list(range(64))
-    assert set(channels["count"].to_pylist()) == {kept.manifest.data["tokens"]}
+    assert set(channels["count"].to_pylist()) == {kept.manifest.data.tokens}
     state = rows(kept, "channels", 1, "ssm_state_act:input")
     assert state["channel"].to_pylist() == list(range(4)) and set(state["count"].to_pylist()) == {7 * 32}
 

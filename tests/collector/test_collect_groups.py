@@ -26,7 +26,7 @@ from quambase.model.reorder import reorder
 from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
-from quambase.schema.groups import GRANULARITIES, ChannelGroup, LayerGroups, stored_groups
+from quambase.schema.groups import GRANULARITIES, ChannelGroup, LayerGroups
 from quambase.schema.scale_table import read_scales
 
 Rows = list[dict[str, object]]
@@ -70,7 +70,7 @@ def table(run: CollectedRun, name: str, site: str = "") -> Rows:
 
 
 def order_of(run: CollectedRun) -> list[LayerGroups]:
-    found = stored_groups(run.manifest.model)
+    found = run.manifest.model.layer_groups
     assert found is not None
     return found
 
@@ -104,9 +104,9 @@ def test_fixed_is_the_default_and_found_in_the_runs_own_statistics(grouped: Coll
     expected = [layer_groups(layer, 8, 2) for layer in statistics_of_run(plain.folder, weights)]
     assert order_of(grouped) == expected
     assert [sorted(sizes) for sizes in expected[0].head_groups] == [[1, 1, 1, 2]] * 2
-    stored = grouped.manifest.model["groups"]
-    assert (stored["variant"], stored["documents"]) == ("fixed", 7)
-    assert stored_groups(plain.manifest.model) is None and "groups" not in plain.manifest.identity
+    stored = grouped.manifest.model.groups
+    assert stored is not None and (stored.variant, stored.settings["documents"]) == ("fixed", 7)
+    assert plain.manifest.model.layer_groups is None and "groups" not in plain.manifest.identity
     assert grouped.manifest.created["group_seconds"] >= 0
 
 
@@ -269,7 +269,7 @@ def test_the_scale_table_has_every_group_and_carries_the_order(
             # Upstream's scale follows from the largest value, so a larger group's is the largest of its members'.
             assert row["scale"] == max(m["scale"] for m in members)
             assert row["count"] == sum(m["count"] for m in members)
-    assert stored_groups(found.model) == order_of(grouped)
+    assert found.model.layer_groups == order_of(grouped)
     with StatsDB(grouped.folder.parent.parent, "all") as db:
         pooled = {
             run: {(la, s): d for la, s, _, d in db.distributions(run)}

@@ -54,9 +54,9 @@ def table(run: CollectedRun, name: str) -> Rows:
 
 def test_the_manifest_names_family_and_sizes(kept: CollectedRun) -> None:
     model = kept.manifest.model
-    assert model["family"] == "mamba2"
-    assert (model["d_inner"], model["d_state"], model["headdim"], model["ngroups"]) == (32, 4, 8, 2)
-    assert "dt_rank" not in model
+    assert model.family == "mamba2"
+    assert [model.sizes[name] for name in ("d_inner", "d_state", "headdim", "ngroups")] == [32, 4, 8, 2]
+    assert "dt_rank" not in model.sizes
     assert kept.manifest.sites == [(layer, site.name) for layer, site in layer_sites(2, MAMBA2)]
 
 

@@ -29,6 +29,7 @@ from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.files import file_sha256
 from quambase.schema.manifest import Manifest, TableFile, table_of
+from quambase.schema.model_info import ModelInfo, TextInfo
 from quambase.schema.tables import ACTIVATIONS, CHANNELS, COUNTS, DOCUMENTS, RUN_TABLES, as_made, read_table
 
 FLOAT16 = ENCODINGS["float16"]
@@ -276,7 +277,7 @@ def test_a_finished_run_has_no_other_files(tmp_path: Path) -> None:
     files = every_table(folder, write_statistics(folder, "r", STATISTICS, FLOAT16, nowhere))
     (folder / "counts" / "part-999.parquet").write_bytes(b"PAR1")
     (folder / "documents" / ".block-00000.parquet.x.tmp").mkdir()
-    finish_run(folder, Manifest("r", {}, {}, {}, files, []))
+    finish_run(folder, Manifest("r", {}, ModelInfo("m", "mamba1"), TextInfo("t", 1, 1), files, []))
     assert set(bytes_of(folder)) == set(files)
     assert not list(folder.rglob("*.tmp"))
 

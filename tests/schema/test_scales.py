@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from quambase.schema.errors import ScalesInvalid, UnknownName
+from quambase.schema.model_info import ModelInfo
 from quambase.schema.scale_table import METADATA_KEY, read_scales, write_scales
 from quambase.schema.tables import SCALES
 
@@ -18,7 +19,7 @@ PROVENANCE = {
     "format_version": 1,
     "quambase": "0.1.0",
     "granularity": "tensor",
-    "runs": {"r1": {"model": {"name": "tiny"}, "identity": {"weights_sha256": "ab"}, "data": {}}},
+    "runs": {"r1": {"model": {"name": "tiny", "family": "mamba1"}, "identity": {"weights_sha256": "ab"}, "data": {}}},
 }
 
 
@@ -48,8 +49,8 @@ def test_round_trip_and_lookup(tmp_path: Path) -> None:
     assert table.provenance == PROVENANCE
     assert table.labels() == ["absmax", "mse", "outlier_piecewise"]
     assert table.run == "r1"
-    assert table.model == {"name": "tiny"}
-    assert table.identity == {"weights_sha256": "ab"}
+    assert table.model == ModelInfo("tiny", "mamba1")
+    assert table.weights_sha256 == "ab"
     assert table.scales_for("absmax") == {(0, "x_proj:input"): 0.5, (1, "x_proj:input"): 0.125}
     assert table.scales_for("selected") == {(0, "x_proj:input"): 0.5, (1, "x_proj:input"): 2.0}
     assert table.scales_for("outlier_piecewise") == {}
