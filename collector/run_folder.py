@@ -101,7 +101,7 @@ class BlockFiles(AbstractContextManager["BlockFiles"]):
 
     def written(self) -> dict[str, TableFile]:
         """Wait for the files of every block so far; those and the ones that were there. OSError."""
-        self._wait(0)
+        self._wait(-1)  # for all of them
         return dict(self._files)
 
     def _wait(self, most: int) -> None:

@@ -16,6 +16,7 @@ import pytest
 from fabricate import NUMBERS, half, make_run, random_activations
 from stored_runs import stored_table
 
+from quambase.schema import database
 from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, QueryInvalid, UnknownName
@@ -242,6 +243,27 @@ def test_a_harmed_run_is_refused(tmp_path: Path, harm: str) -> None:
         (folder / "run.json").write_text(manifest.replace('"format_version": 2', '"format_version": 3'))
     message = {"remove": "is missing", "newer": "format version 3; this quambase reads up to 2: upgrade quambase"}
     with pytest.raises(DatabaseInvalid, match=message.get(harm, "was altered or cut short")):
+        StatsDB(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_large_activations_are_not_hashed_when_a_run_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """All files of the table together, or none."""
+    monkeypatch.setattr(database, "VERIFY_LIMIT_BYTES", limit)
+    folder = make_run(tmp_path, "r", {(0, "in_proj:input"): random_activations()[0, "in_proj:input"]})
+    path = folder / "activations" / "block-00000.parquet"
+    path.write_bytes(b"X" + path.read_bytes()[1:])  # which readers do not look at
+    if limit:
+        with pytest.raises(DatabaseInvalid, match=r"activations/block-00000\.parquet was altered or cut short"):
+            StatsDB(tmp_path)
+    else:
+        StatsDB(tmp_path).close()
+    with pytest.raises(DatabaseInvalid, match=r"activations/block-00000\.parquet was altered or cut short"):
+        Manifest.load(folder).verify(folder)
+    (folder / "groups.parquet").unlink()
+    with pytest.raises(DatabaseInvalid, match="groups.parquet is missing" if limit == 0 else "altered"):
         StatsDB(tmp_path)
 
 

@@ -117,7 +117,10 @@ def test_the_table_of_a_file(file: str, table: str) -> None:
     assert table_of(file) == table
 
 
-@pytest.mark.parametrize("name", ["/etc/x.parquet", "../x.parquet", "counts/../../x.parquet", "a/b/c.parquet", "x"])
+@pytest.mark.parametrize(
+    "name",
+    ["/etc/x.parquet", "../x.parquet", "counts/../../x.parquet", "a.parquet/../../x.parquet", "a/b/c.parquet", "x"],
+)
 def test_a_file_out_of_the_run_folder_is_refused(tmp_path: Path, name: str) -> None:
     folder = make_run(tmp_path, "r", {(0, "in_proj:input"): random_activations()[0, "in_proj:input"]})
     manifest = Manifest.load(folder)
