@@ -38,8 +38,9 @@ from quambase.apply.int8.cuda_models import int8_on_cuda
 from quambase.apply.int8.model_folder import last_applied
 from quambase.model.checkpoint import LoadedModel
 from quambase.model.cuda.compiler import CompilationFailed
+from quambase.model.language_model import floating_model
 from quambase.model.names import BUNDLED_DATA, SAMPLE_AUTHORS, data_name
-from quambase.model.operators.device_models import choose_device, device_model
+from quambase.model.operators.choice import choose_device
 from quambase.model.sources import find_given, is_bundled
 from quambase.model.text import read_documents
 from quambase.schema import FORMAT_VERSION
@@ -369,7 +370,7 @@ class _Models:
         if device.type == "cuda":
             try:
                 int8 = int8_on_cuda(candidates.models, device)
-                return cls(device, device_model(source.any_weights, device, torch.float32), int8)
+                return cls(device, floating_model(source.any_weights, device), int8)
             except CompilationFailed as error:
                 if required:
                     raise DataInvalid(f"INT8 does not run on this CUDA device: {error}; say --device cpu") from None
