@@ -18,13 +18,13 @@ from timing import table
 
 from quambase.collector.collect import collect
 from quambase.collector.documents import read_document_set
-from quambase.model.backbone import HEAD_ROWS
 from quambase.model.checkpoint import load_model
-from quambase.model.mamba import Mamba
+from quambase.model.language_model import LanguageModel, floating_model
+from quambase.model.mamba1 import MambaConfig
 from quambase.model.names import BUNDLED, bundled_models
 from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
-from quambase.model.weights import MambaConfig, random_weights, tensors_of
+from quambase.model.weights import random_weights, tensors_of
 
 SEQ_LEN, BLOCK = 512, 32
 
@@ -40,11 +40,11 @@ def write_130m(folder: Path) -> Path:
     return folder
 
 
-def plain_forward(model: Mamba, batches: list[Batch]) -> None:
+def plain_forward(model: LanguageModel, batches: list[Batch]) -> None:
     """Hidden states and all logits, chunk by chunk, nothing kept."""
     for batch in batches:
         hidden = model.hidden(batch)
-        for documents in batch.chunks(HEAD_ROWS):
+        for documents in batch.chunks(model.operators.head_rows):
             model.logits(hidden[int(batch.offsets[documents.start]) : int(batch.offsets[documents.stop])])
 
 
@@ -69,7 +69,7 @@ def main(which: str) -> None:
         loaded = load_model(model)
         plan = read_document_set("sample:calibration", loaded.tokenizer, samples, SEQ_LEN)
         batches = [Batch.pack([d.tokens.tolist() for d in block]) for block in plan.blocks(BLOCK)]
-        float_model = Mamba(prepare(loaded.weights), rotated=True)
+        float_model = floating_model(prepare(loaded.any_weights), rotated=True)
         plain_forward(float_model, batches[:1])
         collect(model, 2, data="sample:calibration", db=folder / "warm", progress=False)
         seconds: dict[str, list[float]] = {"plain forward": [], "collect": []}

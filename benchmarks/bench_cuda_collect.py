@@ -24,10 +24,11 @@ from quambase.collector.layouts import site_layouts
 from quambase.collector.run_folder import BlockFiles, every_table, write_statistics
 from quambase.collector.statistics import ENCODINGS, SiteLayout, SiteStatistics
 from quambase.collector.table_rows import Int64, Places
-from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
-from quambase.model.operators.device_models import HEAD_ROWS, DeviceModel, device_model
+from quambase.model.language_model import LanguageModel, floating_model
+from quambase.model.mamba1 import MambaConfig
+from quambase.model.mamba2 import Mamba2Config
 from quambase.model.packed_batch import Batch
-from quambase.model.weights import MambaConfig, MambaWeights, random_weights
+from quambase.model.weights import ModelWeights, random_weights
 from quambase.schema.manifest import table_of
 from quambase.schema.sites import FAMILIES, MAMBA1, MAMBA2
 
@@ -39,21 +40,19 @@ UPSTREAM = 33.6
 """Seconds of upstream's calibration of 512 such documents on one H100, measured before."""
 
 
-def plain_forward(model: DeviceModel, batches: list[Batch]) -> float:
+def plain_forward(model: LanguageModel, batches: list[Batch]) -> float:
     """Seconds of hidden states and all logits, chunk by chunk, nothing kept."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for batch in batches:
         hidden = model.hidden(batch)
-        for documents in batch.chunks(HEAD_ROWS):
+        for documents in batch.chunks(model.operators.head_rows):
             model.logits(hidden[int(batch.offsets[documents.start]) : int(batch.offsets[documents.stop])])
     torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def collecting(
-    weights: MambaWeights | Mamba2Weights, family: str, plan: DocumentSet, folder: Path
-) -> tuple[float, float, int, int]:
+def collecting(weights: ModelWeights, family: str, plan: DocumentSet, folder: Path) -> tuple[float, float, int, int]:
     """Seconds of observing every block and of the writing after it; bytes of the database, of `activations` in it."""
     layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family]])
     statistics = {key: SiteStatistics.empty(layout, OUTLIERS) for key, layout in layouts.items()}
@@ -139,10 +138,10 @@ def ragged(plan: DocumentSet) -> DocumentSet:
     return DocumentSet(tuple(documents), plan.read, 0, len(documents))
 
 
-def of_texts(weights: MambaWeights | Mamba2Weights, family: str, plan: DocumentSet) -> str:
+def of_texts(weights: ModelWeights, family: str, plan: DocumentSet) -> str:
     """A row: seconds as the median of TURNS turns, together also the least and the most of them."""
     batches = [Batch.pack([d.tokens.tolist() for d in block]) for block in plan.blocks(BLOCK)]
-    model = device_model(weights, choose_placement("cuda").device, DTYPES["float16"], rotated=True)
+    model = floating_model(weights, choose_placement("cuda").device, DTYPES["float16"], rotated=True)
     plain, turns = [], []
     with tempfile.TemporaryDirectory() as name:
         for turn in range(-1, TURNS):
@@ -162,9 +161,9 @@ def of_texts(weights: MambaWeights | Mamba2Weights, family: str, plan: DocumentS
 
 def main(documents: int) -> None:
     """Print one table, two rows per family."""
-    shapes: dict[str, MambaWeights | Mamba2Weights] = {
+    shapes: dict[str, ModelWeights] = {
         MAMBA1: random_weights(MambaConfig(768, 24, 50280, 1536, dt_rank=48)),
-        MAMBA2: random_mamba2_weights(Mamba2Config(768, 24, 50288, 1536)),
+        MAMBA2: random_weights(Mamba2Config(768, 24, 50288, 1536)),
     }
     plan = new_plan(documents)
     upstream = upstream_forward([Batch.pack([d.tokens.tolist() for d in block]) for block in plan.blocks(BLOCK)])

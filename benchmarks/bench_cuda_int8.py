@@ -21,11 +21,14 @@ from quambase.apply.int8 import mamba2 as quamba2
 from quambase.apply.int8.cuda_models import int8_on_cuda
 from quambase.apply.int8.cuda_operators import CudaInt8Operators, pad_weight
 from quambase.apply.int8.families import Int8Model
-from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
-from quambase.model.operators.device_models import HEAD_ROWS, device_model
+from quambase.model.language_model import floating_model
+from quambase.model.mamba1 import MambaConfig
+from quambase.model.mamba2 import Mamba2Config
+from quambase.model.operators.torch import TorchOperators
 from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
-from quambase.model.weights import MambaConfig, MambaWeights, random_weights
+from quambase.model.weights import ModelWeights, random_weights
+from quambase.schema.sites import MAMBA2
 
 SEQ_LEN, BLOCK = 512, 32
 
@@ -47,12 +50,12 @@ def forward(model: Model, batches: list[Batch], logits: bool = True) -> None:
         hidden = model.hidden(batch)
         if not logits:
             continue
-        for documents in batch.chunks(HEAD_ROWS):
+        for documents in batch.chunks(TorchOperators.head_rows):
             model.logits(hidden[int(batch.offsets[documents.start]) : int(batch.offsets[documents.stop])])
     torch.cuda.synchronize()
 
 
-def absmax_model(weights: MambaWeights | Mamba2Weights, batch: Batch, device: torch.device) -> Int8Model:
+def absmax_model(weights: ModelWeights, batch: Batch, device: torch.device) -> Int8Model:
     """The INT8 model with scales of absmax / 127 over one batch."""
     prepared = prepare(weights)
     amax: dict[tuple[int, str], torch.Tensor] = {}
@@ -61,9 +64,9 @@ def absmax_model(weights: MambaWeights | Mamba2Weights, batch: Batch, device: to
         found = values.abs().max().float()
         amax[layer, site] = torch.maximum(amax.get((layer, site), found), found)
 
-    device_model(prepared, device, torch.float16, rotated=True).hidden(batch, tap)
+    floating_model(prepared, device, torch.float16, rotated=True).hidden(batch, tap)
     scales = {key: max(float(value), 1e-3) / 127 for key, value in amax.items()}
-    if isinstance(prepared, Mamba2Weights):
+    if prepared.config.kind == MAMBA2:
         return quamba2.build(prepared, scales)
     return quamba1.build(prepared, scales)
 
@@ -84,7 +87,7 @@ def upstream(batches: list[Batch]) -> Callable[[], object] | None:
         with torch.inference_mode():
             for part in tokens:
                 hidden = model.backbone(part)
-                for rows in hidden.flatten(0, 1).split(HEAD_ROWS):
+                for rows in hidden.flatten(0, 1).split(TorchOperators.head_rows):
                     model.lm_head(rows)
         torch.cuda.synchronize()
 
@@ -125,9 +128,9 @@ def main() -> None:
     lines = []
     for family, weights in (
         ("mamba-130m", random_weights(MAMBA1_130M)),
-        ("mamba2-130m", random_mamba2_weights(MAMBA2_130M)),
+        ("mamba2-130m", random_weights(MAMBA2_130M)),
     ):
-        half = device_model(weights, device, torch.float16)
+        half = floating_model(weights, device, torch.float16)
         (int8,) = int8_on_cuda({"absmax": absmax_model(weights, batches[0], device)}, device).values()
         sides: dict[str, Callable[[], object]] = {
             "float16": lambda half=half: forward(half, batches),

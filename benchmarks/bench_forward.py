@@ -9,9 +9,10 @@ from timing import alternate, table
 from transformers import MambaConfig as HFConfig
 from transformers import MambaForCausalLM
 
-from quambase.model.mamba import Mamba
+from quambase.model.language_model import LanguageModel, floating_model
+from quambase.model.mamba1 import MambaConfig
 from quambase.model.packed_batch import Batch
-from quambase.model.weights import MambaConfig, random_weights, tensors_of
+from quambase.model.weights import random_weights, tensors_of
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -27,7 +28,7 @@ def main() -> None:
         weights = random_weights(config)
         tokens = torch.randint(0, config.vocab_size, (documents, length), generator=torch.Generator().manual_seed(0))
         batch = Batch.pack(tokens.tolist())
-        ours = Mamba(weights)
+        ours = floating_model(weights)
         theirs = MambaForCausalLM(
             HFConfig(
                 vocab_size=config.vocab_size,
@@ -39,7 +40,7 @@ def main() -> None:
         state = {k.replace("embedding.weight", "embeddings.weight"): v for k, v in tensors_of(weights).items()}
         theirs.load_state_dict(state | {"lm_head.weight": weights.lm_head})
 
-        def run_ours(model: Mamba = ours, packed: Batch = batch) -> torch.Tensor:
+        def run_ours(model: LanguageModel = ours, packed: Batch = batch) -> torch.Tensor:
             return model.logits(model.hidden(packed))
 
         def run_theirs(model: MambaForCausalLM = theirs, ids: torch.Tensor = tokens) -> torch.Tensor:

@@ -8,10 +8,11 @@ import torch
 from timing import alternate, table
 
 from quambase.apply.int8.mamba1 import Int8Mamba, build
-from quambase.model.mamba import Mamba
+from quambase.model.language_model import LanguageModel, floating_model
+from quambase.model.mamba1 import MambaConfig
 from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
-from quambase.model.weights import MambaConfig, random_weights
+from quambase.model.weights import random_weights
 from quambase.schema.sites import layer_sites
 
 SHAPES = {
@@ -20,7 +21,7 @@ SHAPES = {
 }
 
 
-def absmax_scales(model: Mamba, batch: Batch) -> dict[tuple[int, str], float]:
+def absmax_scales(model: LanguageModel, batch: Batch) -> dict[tuple[int, str], float]:
     """Absmax / 127 of every site over the batch."""
     amax = {(layer, site.name): 1e-5 for layer, site in layer_sites(model.config.n_layer)}
 
@@ -38,8 +39,8 @@ def main() -> None:
         tokens = torch.randint(0, config.vocab_size, (documents, length), generator=torch.Generator().manual_seed(0))
         batch = Batch.pack(tokens.tolist())
         prepared = prepare(weights)
-        scales = absmax_scales(Mamba(prepared, rotated=True), Batch.pack(tokens[:, :64].tolist()))
-        floating, rotated = Mamba(weights), Mamba(prepared, rotated=True)
+        scales = absmax_scales(floating_model(prepared, rotated=True), Batch.pack(tokens[:, :64].tolist()))
+        floating, rotated = floating_model(weights), floating_model(prepared, rotated=True)
         start = time.perf_counter()
         int8 = build(prepared, scales)
         first = time.perf_counter() - start
@@ -47,7 +48,7 @@ def main() -> None:
         int8.with_scales({key: scale * 0.9 for key, scale in scales.items()})
         another = time.perf_counter() - start
 
-        def run(model: Mamba | Int8Mamba, packed: Batch = batch) -> torch.Tensor:
+        def run(model: LanguageModel | Int8Mamba, packed: Batch = batch) -> torch.Tensor:
             return model.hidden(packed)
 
         sides = {

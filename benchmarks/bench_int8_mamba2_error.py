@@ -19,15 +19,16 @@ from timing import machine
 from quambase.apply.int8.group_scales import channel_groups_of, values_of
 from quambase.apply.int8.mamba2 import Int8Mamba2, build
 from quambase.apply.int8.mamba2_weights import SplitInt8Weight
-from quambase.model.backbone import Tap
+from quambase.model.block import Show
 from quambase.model.checkpoint import load_model
-from quambase.model.hadamard import hadamard
-from quambase.model.mamba2 import Mamba2, gated_rms_norm
-from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
-from quambase.model.operators.host_kernels import causal_conv1d_silu
-from quambase.model.packed_batch import Batch
+from quambase.model.language_model import LanguageModel, floating_model
+from quambase.model.mamba2 import Mamba2Block, Mamba2BlockWeights, Mamba2Config
+from quambase.model.operators.host import HostOperators
+from quambase.model.operators.interface import BlockState
+from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.model.prepare import prepare
 from quambase.model.text import read_documents
+from quambase.model.weights import ModelWeights, random_weights
 from quambase.schema.scale_table import Scale
 from quambase.schema.sites import MAMBA2, layer_sites
 
@@ -60,59 +61,63 @@ def dequantized(weight: SplitInt8Weight) -> torch.Tensor:
     return weight.codes.to(torch.float32) * scales
 
 
-class SomeQuantized(Mamba2):
-    """The rotated float32 model with the ``chosen`` operators rounded to INT8 codes and back."""
+class SomeQuantized(Mamba2Block):
+    """A rotated float32 block with the ``chosen`` operators rounded to INT8 codes and back, as block ``index`` of the
+    INT8 model has them.
+    """
 
-    def __init__(self, prepared: Mamba2Weights, int8: Int8Mamba2, chosen: frozenset[str]) -> None:
-        blocks = []
-        for layer, codes in zip(prepared.layers, int8.weights.layers, strict=True):
-            changed = {
-                "in_proj weight": {"in_proj": dequantized(codes.in_proj)},
-                "conv weight and bias": {
-                    "conv_weight": dequantized(codes.conv_weight),
-                    "conv_bias": dequantized(codes.conv_bias),
-                },
-                "A_log": {"A_log": codes.A_log.dequantized()},
-                "D": {"D": codes.D.dequantized()},
-                "out_proj weight": {"out_proj": codes.out_proj.dequantized()},
-            }
-            for name in chosen & changed.keys():
-                layer = dataclasses.replace(layer, **changed[name])
-            blocks.append(layer)
-        super().__init__(dataclasses.replace(prepared, layers=tuple(blocks)), rotated=True)
-        self.chosen, self.int8 = chosen, int8
+    def __init__(self, weights: Mamba2BlockWeights, int8: Int8Mamba2, index: int, chosen: frozenset[str]) -> None:
+        codes = int8.weights.layers[index]
+        changed = {
+            "in_proj weight": {"in_proj": dequantized(codes.in_proj)},
+            "conv weight and bias": {
+                "conv_weight": dequantized(codes.conv_weight),
+                "conv_bias": dequantized(codes.conv_bias),
+            },
+            "A_log": {"A_log": codes.A_log.dequantized()},
+            "D": {"D": codes.D.dequantized()},
+            "out_proj weight": {"out_proj": codes.out_proj.dequantized()},
+        }
+        for name in chosen & changed.keys():
+            weights = dataclasses.replace(weights, **changed[name])
+        super().__init__(int8.config, weights, HostOperators(int8.config.ngroups), rotated=True)
+        self.chosen, self.int8, self.index = chosen, int8, index
 
-    def _rounded(self, index: int, name: str, values: torch.Tensor) -> torch.Tensor:
+    def _rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
         if name not in self.chosen:
             return values
-        scale = values_of(self.int8.scales[index, ACTIVATIONS[name]])
+        scale = values_of(self.int8.scales[self.index, ACTIVATIONS[name]])
         if name == "x":
-            scale = scale[channel_groups_of(self.config, self.int8.channel_groups, index, len(scale))]
+            scale = scale[channel_groups_of(self.config, self.int8.channel_groups, self.index, len(scale))]
         elif name in ("B", "C"):
             scale = torch.repeat_interleave(scale, self.config.bc_width // len(scale))
         return (values / scale).round().clamp(-128, 127) * scale
 
-    def _block(self, index: int, normalised: torch.Tensor, batch: Batch, tap: Tap | None) -> torch.Tensor:
-        c, layer = self.config, self.weights.layers[index]
+    def forward(
+        self, normalised: torch.Tensor, batch: PlacedBatch, state: BlockState | None = None, show: Show | None = None
+    ) -> torch.Tensor:
+        c, ops = self.config, self.operators
         sizes = [c.d_inner, c.d_inner, c.bc_width, c.bc_width, c.heads]
-        projected = F.linear(self._rounded(index, "in_proj input", normalised), layer.in_proj)
+        projected = F.linear(self._rounded("in_proj input", normalised), self.in_proj)
         names = ("z", "x before conv", "B before conv", "C before conv", "dt")
         parts = zip(names, torch.split(projected, sizes, dim=1), strict=True)
-        z, *conv_parts, dt = (self._rounded(index, name, part) for name, part in parts)
-        conv_in = torch.cat(conv_parts, dim=1)
-        conv_out = torch.empty_like(conv_in)
-        bias = layer.conv_bias.numpy()
-        offsets = batch.offsets.numpy()
-        causal_conv1d_silu(conv_in.numpy(), self._conv[index], bias, offsets, conv_out.numpy())
+        z, *conv_parts, dt = (self._rounded(name, part) for name, part in parts)
+        conv_out = ops.conv_silu(torch.cat(conv_parts, dim=1), self.conv_weight, self.conv_bias, batch)
         after = zip("xBC", torch.split(conv_out, sizes[1:4], dim=1), strict=True)
-        x, b, read = (self._rounded(index, name, part).contiguous() for name, part in after)
-        state = torch.zeros(batch.documents, c.d_inner, c.d_state)
-        y = self._scan(index, x, dt, b, read, offsets, state)
-        rotated = hadamard(gated_rms_norm(y, z, layer.gated_norm, c.ngroups, c.norm_eps))
-        return F.linear(self._rounded(index, "out_proj input", rotated), layer.out_proj)
+        x, b, read = (self._rounded(name, part) for name, part in after)
+        y, _ = ops.ssd_scan(x, b, read, dt, self.a, self.d, self.dt_bias, batch)
+        gated = ops.gated_norm(y, z, self.gated_norm, c.norm_eps, rotated=True)
+        return F.linear(self._rounded("out_proj input", gated), self.out_proj)
 
 
-def observe(prepared: Mamba2Weights, batch: Batch) -> dict[tuple[int, str], torch.Tensor]:
+def some_quantized(prepared: ModelWeights, int8: Int8Mamba2, chosen: frozenset[str]) -> LanguageModel:
+    """The rotated float32 model of such blocks."""
+    model = floating_model(prepared, rotated=True)
+    model.blocks = [SomeQuantized(layer, int8, i, chosen) for i, layer in enumerate(prepared.layers)]
+    return model
+
+
+def observe(prepared: ModelWeights, batch: Batch) -> dict[tuple[int, str], torch.Tensor]:
     """Absmax of every site over the batch, by channel (the state's over its last axis)."""
     found: dict[tuple[int, str], torch.Tensor] = {}
 
@@ -121,7 +126,7 @@ def observe(prepared: Mamba2Weights, batch: Batch) -> dict[tuple[int, str], torc
         amax = amax.amax(1) if amax.dim() == 2 else amax
         found[layer, site] = torch.maximum(found[layer, site], amax) if (layer, site) in found else amax
 
-    Mamba2(prepared, rotated=True).hidden(batch, tap)
+    floating_model(prepared, rotated=True).hidden(batch, tap)
     return found
 
 
@@ -153,9 +158,9 @@ def groups_by_size(config: Mamba2Config, amax: dict[tuple[int, str], torch.Tenso
     return maps
 
 
-def random_weights(config: Mamba2Config, spread: float) -> Mamba2Weights:
+def uneven_weights(config: Mamba2Config, spread: float) -> ModelWeights:
     """Random blocks that make up most of the residual stream, a head of its own, x of log-normally unequal size."""
-    weights = random_mamba2_weights(config)
+    weights = random_weights(config)
     generator = torch.Generator().manual_seed(1)
     head = torch.randn(config.vocab_size, config.d_model, generator=generator) * 3 / config.d_model**0.5
     layers = []
@@ -172,25 +177,25 @@ def compare(expected: torch.Tensor, logits: torch.Tensor) -> tuple[float, float]
     return float((p.exp() * (p - q)).sum(-1).mean()), float((p.argmax(-1) == q.argmax(-1)).float().mean())
 
 
-def rows_of(weights: Mamba2Weights, calibration: Batch, batch: Batch) -> Iterator[tuple[str, float, float]]:
+def rows_of(weights: ModelWeights, calibration: Batch, batch: Batch) -> Iterator[tuple[str, float, float]]:
     """Label, KL and top-1 agreement of every variant, on tokens other than the calibration's."""
     prepared = prepare(weights)
     amax = observe(prepared, calibration)
-    reference = Mamba2(weights)
+    reference = floating_model(weights)
     expected = reference.logits(reference.hidden(batch))
     groups = groups_by_size(weights.config, amax)
     int8 = build(prepared, scales_of(weights.config, amax, []), channel_groups=[[index] for index in groups])
 
-    def measured(model: Mamba2 | Int8Mamba2) -> tuple[float, float]:
+    def measured(model: LanguageModel | Int8Mamba2) -> tuple[float, float]:
         return compare(expected, model.logits(model.hidden(batch)))
 
     everything = frozenset(OPERATORS)
-    yield "float16 weights only", *measured(Mamba2(prepared, rotated=True))
+    yield "float16 weights only", *measured(floating_model(prepared, rotated=True))
     for name in OPERATORS:
-        yield f"only {name}", *measured(SomeQuantized(prepared, int8, frozenset({name})))
+        yield f"only {name}", *measured(some_quantized(prepared, int8, frozenset({name})))
     for name in ("z", "x", "dt", "out_proj input", "in_proj input", "in_proj weight"):
-        yield f"all but {name}", *measured(SomeQuantized(prepared, int8, everything - {name}))
-    yield "all, in float32", *measured(SomeQuantized(prepared, int8, everything))
+        yield f"all but {name}", *measured(some_quantized(prepared, int8, everything - {name}))
+    yield "all, in float32", *measured(some_quantized(prepared, int8, everything))
     yield "INT8, one scale per tensor", *measured(int8)
     yield f"INT8, x in {GROUPS} groups", *measured(int8.with_scales(scales_of(weights.config, amax, groups)))
 
@@ -198,10 +203,10 @@ def rows_of(weights: Mamba2Weights, calibration: Batch, batch: Batch) -> Iterato
 def main() -> None:
     """Print one table per model."""
     torch.manual_seed(0)
-    cases: dict[str, tuple[Mamba2Weights, Batch, Batch]] = {}
+    cases: dict[str, tuple[ModelWeights, Batch, Batch]] = {}
     if sys.argv[1:]:
         loaded = load_model(sys.argv[1])
-        assert isinstance(loaded.any_weights, Mamba2Weights), "no Mamba-2"
+        assert loaded.family == MAMBA2, "no Mamba-2"
         texts = [loaded.tokenizer.encode(d.text)[:LENGTH] for d in read_documents("python-docs:evaluation", 40)]
         texts = [text for text in texts if len(text) > 1]
         half = len(texts) // 2
@@ -212,7 +217,7 @@ def main() -> None:
                 tokens = torch.randint(0, config.vocab_size, (2 * DOCUMENTS, LENGTH)).tolist()
                 halves = Batch.pack(tokens[:DOCUMENTS]), Batch.pack(tokens[DOCUMENTS:])
                 cases[f"{title}, {'unequal' if spread else 'equal'} channels"] = (
-                    random_weights(config, spread),
+                    uneven_weights(config, spread),
                     *halves,
                 )
     print(machine())

@@ -24,12 +24,10 @@ from quambase.collector.cuda.taps import DeviceRecorder, ObservedBlock
 from quambase.collector.documents import TokenizedDocument
 from quambase.collector.statistics import ENCODINGS, Counter, SiteLayout, SiteStatistics, sums_of
 from quambase.collector.taps import BlockRecorder, Positions
-from quambase.model.backbone import Backbone
-from quambase.model.checkpoint import floating_model
-from quambase.model.mamba2_weights import Mamba2Weights
-from quambase.model.operators.device_models import DeviceModel, choose_device, device_model
+from quambase.model.language_model import LanguageModel, floating_model
+from quambase.model.operators.choice import choose_device
 from quambase.model.packed_batch import Batch
-from quambase.model.weights import MambaWeights
+from quambase.model.weights import ModelWeights
 from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.sites import SiteKey
 
@@ -135,7 +133,7 @@ class HostBlockRunner(BlockRunner):
 
     def __init__(
         self,
-        model: Backbone,
+        model: LanguageModel,
         statistics: dict[SiteKey, SiteStatistics],
         most: int,
         run: str,
@@ -181,7 +179,7 @@ class CudaBlockRunner(BlockRunner):
 
     def __init__(
         self,
-        model: DeviceModel,
+        model: LanguageModel,
         statistics: Mapping[SiteKey, SiteStatistics],
         most: int,
         run: str,
@@ -266,7 +264,7 @@ class CudaBlockRunner(BlockRunner):
 
 
 def new_block_runner(
-    weights: MambaWeights | Mamba2Weights,
+    weights: ModelWeights,
     where: Placement,
     statistics: dict[SiteKey, SiteStatistics],
     most: int,
@@ -277,7 +275,7 @@ def new_block_runner(
     sums: Sums | None = None,
 ) -> BlockRunner:
     """An observer of prepared ``weights`` that goes on from ``statistics``; a warning where kernels do not compile."""
+    model = floating_model(weights, where.device, DTYPES[where.dtype], rotated=True)
     if where.device.type == "cpu":
-        return HostBlockRunner(floating_model(weights, rotated=True), statistics, most, run, kept, write, sums)
-    model = device_model(weights, where.device, DTYPES[where.dtype], rotated=True)
+        return HostBlockRunner(model, statistics, most, run, kept, write, sums)
     return CudaBlockRunner(model, statistics, most, run, kept, write, sums)

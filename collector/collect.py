@@ -47,12 +47,9 @@ from quambase.collector.shards import (
 from quambase.collector.statistics import ENCODINGS, SiteLayout
 from quambase.collector.table_rows import Int64, Locate, Places
 from quambase.model.checkpoint import LoadedModel, load_model
-from quambase.model.mamba2_weights import Mamba2Weights
 from quambase.model.names import data_name
-from quambase.model.prepare import prepare
-from quambase.model.reorder import reorder
+from quambase.model.prepare import prepare, reorder
 from quambase.model.sources import default_data, find_sources
-from quambase.model.weights import MambaWeights
 from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.answer import PrintsAsTable
 from quambase.schema.errors import DataInvalid
@@ -171,7 +168,7 @@ def collect(
                 layers = find_groups(loaded, plan, grouping, batch_size, db, where, progress=shown)
                 clock.lap("group")
             layouts = site_layouts(loaded.any_weights.config, observed, layers)
-            weights = prepare(_reordered(loaded.any_weights, layers))
+            weights = prepare(reorder(loaded.any_weights, layers) if layers else loaded.any_weights)
             done, statistics, there = load_checkpoint(folder, layouts, OUTLIERS)
             keep = _kept(loaded, plan, keep_tokens, seed)
             blocks = plan.blocks(batch_size)
@@ -277,10 +274,6 @@ def _model(loaded: LoadedModel, identity: dict[str, Any], layers: list[LayerGrou
         {key: getattr(sizes, key) for key in SIZES if hasattr(sizes, key)},
         SortedGroups(identity["groups"], tuple(layers)) if layers else None,
     )
-
-
-def _reordered(weights: MambaWeights | Mamba2Weights, layers: list[LayerGroups] | None) -> MambaWeights | Mamba2Weights:
-    return reorder(weights, layers) if layers and isinstance(weights, Mamba2Weights) else weights
 
 
 def _kept(loaded: LoadedModel, plan: DocumentSet, keep: Keep, seed: int) -> KeptTokens:

@@ -17,7 +17,6 @@ from quambase.collector.documents import DocumentSet
 from quambase.collector.layouts import site_layouts
 from quambase.collector.statistics import SiteStatistics
 from quambase.model.checkpoint import LoadedModel
-from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.prepare import prepare
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
 from quambase.schema.groups import LayerGroups
@@ -82,13 +81,13 @@ def find_groups(
     progress: Progress = SILENT,
 ) -> list[LayerGroups]:
     """The groups of every layer; errors as `statistics_of_run`'s."""
-    config = loaded.any_weights.config
-    assert isinstance(config, Mamba2Config)
+    layout = loaded.any_weights.config.head_layout
+    assert layout is not None
     if grouping.source:
         statistics = statistics_of_run(db / "runs" / grouping.source, loaded.weights_sha256)
     else:
         statistics = first_pass(loaded, plan, grouping.documents, block, where, progress=progress)
-    return [layer_groups(layer, config.headdim, config.ngroups, grouping.variant) for layer in statistics]
+    return [layer_groups(layer, layout.headdim, layout.ssd_groups, grouping.variant) for layer in statistics]
 
 
 def first_pass(

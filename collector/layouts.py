@@ -6,21 +6,19 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from quambase.collector.statistics import SiteLayout
-from quambase.model.mamba2_weights import Mamba2Config
-from quambase.model.weights import MambaConfig
+from quambase.model.block import ModelConfig
 from quambase.schema.groups import LayerGroups
-from quambase.schema.sites import MAMBA1, MAMBA2, STATE_SITES, SiteKey, layer_sites
+from quambase.schema.sites import STATE_SITES, SiteKey, layer_sites
 
 
 def site_layouts(
-    config: MambaConfig | Mamba2Config, sites: Sequence[str], groups: Sequence[LayerGroups] | None = None
+    config: ModelConfig, sites: Sequence[str], groups: Sequence[LayerGroups] | None = None
 ) -> dict[SiteKey, SiteLayout]:
     """Every observed (layer, site) of a model and where its groups lie; ``sites``: their names; ``groups``: of each
     layer of a reordered Mamba-2, by which x and the state are divided.
     """
-    second = isinstance(config, Mamba2Config)
-    edges = _mamba2_edges(config) if isinstance(config, Mamba2Config) else _mamba1_edges(config)
-    ngroups = config.ngroups if isinstance(config, Mamba2Config) else 1
+    edges, heads = config.site_edges(), config.head_layout
+    ngroups = heads.ssd_groups if heads else 1
     layouts = {
         (layer, site.name): SiteLayout(
             site.group_names(ngroups),
@@ -28,7 +26,7 @@ def site_layouts(
             site.name in STATE_SITES,
             tuple(range(ngroups)) if site.by_ssd else (),
         )
-        for layer, site in layer_sites(config.n_layer, MAMBA2 if second else MAMBA1)
+        for layer, site in layer_sites(config.n_layer, config.kind)
         if site.name in sites
     }
     for layer, found in enumerate(groups or ()):
@@ -53,48 +51,3 @@ def _sorted_layout(layer: LayerGroups, d_state: int) -> SiteLayout:
         tuple((group.head_group, group.channel_group) for group in groups),
         d_state,
     )
-
-
-def _mamba1_edges(c: MambaConfig) -> dict[str, tuple[int, ...]]:
-    return {
-        "in_proj:input": (0, c.d_model),
-        "in_proj:output": (0, c.d_inner, 2 * c.d_inner),
-        "x_proj:input": (0, c.d_inner),
-        "x_proj:output": (0, c.dt_rank, c.dt_rank + c.d_state, c.dt_rank + 2 * c.d_state),
-        "dt_proj:input": (0, c.dt_rank),
-        "dt_proj:output": (0, c.d_inner),
-        "ssm_state_act:input": (0, c.d_state),
-        "ssm_state_act:output": (0, c.d_state),
-        "out_proj:input": (0, c.d_inner),
-        "out_proj:output": (0, c.d_model),
-        "lm_head:input": (0, c.d_model),
-        "lm_head:output": (0, c.vocab_size),
-    }
-
-
-def _mamba2_edges(c: Mamba2Config) -> dict[str, tuple[int, ...]]:
-    def shared(width: int) -> tuple[int, ...]:
-        """Equal slices of a width that the SSD groups divide."""
-        return tuple(range(0, width + 1, width // c.ngroups))
-
-    identities = {
-        "z_act": (0, c.d_inner),
-        "x_conv_in": (0, c.d_inner),
-        "B_conv_in": (0, c.bc_width),
-        "C_conv_in": (0, c.bc_width),
-        "x_conv_out": shared(c.d_inner),
-        "B_conv_out": shared(c.bc_width),
-        "C_conv_out": shared(c.bc_width),
-        "dt_act": (0, c.heads),
-        "ssm_state_act": (0, c.d_state),
-        "ssd_out_act": (0, c.d_inner),
-    }
-    return {
-        "in_proj:input": (0, c.d_model),
-        "in_proj:output": c.in_proj_edges,
-        **{f"{name}:{end}": edges for name, edges in identities.items() for end in ("input", "output")},
-        "out_proj:input": (0, c.d_inner),
-        "out_proj:output": (0, c.d_model),
-        "lm_head:input": (0, c.d_model),
-        "lm_head:output": (0, c.vocab_size),
-    }

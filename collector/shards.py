@@ -21,13 +21,13 @@ import pyarrow as pa
 from quambase.collector.checkpoint import CHECKPOINT
 from quambase.collector.statistics import SiteLayout, SiteStatistics
 from quambase.collector.table_rows import Int64, Locate, Places
-from quambase.model.mamba2_weights import Mamba2Config
-from quambase.model.weights import MambaConfig
+from quambase.model.block import ModelConfig
+from quambase.model.block_kinds import KINDS
 from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
 from quambase.schema.files import check_format_version, file_damage, file_sha256, replacing
 from quambase.schema.manifest import SHARDS, Manifest
-from quambase.schema.sites import MAMBA2, SiteKey
+from quambase.schema.sites import SiteKey
 from quambase.schema.tables import read_table, write_table
 
 SHARD = "shard.json"
@@ -172,14 +172,12 @@ class ShardManifest:
     blocks: int
     files: dict[str, str]
 
-    def model_config(self) -> MambaConfig | Mamba2Config:
+    def model_config(self) -> ModelConfig:
         """The model's sizes."""
-        return (Mamba2Config if self.manifest.model.family == MAMBA2 else MambaConfig)(**self.config)
+        return KINDS[self.manifest.model.family].config(**self.config)
 
 
-def finish_shard(
-    folder: Path, shard: Shard, manifest: Manifest, config: MambaConfig | Mamba2Config, blocks: int
-) -> None:
+def finish_shard(folder: Path, shard: Shard, manifest: Manifest, config: ModelConfig, blocks: int) -> None:
     """Write `shard.json`, which makes the shard complete."""
     names = [CHECKPOINT, PLACES, *map(sums_file, shard.blocks(blocks))]
     files = {name: file_sha256(folder / name) for name in names}

@@ -162,7 +162,7 @@ class _Room:
 
 @dataclass
 class BlockRecorder:
-    """A `quambase.model.backbone.Tap` for the documents of one block; sites without a layout are not looked at.
+    """A `quambase.model.block.Tap` for the documents of one block; sites without a layout are not looked at.
 
     ``positions``: document number to the positions whose activations are kept (None: every one);
     ``states``: the documents whose final state is kept (None: all).
@@ -187,7 +187,7 @@ class BlockRecorder:
         self._room = _Room()
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
-        """Count one site's activations; see `quambase.model.backbone.Tap` for the shapes."""
+        """Count one site's activations; see `quambase.model.block.Tap` for the shapes."""
         key = (layer, site)
         layout = self.layouts.get(key)
         if layout is None:

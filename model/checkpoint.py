@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from quambase.model.backbone import Backbone
+from quambase.model.block import ModelConfig
+from quambase.model.block_kinds import read_config
 from quambase.model.hub import mend
-from quambase.model.mamba import Mamba
-from quambase.model.mamba2 import Mamba2
-from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, mamba2_weights_from_tensors
+from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.settings import Settings, read_json_object, shown
 from quambase.model.sources import (
     PYTORCH,
@@ -24,9 +22,8 @@ from quambase.model.sources import (
 )
 from quambase.model.tensor_files import read_pytorch, read_safetensors
 from quambase.model.tokenizer import Tokenizer, load_tokenizer
-from quambase.model.weights import MambaConfig, MambaWeights, weights_from_tensors
+from quambase.model.weights import ModelWeights, weights_digest, weights_from_tensors
 from quambase.schema.errors import CheckpointInvalid
-from quambase.schema.sites import MAMBA1, MAMBA2
 
 
 @dataclass(frozen=True)
@@ -36,38 +33,19 @@ class LoadedModel:
     name: str
     path: Path
     bundled: bool
-    any_weights: MambaWeights | Mamba2Weights
+    any_weights: ModelWeights
     tokenizer: Tokenizer
     weights_sha256: str
     tokenizer_sha256: str
 
     @property
     def family(self) -> str:
-        """``mamba1`` or ``mamba2``."""
-        return MAMBA2 if isinstance(self.any_weights, Mamba2Weights) else MAMBA1
+        """The kind of its blocks: a key of `quambase.schema.sites.FAMILIES`."""
+        return self.any_weights.config.kind
 
-    @property
-    def weights(self) -> MambaWeights:
-        """A Mamba-1's weights; CheckpointInvalid for another family."""
-        if isinstance(self.any_weights, MambaWeights):
-            return self.any_weights
-        raise CheckpointInvalid(f"{self.name} is a Mamba-2 model and this needs a Mamba-1; name one with --model")
-
-    @property
-    def config(self) -> MambaConfig:
-        """A Mamba-1's sizes; CheckpointInvalid for another family."""
-        return self.weights.config
-
-    def floating(self) -> Backbone:
-        """The model as it was trained, ready to run."""
+    def floating(self) -> LanguageModel:
+        """The model as it was trained, ready to run on the CPU."""
         return floating_model(self.any_weights)
-
-
-def floating_model(weights: MambaWeights | Mamba2Weights, *, rotated: bool = False) -> Backbone:
-    """The forward pass of weights of any family; ``rotated``: they were prepared."""
-    if isinstance(weights, Mamba2Weights):
-        return Mamba2(weights, rotated=rotated)
-    return Mamba(weights, rotated=rotated)
 
 
 def load_model(name: str, *, tokenizer: str | None = None) -> LoadedModel:
@@ -93,46 +71,21 @@ def load_model(name: str, *, tokenizer: str | None = None) -> LoadedModel:
     )
 
 
-def load_weights(folder: Path) -> MambaWeights | Mamba2Weights:
+def load_weights(folder: Path) -> ModelWeights:
     """Read config.json and the weights of a model folder, mamba-ssm or Hugging Face layout; float32.
 
     safetensors (one file or an index) before pytorch_model.bin, which is read with ``weights_only=True``.
     """
     config, tied = _config(folder)
-    tensors = _read_tensors(folder)
-    if isinstance(config, Mamba2Config):
-        return mamba2_weights_from_tensors(config, tensors, tied)
-    return weights_from_tensors(config, tensors, tied)
+    return weights_from_tensors(config, _read_tensors(folder), tied)
 
 
-def _config(folder: Path) -> tuple[MambaConfig | Mamba2Config, bool]:
-    """The sizes in config.json, whichever family and layout it describes, and whether the head is tied there.
-
-    ``model_type`` says which layout's keys count, as it does for transformers: a converted model may carry both, and
-    transformers keeps only its own up to date.
-    """
-    if not (folder / "config.json").exists():
-        raise CheckpointInvalid(
-            f"{folder / 'config.json'} is missing; expected a model folder with config.json and weights"
-        )
-    raw = Settings(read_json_object(folder / "config.json"))
-    kind = raw.word("model_type", "")
-    old_keys = "d_model" in raw and "hidden_size" not in raw
-    if kind == "mamba" and not old_keys:
-        return MambaConfig.from_hugging_face(raw.values), raw.flag("tie_word_embeddings", True)
-    if kind == "mamba2" and not old_keys:
-        return Mamba2Config.from_hugging_face(raw.values), raw.flag("tie_word_embeddings", False)
-    if kind in ("", "mamba", "mamba2") and ("d_model" in raw or "n_layer" in raw):
-        ssm = raw.section("ssm_cfg")
-        ssm.only("layer", "Mamba1", "Mamba2")
-        tied = raw.flag("tie_embeddings", True)
-        if ssm.word("layer", "Mamba1") == "Mamba1":
-            return MambaConfig.from_mamba_ssm(raw.values), tied
-        return Mamba2Config.from_mamba_ssm(raw.values), tied
-    raise CheckpointInvalid(
-        f"{folder / 'config.json'} describes a {shown(kind) if kind else 'model of unknown type'}; expected Mamba-1 or "
-        "Mamba-2 in mamba-ssm layout (d_model, n_layer) or Hugging Face layout (model_type mamba or mamba2)"
-    )
+def _config(folder: Path) -> tuple[ModelConfig, bool]:
+    """The sizes in config.json, and whether the head is tied there."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise CheckpointInvalid(f"{path} is missing; expected a model folder with config.json and weights")
+    return read_config(Settings(read_json_object(path)), path)
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -180,14 +133,3 @@ def _read_tensor_file(path: Path) -> dict[str, torch.Tensor]:
     ):
         raise CheckpointInvalid(f"{path} is not a state dict of tensors")
     return loaded
-
-
-def weights_digest(weights: MambaWeights | Mamba2Weights) -> str:
-    """SHA-256 over configuration and every tensor's float32 bytes: the same for the same model in any layout."""
-    digest = hashlib.sha256(repr(weights.config).encode())
-    for tensor in (weights.embedding, weights.norm_f, weights.lm_head):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    for layer in weights.layers:
-        for tensor in vars(layer).values():
-            digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from quambase.model.backbone import Backbone, State
+from quambase.model.language_model import LanguageModel
 from quambase.schema.progress import Progress, Shown
 
 
 def generate(
-    model: Backbone,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     lengths: Sequence[int],
     *,
@@ -38,7 +38,7 @@ def generate(
         shown.start("generate", sum(wanted), sum(wanted), unit="tokens")
         for position in range(1, wanted[0]):
             active = sum(length > position for length in wanted)
-            state = State([conv[:active] for conv in state.conv], [ssm[:active] for ssm in state.ssm])
+            state = [of_block.first(active) for of_block in state]
             with shown.piece(active, active):
                 logits = model.step(current[:active], state)[:, :vocabulary] / temperature
                 for text, token in zip(texts, _draw(logits, top_p, generator).tolist(), strict=False):

@@ -1,4 +1,4 @@
-"""The Mamba-2 forward pass in float32 on the CPU, with a tap at every site of `quambase.schema.sites`.
+"""The Mamba-2 block: sizes, tensors, sites, the order of its heads, and the forward pass with a tap at every site.
 
 Taps see what upstream's `Mamba2Simple` (quamba/qMamba2.py:155-270) shows its hooks: dt_act before dt_bias and
 softplus, ssd_out_act after the skip connection and before the gated norm, out_proj:input after norm and Hadamard.
@@ -6,117 +6,310 @@ softplus, ssd_out_act after the skip connection and before the gated norm, out_p
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from quambase.model.backbone import Backbone, State, Tap
+from quambase.model.block import Block, BlockKind, BlockWeights, Draw, HeadLayout, ModelConfig, Show
 from quambase.model.exponential import exp
-from quambase.model.hadamard import hadamard
-from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights
-from quambase.model.operators.host_kernels import causal_conv1d_silu, ssd_scan
-from quambase.model.packed_batch import Batch
+from quambase.model.operators.interface import BlockState, Operators, OperatorSizes
+from quambase.model.packed_batch import PlacedBatch
+from quambase.model.settings import NORM_EPS, Settings, check_hugging_face, check_mamba_ssm, padded_vocabulary
+from quambase.schema.errors import CheckpointInvalid
+from quambase.schema.groups import LayerGroups
+from quambase.schema.sites import MAMBA2
+
+# What mamba-ssm's Mamba2 can also be, with the one value that upstream's INT8 model handles.
+_ONLY = {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
 
 
-def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, ngroups: int, eps: float) -> torch.Tensor:
-    """Gate, then norm: y SiLU(z) over its root mean square within each of ``ngroups`` runs of channels, times weight.
+@dataclass(frozen=True)
+class Mamba2Config(ModelConfig):
+    """Sizes of a Mamba-2 model.
 
-    y, z (t, e); weight (e,). mamba_ssm's RMSNormGated with norm_before_gate False and group_size e / ngroups.
+    d_inner is heads times headdim; each of ``ngroups`` SSD groups has its own B and C, shared by heads / ngroups
+    consecutive heads.
     """
-    gated = (y * F.silu(z)).view(len(y), ngroups, -1)
-    return F.rms_norm(gated, gated.shape[-1:], None, eps).view_as(y) * weight
+
+    kind = MAMBA2
+    d_model: int
+    n_layer: int
+    vocab_size: int
+    d_inner: int
+    d_state: int = 128
+    d_conv: int = 4
+    headdim: int = 64
+    ngroups: int = 1
+    norm_eps: float = NORM_EPS
+
+    def __post_init__(self) -> None:
+        if self.d_inner % self.headdim or self.heads % self.ngroups:
+            raise CheckpointInvalid(
+                f"config.json implies {self.d_inner} channels in heads of {self.headdim} and {self.ngroups} groups of "
+                "heads; expected whole heads, as many in each group"
+            )
+
+    @property
+    def heads(self) -> int:
+        """How many heads."""
+        return self.d_inner // self.headdim
+
+    @property
+    def bc_width(self) -> int:
+        """The width of B, and of C: ngroups times d_state."""
+        return self.ngroups * self.d_state
+
+    @property
+    def conv_width(self) -> int:
+        """The channels of the convolution: x, B, C."""
+        return self.d_inner + 2 * self.bc_width
+
+    @property
+    def in_proj_edges(self) -> tuple[int, ...]:
+        """Where z, x, B, C, dt begin in in_proj's output, and where dt ends."""
+        e, w = self.d_inner, self.bc_width
+        return (0, e, 2 * e, 2 * e + w, 2 * e + 2 * w, 2 * e + 2 * w + self.heads)
+
+    @classmethod
+    def from_mamba_ssm(cls, values: Mapping[str, Any]) -> Mamba2Config:
+        """From mamba-ssm's config.json; what it leaves out has the defaults of mamba_ssm/modules/mamba2.py."""
+        raw = Settings(values)
+        ssm = check_mamba_ssm(raw)
+        for name, value in _ONLY.items():
+            ssm.only(name, value)
+        _check_dt_limit(ssm, "dt_limit")
+        d_model = raw.size("d_model")
+        d_inner = ssm.expanded(d_model)
+        if "d_ssm" in ssm and ssm.size("d_ssm") != d_inner:
+            raise CheckpointInvalid(
+                f"config.json says ssm_cfg.d_ssm = {ssm.size('d_ssm')} of {d_inner} channels (a gated MLP beside the "
+                "SSM); expected Mamba layers only"
+            )
+        return cls(
+            d_model=d_model,
+            n_layer=raw.size("n_layer"),
+            vocab_size=padded_vocabulary(raw),
+            d_inner=d_inner,
+            d_state=ssm.size("d_state", 128),
+            d_conv=ssm.size("d_conv", 4),
+            headdim=ssm.size("headdim", 64),
+            ngroups=ssm.size("ngroups", 1),
+        )
+
+    @classmethod
+    def from_hugging_face(cls, values: Mapping[str, Any]) -> Mamba2Config:
+        """From transformers' Mamba2Config JSON; what it leaves out has that class's defaults, but for the sizes that
+        every model has of its own.
+        """
+        raw = Settings(values)
+        check_hugging_face(raw)
+        _check_dt_limit(raw, "time_step_limit")
+        d_model = raw.size("hidden_size")
+        config = cls(
+            d_model=d_model,
+            n_layer=raw.size("num_hidden_layers"),
+            vocab_size=raw.size("vocab_size"),
+            d_inner=raw.expanded(d_model),
+            d_state=raw.size("state_size", 128),
+            d_conv=raw.size("conv_kernel", 4),
+            headdim=raw.size("head_dim", 64),
+            ngroups=raw.size("n_groups", 8),
+            norm_eps=float(raw.positive("layer_norm_epsilon", NORM_EPS)),
+        )
+        if raw.size("num_heads", 128) != config.heads:
+            raise raw.invalid("num_heads", f"expand x hidden_size / head_dim, which is {config.heads}")
+        return config
+
+    def block_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As `ModelConfig.block_shapes`."""
+        return {
+            "norm": (self.d_model,),
+            "in_proj": (self.in_proj_edges[-1], self.d_model),
+            "conv_weight": (self.conv_width, self.d_conv),
+            "conv_bias": (self.conv_width,),
+            "dt_bias": (self.heads,),
+            "A_log": (self.heads,),
+            "D": (self.heads,),
+            "gated_norm": (self.d_inner,),
+            "out_proj": (self.d_model, self.d_inner),
+        }
+
+    def block_edges(self) -> dict[str, tuple[int, ...]]:
+        """As `ModelConfig.block_edges`."""
+
+        def shared(width: int) -> tuple[int, ...]:
+            """Equal slices of a width that the SSD groups divide."""
+            return tuple(range(0, width + 1, width // self.ngroups))
+
+        identities = {
+            "z_act": (0, self.d_inner),
+            "x_conv_in": (0, self.d_inner),
+            "B_conv_in": (0, self.bc_width),
+            "C_conv_in": (0, self.bc_width),
+            "x_conv_out": shared(self.d_inner),
+            "B_conv_out": shared(self.bc_width),
+            "C_conv_out": shared(self.bc_width),
+            "dt_act": (0, self.heads),
+            "ssm_state_act": (0, self.d_state),
+            "ssd_out_act": (0, self.d_inner),
+        }
+        return {
+            "in_proj:input": (0, self.d_model),
+            "in_proj:output": self.in_proj_edges,
+            **{f"{name}:{end}": edges for name, edges in identities.items() for end in ("input", "output")},
+            "out_proj:input": (0, self.d_inner),
+            "out_proj:output": (0, self.d_model),
+        }
+
+    def random_block(self, draw: Draw) -> Mamba2BlockWeights:
+        """A in [1, 16], inverse-softplus dt bias. Norm weights, D and the conv bias vary too, so that a test sees them
+        misplaced.
+        """
+        dt = torch.exp(draw.uniform(self.heads) * math.log(100) + math.log(0.001))
+        return Mamba2BlockWeights(
+            norm=1 + draw.normal(self.d_model, std=0.1),
+            in_proj=draw.normal(self.in_proj_edges[-1], self.d_model, std=self.d_model**-0.5),
+            conv_weight=draw.normal(self.conv_width, self.d_conv, std=self.d_conv**-0.5),
+            conv_bias=draw.normal(self.conv_width, std=0.1),
+            dt_bias=dt + torch.log(-torch.expm1(-dt)),
+            A_log=torch.log(1 + 15 * draw.uniform(self.heads)),
+            D=1 + draw.normal(self.heads, std=0.1),
+            gated_norm=1 + draw.normal(self.d_inner, std=0.1),
+            out_proj=draw.normal(self.d_model, self.d_inner, std=(self.d_inner * 2 * self.n_layer) ** -0.5),
+        )
+
+    @property
+    def operator_sizes(self) -> OperatorSizes:
+        """As `ModelConfig.operator_sizes`."""
+        return OperatorSizes(self.d_model, self.d_inner, self.d_state, self.d_conv, self.headdim, self.ngroups)
+
+    @property
+    def head_layout(self) -> HeadLayout:
+        """As `ModelConfig.head_layout`."""
+        return HeadLayout(self.heads, self.d_inner, self.ngroups)
 
 
-class Mamba2(Backbone):
-    """A Mamba-2 language model."""
+def _check_dt_limit(settings: Settings, key: str) -> None:
+    """Only an unlimited time step: upstream's INT8 model silently loses any other limit (qChunkScan.py:100)."""
+    limit = settings.values.get(key)
+    # transformers writes infinity as {"__float__": "Infinity"}, json as Infinity.
+    unlimited = ([0, math.inf], [0, {"__float__": "Infinity"}])
+    if limit is not None and limit not in unlimited:
+        raise settings.invalid(key, "[0, infinity], no limit")
 
-    weights: Mamba2Weights
 
-    def __init__(self, weights: Mamba2Weights, *, rotated: bool = False) -> None:
-        self.weights = weights
-        self.config: Mamba2Config = weights.config
-        self.rotated = rotated
-        # What the kernels read, laid out once: conv (k, channels), A (h,) negative.
-        self._conv = [layer.conv_weight.T.contiguous().numpy() for layer in weights.layers]
-        self._a = [-exp(layer.A_log) for layer in weights.layers]
+@dataclass(frozen=True)
+class Mamba2BlockWeights(BlockWeights):
+    """One block, float32 on the CPU.
 
-    def _block(self, index: int, normalised: torch.Tensor, batch: Batch, tap: Tap | None) -> torch.Tensor:
-        c = self.config
-        layer = self.weights.layers[index]
-        documents = slice(0, batch.documents)
-        offsets = batch.offsets.numpy()
+    norm (d,); in_proj (2e + 2gn + h, d), rows z, x, B, C, dt; conv_weight (e + 2gn, k), channels x, B, C, last column
+    the current token; conv_bias (e + 2gn,); dt_bias, A_log, D (h,); gated_norm (e,); out_proj (d, e).
+    """
+
+    kind = MAMBA2
+    in_proj: torch.Tensor
+    conv_weight: torch.Tensor
+    conv_bias: torch.Tensor
+    dt_bias: torch.Tensor
+    A_log: torch.Tensor
+    D: torch.Tensor
+    gated_norm: torch.Tensor
+    out_proj: torch.Tensor
+
+    def reordered(self, groups: LayerGroups) -> Mamba2BlockWeights:
+        """As `BlockWeights.reordered`: upstream's `reorder_mamba` (quamba/reorder_utils.py:172-195).
+
+        Heads are independent of each other, channels of a head too, and heads stay in their SSD group, whose B, C and
+        norm they share. Only the order of sums in out_proj and in the norm changes.
+        """
+        heads, channels = torch.tensor(groups.head_index), torch.tensor(groups.channel_index)
+        e, dt = len(channels), len(self.in_proj) - len(heads)
+        rows = torch.cat([channels, e + channels, torch.arange(2 * e, dt), dt + heads])
+        conv = torch.cat([channels, torch.arange(e, len(self.conv_weight))])
+        return replace(
+            self,
+            in_proj=self.in_proj[rows],
+            conv_weight=self.conv_weight[conv],
+            conv_bias=self.conv_bias[conv],
+            dt_bias=self.dt_bias[heads],
+            A_log=self.A_log[heads],
+            D=self.D[heads],
+            gated_norm=self.gated_norm[channels],
+            out_proj=self.out_proj[:, channels].contiguous(),
+        )
+
+
+class Mamba2Block(Block):
+    """A Mamba-2 block (Dao & Gu 2024, section 7)."""
+
+    def __init__(
+        self, config: Mamba2Config, weights: Mamba2BlockWeights, operators: Operators, *, rotated: bool
+    ) -> None:
+        """As `Block`."""
+        self.config, self.operators, self.rotated = config, operators, rotated
+        self.in_proj, self.out_proj = operators.matrix(weights.in_proj), operators.matrix(weights.out_proj)
+        self.conv_weight, self.conv_bias = operators.vector(weights.conv_weight.T), operators.vector(weights.conv_bias)
+        self.a, self.d = operators.vector(-exp(weights.A_log)), operators.vector(weights.D)
+        self.dt_bias, self.gated_norm = operators.vector(weights.dt_bias), operators.vector(weights.gated_norm)
+
+    def forward(
+        self, normalised: torch.Tensor, batch: PlacedBatch, state: BlockState | None = None, show: Show | None = None
+    ) -> torch.Tensor:
+        """As `Block.forward`."""
+        c, ops = self.config, self.operators
         widths = [c.d_inner, c.bc_width, c.bc_width]
-
-        projected = F.linear(normalised, layer.in_proj)  # (t, 2e + 2gn + h)
+        projected = F.linear(normalised, self.in_proj)  # (t, 2e + 2gn + h)
         z, conv_in, dt = torch.split(projected, [c.d_inner, c.conv_width, c.heads], dim=1)
-        conv_in = conv_in.contiguous()
-        conv_out = torch.empty_like(conv_in)
-        causal_conv1d_silu(conv_in.numpy(), self._conv[index], layer.conv_bias.numpy(), offsets, conv_out.numpy())
-        x, b, read = (part.contiguous() for part in torch.split(conv_out, widths, dim=1))
-        state = torch.zeros(batch.documents, c.d_inner, c.d_state)
-        y = self._scan(index, x, dt, b, read, offsets, state)
-        normed = gated_rms_norm(y, z, layer.gated_norm, c.ngroups, c.norm_eps)
-        gated = hadamard(normed) if self.rotated else normed
-        out = F.linear(gated, layer.out_proj)  # (t, d)
-        if tap:
+        conv_out = ops.conv_silu(conv_in, self.conv_weight, self.conv_bias, batch, state)
+        x, b, read = torch.split(conv_out, widths, dim=1)
+        y, last = ops.ssd_scan(x, b, read, dt, self.a, self.d, self.dt_bias, batch, state)
+        gated = ops.gated_norm(y, z, self.gated_norm, c.norm_eps, rotated=self.rotated)
+        out = F.linear(gated, self.out_proj)  # (t, d)
+        if show:
             x_in, b_in, c_in = torch.split(conv_in, widths, dim=1)
             identities = {"z_act": z, "x_conv_in": x_in, "B_conv_in": b_in, "C_conv_in": c_in, "x_conv_out": x}
-            identities |= {"B_conv_out": b, "C_conv_out": read, "dt_act": dt, "ssm_state_act": state, "ssd_out_act": y}
-            tap(index, "in_proj:input", normalised, documents)
-            tap(index, "in_proj:output", projected, documents)
+            identities |= {"B_conv_out": b, "C_conv_out": read, "dt_act": dt, "ssm_state_act": last, "ssd_out_act": y}
+            show("in_proj:input", normalised)
+            show("in_proj:output", projected)
             for name, values in identities.items():
-                tap(index, f"{name}:input", values, documents)
-                tap(index, f"{name}:output", values, documents)
-            tap(index, "out_proj:input", gated, documents)
-            tap(index, "out_proj:output", out, documents)
+                show(f"{name}:input", values)
+                show(f"{name}:output", values)
+            show("out_proj:input", gated)
+            show("out_proj:output", out)
         return out
 
-    def _scan(
-        self,
-        index: int,
-        x: torch.Tensor,
-        dt: torch.Tensor,
-        b: torch.Tensor,
-        read: torch.Tensor,
-        offsets: np.ndarray[tuple[int], np.dtype[np.int64]],
-        state: torch.Tensor,
-    ) -> torch.Tensor:
-        """y (t, e) of x (t, e), dt (t, h) without its bias, B and C (t, gn); ``state`` is updated."""
-        layer = self.weights.layers[index]
-        delta = F.softplus(dt + layer.dt_bias)  # the identity above 20, as in mamba_ssm
-        y = torch.empty_like(x)
-        ssd_scan(
-            x.numpy(),
-            delta.numpy(),
-            exp(delta * self._a[index]).numpy(),
-            b.numpy(),
-            read.numpy(),
-            layer.D.numpy(),
-            offsets,
-            y.numpy(),
-            state.numpy(),
-        )
-        return y
-
-    def new_state(self, sequences: int) -> State:
-        """The state of ``sequences`` sequences before their first token."""
-        c = self.config
-        return State(
-            [torch.zeros(sequences, c.d_conv - 1, c.conv_width) for _ in range(c.n_layer)],
-            [torch.zeros(sequences, c.d_inner, c.d_state) for _ in range(c.n_layer)],
+    def new_state(self, sequences: int) -> BlockState:
+        """As `Block.new_state`."""
+        c, ops = self.config, self.operators
+        return BlockState(
+            torch.zeros(sequences, c.d_conv - 1, c.conv_width, dtype=ops.dtype, device=ops.device),
+            torch.zeros(sequences, c.d_inner, c.d_state, device=ops.device),
         )
 
-    def _block_step(self, index: int, normalised: torch.Tensor, state: State) -> torch.Tensor:
-        c = self.config
-        layer = self.weights.layers[index]
-        projected = F.linear(normalised, layer.in_proj)
-        z, conv_in, dt = torch.split(projected, [c.d_inner, c.conv_width, c.heads], dim=1)
-        window = torch.cat([state.conv[index], conv_in.unsqueeze(1)], dim=1)  # (b, k, channels)
-        state.conv[index] = window[:, 1:].contiguous()
-        conv_out = F.silu(torch.einsum("bke,ek->be", window, layer.conv_weight) + layer.conv_bias)
-        parts = torch.split(conv_out, [c.d_inner, c.bc_width, c.bc_width], dim=1)
-        x, b, read = (part.contiguous() for part in parts)
-        # Every sequence is a document of one token.
-        y = self._scan(index, x, dt, b, read, np.arange(len(x) + 1), state.ssm[index])
-        normed = gated_rms_norm(y, z, layer.gated_norm, c.ngroups, c.norm_eps)
-        return F.linear(hadamard(normed) if self.rotated else normed, layer.out_proj)
+
+KIND = BlockKind(
+    name=MAMBA2,
+    title="Mamba-2",
+    model_type="mamba2",
+    layer="Mamba2",
+    tied=False,
+    names={
+        "norm": "norm.weight",
+        "in_proj": "mixer.in_proj.weight",
+        "conv_weight": "mixer.conv1d.weight",
+        "conv_bias": "mixer.conv1d.bias",
+        "dt_bias": "mixer.dt_bias",
+        "A_log": "mixer.A_log",
+        "D": "mixer.D",
+        "gated_norm": "mixer.norm.weight",
+        "out_proj": "mixer.out_proj.weight",
+    },
+    float32=("D",),
+    config=Mamba2Config,
+    weights=Mamba2BlockWeights,
+    block=Mamba2Block,
+)

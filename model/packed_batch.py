@@ -1,4 +1,4 @@
-"""Packed batches: documents one after another, no padding."""
+"""Packed batches: documents one after another, no padding; and where a model runs them."""
 
 from __future__ import annotations
 
@@ -56,3 +56,26 @@ class Batch:
                 found.append(slice(first, document + 1))
                 first = document + 1
         return found
+
+
+@dataclass(frozen=True)
+class PlacedBatch:
+    """A batch on the device where a model runs it.
+
+    tokens   (t,) int64
+    offsets  (documents + 1,) int32, and on the host as in ``host``
+    starts   (t,) int32: the first row of each row's document
+    """
+
+    host: Batch
+    tokens: torch.Tensor
+    offsets: torch.Tensor
+    starts: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> PlacedBatch:
+        """Copy a batch there, without waiting for what the device is doing."""
+        offsets = batch.offsets.numpy()
+        starts = torch.from_numpy(np.repeat(offsets[:-1].astype(np.int32), np.diff(offsets)))
+        parts = (batch.tokens, batch.offsets.to(torch.int32), starts)
+        return cls(batch, *(part.to(device, non_blocking=True) for part in parts))

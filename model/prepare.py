@@ -1,25 +1,26 @@
-"""Upstream's `configure_model` and `fuse_had_matrices`: fold the norms, rotate by Hadamard matrices.
+"""What is done to weights before they are quantized: heads are sorted, norms folded, Hadamard rotations applied.
 
-Afterwards the residual stream lives in the rotated basis: embedding and every out_proj write it rotated, in_proj and
-lm_head expect it so, and RMSNorm commutes with the rotation once its weight is 1. The inside of the block changes
-only before out_proj, whose input is rotated at run time (``rotated=True``). Mamba-2's gated norm keeps its weight: it
-lies between gate and rotation, where nothing could take it up.
+`prepare` is upstream's `configure_model` and `fuse_had_matrices`. Afterwards the residual stream lives in the rotated
+basis: embedding and every out_proj write it rotated, in_proj and lm_head expect it so, and RMSNorm commutes with the
+rotation once its weight is 1. The inside of the block changes only before out_proj, whose input is rotated at run time
+(``rotated=True``). Mamba-2's gated norm keeps its weight: it lies between gate and rotation, and no projection
+beside it could absorb it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any
 
 import torch
 
+from quambase.model.block import BlockWeights
+from quambase.model.block_kinds import kind_of
 from quambase.model.hadamard import hadamard
-from quambase.model.mamba2_weights import Mamba2LayerWeights, Mamba2Weights
-from quambase.model.weights import LayerWeights, MambaWeights
-
-# mamba_ssm creates these in float32 whatever dtype the model is asked for in, and its
-# loader copies into them; every other parameter is rounded on loading.
-_FLOAT32 = {LayerWeights: ("A_log", "D"), Mamba2LayerWeights: ("D",)}
+from quambase.model.weights import ModelWeights
+from quambase.schema.errors import CheckpointInvalid
+from quambase.schema.groups import LayerGroups
 
 ROWS = 256
 """Rows that are rounded and rotated at a time: what lies between is small, and in the same memory again and again. New
@@ -27,12 +28,26 @@ memory takes longer to get than all of the arithmetic.
 """
 
 
-@overload
-def prepare(weights: MambaWeights, *, half: bool = True) -> MambaWeights: ...
-@overload
-def prepare(weights: Mamba2Weights, *, half: bool = True) -> Mamba2Weights: ...
-def prepare(weights: MambaWeights | Mamba2Weights, *, half: bool = True) -> MambaWeights | Mamba2Weights:
-    """Folded and rotated weights, to be run by ``Mamba(prepared, rotated=True)`` or ``Mamba2`` likewise.
+def reorder(weights: ModelWeights, layers: Sequence[LayerGroups]) -> ModelWeights:
+    """The same model with each layer's heads and channels in the order of its groups.
+
+    Acts on the weights as they are loaded, not on prepared ones: preparing mixes the columns of out_proj.
+    CheckpointInvalid: groups of another model.
+    """
+    config = weights.config
+    sizes = {(len(groups.head_index), len(groups.channel_index), len(groups.head_groups)) for groups in layers}
+    if len(layers) != config.n_layer or sizes != {config.head_layout}:
+        layout = "no heads" if config.head_layout is None else tuple(config.head_layout)
+        raise CheckpointInvalid(
+            f"the groups are of {len(layers)} layers of (heads, channels, SSD groups) {sorted(sizes)}; the model has "
+            f"{config.n_layer} of {layout}: take the groups of a run of this model"
+        )
+    blocks = zip(weights.layers, layers, strict=True)
+    return replace(weights, layers=tuple(layer.reordered(groups) for layer, groups in blocks))
+
+
+def prepare(weights: ModelWeights, *, half: bool = True) -> ModelWeights:
+    """Folded and rotated weights, to be run by ``floating_model(prepared, rotated=True)``.
 
     ``half``: round to float16 where upstream does (on loading, after folding, after each rotation); the tensors stay
     float32 and hold float16 values. Without it everything is float32.
@@ -52,20 +67,21 @@ def prepare(weights: MambaWeights | Mamba2Weights, *, half: bool = True) -> Mamb
             out[start : start + ROWS] = rounded(hadamard(part))
         return out
 
-    def block(layer: LayerWeights | Mamba2LayerWeights) -> LayerWeights | Mamba2LayerWeights:
+    def block(layer: BlockWeights) -> BlockWeights:
+        tensors: dict[str, Any] = vars(layer)
         changed: dict[str, Any] = {
             "norm": torch.ones_like(layer.norm),
-            "in_proj": rotate(layer.in_proj, layer.norm),
-            "out_proj": rotate(rotate(layer.out_proj).T).T.contiguous(),
+            "in_proj": rotate(tensors["in_proj"], layer.norm),
+            "out_proj": rotate(rotate(tensors["out_proj"]).T).T.contiguous(),
         }
-        done = (*changed, *_FLOAT32[type(layer)])
-        changed |= {name: rounded(value) for name, value in vars(layer).items() if name not in done}
+        done = (*changed, *kind_of(layer).float32)
+        changed |= {name: rounded(value) for name, value in tensors.items() if name not in done}
         return replace(layer, **changed)
 
-    whole: dict[str, Any] = {
-        "embedding": rotate(weights.embedding),
-        "layers": tuple(block(layer) for layer in weights.layers),
-        "norm_f": torch.ones_like(weights.norm_f),
-        "lm_head": rotate(weights.lm_head, weights.norm_f),
-    }
-    return replace(weights, **whole)
+    return replace(
+        weights,
+        embedding=rotate(weights.embedding),
+        layers=tuple(block(layer) for layer in weights.layers),
+        norm_f=torch.ones_like(weights.norm_f),
+        lm_head=rotate(weights.lm_head, weights.norm_f),
+    )

@@ -11,6 +11,7 @@ from typing import Any
 
 from quambase.model.files import check_file, first_line
 from quambase.model.hub import mend
+from quambase.model.tensor_files import QUANTIZED
 from quambase.schema.errors import CheckpointInvalid
 
 LONGEST_JSON = 64 << 20
@@ -18,6 +19,12 @@ LONGEST_JSON = 64 << 20
 
 LARGEST_SIZE = 2**31 - 1
 """What a size of a model can be at most."""
+
+NORM_EPS = 1e-5
+"""Added to the mean square by the norms, where config.json says nothing else: the default of both layouts."""
+
+_BIASES = "config.json asks for projection biases or no conv bias; no INT8 Quamba model has that"
+_HYBRID = "config.json describes a hybrid model (attention or MLP layers); expected Mamba layers only"
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -105,6 +112,40 @@ class Settings:
 
     def _get(self, key: str, default: object) -> Any:
         return self.values.get(key, default)
+
+
+def check_mamba_ssm(raw: Settings) -> Settings:
+    """``ssm_cfg`` of mamba-ssm's config.json; CheckpointInvalid for what no INT8 Quamba model of any family has."""
+    ssm = raw.section("ssm_cfg")
+    if not raw.flag("rms_norm", True):
+        raise CheckpointInvalid("config.json says rms_norm = false; only models with RMSNorm can be folded and rotated")
+    if raw.values.get("attn_layer_idx") or raw.values.get("d_intermediate"):
+        raise CheckpointInvalid(_HYBRID)
+    if ssm.flag("bias", False) or not ssm.flag("conv_bias", True):
+        raise CheckpointInvalid(_BIASES)
+    raw.only("norm_epsilon", NORM_EPS)  # mamba-ssm itself cannot be given another in config.json
+    _check_quantized(raw)
+    return ssm
+
+
+def check_hugging_face(raw: Settings) -> None:
+    """CheckpointInvalid for what no INT8 Quamba model of any family has, in transformers' words."""
+    if raw.flag("use_bias", False) or not raw.flag("use_conv_bias", True):
+        raise CheckpointInvalid(_BIASES)
+    raw.only("hidden_act", "silu", "swish")
+    _check_quantized(raw)
+
+
+def _check_quantized(raw: Settings) -> None:
+    for key in ("quantization_config", "quantization", "compression_config"):
+        if key in raw:
+            raise CheckpointInvalid(f"config.json has a {key}: {QUANTIZED}")
+
+
+def padded_vocabulary(raw: Settings) -> int:
+    """The embedding's rows: ``vocab_size`` rounded up to ``pad_vocab_size_multiple`` (8)."""
+    multiple = raw.size("pad_vocab_size_multiple", 8)
+    return -(-raw.size("vocab_size") // multiple) * multiple
 
 
 def shown(value: object) -> str:

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import torch
 
-from quambase.model.backbone import Backbone, Tap
-from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
-from quambase.model.operators.device_models import DeviceModel
+from quambase.model.block import Tap
+from quambase.model.language_model import LanguageModel
+from quambase.model.mamba1 import MambaConfig
+from quambase.model.mamba2 import Mamba2Config
+from quambase.model.operators.torch import TorchOperators
 from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
-from quambase.model.weights import MambaConfig, MambaWeights, random_weights
+from quambase.model.weights import ModelWeights, random_weights
 
 DOCUMENTS = [[5, 3, 8], [1], list(range(40)), [7, 7], list(range(20, 58))]
 
 
-def tiny_weights(family: str) -> MambaWeights | Mamba2Weights:
+def tiny_weights(family: str) -> ModelWeights:
     """Prepared weights: d_inner 24, whose Hadamard matrix has an odd factor, or, of Mamba-2, heads of 8 channels."""
     if family == "mamba1":
         config = MambaConfig(d_model=16, n_layer=2, vocab_size=64, d_inner=24, d_state=4, d_conv=4, dt_rank=1)
         return prepare(random_weights(config))
     ngroups = 2 if family == "mamba2" else 1
     config2 = Mamba2Config(16, 2, vocab_size=64, d_inner=32, d_state=4, headdim=8, ngroups=ngroups)
-    return prepare(random_mamba2_weights(config2))
+    return prepare(random_weights(config2))
+
+
+def plain_model(weights: ModelWeights, dtype: torch.dtype, *, rotated: bool = False) -> LanguageModel:
+    """In plain PyTorch on the CPU, which is what a device without compiled kernels runs."""
+    return LanguageModel(weights, TorchOperators(dtype, weights.config.operator_sizes.ngroups), rotated=rotated)
 
 
 class Shown:
@@ -34,7 +41,7 @@ class Shown:
         self.values.setdefault((layer, site), []).append(values.float().cpu().clone())
 
 
-def shown(model: Backbone | DeviceModel, documents: list[list[int]]) -> dict[tuple[int, str], torch.Tensor]:
+def shown(model: LanguageModel, documents: list[list[int]]) -> dict[tuple[int, str], torch.Tensor]:
     """Every site's values, rows in order."""
     tap = Shown()
     typed: Tap = tap

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from quambase.model.mamba2_weights import Mamba2Config, mamba2_tensors_of, random_mamba2_weights
-from quambase.model.weights import MambaConfig, random_weights, tensors_of
+from quambase.model.mamba1 import MambaConfig
+from quambase.model.mamba2 import Mamba2Config
+from quambase.model.weights import random_weights, tensors_of
 
 WORDS = [f"w{i}" for i in range(59)]
 TEXTS = ["w1 w2 w3", "", "w4", " ".join(WORDS[:40]), "w9 w9", " ".join(WORDS[20:] * 2), "", "w5 w6 w7 w8", "w0 " * 33]
@@ -28,7 +29,7 @@ def write_tiny_mamba2(folder: Path, ngroups: int = 2, d_model: int = 16) -> Path
     config = Mamba2Config(d_model, 2, vocab_size=64, d_inner=2 * d_model, d_state=4, headdim=8, ngroups=ngroups)
     ssm = {"layer": "Mamba2", "d_state": 4, "headdim": 8, "ngroups": ngroups}
     raw = {"d_model": d_model, "n_layer": 2, "vocab_size": 60, "ssm_cfg": ssm}
-    return write_model(folder, raw, mamba2_tensors_of(random_mamba2_weights(config)))
+    return write_model(folder, raw, tensors_of(random_weights(config)))
 
 
 def write_model(folder: Path, raw: dict[str, object], tensors: dict[str, torch.Tensor]) -> Path:

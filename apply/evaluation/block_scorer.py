@@ -15,7 +15,7 @@ from quambase.apply.evaluation.scoring import FLOAT, LAST_WORD, Cost, Item, Lang
 from quambase.apply.evaluation.tasks import TaskData
 from quambase.apply.int8.cuda_models import int8_on_cuda
 from quambase.model.cuda.compiler import CompilationFailed
-from quambase.model.operators.device_models import device_model
+from quambase.model.language_model import floating_model
 from quambase.schema.errors import DataInvalid
 from quambase.schema.progress import Progress, remark
 from quambase.schema.scale_table import Scale
@@ -51,7 +51,7 @@ class PlacedModels:
             try:
                 with _enough_memory():
                     int8 = int8_on_cuda(candidates.models, device)
-                    return cls(device, device_model(source.any_weights, device, torch.float32), int8)
+                    return cls(device, floating_model(source.any_weights, device), int8)
             except CompilationFailed as error:
                 if required:
                     raise DataInvalid(f"INT8 does not run on this CUDA device: {error}; say --device cpu") from None

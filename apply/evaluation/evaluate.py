@@ -24,7 +24,7 @@ from quambase.apply.evaluation.stored import Evaluation
 from quambase.apply.evaluation.tasks import TaskData, read_tasks
 from quambase.apply.int8.model_folder import last_applied
 from quambase.model.names import BUNDLED_DATA
-from quambase.model.operators.device_models import choose_device
+from quambase.model.operators.choice import choose_device
 from quambase.model.sources import find_given
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import RunBusy

@@ -22,8 +22,7 @@ from quambase.apply.int8.mamba1 import Int8Mamba
 from quambase.apply.int8.mamba2 import Int8Mamba2
 from quambase.apply.int8.mamba2_weights import Int8Mamba2Layer, Int8Mamba2Weights
 from quambase.apply.int8.weights import UPSTREAM, Int8Layer, Int8Weights
-from quambase.model.operators.torch import DeviceBatch
-from quambase.model.packed_batch import Batch
+from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.schema.sites import HEAD_LAYER
 
 Tensors = dict[str, torch.Tensor]
@@ -85,7 +84,7 @@ class DeviceInt8Model(ABC, Generic[Host]):
         self.host: Host = host
         self.weights, self.operators = weights, operators
         self.device = weights.embedding.device
-        self.eps = host.config.norm_eps
+        self.eps: float = host.config.norm_eps
         self.wrap = host.compat == UPSTREAM
         # float32 (channels,) of each layer, which the convolution multiplies and divides by.
         self._conv_scales = [self._move_conv_scales(index) for index in range(host.config.n_layer)]
@@ -95,13 +94,13 @@ class DeviceInt8Model(ABC, Generic[Host]):
         """scale_wx and scale_out of layer ``index``, (channels,) on the device."""
 
     @abstractmethod
-    def _block(self, index: int, codes: torch.Tensor, batch: DeviceBatch) -> torch.Tensor:
+    def _block(self, index: int, codes: torch.Tensor, batch: PlacedBatch) -> torch.Tensor:
         """Block ``index`` of codes (t, d): float16 (t, d)."""
 
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> torch.Tensor:
         """What lm_head reads (t, d): float16, or int8 codes if the head is quantized."""
-        here = DeviceBatch.of(batch, self.device)
+        here = PlacedBatch.of(batch, self.device)
         x = self._embed(here.tokens)
         residual = padded_rows(len(x), x.shape[1], torch.float32, self.device).zero_()
         for index in range(self.host.config.n_layer):
@@ -129,7 +128,7 @@ class DeviceInt8Model(ABC, Generic[Host]):
             rows = rows * self.weights.embedding_scales[tokens].unsqueeze(-1)  # float16 product
         return padded_rows(len(rows), rows.shape[1], torch.float16, self.device).copy_(rows)
 
-    def _convolve(self, index: int, x: torch.Tensor, batch: DeviceBatch) -> torch.Tensor:
+    def _convolve(self, index: int, x: torch.Tensor, batch: PlacedBatch) -> torch.Tensor:
         w = self.weights.layers[index]
         scale_wx, scale_out = self._conv_scales[index]
         return self.operators.conv_silu(x, w["conv_taps"], scale_wx, w["conv_bias"], scale_out, batch)
@@ -146,7 +145,7 @@ class DeviceInt8Mamba(DeviceInt8Model[Int8Mamba]):
             torch.full(full, float(scale_out), dtype=torch.float32, device=self.device),
         )
 
-    def _block(self, index: int, codes: torch.Tensor, batch: DeviceBatch) -> torch.Tensor:
+    def _block(self, index: int, codes: torch.Tensor, batch: PlacedBatch) -> torch.Tensor:
         host, w, ops = self.host, self.weights.layers[index], self.operators
         c, layer, s = host.config, host.weights.layers[index], host.scales
         in_ratio = host.ratio(index, "in_proj:input", "in_proj:output")
@@ -175,7 +174,7 @@ class DeviceInt8Mamba2(DeviceInt8Model[Int8Mamba2]):
         laid_out = self.host.laid_out[index]
         return laid_out.conv_in.to(self.device), laid_out.conv_out.to(self.device)
 
-    def _block(self, index: int, codes: torch.Tensor, batch: DeviceBatch) -> torch.Tensor:
+    def _block(self, index: int, codes: torch.Tensor, batch: PlacedBatch) -> torch.Tensor:
         host, w, ops = self.host, self.weights.layers[index], self.operators
         c, layer = host.config, host.weights.layers[index]
         in_scale = float32(host.whole_scale(index, "in_proj:input"))

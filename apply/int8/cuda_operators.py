@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from quambase.model.block import ModelConfig
 from quambase.model.cuda.compiler import Argument, Kernels
 from quambase.model.hadamard import odd_factor
-from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.operators.cuda import (
     FREE_SHARED,
     ROW_THREADS,
@@ -24,8 +24,7 @@ from quambase.model.operators.cuda import (
     rows_of_block,
     rows_shared,
 )
-from quambase.model.operators.torch import DeviceBatch
-from quambase.model.weights import MambaConfig
+from quambase.model.packed_batch import PlacedBatch
 
 ALIGNMENT = 16
 """Bytes."""
@@ -84,16 +83,17 @@ class CudaInt8Operators:
     need compute capability 8.0.
     """
 
-    def __init__(self, device: torch.device, config: MambaConfig | Mamba2Config, *, hopper: bool | None = None) -> None:
+    def __init__(self, device: torch.device, config: ModelConfig, *, hopper: bool | None = None) -> None:
         """``hopper``: whether products are Hopper's own (compute capability 9.0); default: if the device is one."""
         self.device = device
-        sizes = kernel_sizes(config)
+        sizes, heads = kernel_sizes(config.operator_sizes), config.head_layout
         self._rotated_rows, self._rotated_shared = rows_of_block(config.d_inner), rows_shared(config.d_inner)
         self._odd = torch.tensor(odd_factor(sizes["ORDER"]), device=device)
-        mamba2 = isinstance(config, Mamba2Config)
+        mamba2 = heads is not None
         self._ssd_threads = sizes["HEADDIM"] // sizes["JOINED"] * sizes["SPLIT"]
-        if isinstance(config, Mamba2Config):
-            self._ngroups, self._widths = config.ngroups, [config.d_inner, config.bc_width, config.bc_width]
+        if heads is not None:
+            self._ngroups, width = heads.ssd_groups, heads.ssd_groups * config.d_state
+            self._widths = [config.d_inner, width, width]
         own = ("ssd_scan", "gated_rotate") if mamba2 else ("selective_scan", "rotate")
         names = ("norm_to_int8", "norm_to_half", "conv_silu", *own)
         # No contraction, so that codes are rounded from the same float32 values as on the CPU.
@@ -173,7 +173,7 @@ class CudaInt8Operators:
         scale_wx: torch.Tensor,
         bias: torch.Tensor,
         scale_out: torch.Tensor,
-        batch: DeviceBatch,
+        batch: PlacedBatch,
     ) -> torch.Tensor:
         """`kernels2.conv_channels_int8`: x codes (t, e); taps (k, e); scale_wx, bias, scale_out (e,); codes (t, e)."""
         rows, channels = x.shape
@@ -193,7 +193,7 @@ class CudaInt8Operators:
         a: torch.Tensor,
         d: torch.Tensor,
         bias: torch.Tensor,
-        batch: DeviceBatch,
+        batch: PlacedBatch,
     ) -> torch.Tensor:
         """`quambase.model.operators.host_kernels.selective_scan` of codes, rounded to float16 (t, e).
 
@@ -224,7 +224,7 @@ class CudaInt8Operators:
         a: torch.Tensor,
         d: torch.Tensor,
         bias: torch.Tensor,
-        batch: DeviceBatch,
+        batch: PlacedBatch,
     ) -> torch.Tensor:
         """`quambase.model.operators.host_kernels.ssd_scan` of values rounded to float16, the skip connection of
         unrounded ones; rounded to float16 (t, e).
@@ -251,8 +251,9 @@ class CudaInt8Operators:
         factor: float,
         wrap: bool,
     ) -> torch.Tensor:
-        """`quambase.model.mamba2.gated_rms_norm`, rounded to float16, then `rotate`: y (t, e) float16, z (t, e) codes,
-        weight (e,).
+        """`quambase.model.operators.torch.gated_rms_norm`, rounded to float16, then `rotate`.
+
+        y (t, e) float16, z (t, e) codes, weight (e,).
         """
         out = self._codes(*y.shape)
         norm = (z, z.stride(0), z_scale, weight, self._ngroups, eps)

@@ -8,17 +8,16 @@ from quambase.apply.int8.group_scales import channel_maps, check_group_scales
 from quambase.apply.int8.mamba1 import Int8Mamba
 from quambase.apply.int8.mamba2 import Int8Mamba2
 from quambase.apply.int8.needed_scales import Scales, check_scales, needed_sites
-from quambase.model.mamba2_weights import Mamba2Weights
-from quambase.model.prepare import prepare
-from quambase.model.reorder import reorder
-from quambase.model.weights import MambaWeights
+from quambase.model.prepare import prepare, reorder
+from quambase.model.weights import ModelWeights
 from quambase.schema.scale_table import ScaleTable
+from quambase.schema.sites import MAMBA1
 
 Int8Model = Int8Mamba | Int8Mamba2
 
 
 def build_model(
-    weights: MambaWeights | Mamba2Weights,
+    weights: ModelWeights,
     table: ScaleTable,
     scales: Scales,
     *,
@@ -30,7 +29,7 @@ def build_model(
 
     Errors: ScalesInvalid as for the model's class; CheckpointInvalid where the table's groups are another model's.
     """
-    if isinstance(weights, MambaWeights):
+    if weights.config.kind == MAMBA1:
         return quamba1.build(
             prepare(weights),
             scales,
@@ -49,11 +48,9 @@ def build_model(
     )
 
 
-def check_any_scales(
-    weights: MambaWeights | Mamba2Weights, table: ScaleTable, scales: Scales, quantize_lm_head: bool
-) -> Scales:
+def check_any_scales(weights: ModelWeights, table: ScaleTable, scales: Scales, quantize_lm_head: bool) -> Scales:
     """The scales that `build_model` would read, rounded to float32; ScalesInvalid, before the slow part."""
-    if isinstance(weights, MambaWeights):
+    if weights.config.kind == MAMBA1:
         return check_scales(scales, needed_sites(weights.config, quantize_lm_head))
     maps = channel_maps(table.model.layer_groups or ())
     return check_group_scales(scales, weights.config, maps, quantize_lm_head)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from quambase.apply.int8.needed_scales import Scales, checked_scale, missing_scale, needed_sites
-from quambase.model.mamba2_weights import Mamba2Config
+from quambase.model.mamba2 import Mamba2Config
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.groups import LayerGroups
 from quambase.schema.scale_table import Scale
@@ -54,7 +55,7 @@ def channel_groups_of(config: Mamba2Config, channel_groups: ChannelGroups, layer
 
 
 def check_group_scales(
-    scales: Scales, config: Mamba2Config, channel_groups: ChannelGroups, quantize_lm_head: bool
+    scales: Scales, config: Any, channel_groups: ChannelGroups, quantize_lm_head: bool
 ) -> dict[tuple[int, str], Scale]:
     """The scales the model reads, rounded to float32.
 

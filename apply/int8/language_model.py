@@ -15,9 +15,9 @@ from quambase.apply.int8 import host_kernels as kernels
 from quambase.apply.int8.arithmetic import Int8Weight, float32, linear_to_half, to_half
 from quambase.apply.int8.weights import UPSTREAM, Int8Ends
 from quambase.model.hadamard import hadamard
-from quambase.model.mamba2_weights import Mamba2Config
+from quambase.model.mamba1 import MambaConfig
+from quambase.model.mamba2 import Mamba2Config
 from quambase.model.packed_batch import Batch
-from quambase.model.weights import MambaConfig
 from quambase.schema.progress import tell
 from quambase.schema.scale_table import Scale
 from quambase.schema.sites import HEAD_LAYER
@@ -34,7 +34,9 @@ class Int8State:
 
 
 class Int8Backbone(ABC):
-    """An INT8 language model of one of the Mamba families; the same interface as `quambase.model.backbone.Backbone`."""
+    """An INT8 language model of one of the Mamba families, with the interface of
+    `quambase.model.language_model.LanguageModel`.
+    """
 
     config: MambaConfig | Mamba2Config
     scales: Mapping[tuple[int, str], Scale]

@@ -18,6 +18,8 @@ and exp and division are not the GPU's approximations.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -36,13 +38,13 @@ from quambase.apply.int8.needed_scales import Scales, check_scales, needed_sites
 from quambase.apply.int8.weights import Int8Layer, Int8Weights, quantize
 from quambase.model.operators.host_kernels import selective_scan
 from quambase.model.packed_batch import Batch
-from quambase.model.weights import MambaConfig, MambaWeights
+from quambase.model.weights import ModelWeights
 
 Array = npt.NDArray[np.float32]
 
 
 def build(
-    prepared: MambaWeights,
+    prepared: ModelWeights,
     scales: Scales,
     *,
     quantize_lm_head: bool = False,
@@ -57,9 +59,9 @@ def build(
 
 
 class Int8Mamba(Int8Backbone):
-    """The INT8 model; the same interface as `quambase.model.mamba.Mamba`."""
+    """The INT8 model; the same interface as `quambase.model.language_model.LanguageModel`."""
 
-    config: MambaConfig
+    config: Any
     weights: Int8Weights
     scales: dict[tuple[int, str], float]
 

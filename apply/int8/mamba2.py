@@ -33,17 +33,18 @@ from quambase.apply.int8.language_model import Int8Backbone, Int8State, last_inp
 from quambase.apply.int8.mamba2_weights import Int8Mamba2Layer, Int8Mamba2Weights, quantize
 from quambase.apply.int8.needed_scales import Scales
 from quambase.model.exponential import exp
-from quambase.model.mamba2 import gated_rms_norm
-from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights
+from quambase.model.mamba2 import Mamba2Config
 from quambase.model.operators.host_kernels import ssd_scan
+from quambase.model.operators.torch import gated_rms_norm
 from quambase.model.packed_batch import Batch
+from quambase.model.weights import ModelWeights
 from quambase.schema.scale_table import Scale
 
 Array = npt.NDArray[np.float32]
 
 
 def build(
-    prepared: Mamba2Weights,
+    prepared: ModelWeights,
     scales: Scales,
     *,
     channel_groups: ChannelGroups = (),
@@ -76,7 +77,7 @@ class LayerScales:
 
 
 class Int8Mamba2(Int8Backbone):
-    """The INT8 model; the same interface as `quambase.model.mamba2.Mamba2`."""
+    """The INT8 model; the same interface as `quambase.model.language_model.LanguageModel`."""
 
     config: Mamba2Config
     weights: Int8Mamba2Weights

@@ -6,13 +6,15 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from quambase.apply.int8.arithmetic import Int8Weight, quantize_weight, quantize_weight_float32
 from quambase.apply.int8.weights import Int8Ends
 from quambase.model.exponential import exp
-from quambase.model.mamba2_weights import Mamba2Config, Mamba2LayerWeights, Mamba2Weights
+from quambase.model.mamba2 import Mamba2Config
+from quambase.model.weights import ModelWeights
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def conv_widths(config: Mamba2Config) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Int8Mamba2Layer:
-    """One block's weights as codes, shapes as in `Mamba2LayerWeights`; dt_bias and gated_norm stay float16."""
+    """One block's weights as codes, shapes as in `Mamba2BlockWeights`; dt_bias and gated_norm stay float16."""
 
     in_proj: SplitInt8Weight
     conv_weight: SplitInt8Weight
@@ -72,7 +74,7 @@ class Int8Mamba2Layer:
     gated_norm: torch.Tensor
 
     @classmethod
-    def of(cls, config: Mamba2Config, layer: Mamba2LayerWeights) -> Int8Mamba2Layer:
+    def of(cls, config: Any, layer: Any) -> Int8Mamba2Layer:
         """Quantize prepared weights: float16 arithmetic, but float32 for the convolution and D, as upstream."""
         return cls(
             in_proj=SplitInt8Weight.of(layer.in_proj, in_proj_widths(config), quantize_weight),
@@ -105,12 +107,12 @@ class Int8Mamba2Layer:
 class Int8Mamba2Weights(Int8Ends):
     """A whole Mamba-2."""
 
-    config: Mamba2Config
+    config: Any
     layers: tuple[Int8Mamba2Layer, ...]
 
 
 def quantize(
-    prepared: Mamba2Weights,
+    prepared: ModelWeights,
     *,
     quantize_lm_head: bool = False,
     quantize_embedding: bool = False,

@@ -36,8 +36,8 @@ from quambase.apply.int8.mamba2_weights import (
     in_proj_widths,
 )
 from quambase.apply.int8.weights import Int8Layer, Int8Weights
-from quambase.model.mamba2_weights import Mamba2Config
-from quambase.model.weights import MambaConfig
+from quambase.model.mamba1 import MambaConfig
+from quambase.model.mamba2 import Mamba2Config
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import CheckpointInvalid, OutputRefused
 from quambase.schema.files import check_format_version, file_sha256, replacing

@@ -7,12 +7,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from quambase.apply.int8.arithmetic import float32
-from quambase.model.mamba2_weights import Mamba2Config
-from quambase.model.weights import MambaConfig
+from quambase.model.block import ModelConfig
 from quambase.schema.errors import ScalesInvalid, UnknownName
 from quambase.schema.groups import GRANULARITIES
 from quambase.schema.scale_table import Scale, ScaleTable
-from quambase.schema.sites import FAMILIES, HEAD_LAYER, MAMBA1, MAMBA2, WHOLE, find_site, is_model_site, layer_sites
+from quambase.schema.sites import FAMILIES, HEAD_LAYER, WHOLE, find_site, is_model_site, layer_sites
 
 Scales = Mapping[tuple[int, str], Scale]
 """(layer, site) to a positive scale, or to one per scale group where an INT8 Mamba-2 reads groups."""
@@ -21,12 +20,11 @@ DEFAULT_OTHERWISE = "quamba"
 """The strategy of the sites that ``at`` does not name: what upstream computes."""
 
 
-def needed_sites(config: MambaConfig | Mamba2Config, quantize_lm_head: bool) -> list[tuple[int, str]]:
+def needed_sites(config: ModelConfig, quantize_lm_head: bool) -> list[tuple[int, str]]:
     """The (layer, site) pairs whose scales the model reads."""
-    family = MAMBA2 if isinstance(config, Mamba2Config) else MAMBA1
     return [
         (layer, site.name)
-        for layer, site in layer_sites(config.n_layer, family)
+        for layer, site in layer_sites(config.n_layer, config.kind)
         if site.consumed and (layer != HEAD_LAYER or quantize_lm_head)
     ]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from quambase.apply.int8.arithmetic import Int8Weight, quantize_rows, quantize_weight, quantize_weight_float32
+from quambase.model.block import BlockWeights, ModelConfig
 from quambase.model.exponential import exp
-from quambase.model.mamba2_weights import Mamba2Weights
-from quambase.model.weights import LayerWeights, MambaConfig, MambaWeights
+from quambase.model.weights import ModelWeights
 
 UPSTREAM = "upstream"
 """The one compatibility mode: upstream's wrapping Hadamard quantizer and embedding maximum without abs."""
@@ -19,7 +19,7 @@ UPSTREAM = "upstream"
 
 @dataclass(frozen=True)
 class Int8Layer:
-    """One block's weights as codes; shapes as in `LayerWeights`."""
+    """One block's weights as codes; shapes as in `Mamba1BlockWeights`."""
 
     in_proj: Int8Weight
     conv_weight: Int8Weight
@@ -32,7 +32,7 @@ class Int8Layer:
     out_proj: Int8Weight
 
     @classmethod
-    def of(cls, layer: LayerWeights) -> Int8Layer:
+    def of(cls, layer: BlockWeights) -> Int8Layer:
         """Quantize prepared weights: float16 arithmetic, float32 for what upstream keeps in float32."""
         wide = ("dt_bias", "A_log", "D")
         return cls(
@@ -74,7 +74,7 @@ class Int8Ends:
     @classmethod
     def arguments(
         cls,
-        prepared: MambaWeights | Mamba2Weights,
+        prepared: ModelWeights,
         *,
         quantize_lm_head: bool,
         quantize_embedding: bool,
@@ -92,12 +92,12 @@ class Int8Ends:
 class Int8Weights(Int8Ends):
     """A whole Mamba-1."""
 
-    config: MambaConfig
+    config: ModelConfig
     layers: tuple[Int8Layer, ...]
 
 
 def quantize(
-    prepared: MambaWeights,
+    prepared: ModelWeights,
     *,
     quantize_lm_head: bool = False,
     quantize_embedding: bool = False,

@@ -17,12 +17,12 @@ import torch
 from quambase.apply.apply import load_source
 from quambase.apply.int8.needed_scales import DEFAULT_OTHERWISE, Replaced, missing_scale
 from quambase.apply.upstream.act_scales import notes_on, on_device, upstream_form
+from quambase.model.block_kinds import kind_of
 from quambase.model.checkpoint import LoadedModel
-from quambase.model.mamba2_weights import Mamba2Weights, mamba2_tensors_of
 from quambase.model.weights import tensors_of
 from quambase.schema.errors import BackendUnavailable, CheckpointInvalid, OutputRefused
 from quambase.schema.scale_table import SELECTED, read_scales
-from quambase.schema.sites import HEAD_LAYER, MAMBA2
+from quambase.schema.sites import HEAD_LAYER
 
 CUDA = "cuda"  # upstream's functions use this device by name
 NORM_EPS = 1e-5  # mamba-ssm's, which its configuration cannot change
@@ -104,7 +104,7 @@ def build_upstream(
     if quantize_lm_head and "lm_head:input" not in content["act_scales"][HEAD_LAYER]:
         raise missing_scale([(HEAD_LAYER, "lm_head:input")], [(HEAD_LAYER, "lm_head:input")])
     source = load_source(table, model)
-    kind = "mamba2" if source.family == MAMBA2 else "mamba"
+    kind = kind_of(source.any_weights.config).model_type
     found = utils.configure_model(_float_model(source), kind, use_had_transform=True)
     if content["reorder_params"] is not None:
         reordering.reorder_mamba(found, content["reorder_params"])
@@ -139,18 +139,16 @@ def _float_model(source: LoadedModel) -> Any:
             f"only have whole multiples and {NORM_EPS:g}: {ADVICE}"
         )
     n_layer, vocab_size = sizes.pop("n_layer"), sizes.pop("vocab_size")
-    layer = "Mamba2" if isinstance(weights, Mamba2Weights) else "Mamba1"
     config = configs.MambaConfig(
         d_model=d_model,
         n_layer=n_layer,
         vocab_size=vocab_size,
-        ssm_cfg={"layer": layer, "expand": d_inner // d_model, **sizes},
+        ssm_cfg={"layer": kind_of(weights.config).layer, "expand": d_inner // d_model, **sizes},
         pad_vocab_size_multiple=1,  # padding rows are counted already
         tie_embeddings=False,  # `configure_model` unties them
     )
-    tensors = mamba2_tensors_of(weights) if isinstance(weights, Mamba2Weights) else tensors_of(weights)
     found = language.MambaLMHeadModel(config, device=CUDA, dtype=torch.float16)
-    found.load_state_dict({"lm_head.weight": weights.lm_head} | tensors)
+    found.load_state_dict({"lm_head.weight": weights.lm_head} | tensors_of(weights))
     return found
 
 

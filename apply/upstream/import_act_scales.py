@@ -15,7 +15,6 @@ import torch
 from quambase.apply.int8.needed_scales import checked_scale, needed_sites
 from quambase.apply.upstream.act_scales import STATE, X, check_rectangular
 from quambase.model.checkpoint import LoadedModel, load_model
-from quambase.model.mamba2_weights import Mamba2Config
 from quambase.model.tensor_files import read_pytorch
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, ScalesInvalid
@@ -125,7 +124,7 @@ def _groups(path: Path, content: dict[str, Any], loaded: LoadedModel) -> list[La
     for layer, found in enumerate(groups):
         check_rectangular(found, layer)
         sizes = (len(found.head_index), len(found.channel_index), len(found.head_groups))
-        if not isinstance(config, Mamba2Config) or sizes != (config.heads, config.d_inner, config.ngroups):
+        if sizes != config.head_layout:
             raise ScalesInvalid(
                 f"the reorder_params in {path} are of {sizes[0]} heads, {sizes[1]} channels and {sizes[2]} SSD groups, "
                 f"which {loaded.name} has not; give their model with --model"

@@ -214,7 +214,7 @@ def _entries_order(
 
 
 class DeviceRecorder:
-    """A `quambase.model.backbone.Tap` for the documents of one block, as `quambase.collector.taps.BlockRecorder`.
+    """A `quambase.model.block.Tap` for the documents of one block, as `quambase.collector.taps.BlockRecorder`.
 
     Nothing here waits for the device, unless every activation is kept.
     """
@@ -243,7 +243,7 @@ class DeviceRecorder:
         self._places: list[Int64] = []
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
-        """Count one site's activations; see `quambase.model.backbone.Tap` for the shapes."""
+        """Count one site's activations; see `quambase.model.block.Tap` for the shapes."""
         key = (layer, site)
         layout = self.statistics.layouts.get(key)
         if layout is None:

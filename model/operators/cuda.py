@@ -9,9 +9,9 @@ import torch
 
 from quambase.model.cuda.compiler import Kernels
 from quambase.model.hadamard import odd_factor, odd_order
-from quambase.model.mamba2_weights import Mamba2Config
-from quambase.model.operators.torch import DeviceBatch
-from quambase.model.weights import MambaConfig
+from quambase.model.operators.interface import BlockState, OperatorSizes
+from quambase.model.operators.torch import TorchOperators
+from quambase.model.packed_batch import PlacedBatch
 
 SOURCE = Path(__file__).with_name("forward.cu")
 NAMES = ("add_norm", "conv_silu", "selective_scan", "ssd_scan", "gated_norm", "gated_norm_hadamard", "hadamard")
@@ -45,43 +45,42 @@ def rows_shared(dim: int) -> int:
     return rows_of_block(dim) * 4 * (dim + dim // 32 + 1)
 
 
-def kernel_sizes(config: MambaConfig | Mamba2Config) -> dict[str, int]:
+def kernel_sizes(sizes: OperatorSizes) -> dict[str, int]:
     """What norm_hadamard.cuh, scans.cuh and the sources that include them are compiled for.
 
     CheckpointInvalid if there is no Hadamard matrix of d_inner.
     """
-    order = odd_order(config.d_inner)
-    headdim = config.headdim if isinstance(config, Mamba2Config) else 1
-    split, joined = ssd_division(config.d_state, headdim)
+    order = odd_order(sizes.d_inner)
+    split, joined = ssd_division(sizes.d_state, sizes.headdim)
     return {
-        "DIM": config.d_inner,
+        "DIM": sizes.d_inner,
         "ORDER": order,
-        "BITS": (config.d_inner // order).bit_length() - 1,
-        "STATES": config.d_state,
-        "HEADDIM": headdim,
+        "BITS": (sizes.d_inner // order).bit_length() - 1,
+        "STATES": sizes.d_state,
+        "HEADDIM": sizes.headdim,
         "SPLIT": split,
         "JOINED": joined,
-        "WIDTH": config.d_conv,
+        "WIDTH": sizes.d_conv,
     }
 
 
-class CudaOperators:
-    """`quambase.model.operators.torch.Operators` for one model's sizes on one device.
+class CudaOperators(TorchOperators):
+    """`quambase.model.operators.interface.Operators` for one model's sizes on one device. A step from a state is plain
+    PyTorch, which has no loop then.
 
     CompilationFailed where it cannot be compiled; CheckpointInvalid as `kernel_sizes`.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, config: MambaConfig | Mamba2Config) -> None:
-        self.dtype = dtype
-        sizes = kernel_sizes(config)
-        self._ngroups = config.ngroups if isinstance(config, Mamba2Config) else 1
-        self._ssd_threads = sizes["HEADDIM"] // sizes["JOINED"] * sizes["SPLIT"]
-        self._rows, self._shared = rows_of_block(config.d_inner), rows_shared(config.d_inner)
-        self._odd = torch.tensor(odd_factor(sizes["ORDER"]), device=device)
-        self._factor = config.d_inner**-0.5
-        half, lanes = int(dtype == torch.float16), 4 if config.d_model % 4 == 0 else 1
-        self._kernels = Kernels(SOURCE, NAMES, {"HALF": half, "LANES": lanes, **sizes}, device)
-        shared = {"add_norm": 4 * config.d_model}
+    def __init__(self, device: torch.device, dtype: torch.dtype, sizes: OperatorSizes) -> None:
+        super().__init__(dtype, sizes.ngroups, device)
+        defines = kernel_sizes(sizes)
+        self._ssd_threads = defines["HEADDIM"] // defines["JOINED"] * defines["SPLIT"]
+        self._rows, self._shared = rows_of_block(sizes.d_inner), rows_shared(sizes.d_inner)
+        self._odd = torch.tensor(odd_factor(defines["ORDER"]), device=device)
+        self._factor = sizes.d_inner**-0.5
+        half, lanes = int(dtype == torch.float16), 4 if sizes.d_model % 4 == 0 else 1
+        self._kernels = Kernels(SOURCE, NAMES, {"HALF": half, "LANES": lanes, **defines}, device)
+        shared = {"add_norm": 4 * sizes.d_model}
         shared |= dict.fromkeys(("gated_norm", "gated_norm_hadamard", "hadamard"), self._shared)
         for name, size in shared.items():
             if size > FREE_SHARED:
@@ -95,8 +94,17 @@ class CudaOperators:
         self._kernels.launch("add_norm", (rows, 1), ROW_THREADS, arguments, 4 * width)
         return out
 
-    def conv_silu(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, batch: DeviceBatch) -> torch.Tensor:
+    def conv_silu(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+    ) -> torch.Tensor:
         """As `Operators.conv_silu`."""
+        if state is not None:
+            return super().conv_silu(x, weight, bias, batch, state)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rows, channels = x.shape
         grid = (-(-channels // 128), -(-rows // CONV_ROWS))
@@ -113,17 +121,20 @@ class CudaOperators:
         a: torch.Tensor,
         d: torch.Tensor,
         bias: torch.Tensor,
-        batch: DeviceBatch,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
+        if state is not None:
+            return super().selective_scan(u, delta, bc, z, a, d, bias, batch, state)
         documents, channels = batch.host.documents, u.shape[1]
         y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-        state = torch.empty(documents, channels, len(a), device=u.device)
+        last = torch.empty(documents, channels, len(a), device=u.device)
         arguments = (u.contiguous(), delta.contiguous(), bc, bc.stride(0), z, z.stride(0), a, d, bias)
         grid = (-(-channels // SCAN_THREADS), documents)
-        rest = (batch.offsets, channels, y, state)
+        rest = (batch.offsets, channels, y, last)
         self._kernels.launch("selective_scan", grid, SCAN_THREADS, (*arguments, *rest))
-        return y, state
+        return y, last
 
     def ssd_scan(
         self,
@@ -134,22 +145,25 @@ class CudaOperators:
         a: torch.Tensor,
         d: torch.Tensor,
         bias: torch.Tensor,
-        batch: DeviceBatch,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Operators.ssd_scan`; x, b and c are slices of one tensor."""
+        """As `Operators.ssd_scan`."""
+        if state is not None:
+            return super().ssd_scan(x, b, c, dt, a, d, bias, batch, state)
         documents, heads = batch.host.documents, len(a)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        state = torch.empty(documents, x.shape[1], b.shape[1] // self._ngroups, device=x.device)
-        arguments = (x, b, c, x.stride(0), dt, dt.stride(0), a, d, bias, batch.offsets, heads, self._ngroups, y, state)
+        last = torch.empty(documents, x.shape[1], b.shape[1] // self.ngroups, device=x.device)
+        arguments = (x, b, c, x.stride(0), dt, dt.stride(0), a, d, bias, batch.offsets, heads, self.ngroups, y, last)
         self._kernels.launch("ssd_scan", (heads, documents), self._ssd_threads, arguments)
-        return y, state
+        return y, last
 
     def gated_norm(
         self, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, *, rotated: bool
     ) -> torch.Tensor:
         """As `Operators.gated_norm`."""
         out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-        norm = (y.contiguous(), len(y), z, z.stride(0), weight, self._ngroups, eps)
+        norm = (y.contiguous(), len(y), z, z.stride(0), weight, self.ngroups, eps)
         name = "gated_norm_hadamard" if rotated else "gated_norm"
         arguments = (*norm, self._odd, self._factor, out) if rotated else (*norm, out)
         self._kernels.launch(name, self._row_blocks(len(y)), ROW_THREADS, arguments, self._shared)

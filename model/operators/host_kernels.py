@@ -51,10 +51,10 @@ def silu32(x: np.float32) -> np.float32:
 
 
 @numba.njit(parallel=True, fastmath={"contract"}, cache=True)
-def causal_conv1d_silu(x: Float32, weight: Float32, bias: Float32, offsets: Int64, out: Float32) -> None:
+def causal_conv1d_silu(x: Float32, first: int, weight: Float32, bias: Float32, offsets: Int64, out: Float32) -> None:
     """Depthwise causal convolution with bias, then SiLU, each document on its own with zeros before it.
 
-    x (t, e or more), of which the first e columns count; out (t, e); weight (k, e), the last row multiplying the
+    x (t, >= first + e): columns from ``first`` are read; out (t, e); weight (k, e), the last row multiplying the
     current token; bias (e,). All C-contiguous, or the loops would not vectorise.
     """
     documents = offsets.size - 1
@@ -73,7 +73,7 @@ def causal_conv1d_silu(x: Float32, weight: Float32, bias: Float32, offsets: Int6
             for tap in range(max(0, width - 1 - (row - start)), width):
                 source = row - (width - 1 - tap)
                 for i in range(size):
-                    total[i] += weight[tap, low + i] * x[source, low + i]
+                    total[i] += weight[tap, low + i] * x[source, first + low + i]
             for i in range(size):
                 out[row, low + i] = silu32(total[i])
 

@@ -1,117 +1,64 @@
-"""The operators of the Mamba blocks on a device: the interface, and plain PyTorch that runs anywhere.
-
-Tensors are packed as in `quambase.model.packed_batch` and of the activation dtype, float16 or float32. Every operator
-computes in float32 inside and rounds its result once.
-"""
+"""The operators of the Mamba blocks in plain PyTorch, which runs anywhere."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from quambase.model.hadamard import odd_factor, odd_order
-from quambase.model.packed_batch import Batch
+from quambase.model.operators.interface import BlockState
+from quambase.model.packed_batch import PlacedBatch
+
+CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class DeviceBatch:
-    """A batch on a device.
+def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, ngroups: int, eps: float) -> torch.Tensor:
+    """Gate, then norm: y SiLU(z) over its root mean square within each of ``ngroups`` runs of channels, times weight.
 
-    tokens   (t,) int64
-    offsets  (documents + 1,) int32, and on the host as in ``host``
-    starts   (t,) int32: the first row of each row's document
+    y, z (t, e) float32; weight (e,). mamba_ssm's RMSNormGated with norm_before_gate False and group_size e / ngroups.
     """
-
-    host: Batch
-    tokens: torch.Tensor
-    offsets: torch.Tensor
-    starts: torch.Tensor
-
-    @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> DeviceBatch:
-        """Copy a batch there, without waiting for what the device is doing."""
-        offsets = batch.offsets.numpy()
-        starts = torch.from_numpy(np.repeat(offsets[:-1].astype(np.int32), np.diff(offsets)))
-        parts = (batch.tokens, batch.offsets.to(torch.int32), starts)
-        return cls(batch, *(part.to(device, non_blocking=True) for part in parts))
-
-
-class Operators(Protocol):
-    """What lies between the matrix products."""
-
-    def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """``residual`` += x, then its RMS norm times ``weight``, of the activation dtype.
-
-        x (t, d); residual (t, d) float32, contiguous, updated; weight (d,).
-        """
-
-    def conv_silu(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, batch: DeviceBatch) -> torch.Tensor:
-        """Depthwise causal convolution, then SiLU: (t, e) of x (t, e), whose rows may be apart; weight (k, e)."""
-
-    def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: DeviceBatch,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y (t, e) and the float32 state (documents, e, n) after each document's last token.
-
-        u, delta (before bias and softplus), z (t, e); bc (t, 2n), B then C; a (n, e) negative; d, bias (e,).
-        """
-
-    def ssd_scan(
-        self,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        dt: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: DeviceBatch,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y (t, h p) and the float32 state (documents, h p, n) after each document's last token.
-
-        x (t, h p); b, c (t, g n); dt (t, h) before bias and softplus; a (h,) negative; d, bias (h,).
-        """
-
-    def gated_norm(
-        self, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, *, rotated: bool
-    ) -> torch.Tensor:
-        """RMS norm of y SiLU(z), each SSD group's channels apart, times ``weight``; if ``rotated``, then `hadamard`.
-
-        y (t, e); z (t, e), whose rows may be apart; weight (e,).
-        """
-
-    def hadamard(self, x: torch.Tensor) -> torch.Tensor:
-        """`quambase.model.hadamard.hadamard` of x (t, e), in x's dtype."""
+    gated = (y * F.silu(z)).view(len(y), ngroups, -1)
+    return F.rms_norm(gated, gated.shape[-1:], None, eps).view_as(y) * weight
 
 
 class TorchOperators:
-    """Operators in plain PyTorch, a Python loop over time: exact, and slow.
+    """`quambase.model.operators.interface.Operators` as a Python loop over time: exact, and slow.
 
     ``dtype``: of activations; ``ngroups``: SSD groups of a Mamba-2.
     """
 
-    def __init__(self, dtype: torch.dtype, ngroups: int = 1) -> None:
-        self.dtype, self.ngroups = dtype, ngroups
+    head_rows = 4096
+    """0.4 GB of float16 at a vocabulary of 50,280."""
+
+    def __init__(self, dtype: torch.dtype, ngroups: int = 1, device: torch.device = CPU) -> None:
+        self.dtype, self.ngroups, self.device = dtype, ngroups, device
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """As `Operators.matrix`."""
+        return weight.to(self.device, self.dtype)
+
+    def vector(self, weight: torch.Tensor) -> torch.Tensor:
+        """As `Operators.vector`."""
+        return weight.to(self.device, torch.float32).contiguous()
 
     def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """As `Operators.add_norm`."""
         residual += x
         return F.rms_norm(residual, weight.shape, weight, eps).to(self.dtype)
 
-    def conv_silu(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, batch: DeviceBatch) -> torch.Tensor:
+    def conv_silu(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+    ) -> torch.Tensor:
         """As `Operators.conv_silu`."""
+        if state is not None:
+            window = torch.cat([state.conv, x.unsqueeze(1)], dim=1)  # (b, k, c)
+            state.conv = window[:, 1:].contiguous()
+            return F.silu(torch.einsum("bkc,kc->bc", window.float(), weight) + bias).to(x.dtype)
         rows = torch.arange(len(x), device=x.device)
         total = bias.expand(x.shape).clone()
         for tap in range(len(weight)):
@@ -129,20 +76,21 @@ class TorchOperators:
         a: torch.Tensor,
         d: torch.Tensor,
         bias: torch.Tensor,
-        batch: DeviceBatch,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
         states = len(a)
-        state = torch.zeros(batch.host.documents, u.shape[1], states, device=u.device)
+        ssm = torch.zeros(batch.host.documents, u.shape[1], states, device=u.device) if state is None else state.ssm
         step = F.softplus(delta.float() + bias)
         y = d * u.float()
         for documents, rows in _by_position(batch, u.device):
             b, c = bc[rows, None, :states].float(), bc[rows, None, states:].float()
-            kept = torch.exp(step[rows, :, None] * a.T) * state[documents]
+            kept = torch.exp(step[rows, :, None] * a.T) * ssm[documents]
             now = kept + (step[rows] * u[rows].float())[:, :, None] * b
-            state[documents] = now
+            ssm[documents] = now
             y[rows] += (now * c).sum(-1)
-        return (y * F.silu(z.float())).to(u.dtype), state
+        return (y * F.silu(z.float())).to(u.dtype), ssm
 
     def ssd_scan(
         self,
@@ -153,31 +101,31 @@ class TorchOperators:
         a: torch.Tensor,
         d: torch.Tensor,
         bias: torch.Tensor,
-        batch: DeviceBatch,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.ssd_scan`."""
         heads = len(a)
         wide = x.float().view(len(x), heads, -1)
         share = heads // self.ngroups
         shared = [part.float().view(len(x), self.ngroups, -1).repeat_interleave(share, 1) for part in (b, c)]
-        states = shared[0].shape[-1]
-        state = torch.zeros(batch.host.documents, heads, wide.shape[2], states, device=x.device)
+        shape = (batch.host.documents, heads, wide.shape[2], shared[0].shape[-1])
+        ssm = torch.zeros(shape, device=x.device) if state is None else state.ssm.view(shape)
         step = F.softplus(dt.float() + bias)
         y = d[:, None] * wide
         for documents, rows in _by_position(batch, x.device):
             gain, read = (part[rows][:, :, None, :] for part in shared)  # (documents, h, 1, n)
-            kept = torch.exp(step[rows] * a)[:, :, None, None] * state[documents]
+            kept = torch.exp(step[rows] * a)[:, :, None, None] * ssm[documents]
             now = kept + (step[rows][:, :, None] * wide[rows])[..., None] * gain
-            state[documents] = now
+            ssm[documents] = now
             y[rows] += (now * read).sum(-1)
-        return y.view(x.shape).to(x.dtype), state.flatten(1, 2)
+        return y.view(x.shape).to(x.dtype), ssm.flatten(1, 2)
 
     def gated_norm(
         self, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, *, rotated: bool
     ) -> torch.Tensor:
         """As `Operators.gated_norm`."""
-        gated = (y.float() * F.silu(z.float())).view(len(y), self.ngroups, -1)
-        normed = (F.rms_norm(gated, gated.shape[-1:], None, eps).view(y.shape) * weight).to(self.dtype)
+        normed = gated_rms_norm(y.float(), z.float(), weight, self.ngroups, eps).to(self.dtype)
         return self.hadamard(normed) if rotated else normed
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
@@ -197,7 +145,7 @@ class TorchOperators:
         return rotated.view(x.shape).to(x.dtype)
 
 
-def _by_position(batch: DeviceBatch, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _by_position(batch: PlacedBatch, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For each position, the documents that reach it and their rows there."""
     lengths = batch.host.offsets.diff()
     found = []

@@ -10,9 +10,9 @@ from quambase.apply.int8 import host_kernels as kernels
 from quambase.apply.int8.arithmetic import Int8Weight, dequantize, matmul, softplus_delta, to_half
 from quambase.apply.int8.cuda_operators import ScanScales
 from quambase.model.hadamard import hadamard
-from quambase.model.mamba2 import gated_rms_norm
 from quambase.model.operators.host_kernels import selective_scan, ssd_scan
-from quambase.model.operators.torch import DeviceBatch
+from quambase.model.operators.torch import gated_rms_norm
+from quambase.model.packed_batch import PlacedBatch
 
 
 class HostInt8Operators:
@@ -46,13 +46,13 @@ class HostInt8Operators:
     def linear_to_half(self, x, weight, first, second):
         return self._sums(x, weight).mul_(first).mul_(second).half()
 
-    def conv_silu(self, x, taps, scale_wx, bias, scale_out, batch: DeviceBatch):
+    def conv_silu(self, x, taps, scale_wx, bias, scale_out, batch: PlacedBatch):
         out = torch.empty(x.shape, dtype=torch.int8)
         vectors = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy())
         kernels2.conv_channels_int8(x.contiguous().numpy(), 0, *vectors, batch.host.offsets.numpy(), out.numpy())
         return out
 
-    def selective_scan(self, u, delta, bc, z, scales: ScanScales, a, d, bias, batch: DeviceBatch):
+    def selective_scan(self, u, delta, bc, z, scales: ScanScales, a, d, bias, batch: PlacedBatch):
         states = len(a)
         b_c = dequantize(bc, scales.bc)
         y = torch.empty(u.shape)
@@ -76,7 +76,7 @@ class HostInt8Operators:
         kernels.round_to_int8(rotated.numpy(), wrap, out.numpy())
         return out
 
-    def ssd_scan(self, conv_out, scales, dt, dt_scale, a, d, bias, batch: DeviceBatch):
+    def ssd_scan(self, conv_out, scales, dt, dt_scale, a, d, bias, batch: PlacedBatch):
         e = self.d_inner
         width = (conv_out.shape[1] - e) // 2
         values = conv_out.float() * scales

@@ -25,7 +25,7 @@ from quambase.apply.upstream.act_scales import STATE, X, export_act_scales, on_d
 from quambase.apply.upstream.import_act_scales import import_act_scales
 from quambase.cli.main import quambase
 from quambase.model.checkpoint import load_model
-from quambase.model.mamba2_weights import mamba2_tensors_of
+from quambase.model.weights import tensors_of
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.groups import LayerGroups
 from quambase.schema.scale_table import ScaleTable, read_scales, write_scales
@@ -43,9 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     first = write_tiny_model(root / "tiny")
     second = root / "tiny2"
     second.mkdir()
-    save_file(
-        {k: v.clone().contiguous() for k, v in mamba2_tensors_of(tiny_mamba2()).items()}, second / "model.safetensors"
-    )
+    save_file({k: v.clone().contiguous() for k, v in tensors_of(tiny_mamba2()).items()}, second / "model.safetensors")
     ssm = {"layer": "Mamba2", "d_state": D_STATE, "headdim": HEADDIM, "ngroups": CONFIG2.ngroups}
     raw = {"d_model": CONFIG2.d_model, "n_layer": CONFIG2.n_layer, "vocab_size": CONFIG2.vocab_size, "ssm_cfg": ssm}
     (second / "config.json").write_text(json.dumps(raw))

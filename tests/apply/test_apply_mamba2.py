@@ -25,10 +25,9 @@ from quambase.apply.int8.model_folder import TENSORS, load_stored, save_model
 from quambase.cli.apply import apply as apply_command
 from quambase.cli.evaluate import evaluate as evaluate_command
 from quambase.model.checkpoint import load_model
-from quambase.model.mamba2_weights import mamba2_tensors_of
 from quambase.model.packed_batch import Batch
-from quambase.model.prepare import prepare
-from quambase.model.reorder import reorder
+from quambase.model.prepare import prepare, reorder
+from quambase.model.weights import tensors_of
 from quambase.schema.errors import ScalesInvalid, UnknownName
 from quambase.schema.groups import LayerGroups
 from quambase.schema.scale_table import read_scales, write_scales
@@ -86,7 +85,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("world2")
     weights, folder = tiny_weights(), root / "tiny2"
     folder.mkdir()
-    save_file({k: v.clone().contiguous() for k, v in mamba2_tensors_of(weights).items()}, folder / "model.safetensors")
+    save_file({k: v.clone().contiguous() for k, v in tensors_of(weights).items()}, folder / "model.safetensors")
     ssm = {"layer": "Mamba2", "d_state": CONFIG.d_state, "headdim": CONFIG.headdim, "ngroups": CONFIG.ngroups}
     raw = {"d_model": CONFIG.d_model, "n_layer": CONFIG.n_layer, "vocab_size": CONFIG.vocab_size, "ssm_cfg": ssm}
     (folder / "config.json").write_text(json.dumps(raw))

@@ -27,11 +27,10 @@ from quambase.apply.int8.cuda_operators import CudaInt8Operators, ScanScales, pa
 from quambase.apply.int8.families import build_model
 from quambase.collector.collect import collect
 from quambase.model.checkpoint import load_model
-from quambase.model.mamba2_weights import Mamba2Config
-from quambase.model.operators.torch import DeviceBatch
-from quambase.model.packed_batch import Batch
+from quambase.model.mamba1 import MambaConfig
+from quambase.model.mamba2 import Mamba2Config
+from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.model.text import read_documents
-from quambase.model.weights import MambaConfig
 from quambase.schema.scale_table import read_scales
 
 LENGTHS = [17, 1, 40, 8, 33, 300]
@@ -55,9 +54,9 @@ def codes(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
 
 
-def batches(device: torch.device) -> tuple[DeviceBatch, DeviceBatch]:
+def batches(device: torch.device) -> tuple[PlacedBatch, PlacedBatch]:
     batch = Batch.pack([[0] * length for length in LENGTHS])
-    return DeviceBatch.of(batch, torch.device("cpu")), DeviceBatch.of(batch, device)
+    return PlacedBatch.of(batch, torch.device("cpu")), PlacedBatch.of(batch, device)
 
 
 def on(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from quambase.apply.int8 import language_model as backbone
 from quambase.apply.int8 import mamba2 as quamba2
 from quambase.apply.int8.group_scales import BY_CHANNEL_GROUP
 from quambase.apply.int8.mamba2 import build
-from quambase.model.mamba2 import Mamba2
+from quambase.model.language_model import floating_model
 from quambase.model.packed_batch import Batch
 from quambase.schema.errors import ScalesInvalid
 
@@ -296,7 +296,7 @@ def test_documents_packed_together_give_the_bits_they_give_alone(prepared, by_gr
 def test_int8_is_near_the_float_model(prepared, by_granularity, granularity):
     """About 0.04 of the logits' spread with absmax; a scale in the wrong place gives several tenths."""
     batch = Batch.pack(documents(1))
-    reference = Mamba2(prepared, rotated=True)
+    reference = floating_model(prepared, rotated=True)
     expected = reference.logits(reference.hidden(batch))
     model = build(prepared, by_granularity[granularity], channel_groups=DIVISIONS)
     found = model.logits(model.hidden(batch))
@@ -333,7 +333,7 @@ def test_compat_wraps_where_the_default_saturates(prepared, by_granularity):
     scales = by_granularity["tensor"]
     clipped = {key: scale * (0.3 if key[1] == "out_proj:input" else 1) for key, scale in scales.items()}
     batch = Batch.pack(documents(1))
-    reference = Mamba2(prepared, rotated=True).hidden(batch)
+    reference = floating_model(prepared, rotated=True).hidden(batch)
     saturating = build(prepared, clipped).hidden(batch)
     wrapping = build(prepared, clipped, compat="upstream").hidden(batch)
     assert (wrapping - reference).std() > 1.5 * (saturating - reference).std()

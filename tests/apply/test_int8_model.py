@@ -11,7 +11,7 @@ from tiny_int8 import CONFIG, absmax_scales, documents, needed, tiny_prepared
 from quambase.apply.int8 import language_model as backbone
 from quambase.apply.int8 import mamba1 as quamba1
 from quambase.apply.int8.mamba1 import build
-from quambase.model.mamba import Mamba
+from quambase.model.language_model import floating_model
 from quambase.model.packed_batch import Batch
 from quambase.schema.errors import ScalesInvalid
 
@@ -219,7 +219,7 @@ def test_documents_packed_together_give_the_bits_they_give_alone(prepared, scale
 
 def test_int8_is_near_the_float_model(prepared, scales):
     batch = Batch.pack(documents(1))
-    reference = Mamba(prepared, rotated=True)
+    reference = floating_model(prepared, rotated=True)
     expected = reference.logits(reference.hidden(batch))
     model = build(prepared, scales)
     error = (model.logits(model.hidden(batch)) - expected).std() / expected.std()
@@ -302,7 +302,7 @@ def test_a_quantized_head_multiplies_one_row_alone_by_one_factor(prepared, scale
 def test_compat_wraps_where_the_default_saturates(prepared, scales):
     clipped = {key: scale * (0.3 if key[1] == "out_proj:input" else 1) for key, scale in scales.items()}
     batch = Batch.pack(documents(1))
-    reference = Mamba(prepared, rotated=True).hidden(batch)
+    reference = floating_model(prepared, rotated=True).hidden(batch)
     saturating = build(prepared, clipped).hidden(batch)
     wrapping = build(prepared, clipped, compat="upstream").hidden(batch)
     assert (wrapping - reference).std() > 1.5 * (saturating - reference).std()

@@ -24,7 +24,7 @@ from quambase.apply.evaluation.scoring import (
     split_last_word,
 )
 from quambase.apply.int8.mamba1 import build
-from quambase.model.mamba import Mamba
+from quambase.model.language_model import floating_model
 from quambase.model.packed_batch import Batch
 from quambase.model.text import Document
 from quambase.model.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ def models() -> Any:
     scales = absmax_scales(prepared, documents(1))
     coarse = {key: 4 * scale for key, scale in scales.items()}
     good = build(prepared, scales)
-    return Mamba(tiny_weights()), {
+    return floating_model(tiny_weights()), {
         "good": good,
         "coarse": good.with_scales(coarse),
         "head": build(prepared, scales, quantize_lm_head=True),

@@ -20,10 +20,9 @@ from host_int8_operators import HostInt8Operators
 
 from quambase.apply.int8.cuda_operators import CudaInt8Operators, ScanScales
 from quambase.model.cuda.compiler import Kernels
-from quambase.model.mamba2_weights import Mamba2Config
-from quambase.model.operators.torch import DeviceBatch
-from quambase.model.packed_batch import Batch
-from quambase.model.weights import MambaConfig
+from quambase.model.mamba1 import MambaConfig
+from quambase.model.mamba2 import Mamba2Config
+from quambase.model.packed_batch import Batch, PlacedBatch
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -160,9 +159,9 @@ def codes(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
 
 
-def batches(device: torch.device) -> tuple[DeviceBatch, DeviceBatch]:
+def batches(device: torch.device) -> tuple[PlacedBatch, PlacedBatch]:
     batch = Batch.pack([[0] * LENGTH] * DOCUMENTS)
-    return DeviceBatch.of(batch, torch.device("cpu")), DeviceBatch.of(batch, device)
+    return PlacedBatch.of(batch, torch.device("cpu")), PlacedBatch.of(batch, device)
 
 
 def channels_first(x: torch.Tensor) -> torch.Tensor:

@@ -27,11 +27,12 @@ from quambase.apply.int8.language_model import Int8State
 from quambase.apply.upstream.backend import build_upstream
 from quambase.collector.collect import collect
 from quambase.model.checkpoint import LoadedModel, load_model
-from quambase.model.mamba2_weights import Mamba2Config, mamba2_tensors_of, random_mamba2_weights
-from quambase.model.operators.device_models import device_model
+from quambase.model.language_model import floating_model
+from quambase.model.mamba1 import MambaConfig
+from quambase.model.mamba2 import Mamba2Config
 from quambase.model.packed_batch import Batch
 from quambase.model.text import read_documents
-from quambase.model.weights import MambaConfig, random_weights, tensors_of
+from quambase.model.weights import random_weights, tensors_of
 from quambase.schema.scale_table import read_scales
 
 pytestmark = [
@@ -109,8 +110,8 @@ def random_model(folder: Path, family: str) -> Path:
     if family == "mamba":
         weights = random_weights(MambaConfig(768, 3, 64, 1536, dt_rank=48))
         return write_model(folder / "model", raw, tensors_of(weights))
-    weights2 = random_mamba2_weights(Mamba2Config(768, 3, 64, 1536))
-    return write_model(folder / "model", raw | {"ssm_cfg": {"layer": "Mamba2"}}, mamba2_tensors_of(weights2))
+    weights2 = random_weights(Mamba2Config(768, 3, 64, 1536))
+    return write_model(folder / "model", raw | {"ssm_cfg": {"layer": "Mamba2"}}, tensors_of(weights2))
 
 
 def unwatch(watched: list[tuple[Any, str]]) -> None:
@@ -230,7 +231,7 @@ def test_the_whole_models_are_as_far_from_the_float_model(case: Case) -> None:
     model = on_device(
         case.host, DeviceWeights.of(case.host.weights, device), CudaInt8Operators(device, case.host.config)
     )
-    floating = device_model(case.loaded.any_weights, device, torch.float16)
+    floating = floating_model(case.loaded.any_weights, device, torch.float16)
     ours, real = (m.logits(m.hidden(case.batch)) for m in (model, floating))
     theirs = case.logits
     targets = torch.cat([case.batch.tokens[1:], case.batch.tokens[:1]]).to(device)
@@ -266,7 +267,7 @@ def test_decoding(case: Case) -> None:
     generation = pytest.importorskip("mamba_ssm.utils.generation")
     mamba2 = isinstance(case.host.config, Mamba2Config)
     documents = case.batch.tokens.view(DOCUMENTS, LENGTH)
-    floating = device_model(case.loaded.any_weights, torch.device("cuda"), torch.float16)
+    floating = floating_model(case.loaded.any_weights, torch.device("cuda"), torch.float16)
     for count in (1, 2):
         tokens = documents[:count, :STEPS]
         params = generation.InferenceParams(max_seqlen=STEPS, max_batch_size=count)

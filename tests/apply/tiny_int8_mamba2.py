@@ -7,18 +7,19 @@ import dataclasses
 import numpy as np
 import torch
 
-from quambase.model.mamba2 import Mamba2
-from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
+from quambase.model.language_model import floating_model
+from quambase.model.mamba2 import Mamba2Config
 from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
+from quambase.model.weights import ModelWeights, random_weights
 from quambase.schema.sites import MAMBA2, layer_sites
 
 CONFIG = Mamba2Config(d_model=32, n_layer=2, vocab_size=40, d_inner=64, d_state=16, d_conv=4, headdim=8, ngroups=2)
 
 
-def tiny_weights(seed: int = 0, config: Mamba2Config = CONFIG) -> Mamba2Weights:
+def tiny_weights(seed: int = 0, config: Mamba2Config = CONFIG) -> ModelWeights:
     """Random weights whose logits are not all alike (the embedding is larger than at initialisation)."""
-    weights = random_mamba2_weights(config, seed)
+    weights = random_weights(config, seed)
     embedding = weights.embedding * 30
     return dataclasses.replace(weights, embedding=embedding, lm_head=embedding)
 
@@ -34,7 +35,7 @@ def channel_groups(config: Mamba2Config = CONFIG) -> list[torch.Tensor]:
     return maps
 
 
-def absmax_scales(prepared: Mamba2Weights, texts: list[list[int]], granularity: str = "tensor", groups=()):
+def absmax_scales(prepared: ModelWeights, texts: list[list[int]], granularity: str = "tensor", groups=()):
     """Absmax / 127 of every site; per ``tensor``, ``ssd`` group, or ``channel`` group (B, C by SSD group)."""
     config = prepared.config
     amax: dict[tuple[int, str], np.ndarray] = {}
@@ -53,12 +54,12 @@ def absmax_scales(prepared: Mamba2Weights, texts: list[list[int]], granularity: 
             found = np.array([channels[index == g].max() for g in range(index.max() + 1)])
         amax[layer, site] = np.maximum(amax[layer, site], found)
 
-    Mamba2(prepared, rotated=True).hidden(Batch.pack(texts), tap)
+    floating_model(prepared, rotated=True).hidden(Batch.pack(texts), tap)
     scales = {key: tuple(float(np.float32(v / 127)) for v in values) for key, values in amax.items()}
     return {key: values if len(values) > 1 else values[0] for key, values in scales.items()}
 
 
-def tiny_prepared(seed: int = 0, config: Mamba2Config = CONFIG) -> Mamba2Weights:
+def tiny_prepared(seed: int = 0, config: Mamba2Config = CONFIG) -> ModelWeights:
     """Folded and rotated."""
     return prepare(tiny_weights(seed, config))
 

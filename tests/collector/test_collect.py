@@ -105,7 +105,7 @@ def test_recounting_the_kept_activations_gives_the_counts(kept: CollectedRun) ->
 def test_values_are_the_prepared_models_one_document_at_a_time(kept: CollectedRun, model: Path, data: Path) -> None:
     """Documents that share a forward pass and documents alone, in float64: padding and neighbours leave no trace."""
     loaded = load_model(str(model))
-    weights = prepare(loaded.weights)
+    weights = prepare(loaded.any_weights)
     matrix = hadamard(torch.eye(32)).numpy().astype(np.float64).T
     activations = table(kept, "activations").to_pylist()
     found: dict[tuple, dict] = {}
@@ -312,14 +312,14 @@ def test_two_processes_do_not_write_one_run(model: Path, data: Path, tmp_path: P
 def test_a_tap_that_never_fires_is_an_error(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quambase.model.mamba import Mamba
+    from quambase.model.language_model import LanguageModel
 
-    hidden = Mamba.hidden
+    hidden = LanguageModel.hidden
 
-    def deaf(self: Mamba, batch: object, tap: object = None) -> torch.Tensor:
+    def deaf(self: LanguageModel, batch: object, tap: object = None) -> torch.Tensor:
         return hidden(self, batch, lambda layer, site, *rest: site == "dt_proj:output" or tap(layer, site, *rest))
 
-    monkeypatch.setattr(Mamba, "hidden", deaf)
+    monkeypatch.setattr(LanguageModel, "hidden", deaf)
     with pytest.raises(TapNeverFired, match="dt_proj:output of layer 0 saw 0 of 3 documents"):
         run_tiny(model, data, tmp_path)
 

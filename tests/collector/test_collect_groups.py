@@ -21,8 +21,7 @@ from quambase.collector.clustering import layer_groups
 from quambase.collector.collect import CollectedRun, collect
 from quambase.collector.first_pass import statistics_of_run
 from quambase.model.checkpoint import load_model
-from quambase.model.prepare import prepare
-from quambase.model.reorder import reorder
+from quambase.model.prepare import prepare, reorder
 from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
@@ -142,7 +141,7 @@ def test_the_run_is_of_the_reordered_model(grouped: CollectedRun, model: Path, d
     """Every site's distribution is that of the model reordered first, by the same kernel in the same blocks."""
     from tiny_model import TEXTS
 
-    from quambase.model.checkpoint import floating_model
+    from quambase.model.language_model import floating_model
     from quambase.model.packed_batch import Batch
 
     loaded = load_model(str(model))

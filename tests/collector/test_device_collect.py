@@ -13,15 +13,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from device_cases import assert_same
-from device_models import DOCUMENTS, shown, tiny_weights
+from device_models import DOCUMENTS, plain_model, shown, tiny_weights
 
 from quambase.cli.main import quambase
 from quambase.collector.block_runners import BlockRunner, CudaBlockRunner, HostBlockRunner, KeptTokens, choose_placement
 from quambase.collector.documents import TokenizedDocument
 from quambase.collector.layouts import site_layouts
 from quambase.collector.statistics import SiteStatistics
-from quambase.model.checkpoint import floating_model
-from quambase.model.operators.device_models import device_model
+from quambase.model.language_model import floating_model
 from quambase.schema.errors import DataInvalid, TapNeverFired, UnknownName
 from quambase.schema.sites import FAMILIES
 
@@ -33,7 +32,7 @@ def test_a_models_sites_are_the_hosts(family: str) -> None:
     """float32 on both sides, documents packed: other orders of the same sums."""
     weights = tiny_weights(family)
     wanted = shown(floating_model(weights, rotated=True), DOCUMENTS)
-    found = shown(device_model(weights, CPU, torch.float32, rotated=True), DOCUMENTS)
+    found = shown(plain_model(weights, torch.float32, rotated=True), DOCUMENTS)
     assert found.keys() == wanted.keys()
     for key, values in wanted.items():
         assert found[key].shape == values.shape, key
@@ -44,8 +43,8 @@ def test_a_models_sites_are_the_hosts(family: str) -> None:
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
 def test_float16_is_the_same_model_rounded(family: str) -> None:
     weights = tiny_weights(family)
-    wanted = shown(device_model(weights, CPU, torch.float32, rotated=True), DOCUMENTS)
-    found = shown(device_model(weights, CPU, torch.float16, rotated=True), DOCUMENTS)
+    wanted = shown(plain_model(weights, torch.float32, rotated=True), DOCUMENTS)
+    found = shown(plain_model(weights, torch.float16, rotated=True), DOCUMENTS)
     for key, values in wanted.items():
         error = (found[key] - values).norm() / values.norm()
         # Each of some ten roundings in a row is at most 2^-11; nowhere is it zero, but in no site a wrong formula's.
@@ -54,7 +53,7 @@ def test_float16_is_the_same_model_rounded(family: str) -> None:
 
 def test_documents_of_a_batch_are_as_if_alone() -> None:
     for family in ("mamba1", "mamba2"):
-        model = device_model(tiny_weights(family), CPU, torch.float32, rotated=True)
+        model = plain_model(tiny_weights(family), torch.float32, rotated=True)
         together = shown(model, DOCUMENTS)
         alone = [shown(model, [document]) for document in DOCUMENTS]
         for key, values in together.items():
@@ -85,9 +84,9 @@ def test_a_device_observes_what_the_host_does(family: str, everything: bool, mon
     """The same tensors through both observers: equal tables, equal statistics but for the order of float64 sums. The
     head's come document by document.
     """
-    monkeypatch.setattr("quambase.model.operators.device_models.HEAD_ROWS", 1)
     weights = tiny_weights(family)
-    model = device_model(weights, CPU, torch.float32, rotated=True)
+    model = plain_model(weights, torch.float32, rotated=True)
+    monkeypatch.setattr(model.operators, "head_rows", 1)
     layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family[:6]]])
     kept = KeptTokens(None, None) if everything else KeptTokens({3: np.array([0, 2]), 44: np.array([17])}, {44, 42})
 
@@ -109,7 +108,7 @@ def test_a_device_observes_what_the_host_does(family: str, everything: bool, mon
 
 def test_a_site_that_is_not_reached_and_a_failing_writer_are_told() -> None:
     weights = tiny_weights("mamba1")
-    model = device_model(weights, CPU, torch.float32, rotated=True)
+    model = plain_model(weights, torch.float32, rotated=True)
     layouts = site_layouts(weights.config, ["x_proj:input"])
 
     def observer(layers: int, write: Callable[..., None] | None) -> CudaBlockRunner:
@@ -134,7 +133,7 @@ def test_the_garbage_collector_passes_over_what_is_there_until_the_end_however_i
     statistics = {key: SiteStatistics.empty(layout, 5) for key, layout in layouts.items()}
     for error in (None, KeyboardInterrupt):
         observer = CudaBlockRunner(
-            device_model(weights, CPU, torch.float32), statistics, 5, "run", KeptTokens({}, set()), write=None
+            plain_model(weights, torch.float32), statistics, 5, "run", KeptTokens({}, set()), write=None
         )
         with suppress(KeyboardInterrupt), observer:
             assert gc.get_freeze_count() > 0

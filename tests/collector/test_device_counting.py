@@ -31,7 +31,7 @@ from quambase.collector.cuda.statistics import DeviceStatistics, merged_top
 from quambase.collector.cuda.torch_counter import TorchCounter
 from quambase.collector.statistics import ENCODINGS, SiteLayout, largest
 from quambase.model.cuda.compiler import CompilationFailed, compile_cubin
-from quambase.model.operators import device_models as device_module
+from quambase.model.operators import choice
 from quambase.model.operators.torch import TorchOperators
 
 CPU = torch.device("cpu")
@@ -150,8 +150,9 @@ def test_where_nothing_compiles_plain_torch_counts_and_one_line_says_so(
     monkeypatch.setattr(cuda_counter, "CudaCounter", fail)
     monkeypatch.setattr(cuda_counter, "TorchCounter", lambda *_: "plain")
     assert cuda_counter.choose_counter(ENCODINGS["float16"], MOST, torch.device("cuda")) == "plain"
-    monkeypatch.setattr(device_module, "CudaOperators", fail)
-    chosen = device_module.choose_operators(tiny_weights("mamba1"), torch.device("cuda"), torch.float16)
+    monkeypatch.setattr(choice, "CudaOperators", fail)
+    sizes = tiny_weights("mamba1").config.operator_sizes
+    chosen = choice.choose_operators(sizes, torch.device("cuda"), torch.float16)
     assert isinstance(chosen, TorchOperators)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith("warning: ") and "no compiler here" in line for line in lines)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from device_models import plain_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored_runs import bytes_of
@@ -27,7 +28,6 @@ from quambase.collector.merge import merge, merge_if_last
 from quambase.collector.shards import SHARD, Shard, parse_shard, read_sums, torchrun_shard
 from quambase.collector.statistics import SiteLayout, SiteStatistics
 from quambase.collector.table_rows import channels_rows
-from quambase.model.operators.device_models import device_model
 from quambase.schema.doctor import examine
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
 from quambase.schema.tables import CHANNELS, as_made
@@ -168,7 +168,7 @@ def test_shards_of_a_device_give_its_whole_runs_bytes(
     world: World = request.getfixturevalue(family)
 
     def on_device(weights: object, where: object, statistics: dict, most: int, **named: object) -> CudaBlockRunner:
-        model = device_model(weights, torch.device("cpu"), torch.float32, rotated=True)
+        model = plain_model(weights, torch.float32, rotated=True)
         return CudaBlockRunner(model, statistics, most, **named)
 
     monkeypatch.setattr(run_module, "new_block_runner", on_device)

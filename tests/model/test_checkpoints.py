@@ -21,10 +21,12 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from quambase.model import hub
-from quambase.model.checkpoint import floating_model, load_model, load_weights, weights_digest
-from quambase.model.mamba2_weights import Mamba2Config, mamba2_tensors_of, random_mamba2_weights
+from quambase.model.checkpoint import load_model, load_weights
+from quambase.model.language_model import floating_model
+from quambase.model.mamba1 import MambaConfig
+from quambase.model.mamba2 import Mamba2Config
 from quambase.model.packed_batch import Batch
-from quambase.model.weights import MambaConfig, random_weights, tensors_of
+from quambase.model.weights import random_weights, tensors_of, weights_digest
 from quambase.schema.errors import CheckpointInvalid, DataInvalid, QuambaseError
 
 Tensors = dict[str, torch.Tensor]
@@ -43,7 +45,7 @@ def hugging_face(family: str, seed: int = 1) -> tuple[Config, Tensors]:
         tensors = tensors_of(random_weights(MAMBA1, seed))
         config = shared | {"model_type": "mamba", "intermediate_size": 32, "expand": 2, "time_step_rank": 1}
     else:
-        tensors = mamba2_tensors_of(random_mamba2_weights(MAMBA2, seed))
+        tensors = tensors_of(random_weights(MAMBA2, seed))
         tensors["lm_head.weight"] = torch.randn(48, 16, generator=torch.Generator().manual_seed(seed))
         config = shared | {"model_type": "mamba2", "expand": 2, "num_heads": 4, "head_dim": 8, "n_groups": 2}
     return config, {k.replace("embedding.", "embeddings."): v for k, v in tensors.items()}
@@ -54,7 +56,7 @@ def mamba_ssm(family: str) -> tuple[Config, Tensors]:
     if family == "mamba1":
         return config | {"ssm_cfg": {"d_state": 4}}, tensors_of(random_weights(MAMBA1, 1))
     ssm = {"layer": "Mamba2", "d_state": 4, "headdim": 8, "ngroups": 2}
-    return config | {"ssm_cfg": ssm}, mamba2_tensors_of(random_mamba2_weights(MAMBA2, 1))
+    return config | {"ssm_cfg": ssm}, tensors_of(random_weights(MAMBA2, 1))
 
 
 def write(folder: Path, config: Config, tensors: Tensors, name: str | None = "model.safetensors") -> Path:

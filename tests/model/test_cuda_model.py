@@ -7,15 +7,13 @@ import torch
 from cuda_kernels_on_host import cuda_or_host
 from device_models import DOCUMENTS, shown, tiny_weights
 
-from quambase.model.checkpoint import floating_model
 from quambase.model.hadamard import hadamard
-from quambase.model.mamba2_weights import Mamba2Config
+from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.operators import cuda as cuda_operators
 from quambase.model.operators.cuda import CudaOperators
-from quambase.model.operators.device_models import DeviceModel, device_model
-from quambase.model.operators.torch import DeviceBatch, TorchOperators
-from quambase.model.packed_batch import Batch
-from quambase.model.weights import MambaConfig
+from quambase.model.operators.interface import OperatorSizes
+from quambase.model.operators.torch import TorchOperators
+from quambase.model.packed_batch import Batch, PlacedBatch
 
 HALF, SINGLE = torch.float16, torch.float32
 LENGTHS = [17, 1, 40, 8, 33]
@@ -31,18 +29,17 @@ on_cuda = pytest.mark.parametrize("device", ["cuda"], indirect=True)
 """Tests of whole models, which choose their operators by the device."""
 
 
-def batches(device: torch.device) -> tuple[DeviceBatch, DeviceBatch]:
+def batches(device: torch.device) -> tuple[PlacedBatch, PlacedBatch]:
     batch = Batch.pack([[0] * length for length in LENGTHS])
-    return DeviceBatch.of(batch, torch.device("cpu")), DeviceBatch.of(batch, device)
+    return PlacedBatch.of(batch, torch.device("cpu")), PlacedBatch.of(batch, device)
 
 
-def mamba1(d_inner: int, states: int = 4, d_model: int = 16) -> MambaConfig:
-    return MambaConfig(d_model, 1, vocab_size=64, d_inner=d_inner, d_state=states, dt_rank=1)
+def mamba1(d_inner: int, states: int = 4, d_model: int = 16) -> OperatorSizes:
+    return OperatorSizes(d_model, d_inner, states, d_conv=4)
 
 
-def mamba2(heads: int, headdim: int, states: int, ngroups: int) -> Mamba2Config:
-    e = heads * headdim
-    return Mamba2Config(16, 1, vocab_size=64, d_inner=e, d_state=states, headdim=headdim, ngroups=ngroups)
+def mamba2(heads: int, headdim: int, states: int, ngroups: int) -> OperatorSizes:
+    return OperatorSizes(16, heads * headdim, states, 4, headdim, ngroups)
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -150,7 +147,7 @@ def test_gated_norms(dtype: torch.dtype, e: int, ngroups: int, rotated: bool, de
 def test_a_models_sites_are_the_hosts(family: str, device: torch.device) -> None:
     weights = tiny_weights(family)
     wanted = shown(floating_model(weights, rotated=True), DOCUMENTS)
-    found = shown(device_model(weights, device, SINGLE, rotated=True), DOCUMENTS)
+    found = shown(floating_model(weights, device, SINGLE, rotated=True), DOCUMENTS)
     assert found.keys() == wanted.keys()
     for key, values in wanted.items():
         # Two small float32 layers: some hundred ulps of the site's range.
@@ -162,7 +159,7 @@ def test_a_models_sites_are_the_hosts(family: str, device: torch.device) -> None
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
 def test_documents_do_not_see_their_neighbours(family: str, dtype: torch.dtype, device: torch.device) -> None:
     """Documents in a batch as if alone, and the same bytes when a neighbour of the same length changes."""
-    model = device_model(tiny_weights(family), device, dtype, rotated=True)
+    model = floating_model(tiny_weights(family), device, dtype, rotated=True)
     together = shown(model, DOCUMENTS)
     alone = [shown(model, [document]) for document in DOCUMENTS]
     unit = 2.0**-11 if dtype == HALF else 2.0**-24
@@ -175,4 +172,4 @@ def test_documents_do_not_see_their_neighbours(family: str, dtype: torch.dtype, 
     states = len(DOCUMENTS) - 1
     key = (1, "ssm_state_act:input")
     assert torch.equal(changed[key][:states], together[key][:states])
-    assert isinstance(model, DeviceModel)
+    assert isinstance(model, LanguageModel)

@@ -33,7 +33,7 @@ def test_convolution_equals_its_definition_per_document(lengths: list[int], e: i
     x = rng.normal(size=(offsets[-1], e + 3)).astype(np.float32)
     weight, bias = rng.normal(size=(e, k)).astype(np.float32), rng.normal(size=e).astype(np.float32)
     out = np.empty((offsets[-1], e), np.float32)
-    causal_conv1d_silu(x, np.ascontiguousarray(weight.T), bias, offsets, out)
+    causal_conv1d_silu(x, 0, np.ascontiguousarray(weight.T), bias, offsets, out)
     for start, stop in itertools.pairwise(offsets):
         x64, w64 = x[start:stop, :e].astype(np.float64), weight.astype(np.float64)
         true = reference.conv_silu(x64, w64, bias.astype(np.float64))

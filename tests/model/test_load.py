@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quambase.model.checkpoint import load_model, load_weights, weights_digest
-from quambase.model.mamba import Mamba
+from quambase.model.checkpoint import load_model, load_weights
+from quambase.model.language_model import floating_model
+from quambase.model.mamba1 import MambaConfig
 from quambase.model.names import BUNDLED
 from quambase.model.sources import find_sources
-from quambase.model.weights import MambaConfig, random_weights, tensors_of
+from quambase.model.weights import random_weights, tensors_of, weights_digest
 from quambase.schema.errors import CheckpointInvalid, ModelNotFound
 
 CONFIG = MambaConfig(d_model=16, n_layer=2, vocab_size=48, d_inner=32, d_state=4, d_conv=4, dt_rank=1)
@@ -82,7 +83,7 @@ def test_a_checkpoint_written_by_transformers_loads(tmp_path: Path) -> None:
 
 def test_the_bundled_model_loads_and_predicts_english() -> None:
     loaded = load_model("mamba-5m")
-    model = Mamba(loaded.weights)
+    model = floating_model(loaded.any_weights)
     state = model.new_state(1)
     for token in loaded.tokenizer.encode("She looked at the old man and said to"):
         logits = model.step(torch.tensor([token]), state)

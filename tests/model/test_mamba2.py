@@ -16,18 +16,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_mamba_forward import Sites
 
-from quambase.model.checkpoint import load_weights, weights_digest
+from quambase.model.checkpoint import load_weights
 from quambase.model.hadamard import odd_factor, odd_order
-from quambase.model.mamba2 import Mamba2
-from quambase.model.mamba2_weights import (
-    Mamba2Config,
-    Mamba2Weights,
-    mamba2_tensors_of,
-    random_mamba2_weights,
-)
+from quambase.model.language_model import floating_model
+from quambase.model.mamba2 import Mamba2Config
 from quambase.model.operators.host_kernels import ssd_scan
 from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
+from quambase.model.weights import ModelWeights, random_weights, tensors_of, weights_digest
 from quambase.schema.errors import CheckpointInvalid
 from quambase.schema.sites import MAMBA2, layer_sites
 
@@ -46,14 +42,14 @@ def documents(vocabulary: int) -> list[list[int]]:
     return [rng.integers(0, vocabulary, n).tolist() for n in LENGTHS]
 
 
-def lively_weights(config: Mamba2Config, seed: int) -> Mamba2Weights:
+def lively_weights(config: Mamba2Config, seed: int) -> ModelWeights:
     """Random weights whose states matter: mamba-ssm's initial time steps are so small that B and C hardly count."""
-    weights = random_mamba2_weights(config, seed)
+    weights = random_weights(config, seed)
     layers = tuple(type(layer)(**(vars(layer) | {"dt_bias": layer.dt_bias + 3})) for layer in weights.layers)
-    return Mamba2Weights(config, weights.embedding, layers, weights.norm_f, weights.lm_head)
+    return ModelWeights(config, weights.embedding, layers, weights.norm_f, weights.lm_head)
 
 
-def hugging_face_model(weights: Mamba2Weights) -> torch.nn.Module:
+def hugging_face_model(weights: ModelWeights) -> torch.nn.Module:
     from transformers import Mamba2Config as HFConfig
     from transformers import Mamba2ForCausalLM
 
@@ -72,7 +68,7 @@ def hugging_face_model(weights: Mamba2Weights) -> torch.nn.Module:
             chunk_size=16,
         )
     ).eval()
-    tensors = mamba2_tensors_of(weights)
+    tensors = tensors_of(weights)
     state = {k.replace("embedding.weight", "embeddings.weight"): v for k, v in tensors.items()}
     model.load_state_dict(state | {"lm_head.weight": weights.lm_head})
     return model
@@ -84,7 +80,7 @@ def test_logits_equal_transformers_to_float32_rounding(name: str) -> None:
     theirs = hugging_face_model(weights)
     docs = documents(weights.config.vocab_size)
     batch = Batch.pack(docs)
-    model = Mamba2(weights)
+    model = floating_model(weights)
     ours = model.logits(model.hidden(batch)).numpy()
     for i, tokens in enumerate(docs):
         true = reference_mamba2.forward(weights, tokens)["-1/lm_head:output"]
@@ -110,7 +106,7 @@ def test_every_site_is_tapped_once_per_document_with_the_right_values(name: str,
     docs = documents(weights.config.vocab_size)
     batch = Batch.pack(docs)
     tap = Sites(batch)
-    Mamba2(weights, rotated=rotated).hidden(batch, tap)
+    floating_model(weights, rotated=rotated).hidden(batch, tap)
     names = [f"{layer}/{site.name}" for layer, site in layer_sites(weights.config.n_layer, MAMBA2)]
     assert len(names) == 2 * 24 + 2
     assert sorted(tap.seen) == sorted((i, name) for i in range(len(docs)) for name in names)
@@ -173,7 +169,7 @@ def test_the_scan_equals_its_definition_from_any_state(
 def test_preparation_without_rounding_leaves_the_logits(name: str) -> None:
     weights = lively_weights(CONFIGS[name], seed=5)
     batch = Batch.pack(documents(weights.config.vocab_size))
-    before, after = Mamba2(weights), Mamba2(prepare(weights, half=False), rotated=True)
+    before, after = floating_model(weights), floating_model(prepare(weights, half=False), rotated=True)
     logits = before.logits(before.hidden(batch))
     moved = after.logits(after.hidden(batch))
     # Rotations are orthonormal: a float32 rounding per weight and per activation of the
@@ -184,7 +180,7 @@ def test_preparation_without_rounding_leaves_the_logits(name: str) -> None:
 
 def test_float16_preparation_rounds_where_upstream_does() -> None:
     """Against the steps of configure_model and fuse_hadamard written out with dense float64 matrices."""
-    weights = random_mamba2_weights(CONFIGS["two groups"], seed=7)
+    weights = random_weights(CONFIGS["two groups"], seed=7)
     prepared = prepare(weights)
     h = {d: np.kron(odd_factor(12), reference.sylvester(d // 12)) / np.sqrt(d) for d in (24, 48)}
     half = lambda x: x.astype(np.float16).astype(np.float64)  # noqa: E731
@@ -218,7 +214,7 @@ def test_float16_preparation_rounds_where_upstream_does() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_step_by_step_equals_the_whole(name: str) -> None:
     weights = prepare(lively_weights(CONFIGS[name], seed=8))
-    model = Mamba2(weights, rotated=True)
+    model = floating_model(weights, rotated=True)
     docs = [d[:17] for d in documents(40) if len(d) >= 17]
     batch = Batch.pack(docs)
     whole = model.logits(model.hidden(batch))
@@ -247,8 +243,8 @@ def write(folder: Path, config: dict[str, object], tensors: dict[str, torch.Tens
 
 
 def test_both_layouts_give_the_same_model(tmp_path: Path) -> None:
-    weights = random_mamba2_weights(TINY, seed=1)
-    mamba_ssm = load_weights(write(tmp_path / "a", MAMBA_SSM, mamba2_tensors_of(weights)))
+    weights = random_weights(TINY, seed=1)
+    mamba_ssm = load_weights(write(tmp_path / "a", MAMBA_SSM, tensors_of(weights)))
     hugging_face_model(weights).save_pretrained(tmp_path / "b")
     hugging_face = load_weights(tmp_path / "b")
     for loaded in (mamba_ssm, hugging_face):
@@ -290,7 +286,7 @@ def test_published_sizes_are_represented() -> None:
     ],
 )
 def test_a_config_we_cannot_follow_is_refused(tmp_path: Path, config: dict[str, object], message: str) -> None:
-    tensors = mamba2_tensors_of(random_mamba2_weights(TINY))
+    tensors = tensors_of(random_weights(TINY))
     with pytest.raises(CheckpointInvalid, match=message) as error:
         load_weights(write(tmp_path / "m", MAMBA_SSM | config, tensors))
     assert "\n" not in str(error.value)

@@ -1,15 +1,18 @@
 """The forward pass against a float64 twin and against transformers' Mamba, and what preparation changes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import reference
 import torch
 
 from quambase.model.hadamard import odd_factor, odd_order
-from quambase.model.mamba import Mamba
+from quambase.model.language_model import floating_model
+from quambase.model.mamba1 import MambaConfig
 from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
-from quambase.model.weights import MambaConfig, MambaWeights, random_weights, tensors_of
+from quambase.model.weights import ModelWeights, random_weights, tensors_of
 from quambase.schema.sites import layer_sites
 
 CONFIGS = {
@@ -43,7 +46,7 @@ class Sites:
             self.seen[i, f"{layer}/{site}"] = part.clone().numpy()
 
 
-def transformers_logits(weights: MambaWeights, tokens: list[int], dtype: torch.dtype = torch.float32) -> np.ndarray:
+def transformers_logits(weights: ModelWeights, tokens: list[int], dtype: torch.dtype = torch.float32) -> np.ndarray:
     from transformers import MambaConfig as HFConfig
     from transformers import MambaForCausalLM
 
@@ -72,7 +75,7 @@ def test_logits_equal_transformers_to_float32_rounding(name: str) -> None:
     weights = random_weights(CONFIGS[name], seed=3)
     docs = documents(weights.config.vocab_size)
     batch = Batch.pack(docs)
-    model = Mamba(weights)
+    model = floating_model(weights)
     ours = model.logits(model.hidden(batch)).numpy()
     for i, tokens in enumerate(docs):
         true = reference.forward(weights, tokens)["-1/lm_head:output"]
@@ -97,7 +100,7 @@ def test_every_site_is_tapped_once_per_document_with_the_right_values(name: str,
     docs = documents(weights.config.vocab_size)
     batch = Batch.pack(docs)
     tap = Sites(batch)
-    Mamba(weights, rotated=rotated).hidden(batch, tap)
+    floating_model(weights, rotated=rotated).hidden(batch, tap)
     names = [f"{layer}/{site.name}" for layer, site in layer_sites(weights.config.n_layer)]
     assert sorted(tap.seen) == sorted((i, name) for i in range(len(docs)) for name in names)
     for i, tokens in enumerate(docs):
@@ -113,7 +116,7 @@ def test_every_site_is_tapped_once_per_document_with_the_right_values(name: str,
 def test_preparation_without_rounding_leaves_the_logits(name: str) -> None:
     weights = random_weights(CONFIGS[name], seed=5)
     batch = Batch.pack(documents(weights.config.vocab_size))
-    before, after = Mamba(weights), Mamba(prepare(weights, half=False), rotated=True)
+    before, after = floating_model(weights), floating_model(prepare(weights, half=False), rotated=True)
     logits = before.logits(before.hidden(batch))
     moved = after.logits(after.hidden(batch))
     # Rotations are orthonormal: a float32 rounding per weight and per activation of the
@@ -126,7 +129,7 @@ def test_preparation_without_rounding_leaves_the_logits(name: str) -> None:
 def test_float16_preparation_moves_the_logits_no_more_than_its_roundings_can(name: str) -> None:
     weights = random_weights(CONFIGS[name], seed=6)
     batch = Batch.pack(documents(weights.config.vocab_size))
-    plain, half = Mamba(weights), Mamba(prepare(weights), rotated=True)
+    plain, half = floating_model(weights), floating_model(prepare(weights), rotated=True)
     logits = plain.logits(plain.hidden(batch))
     moved = (half.logits(half.hidden(batch)) - logits).abs().max()
     # The weights are rounded up to four times (load, fold, two rotations), each time by at
@@ -139,14 +142,17 @@ def test_float16_preparation_moves_the_logits_no_more_than_its_roundings_can(nam
 
     allowed = 0.0
     for _ in range(3):
-        noisy = MambaWeights(
+        noisy = ModelWeights(
             weights.config,
             shaken(weights.embedding),
-            tuple(layer.map(lambda x: shaken(x) if x.ndim == 2 else x) for layer in weights.layers),
+            tuple(
+                replace(layer, **{name: shaken(x) for name, x in vars(layer).items() if x.ndim == 2})
+                for layer in weights.layers
+            ),
             weights.norm_f,
             shaken(weights.lm_head),
         )
-        model = Mamba(noisy)
+        model = floating_model(noisy)
         allowed = max(allowed, float((model.logits(model.hidden(batch)) - logits).abs().max()))
     assert 0 < moved <= allowed
 
@@ -185,7 +191,7 @@ def test_float16_preparation_rounds_where_upstream_does() -> None:
 
 def test_step_by_step_equals_the_whole() -> None:
     weights = prepare(random_weights(CONFIGS["forty"], seed=8))
-    model = Mamba(weights, rotated=True)
+    model = floating_model(weights, rotated=True)
     docs = [d[:17] for d in documents(40) if len(d) >= 17]
     batch = Batch.pack(docs)
     whole = model.logits(model.hidden(batch))

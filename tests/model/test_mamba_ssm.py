@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quambase.model.mamba2_weights import Mamba2Config
+from quambase.model.language_model import floating_model
+from quambase.model.mamba1 import MambaConfig
+from quambase.model.mamba2 import Mamba2Config
 from quambase.model.operators.cuda import CudaOperators
-from quambase.model.operators.device_models import device_model
-from quambase.model.operators.torch import DeviceBatch
-from quambase.model.packed_batch import Batch
-from quambase.model.weights import MambaConfig, random_weights, tensors_of
+from quambase.model.packed_batch import Batch, PlacedBatch
+from quambase.model.weights import random_weights, tensors_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -24,8 +24,8 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="module")
-def batch(device: torch.device) -> DeviceBatch:
-    return DeviceBatch.of(Batch.pack([[0] * LENGTH] * DOCUMENTS), device)
+def batch(device: torch.device) -> PlacedBatch:
+    return PlacedBatch.of(Batch.pack([[0] * LENGTH] * DOCUMENTS), device)
 
 
 def draw(device: torch.device, *shape: int) -> torch.Tensor:
@@ -42,7 +42,7 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.view(DOCUMENTS, LENGTH, -1).transpose(1, 2).contiguous()
 
 
-def test_selective_scan(device: torch.device, batch: DeviceBatch) -> None:
+def test_selective_scan(device: torch.device, batch: PlacedBatch) -> None:
     interface = pytest.importorskip("mamba_ssm.ops.selective_scan_interface", exc_type=ImportError)
     channels, states, t = 96, 16, DOCUMENTS * LENGTH
     u, delta, z, bc = (draw(device, t, width).to(HALF) for width in (channels, channels + 1, channels + 2, 2 * states))
@@ -50,7 +50,7 @@ def test_selective_scan(device: torch.device, batch: DeviceBatch) -> None:
     a, d, bias = -torch.rand(states, channels, device=device) * 8, draw(device, channels), draw(device, channels + 3)
     bias = bias[:channels] - 3
     config = MambaConfig(16, 1, vocab_size=64, d_inner=channels, d_state=states, dt_rank=1)
-    y, state = CudaOperators(device, HALF, config).selective_scan(u, delta, bc, z, a, d, bias, batch)
+    y, state = CudaOperators(device, HALF, config.operator_sizes).selective_scan(u, delta, bc, z, a, d, bias, batch)
     b, c = (channels_last(part) for part in bc.split(states, dim=1))
     wanted, last = interface.selective_scan_fn(
         channels_last(u),
@@ -69,7 +69,7 @@ def test_selective_scan(device: torch.device, batch: DeviceBatch) -> None:
     assert apart(state, last) <= 2.0**-15
 
 
-def test_ssd_scan(device: torch.device, batch: DeviceBatch) -> None:
+def test_ssd_scan(device: torch.device, batch: PlacedBatch) -> None:
     combined = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined", exc_type=ImportError)
     heads, headdim, states, ngroups, t = 4, 64, 128, 2, DOCUMENTS * LENGTH
     e, w = heads * headdim, ngroups * states
@@ -77,7 +77,7 @@ def test_ssd_scan(device: torch.device, batch: DeviceBatch) -> None:
     a, d, bias = -torch.rand(heads, device=device) * 8, draw(device, heads + 1)[:heads], draw(device, heads + 2)[:heads]
     parts = torch.split(conv, [e, w, w], dim=1)
     config = Mamba2Config(16, 1, vocab_size=64, d_inner=e, d_state=states, headdim=headdim, ngroups=ngroups)
-    y, state = CudaOperators(device, HALF, config).ssd_scan(*parts, dt, a, d, bias - 3, batch)
+    y, state = CudaOperators(device, HALF, config.operator_sizes).ssd_scan(*parts, dt, a, d, bias - 3, batch)
     x, b, c = (
         part.reshape(DOCUMENTS, LENGTH, count, -1) for part, count in zip(parts, (heads, ngroups, ngroups), strict=True)
     )
@@ -113,7 +113,7 @@ def test_a_whole_model(device: torch.device) -> None:
     # Files leave a tied head out; their model, where the two are one tensor, wants both names.
     theirs.load_state_dict(tensors_of(weights) | {"lm_head.weight": weights.lm_head})
     tokens = torch.randint(0, 96, (DOCUMENTS, LENGTH), generator=torch.Generator().manual_seed(0))
-    model = device_model(weights, device, HALF)
+    model = floating_model(weights, device, HALF)
     found = model.logits(model.hidden(Batch.pack(tokens.tolist())))
     with torch.inference_mode():
         wanted = theirs(tokens.to(device)).logits.view(DOCUMENTS * LENGTH, -1)

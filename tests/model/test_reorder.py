@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.model.mamba2 import Mamba2
-from quambase.model.mamba2_weights import Mamba2Config, Mamba2Weights, random_mamba2_weights
+from quambase.model.language_model import floating_model
+from quambase.model.mamba2 import Mamba2Config
 from quambase.model.packed_batch import Batch
-from quambase.model.prepare import prepare
-from quambase.model.reorder import reorder
+from quambase.model.prepare import prepare, reorder
+from quambase.model.weights import ModelWeights, random_weights
 from quambase.schema.errors import CheckpointInvalid
 from quambase.schema.groups import LayerGroups
 
@@ -32,18 +32,18 @@ def random_groups(config: Mamba2Config, rng: np.random.Generator) -> LayerGroups
     )
 
 
-def model(ngroups: int, seed: int) -> Mamba2Weights:
+def model(ngroups: int, seed: int) -> ModelWeights:
     config = Mamba2Config(d_model=16, n_layer=2, vocab_size=16, d_inner=64, d_state=4, headdim=8, ngroups=ngroups)
-    return random_mamba2_weights(config, seed)
+    return random_weights(config, seed)
 
 
-def sites(weights: Mamba2Weights, *, rotated: bool) -> tuple[torch.Tensor, dict[tuple[int, str], torch.Tensor]]:
+def sites(weights: ModelWeights, *, rotated: bool) -> tuple[torch.Tensor, dict[tuple[int, str], torch.Tensor]]:
     found = {}
 
     def tap(layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
         found[layer, site] = values.clone()
 
-    runner = Mamba2(weights, rotated=rotated)
+    runner = floating_model(weights, rotated=rotated)
     return runner.logits(runner.hidden(Batch.pack(TOKENS), tap)), found
 
 

@@ -1,0 +1,123 @@
+"""A language model of any blocks on any device: the residual stream around them, its taps, the head, decoding.
+
+On the CPU everything is float32. On CUDA in float16 it computes what upstream runs: matrix products in float16
+(accumulated in float32), the residual stream and its norms in float32, convolution, scans and Hadamard transforms in
+float32 inside and rounded once at their end. Prepared weights (`quambase.model.prepare`) lose nothing by rounding to
+float16. A state is float32 either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+from quambase.model.block import Block, Show, Tap
+from quambase.model.block_kinds import kind_of
+from quambase.model.operators.choice import choose_operators
+from quambase.model.operators.interface import BlockState, Operators
+from quambase.model.operators.torch import CPU
+from quambase.model.packed_batch import Batch, PlacedBatch
+from quambase.model.weights import ModelWeights
+from quambase.schema.progress import tell
+from quambase.schema.sites import HEAD_LAYER
+
+State = list[BlockState]
+"""What a decoding step carries on: the state of every block."""
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Matrix products of float32 in float32, whatever the process has chosen."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
+
+
+class LanguageModel:
+    """A language model ready to run: one block after another, each of its own kind.
+
+    ``rotated``: the weights were prepared, so each block's output is Hadamard-transformed before out_proj.
+    """
+
+    def __init__(self, weights: ModelWeights, operators: Operators, *, rotated: bool = False) -> None:
+        config = weights.config
+        self.config, self.operators, self.rotated = config, operators, rotated
+        self.device, self.dtype = operators.device, operators.dtype
+        self.embedding, self.lm_head = operators.matrix(weights.embedding), operators.matrix(weights.lm_head)
+        self.norms = [operators.vector(layer.norm) for layer in weights.layers]
+        self.norm_f = operators.vector(weights.norm_f)
+        self.blocks: list[Block] = [
+            kind_of(layer).block(config, layer, operators, rotated=rotated) for layer in weights.layers
+        ]
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, tap: Tap | None = None) -> torch.Tensor:
+        """The normalised final hidden state (t, d), which is lm_head:input; ``tap`` sees every site on the way.
+
+        With a tap the logits are computed too, in chunks, since lm_head:output is a site.
+        """
+        with without_tf32():
+            out = self._normalised(PlacedBatch.of(batch, self.device), tap=tap)
+            if tap:
+                self._show_head(tap, out, batch)
+        return out
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (rows, v) of normalised hidden states (rows, d)."""
+        with without_tf32():
+            return F.linear(hidden, self.lm_head)
+
+    @torch.inference_mode()
+    def step(self, tokens: torch.Tensor, state: State) -> torch.Tensor:
+        """Feed one token to each sequence: tokens (b,) int64, ``state`` is updated in place; logits (b, v)."""
+        # Each sequence is a document of one token.
+        batch = Batch(tokens, torch.arange(len(tokens) + 1))
+        with without_tf32():
+            return self.logits(self._normalised(PlacedBatch.of(batch, self.device), state))
+
+    def new_state(self, sequences: int) -> State:
+        """The state of ``sequences`` sequences before their first token."""
+        return [block.new_state(sequences) for block in self.blocks]
+
+    def _normalised(self, batch: PlacedBatch, state: State | None = None, tap: Tap | None = None) -> torch.Tensor:
+        """The final hidden state (t, d)."""
+        config, add_norm = self.config, self.operators.add_norm
+        documents = slice(0, batch.host.documents)
+        x = F.embedding(batch.tokens, self.embedding)
+        residual = torch.zeros(x.shape, device=self.device)
+        for index, (norm, block) in enumerate(zip(self.norms, self.blocks, strict=True)):
+            normalised = add_norm(x, residual, norm, config.norm_eps)
+            show = None if tap is None else _of_layer(tap, index, documents)
+            x = block.forward(normalised, batch, None if state is None else state[index], show)
+            if self.device.type == "cpu" and state is None:  # a device's work is only queued here
+                tell((index + 1) / (len(self.blocks) + bool(tap)))
+        return add_norm(x, residual, self.norm_f, config.norm_eps)
+
+    def _show_head(self, tap: Tap, out: torch.Tensor, batch: Batch) -> None:
+        """Let ``tap`` see the head's sites."""
+        layers = len(self.blocks)
+        tap(HEAD_LAYER, "lm_head:input", out, slice(0, batch.documents))
+        for documents in batch.chunks(self.operators.head_rows):
+            rows = slice(int(batch.offsets[documents.start]), int(batch.offsets[documents.stop]))
+            tap(HEAD_LAYER, "lm_head:output", self.logits(out[rows]), documents)
+            if self.device.type == "cpu":
+                tell((layers + rows.stop / len(out)) / (layers + 1))
+
+
+def _of_layer(tap: Tap, layer: int, documents: slice) -> Show:
+    return lambda site, values: tap(layer, site, values, documents)
+
+
+def floating_model(
+    weights: ModelWeights, device: torch.device = CPU, dtype: torch.dtype = torch.float32, *, rotated: bool = False
+) -> LanguageModel:
+    """The forward pass of ``weights`` on ``device``; ``rotated``: they were prepared."""
+    operators = choose_operators(weights.config.operator_sizes, device, dtype)
+    return LanguageModel(weights, operators, rotated=rotated)

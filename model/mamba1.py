@@ -1,0 +1,212 @@
+"""The Mamba-1 block: sizes, tensors, sites, and the forward pass with a tap at every site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from quambase.model.block import Block, BlockKind, BlockWeights, Draw, ModelConfig, Show
+from quambase.model.exponential import exp
+from quambase.model.operators.interface import BlockState, Operators, OperatorSizes
+from quambase.model.packed_batch import PlacedBatch
+from quambase.model.settings import NORM_EPS, Settings, check_hugging_face, check_mamba_ssm, padded_vocabulary
+from quambase.schema.sites import MAMBA1
+
+
+@dataclass(frozen=True)
+class MambaConfig(ModelConfig):
+    """Sizes of a Mamba-1 model."""
+
+    kind = MAMBA1
+    d_model: int
+    n_layer: int
+    vocab_size: int
+    d_inner: int
+    d_state: int = 16
+    d_conv: int = 4
+    dt_rank: int = 0
+    norm_eps: float = NORM_EPS
+
+    @classmethod
+    def from_mamba_ssm(cls, values: Mapping[str, Any]) -> MambaConfig:
+        """As `ModelConfig.from_mamba_ssm`."""
+        raw = Settings(values)
+        ssm = check_mamba_ssm(raw)
+        d_model = raw.size("d_model")
+        return cls(
+            d_model=d_model,
+            n_layer=raw.size("n_layer"),
+            vocab_size=padded_vocabulary(raw),
+            d_inner=ssm.expanded(d_model),
+            d_state=ssm.size("d_state", 16),
+            d_conv=ssm.size("d_conv", 4),
+            dt_rank=ssm.rank("dt_rank", d_model),
+        )
+
+    @classmethod
+    def from_hugging_face(cls, values: Mapping[str, Any]) -> MambaConfig:
+        """From transformers' MambaConfig JSON."""
+        raw = Settings(values)
+        check_hugging_face(raw)
+        d_model = raw.size("hidden_size")
+        return cls(
+            d_model=d_model,
+            n_layer=raw.size("num_hidden_layers"),
+            vocab_size=raw.size("vocab_size"),
+            d_inner=raw.size("intermediate_size") if "intermediate_size" in raw else raw.expanded(d_model),
+            d_state=raw.size("state_size", 16),
+            d_conv=raw.size("conv_kernel", 4),
+            dt_rank=raw.rank("time_step_rank", d_model),
+            norm_eps=float(raw.positive("layer_norm_epsilon", NORM_EPS)),
+        )
+
+    def block_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As `ModelConfig.block_shapes`."""
+        return {
+            "norm": (self.d_model,),
+            "in_proj": (2 * self.d_inner, self.d_model),
+            "conv_weight": (self.d_inner, self.d_conv),
+            "conv_bias": (self.d_inner,),
+            "x_proj": (self.dt_rank + 2 * self.d_state, self.d_inner),
+            "dt_proj": (self.d_inner, self.dt_rank),
+            "dt_bias": (self.d_inner,),
+            "A_log": (self.d_inner, self.d_state),
+            "D": (self.d_inner,),
+            "out_proj": (self.d_model, self.d_inner),
+        }
+
+    def block_edges(self) -> dict[str, tuple[int, ...]]:
+        """As `ModelConfig.block_edges`."""
+        e, n, r = self.d_inner, self.d_state, self.dt_rank
+        return {
+            "in_proj:input": (0, self.d_model),
+            "in_proj:output": (0, e, 2 * e),
+            "x_proj:input": (0, e),
+            "x_proj:output": (0, r, r + n, r + 2 * n),
+            "dt_proj:input": (0, r),
+            "dt_proj:output": (0, e),
+            "ssm_state_act:input": (0, n),
+            "ssm_state_act:output": (0, n),
+            "out_proj:input": (0, e),
+            "out_proj:output": (0, self.d_model),
+        }
+
+    def random_block(self, draw: Draw) -> Mamba1BlockWeights:
+        """S4D-real A, inverse-softplus dt bias."""
+        dt = torch.exp(draw.uniform(self.d_inner) * math.log(100) + math.log(0.001))
+        return Mamba1BlockWeights(
+            norm=1 + draw.normal(self.d_model, std=0.1),
+            in_proj=draw.normal(2 * self.d_inner, self.d_model, std=self.d_model**-0.5),
+            conv_weight=draw.normal(self.d_inner, self.d_conv, std=self.d_conv**-0.5),
+            conv_bias=draw.normal(self.d_inner, std=0.1),
+            x_proj=draw.normal(self.dt_rank + 2 * self.d_state, self.d_inner, std=self.d_inner**-0.5),
+            dt_proj=draw.normal(self.d_inner, self.dt_rank, std=self.dt_rank**-0.5),
+            dt_bias=dt + torch.log(-torch.expm1(-dt)),
+            A_log=torch.log(torch.arange(1, self.d_state + 1, dtype=torch.float32)).repeat(self.d_inner, 1),
+            D=1 + draw.normal(self.d_inner, std=0.1),
+            out_proj=draw.normal(self.d_model, self.d_inner, std=(self.d_inner * 2 * self.n_layer) ** -0.5),
+        )
+
+    @property
+    def operator_sizes(self) -> OperatorSizes:
+        """As `ModelConfig.operator_sizes`."""
+        return OperatorSizes(self.d_model, self.d_inner, self.d_state, self.d_conv)
+
+
+@dataclass(frozen=True)
+class Mamba1BlockWeights(BlockWeights):
+    """One block, float32 on the CPU.
+
+    norm (d,); in_proj (2e, d), rows x then z; conv_weight (e, k), last column the current token; conv_bias (e,);
+    x_proj (r + 2n, e), rows dt, B, C; dt_proj (e, r); dt_bias (e,); A_log (e, n); D (e,); out_proj (d, e).
+    """
+
+    kind = MAMBA1
+    in_proj: torch.Tensor
+    conv_weight: torch.Tensor
+    conv_bias: torch.Tensor
+    x_proj: torch.Tensor
+    dt_proj: torch.Tensor
+    dt_bias: torch.Tensor
+    A_log: torch.Tensor
+    D: torch.Tensor
+    out_proj: torch.Tensor
+
+
+class Mamba1Block(Block):
+    """A Mamba-1 block (Gu & Dao 2023, section 3.4)."""
+
+    def __init__(
+        self, config: MambaConfig, weights: Mamba1BlockWeights, operators: Operators, *, rotated: bool
+    ) -> None:
+        """As `Block`."""
+        self.config, self.operators, self.rotated = config, operators, rotated
+        self.in_proj, self.out_proj = operators.matrix(weights.in_proj), operators.matrix(weights.out_proj)
+        self.x_proj, self.dt_proj = operators.matrix(weights.x_proj), operators.matrix(weights.dt_proj)
+        self.conv_weight, self.conv_bias = operators.vector(weights.conv_weight.T), operators.vector(weights.conv_bias)
+        self.a, self.d = operators.vector(-exp(weights.A_log).T), operators.vector(weights.D)
+        self.dt_bias = operators.vector(weights.dt_bias)
+
+    def forward(
+        self, normalised: torch.Tensor, batch: PlacedBatch, state: BlockState | None = None, show: Show | None = None
+    ) -> torch.Tensor:
+        """As `Block.forward`."""
+        ops, e, r = self.operators, self.config.d_inner, self.config.dt_rank
+        xz = F.linear(normalised, self.in_proj)  # (t, 2e)
+        u = ops.conv_silu(xz[:, :e], self.conv_weight, self.conv_bias, batch, state)
+        dt_b_c = F.linear(u, self.x_proj)  # (t, r + 2n)
+        low_rank = dt_b_c[:, :r]
+        delta = F.linear(low_rank, self.dt_proj)  # (t, e), without its bias
+        y, last = ops.selective_scan(u, delta, dt_b_c[:, r:], xz[:, e:], self.a, self.d, self.dt_bias, batch, state)
+        gated = ops.hadamard(y) if self.rotated else y
+        out = F.linear(gated, self.out_proj)  # (t, d)
+        if show:
+            show("in_proj:input", normalised)
+            show("in_proj:output", xz)
+            show("x_proj:input", u)
+            show("x_proj:output", dt_b_c)
+            show("dt_proj:input", low_rank)
+            show("dt_proj:output", delta)
+            show("ssm_state_act:input", last)
+            show("ssm_state_act:output", last)
+            show("out_proj:input", gated)
+            show("out_proj:output", out)
+        return out
+
+    def new_state(self, sequences: int) -> BlockState:
+        """As `Block.new_state`."""
+        c, ops = self.config, self.operators
+        return BlockState(
+            torch.zeros(sequences, c.d_conv - 1, c.d_inner, dtype=ops.dtype, device=ops.device),
+            torch.zeros(sequences, c.d_inner, c.d_state, device=ops.device),
+        )
+
+
+KIND = BlockKind(
+    name=MAMBA1,
+    title="Mamba-1",
+    model_type="mamba",
+    layer="Mamba1",
+    tied=True,
+    names={
+        "norm": "norm.weight",
+        "in_proj": "mixer.in_proj.weight",
+        "conv_weight": "mixer.conv1d.weight",
+        "conv_bias": "mixer.conv1d.bias",
+        "x_proj": "mixer.x_proj.weight",
+        "dt_proj": "mixer.dt_proj.weight",
+        "dt_bias": "mixer.dt_proj.bias",
+        "A_log": "mixer.A_log",
+        "D": "mixer.D",
+        "out_proj": "mixer.out_proj.weight",
+    },
+    float32=("A_log", "D"),
+    config=MambaConfig,
+    weights=Mamba1BlockWeights,
+    block=Mamba1Block,
+)

@@ -1,0 +1,44 @@
+"""Which device a model runs on, and which operators it has there."""
+
+from __future__ import annotations
+
+import torch
+
+from quambase.model.cuda.compiler import CompilationFailed
+from quambase.model.operators.cuda import CudaOperators
+from quambase.model.operators.host import HostOperators
+from quambase.model.operators.interface import Operators, OperatorSizes
+from quambase.model.operators.torch import TorchOperators
+from quambase.schema.errors import DataInvalid, UnknownName
+from quambase.schema.progress import remark
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """What ``--device`` means here: ``auto`` is CUDA if there is any.
+
+    UnknownName: another device; DataInvalid: CUDA where there is none.
+    """
+    if name not in DEVICES:
+        raise UnknownName.of("device", name, DEVICES)
+    available = torch.cuda.is_available()
+    if name == "cpu" or (name == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise DataInvalid(f"torch {torch.__version__} finds no CUDA device here; leave out --device, or say cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def choose_operators(sizes: OperatorSizes, device: torch.device, dtype: torch.dtype) -> Operators:
+    """Compiled kernels of the CPU for float32 there, and of CUDA; plain PyTorch elsewhere, and, after a warning on
+    stderr, where CUDA's do not compile.
+    """
+    if device.type == "cpu" and dtype == torch.float32:
+        return HostOperators(sizes.ngroups)
+    if device.type == "cuda":
+        try:
+            return CudaOperators(device, dtype, sizes)
+        except CompilationFailed as error:
+            remark(f"warning: scans run in plain PyTorch, some hundred times slower: {error}")
+    return TorchOperators(dtype, sizes.ngroups, device)

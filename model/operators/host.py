@@ -1,0 +1,123 @@
+"""The operators of the Mamba blocks on the CPU in float32: compiled loops where PyTorch has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from quambase.model.exponential import exp
+from quambase.model.hadamard import hadamard
+from quambase.model.operators import host_kernels as kernels
+from quambase.model.operators.interface import BlockState
+from quambase.model.operators.torch import TorchOperators
+from quambase.model.packed_batch import PlacedBatch
+
+
+class HostOperators(TorchOperators):
+    """`quambase.model.operators.interface.Operators`; ``ngroups``: SSD groups of a Mamba-2."""
+
+    head_rows = 512
+
+    def __init__(self, ngroups: int = 1) -> None:
+        super().__init__(torch.float32, ngroups)
+
+    def conv_silu(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+    ) -> torch.Tensor:
+        """As `Operators.conv_silu`."""
+        if state is not None:
+            return super().conv_silu(x, weight, bias, batch, state)
+        out = torch.empty(x.shape)
+        offsets = batch.host.offsets.numpy()
+        kernels.causal_conv1d_silu(*whole_rows(x), weight.numpy(), bias.numpy(), offsets, out.numpy())
+        return out
+
+    def selective_scan(
+        self,
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        bc: torch.Tensor,
+        z: torch.Tensor,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Operators.selective_scan`. States lie in memory as (documents, n, e)."""
+        states, channels = a.shape
+        if state is None:
+            ssm = torch.zeros(batch.host.documents, states, channels)
+        else:
+            ssm = state.ssm.transpose(1, 2).contiguous()
+        y = torch.empty_like(u)
+        kernels.selective_scan(
+            u.numpy(),
+            F.softplus(delta + bias).numpy(),  # the identity above 20, as in mamba_ssm
+            a.numpy(),
+            bc[:, :states].contiguous().numpy(),
+            bc[:, states:].contiguous().numpy(),
+            d.numpy(),
+            z.contiguous().numpy(),
+            batch.host.offsets.numpy(),
+            y.numpy(),
+            ssm.numpy(),
+        )
+        last = ssm.transpose(1, 2)
+        if state is not None:
+            state.ssm = last
+        return y, last
+
+    def ssd_scan(
+        self,
+        x: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Operators.ssd_scan`."""
+        delta = F.softplus(dt + bias)
+        ssm = torch.zeros(batch.host.documents, x.shape[1], b.shape[1] // self.ngroups) if state is None else state.ssm
+        y = torch.empty(x.shape)
+        kernels.ssd_scan(
+            x.contiguous().numpy(),
+            delta.numpy(),
+            exp(delta * a).numpy(),
+            b.contiguous().numpy(),
+            c.contiguous().numpy(),
+            d.numpy(),
+            batch.host.offsets.numpy(),
+            y.numpy(),
+            ssm.numpy(),
+        )
+        return y, ssm
+
+    def hadamard(self, x: torch.Tensor) -> torch.Tensor:
+        """As `Operators.hadamard`."""
+        return hadamard(x)
+
+
+def whole_rows(x: torch.Tensor) -> tuple[npt.NDArray[Any], int]:
+    """A C-contiguous array (t, columns) and the column of it where x (t, c) begins: compiled loops vectorise only over
+    such. It is the tensor that x is a slice of columns of, else a copy of x.
+    """
+    stride = x.stride(0)
+    first = x.storage_offset() % stride if stride else 0
+    start = x.storage_offset() - first
+    inside = (start + len(x) * stride) * x.element_size() <= x.untyped_storage().nbytes()
+    if inside and x.stride(1) == 1 and first + x.shape[1] <= stride:
+        return x.as_strided((len(x), stride), (stride, 1), start).numpy(), first
+    return x.contiguous().numpy(), 0

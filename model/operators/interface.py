@@ -1,0 +1,127 @@
+"""What lies between the matrix products of the blocks: the interface that host, plain PyTorch and CUDA implement.
+
+Tensors are packed as in `quambase.model.packed_batch` and of the activation dtype, float32 or float16. Every operator
+computes in float32 inside and rounds its result once. A state is float32.
+
+Convolution and scans take a ``state`` or None. Without one a document begins with zeros. With one every document is one
+token, which goes on from what its sequence had before, and the state is updated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from quambase.model.packed_batch import PlacedBatch
+
+
+@dataclass(frozen=True)
+class OperatorSizes:
+    """What operators are made for. ``headdim``, ``ngroups``: channels of a head and SSD groups of a Mamba-2."""
+
+    d_model: int
+    d_inner: int
+    d_state: int
+    d_conv: int
+    headdim: int = 1
+    ngroups: int = 1
+
+
+@dataclass
+class BlockState:
+    """What a block carries from token to token, for b sequences.
+
+    conv  (b, k - 1, channels): the convolution's last inputs, oldest first
+    ssm   (b, e, n) float32
+    """
+
+    conv: torch.Tensor
+    ssm: torch.Tensor
+
+    def first(self, sequences: int) -> BlockState:
+        """The state of the first ``sequences`` of them."""
+        return BlockState(self.conv[:sequences], self.ssm[:sequences])
+
+
+class Operators(Protocol):
+    """The operators of one model on one device.
+
+    ``head_rows``: tokens per chunk of logits where logits are observed.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_rows: int
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight of matrix products, of the activation dtype on the device."""
+
+    def vector(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight of the operators, float32 and contiguous on the device."""
+
+    def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """``residual`` += x, then its RMS norm times ``weight``, of the activation dtype.
+
+        x (t, d); residual (t, d) float32, contiguous, updated; weight (d,).
+        """
+
+    def conv_silu(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+    ) -> torch.Tensor:
+        """Depthwise causal convolution, then SiLU: (t, c) of x (t, c), whose rows may be apart.
+
+        weight (k, c), the last row for the current token; bias (c,).
+        """
+
+    def selective_scan(
+        self,
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        bc: torch.Tensor,
+        z: torch.Tensor,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """y (t, e) and the state (documents, e, n) after each document's last token.
+
+        u, delta (before bias and softplus), z (t, e); bc (t, 2n), B then C; a (n, e) negative; d, bias (e,).
+        """
+
+    def ssd_scan(
+        self,
+        x: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """y (t, h p) and the state (documents, h p, n) after each document's last token.
+
+        x (t, h p), b, c (t, g n): slices of one tensor; dt (t, h) before bias and softplus; a (h,) negative; d, bias
+        (h,).
+        """
+
+    def gated_norm(
+        self, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, *, rotated: bool
+    ) -> torch.Tensor:
+        """RMS norm of y SiLU(z), each SSD group's channels apart, times ``weight``; if ``rotated``, then `hadamard`.
+
+        y (t, e); z (t, e), whose rows may be apart; weight (e,).
+        """
+
+    def hadamard(self, x: torch.Tensor) -> torch.Tensor:
+        """`quambase.model.hadamard.hadamard` of x (t, e), in x's dtype."""
