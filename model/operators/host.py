@@ -114,8 +114,8 @@ def whole_rows(x: torch.Tensor) -> tuple[npt.NDArray[Any], int]:
     """A C-contiguous array (t, columns) and the column of it where x (t, c) begins: compiled loops vectorise only over
     such. It is the tensor that x is a slice of columns of, else a copy of x.
     """
-    stride = x.stride(0)
-    first = x.storage_offset() % stride if stride else 0
+    stride = int(x.stride(0))
+    first = int(x.storage_offset()) % stride if stride else 0
     start = x.storage_offset() - first
     inside = (start + len(x) * stride) * x.element_size() <= x.untyped_storage().nbytes()
     if inside and x.stride(1) == 1 and first + x.shape[1] <= stride:
