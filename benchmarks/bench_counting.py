@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from timing import alternate, table
 
-from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
+from quambase.collector.host.counter import HostCounter
+from quambase.collector.statistics import ENCODINGS, BlockStatistics, RunStatistics, SiteLayout
 
 DOCUMENTS, LENGTH, CHANNELS = 16, 512, 1536
 
@@ -21,10 +22,11 @@ def main() -> None:
     half = x.half()
     patterns = half.view(torch.uint16).numpy().ravel()
     signed = half.view(torch.int16)
-    layout = SiteLayout(("all",), (0, CHANNELS))
+    key = (0, "site")
+    block = BlockStatistics(RunStatistics.empty({key: SiteLayout(("all",), (0, CHANNELS))}, 64))
     offsets = np.arange(DOCUMENTS + 1, dtype=np.int64) * LENGTH
-    summaries = np.empty((DOCUMENTS, 2, len(SUMMARY_COLUMNS)), np.float32)
-    counter = Counter(ENCODINGS["float16"], 64, 1)
+    site, summaries = block.sites[key], block.summaries(DOCUMENTS)[1][key]
+    counter = HostCounter(ENCODINGS["float16"], 64, 1)
 
     @numba.njit
     def loop(values: np.ndarray, counts: np.ndarray) -> None:
@@ -38,11 +40,9 @@ def main() -> None:
         "x.abs().amax() (absmax observer)": lambda: x.abs().amax(),
         "bare counting loop": lambda: loop(patterns, bins),
         "collector on 16-bit values: counts, outliers, document quantiles": lambda: counter.count(
-            SiteStatistics.empty(layout, 64), half, offsets, 0, summaries
+            site, half, offsets, 0, summaries
         ),
-        "collector on float32: the same and channel moments": lambda: counter.add(
-            SiteStatistics.empty(layout, 64), x, offsets, 0, summaries
-        ),
+        "collector on float32: the same and channel moments": lambda: counter.add(site, x, offsets, 0, summaries),
     }
     seconds = alternate(sides)
     rows = {name: x.numel() / s / 1e6 for name, s in seconds.items()}

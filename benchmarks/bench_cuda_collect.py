@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from timing import machine
 
-from quambase.collector.block_runners import DTYPES, KeptTokens, choose_placement, new_block_runner
+from quambase.collector.block_runners import DTYPES, BlockOutputs, choose_placement, new_block_runner
 from quambase.collector.collect import OUTLIERS
 from quambase.collector.documents import DocumentSet, TokenizedDocument, sampled_states, sampled_tokens
 from quambase.collector.layouts import site_layouts
 from quambase.collector.run_folder import BlockFiles, every_table, write_statistics
-from quambase.collector.statistics import ENCODINGS, SiteLayout, SiteStatistics
-from quambase.collector.table_rows import Int64, Places
+from quambase.collector.statistics import ENCODINGS, Int64, RunStatistics, SiteLayout
+from quambase.collector.table_rows import Places
+from quambase.collector.taps import KeptTokens
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.mamba1 import MambaConfig
 from quambase.model.mamba2 import Mamba2Config
@@ -55,22 +56,21 @@ def plain_forward(model: LanguageModel, batches: list[Batch]) -> float:
 def collecting(weights: ModelWeights, family: str, plan: DocumentSet, folder: Path) -> tuple[float, float, int, int]:
     """Seconds of observing every block and of the writing after it; bytes of the database, of `activations` in it."""
     layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family]])
-    statistics = {key: SiteStatistics.empty(layout, OUTLIERS) for key, layout in layouts.items()}
+    statistics = RunStatistics.empty(layouts, OUTLIERS)
     kept = KeptTokens(sampled_tokens(plan, KEEP, 0), sampled_states(plan, KEEP // weights.config.d_state, 0))
     blocks = plan.blocks(BLOCK)
     with BlockFiles(folder) as files:
-        observer = new_block_runner(
-            weights, choose_placement("cuda"), statistics, OUTLIERS, run="run", kept=kept, write=files.add
-        )
+        outputs = BlockOutputs("run", kept, files.add)
+        runner = new_block_runner(weights, choose_placement("cuda"), statistics, outputs)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        with observer:
+        with runner:
             for number, documents in enumerate(blocks):
-                observer.observe(number, documents)
-            statistics = observer.statistics()
+                runner.observe(number, documents)
+            statistics = runner.statistics()
             observed = time.perf_counter()
             made = write_statistics(folder, "run", statistics, ENCODINGS["float16"], locate)
-            observer.settle()
+            runner.settle()
             tables = every_table(folder, files.written() | made)
     written = time.perf_counter()
     sizes = {name: (folder / name).stat().st_size for name in tables}

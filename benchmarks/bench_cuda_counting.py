@@ -11,8 +11,8 @@ import torch
 from timing import machine
 
 from quambase.collector.cuda.counter import CudaCounter
-from quambase.collector.cuda.statistics import DeviceStatistics
-from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, SiteLayout
+from quambase.collector.cuda.transfer import to_device
+from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, BlockStatistics, RunStatistics, SiteLayout
 
 DOCUMENTS, LENGTH, CHANNELS = 128, 1024, 1536
 MOST = 64
@@ -75,7 +75,8 @@ def data(kind: str, rows: int, dtype: torch.dtype, device: torch.device) -> torc
 def measured(encoding: str, kind: int, name: str, device: torch.device) -> dict[str, float]:
     """Gvalues/s of every side on one distribution."""
     layout = SiteLayout(("all",), (0, CHANNELS))
-    site = DeviceStatistics({(0, "site"): layout}, MOST, device).sites[0, "site"]
+    statistics = to_device(RunStatistics.empty({(0, "site"): layout}, MOST), device)
+    site = BlockStatistics(statistics).sites[0, "site"]
     offsets = np.arange(DOCUMENTS + 1, dtype=np.int64) * LENGTH
     summaries = torch.empty(DOCUMENTS, 2, len(SUMMARY_COLUMNS), device=device)
     whole, count, table = (CudaCounter(ENCODINGS[encoding], MOST, device) for _ in range(3))

@@ -1,4 +1,4 @@
-"""What runs a block and keeps a run's statistics: on the host, or on a device that works on while parts are written."""
+"""Running a block and adding it to a run's statistics: on the host, or on a device that goes on while rows are made."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ import torch
 
 from quambase.collector.cuda.counter import choose_counter
 from quambase.collector.cuda.gather import choose_gather
-from quambase.collector.cuda.statistics import DeviceStatistics
-from quambase.collector.cuda.taps import DeviceRecorder, ObservedBlock
+from quambase.collector.cuda.transfer import copied_to_host, to_device, to_host
 from quambase.collector.documents import TokenizedDocument
-from quambase.collector.statistics import ENCODINGS, Counter, SiteLayout, SiteStatistics, sums_of
-from quambase.collector.taps import BlockRecorder, Positions
+from quambase.collector.host.counter import HostCounter
+from quambase.collector.statistics import ENCODINGS, BlockStatistics, RunStatistics
+from quambase.collector.taps import NOTHING, BlockRecorder, KeptTokens, ObservedBlock, TorchGather
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.operators.choice import choose_device
 from quambase.model.packed_batch import Batch
 from quambase.model.weights import ModelWeights
 from quambase.schema.errors import DataInvalid, UnknownName
-from quambase.schema.sites import SiteKey
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -37,18 +36,18 @@ Write = Callable[[int, pa.Table, pa.Table], None]
 """Takes a block's number and its rows of `documents` and `activations`."""
 
 Sums = Callable[[int, npt.NDArray[np.float64]], None]
-"""Takes a block's number and its own `quambase.collector.statistics.sums_of`."""
+"""Takes a block's number and its own `quambase.collector.statistics.BlockStatistics.sums`."""
 
 AHEAD = 2
-"""Blocks that may be queued behind the one that the device works on. With many more, launches would wait for room in
-its queue.
+"""Blocks that may be queued behind the one that the device works on. With many more, its queue would be full, and
+launches would wait.
 """
 
 UNWRITTEN = 4
-"""Blocks whose parts may be unwritten while the device goes on."""
+"""Blocks whose rows ``write`` may not have taken yet while the device goes on."""
 
 WRITERS = 3
-"""Threads that make and write parts: a part takes longer than a block, on a slow disk by far."""
+"""Threads that make rows, which takes longer than a block takes a device."""
 
 
 @dataclass(frozen=True)
@@ -89,23 +88,22 @@ def take_local_device(environment: Mapping[str, str]) -> None:
 
 
 @dataclass(frozen=True)
-class KeptTokens:
-    """Whose raw activations are kept: ``positions`` of documents, final states of documents (None: all)."""
+class BlockOutputs:
+    """What is made of every block beside the run's statistics: its rows, as those of the run ``run``, and its sums;
+    ``kept``: whose activations are among the rows.
+    """
 
-    positions: Positions | None
-    states: set[int] | None
+    run: str = ""
+    kept: KeptTokens = NOTHING
+    write: Write | None = None
+    sums: Sums | None = None
 
 
-NOTHING = KeptTokens({}, set())
+NO_OUTPUTS = BlockOutputs()
 
 
 class BlockRunner(AbstractContextManager["BlockRunner"]):
-    """Runs blocks in order and folds each into a run's statistics. ``most``: outliers kept per group."""
-
-    run: str
-    kept: KeptTokens
-    write: Write | None
-    sums: Sums | None
+    """Runs blocks in order and folds each into a run's statistics."""
 
     @abstractmethod
     def observe(self, number: int, documents: Sequence[TokenizedDocument]) -> None:
@@ -115,8 +113,8 @@ class BlockRunner(AbstractContextManager["BlockRunner"]):
         """Wait until every block so far is observed and ``write`` has taken its rows."""
 
     @abstractmethod
-    def statistics(self) -> dict[SiteKey, SiteStatistics]:
-        """Of all blocks so far, of the last of which ``write`` may not have taken the rows yet."""
+    def statistics(self) -> RunStatistics:
+        """Of all blocks so far, on the host; ``write`` may not have taken the rows of the last ones yet."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -131,35 +129,25 @@ def _packed(documents: Sequence[TokenizedDocument]) -> Batch:
 class HostBlockRunner(BlockRunner):
     """On the CPU, block after block."""
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        statistics: dict[SiteKey, SiteStatistics],
-        most: int,
-        run: str,
-        kept: KeptTokens,
-        write: Write | None,
-        sums: Sums | None = None,
-    ) -> None:
-        self.model, self._statistics, self.run, self.kept = model, statistics, run, kept
-        self.write, self.sums = write, sums
-        self._layouts = {key: stats.layout for key, stats in statistics.items()}
-        self._counter = Counter(ENCODINGS["float16"], most, max(len(layout.names) for layout in self._layouts.values()))
+    def __init__(self, model: LanguageModel, statistics: RunStatistics, outputs: BlockOutputs) -> None:
+        self.model, self.outputs, self._statistics = model, outputs, statistics
+        self._block = BlockStatistics(statistics)
+        groups = max(len(layout.names) for layout in self._block.layouts.values())
+        self._counter = HostCounter(ENCODINGS["float16"], statistics.most, groups)
+        self._gather = TorchGather(statistics.device)
 
     def observe(self, number: int, documents: Sequence[TokenizedDocument]) -> None:
         """As `BlockRunner.observe`."""
-        kept = self.kept
-        recorder = BlockRecorder(self.run, documents, self._layouts, self._counter, kept.positions, kept.states)
+        outputs = self.outputs
+        recorder = BlockRecorder(outputs.run, documents, self._block, self._counter, self._gather, outputs.kept)
         self.model.hidden(_packed(documents), recorder)
-        found = recorder.finish()
-        for key, block in found.items():
-            self._statistics[key].fold(block)
-        if self.sums:
-            self.sums(number, sums_of(found))
-        if self.write:
-            self.write(number, recorder.documents_table(), recorder.activations_table())
+        block = recorder.finish()
+        if outputs.sums:
+            outputs.sums(number, self._block.sums.numpy())
+        if outputs.write:
+            outputs.write(number, *block.tables())
 
-    def statistics(self) -> dict[SiteKey, SiteStatistics]:
+    def statistics(self) -> RunStatistics:
         """As `BlockRunner.statistics`."""
         return self._statistics
 
@@ -167,7 +155,7 @@ class HostBlockRunner(BlockRunner):
 @cache
 def _observing(device: torch.device) -> torch.cuda.Stream:
     """The stream on which a device's blocks are observed: of higher priority than the counter's own, whose kernels take
-    what the model's leave idle. One for all observers, since memory that was freed goes to its own stream only.
+    what the model's leave idle. One for all runners, since memory that was freed goes to its own stream only.
     """
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
@@ -177,26 +165,16 @@ class CudaBlockRunner(BlockRunner):
     later ones.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        statistics: Mapping[SiteKey, SiteStatistics],
-        most: int,
-        run: str,
-        kept: KeptTokens,
-        write: Write | None,
-        sums: Sums | None = None,
-    ) -> None:
-        self.model, self.run, self.kept, self.write, self.sums = model, run, kept, write, sums
-        layouts: dict[SiteKey, SiteLayout] = {key: stats.layout for key, stats in statistics.items()}
-        self._statistics = DeviceStatistics(layouts, most, model.device)
-        self._statistics.load(statistics)
+    def __init__(self, model: LanguageModel, statistics: RunStatistics, outputs: BlockOutputs) -> None:
+        self.model, self.outputs = model, outputs
+        self._statistics = to_device(statistics, model.device)
+        self._block = BlockStatistics(self._statistics)
         self._stream = None
         if model.device.type == "cuda":
             self._stream = _observing(model.device)
             self._stream.wait_stream(torch.cuda.current_stream(model.device))
-        self._counter = choose_counter(ENCODINGS["float16"], most, model.device)
-        self._gather = choose_gather(model.device)
+        self._counter = choose_counter(ENCODINGS["float16"], statistics.most, model.device)
+        self._gather = choose_gather(model.device, outputs.kept.everything)
         self._writer = ThreadPoolExecutor(WRITERS)
         self._observed: deque[tuple[int, ObservedBlock, torch.Tensor]] = deque()
         self._unwritten: deque[Future[None]] = deque()
@@ -211,50 +189,48 @@ class CudaBlockRunner(BlockRunner):
     @torch.inference_mode()
     def observe(self, number: int, documents: Sequence[TokenizedDocument]) -> None:
         """As `BlockRunner.observe`."""
-        kept = self.kept
+        outputs = self.outputs
         with torch.cuda.stream(self._stream):
-            recorder = DeviceRecorder(
-                self.run, documents, self._statistics, self._counter, self._gather, kept.positions, kept.states
-            )
+            recorder = BlockRecorder(outputs.run, documents, self._block, self._counter, self._gather, outputs.kept)
             self.model.hidden(_packed(documents), recorder)
             block = recorder.finish()
-        if self.write or self.sums:
-            self._observed.append((number, block, self._statistics.block_sums))
+        if outputs.write or outputs.sums:
+            self._observed.append((number, block, self._block.sums))
         self._hand_over(AHEAD)
         self._await_written(UNWRITTEN)
 
     def _hand_over(self, ahead: int) -> None:
-        """Let every block be written that has come to the host; wait until all have but ``ahead``."""
+        """Have the rows of every block made that has come to the host; wait until all have come but ``ahead``."""
         while self._observed and (self._observed[0][1].is_here() or len(self._observed) > ahead):
             self._unwritten.append(self._writer.submit(self._write, *self._observed.popleft()))
 
     def _await_written(self, ahead: int) -> None:
-        """Wait until all blocks are written but ``ahead``."""
+        """Wait until the rows of all blocks are taken but those of ``ahead``."""
         while self._unwritten and len(self._observed) + len(self._unwritten) > ahead:
             self._unwritten.popleft().result()
 
     def _write(self, number: int, block: ObservedBlock, sums: torch.Tensor) -> None:
-        if self.sums:
-            self.sums(number, self._statistics.sums_of(sums))
-        if self.write:
-            self.write(number, *block.tables())
+        if self.outputs.sums:
+            self.outputs.sums(number, copied_to_host(sums)[0].numpy())
+        if self.outputs.write:
+            self.outputs.write(number, *block.tables())
 
     def settle(self) -> None:
         """As `BlockRunner.settle`."""
         self._hand_over(0)
         self._await_written(0)
 
-    def statistics(self) -> dict[SiteKey, SiteStatistics]:
+    def statistics(self) -> RunStatistics:
         """As `BlockRunner.statistics`."""
         self._hand_over(0)
         if self._statistics.device.type == "cuda":
             torch.cuda.synchronize(self._statistics.device)
-        return self._statistics.to_host()
+        return to_host(self._statistics)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let what is queued be written, unless something failed; raises what went wrong with that."""
+        """Have the rows of all blocks taken, unless something failed; raises what went wrong with that."""
         gc.unfreeze()
         try:
             if error is None:
@@ -266,16 +242,11 @@ class CudaBlockRunner(BlockRunner):
 def new_block_runner(
     weights: ModelWeights,
     where: Placement,
-    statistics: dict[SiteKey, SiteStatistics],
-    most: int,
-    *,
-    run: str = "",
-    kept: KeptTokens = NOTHING,
-    write: Write | None = None,
-    sums: Sums | None = None,
+    statistics: RunStatistics,
+    outputs: BlockOutputs = NO_OUTPUTS,
 ) -> BlockRunner:
-    """An observer of prepared ``weights`` that goes on from ``statistics``; a warning where kernels do not compile."""
+    """A runner of prepared ``weights`` that goes on from ``statistics``; a warning where kernels do not compile."""
     model = floating_model(weights, where.device, DTYPES[where.dtype], rotated=True)
     if where.device.type == "cpu":
-        return HostBlockRunner(model, statistics, most, run, kept, write, sums)
-    return CudaBlockRunner(model, statistics, most, run, kept, write, sums)
+        return HostBlockRunner(model, statistics, outputs)
+    return CudaBlockRunner(model, statistics, outputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from quambase.collector.block_runners import BlockRunner, KeptTokens, Placement, choose_placement, new_block_runner
+from quambase.collector.block_runners import BlockOutputs, BlockRunner, Placement, choose_placement, new_block_runner
 from quambase.collector.checkpoint import load_checkpoint, save_checkpoint
 from quambase.collector.documents import (
     DocumentSet,
@@ -44,8 +44,9 @@ from quambase.collector.shards import (
     write_places,
     write_sums,
 )
-from quambase.collector.statistics import ENCODINGS, SiteLayout
-from quambase.collector.table_rows import Int64, Locate, Places
+from quambase.collector.statistics import ENCODINGS, Int64, RunStatistics, SiteLayout
+from quambase.collector.table_rows import Locate, Places
+from quambase.collector.taps import KeptTokens
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.names import data_name
 from quambase.model.prepare import prepare, reorder
@@ -55,7 +56,7 @@ from quambase.schema.answer import PrintsAsTable
 from quambase.schema.errors import DataInvalid
 from quambase.schema.files import local_folder, locked
 from quambase.schema.groups import LayerGroups
-from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.manifest import MANIFEST, Manifest, TableFile
 from quambase.schema.model_info import SIZES, ModelInfo, SortedGroups, TextInfo
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.runs import describe_run
@@ -123,170 +124,171 @@ def collect(
     ``progress``: shown on stderr, or a function that is called with (documents done, documents in all).
     Errors: ModelNotFound, CheckpointInvalid, DataInvalid, DatabaseInvalid, UnknownName, RunBusy, TapNeverFired.
     """
-    db = local_folder(db)
-    where = choose_placement(device, dtype)
+    db, where = local_folder(db), choose_placement(device, dtype)
     for name in sites:
         find_site(name, family="")  # any model's, so that a slip is told before the slow part
     with Progress(progress) as shown:
+        # 1. What is asked for determines the run.
         source = str(data) if data else default_data(str(model))
-        shown.say(f"looking for {model} and {source}")
-        find_sources(str(model), tokenizer, [source])
-        shown.say(f"loading {model}")
-        loaded = load_model(str(model), tokenizer=tokenizer)
-        for name in sites:
-            find_site(name, loaded.family)
+        loaded = _load(str(model), tokenizer, source, sites, shown)
         plan = read_document_set(source, loaded.tokenizer, samples, seq_len, progress=shown)
-        observed = [site.name for site in FAMILIES[loaded.family] if not sites or site.name in sites]
         grouping = choose_grouping(loaded.family, groups, group_samples, groups_from, len(plan.documents))
-        identity = _identity(
-            loaded,
-            plan,
-            grouping,
-            where,
-            samples=samples,
-            seq_len=seq_len,
-            block=batch_size,
-            sites=observed,
-            keep_tokens=keep_tokens,
-            seed=seed,
-        )
-        run = run_id(loaded.name, identity)
-        folder = db / "runs" / run
-        if (folder / MANIFEST).exists():
-            return existing_run(folder)
-        if shard is None:
-            refuse_beside_shards(folder)
-        else:
+        observed = [site.name for site in FAMILIES[loaded.family] if not sites or site.name in sites]
+        settings = _Settings(samples, seq_len, batch_size, observed, keep_tokens, seed)
+        asked = _Asked(loaded, source, plan, grouping, where, settings)
+        # 2. It, or this shard of it, may be there.
+        folder = db / "runs" / asked.run
+        if (found := _existing(folder, shard)) is not None:
+            return found
+        # 3. Collect what is not.
+        if shard is not None:
             folder = shard_folder(folder, shard)
-            if (folder / SHARD).exists():
-                return CollectedRun(folder, load_shard(folder).manifest, existed=True, shard=shard)
-        with locked(folder, None if shard is None else f"shard {shard} of run {run}"):
-            clock = _Clock()
-            layers = None
-            shown.say(f"preparing {loaded.name}")
-            if grouping:
-                layers = find_groups(loaded, plan, grouping, batch_size, db, where, progress=shown)
-                clock.lap("group")
-            layouts = site_layouts(loaded.any_weights.config, observed, layers)
-            weights = prepare(reorder(loaded.any_weights, layers) if layers else loaded.any_weights)
-            done, statistics, there = load_checkpoint(folder, layouts, OUTLIERS)
-            keep = _kept(loaded, plan, keep_tokens, seed)
-            blocks = plan.blocks(batch_size)
-            mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
-            with BlockFiles(folder, there) as files:
-                observer = new_block_runner(
-                    weights,
-                    where,
-                    statistics,
-                    OUTLIERS,
-                    run=run,
-                    kept=keep,
-                    write=files.add,
-                    sums=partial(write_sums, folder) if shard else None,
-                )
-                clock.lap("prepare")
-                with observer:
-                    _observe(observer, blocks, mine, done, folder, files, shown)
-                    statistics = observer.statistics()
-                    clock.lap("observe")
-                    shown.say("writing the run")
-                    locate = _locator(plan, loaded)
-                    if shard is None:  # while the last blocks' files are written
-                        made = write_statistics(folder, run, statistics, ENCODINGS["float16"], locate)
-                    observer.settle()
-                    tables = files.written()
-                    if shard is None:
-                        tables = every_table(folder, tables | made)
-                    else:
-                        save_checkpoint(folder, len(mine), statistics, tables)
-                        write_places(folder, statistics, locate)
-                clock.lap("write")
-            manifest = Manifest(
-                run=run,
-                identity=identity,
-                model=_model(loaded, identity, layers),
-                data=_text(source, plan),
-                tables=tables,
-                sites=list(layouts),
-                created={**clock.described(), **where.described(), **versions()},
-            )
-            if shard is None:
-                manifest = finish_run(folder, manifest)
-            else:
-                finish_shard(folder, shard, manifest, loaded.any_weights.config, len(blocks))
+        with locked(folder, None if shard is None else f"shard {shard} of run {asked.run}"):
+            manifest = _collect(asked, folder, shard, db, shown)
         return CollectedRun(folder, manifest, existed=False, shard=shard)
 
 
-class _Clock:
-    """When a run began, and what its parts took one after another."""
-
-    def __init__(self) -> None:
-        self._started = self._last = time.time()
-        self._seconds: dict[str, float] = {}
-
-    def lap(self, part: str) -> None:
-        """A part ends here."""
-        now = time.time()
-        self._seconds[f"{part}_seconds"] = round(now - self._last, 3)
-        self._last = now
-
-    def described(self) -> dict[str, Any]:
-        """As the manifest has it."""
-        return {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)), **self._seconds}
+def _load(model: str, tokenizer: str | None, source: str, sites: Sequence[str], shown: Progress) -> LoadedModel:
+    """The model, which has the sites; its text is found too, before the slow part."""
+    shown.say(f"looking for {model} and {source}")
+    find_sources(model, tokenizer, [source])
+    shown.say(f"loading {model}")
+    loaded = load_model(model, tokenizer=tokenizer)
+    for name in sites:
+        find_site(name, loaded.family)
+    return loaded
 
 
-def _text(source: str, plan: DocumentSet) -> TextInfo:
-    """What the manifest says of the text."""
-    name, path = data_name(source)
-    documents = len(plan.documents)
-    return TextInfo(name, documents, plan.tokens, path, plan.read, plan.empty, plan.truncated)
+def _existing(folder: Path, shard: Shard | None) -> CollectedRun | None:
+    """The complete run in ``folder``, or its complete ``shard``. DatabaseInvalid: the whole is asked for, and shards of
+    it were begun.
+    """
+    if (folder / MANIFEST).exists():
+        return existing_run(folder)
+    if shard is None:
+        refuse_beside_shards(folder)
+        return None
+    of_shard = shard_folder(folder, shard)
+    if not (of_shard / SHARD).exists():
+        return None
+    return CollectedRun(of_shard, load_shard(of_shard).manifest, existed=True, shard=shard)
 
 
-def _identity(
-    loaded: LoadedModel,
-    plan: DocumentSet,
-    grouping: Grouping | None,
-    where: Placement,
-    **settings: Any,
-) -> dict[str, Any]:
-    """Everything that determines the bytes of the run's tables, ``settings`` among it; its hash is the run id."""
-    return {
-        "format_version": RUN_FORMAT_VERSION,
-        "weights_sha256": loaded.weights_sha256,
-        "tokenizer_sha256": loaded.tokenizer_sha256,
-        "documents": plan.digest(),
-        **settings,
-        "activation_dtype": "float16",
-        "outliers": OUTLIERS,
-        **where.identity(),
-        "torch": version("torch"),
-        **({"groups": grouping.identity()} if grouping else {}),
-    }
+@dataclass(frozen=True)
+class _Settings:
+    """What a user chose, by the names that the identity has: ``block`` documents share a forward pass."""
+
+    samples: int
+    seq_len: int
+    block: int
+    sites: list[str]
+    keep_tokens: Keep
+    seed: int
 
 
-def _model(loaded: LoadedModel, identity: dict[str, Any], layers: list[LayerGroups] | None) -> ModelInfo:
-    """What the manifest says of the model."""
-    sizes = loaded.any_weights.config
-    return ModelInfo(
-        loaded.name,
-        loaded.family,
-        loaded.name if loaded.bundled else str(loaded.path.resolve()),
-        {key: getattr(sizes, key) for key in SIZES if hasattr(sizes, key)},
-        SortedGroups(identity["groups"], tuple(layers)) if layers else None,
-    )
+@dataclass(frozen=True)
+class _Asked:
+    """A run that is to be collected: a model on the documents of the text ``source``."""
+
+    loaded: LoadedModel
+    source: str
+    plan: DocumentSet
+    grouping: Grouping | None
+    where: Placement
+    settings: _Settings
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that determines the bytes of the run's tables."""
+        return {
+            "format_version": RUN_FORMAT_VERSION,
+            "weights_sha256": self.loaded.weights_sha256,
+            "tokenizer_sha256": self.loaded.tokenizer_sha256,
+            "documents": self.plan.digest(),
+            **vars(self.settings),
+            "activation_dtype": "float16",
+            "outliers": OUTLIERS,
+            **self.where.identity(),
+            "torch": version("torch"),
+            **({"groups": self.grouping.identity()} if self.grouping else {}),
+        }
+
+    @cached_property
+    def run(self) -> str:
+        """The run id."""
+        return run_id(self.loaded.name, self.identity)
+
+    def model(self, layers: list[LayerGroups] | None) -> ModelInfo:
+        """What the manifest says of the model; ``layers``: the order of a sorted Mamba-2."""
+        loaded = self.loaded
+        sizes = loaded.any_weights.config
+        return ModelInfo(
+            loaded.name,
+            loaded.family,
+            loaded.name if loaded.bundled else str(loaded.path.resolve()),
+            {key: getattr(sizes, key) for key in SIZES if hasattr(sizes, key)},
+            SortedGroups(self.identity["groups"], tuple(layers)) if layers else None,
+        )
+
+    def text(self) -> TextInfo:
+        """What the manifest says of the text."""
+        name, path = data_name(self.source)
+        plan = self.plan
+        return TextInfo(name, len(plan.documents), plan.tokens, path, plan.read, plan.empty, plan.truncated)
+
+    def kept(self) -> KeptTokens:
+        """Which tokens' activations, and which documents' final states, the run keeps."""
+        keep, seed = self.settings.keep_tokens, self.settings.seed
+        if keep == "all":
+            return KeptTokens(None, None)
+        # A state has d_state values for every channel of a token.
+        states = sampled_states(self.plan, keep // self.loaded.any_weights.config.d_state, seed)
+        return KeptTokens(sampled_tokens(self.plan, keep, seed), states)
 
 
-def _kept(loaded: LoadedModel, plan: DocumentSet, keep: Keep, seed: int) -> KeptTokens:
-    """Which tokens' activations, and which documents' final states, a run of ``keep`` tokens keeps."""
-    if keep == "all":
-        return KeptTokens(None, None)
-    # A state has d_state values for every channel of a token.
-    states = sampled_states(plan, keep // loaded.any_weights.config.d_state, seed)
-    return KeptTokens(sampled_tokens(plan, keep, seed), states)
+def _collect(asked: _Asked, folder: Path, shard: Shard | None, db: Path, shown: Progress) -> Manifest:
+    """Collect the run, or a shard of it, into ``folder``, from its last checkpoint on; what the manifest says."""
+    loaded, clock = asked.loaded, _Clock()
+    # 1. The model as it is observed: reordered into groups, folded and rotated.
+    shown.say(f"preparing {loaded.name}")
+    layers = None
+    if asked.grouping:
+        block = asked.settings.block
+        layers = find_groups(loaded, asked.plan, asked.grouping, block, db, asked.where, progress=shown)
+        clock.lap("group")
+    layouts = site_layouts(loaded.any_weights.config, asked.settings.sites, layers)
+    weights = prepare(reorder(loaded.any_weights, layers) if layers else loaded.any_weights)
+    # 2. Every block that no checkpoint counts.
+    done, statistics, there = load_checkpoint(folder, layouts, OUTLIERS)
+    blocks = asked.plan.blocks(asked.settings.block)
+    mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
+    with BlockFiles(folder, there) as files:
+        outputs = BlockOutputs(asked.run, asked.kept(), files.add, partial(write_sums, folder) if shard else None)
+        runner = new_block_runner(weights, asked.where, statistics, outputs)
+        clock.lap("prepare")
+        with runner:
+            _observe(runner, blocks, mine, done, folder, files, shown)
+            statistics = runner.statistics()
+            clock.lap("observe")
+            # 3. The tables of the run, or what a merge makes them of.
+            shown.say("writing the run")
+            locate = _locator(asked.plan, loaded)
+            if shard is None:
+                tables = _write_tables(runner, statistics, folder, asked.run, locate, files)
+            else:
+                tables = _write_shard(runner, statistics, folder, len(mine), locate, files)
+        clock.lap("write")
+    # 4. The manifest, which makes it complete.
+    created = {**clock.described(), **asked.where.described(), **versions()}
+    manifest = Manifest(asked.run, asked.identity, asked.model(layers), asked.text(), tables, list(layouts), created)
+    if shard is None:
+        return finish_run(folder, manifest)
+    finish_shard(folder, shard, manifest, loaded.any_weights.config, len(blocks))
+    return manifest
 
 
 def _observe(
-    observer: BlockRunner,
+    runner: BlockRunner,
     blocks: list[list[TokenizedDocument]],
     numbers: range,
     done: int,
@@ -301,11 +303,31 @@ def _observe(
     progress.start("collect", sum(documents), sum(tokens), done=(sum(documents[:done]), sum(tokens[:done])))
     for place in range(done, len(numbers)):
         with progress.piece(documents[place], tokens[place]):
-            observer.observe(numbers[place], blocks[numbers[place]])
+            runner.observe(numbers[place], blocks[numbers[place]])
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            observer.settle()
-            save_checkpoint(folder, place + 1, observer.statistics(), files.written())
+            runner.settle()
+            save_checkpoint(folder, place + 1, runner.statistics(), files.written())
             saved = time.monotonic()
+
+
+def _write_tables(
+    runner: BlockRunner, statistics: RunStatistics, folder: Path, run: str, locate: Locate, files: BlockFiles
+) -> dict[str, TableFile]:
+    """Write the tables of a whole run, while the rows of its last blocks are still being written; all files."""
+    made = write_statistics(folder, run, statistics, ENCODINGS["float16"], locate)
+    runner.settle()
+    return every_table(folder, files.written() | made)
+
+
+def _write_shard(
+    runner: BlockRunner, statistics: RunStatistics, folder: Path, blocks: int, locate: Locate, files: BlockFiles
+) -> dict[str, TableFile]:
+    """Write what `quambase.collector.merge.merge` needs of a shard of so many blocks; the files of their rows."""
+    runner.settle()
+    tables = files.written()
+    save_checkpoint(folder, blocks, statistics, tables)
+    write_places(folder, statistics, locate)
+    return tables
 
 
 def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:
@@ -327,6 +349,24 @@ def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:
         return Places(positions, found, [decoded(token) for token in found], columns)
 
     return locate
+
+
+class _Clock:
+    """When a run began, and what its parts took one after another."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.time()
+        self._seconds: dict[str, float] = {}
+
+    def lap(self, part: str) -> None:
+        """A part ends here."""
+        now = time.time()
+        self._seconds[f"{part}_seconds"] = round(now - self._last, 3)
+        self._last = now
+
+    def described(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)), **self._seconds}
 
 
 def parse_keep(text: str) -> Keep:

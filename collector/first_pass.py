@@ -15,7 +15,7 @@ from quambase.collector.block_runners import Placement, new_block_runner
 from quambase.collector.clustering import VARIANTS, Variant, layer_groups
 from quambase.collector.documents import DocumentSet
 from quambase.collector.layouts import site_layouts
-from quambase.collector.statistics import SiteStatistics
+from quambase.collector.statistics import RunStatistics
 from quambase.model.checkpoint import LoadedModel
 from quambase.model.prepare import prepare
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
@@ -99,17 +99,16 @@ def first_pass(
     is the same but for float16's rounding of the weights.
     """
     layouts = site_layouts(loaded.any_weights.config, [SITE])
-    observer = new_block_runner(
-        prepare(loaded.any_weights), where, {key: SiteStatistics.empty(layout, 1) for key, layout in layouts.items()}, 1
-    )
+    runner = new_block_runner(prepare(loaded.any_weights), where, RunStatistics.empty(layouts, 1))
     some = DocumentSet(plan.documents[:documents], documents, 0, 0)
     progress.start("first pass, for the groups", documents, some.tokens)
-    with observer:
+    with runner:
         for number, members in enumerate(some.blocks(block)):
             with progress.piece(len(members), sum(document.tokens.size for document in members)):
-                observer.observe(number, members)
-        statistics = observer.statistics()
-    return [statistics[key].moments.mean_abs_max for key in sorted(statistics)]
+                runner.observe(number, members)
+        statistics = runner.statistics()
+    means = statistics.moments.named()["mean_abs_max"].numpy()
+    return [means[channels] for channels in statistics.index.channels.values()]
 
 
 def statistics_of_run(folder: Path, weights_sha256: str) -> list[npt.NDArray[np.float64]]:

@@ -10,9 +10,19 @@ import torch
 
 from quambase.collector.collect import OUTLIERS, CollectedRun, existing_run
 from quambase.collector.documents import run_id
+from quambase.collector.host.counter import HostCounter
 from quambase.collector.run_folder import BlockFiles, every_table, finish_run, versions, write_statistics
-from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
-from quambase.collector.table_rows import Int64, Places, keyed_rows
+from quambase.collector.statistics import (
+    ENCODINGS,
+    SUMMARY_COLUMNS,
+    BlockStatistics,
+    Encoding,
+    Float32,
+    Int64,
+    RunStatistics,
+    SiteLayout,
+)
+from quambase.collector.table_rows import Places, keyed_rows
 from quambase.model.files import check_file, first_line
 from quambase.model.tensor_files import plain_tensor, read_pytorch, read_safetensors
 from quambase.schema import RUN_FORMAT_VERSION
@@ -111,25 +121,18 @@ def import_tensor(
     folder = db / "runs" / run
     if (folder / MANIFEST).exists():
         return existing_run(folder)
-    layout = SiteLayout((WHOLE,), (0, rows.shape[1]))
     key: SiteKey = (layer, site)
-    stats = SiteStatistics.empty(layout, OUTLIERS)
-    summaries = np.empty((documents, 2, len(SUMMARY_COLUMNS)), np.float32)
-    offsets = np.arange(documents + 1, dtype=np.int64) * length
-    # Wider types are first brought to float32: the moments are of those values.
-    wide = rows if rows.dtype in (torch.float16, torch.bfloat16) else rows.to(torch.float32)
-    Counter(encoding, OUTLIERS, 1).add(stats, wide, offsets, 0, summaries)
-    name, group = layout.ordered_groups[0]
+    statistics, summaries = _counted(key, rows, documents, encoding)
     columns: dict[str, object] = {
         "document": np.arange(documents),
         "tokens": np.full(documents, length),
         "sha256": [hashlib.sha256(f"{digest}:{i}".encode()).hexdigest() for i in range(documents)],
-        **{column: summaries[:, group, i] for i, column in enumerate(SUMMARY_COLUMNS)},
+        **{column: summaries[:, i] for i, column in enumerate(SUMMARY_COLUMNS)},
     }
     with locked(folder):
         with BlockFiles(folder) as blocks:
-            blocks.add(0, keyed_rows(run, key, name, documents, columns, DOCUMENTS), ACTIVATIONS.empty_table())
-            made = write_statistics(folder, run, {key: stats}, encoding, _locate)
+            blocks.add(0, keyed_rows(run, key, WHOLE, documents, columns, DOCUMENTS), ACTIVATIONS.empty_table())
+            made = write_statistics(folder, run, statistics, encoding, _locate)
             tables = every_table(folder, blocks.written() | made)
         manifest = Manifest(
             run=run,
@@ -142,6 +145,22 @@ def import_tensor(
         )
         manifest = finish_run(folder, manifest)
     return CollectedRun(folder, manifest, existed=False)
+
+
+def _counted(key: SiteKey, rows: torch.Tensor, documents: int, encoding: Encoding) -> tuple[RunStatistics, Float32]:
+    """The statistics of one undivided site, and each document's summary (documents, 1 + q: SUMMARY_COLUMNS).
+
+    rows (t, channels): as many of each document.
+    """
+    statistics = RunStatistics.empty({key: SiteLayout((WHOLE,), (0, rows.shape[1]))}, OUTLIERS)
+    block = BlockStatistics(statistics)
+    _, summaries = block.summaries(documents)
+    offsets = np.arange(documents + 1, dtype=np.int64) * (len(rows) // documents)
+    # Wider types are first brought to float32: the moments are of those values.
+    wide = rows if rows.dtype in (torch.float16, torch.bfloat16) else rows.to(torch.float32)
+    HostCounter(encoding, OUTLIERS, 1).add(block.sites[key], wide, offsets, 0, summaries[key])
+    block.fold(np.arange(documents))
+    return statistics, summaries[key][:, 0].numpy()
 
 
 def _locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:

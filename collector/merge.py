@@ -1,8 +1,8 @@
 """`quambase merge`: the shards of a run to the run itself, the same bytes as if one process had collected it.
 
 The files of blocks' rows go to the run as they are. Counts, extrema and largest values add up in any order. The float64
-sums do not: every shard kept them block by block, and here they are added from 0 in block order, as
-`SiteStatistics.fold` does in a run that was not divided.
+sums do not: every shard kept them block by block, and here they are added from 0 in block order, as in a run that was
+not divided.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from quambase.collector.checkpoint import load_checkpoint
 from quambase.collector.collect import CollectedRun, existing_run
@@ -29,13 +31,12 @@ from quambase.collector.shards import (
     stored_locator,
     verify_shard,
 )
-from quambase.collector.statistics import ENCODINGS, SiteStatistics
+from quambase.collector.statistics import ENCODINGS, RunStatistics
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, RunBusy, UnknownName
 from quambase.schema.files import link_or_copy, local_folder, locked
 from quambase.schema.manifest import MANIFEST, SHARDS, Manifest, TableFile
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.runs import list_runs, sound_manifests
-from quambase.schema.sites import SiteKey
 
 Found = Mapping[Shard, ShardManifest]
 Folders = Mapping[Shard, Path]
@@ -71,7 +72,7 @@ def merge(
     with locked(folder):
         if (folder / MANIFEST).exists():  # another process has merged it since
             return existing_run(folder)
-        statistics = _fold(found, folders, progress)
+        statistics = _fold(name, found, folders, progress)
         blocks: dict[str, TableFile] = {}
         for shard, each in found.items():
             for file in each.manifest.tables:
@@ -246,29 +247,27 @@ def _agreed(run: str, found: Found, folders: Folders) -> Manifest:
     return promised.manifest
 
 
-def _fold(found: Found, folders: Folders, progress: Shown) -> dict[SiteKey, SiteStatistics]:
-    """The statistics of all blocks."""
+def _fold(run: str, found: Found, folders: Folders, progress: Shown) -> RunStatistics:
+    """The statistics of all blocks. DatabaseInvalid: shards to which different sites were one."""
     count, promised = len(found), found[min(found)]
     identity = promised.manifest.identity
     layouts = site_layouts(promised.model_config(), identity["sites"], promised.manifest.model.layer_groups)
-    statistics = {key: SiteStatistics.empty(layout, identity["outliers"]) for key, layout in layouts.items()}
+    statistics: RunStatistics | None = None
     with Progress(progress) as shown:
         shown.start("merge", len(found), len(found), unit="shards")
         for shard in found:
             with shown.piece(1, 1):
-                part = load_checkpoint(folders[shard], layouts, identity["outliers"]).statistics
-                for key, stats in statistics.items():
-                    stats.fold(part[key])
-    for stats in statistics.values():
-        stats.moments.total[:] = 0
-        stats.moments.squares[:] = 0
+                blocks, part, _ = load_checkpoint(folders[shard], layouts, identity["outliers"])
+                if statistics is None:
+                    statistics = part
+                elif blocks:  # a shard without blocks has no values, and has seen no site
+                    if part.index.shared != statistics.index.shared:
+                        raise DatabaseInvalid(
+                            f"shards {min(found)} and {shard} of run {run} disagree; collect {shard} again"
+                        )
+                    statistics.add(part)
+    assert statistics is not None
+    statistics.moments.sums[:2] = 0
     for block in range(promised.blocks):
-        sums = read_sums(folders[Shard(block % count, count)], block)
-        place = 0
-        for key in sorted(statistics):
-            moments = statistics[key].moments
-            width = moments.total.size
-            moments.total += sums[0, place : place + width]
-            moments.squares += sums[1, place : place + width]
-            place += width
+        statistics.moments.sums[:2] += torch.from_numpy(read_sums(folders[Shard(block % count, count)], block))
     return statistics

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from quambase.collector.checkpoint import CHECKPOINT
-from quambase.collector.statistics import Encoding, SiteStatistics
+from quambase.collector.statistics import Encoding, RunStatistics
 from quambase.collector.table_rows import (
     Locate,
     channels_rows,
@@ -36,7 +36,6 @@ from quambase.schema.errors import DatabaseInvalid, RunBusy
 from quambase.schema.files import file_damage, file_sha256, locked, remove_strays
 from quambase.schema.manifest import SHARDS, Manifest, TableFile, table_of
 from quambase.schema.runs import list_runs, sound_manifests
-from quambase.schema.sites import SiteKey
 from quambase.schema.tables import RUN_TABLES, write_table
 
 BLOCK_TABLES = ("documents", "activations")
@@ -125,10 +124,9 @@ class BlockFiles(AbstractContextManager["BlockFiles"]):
 
 
 def write_statistics(
-    folder: Path, run: str, statistics: Mapping[SiteKey, SiteStatistics], encoding: Encoding, locate: Locate
+    folder: Path, run: str, statistics: RunStatistics, encoding: Encoding, locate: Locate
 ) -> dict[str, TableFile]:
-    """Write the tables that are made of a run's statistics, in threads; their files. OSError."""
-    layouts = {key: stats.layout for key, stats in statistics.items()}
+    """Write the tables that are made of a run's statistics, on the host, in threads; their files. OSError."""
 
     def write(file: str, make: Callable[[], pa.Table]) -> TableFile:
         return write_file(folder, file, make())
@@ -140,7 +138,7 @@ def write_statistics(
             "channels.parquet": partial(channels_rows, run, statistics),
             **{part_file(number): part for number, part in enumerate(counts_parts(run, statistics, encoding))},
             "outliers.parquet": partial(outliers_rows, run, statistics, encoding, locate),
-            "groups.parquet": partial(groups_rows, run, layouts),
+            "groups.parquet": partial(groups_rows, run, statistics.index),
             "site_stats.parquet": site_stats,
         }
         coming = {file: pool.submit(write, file, make) for file, make in made.items()}

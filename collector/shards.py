@@ -19,15 +19,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.collector.checkpoint import CHECKPOINT
-from quambase.collector.statistics import SiteLayout, SiteStatistics
-from quambase.collector.table_rows import Int64, Locate, Places
+from quambase.collector.statistics import Int64, RunStatistics, SiteLayout
+from quambase.collector.table_rows import Locate, Places, table_groups
 from quambase.model.block import ModelConfig
 from quambase.model.block_kinds import KINDS
 from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
 from quambase.schema.files import check_format_version, file_damage, file_sha256, replacing
 from quambase.schema.manifest import SHARDS, Manifest
-from quambase.schema.sites import SiteKey
 from quambase.schema.tables import read_table, write_table
 
 SHARD = "shard.json"
@@ -42,7 +41,7 @@ _PLACES = pa.schema(
         pa.field("column", pa.int32()),
     ]
 )
-"""What `rows.Locate` says of the shard's largest values: its arguments, then its answer."""
+"""What `quambase.collector.table_rows.Locate` says of the shard's largest values: its arguments, then its answer."""
 
 
 @dataclass(frozen=True, order=True)
@@ -112,7 +111,7 @@ def sums_file(block: int) -> str:
 
 
 def write_sums(folder: Path, block: int, sums: npt.NDArray[np.float64]) -> None:
-    """Keep one block's `quambase.collector.statistics.sums_of`."""
+    """Keep one block's `quambase.collector.statistics.BlockStatistics.sums`, (2, channels of all sites)."""
     with replacing(folder / sums_file(block)) as temporary, temporary.open("wb") as file:
         np.save(file, sums, allow_pickle=False)
 
@@ -123,18 +122,16 @@ def read_sums(folder: Path, block: int) -> npt.NDArray[np.float64]:
     return found
 
 
-def write_places(folder: Path, statistics: Mapping[SiteKey, SiteStatistics], locate: Locate) -> None:
+def write_places(folder: Path, statistics: RunStatistics, locate: Locate) -> None:
     """Keep where each of the largest values is: `outliers` of the whole run are among those of its shards."""
     found: dict[tuple[bool, int, int, int], tuple[Any, ...]] = {}
-    for stats in statistics.values():
-        for g, top in enumerate(stats.top):
-            asked = top[:, 2], top[:, 3], stats.layout.members(g)[top[:, 4]]
-            places = locate(stats.layout, *asked)
-            answers = zip(
-                places.positions.tolist(), places.token_ids, places.tokens, places.channels.tolist(), strict=True
-            )
-            for place, answer in zip(zip(*(part.tolist() for part in asked), strict=True), answers, strict=True):
-                found.setdefault((stats.layout.state, *place), answer)
+    for _, _, layout, g, row in table_groups(statistics.index):
+        top = statistics.outliers(row)
+        asked = top[:, 2], top[:, 3], layout.members(g)[top[:, 4]]
+        places = locate(layout, *asked)
+        answers = zip(places.positions.tolist(), places.token_ids, places.tokens, places.channels.tolist(), strict=True)
+        for place, answer in zip(zip(*(part.tolist() for part in asked), strict=True), answers, strict=True):
+            found.setdefault((layout.state, *place), answer)
     rows = [dict(zip(_PLACES.names, (*key, *answer), strict=True)) for key, answer in found.items()]
     write_table(folder / PLACES, "places", pa.Table.from_pylist(rows, schema=_PLACES), _PLACES)
 

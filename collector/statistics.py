@@ -1,21 +1,23 @@
-"""What is accumulated at one site, for one block or a whole run, and how two of these add up.
+"""What is accumulated: arrays of all sites of a run, the same on the host, on a device, in a checkpoint and in a merge.
 
-A block's statistics are formed on their own and folded into the run's in block order, so that a run that was killed
-and resumed, and one that was not, do the same float64 additions.
+Counts are integers, which add up in any order, and go to the run's at once. A block's moments and outliers are formed
+on their own and folded into the run's in block order, so that a run that was killed and resumed, and one that was not,
+do the same float64 additions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Protocol
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from quambase.collector.host_kernels import PATTERNS, SIGN, WIDEST, channel_moments, count_documents
+from quambase.collector.host.kernels import PATTERNS
+from quambase.schema.sites import SiteKey
 from quambase.schema.tables import DOCUMENT_QUANTILES
 
 Int64 = npt.NDArray[np.int64]
@@ -26,7 +28,7 @@ _DESCENDING = sorted(DOCUMENT_QUANTILES.items(), key=lambda item: -item[1])
 PROBABILITIES = np.array([p for _, p in _DESCENDING], np.float32)
 
 SUMMARY_COLUMNS = ("amax", *(name for name, _ in _DESCENDING))
-"""What `BlockStatistics.summaries` holds, in order."""
+"""A document's summary of a group, in order: what `documents` says of it."""
 
 
 @dataclass(frozen=True)
@@ -131,208 +133,265 @@ class SiteLayout:
 INTEGERS = ("count", "nonfinite", "overflow")
 EXTREMA = ("lowest", "highest")
 SUMS = ("total", "squares", "mean_abs_max")
-"""The fields of `Moments`: int64, float32, float64."""
+"""The rows of the arrays of `Moments`."""
 
 
 @dataclass
 class Moments:
-    """Per channel: count, lowest, highest, total, squares, mean_abs_max, nonfinite, overflow, each (channels,)."""
+    """The moments of channels, a column each (a row of the table `channels`).
 
-    count: Int64
-    lowest: Float32
-    highest: Float32
-    total: Float64
-    squares: Float64
-    mean_abs_max: Float64
-    nonfinite: Int64
-    overflow: Int64
+    integers  (3, channels) int64: INTEGERS
+    extrema   (2, channels) float32: EXTREMA
+    sums      (3, channels) float64: SUMS
+    """
+
+    integers: torch.Tensor
+    extrema: torch.Tensor
+    sums: torch.Tensor
 
     @classmethod
-    def empty(cls, channels: int) -> Moments:
+    def empty(cls, channels: int, device: torch.device) -> Moments:
         """Of no values at all."""
-        integers = [np.zeros(channels, np.int64) for _ in range(3)]
-        floats = [np.zeros(channels) for _ in range(3)]
-        infinity = np.full(channels, np.inf, np.float32)
-        return cls(integers[0], infinity, -infinity, floats[0], floats[1], floats[2], integers[1], integers[2])
+        moments = cls(
+            torch.empty(len(INTEGERS), channels, dtype=torch.int64, device=device),
+            torch.empty(len(EXTREMA), channels, device=device),
+            torch.empty(len(SUMS), channels, dtype=torch.float64, device=device),
+        )
+        moments.clear()
+        return moments
+
+    def clear(self) -> None:
+        """Set them to those of no values."""
+        self.integers.zero_()
+        self.extrema[0].fill_(torch.inf)
+        self.extrema[1].fill_(-torch.inf)
+        self.sums.zero_()
+
+    def part(self, start: int, stop: int) -> Moments:
+        """A view of some channels."""
+        return Moments(*(getattr(self, field.name)[:, start:stop] for field in fields(self)))
 
     def fold(self, later: Moments) -> None:
         """Add the moments of values that come after these."""
-        self.count += later.count
-        np.minimum(self.lowest, later.lowest, out=self.lowest)
-        np.maximum(self.highest, later.highest, out=self.highest)
-        self.total += later.total
-        self.squares += later.squares
-        np.maximum(self.mean_abs_max, later.mean_abs_max, out=self.mean_abs_max)
-        self.nonfinite += later.nonfinite
-        self.overflow += later.overflow
+        self.integers += later.integers
+        torch.minimum(self.extrema[0], later.extrema[0], out=self.extrema[0])
+        torch.maximum(self.extrema[1], later.extrema[1], out=self.extrema[1])
+        self.sums[:2] += later.sums[:2]
+        torch.maximum(self.sums[2], later.sums[2], out=self.sums[2])
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Every quantity by its name, as a view (channels,)."""
+        rows = ((INTEGERS, self.integers), (EXTREMA, self.extrema), (SUMS, self.sums))
+        return {name: values[i] for names, values in rows for i, name in enumerate(names)}
 
 
 TOP_FIELDS = ("magnitude", "pattern", "document", "row", "channel")
 
 
 def largest(top: Int64, most: int) -> Int64:
-    """The first ``most`` rows of ``top`` (m, 5: TOP_FIELDS) by descending magnitude, then document, row, channel."""
-    order = np.lexsort((top[:, 4], top[:, 3], top[:, 2], -top[:, 0]))
-    return top[order[:most]]
+    """The first ``most`` rows of each list of ``top`` (..., m, 5: TOP_FIELDS) by descending magnitude, then document,
+    row, channel.
+    """
+    order = np.lexsort((top[..., 4], top[..., 3], top[..., 2], -top[..., 0]), axis=-1)
+    return np.take_along_axis(top, order[..., :most, None], axis=-2)
+
+
+def merged_top(earlier: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+    """The largest of two sorted lists (groups, m, 5) of which one is of later documents, as many as ``earlier`` has.
+
+    Ties go to the earlier, as `largest` orders them.
+    """
+    both = torch.cat([earlier, later], dim=1)
+    order = torch.argsort(both[..., 0], dim=1, descending=True, stable=True)[:, : earlier.shape[1]]
+    return both.gather(1, order[..., None].expand(-1, -1, both.shape[2]))
+
+
+class SiteIndex:
+    """Where every site lies in a run's arrays; sites in sorted order.
+
+    layouts   equal layouts are one object, so that comparing them costs nothing
+    groups    of each site: which rows of counts and outliers are its groups'
+    channels  of each site: which columns of the moments are its own
+    shared    site to the site whose places it has, since every block brings both of them one tensor
+    """
+
+    def __init__(self, layouts: Mapping[SiteKey, SiteLayout]) -> None:
+        distinct: dict[SiteLayout, SiteLayout] = {}
+        self.layouts = {key: distinct.setdefault(layout, layout) for key, layout in sorted(layouts.items())}
+        self.groups, self.group_count = _spans({key: len(layout.names) for key, layout in self.layouts.items()})
+        self.channels, self.channel_count = _spans({key: layout.moments for key, layout in self.layouts.items()})
+        self.shared: dict[SiteKey, SiteKey] = {}
+
+    def share(self, key: SiteKey, source: SiteKey) -> None:
+        """Give ``key`` the places of ``source``, of an equal layout; its own stay as they are, of no values."""
+        self.shared[key] = source
+        self.groups[key], self.channels[key] = self.groups[source], self.channels[source]
+
+
+def _spans(sizes: Mapping[SiteKey, int]) -> tuple[dict[SiteKey, slice], int]:
+    """A slice of each size, one after the other, and where the last one ends."""
+    found: dict[SiteKey, slice] = {}
+    end = 0
+    for key, size in sizes.items():
+        found[key] = slice(end, end + size)
+        end += size
+    return found, end
 
 
 @dataclass
 class SiteStatistics:
-    """A site's statistics: counts (groups, PATTERNS) int64, moments per channel, top per group (m <= most, 5)."""
+    """One site's part of a run's or a block's arrays, as views.
 
-    layout: SiteLayout
-    most: int
-    counts: Int64
-    moments: Moments
-    top: list[Int64]
-
-    @classmethod
-    def empty(cls, layout: SiteLayout, most: int) -> SiteStatistics:
-        """Of no values at all."""
-        groups = len(layout.names)
-        return cls(
-            layout,
-            most,
-            np.zeros((groups, PATTERNS), np.int64),
-            Moments.empty(layout.moments),
-            [np.empty((0, len(TOP_FIELDS)), np.int64) for _ in range(groups)],
-        )
-
-    def fold(self, later: SiteStatistics) -> None:
-        """Add the statistics of documents that come after these."""
-        self.counts += later.counts
-        self.moments.fold(later.moments)
-        self.top = [
-            largest(np.concatenate([mine, theirs]), self.most) for mine, theirs in zip(self.top, later.top, strict=True)
-        ]
-
-
-def sums_of(statistics: Mapping[tuple[int, str], SiteStatistics]) -> Float64:
-    """(2, moments of every site in sorted order): the totals and the squares, which do not add up in any order."""
-    moments = [statistics[key].moments for key in sorted(statistics)]
-    return np.stack([np.concatenate([m.total for m in moments]), np.concatenate([m.squares for m in moments])])
-
-
-NEARBY = 8 << 20
-"""Bytes of float32 values that are read three times before the next are, about."""
-
-
-class Counter:
-    """Counts tensors of any site; owns the kernel's working tables, which every site shares.
-
-    ``most``: outliers kept per group. ``groups``: of a site at most; more are a ValueError.
+    counts   (groups, PATTERNS) int64, of the run
+    moments  of its channels
+    top      (groups, most, 5: TOP_FIELDS) int64, sorted, magnitude -1 where there are fewer
+    calls    how often a `Counter` added to the block's
     """
 
-    def __init__(self, encoding: Encoding, most: int, groups: int) -> None:
-        if most < 1:
-            raise ValueError("the number of outliers kept must be at least 1")
-        self.encoding = encoding
-        self.most = most
-        workers = numba.get_num_threads()
-        self._magnitudes = encoding.values()[:SIGN]
-        self._counts = np.zeros((workers, groups, PATTERNS), np.int64)
-        self._scratch = np.zeros((workers, groups, PATTERNS), np.uint32)
-        self._top = np.zeros((workers, groups, most, len(TOP_FIELDS)), np.int64)
-        self._top_sizes = np.zeros((workers, groups), np.int64)
-        self._buffer = torch.empty(0, dtype=encoding.torch_dtype)
+    layout: SiteLayout
+    counts: torch.Tensor
+    moments: Moments
+    top: torch.Tensor
+    calls: int = 0
 
-    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """x in the 16-bit type, contiguous, in a buffer used again: fresh memory costs more than the rounding."""
-        if self._buffer.numel() < x.numel():
-            self._buffer = torch.empty(x.numel(), dtype=self.encoding.torch_dtype)
-        return self._buffer[: x.numel()].view(x.shape).copy_(x)
+    @cached_property
+    def addresses(self) -> tuple[int, int, tuple[int, ...]]:
+        """Where counts, outliers and moments lie, the last in the order of `Moments.named`."""
+        moments = tuple(values.data_ptr() for values in self.moments.named().values())
+        return self.counts.data_ptr(), self.top.data_ptr(), moments
 
-    def add(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: Float32) -> None:
+    def outliers(self, g: int) -> Int64:
+        """(m, 5: TOP_FIELDS), m <= most: group ``g``'s; on the host."""
+        return _present(self.top[g])
+
+
+def _present(top: torch.Tensor) -> Int64:
+    """Of (most, 5: TOP_FIELDS) those that there are."""
+    rows: Int64 = top.numpy()
+    return rows[rows[:, 0] >= 0]
+
+
+@dataclass
+class RunStatistics:
+    """The statistics of every site of a run, or of some of its blocks, on one device.
+
+    counts   (groups, PATTERNS) int64
+    moments  of (channels,)
+    top      (groups, most, 5: TOP_FIELDS) int64, sorted, magnitude -1 where there are fewer
+    """
+
+    index: SiteIndex
+    counts: torch.Tensor
+    moments: Moments
+    top: torch.Tensor
+
+    @classmethod
+    def empty(cls, layouts: Mapping[SiteKey, SiteLayout], most: int) -> RunStatistics:
+        """Of no values at all, on the host; ``most``: outliers of a group."""
+        index, host = SiteIndex(layouts), torch.device("cpu")
+        # NumPy's zeros cost nothing until they are counted in, and are huge pages.
+        counts = torch.from_numpy(np.zeros((index.group_count, PATTERNS), np.int64))
+        return cls(index, counts, Moments.empty(index.channel_count, host), _no_top(index.group_count, most, host))
+
+    @property
+    def most(self) -> int:
+        """Outliers of a group at most."""
+        return self.top.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return self.counts.device
+
+    def site(self, key: SiteKey) -> SiteStatistics:
+        """One site's part."""
+        groups, channels = self.index.groups[key], self.index.channels[key]
+        moments = self.moments.part(channels.start, channels.stop)
+        return SiteStatistics(self.index.layouts[key], self.counts[groups], moments, self.top[groups])
+
+    def outliers(self, group: int) -> Int64:
+        """(m, 5: TOP_FIELDS), m <= most: those of a row of ``top``; on the host."""
+        return _present(self.top[group])
+
+    def add(self, other: RunStatistics) -> None:
+        """Add the statistics of other blocks, of whatever place in the run, with the same ``shared``; on the host."""
+        self.counts += other.counts
+        self.moments.fold(other.moments)
+        both = np.concatenate([self.top.numpy(), other.top.numpy()], axis=1)
+        self.top.copy_(torch.from_numpy(largest(both, self.most)))
+
+
+def _no_top(groups: int, most: int, device: torch.device) -> torch.Tensor:
+    return torch.full((groups, most, len(TOP_FIELDS)), -1, dtype=torch.int64, device=device)
+
+
+class BlockStatistics:
+    """What one block after another adds to a run's statistics.
+
+    sites  what a `Counter` adds to: the run's counts; the block's moments and outliers, whose documents are numbered in
+           the block
+    sums   (2, channels) float64: the last folded block's totals and squares, which do not add up in any order
+    """
+
+    def __init__(self, run: RunStatistics) -> None:
+        self.run, self.layouts, self.shared = run, run.index.layouts, run.index.shared
+        self._moments = Moments.empty(run.index.channel_count, run.device)
+        self._top = _no_top(run.index.group_count, run.most, run.device)
+        self.sums = self._moments.sums[:2]
+        self._summaries: dict[int, tuple[torch.Tensor, dict[SiteKey, torch.Tensor]]] = {}
+        block = RunStatistics(run.index, run.counts, self._moments, self._top)
+        self.sites = {key: block.site(key) for key in self.layouts}
+        for key, source in self.shared.items():
+            self.sites[key] = self.sites[source]
+
+    def summaries(self, documents: int) -> tuple[torch.Tensor, dict[SiteKey, torch.Tensor]]:
+        """Memory for a block's summaries, which the next block of as many documents has again: flat, and each site's
+        part (documents, groups + 1, 1 + q: SUMMARY_COLUMNS), one after the other.
+        """
+        if documents not in self._summaries:
+            shapes = [(documents, len(layout.names) + 1, len(SUMMARY_COLUMNS)) for layout in self.layouts.values()]
+            sizes = [a * b * c for a, b, c in shapes]
+            flat = torch.empty(sum(sizes), device=self.run.device)
+            parts = [part.view(shape) for part, shape in zip(torch.split(flat, sizes), shapes, strict=True)]
+            self._summaries[documents] = flat, dict(zip(self.layouts, parts, strict=True))
+        return self._summaries[documents]
+
+    def share(self, key: SiteKey, source: SiteKey) -> None:
+        """`SiteIndex.share`, unless it is so."""
+        if key not in self.shared:
+            self.run.index.share(key, source)
+            self.sites[key] = self.sites[source]
+
+    def fold(self, numbers: Int64) -> None:
+        """Close the block, whose documents are ``numbers`` in the file: add its statistics to the run's."""
+        named = torch.from_numpy(numbers).to(self.run.device, non_blocking=True)
+        self._top[..., 2] = named[self._top[..., 2].clamp_(min=0)]
+        self.run.top.copy_(merged_top(self.run.top, self._top))
+        self.run.moments.fold(self._moments)
+        self.sums = self._moments.sums[:2].clone()
+        self._top.fill_(-1)
+        self._moments.clear()
+        for site in self.sites.values():
+            site.calls = 0
+
+
+class Counter(Protocol):
+    """Counts tensors of any site on their device."""
+
+    most: int
+
+    def add(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
         """Add documents ``first`` onwards of a block to ``into``: their counts, and their channels' moments.
 
         x (rows, channels) float; offsets (documents + 1,) of its rows, where the layout has a d_state that many of each
         document; summaries (documents, groups + 1, 1 + q), written: amax and quantiles (SUMMARY_COLUMNS) of each
-        document, the whole site last. ValueError: more groups than this was made for.
+        document, the whole site last. Perhaps only noted: x must stay as it is until the next `flush`.
         """
-        self.count(into, x, offsets, first, summaries, moments=not into.layout.d_state)
-        if not into.layout.d_state:
-            return
-        moments = into.moments
-        # (documents, n, e) to each group's (documents channels, n).
-        states = x.view(len(offsets) - 1, into.layout.d_state, -1).transpose(1, 2)
-        for g in range(len(into.layout.names)):
-            members = into.layout.members(g)
-            mine = states[:, torch.from_numpy(members)].reshape(-1, into.layout.d_state)
-            rows = slice(g * into.layout.d_state, (g + 1) * into.layout.d_state)
-            part = Moments(**{field.name: getattr(moments, field.name)[rows] for field in fields(Moments)})
-            self._add_moments(mine, np.arange(len(offsets)) * members.size, part)
 
-    def _add_moments(self, x: torch.Tensor, offsets: Int64, into: Moments) -> None:
-        """Add the documents of x (rows, channels) to ``into``, whose arrays may be views."""
-        channel_moments(
-            x.to(torch.float32).contiguous().numpy(),
-            offsets,
-            self.encoding.limit,
-            min(WIDEST, -(-x.shape[1] // numba.get_num_threads())),
-            into.count,
-            into.lowest,
-            into.highest,
-            into.total,
-            into.squares,
-            into.mean_abs_max,
-            into.nonfinite,
-            into.overflow,
-        )
+    def flush(self, *, partly: bool = False) -> None:
+        """Queue the counting of all that was added; ``partly``: unless as many sites more could join them."""
 
-    def count(
-        self,
-        into: SiteStatistics,
-        x: torch.Tensor,
-        offsets: Int64,
-        first: int,
-        summaries: Float32,
-        *,
-        moments: bool = False,
-    ) -> None:
-        """The counts, outliers and summaries of `add`, and, if ``moments``, those of x's channels."""
-        workers, groups = self._counts.shape[0], len(into.layout.names)
-        if groups > self._counts.shape[1]:  # compiled code would write beyond the tables
-            raise ValueError(
-                f"a site has {groups} groups; expected {self._counts.shape[1]} at most, as this was made for"
-            )
-        counts, top_sizes = self._counts[:, :groups], self._top_sizes[:, :groups]
-        for start, stop in self._nearby(offsets, x.shape[1]):
-            rows, borders = x[offsets[start] : offsets[stop]], offsets[start : stop + 1] - offsets[start]
-            # Shares of about equal work: the bounds are documents nearest to even shares of the rows.
-            even = np.linspace(0, len(rows), workers + 1)[1:-1]
-            bounds = np.searchsorted(borders, even).clip(0, stop - start)
-            count_documents(
-                self._rounded(rows).view(torch.uint16).numpy(),
-                borders,
-                first + start,
-                np.array([0, *bounds, stop - start], np.int64),
-                *into.layout.runs,
-                self.encoding.infinity,
-                self._magnitudes,
-                PROBABILITIES,
-                counts,
-                self._scratch[:, :groups],
-                summaries[start:stop],
-                self._top[:, :groups],
-                top_sizes,
-            )
-            if moments:
-                self._add_moments(rows, borders, into.moments)
-        into.counts += counts.sum(axis=0)
-        counts[:] = 0
-        for g in range(groups):
-            found = [self._top[w, g, : top_sizes[w, g]] for w in range(workers)]
-            into.top[g] = largest(np.concatenate([into.top[g], *found]), self.most)
-        top_sizes[:] = 0
 
-    def _nearby(self, offsets: Int64, channels: int) -> Iterator[tuple[int, int]]:
-        """Runs of documents, first to last + 1, whose values stay in a cache until they are rounded, counted and added
-        up; two documents for each worker at least.
-        """
-        documents, rows = offsets.size - 1, NEARBY // (4 * channels)
-        start = 0
-        while start < documents:
-            stop = int(np.searchsorted(offsets, offsets[start] + rows, side="right")) - 1
-            stop = min(max(stop, start + 2 * self._counts.shape[0]), documents)
-            yield start, stop
-            start = stop
+def states_by_channel(x: torch.Tensor, d_state: int) -> torch.Tensor:
+    """The states (documents, e, n) of which x (documents n, e) are the rows, as they are counted."""
+    return x.reshape(-1, d_state, x.shape[1]).transpose(1, 2)

@@ -6,70 +6,16 @@ most of the time of writing a run.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
-from typing import Any
-
 import numba
 import numpy as np
 import numpy.typing as npt
-from numba.core import types
-from numba.extending import intrinsic
 
-from quambase.collector.host_kernels import PATTERNS, SIGN
+from quambase.collector.host.kernels import PATTERNS, SIGN
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
-
-
-@intrinsic
-def _pointer(context: Any, address: Any) -> Any:
-    """An address as what `numba.carray` takes."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), generate
-
-
-@numba.njit(cache=True, nogil=True)
-def _table(address: int) -> Int64:
-    """The counts (PATTERNS,) that lie there."""
-    return numba.carray(_pointer(address), (PATTERNS,), np.int64)  # type: ignore[attr-defined, call-arg]
-
-
-def addresses(arrays: Iterable[npt.NDArray[Any]], sizes: Iterable[int], kind: type) -> Int64:
-    """(arrays,) where contiguous arrays (size,) of ``kind`` lie, one for each of ``sizes``, as kernels are given them.
-
-    They must live until the kernel has run. AssertionError: another type, size or stride.
-    """
-    found = []
-    for array, size in zip(arrays, sizes, strict=False):
-        assert array.dtype == kind and array.shape == (size,) and array.flags.c_contiguous
-        found.append(array.__array_interface__["data"][0])
-    return np.array(found, np.int64)
-
-
-def table_addresses(tables: Iterable[Int64]) -> Int64:
-    """`addresses` of counts (PATTERNS,)."""
-    return addresses(tables, itertools.repeat(PATTERNS), np.int64)
-
-
-@numba.njit(cache=True, nogil=True)
-def take_parts(parts: Int64, sizes: Int64, firsts: Int64, places: Int64, out: Int64 | Float32 | Float64) -> None:
-    """Of each column, rows of many arrays, -0 becoming 0.
-
-    parts   (columns, arrays): `addresses` of arrays of as many numbers as ``sizes`` (arrays,), of the type of ``out``
-    firsts  (arrays + 1,): out[:, firsts[a]:firsts[a + 1]] are of array a, at ``places`` (rows,) in it
-    out     (columns, rows), written
-    """
-    for column in range(out.shape[0]):
-        for a in range(sizes.size):
-            values = numba.carray(_pointer(parts[column, a]), (sizes[a],), out.dtype)  # type: ignore[attr-defined, call-arg]
-            for row in range(firsts[a], firsts[a + 1]):
-                out[column, row] = values[places[row]] + 0
 
 
 @numba.njit(cache=True, nogil=True)
@@ -86,63 +32,68 @@ def repeat(values: Int32, rows: Int64, out: Int32) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
-def gather_rows(values: Float32, bases: Int64, firsts: Int64, sizes: Int64, columns: Int32, out: Float32) -> None:
-    """Row after row of flat ``values``: of row i those at bases[i] plus sizes[i] of ``columns`` from firsts[i] on.
+def gather_rows(
+    values: Float32, bases: Int64, firsts: Int64, sizes: Int64, columns: Int32, starts: Int32, out: Float32
+) -> None:
+    """Gather: out[starts[i] : starts[i] + sizes[i]] is values[bases[i] + columns[firsts[i] : firsts[i] + sizes[i]]].
 
-    bases, firsts, sizes (rows,); columns flat, ascending within a row; out (all sizes,), written.
+    values, out flat; bases, firsts, sizes, starts (rows,); columns flat, ascending within a row; out is written.
     """
-    place = 0
     for i in range(bases.size):
-        base, first, size = bases[i], firsts[i], sizes[i]
+        base, first, size, place = bases[i], firsts[i], sizes[i], starts[i]
         if size and columns[first + size - 1] - columns[first] == size - 1:  # one after the other
             start = base + columns[first]
             out[place : place + size] = values[start : start + size]
         else:
             for j in range(size):
                 out[place + j] = values[base + columns[first + j]]
-        place += size
 
 
 @numba.njit(cache=True, nogil=True)
-def present_sizes(tables: Int64, infinity: int, sizes: Int64) -> None:
-    """How many rows of `counts` some groups have; tables (groups,): `table_addresses`; sizes (groups,), written."""
-    for i in range(tables.size):
-        counts = _table(tables[i])
-        size = np.int64(counts[0] != 0 or counts[SIGN] != 0)
+def present_sizes(counts: Int64, groups: Int64, infinity: int, sizes: Int64) -> None:
+    """How many rows of `counts` some groups have.
+
+    counts (all groups, PATTERNS); groups (n,): rows of it; ``infinity``: its pattern; sizes (n,), written.
+    """
+    for i in range(groups.size):
+        mine = counts[groups[i]]
+        size = np.int64(mine[0] != 0 or mine[SIGN] != 0)
         nans = False
         for pattern in range(1, SIGN):
             if pattern <= infinity:
-                size += (counts[pattern] != 0) + (counts[SIGN + pattern] != 0)
+                size += (mine[pattern] != 0) + (mine[SIGN + pattern] != 0)
             else:
-                nans |= counts[pattern] != 0 or counts[SIGN + pattern] != 0
+                nans |= mine[pattern] != 0 or mine[SIGN + pattern] != 0
         sizes[i] = size + nans
 
 
 @numba.njit(cache=True, nogil=True)
-def present_counts(tables: Int64, infinity: int, magnitudes: Float32, values: Float32, found: Int64) -> None:
+def present_counts(
+    counts: Int64, groups: Int64, infinity: int, magnitudes: Float32, values: Float32, found: Int64
+) -> None:
     """The rows of `counts` of some groups, one after the other: values that occur, ascending, and how often.
 
-    -0 joins 0 and all NaN join one, which is last. tables (groups,): `table_addresses`; ``infinity`` is its pattern;
-    magnitudes (SIGN,) of non-negative patterns; values and found (all `present_sizes`,): written.
+    -0 joins 0 and all NaN join one, which is last. counts, groups, ``infinity`` as in `present_sizes`; magnitudes
+    (SIGN,) of non-negative patterns; values and found (all sizes,): written.
     """
     size = 0
-    for i in range(tables.size):
-        counts = _table(tables[i])
+    for i in range(groups.size):
+        mine = counts[groups[i]]
         for pattern in range(infinity, 0, -1):
-            if counts[SIGN + pattern] != 0:
-                values[size], found[size] = -magnitudes[pattern], counts[SIGN + pattern]
+            if mine[SIGN + pattern] != 0:
+                values[size], found[size] = -magnitudes[pattern], mine[SIGN + pattern]
                 size += 1
-        zeros = counts[0] + counts[SIGN]
+        zeros = mine[0] + mine[SIGN]
         if zeros != 0:
             values[size], found[size] = 0, zeros
             size += 1
         for pattern in range(1, infinity + 1):
-            if counts[pattern] != 0:
-                values[size], found[size] = magnitudes[pattern], counts[pattern]
+            if mine[pattern] != 0:
+                values[size], found[size] = magnitudes[pattern], mine[pattern]
                 size += 1
         nans = np.int64(0)
         for pattern in range(infinity + 1, SIGN):
-            nans += counts[pattern] + counts[SIGN + pattern]
+            nans += mine[pattern] + mine[SIGN + pattern]
         if nans != 0:
             values[size], found[size] = np.nan, nans
             size += 1
@@ -245,7 +196,8 @@ def summarize(
 
 @numba.njit(cache=True, nogil=True)
 def summarize_sums(
-    tables: Int64,
+    counts: Int64,
+    groups: Int64,
     firsts: Int64,
     infinity: int,
     magnitudes: Float32,
@@ -253,16 +205,16 @@ def summarize_sums(
     integers: Int64,
     floats: Float64,
 ) -> None:
-    """`summarize` of the groups tables[firsts[i]:firsts[i + 1]] together, for each i; tables: `table_addresses`.
+    """`summarize` of the rows groups[firsts[i] : firsts[i + 1]] of counts (all groups, PATTERNS) together, for each i.
 
     integers (i, 5) and floats (i, 6 + q): written.
     """
     together = np.empty(PATTERNS, np.int64)
     for i in range(firsts.size - 1):
-        counts = _table(tables[firsts[i]])
+        mine = counts[groups[firsts[i]]]
         if firsts[i + 1] - firsts[i] > 1:
-            together[:] = counts
+            together[:] = mine
             for j in range(firsts[i] + 1, firsts[i + 1]):
-                together += _table(tables[j])
-            counts = together
-        summarize(counts, infinity, magnitudes, probabilities, integers[i], floats[i])
+                together += counts[groups[j]]
+            mine = together
+        summarize(mine, infinity, magnitudes, probabilities, integers[i], floats[i])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -12,26 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from quambase.collector.host_kernels import SIGN
-from quambase.collector.statistics import EXTREMA, INTEGERS, SUMS, TOP_FIELDS, Encoding, SiteLayout, SiteStatistics
-from quambase.collector.table_kernels import (
-    addresses,
-    present_counts,
-    present_sizes,
-    repeat,
-    summarize_sums,
-    table_addresses,
-    take_parts,
-)
+from quambase.collector.host.kernels import SIGN
+from quambase.collector.statistics import TOP_FIELDS, Encoding, Int64, RunStatistics, SiteIndex, SiteLayout
+from quambase.collector.table_kernels import present_counts, present_sizes, repeat, summarize_sums
 from quambase.schema.sites import WHOLE, SiteKey
 from quambase.schema.tables import CHANNELS, COUNTS, GROUPS, OUTLIERS, QUANTILES, SITE_STATS, as_made
 
-Statistics = Mapping[SiteKey, SiteStatistics]
-
-Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
 
 _NOTHING = np.empty(0, np.int64)
 """Joined with arrays of which there may be none."""
@@ -115,73 +103,87 @@ def with_whole(layout: SiteLayout) -> list[tuple[str, int]]:
     return sorted([*layout.ordered_groups, *whole])
 
 
+class TableGroup(NamedTuple):
+    """A group of a site: its number ``g`` there, and its ``row`` among all groups of the run."""
+
+    key: SiteKey
+    name: str
+    layout: SiteLayout
+    g: int
+    row: int
+
+
+def table_groups(index: SiteIndex) -> list[TableGroup]:
+    """Every group in the order of the tables."""
+    return [
+        TableGroup(key, name, layout, g, index.groups[key].start + g)
+        for key, layout in index.layouts.items()
+        for name, g in layout.ordered_groups
+    ]
+
+
+def _names(groups: Sequence[TableGroup]) -> list[tuple[SiteKey, str]]:
+    return [(group.key, group.name) for group in groups]
+
+
 COUNTED = 20
 """Groups whose rows of `counts` make a file: of a float16 model's activations, some 650,000."""
 
 
-def counts_parts(run: str, statistics: Statistics, encoding: Encoding) -> list[Callable[[], pa.Table]]:
+def counts_parts(run: str, statistics: RunStatistics, encoding: Encoding) -> list[Callable[[], pa.Table]]:
     """What make the rows of `counts`, some groups each; together, in order, they are the table.
 
     Values ascend from -inf to inf, then NaN; -0 joins 0, all NaN join one.
     """
-    infinity, magnitudes = encoding.infinity, encoding.values()[:SIGN]
+    counts, infinity, magnitudes = statistics.counts.numpy(), encoding.infinity, encoding.values()[:SIGN]
 
-    def part(groups: Sequence[tuple[SiteKey, str, int]]) -> pa.Table:
-        tables = table_addresses(statistics[key].counts[g] for key, _, g in groups)
-        rows = np.empty(len(groups), np.int64)
-        present_sizes(tables, infinity, rows)
+    def part(groups: Sequence[TableGroup]) -> pa.Table:
+        places, rows = np.array([group.row for group in groups]), np.empty(len(groups), np.int64)
+        present_sizes(counts, places, infinity, rows)
         block = np.empty((3, int(rows.sum())), np.int32)
         found, values = block[:2].reshape(-1).view(np.int64), block[2].view(np.float32)
-        present_counts(tables, infinity, magnitudes, values, found)
+        present_counts(counts, places, infinity, magnitudes, values, found)
         columns: dict[str, object] = {"value": values, "count": found}
-        return many_keyed_rows(run, [(key, name) for key, name, _ in groups], rows, columns, COUNTS)
+        return many_keyed_rows(run, _names(groups), rows, columns, COUNTS)
 
-    groups = [(key, name, g) for key in sorted(statistics) for name, g in statistics[key].layout.ordered_groups]
+    groups = table_groups(statistics.index)
     return [partial(part, groups[start : start + COUNTED]) for start in range(0, len(groups), COUNTED)]
 
 
-def channels_rows(run: str, statistics: Statistics) -> pa.Table:
+def channels_rows(run: str, statistics: RunStatistics) -> pa.Table:
     """The table `channels`."""
-    sites = sorted(statistics)
-    moments = [statistics[key].moments for key in sites]
-    layouts = [statistics[key].layout for key in sites]
-    groups = [
-        (key, layout, name, g) for key, layout in zip(sites, layouts, strict=True) for name, g in layout.ordered_groups
+    groups = table_groups(statistics.index)
+    rows = [layout.moment_rows(g) for _, _, layout, g, _ in groups]
+    channels = [
+        np.arange(mine.size) if group.layout.d_state else mine for mine, group in zip(rows, groups, strict=True)
     ]
-    rows = [layout.moment_rows(g) for _, layout, _, g in groups]
-    channels = [np.arange(mine.size) if group[1].d_state else mine for mine, group in zip(rows, groups, strict=True)]
-    places = np.concatenate([_NOTHING, *rows])
-    sizes = [layout.moments for layout in layouts]
-    firsts = np.cumsum([0, *sizes])
+    starts = [statistics.index.channels[group.key].start for group in groups]
+    places = np.concatenate([_NOTHING, *(start + mine for start, mine in zip(starts, rows, strict=True))])
     columns: dict[str, object] = {"channel": np.concatenate([_NOTHING, *channels])}
-    for names, kind in ((INTEGERS, np.int64), (EXTREMA, np.float32), (SUMS, np.float64)):
-        parts = np.stack([addresses((getattr(of, name) for of in moments), sizes, kind) for name in names])
-        taken = np.empty((len(names), places.size), kind)
+    for name, values in statistics.moments.named().items():
         # -0 becomes 0: which of the two is the lower depends on the order they were met in.
-        take_parts(parts, np.array(sizes, np.int64), firsts, places, taken)
-        columns |= {_MOMENT_COLUMNS.get(name, name): row for row, name in zip(taken, names, strict=True)}
-    keys = [(key, name) for key, _, name, _ in groups]
-    return many_keyed_rows(run, keys, [mine.size for mine in rows], columns, CHANNELS)
+        columns[_MOMENT_COLUMNS.get(name, name)] = values.numpy().take(places) + 0
+    return many_keyed_rows(run, _names(groups), [mine.size for mine in rows], columns, CHANNELS)
 
 
-def groups_rows(run: str, layouts: Mapping[SiteKey, SiteLayout]) -> pa.Table:
+def groups_rows(run: str, index: SiteIndex) -> pa.Table:
     """The table `groups`."""
-    found = [(key, layouts[key], name, g) for key in sorted(layouts) for name, g in layouts[key].ordered_groups]
-    members = [layout.members(g) for _, layout, _, g in found]
+    groups = table_groups(index)
+    members = [layout.members(g) for _, _, layout, g, _ in groups]
     ends = np.cumsum([0, *(part.size for part in members)])
     channels = np.concatenate([_NOTHING, *members]).astype(np.int32)
-    sorted_groups = [layout.sorted_groups[g] if layout.sorted_groups else (None, None) for _, layout, _, g in found]
+    sorted_groups = [layout.sorted_groups[g] if layout.sorted_groups else (None, None) for _, _, layout, g, _ in groups]
     columns: dict[str, object] = {
         "channels": pa.ListArray.from_arrays(ends.astype(np.int32), channels),
-        "ssd_group": [layout.ssd_groups[g] if layout.ssd_groups else None for _, layout, _, g in found],
+        "ssd_group": [layout.ssd_groups[g] if layout.ssd_groups else None for _, _, layout, g, _ in groups],
         "head_group": [head for head, _ in sorted_groups],
         "channel_group": [channel for _, channel in sorted_groups],
     }
-    return many_keyed_rows(run, [(key, name) for key, _, name, _ in found], [1] * len(found), columns, GROUPS)
+    return many_keyed_rows(run, _names(groups), [1] * len(groups), columns, GROUPS)
 
 
 class Places(NamedTuple):
-    """Placement values are, as `outliers` has it: positions (n,), token ids, tokens, channels (n,)."""
+    """Where values are, as `outliers` has it: positions (n,), token ids, tokens, channels (n,)."""
 
     positions: Int64
     token_ids: Sequence[int | None]
@@ -193,18 +195,14 @@ Locate = Callable[[SiteLayout, Int64, Int64, Int64], Places]
 """Takes documents, rows in them and channels, (n,) each."""
 
 
-def outliers_rows(run: str, statistics: Statistics, encoding: Encoding, locate: Locate) -> pa.Table:
+def outliers_rows(run: str, statistics: RunStatistics, encoding: Encoding, locate: Locate) -> pa.Table:
     """The table `outliers`."""
-    keys: list[tuple[SiteKey, str]] = []
-    tops: list[Int64] = []
-    places: list[Places] = []
-    for key in sorted(statistics):
-        layout = statistics[key].layout
-        for name, g in layout.ordered_groups:
-            top = statistics[key].top[g]
-            keys.append((key, name))
-            tops.append(top)
-            places.append(locate(layout, top[:, 2], top[:, 3], layout.members(g)[top[:, 4]]))
+    groups = table_groups(statistics.index)
+    tops = [statistics.outliers(group.row) for group in groups]
+    places = [
+        locate(layout, top[:, 2], top[:, 3], layout.members(g)[top[:, 4]])
+        for (_, _, layout, g, _), top in zip(groups, tops, strict=True)
+    ]
     joined = np.concatenate([np.empty((0, len(TOP_FIELDS)), np.int64), *tops])
     columns: dict[str, object] = {
         "document": joined[:, 2],
@@ -214,33 +212,30 @@ def outliers_rows(run: str, statistics: Statistics, encoding: Encoding, locate: 
         "channel": np.concatenate([_NOTHING, *(of.channels for of in places)]),
         "value": encoding.values()[joined[:, 1]],
     }
-    return many_keyed_rows(run, keys, [len(top) for top in tops], columns, OUTLIERS)
+    return many_keyed_rows(run, _names(groups), [len(top) for top in tops], columns, OUTLIERS)
 
 
 SHARE = 8
 """Sites that are one task of a pool: what takes a fraction of a millisecond is not worth one of its own."""
 
 
-def site_stats_maker(run: str, statistics: Statistics, encoding: Encoding, pool: Executor) -> Callable[[], pa.Table]:
+def site_stats_maker(run: str, statistics: RunStatistics, encoding: Encoding, pool: Executor) -> Callable[[], pa.Table]:
     """What makes the table `site_stats`: a row for each site and each group of a divided one.
 
     Its numbers are computed in ``pool``, where that begins at once; what is returned waits for them.
     """
-    magnitudes = encoding.values()[:SIGN]
-    probabilities = np.array(list(QUANTILES.values()))
-    keys = sorted(statistics)
+    index, counts = statistics.index, statistics.counts.numpy()
+    given = encoding.infinity, encoding.values()[:SIGN], np.array(list(QUANTILES.values()))
+    keys = list(index.layouts)
 
     def summaries(of: Sequence[SiteKey]) -> tuple[Int64, Float64]:
-        tables: list[Int64] = []
-        firsts = [0]
+        members: list[Int64] = []
         for key in of:
-            counts = statistics[key].counts
-            for _, g in with_whole(statistics[key].layout):
-                tables += [counts[g]] if g < len(counts) else list(counts)
-                firsts.append(len(tables))
-        integers, floats = np.empty((len(firsts) - 1, 5), np.int64), np.empty((len(firsts) - 1, 6 + probabilities.size))
-        given = encoding.infinity, magnitudes, probabilities
-        summarize_sums(table_addresses(tables), np.array(firsts), *given, integers, floats)
+            places = np.arange(index.groups[key].start, index.groups[key].stop)
+            members += [places[g : g + 1] if g < len(places) else places for _, g in with_whole(index.layouts[key])]
+        firsts = np.cumsum([0, *map(len, members)])
+        integers, floats = np.empty((len(members), 5), np.int64), np.empty((len(members), 6 + len(QUANTILES)))
+        summarize_sums(counts, np.concatenate(members), firsts, *given, integers, floats)
         return integers, floats
 
     coming = [pool.submit(summaries, keys[start : start + SHARE]) for start in range(0, len(keys), SHARE)]
@@ -248,13 +243,14 @@ def site_stats_maker(run: str, statistics: Statistics, encoding: Encoding, pool:
     def rows() -> pa.Table:
         named: list[tuple[SiteKey, str]] = []
         overflow: list[int] = []
-        for key in keys:
-            layout, of_site = statistics[key].layout, statistics[key].moments.overflow
+        of_channels = statistics.moments.named()["overflow"].numpy()
+        for key, layout in index.layouts.items():
+            of_site = of_channels[index.channels[key]]
             for name, g in with_whole(layout):
                 named.append((key, name))
                 overflow.append(int((of_site[layout.moment_rows(g)] if g < len(layout.names) else of_site).sum()))
         integers = np.concatenate([np.empty((0, 5), np.int64), *(share.result()[0] for share in coming)]).T
-        nothing = np.empty((0, 6 + probabilities.size))
+        nothing = np.empty((0, 6 + len(QUANTILES)))
         floats = np.concatenate([nothing, *(share.result()[1] for share in coming)]).T
         columns: dict[str, object] = dict(zip(("amax", "min", "max"), floats[:3].astype(np.float32), strict=True))
         columns |= dict(zip(("mean", "std", "kurtosis"), floats[3:6], strict=True))

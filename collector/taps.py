@@ -1,77 +1,146 @@
-"""The tap of a collection: sees every site of one block and keeps what the tables need."""
+"""The tap of a collection: counts every site of one block, on the host or a device, and keeps what its rows need."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from quambase.collector.block_rows import KeptRows, activations_rows, documents_rows
 from quambase.collector.documents import TokenizedDocument
-from quambase.collector.statistics import SUMMARY_COLUMNS, Counter, SiteLayout, SiteStatistics
-from quambase.collector.table_rows import Keys, many_keyed_rows, table_of, with_whole
+from quambase.collector.statistics import SUMMARY_COLUMNS, BlockStatistics, Counter, Int64, SiteLayout
 from quambase.schema.errors import TapNeverFired
 from quambase.schema.sites import SiteKey
-from quambase.schema.tables import ACTIVATIONS, DOCUMENTS, as_made
 
 Positions = Mapping[int, npt.NDArray[np.int64]]
 
 
-def documents_rows(
-    run: str,
-    documents: Sequence[TokenizedDocument],
-    layouts: Mapping[SiteKey, SiteLayout],
-    flat: npt.NDArray[np.float32],
-    starts: Sequence[int],
-) -> pa.Table:
-    """A block's rows of `documents`; flat from ``starts[i]`` on: the summaries (documents, groups + 1, 1 + q:
-    SUMMARY_COLUMNS) of the i-th site of ``layouts``, the whole site last.
+@dataclass(frozen=True)
+class KeptTokens:
+    """Whose raw activations are kept: ``positions`` of documents, final states of documents; both None: all.
+
+    ValueError: one of the two is None.
     """
-    order = _documents_order(run, tuple(layouts.items()), tuple(starts), len(documents))
-    columns: dict[str, object] = {
-        "document": np.array([document.index for document in documents], np.int32)[order.documents],
-        "tokens": np.array([document.tokens.size for document in documents], np.int32)[order.documents],
-        "sha256": pa.array([document.sha256 for document in documents], pa.string()).take(order.documents),
-        **dict(zip(SUMMARY_COLUMNS, flat[order.places], strict=True)),
-    }
-    return table_of(order.keys | columns, DOCUMENTS)
+
+    positions: Positions | None
+    states: set[int] | None
+
+    def __post_init__(self) -> None:
+        if (self.positions is None) != (self.states is None):
+            raise ValueError("either all tokens and states are kept, or some of both")
+
+    @property
+    def everything(self) -> bool:
+        """Whether every token's activations are kept."""
+        return self.positions is None
+
+
+NOTHING = KeptTokens({}, set())
+
+
+class Gather(Protocol):
+    """Copies rows of one tensor after the other, to float32 on ``device``."""
+
+    device: torch.device
+
+    def add(self, x: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """Rows ``rows`` (count,) int64, None for all, of x (t, width), float16 or float32.
+
+        Perhaps only noted: x must stay as it is until the next `gathered`.
+        """
+
+    def gathered(self) -> list[torch.Tensor]:
+        """What was added since the last call, in order: flat tensors, each of the rows of some calls."""
+
+
+CHUNK_VALUES = 1 << 24
+"""Values for which `TorchGather` allocates memory at a time: so many bytes that the allocator maps them apart."""
+
+
+class TorchGather:
+    """A `Gather` in plain PyTorch.
+
+    Memory comes in large chunks. Small ones on the heap, among the activations that come and go, would fragment it, and
+    each layer would have to ask the system for fresh memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._tensors: list[torch.Tensor] = []
+        self._chunk, self._used = torch.empty(0, device=device), 0
+
+    def add(self, x: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """As `Gather.add`, at once; x may be on another device."""
+        shape = len(x) if rows is None else len(rows), x.shape[1]
+        size = shape[0] * shape[1]
+        if self._used + size > len(self._chunk):
+            self._end_tensor()
+            self._chunk = torch.empty(max(size, CHUNK_VALUES), device=self.device)
+        self._chunk[self._used : self._used + size].view(shape).copy_(x if rows is None else x.index_select(0, rows))
+        self._used += size
+
+    def gathered(self) -> list[torch.Tensor]:
+        """As `Gather.gathered`."""
+        self._end_tensor()
+        found, self._tensors = self._tensors, []
+        return found
+
+    def _end_tensor(self) -> None:
+        """What follows is another tensor, though perhaps of the same chunk."""
+        if self._used:
+            self._tensors.append(self._chunk[: self._used])
+            self._chunk, self._used = self._chunk[self._used :], 0
+
+
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which a device's blocks are copied to the host."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
-class _DocumentsOrder:
-    """Of a block's rows of `documents`, what is alike in every block of as many documents.
+class ObservedBlock:
+    """What a block's rows are made of; on its way to the host, where it is complete once ``copied`` has passed.
 
-    keys       the columns of the key
-    documents  (rows,) a row's document in the block
-    places     (1 + q, rows) of its values among the summaries
+    summaries  float32, flat: those of every layout in turn
+    raw        float32, flat: what was gathered, of ``kept`` in turn
+    same       a site whose summaries and raw values are another's, and which
+    places     of each span: (places, 2) int64, document and position
     """
 
-    keys: dict[str, object]
-    documents: npt.NDArray[np.int64]
-    places: npt.NDArray[np.int64]
+    run: str
+    documents: Sequence[TokenizedDocument]
+    layouts: Mapping[SiteKey, SiteLayout]
+    summaries: torch.Tensor
+    raw: Sequence[torch.Tensor]
+    copied: torch.cuda.Event | None
+    same: Mapping[SiteKey, SiteKey]
+    kept: Sequence[KeptRows]
+    places: Sequence[Int64]
 
+    def is_here(self) -> bool:
+        """Whether all is copied, and so folded into the run's statistics."""
+        return self.copied is None or bool(self.copied.query())  # type: ignore[no-untyped-call]
 
-@lru_cache(2)
-def _documents_order(
-    run: str, layouts: tuple[tuple[SiteKey, SiteLayout], ...], starts: tuple[int, ...], documents: int
-) -> _DocumentsOrder:
-    """Kept of the blocks of full size and of the last."""
-    keyed: list[tuple[SiteKey, str]] = []
-    rows: list[npt.NDArray[np.int64]] = []
-    columns = len(SUMMARY_COLUMNS)
-    for (key, layout), start in sorted(zip(layouts, starts, strict=True), key=lambda site: site[0][0]):
-        groups = with_whole(layout)
-        keyed += [(key, name) for name, _ in groups]
-        rows += [start + columns * (np.arange(documents) * (len(layout.names) + 1) + g) for _, g in groups]
-    places = np.concatenate([np.empty(0, np.int64), *rows]) + np.arange(columns)[:, None]
-    return _DocumentsOrder(
-        Keys.of(run, keyed).columns([documents] * len(keyed)), np.tile(np.arange(documents), len(keyed)), places
-    )
+    def tables(self) -> tuple[pa.Table, pa.Table]:
+        """The rows of `documents` and of `activations`; waits until all is here."""
+        if self.copied:
+            self.copied.synchronize()
+        sizes = [
+            len(self.documents) * (len(layout.names) + 1) * len(SUMMARY_COLUMNS) for layout in self.layouts.values()
+        ]
+        starts = dict(zip(self.layouts, np.cumsum([0, *sizes]).tolist(), strict=False))
+        starts |= {key: starts[source] for key, source in self.same.items()}
+        places = [starts[key] for key in self.layouts]
+        documents = documents_rows(self.run, self.documents, self.layouts, self.summaries.numpy(), places)
+        raw = [values.numpy() for values in self.raw]
+        return documents, activations_rows(self.run, self.layouts, self.kept, self.same, self.places, raw)
 
 
 def check_seen(seen: Mapping[SiteKey, int], documents: int) -> None:
@@ -84,195 +153,154 @@ def check_seen(seen: Mapping[SiteKey, int], documents: int) -> None:
             )
 
 
-KeptRow = tuple[int, int, npt.NDArray[np.float32]]
-"""Document, position, and the values of a token at a site, or of a final state, flat (e, n)."""
-
-Rows = tuple[Sequence[tuple[int, int]], npt.NDArray[np.float32]]
-"""Documents and positions, and their values (places, width)."""
-
-
-PIECE = 1 << 24
-"""Values that are joined to one piece of `activations`: Arrow's lists have 32-bit offsets."""
-
-
-def activations_rows(run: str, layouts: Mapping[SiteKey, SiteLayout], kept: Mapping[SiteKey, Rows]) -> pa.Table:
-    """A block's rows of `activations`: raw float32 values, a row per sampled token and group."""
-    pieces: list[pa.Table] = []
-    parts: list[tuple[SiteKey, str, Sequence[tuple[int, int]], npt.NDArray[np.float32]]] = []
-
-    def join() -> None:
-        """Make a piece of ``parts``: key, group, whose rows, values (rows, width)."""
-        rows = [len(values) for _, _, _, values in parts]
-        ends = np.zeros(sum(rows) + 1, np.int32)
-        np.cumsum(np.repeat([values.shape[1] for _, _, _, values in parts], rows), dtype=np.int32, out=ends[1:])
-        places = np.array([place for _, _, of_rows, _ in parts for place in of_rows], np.int32).reshape(-1, 2)
-        columns: dict[str, object] = {
-            "document": np.ascontiguousarray(places[:, 0]),
-            "position": np.ascontiguousarray(places[:, 1]),
-            "values": pa.ListArray.from_arrays(ends, np.concatenate([values.reshape(-1) for _, _, _, values in parts])),
-        }
-        keys = [(key, name) for key, name, _, _ in parts]
-        pieces.append(many_keyed_rows(run, keys, rows, columns, ACTIVATIONS))
-        parts.clear()
-
-    held = 0
-    for key in sorted(kept):
-        layout = layouts[key]
-        places, matrix = kept[key]
-        for name, g in layout.ordered_groups:
-            if layout.d_state:
-                states = matrix.reshape(len(matrix), -1, layout.d_state)
-                part = states[:, layout.members(g)].reshape(len(matrix), -1)
-            elif layout.order:
-                part = matrix[:, layout.members(g)]
-            else:
-                # The flat (e, n) state of an undivided site has no channel slices; every other row has.
-                part = matrix if layout.state else matrix[:, layout.edges[g] : layout.edges[g + 1]]
-            parts.append((key, name, places, part))
-            held += part.size
-            if held > PIECE:
-                join()
-                held = 0
-    if parts:
-        join()
-    # An empty piece beside the others would have dictionaries of its own to be unified.
-    return pa.concat_tables(pieces) if pieces else as_made(ACTIVATIONS).empty_table()
-
-
-ROOM = 1 << 24
-"""Values that a `_Room` gets at a time: so many bytes that the allocator maps them apart from its heap."""
-
-
-class _Room:
-    """Where a block's raw activations are kept. On the allocator's heap, among the activations that come and go, they
-    would keep its memory from being used again, and each layer would wait for new.
-    """
-
-    def __init__(self) -> None:
-        self._free = np.empty(0, np.float32)
-
-    def take(self, rows: int, width: int) -> npt.NDArray[np.float32]:
-        """(rows, width) float32, to be written; never handed out again."""
-        size = rows * width
-        if self._free.size < size:
-            self._free = np.empty(max(size, ROOM), np.float32)
-        taken, self._free = self._free[:size], self._free[size:]
-        return taken.reshape(rows, width)
-
-
-@dataclass
 class BlockRecorder:
     """A `quambase.model.block.Tap` for the documents of one block; sites without a layout are not looked at.
 
-    ``positions``: document number to the positions whose activations are kept (None: every one);
-    ``states``: the documents whose final state is kept (None: all).
+    Nothing here waits for a device, unless every activation is kept.
     """
 
-    run: str
-    documents: Sequence[TokenizedDocument]
-    layouts: Mapping[SiteKey, SiteLayout]
-    counter: Counter
-    positions: Positions | None
-    states: set[int] | None
-    statistics: dict[SiteKey, SiteStatistics] = field(init=False)
-    summaries: dict[SiteKey, npt.NDArray[np.float32]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        shapes = {key: (len(self.documents), len(layout.names) + 1) for key, layout in self.layouts.items()}
-        self.statistics = {k: SiteStatistics.empty(layout, self.counter.most) for k, layout in self.layouts.items()}
-        self.summaries = {k: np.empty((*shape, len(SUMMARY_COLUMNS)), np.float32) for k, shape in shapes.items()}
-        self._seen = dict.fromkeys(self.layouts, 0)
+    def __init__(
+        self,
+        run: str,
+        documents: Sequence[TokenizedDocument],
+        statistics: BlockStatistics,
+        counter: Counter,
+        gather: Gather,
+        kept: KeptTokens,
+    ) -> None:
+        self.run, self.documents, self.statistics = run, documents, statistics
+        self.counter, self.gather = counter, gather
+        self.positions, self.states = kept.positions, kept.states
+        self._flat, self.summaries = statistics.summaries(len(documents))
+        self._seen = dict.fromkeys(statistics.layouts, 0)
         self._last: tuple[SiteKey, torch.Tensor] | None = None
-        self._kept: dict[SiteKey, list[KeptRow]] = {key: [] for key in self.layouts}
-        self._room = _Room()
+        self._same: dict[SiteKey, SiteKey] = {}
+        self._layer: int | None = None
+        self._kept: list[KeptRows] = []
+        self._borders: dict[tuple[int, int, int], Int64] = {}
+        self._spans: dict[tuple[int, int, bool], tuple[int, torch.Tensor | None]] = {}
+        self._places: list[Int64] = []
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
         """Count one site's activations; see `quambase.model.block.Tap` for the shapes."""
         key = (layer, site)
-        layout = self.layouts.get(key)
+        layout = self.statistics.layouts.get(key)
         if layout is None:
             return
-        here = self.documents[documents]
+        if layer != self._layer:  # layers are alike, and so are batches of whole layers: one is prepared for all
+            self.counter.flush(partly=True)
+            self._layer = layer
         if layout.d_state:
             rows = values.transpose(1, 2).reshape(-1, values.shape[1])  # (documents n, e)
-            lengths = [layout.d_state] * len(here)
+            length = layout.d_state
         elif layout.state:
             rows = values.reshape(-1, values.shape[-1])  # (documents e, n)
-            lengths = [values.shape[1]] * len(here)
+            length = values.shape[1]
         else:
             rows = values
-            lengths = [document.tokens.size for document in here]
-        offsets = np.cumsum([0, *lengths], dtype=np.int64)
-        if not self._copied(key, values, len(here)):
-            summaries = self.summaries[key][documents]
-            self.counter.add(self.statistics[key], rows, offsets, documents.start, summaries)
-        self._seen[key] += len(here)
+            length = 0
+        offsets = self._offsets(documents, length)
+        here = documents.stop - documents.start
+        self._seen[key] += here
+        source = self._identity(key, values, here)
         self._last = key, values
-        self._keep(key, layout, values, offsets, here)
+        if source:
+            self._same[key] = source
+            return
+        assert key not in self.statistics.shared, f"{key} was {self.statistics.shared[key]} in an earlier block"
+        summaries = self.summaries[key]
+        if here != len(self.documents):
+            summaries = summaries[documents]
+        self.counter.add(self.statistics.sites[key], rows, offsets, documents.start, summaries)
+        self._keep(key, layout, values, offsets, documents)
 
-    def _copied(self, key: SiteKey, values: torch.Tensor, documents: int) -> bool:
-        """Take over the statistics of the call before if it brought this very tensor for every document: an identity's
-        output is its input, and counting is what a collection costs.
+    def _offsets(self, documents: slice, length: int) -> Int64:
+        """The borders of some documents' rows: ``length`` each, or, if that is 0, one for each token."""
+        span = documents.start, documents.stop, length
+        if span not in self._borders:
+            lengths = [length or document.tokens.size for document in self.documents[documents]]
+            self._borders[span] = np.cumsum([0, *lengths], dtype=np.int64)
+        return self._borders[span]
+
+    def _identity(self, key: SiteKey, values: torch.Tensor, documents: int) -> SiteKey | None:
+        """The site that the call before brought this very tensor for, of every document: an identity's output is its
+        input, and counting is what a collection costs.
         """
         if self._last is None or self._last[1] is not values or documents != len(self.documents):
-            return False
-        source = self._last[0]
-        if self.layouts[source] != self.layouts[key]:
-            return False
-        self.statistics[key] = deepcopy(self.statistics[source])
-        self.summaries[key] = self.summaries[source].copy()
-        return True
+            return None
+        source = self._same.get(self._last[0], self._last[0])
+        return source if self.statistics.layouts[source] == self.statistics.layouts[key] else None
 
-    def _keep(
-        self,
-        key: SiteKey,
-        layout: SiteLayout,
-        values: torch.Tensor,
-        offsets: npt.NDArray[np.int64],
-        documents: Sequence[TokenizedDocument],
-    ) -> None:
-        kept = self._kept[key]
-        for place, document in enumerate(documents):
-            if layout.state:
-                if self.states is None or document.index in self.states:
-                    state = self._room.take(*values[place].shape)
-                    state[:] = values[place].numpy()
-                    kept.append((document.index, document.tokens.size - 1, state.reshape(-1)))
-                continue
+    def _keep(self, key: SiteKey, layout: SiteLayout, values: torch.Tensor, offsets: Int64, documents: slice) -> None:
+        name = (documents.start, documents.stop, layout.state)
+        if name not in self._spans:
+            places, rows = self._sampled_states(documents) if layout.state else self._sampled(documents, offsets)
+            index = None
+            if self.positions is not None:
+                index = torch.tensor(rows, dtype=torch.int64).to(values.device, non_blocking=True)
+            self._spans[name] = len(self._places), index
+            self._places.append(np.array(places, np.int64).reshape(-1, 2))
+        span, index = self._spans[name]
+        flat = values if values.ndim == 2 else values.flatten(1)  # a state is (documents, e, n)
+        if index is None or index.numel():
+            self.gather.add(flat, index)
+        self._kept.append(KeptRows(key, span, flat.shape[1]))
+
+    def _sampled(self, documents: slice, offsets: Int64) -> tuple[list[tuple[int, int]], list[int]]:
+        """The sampled tokens of some documents, document and position, and their rows."""
+        places: list[tuple[int, int]] = []
+        rows: list[int] = []
+        for start, document in zip(offsets.tolist(), self.documents[documents], strict=False):
             if self.positions is None:
-                wanted = np.arange(document.tokens.size)
-            elif document.index in self.positions:
-                wanted = self.positions[document.index]
+                wanted = range(document.tokens.size)
             else:
-                continue
-            picked = self._room.take(len(wanted), values.shape[1])
-            torch.index_select(values, 0, torch.from_numpy(offsets[place] + wanted), out=torch.from_numpy(picked))
-            kept.extend((document.index, int(position), row) for position, row in zip(wanted, picked, strict=True))
+                wanted = self.positions.get(document.index, np.empty(0, np.int64)).tolist()
+            places += [(document.index, position) for position in wanted]
+            rows += [start + position for position in wanted]
+        return places, rows
 
-    def finish(self) -> dict[SiteKey, SiteStatistics]:
-        """The block's statistics, documents numbered as in the file.
+    def _sampled_states(self, documents: slice) -> tuple[list[tuple[int, int]], list[int]]:
+        """The last tokens of the documents whose states are kept, and their numbers among some documents."""
+        here = self.documents[documents]
+        rows = [i for i, document in enumerate(here) if self.states is None or document.index in self.states]
+        return [(here[i].index, here[i].tokens.size - 1) for i in rows], rows
+
+    def finish(self) -> ObservedBlock:
+        """Fold the block into the run's statistics and send what its rows are made of to the host.
 
         TapNeverFired if a site was not reached for every document.
         """
         self._last = None
         check_seen(self._seen, len(self.documents))
-        numbers = np.array([document.index for document in self.documents], np.int64)
-        for stats in self.statistics.values():
-            for top in stats.top:
-                top[:, 2] = numbers[top[:, 2]]
-        return self.statistics
+        self.counter.flush()
+        for key, source in self._same.items():
+            self.statistics.share(key, source)
+        self.statistics.fold(np.array([document.index for document in self.documents], np.int64))
+        summaries, raw, copied = self._flat, self.gather.gathered(), None
+        if summaries.device.type == "cuda":
+            summaries, raw, copied = _queue_copies(summaries, raw)
+        else:
+            summaries = summaries.clone()  # whose memory is the next block's
+        return ObservedBlock(
+            self.run, self.documents, self.statistics.layouts, summaries, raw, copied, self._same, self._kept,
+            self._places,
+        )  # fmt: skip
 
-    def documents_table(self) -> pa.Table:
-        """The block's rows of `documents`."""
-        flat = np.concatenate([np.empty(0, np.float32), *self.summaries.values()], axis=None)
-        starts = np.cumsum([0, *(summaries.size for summaries in self.summaries.values())])[:-1]
-        return documents_rows(self.run, self.documents, self.layouts, flat, starts.tolist())
 
-    def activations_table(self) -> pa.Table:
-        """The block's rows of `activations`."""
-        kept = {
-            key: ([(document, position) for document, position, _ in rows], np.stack([row for _, _, row in rows]))
-            for key, rows in self._kept.items()
-            if rows
-        }
-        return activations_rows(self.run, self.layouts, kept)
+def _queue_copies(
+    summaries: torch.Tensor, raw: list[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.cuda.Event]:
+    """Both on the host, to which what is on a device is on its way until the event has passed."""
+    device, size = summaries.device, len(summaries)
+    there = [values for values in raw if values.device.type == "cuda"]
+    flat = torch.cat([summaries, *there])
+    here = torch.empty(flat.shape, pin_memory=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    # On a stream of its own, so that the next block does not wait for it.
+    copies = _copies(device)
+    copies.wait_stream(torch.cuda.current_stream(device))
+    flat.record_stream(copies)
+    with torch.cuda.stream(copies):
+        here.copy_(flat, non_blocking=True)
+        copied.record(copies)
+    return here[:size], [here[size:]] if there else raw, copied

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from counted import Counted, count_site
 
-from quambase.collector.cuda.statistics import DeviceStatistics
-from quambase.collector.cuda.torch_counter import DeviceCounter
-from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Counter, Moments, SiteLayout, SiteStatistics
+from quambase.collector.host.counter import HostCounter
+from quambase.collector.statistics import ENCODINGS, SUMS, Counter, SiteLayout
 
 MOST = 7
 SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 65519.0, 65520.0, -70000.0, 6e-8, -6e-8, 1e-30]
@@ -111,41 +111,25 @@ def large_cases(values: int) -> Iterator[Case]:
     yield Case("ties without end", late, lengths, layout)
 
 
-def count_on_host(case: Case) -> tuple[SiteStatistics, np.ndarray]:
+def count_on_host(case: Case) -> tuple[Counted, np.ndarray]:
     """What the CPU's counter makes of it."""
-    groups = len(case.layout.names)
-    stats = SiteStatistics.empty(case.layout, MOST)
-    summaries = np.full((len(case.lengths), groups + 1, len(SUMMARY_COLUMNS)), -1, np.float32)
-    Counter(ENCODINGS[case.encoding], MOST, groups).add(stats, case.x, np.cumsum([0, *case.lengths]), 0, summaries)
-    return stats, summaries
+    counter = HostCounter(ENCODINGS[case.encoding], MOST, len(case.layout.names))
+    return count_site(counter, case.x, case.lengths, case.layout)
 
 
 def count_on_device(
-    counter: DeviceCounter, case: Case, device: torch.device, cuts: tuple[int, ...] = ()
-) -> tuple[SiteStatistics, np.ndarray]:
+    counter: Counter, case: Case, device: torch.device, cuts: tuple[int, ...] = ()
+) -> tuple[Counted, np.ndarray]:
     """What a device's counter makes of it, in one call, or in several that end at the documents ``cuts``."""
-    statistics = DeviceStatistics({(0, "site"): case.layout}, MOST, device)
-    site = statistics.sites[0, "site"]
-    documents = len(case.lengths)
-    summaries = torch.full((documents, len(case.layout.names) + 1, len(SUMMARY_COLUMNS)), -1.0, device=device)
-    offsets = np.cumsum([0, *case.lengths])
     x = case.x
     if device.type == "cuda":  # the same strides there
         whole = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype, device=device)
         whole.copy_(torch.as_strided(x, whole.shape, (1,), 0))
         x = torch.as_strided(whole, x.shape, x.stride(), x.storage_offset())
-    with torch.inference_mode():
-        for start, stop in zip((0, *cuts), (*cuts, documents), strict=True):
-            part = offsets[start : stop + 1]
-            counter.add(site, x[part[0] : part[-1]], part - part[0], start, summaries[start:stop])
-        counter.flush()
-        statistics.fold(np.arange(documents))
-    return statistics.to_host()[0, "site"], summaries.cpu().numpy()
+    return count_site(counter, x, case.lengths, case.layout, cuts)
 
 
-def assert_same(
-    found: tuple[SiteStatistics, np.ndarray], wanted: tuple[SiteStatistics, np.ndarray], encoding: str
-) -> None:
+def assert_same(found: tuple[Counted, np.ndarray], wanted: tuple[Counted, np.ndarray], encoding: str) -> None:
     """Every integer, extremum, quantile and place equal; float64 sums but for the order of their terms."""
     infinity = ENCODINGS[encoding].infinity
     (mine, my_summaries), (theirs, their_summaries) = found, wanted
@@ -153,16 +137,15 @@ def assert_same(
     np.testing.assert_array_equal(my_summaries, their_summaries)
     for ours, true in zip(mine.top, theirs.top, strict=True):
         np.testing.assert_array_equal(ours, true)
-    sums = ("total", "squares", "mean_abs_max")
-    for field in fields(Moments):
-        ours, true = getattr(mine.moments, field.name), getattr(theirs.moments, field.name)
-        if field.name in sums:
+    for name, true in vars(theirs.moments).items():
+        ours = getattr(mine.moments, name)
+        if name in SUMS:
             # n additions of float64 each: n roundings of at most the sum of magnitudes.
             magnitude = np.sqrt(theirs.moments.count * theirs.moments.squares) + true**2 / 2**60
-            slack = 2.0**-51 * theirs.moments.count * (true if field.name == "squares" else magnitude)
-            assert (np.abs(ours - true) <= slack + 1e-300).all(), field.name
+            slack = 2.0**-51 * theirs.moments.count * (true if name == "squares" else magnitude)
+            assert (np.abs(ours - true) <= slack + 1e-300).all(), name
         else:
-            np.testing.assert_array_equal(ours, true, err_msg=field.name)
+            np.testing.assert_array_equal(ours, true, err_msg=name)
 
 
 def nan_joined(counts: np.ndarray, infinity: int) -> np.ndarray:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from quambase.collector.cuda.packing import moment_segments, pack
@@ -41,14 +40,21 @@ from quambase.collector.cuda.site_batch import (
     power_of_two,
     to_device,
 )
-from quambase.collector.cuda.statistics import DeviceSite, merged_top
-from quambase.collector.cuda.torch_counter import DeviceCounter, TorchCounter
-from quambase.collector.host_kernels import PATTERNS
-from quambase.collector.statistics import PROBABILITIES, SUMMARY_COLUMNS, Encoding, SiteLayout
+from quambase.collector.cuda.torch_counter import TorchCounter
+from quambase.collector.host.kernels import PATTERNS
+from quambase.collector.statistics import (
+    PROBABILITIES,
+    SUMMARY_COLUMNS,
+    Counter,
+    Encoding,
+    Int64,
+    SiteLayout,
+    SiteStatistics,
+    merged_top,
+    states_by_channel,
+)
 from quambase.model.cuda.compiler import CompilationFailed, Kernels, multiprocessors, shared_memory
 from quambase.schema.progress import remark
-
-Int64 = npt.NDArray[np.int64]
 
 SOURCE = Path(__file__).with_name("counting.cu")
 KERNELS = ("count_items", "reduce_counts", "summarise", "moments", "finish")
@@ -74,7 +80,7 @@ PLANS = 256
 class _Waiting(NamedTuple):
     """A site that was added and is not counted yet; x, contiguous along its rows, of the batch's type."""
 
-    into: DeviceSite
+    into: SiteStatistics
     x: torch.Tensor
     stride: int
     offsets: Int64
@@ -176,7 +182,7 @@ def _beside(device: torch.device) -> torch.cuda.Stream:
 
 
 class CudaCounter:
-    """A `DeviceCounter` by compiled kernels; owns their working memory, which every site shares.
+    """A `Counter` by compiled kernels; owns their working memory, which every site shares.
 
     ``most``: outliers kept per group. ``shared``: bytes of shared memory a block may have (default: the device's);
     ``blocks``: how many count at a time (default: one per multiprocessor). CompilationFailed where they cannot be
@@ -217,8 +223,8 @@ class CudaCounter:
             self._launchers[kind] = kernels
         return self._launchers[kind]
 
-    def add(self, into: DeviceSite, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
-        """As `DeviceCounter.add`."""
+    def add(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
+        """As `Counter.add`."""
         documents = len(offsets) - 1
         most = max(1, SEGMENTS // len(into.layout.names))
         if documents <= most:
@@ -229,7 +235,7 @@ class CudaCounter:
             rows = x[offsets[start] : offsets[stop]]
             self._add(into, rows, offsets[start : stop + 1] - offsets[start], first + start, summaries[start:stop])
 
-    def _add(self, into: DeviceSite, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
+    def _add(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
         kind = KINDS.get((self.encoding.name, x.dtype))
         if kind is None:
             x, kind = x.float(), KINDS[self.encoding.name, torch.float32]
@@ -248,7 +254,7 @@ class CudaCounter:
         waiting.segments += segments
 
     def flush(self, *, partly: bool = False) -> None:
-        """As `DeviceCounter.flush`."""
+        """As `Counter.flush`."""
         for kind in list(self._waiting):
             # As many more might not fit beside them.
             if not partly or 2 * len(self._waiting[kind].sites) > SITES:
@@ -277,8 +283,8 @@ class CudaCounter:
         self._memories.rotate()
         batch = memory.take(plan, stream)
         memory.reads.append(waiting)
-        tops: list[tuple[DeviceSite, torch.Tensor]] = []
-        for number, (into, x, _, offsets, first, summaries) in enumerate(waiting):
+        tops: list[tuple[SiteStatistics, torch.Tensor]] = []
+        for number, (into, x, _, _, first, summaries) in enumerate(waiting):
             counts, top, moments = into.addresses
             if into.calls:
                 tops.append((into, torch.empty_like(into.top)))
@@ -287,8 +293,7 @@ class CudaCounter:
             states = 0
             if into.layout.d_state:
                 # The outliers are of the rows as counted; the moments are of each group's channels apart.
-                apart = x.reshape(len(offsets) - 1, into.layout.d_state, -1).transpose(1, 2)
-                apart = apart.index_select(1, plan.layouts[number].members)
+                apart = states_by_channel(x, into.layout.d_state).index_select(1, plan.layouts[number].members)
                 memory.reads.append(apart)
                 states = apart.data_ptr()
             place = SiteBatch.sites.offset + number * SITE.size
@@ -386,7 +391,7 @@ def _rooms(items: int, spills: int, groups: int, partial: int) -> dict[str, tupl
     }
 
 
-def choose_counter(encoding: Encoding, most: int, device: torch.device) -> DeviceCounter:
+def choose_counter(encoding: Encoding, most: int, device: torch.device) -> Counter:
     """Compiled kernels on CUDA; plain PyTorch elsewhere, and, after a warning on stderr, where they do not compile."""
     if device.type == "cuda":
         try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import struct
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
+from quambase.collector.taps import Gather, TorchGather
 from quambase.model.cuda.compiler import CompilationFailed, Kernels
 
 SOURCE = Path(__file__).with_name("gather.cu")
@@ -43,46 +43,19 @@ class Pieces(ctypes.Structure):
     _fields_ = [("at", Piece * PIECES), ("first", ctypes.c_int32 * (PIECES + 1))]
 
 
-class Gather(Protocol):
-    """Copies rows of one tensor after the other."""
-
-    def add(self, x: torch.Tensor, rows: torch.Tensor) -> None:
-        """Rows ``rows`` (count,) int64 of x (t, width), float16 or float32, both on the device.
-
-        Perhaps only noted: x must stay as it is until the next `taken`.
-        """
-
-    def taken(self) -> list[torch.Tensor]:
-        """What was added since the last call, one after the other: float32, flat, in as many tensors as it pleases."""
-
-
-class TorchGather:
-    """A `Gather` in plain PyTorch."""
-
-    def __init__(self) -> None:
-        self._taken: list[torch.Tensor] = []
-
-    def add(self, x: torch.Tensor, rows: torch.Tensor) -> None:
-        """As `Gather.add`."""
-        self._taken.append(x.index_select(0, rows).float().reshape(-1))
-
-    def taken(self) -> list[torch.Tensor]:
-        """As `Gather.taken`."""
-        found, self._taken = self._taken, []
-        return found
-
-
 class CudaGather:
     """A `Gather` of one launch for PIECES tensors. CompilationFailed where it cannot be compiled."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._kernels = Kernels(SOURCE, ("gather",), {"PIECES": PIECES, "CHUNK": CHUNK}, device)
         self._pieces = Pieces()
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._taken: list[torch.Tensor] = []
+        self._tensors: list[torch.Tensor] = []
 
-    def add(self, x: torch.Tensor, rows: torch.Tensor) -> None:
-        """As `Gather.add`."""
+    def add(self, x: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """As `Gather.add`, but for all rows of a tensor."""
+        assert rows is not None, "where every row is kept, they go to the host"
         self._waiting.append((x if x.stride(1) == 1 else x.contiguous(), rows))
         if len(self._waiting) == PIECES:
             self._copy()
@@ -102,21 +75,23 @@ class CudaGather:
         self._pieces.first[:] = firsts + [blocks] * (PIECES + 1 - len(firsts))
         if blocks:
             self._kernels.launch("gather", (blocks, 1), 256, [self._pieces])
-        self._taken.append(out)
+        self._tensors.append(out)
 
-    def taken(self) -> list[torch.Tensor]:
-        """As `Gather.taken`."""
+    def gathered(self) -> list[torch.Tensor]:
+        """As `Gather.gathered`."""
         if self._waiting:
             self._copy()
-        found, self._taken = self._taken, []
+        found, self._tensors = self._tensors, []
         return found
 
 
-def choose_gather(device: torch.device) -> Gather:
-    """The compiled kernel on CUDA; plain PyTorch elsewhere, and where it does not compile."""
-    if device.type == "cuda":
+def choose_gather(device: torch.device, everything: bool) -> Gather:
+    """The compiled kernel on CUDA, plain PyTorch where it does not compile and on the CPU. Where every row is kept, to
+    the host: those of a block fit in no device.
+    """
+    if device.type == "cuda" and not everything:
         try:
             return CudaGather(device)
         except CompilationFailed:  # of which the counter, compiled before, has warned
-            pass
-    return TorchGather()
+            return TorchGather(device)
+    return TorchGather(torch.device("cpu"))

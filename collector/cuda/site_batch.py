@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from quambase.collector.cuda.packing import Packing
-from quambase.collector.host_kernels import PATTERNS
+from quambase.collector.host.kernels import PATTERNS
 from quambase.collector.statistics import SiteLayout
 
 Int32 = npt.NDArray[np.int32]

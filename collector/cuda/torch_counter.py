@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from quambase.collector.cuda.statistics import DeviceSite, merged_top
-from quambase.collector.host_kernels import PATTERNS, SIGN
-from quambase.collector.statistics import PROBABILITIES, Encoding
-
-Int64 = npt.NDArray[np.int64]
-
-
-class DeviceCounter(Protocol):
-    """Counts tensors of any site on their device."""
-
-    most: int
-
-    def add(self, into: DeviceSite, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
-        """As `quambase.collector.statistics.Counter.add`; x, float16, bfloat16 or float32, and summaries are there.
-
-        Perhaps only noted: x must stay as it is until the next `flush`.
-        """
-
-    def flush(self, *, partly: bool = False) -> None:
-        """Queue the counting of all that was added; ``partly``: unless as many sites more could join them."""
+from quambase.collector.host.kernels import PATTERNS, SIGN
+from quambase.collector.statistics import (
+    PROBABILITIES,
+    Encoding,
+    Int64,
+    SiteStatistics,
+    merged_top,
+    states_by_channel,
+)
 
 
 class TorchCounter:
-    """A `DeviceCounter` in plain PyTorch."""
+    """A `Counter` in plain PyTorch."""
 
     def __init__(self, encoding: Encoding, most: int, device: torch.device) -> None:
         self.encoding, self.most = encoding, most
         self._magnitudes = torch.from_numpy(encoding.values()[:SIGN]).to(device)
         self._probabilities = torch.from_numpy(PROBABILITIES).to(device)
 
-    def add(self, into: DeviceSite, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
-        """As `DeviceCounter.add`."""
+    def add(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
+        """As `Counter.add`."""
         layout = into.layout
         bits = x.to(self.encoding.torch_dtype).contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
         groups = [bits[:, torch.from_numpy(layout.members(g)).to(x.device)] for g in range(len(layout.names))]
@@ -55,7 +42,7 @@ class TorchCounter:
         into.calls += 1
         wide = x.float()
         if layout.d_state:
-            states = wide.reshape(len(offsets) - 1, layout.d_state, -1).transpose(1, 2)
+            states = states_by_channel(wide, layout.d_state)
             for g in range(len(groups)):
                 members = torch.from_numpy(layout.members(g)).to(x.device)
                 mine = states[:, members].reshape(-1, layout.d_state)
@@ -65,7 +52,7 @@ class TorchCounter:
             self._add_moments(wide, offsets, into, 0, layout.moments)
 
     def flush(self, *, partly: bool = False) -> None:
-        """As `DeviceCounter.flush`: nothing was put off."""
+        """As `Counter.flush`: nothing was put off."""
 
     def _summary(self, table: torch.Tensor) -> torch.Tensor:
         """(1 + q,): amax and quantiles of one table (PATTERNS,), by torch.quantile's rule (float32 rank and lerp)."""
@@ -100,7 +87,7 @@ class TorchCounter:
         top[: len(order)] = torch.stack([column.long() for column in columns], dim=1)
         return top
 
-    def _add_moments(self, x: torch.Tensor, offsets: Int64, into: DeviceSite, low: int, high: int) -> None:
+    def _add_moments(self, x: torch.Tensor, offsets: Int64, into: SiteStatistics, low: int, high: int) -> None:
         """Add the documents of x (rows, channels) float32 to the block's moments low:high, one after the other."""
         moments = into.moments.part(low, high)
         limit = float(self.encoding.limit)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from counted import KEY, counted, new_statistics
 from cuda_kernels_on_host import COMPILER, HostKernels
 from device_cases import (
     MOST,
@@ -24,8 +24,9 @@ from device_cases import (
 
 from quambase.collector.cuda import counter as cuda_counter
 from quambase.collector.cuda.counter import CudaCounter, choose_counter
-from quambase.collector.cuda.statistics import DeviceMoments, DeviceStatistics
-from quambase.collector.statistics import ENCODINGS, PROBABILITIES, SUMMARY_COLUMNS, Moments
+from quambase.collector.cuda.transfer import to_device
+from quambase.collector.host.counter import HostCounter
+from quambase.collector.statistics import ENCODINGS, PROBABILITIES, SUMMARY_COLUMNS, BlockStatistics, RunStatistics
 
 SMALL = list(small_cases())
 WHOLE, HALF, EIGHTH = 131072, 65536, 16384
@@ -91,21 +92,22 @@ def test_sites_are_counted_together(encoding: str, counter: NewCounter, device: 
     cases = [*SMALL, next(large_cases(2_000_000 if device.type == "cuda" else 100_000))]
     cases = sorted((c for c in cases if c.encoding == encoding), key=lambda c: str(c.x.dtype))
     for most in (len(cases), 3):
-        statistics = DeviceStatistics({(i, "site"): c.layout for i, c in enumerate(cases)}, MOST, device)
+        statistics = new_statistics({(i, "site"): c.layout for i, c in enumerate(cases)}, MOST, device)
+        block = BlockStatistics(statistics)
         counts, summaries = counter(encoding), []
         with torch.inference_mode():
             for i, case in enumerate(cases):
                 shape = (len(case.lengths), len(case.layout.names) + 1, len(SUMMARY_COLUMNS))
                 summaries.append(torch.full(shape, -1.0, device=device))
                 offsets = np.cumsum([0, *case.lengths])
-                counts.add(statistics.sites[i, "site"], case.x.to(device), offsets, 0, summaries[i])
+                counts.add(block.sites[i, "site"], case.x.to(device), offsets, 0, summaries[i])
                 if i % most == most - 1:
                     counts.flush()
             counts.flush()
-            statistics.fold(np.arange(10))
-        found = statistics.to_host()
+            block.fold(np.arange(10))
         for i, case in enumerate(cases):
-            assert_same((found[i, "site"], summaries[i].cpu().numpy()), count_on_host(case), encoding)
+            found = counted(statistics, (i, "site"))
+            assert_same((found, summaries[i].cpu().numpy()), count_on_host(case), encoding)
 
 
 def test_quantiles_of_documents_are_torchs(counter: NewCounter, device: torch.device) -> None:
@@ -141,8 +143,9 @@ def test_what_was_added_may_be_given_up_at_once(counter: NewCounter, device: tor
     """Its memory is given out again, and written to, while kernels that read it may still wait."""
     rows, channels = (4096, 768) if device.type == "cuda" else (64, 40)
     case = Case("given up", wild(9 * rows, channels, 12).half(), [rows] * 9, plain_layout(0, 8, channels))
-    statistics = DeviceStatistics({(0, "site"): case.layout}, MOST, device)
-    site = statistics.sites[0, "site"]
+    statistics = new_statistics({KEY: case.layout}, MOST, device)
+    block = BlockStatistics(statistics)
+    site = block.sites[KEY]
     summaries = torch.full((9, 3, len(SUMMARY_COLUMNS)), -1.0, device=device)
     parts = [part.to(device) for part in case.x.split(case.lengths)]
     with torch.inference_mode():
@@ -152,8 +155,8 @@ def test_what_was_added_may_be_given_up_at_once(counter: NewCounter, device: tor
             for _ in range(4):
                 torch.full_like(part, 7.0)
         counter().flush()
-        statistics.fold(np.arange(9))
-    found = statistics.to_host()[0, "site"], summaries.cpu().numpy()
+        block.fold(np.arange(9))
+    found = counted(statistics), summaries.cpu().numpy()
     assert_same(found, count_on_host(case), "float16")
 
 
@@ -163,18 +166,23 @@ def test_the_same_block_gives_the_same_bytes(counter: NewCounter, device: torch.
     )
     first, again = (count_on_device(counter(), case, device) for _ in range(2))
     assert first[1].tobytes() == again[1].tobytes()
-    for field in fields(Moments):
-        assert getattr(first[0].moments, field.name).tobytes() == getattr(again[0].moments, field.name).tobytes()
+    for name, values in vars(first[0].moments).items():
+        assert values.tobytes() == getattr(again[0].moments, name).tobytes()
 
 
-def test_the_host_structures_go_there_and_back(device: torch.device) -> None:
+def test_statistics_go_there_and_back(device: torch.device) -> None:
     case = SMALL[1]
-    stats, _ = count_on_host(case)
-    there = DeviceStatistics({(0, "site"): case.layout}, MOST, device)
-    there.load({(0, "site"): stats})
-    nothing = np.zeros(1)
-    assert_same((there.to_host()[0, "site"], nothing), (stats, nothing), "float16")
-    assert isinstance(there.sites[0, "site"].moments, DeviceMoments)
+    statistics = RunStatistics.empty({KEY: case.layout}, MOST)
+    block = BlockStatistics(statistics)
+    summaries = block.summaries(len(case.lengths))[1][KEY]
+    counter = HostCounter(ENCODINGS[case.encoding], MOST, len(case.layout.names))
+    counter.add(block.sites[KEY], case.x, np.cumsum([0, *case.lengths]), 0, summaries)
+    block.fold(np.arange(len(case.lengths)))
+    there = to_device(statistics, device)
+    assert there.device.type == device.type and there.counts.data_ptr() != statistics.counts.data_ptr()
+    back, nothing = counted(there), np.zeros(1)
+    assert_same((back, nothing), (count_on_host(case)[0], nothing), "float16")
+    assert_same((back, nothing), (counted(statistics), nothing), "float16")
 
 
 def test_kernels_compile_here(device: torch.device, capfd: pytest.CaptureFixture[str]) -> None:

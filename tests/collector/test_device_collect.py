@@ -12,14 +12,23 @@ import pyarrow as pa
 import pytest
 import torch
 from click.testing import CliRunner
+from counted import counted
 from device_cases import assert_same
 from device_models import DOCUMENTS, plain_model, shown, tiny_weights
 
 from quambase.cli.main import quambase
-from quambase.collector.block_runners import BlockRunner, CudaBlockRunner, HostBlockRunner, KeptTokens, choose_placement
+from quambase.collector.block_runners import (
+    NO_OUTPUTS,
+    BlockOutputs,
+    BlockRunner,
+    CudaBlockRunner,
+    HostBlockRunner,
+    choose_placement,
+)
 from quambase.collector.documents import TokenizedDocument
 from quambase.collector.layouts import site_layouts
-from quambase.collector.statistics import SiteStatistics
+from quambase.collector.statistics import RunStatistics
+from quambase.collector.taps import KeptTokens
 from quambase.model.language_model import floating_model
 from quambase.schema.errors import DataInvalid, TapNeverFired, UnknownName
 from quambase.schema.sites import FAMILIES
@@ -90,10 +99,10 @@ def test_a_device_observes_what_the_host_does(family: str, everything: bool, mon
     layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family[:6]]])
     kept = KeptTokens(None, None) if everything else KeptTokens({3: np.array([0, 2]), 44: np.array([17])}, {44, 42})
 
-    def run(make: Callable[..., BlockRunner]) -> tuple[dict, Tables]:
+    def run(make: Callable[..., BlockRunner]) -> tuple[RunStatistics, Tables]:
         tables: Tables = []
-        statistics = {key: SiteStatistics.empty(layout, 5) for key, layout in layouts.items()}
-        observer = make(model, statistics, 5, "run", kept, lambda *table: tables.append(table))
+        outputs = BlockOutputs("run", kept, lambda *table: tables.append(table))
+        observer = make(model, RunStatistics.empty(layouts, 5), outputs)
         observed(observer)
         return observer.statistics(), tables
 
@@ -103,7 +112,8 @@ def test_a_device_observes_what_the_host_does(family: str, everything: bool, mon
     assert host_tables[0][2].num_rows > 0
     nothing = np.zeros(1)
     for key in layouts:
-        assert_same((device[key], nothing), (host[key], nothing), "float16")
+        assert_same((counted(device, key), nothing), (counted(host, key), nothing), "float16")
+    assert device.index.shared == host.index.shared and host.index.shared
 
 
 def test_a_site_that_is_not_reached_and_a_failing_writer_are_told() -> None:
@@ -112,8 +122,8 @@ def test_a_site_that_is_not_reached_and_a_failing_writer_are_told() -> None:
     layouts = site_layouts(weights.config, ["x_proj:input"])
 
     def observer(layers: int, write: Callable[..., None] | None) -> CudaBlockRunner:
-        statistics = {(i, "x_proj:input"): SiteStatistics.empty(layouts[0, "x_proj:input"], 5) for i in range(layers)}
-        return CudaBlockRunner(model, statistics, 5, "run", KeptTokens({}, set()), write)
+        statistics = RunStatistics.empty({(i, "x_proj:input"): layouts[0, "x_proj:input"] for i in range(layers)}, 5)
+        return CudaBlockRunner(model, statistics, BlockOutputs("run", write=write))
 
     with pytest.raises(TapNeverFired, match="x_proj:input of layer 2 saw 0 of 5 documents"):
         observed(observer(3, None))
@@ -130,11 +140,9 @@ def test_a_site_that_is_not_reached_and_a_failing_writer_are_told() -> None:
 def test_the_garbage_collector_passes_over_what_is_there_until_the_end_however_it_comes() -> None:
     weights = tiny_weights("mamba1")
     layouts = site_layouts(weights.config, ["in_proj:input"])
-    statistics = {key: SiteStatistics.empty(layout, 5) for key, layout in layouts.items()}
+    statistics = RunStatistics.empty(layouts, 5)
     for error in (None, KeyboardInterrupt):
-        observer = CudaBlockRunner(
-            plain_model(weights, torch.float32), statistics, 5, "run", KeptTokens({}, set()), write=None
-        )
+        observer = CudaBlockRunner(plain_model(weights, torch.float32), statistics, NO_OUTPUTS)
         with suppress(KeyboardInterrupt), observer:
             assert gc.get_freeze_count() > 0
             if error:

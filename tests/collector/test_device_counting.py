@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from counted import counted, new_statistics
 from device_cases import (
     MOST,
     Case,
@@ -22,17 +24,21 @@ from device_models import tiny_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quambase.collector.checkpoint import load_checkpoint, save_checkpoint
 from quambase.collector.cuda import counter as cuda_counter
-from quambase.collector.cuda import statistics as device_statistics
+from quambase.collector.cuda import transfer
 from quambase.collector.cuda.counter import halvings
 from quambase.collector.cuda.packing import FLUSH, moment_segments, pack
 from quambase.collector.cuda.site_batch import item_rows
-from quambase.collector.cuda.statistics import DeviceStatistics, merged_top
 from quambase.collector.cuda.torch_counter import TorchCounter
-from quambase.collector.statistics import ENCODINGS, SiteLayout, largest
+from quambase.collector.cuda.transfer import to_device, to_host
+from quambase.collector.host.counter import HostCounter
+from quambase.collector.statistics import ENCODINGS, BlockStatistics, RunStatistics, SiteLayout, largest, merged_top
 from quambase.model.cuda.compiler import CompilationFailed, compile_cubin
 from quambase.model.operators import choice
 from quambase.model.operators.torch import TorchOperators
+from quambase.schema.errors import DatabaseInvalid
+from quambase.schema.manifest import TableFile
 
 CPU = torch.device("cpu")
 CASES = [*small_cases(), *large_cases(30_000)]
@@ -182,35 +188,55 @@ def test_merging_sorted_outliers_equals_sorting_them_all(first: list[int], secon
     np.testing.assert_array_equal(merged[merged[:, 0] >= 0], largest(np.concatenate([earlier, later]), 6))
 
 
-def test_blocks_fold_as_on_the_host_and_go_through_a_checkpoint() -> None:
-    """Two blocks of two sites; between them the statistics leave the device and come back."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_blocks_fold_as_on_the_host_and_go_through_a_checkpoint(tmp_path: Path, shared: bool) -> None:
+    """Two blocks of two sites, and one that is another's; between them the statistics leave the device and return."""
     cases = [next(c for c in CASES if c.name == name) for name in ("float16 groups", "float32 states")]
-    layouts = {(0, "a"): cases[0].layout, (1, "b"): cases[1].layout}
-    counter = TorchCounter(ENCODINGS["float16"], MOST, CPU)
-    device, host = DeviceStatistics(layouts, MOST, CPU), {}
-    for block in range(2):
-        for key, case in zip(layouts, cases, strict=True):
-            summaries = torch.empty(len(case.lengths), len(case.layout.names) + 1, 8)
-            x = case.x * (1 + block)
-            counter.add(device.sites[key], x, np.cumsum([0, *case.lengths]), 0, summaries)
-            stats, _ = count_on_host(Case("", x, case.lengths, case.layout))
-            for top in stats.top:
-                top[:, 2] += 10 * block
-            host.setdefault(key, stats) if block == 0 else host[key].fold(stats)
-        device.fold(np.arange(4) + 10 * block)
-        restored = DeviceStatistics(layouts, MOST, CPU)
-        restored.load(device.to_host())
-        device = restored
-    for key, stats in device.to_host().items():
-        nothing = np.zeros(1)
-        assert_same((stats, nothing), (host[key], nothing), "float16")
+    layouts = {(1, "b"): cases[1].layout, (0, "a"): cases[0].layout}
+    layouts |= {(0, "c"): cases[0].layout} if shared else {}
+    files = {"documents/block-00000.parquet": TableFile(3, "0")}
+    device, host = new_statistics(layouts, MOST, CPU), RunStatistics.empty(layouts, MOST)
+    of_host = BlockStatistics(host)
+    for number in range(2):
+        block = BlockStatistics(device)
+        sides = (
+            (TorchCounter(ENCODINGS["float16"], MOST, CPU), block),
+            (HostCounter(ENCODINGS["float16"], MOST, 4), of_host),
+        )
+        for counter, into in sides:
+            for key, case in zip(((0, "a"), (1, "b")), cases, strict=True):
+                summaries = torch.empty(len(case.lengths), len(case.layout.names) + 1, 8)
+                offsets = np.cumsum([0, *case.lengths])
+                counter.add(into.sites[key], case.x * (1 + number), offsets, 0, summaries)
+            if shared:
+                into.share((0, "c"), (0, "a"))
+            into.fold(np.arange(4) + 10 * number)
+        save_checkpoint(tmp_path, number + 1, to_host(device), files)
+        blocks, stored, named = load_checkpoint(tmp_path, layouts, MOST)
+        assert (blocks, named, stored.index.shared) == (number + 1, files, {(0, "c"): (0, "a")} if shared else {})
+        device = to_device(stored, CPU)
+    nothing = np.zeros(1)
+    for key in layouts:
+        assert_same((counted(device, key), nothing), (counted(host, key), nothing), "float16")
+    assert counted(device, (0, "a")).counts.sum() == 2 * cases[0].x.numel()
+    if shared:
+        np.testing.assert_array_equal(counted(device, (0, "c")).counts, counted(device, (0, "a")).counts)
+
+
+def test_a_checkpoint_of_other_sites_is_refused(tmp_path: Path) -> None:
+    layouts = {(0, "a"): plain_layout(0, 3)}
+    save_checkpoint(tmp_path, 1, RunStatistics.empty(layouts, MOST), {})
+    for other in ({(0, "a"): plain_layout(0, 4)}, {(0, "a"): plain_layout(0, 3), (1, "a"): plain_layout(0, 3)}):
+        with pytest.raises(DatabaseInvalid, match=r"checkpoint.npz is damaged .*; delete the folder .* same command"):
+            load_checkpoint(tmp_path, other, MOST)
+    with pytest.raises(DatabaseInvalid, match=r"checkpoint.npz is damaged"):
+        load_checkpoint(tmp_path, layouts, MOST + 1)
 
 
 def test_tensors_are_copied_to_the_host_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_statistics, "STAGED", 64)
+    monkeypatch.setattr(transfer, "STAGED", 64)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 7), (0, 3), (8,), (1, 1))]
     tensors.append(torch.randint(-(2**60), 2**60, (3, 33), generator=generator)[1:, 5:])  # not contiguous
-    for found, tensor in zip(device_statistics._copies(*tensors), tensors, strict=True):
-        assert found.dtype == tensor.numpy().dtype
-        np.testing.assert_array_equal(found, tensor.numpy())
+    for found, tensor in zip(transfer.copied_to_host(*tensors), tensors, strict=True):
+        assert found.dtype == tensor.dtype and torch.equal(found, tensor)

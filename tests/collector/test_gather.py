@@ -7,7 +7,8 @@ import torch
 from cuda_kernels_on_host import cuda_or_host
 
 from quambase.collector.cuda import gather
-from quambase.collector.cuda.gather import CHUNK, PIECES, CudaGather, Gather, TorchGather
+from quambase.collector.cuda.gather import CHUNK, PIECES, CudaGather, choose_gather
+from quambase.collector.taps import Gather, TorchGather
 
 
 @pytest.fixture(params=["cuda", "host"])
@@ -20,7 +21,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 def test_rows_of_any_tensor_in_order(compiled: bool, device: torch.device) -> None:
     """More tensors than a launch takes: slices, transposed ones, both types, long rows, no rows at all."""
     generator = torch.Generator().manual_seed(0)
-    gatherer: Gather = CudaGather(device) if compiled else TorchGather()
+    gatherer: Gather = CudaGather(device) if compiled else TorchGather(device)
     wanted = []
     for number in range(2 * PIECES + 3):
         width = (1, 7, 300, 2 * CHUNK, 3 * CHUNK + 5)[number % 5]
@@ -30,12 +31,21 @@ def test_rows_of_any_tensor_in_order(compiled: bool, device: torch.device) -> No
         rows = torch.randint(20, (number % 4,), generator=generator)
         gatherer.add(x.to(device), rows.to(device))
         wanted.append(x[rows].float().reshape(-1))
-    assert torch.equal(torch.cat(gatherer.taken()).cpu(), torch.cat(wanted))
-    assert gatherer.taken() == []
+    assert torch.equal(torch.cat(gatherer.gathered()).cpu(), torch.cat(wanted))
+    assert gatherer.gathered() == []
 
 
 def test_nothing_to_copy(device: torch.device) -> None:
     gatherer = CudaGather(device)
     gatherer.add(torch.ones(3, 5, device=device), torch.empty(0, dtype=torch.int64, device=device))
-    (found,) = gatherer.taken()
+    (found,) = gatherer.gathered()
     assert found.numel() == 0
+
+
+def test_where_every_row_is_kept_they_go_to_the_host(device: torch.device) -> None:
+    gatherer = choose_gather(device, everything=True)
+    assert isinstance(gatherer, TorchGather) and gatherer.device.type == "cpu"
+    x = torch.randn(5, 4, device=device).half()
+    gatherer.add(x, None)
+    (found,) = gatherer.gathered()
+    assert found.device.type == "cpu" and torch.equal(found, x.float().cpu().reshape(-1))

@@ -1,23 +1,19 @@
 """Counting by a channel-to-group map, and states by channel groups, against the permuted tensor and plain NumPy."""
 
-from dataclasses import fields
-
 import numpy as np
 import torch
+from counted import Counted, count_site
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Counter, Moments, SiteLayout, SiteStatistics
+from quambase.collector.host.counter import HostCounter
+from quambase.collector.statistics import ENCODINGS, SiteLayout
 
-MOST = 5
-COUNTER = Counter(ENCODINGS["float16"], MOST, 4)
+COUNTER = HostCounter(ENCODINGS["float16"], 5, 4)
 
 
-def count(x: torch.Tensor, lengths: list[int], layout: SiteLayout) -> tuple[SiteStatistics, np.ndarray]:
-    stats = SiteStatistics.empty(layout, MOST)
-    summaries = np.full((len(lengths), len(layout.names) + 1, len(SUMMARY_COLUMNS)), -1, np.float32)
-    COUNTER.add(stats, x, np.cumsum([0, *lengths]), 0, summaries)
-    return stats, summaries
+def count(x: torch.Tensor, lengths: list[int], layout: SiteLayout) -> tuple[Counted, np.ndarray]:
+    return count_site(COUNTER, x, lengths, layout)
 
 
 @st.composite
@@ -47,9 +43,8 @@ def test_counting_by_a_map_is_counting_the_permuted_tensor(case: tuple[torch.Ten
     np.testing.assert_array_equal(summaries, expected)
     for mine, theirs in zip(mapped.top, permuted.top, strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    for field in fields(Moments):
-        by_channel = getattr(mapped.moments, field.name)
-        np.testing.assert_array_equal(by_channel[list(order)], getattr(permuted.moments, field.name))
+    for name, by_channel in vars(mapped.moments).items():
+        np.testing.assert_array_equal(by_channel[list(order)], getattr(permuted.moments, name))
     # And by the definition: the values of the channels that the map sends there.
     for g in range(len(names)):
         members = [c for c, group in enumerate(mapping) if group == g]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,10 +27,11 @@ from quambase.collector.block_runners import CudaBlockRunner, take_local_device
 from quambase.collector.collect import CollectedRun
 from quambase.collector.merge import merge, merge_if_last
 from quambase.collector.shards import SHARD, Shard, parse_shard, read_sums, torchrun_shard
-from quambase.collector.statistics import SiteLayout, SiteStatistics
+from quambase.collector.statistics import RunStatistics, SiteLayout
 from quambase.collector.table_rows import channels_rows
 from quambase.schema.doctor import examine
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
+from quambase.schema.files import file_sha256
 from quambase.schema.tables import CHANNELS, as_made
 
 COUNTS = (1, 2, 3, 7)
@@ -148,13 +150,13 @@ def test_the_lower_of_zero_and_minus_zero_is_stored_as_zero() -> None:
     """Which of them a minimum meets first depends on the order of the blocks."""
     stored = []
     for values in ([-0.0, 0.0], [0.0, -0.0]):
-        stats = SiteStatistics.empty(SiteLayout(("all",), (0, 2)), 1)
+        layouts = {(0, "site"): SiteLayout(("all",), (0, 2))}
+        stats = RunStatistics.empty(layouts, 1)
         for value in values:
-            block = SiteStatistics.empty(stats.layout, 1)
-            block.moments.lowest[:] = value
-            block.moments.highest[:] = value
-            stats.fold(block)
-        table = channels_rows("run", {(0, "site"): stats})
+            block = RunStatistics.empty(layouts, 1)
+            block.moments.extrema[:] = value
+            stats.add(block)
+        table = channels_rows("run", stats)
         assert table.schema == as_made(CHANNELS)
         stored.append([np.signbit(table[name].to_numpy()).any() for name in ("min", "max")])
     assert stored == [[False, False]] * 2
@@ -167,9 +169,8 @@ def test_shards_of_a_device_give_its_whole_runs_bytes(
     """The device is the CPU in plain PyTorch, whose bytes are its own; its statistics never are on the host."""
     world: World = request.getfixturevalue(family)
 
-    def on_device(weights: object, where: object, statistics: dict, most: int, **named: object) -> CudaBlockRunner:
-        model = plain_model(weights, torch.float32, rotated=True)
-        return CudaBlockRunner(model, statistics, most, **named)
+    def on_device(weights: Any, where: object, *arguments: Any) -> CudaBlockRunner:
+        return CudaBlockRunner(plain_model(weights, torch.float32, rotated=True), *arguments)
 
     monkeypatch.setattr(run_module, "new_block_runner", on_device)
     whole = world.collect(tmp_path / "whole")
@@ -314,6 +315,19 @@ def test_a_damaged_shard_is_named(first: World, tmp_path: Path, damage: object, 
     with pytest.raises(DatabaseInvalid, match=message):
         merge(tmp_path / "db", [first.shard(0, 2), folder])
     assert not (tmp_path / "db").exists()
+
+
+def test_shards_to_which_other_sites_were_one_are_refused(first: World, tmp_path: Path) -> None:
+    """Or values would be counted at neither."""
+    folder = copied(first, 1, 2, tmp_path)
+    path = folder / "checkpoint.npz"
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    assert json.loads(str(arrays["shared"]))
+    np.savez(path, **(arrays | {"shared": np.array("[]")}))
+    change(folder, lambda m: m["files"].update({path.name: file_sha256(path)}))
+    with pytest.raises(DatabaseInvalid, match=r"shards 0/2 and 1/2 of run .* disagree; collect 1/2 again"):
+        merge(tmp_path / "db", [first.shard(0, 2), folder])
 
 
 def change(folder: Path, edit: object) -> None:

@@ -6,19 +6,19 @@ import numba
 import numpy as np
 import pytest
 import torch
+from counted import KEY, Counted, count_site, counted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.collector import statistics
-from quambase.collector.host_kernels import (
-    PATTERNS,
-)
+from quambase.collector.host import counter as host_counter
+from quambase.collector.host.counter import HostCounter
+from quambase.collector.host.kernels import PATTERNS
 from quambase.collector.statistics import (
     ENCODINGS,
     SUMMARY_COLUMNS,
-    Counter,
+    BlockStatistics,
+    RunStatistics,
     SiteLayout,
-    SiteStatistics,
     largest,
 )
 from quambase.schema.distribution import Distribution
@@ -29,12 +29,9 @@ MOST = 7
 
 def count(
     x: torch.Tensor, lengths: list[int], edges: tuple[int, ...], encoding: str = "float16"
-) -> tuple[SiteStatistics, np.ndarray]:
+) -> tuple[Counted, np.ndarray]:
     layout = SiteLayout(tuple("abcd"[: len(edges) - 1]), edges)
-    stats = SiteStatistics.empty(layout, MOST)
-    summaries = np.full((len(lengths), len(edges), len(SUMMARY_COLUMNS)), -1, np.float32)
-    Counter(ENCODINGS[encoding], MOST, 3).add(stats, x, np.cumsum([0, *lengths]), 0, summaries)
-    return stats, summaries
+    return count_site(HostCounter(ENCODINGS[encoding], MOST, 3), x, lengths, layout)
 
 
 def tally(x: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
@@ -151,25 +148,33 @@ def test_folding_blocks_equals_counting_at_once(lengths: list[int], data: st.Dat
     x = x.float()
     cut = data.draw(st.integers(0, len(lengths)))
     whole, _ = count(x, lengths, (0, 1, 4))
+    folded = RunStatistics.empty({KEY: SiteLayout(("a", "b"), (0, 1, 4))}, MOST)
+    block, counter = BlockStatistics(folded), HostCounter(ENCODINGS["float16"], MOST, 2)
+    apart = []
     rows = sum(lengths[:cut])
-    first, _ = count(x[:rows], lengths[:cut], (0, 1, 4))
-    second, _ = count(x[rows:], lengths[cut:], (0, 1, 4))
-    for top in second.top:
-        top[:, 2] += cut
-    first.fold(second)
-    np.testing.assert_array_equal(first.counts, whole.counts)
-    for ours, true in zip(first.top, whole.top, strict=True):
-        np.testing.assert_array_equal(ours, true)
-    for name in ("count", "lowest", "highest", "mean_abs_max", "nonfinite", "overflow"):
-        np.testing.assert_array_equal(getattr(first.moments, name), getattr(whole.moments, name))
-    # Sums of documents are added in the same order but from another start: float64 rounding.
-    np.testing.assert_allclose(first.moments.total, whole.moments.total, rtol=1e-13, atol=1e-13)
-    np.testing.assert_allclose(first.moments.squares, whole.moments.squares, rtol=1e-13)
+    for part, mine, first in ((x[:rows], lengths[:cut], 0), (x[rows:], lengths[cut:], cut)):
+        of_block = RunStatistics.empty(folded.index.layouts, MOST)
+        apart.append(of_block)
+        if not mine:  # no block is without documents
+            continue
+        for into in (block, BlockStatistics(of_block)):
+            counter.add(into.sites[KEY], part, np.cumsum([0, *mine]), 0, into.summaries(len(mine))[1][KEY])
+            into.fold(np.arange(len(mine)) + first)
+    # What comes in order is folded; what was counted apart is added, in whatever order.
+    later, earlier = reversed(apart) if data.draw(st.booleans()) else apart
+    later.add(earlier)
+    for found in (counted(folded), counted(later)):
+        np.testing.assert_array_equal(found.counts, whole.counts)
+        for ours, true in zip(found.top, whole.top, strict=True):
+            np.testing.assert_array_equal(ours, true)
+        for name in ("count", "lowest", "highest", "mean_abs_max", "nonfinite", "overflow"):
+            np.testing.assert_array_equal(getattr(found.moments, name), getattr(whole.moments, name))
+        # Sums of documents are added in the same order but from another start: float64 rounding.
+        np.testing.assert_allclose(found.moments.total, whole.moments.total, rtol=1e-13, atol=1e-13)
+        np.testing.assert_allclose(found.moments.squares, whole.moments.squares, rtol=1e-13)
 
 
-def assert_equal_to_the_bit(
-    found: tuple[SiteStatistics, np.ndarray], wanted: tuple[SiteStatistics, np.ndarray]
-) -> None:
+def assert_equal_to_the_bit(found: tuple[Counted, np.ndarray], wanted: tuple[Counted, np.ndarray]) -> None:
     np.testing.assert_array_equal(found[0].counts, wanted[0].counts)
     np.testing.assert_array_equal(found[1], wanted[1])
     for ours, true in zip(found[0].top, wanted[0].top, strict=True):
@@ -187,8 +192,8 @@ def test_runs_of_documents_count_as_all_at_once(nearby: int, monkeypatch: pytest
     numba.set_num_threads(1)  # so that some documents a worker are few
     try:
         whole = count(x, lengths, (0, 2, 9))
-        monkeypatch.setattr(statistics, "NEARBY", nearby)
-        runs = list(Counter(ENCODINGS["float16"], MOST, 2)._nearby(np.cumsum([0, *lengths]), 9))
+        monkeypatch.setattr(host_counter, "NEARBY", nearby)
+        runs = list(HostCounter(ENCODINGS["float16"], MOST, 2)._nearby(np.cumsum([0, *lengths]), 9))
         assert len(runs) > 3 and [start for start, _ in runs] == [0, *(stop for _, stop in runs[:-1])]
         assert_equal_to_the_bit(count(x, lengths, (0, 2, 9)), whole)
     finally:
@@ -215,6 +220,8 @@ def test_more_than_one_worker_counts_the_same() -> None:
 def test_ties_among_outliers_go_to_the_earlier_place() -> None:
     top = np.array([[5, 5, 2, 0, 0], [5, 5, 1, 3, 1], [5, 5, 1, 3, 0], [9, 9, 8, 8, 8], [5, 5, 1, 2, 9]])
     assert largest(top, 4)[:, 2:].tolist() == [[8, 8, 8], [1, 2, 9], [1, 3, 0], [1, 3, 1]]
+    several = np.stack([top, top[::-1], np.full_like(top, -1)])
+    assert largest(several, 4).tolist() == [largest(top, 4).tolist()] * 2 + [[[-1] * 5] * 4]
 
 
 @pytest.mark.parametrize("encoding", list(ENCODINGS))

@@ -7,17 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.collector.host_kernels import PATTERNS, SIGN
+from quambase.collector.host.kernels import PATTERNS, SIGN
 from quambase.collector.statistics import ENCODINGS
 from quambase.collector.table_kernels import (
-    addresses,
+    gather_rows,
     present_counts,
     present_sizes,
     repeat,
     summarize,
     summarize_sums,
-    table_addresses,
-    take_parts,
 )
 from quambase.schema.distribution import Distribution
 from quambase.schema.tables import QUANTILES
@@ -43,13 +41,12 @@ def test_rows_of_counts_are_those_of_distinct_values(encoding: str, data: st.Dat
         elif count:
             wanted[value] = wanted.get(value, 0) + count  # 0.0 and -0.0 are one key
     rows = sorted(wanted.items()) + [(np.nan, nans)] * (nans > 0)
-    tables = table_addresses([counts[1], counts[0], counts[1]])
-    sizes = np.empty(3, np.int64)
-    present_sizes(tables, infinity, sizes)
+    groups, sizes = np.array([1, 0, 1]), np.empty(3, np.int64)
+    present_sizes(counts, groups, infinity, sizes)
     assert sizes.tolist() == [len(rows), 0, len(rows)]
     size = len(rows)
     values, found = np.empty(2 * size, np.float32), np.empty(2 * size, np.int64)
-    present_counts(tables, infinity, kind.values()[:SIGN], values, found)
+    present_counts(counts, groups, infinity, kind.values()[:SIGN], values, found)
     np.testing.assert_array_equal(values[size:], values[:size])
     assert found[size:].tolist() == found[:size].tolist()
     np.testing.assert_array_equal(values[:size], [value for value, _ in rows])
@@ -97,8 +94,7 @@ def test_summaries_of_sums_are_those_of_the_added_counts() -> None:
     given = kind.infinity, kind.values()[:SIGN], np.array(list(QUANTILES.values()))
     parts = [[0, 1, 2], [1], [2, 0]]
     integers, floats = np.empty((3, 5), np.int64), np.empty((3, 6 + len(QUANTILES)))
-    tables = table_addresses(counts[g] for part in parts for g in part)
-    summarize_sums(tables, np.array([0, 3, 4, 6]), *given, integers, floats)
+    summarize_sums(counts, np.concatenate(parts), np.array([0, 3, 4, 6]), *given, integers, floats)
     for row, part in enumerate(parts):
         wanted_integers, wanted = np.empty(5, np.int64), np.empty(6 + len(QUANTILES))
         summarize(counts[part].sum(axis=0), *given, wanted_integers, wanted)
@@ -106,26 +102,14 @@ def test_summaries_of_sums_are_those_of_the_added_counts() -> None:
         np.testing.assert_array_equal(floats[row], wanted)
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.float32, np.float64])
-def test_rows_of_parts_are_those_of_numpy(kind: type) -> None:
-    """Each of two columns has three arrays, one of them empty."""
-    first = [np.array([5, -0.0, 2**24 + 2]).astype(kind), np.empty(0, kind), np.array([7, -3]).astype(kind)]
-    second = [np.array([-0.0, 0, 2**40]).astype(kind), np.empty(0, kind), np.array([1, 4]).astype(kind)]
-    places = np.array([2, 0, 1, 1, 0, 1])
-    out = np.empty((2, 6), kind)
-    parts = np.stack([addresses(arrays, [3, 0, 2], kind) for arrays in (first, second)])
-    take_parts(parts, np.array([3, 0, 2]), np.array([0, 4, 4, 6]), places, out)
-    wanted = [np.concatenate([arrays[0][places[:4]], arrays[2][places[4:]]]) for arrays in (first, second)]
-    np.testing.assert_array_equal(out, wanted)
-    assert not np.signbit(out[out == 0]).any()
-
-
-def test_addresses_are_of_what_kernels_take_them_for() -> None:
-    whole = np.zeros((3, 4))
-    for array in (whole[0].astype(np.int64), whole[0, :3], whole[0, ::2], whole[:, 0]):
-        with pytest.raises(AssertionError):
-            addresses([array], [4], np.float64)
-    assert addresses([whole[1]], [4], np.float64) == whole.ctypes.data + 32
+def test_gathered_rows_are_those_of_numpy() -> None:
+    """Columns side by side and apart, rows of no value, written to where they are told."""
+    values = np.arange(40, dtype=np.float32)
+    columns = np.array([0, 1, 2, 5, 9, 3, 4], np.int32)
+    bases, firsts, sizes = np.array([10, 0, 20, 30]), np.array([0, 0, 2, 5]), np.array([3, 0, 3, 2])
+    starts, out = np.array([5, 0, 0, 3], np.int32), np.full(9, -1, np.float32)
+    gather_rows(values, bases, firsts, sizes, columns, starts, out)
+    assert out.tolist() == [22, 25, 29, 33, 34, 10, 11, 12, -1]
 
 
 def test_repeated_values_are_those_of_numpy() -> None:

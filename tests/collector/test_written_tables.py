@@ -6,25 +6,25 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from activations_twin import activations_twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored_runs import bytes_of, table_files
 
-from quambase.collector import run_folder
+from quambase.collector import block_rows, run_folder
 from quambase.collector import table_rows as rows
-from quambase.collector.cuda.taps import KeptRows, gathered_rows
+from quambase.collector.block_rows import KeptRows, activations_rows, documents_rows
 from quambase.collector.documents import TokenizedDocument
 from quambase.collector.run_folder import BlockFiles, every_table, finish_run, in_order, write_statistics
-from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Int64, SiteLayout, SiteStatistics
+from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Int64, RunStatistics, SiteLayout, SiteStatistics
 from quambase.collector.table_rows import Places, keyed_rows
-from quambase.collector.taps import activations_rows, documents_rows
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.files import file_sha256
@@ -36,22 +36,28 @@ FLOAT16 = ENCODINGS["float16"]
 LAYOUT = SiteLayout(("b", "a"), (0, 2, 5))
 
 
-def statistics(seed: int) -> SiteStatistics:
-    """Counts of some hundred patterns in each of two groups, zeros and infinities of both signs among them."""
-    generator = np.random.default_rng(seed)
-    stats = SiteStatistics.empty(LAYOUT, 4)
-    for g in range(2):
-        stats.counts[g, generator.integers(0, 65536, 300)] = generator.integers(1, 1 << 40, 300)
-        stats.counts[g, [0, 0x8000, 0x3C00, 0x7C00, 0xFC00]] = 3, 4, 1, 1, 2
-    for field in fields(stats.moments):
-        values = getattr(stats.moments, field.name)
-        values[:] = generator.integers(-99, 99, 5)
-        if values.dtype != np.int64:
-            values[generator.integers(0, 5)] = -0.0
-    return stats
+SITES = [(layer, site) for layer in (0, 1) for site in ("w", "x")]
 
 
-STATISTICS = {(layer, site): statistics(layer) for layer in (1, 0) for site in ("x", "w")}
+def statistics() -> RunStatistics:
+    """Of every site counts of some hundred patterns in each of two groups, zeros and infinities of both signs among
+    them, and moments with zeros of both signs.
+    """
+    made = RunStatistics.empty(dict.fromkeys(SITES, LAYOUT), 4)
+    for number, key in enumerate(SITES):
+        generator, site = np.random.default_rng(number), made.site(key)
+        for counts in site.counts.numpy():
+            counts[generator.integers(0, 65536, 300)] = generator.integers(1, 1 << 40, 300)
+            counts[[0, 0x8000, 0x3C00, 0x7C00, 0xFC00]] = 3, 4, 1, 1, 2
+        for values in site.moments.named().values():
+            values.numpy()[:] = generator.integers(-99, 99, 5)
+            if values.is_floating_point():
+                values[int(generator.integers(0, 5))] = -0.0
+    return made
+
+
+STATISTICS = statistics()
+NO_SITE = RunStatistics.empty({}, 4)
 
 
 def rows_of_block(block: int) -> tuple[pa.Table, pa.Table]:
@@ -131,47 +137,62 @@ def test_rows_of_documents_are_sorted_by_site_and_group(documents: int) -> None:
         ]
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.data())
-def test_gathered_rows_are_those_of_the_sites_matrices(data: st.DataObject) -> None:
-    """Of sites in any order, some in several parts or of no place, undivided and divided states, sorted channels."""
-    kinds = [
-        (SiteLayout(("all",), (0, 3)), 3),
-        (SiteLayout(("z", "x", "y"), (0, 2, 2, 5)), 5),
-        (SiteLayout(("b", "a"), (0, 2, 4), order=(1, 3, 0, 2)), 4),
-        (SiteLayout(("all",), (0, 2), state=True), 6),
-        (SiteLayout(("b", "a"), (0, 1, 3), state=True, order=(2, 0, 1), d_state=2), 6),
-    ]
+KINDS = [
+    (SiteLayout(("all",), (0, 3)), 3),
+    (SiteLayout(("z", "x", "y"), (0, 2, 2, 5)), 5),
+    (SiteLayout(("b", "a"), (0, 2, 4), order=(1, 3, 0, 2)), 4),
+    (SiteLayout(("all",), (0, 2), state=True), 6),
+    (SiteLayout(("b", "a"), (0, 1, 3), state=True, order=(2, 0, 1), d_state=2), 6),
+]
+"""Layouts and how many values a place has: undivided and divided, a group of no channel, sorted channels, states."""
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), st.sampled_from([1 << 24, 20, 1]))
+def test_rows_of_activations_are_their_twins(data: st.DataObject, piece: int) -> None:
+    """Of sites in any order, some in several parts or of no place, their values in one tensor or several."""
     keys = data.draw(st.lists(st.tuples(st.integers(-1, 2), st.sampled_from("abc")), unique=True, max_size=6))
     spans = [[(5, 1), (5, 3), (9, 0)], [(1, 2)], []]
     parts: list[tuple[tuple[int, str], int]] = []  # of sites, perhaps by turns, and of spans
     for key in keys:
         parts += [(key, span) for span in data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=3))]
-    layouts, kept = {}, []
-    matrices: dict[tuple[int, str], tuple[list[tuple[int, int]], np.ndarray]] = {}
-    pieces = [np.empty(0, np.float32)]
+    layouts, kept, same = {}, [], {}
+    wanted: dict[tuple[int, str], list[tuple[tuple[int, int], np.ndarray]]] = {}
+    tensors = [[np.empty(0, np.float32)]]
     for number, (key, span) in enumerate(data.draw(st.permutations(parts))):
         if key not in layouts:
-            layouts[key] = data.draw(st.sampled_from(kinds))
+            layouts[key] = data.draw(st.sampled_from(KINDS))
         width = layouts[key][1]
         kept.append(KeptRows(key, span, width))
         values = np.arange(len(spans[span]) * width, dtype=np.float32).reshape(-1, width) + 100 * number
-        pieces.append(values.reshape(-1))
-        places, before = matrices.get(key, ([], np.empty((0, width), np.float32)))
-        matrices[key] = places + spans[span], np.concatenate([before, values])
-    same = {}
+        if data.draw(st.booleans()) and tensors[-1][-1].size:
+            tensors.append([])
+        tensors[-1].append(values.reshape(-1))
+        wanted.setdefault(key, []).extend(zip(spans[span], values, strict=True))
     for key in data.draw(st.lists(st.sampled_from(keys), unique=True)) if keys else []:
         same[key[0], f"{key[1]} again"] = key
     of_sites = {key: layout for key, (layout, _) in layouts.items()}
     of_sites |= {key: of_sites[source] for key, source in same.items()}
-    matrices |= {key: matrices[source] for key, source in same.items()}
-    wanted = activations_rows("run", of_sites, {key: rows for key, rows in matrices.items() if rows[0]})
+    wanted |= {key: wanted[source] for key, source in same.items()}
     places = [np.array(of_span, np.int64).reshape(-1, 2) for of_span in spans]
-    found = gathered_rows("run", of_sites, kept, same, places, np.concatenate(pieces))
-    assert found.equals(wanted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_rows, "PIECE", piece)
+        flat = [np.concatenate(tensor) for tensor in tensors]
+        found = activations_rows("run", of_sites, kept, same, places, [values for values in flat if values.size])
+    assert found.cast(ACTIVATIONS).equals(activations_twin("run", of_sites, wanted))
     for column in ("site", "group_name"):  # no word that no row has
         for chunk in found[column].chunks:
             assert set(chunk.dictionary.to_pylist()) == set(chunk.to_pylist())
+
+
+def test_pieces_of_activations_end_with_the_group_that_fills_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has more than PIECE values, but the last; a group is in one piece."""
+    monkeypatch.setattr(block_rows, "PIECE", 10)
+    layouts = {(0, site): SiteLayout(("all",), (0, 4)) for site in "abcde"}
+    kept = [KeptRows(key, 0, 4) for key in layouts]
+    places = [np.array([(7, i) for i in range(2)])]
+    found = activations_rows("run", layouts, kept, {}, places, [np.arange(40, dtype=np.float32)])
+    assert [len(chunk) for chunk in found["values"].chunks] == [4, 4, 2]
 
 
 def test_rows_of_blocks_follow_one_another(tmp_path: Path) -> None:
@@ -264,11 +285,30 @@ def test_a_block_without_rows_has_no_file_and_a_table_has_one(tmp_path: Path) ->
 
 
 def test_tables_of_no_site_are_there_and_empty(tmp_path: Path) -> None:
-    tables = every_table(tmp_path, write_statistics(tmp_path, "run", {}, FLOAT16, nowhere))
+    tables = every_table(tmp_path, write_statistics(tmp_path, "run", NO_SITE, FLOAT16, nowhere))
     assert list(map(table_of, tables)) == list(RUN_TABLES)
     for file, entry in tables.items():
         found = pq.read_table(tmp_path / file, partitioning=None)
         assert found.schema.equals(RUN_TABLES[table_of(file)]) and found.num_rows == entry.rows == 0, file
+
+
+def test_a_site_that_is_another_has_its_rows(tmp_path: Path) -> None:
+    """In every table that is made of statistics; its own place in the arrays is empty."""
+    made = RunStatistics.empty(dict.fromkeys([*SITES, (0, "v")], LAYOUT), 4)
+    made.index.share((0, "v"), (0, "x"))
+    for key in SITES:
+        for into, values in zip(arrays(made.site(key)), arrays(STATISTICS.site(key)), strict=True):
+            into.copy_(values)
+    made.site((0, "x")).top[:] = torch.tensor([9, 0x3C00, 1, 2, 0])
+    files = write_statistics(tmp_path, "run", made, FLOAT16, nowhere)
+    for name in ("counts", "site_stats", "channels", "outliers", "groups"):
+        rows = [row for file in files if table_of(file) == name for row in pq.read_table(tmp_path / file).to_pylist()]
+        mine, others = ([row for row in rows if (row["layer"], row["site"]) == (0, site)] for site in ("v", "x"))
+        assert mine and repr(mine) == repr([row | {"site": "v"} for row in others]), name
+
+
+def arrays(site: SiteStatistics) -> list[torch.Tensor]:
+    return [site.counts, site.top, *site.moments.named().values()]
 
 
 def test_a_finished_run_has_no_other_files(tmp_path: Path) -> None:
@@ -301,9 +341,9 @@ def test_counts_are_those_of_every_group_in_order(groups: int, tmp_path: Path, m
     monkeypatch.setattr(rows, "COUNTED", groups)
     values = FLOAT16.values()
     wanted: list[tuple[int, str, str, dict[float, int]]] = []
-    for layer, site in sorted(STATISTICS):
+    for layer, site in SITES:
         for name, g in (("a", 1), ("b", 0)):
-            counts = STATISTICS[layer, site].counts[g]
+            counts = STATISTICS.site((layer, site)).counts[g].numpy()
             held: dict[float, int] = {}
             for pattern in np.flatnonzero(counts):
                 value = "nan" if np.isnan(values[pattern]) else float(values[pattern])
@@ -326,11 +366,11 @@ def test_channels_are_every_groups_in_order(tmp_path: Path) -> None:
     names = {"count": "count", "nonfinite": "nonfinite", "overflow": "overflow", "mean_abs_max": "mean_abs_max"}
     names |= {"min": "lowest", "max": "highest", "sum": "total", "sum_sq": "squares"}
     wanted = []
-    for layer, site in sorted(STATISTICS):
-        moments = STATISTICS[layer, site].moments
+    for layer, site in SITES:
+        moments = STATISTICS.site((layer, site)).moments.named()
         for name, channels in (("a", (2, 3, 4)), ("b", (0, 1))):
             for channel in channels:
-                row = {column: getattr(moments, field)[channel].item() + 0 for column, field in names.items()}
+                row = {column: moments[field][channel].item() + 0 for column, field in names.items()}
                 wanted.append(
                     {"run": "run", "layer": layer, "site": site, "group_name": name, "channel": channel} | row
                 )
@@ -342,14 +382,15 @@ def test_channels_are_every_groups_in_order(tmp_path: Path) -> None:
 def test_site_stats_are_of_all_rows(tmp_path: Path) -> None:
     found = written(tmp_path, [0])["site_stats"].to_pylist()
     assert [(row["layer"], row["site"], row["group_name"]) for row in found] == [
-        (layer, site, name) for layer, site in sorted(STATISTICS) for name in ("a", "all", "b")
+        (layer, site, name) for layer, site in SITES for name in ("a", "all", "b")
     ]
     for row in found:
-        counts = STATISTICS[row["layer"], row["site"]].counts
+        site = STATISTICS.site((row["layer"], row["site"]))
+        counts = site.counts.numpy()
         mine = {"a": counts[1], "b": counts[0], "all": counts.sum(axis=0)}[row["group_name"]]
         summary = Distribution.of_rows(FLOAT16.values(), mine).summary()
         assert summary["nonfinite"] > 0 and summary["zeros"] > 0
-        overflow = STATISTICS[row["layer"], row["site"]].moments.overflow
+        overflow = site.moments.named()["overflow"].numpy()
         assert row["overflow"] == {"a": overflow[2:], "b": overflow[:2], "all": overflow}[row["group_name"]].sum()
         for column, value in summary.items():
             if column in ("mean", "std", "kurtosis"):
