@@ -34,7 +34,7 @@ from quambase.apply.evaluation.scoring import (
     score,
 )
 from quambase.apply.evaluation.summary import summarize
-from quambase.apply.int8.cuda_models import int8_on_cuda
+from quambase.apply.int8.build import int8_on_cuda
 from quambase.apply.int8.model_folder import last_applied
 from quambase.model.checkpoint import LoadedModel
 from quambase.model.cuda.compiler import CompilationFailed

@@ -20,7 +20,7 @@ from tiny_int8 import CONFIG, absmax_scales, documents, tiny_weights
 from quambase.apply.apply import apply
 from quambase.apply.evaluation import evaluate as evaluating
 from quambase.apply.evaluation.evaluate import TaskData, evaluate, find_evaluation, list_evaluations
-from quambase.apply.int8.mamba1 import build
+from quambase.apply.int8.build import build
 from quambase.apply.int8.model_folder import CONFIG as CONFIG_FILE
 from quambase.apply.int8.model_folder import TENSORS, last_applied, load_stored, save_model
 from quambase.cli.apply import apply as apply_command
