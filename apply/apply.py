@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from quambase.apply.int8.families import build_model, check_any_scales
+from quambase.apply.int8.build import build_model, check_any_scales
 from quambase.apply.int8.model_folder import refuse_foreign_folder, remember, save_model
 from quambase.apply.int8.needed_scales import (
     DEFAULT_OTHERWISE,

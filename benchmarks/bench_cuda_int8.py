@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from timing import alternate, machine
 
-from quambase.apply.int8 import mamba1 as quamba1
-from quambase.apply.int8 import mamba2 as quamba2
-from quambase.apply.int8.cuda_models import int8_on_cuda
-from quambase.apply.int8.cuda_operators import CudaInt8Operators, pad_weight
-from quambase.apply.int8.families import Int8Model
+from quambase.apply.int8.arithmetic import Int8Weight
+from quambase.apply.int8.build import build, int8_on_cuda
+from quambase.apply.int8.cuda_operators import CudaInt8Operators
+from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.model.language_model import floating_model
 from quambase.model.mamba1 import MambaConfig
 from quambase.model.mamba2 import Mamba2Config
@@ -28,7 +27,6 @@ from quambase.model.operators.torch import TorchOperators
 from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.weights import ModelWeights, random_weights
-from quambase.schema.sites import MAMBA2
 
 SEQ_LEN, BLOCK = 512, 32
 
@@ -55,7 +53,7 @@ def forward(model: Model, batches: list[Batch], logits: bool = True) -> None:
     torch.cuda.synchronize()
 
 
-def absmax_model(weights: ModelWeights, batch: Batch, device: torch.device) -> Int8Model:
+def absmax_model(weights: ModelWeights, batch: Batch, device: torch.device) -> Int8LanguageModel:
     """The INT8 model with scales of absmax / 127 over one batch."""
     prepared = prepare(weights)
     amax: dict[tuple[int, str], torch.Tensor] = {}
@@ -66,9 +64,7 @@ def absmax_model(weights: ModelWeights, batch: Batch, device: torch.device) -> I
 
     floating_model(prepared, device, torch.float16, rotated=True).hidden(batch, tap)
     scales = {key: max(float(value), 1e-3) / 127 for key, value in amax.items()}
-    if prepared.config.kind == MAMBA2:
-        return quamba2.build(prepared, scales)
-    return quamba1.build(prepared, scales)
+    return build(prepared, scales)
 
 
 def upstream(batches: list[Batch]) -> Callable[[], object] | None:
@@ -97,7 +93,7 @@ def upstream(batches: list[Batch]) -> Callable[[], object] | None:
 def products(device: torch.device) -> Mapping[str, Mapping[str, float]]:
     """Microseconds of each product of a batch's rows."""
     rows, found = SEQ_LEN * BLOCK, {}
-    operators = CudaInt8Operators(device, MAMBA1_130M)
+    operators = CudaInt8Operators(device, MAMBA1_130M.operator_sizes)
 
     def timed(call: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
@@ -110,7 +106,8 @@ def products(device: torch.device) -> Mapping[str, Mapping[str, float]]:
     for name, (depth, columns) in PRODUCTS.items():
         x = torch.randint(-128, 128, (rows, depth), dtype=torch.int8, device=device)
         weight = torch.randint(-128, 128, (columns, depth), dtype=torch.int8, device=device)
-        half, half_weight, padded = x.half() / 128, weight.half() / 128, pad_weight(weight)
+        half, half_weight = x.half() / 128, weight.half() / 128
+        padded = operators.matrix(Int8Weight(weight, 1.0))
         sides: dict[str, Callable[[], None]] = {
             "float16 by PyTorch": timed(lambda a=half, b=half_weight: torch.nn.functional.linear(a, b)),
             "int32 by PyTorch": timed(lambda a=x, b=weight: torch._int_mm(a, b.T)),

@@ -7,7 +7,8 @@ import time
 import torch
 from timing import alternate, table
 
-from quambase.apply.int8.mamba1 import Int8Mamba, build
+from quambase.apply.int8.build import build
+from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.mamba1 import MambaConfig
 from quambase.model.packed_batch import Batch
@@ -48,7 +49,7 @@ def main() -> None:
         int8.with_scales({key: scale * 0.9 for key, scale in scales.items()})
         another = time.perf_counter() - start
 
-        def run(model: LanguageModel | Int8Mamba, packed: Batch = batch) -> torch.Tensor:
+        def run(model: LanguageModel | Int8LanguageModel, packed: Batch = batch) -> torch.Tensor:
             return model.hidden(packed)
 
         sides = {

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from timing import machine
 
+from quambase.apply.int8.arithmetic import SplitInt8Weight
+from quambase.apply.int8.build import build
 from quambase.apply.int8.group_scales import channel_groups_of, values_of
-from quambase.apply.int8.mamba2 import Int8Mamba2, build
-from quambase.apply.int8.mamba2_weights import SplitInt8Weight
+from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.model.block import Show
 from quambase.model.checkpoint import load_model
 from quambase.model.language_model import LanguageModel, floating_model
@@ -66,7 +67,9 @@ class SomeQuantized(Mamba2Block):
     INT8 model has them.
     """
 
-    def __init__(self, weights: Mamba2BlockWeights, int8: Int8Mamba2, index: int, chosen: frozenset[str]) -> None:
+    def __init__(
+        self, weights: Mamba2BlockWeights, int8: Int8LanguageModel, index: int, chosen: frozenset[str]
+    ) -> None:
         codes = int8.weights.layers[index]
         changed = {
             "in_proj weight": {"in_proj": dequantized(codes.in_proj)},
@@ -88,7 +91,7 @@ class SomeQuantized(Mamba2Block):
             return values
         scale = values_of(self.int8.scales[self.index, ACTIVATIONS[name]])
         if name == "x":
-            scale = scale[channel_groups_of(self.config, self.int8.channel_groups, self.index, len(scale))]
+            scale = scale[channel_groups_of(self.config, self.int8.channel_groups[self.index], len(scale))]
         elif name in ("B", "C"):
             scale = torch.repeat_interleave(scale, self.config.bc_width // len(scale))
         return (values / scale).round().clamp(-128, 127) * scale
@@ -110,7 +113,7 @@ class SomeQuantized(Mamba2Block):
         return F.linear(self._rounded("out_proj input", gated), self.out_proj)
 
 
-def some_quantized(prepared: ModelWeights, int8: Int8Mamba2, chosen: frozenset[str]) -> LanguageModel:
+def some_quantized(prepared: ModelWeights, int8: Int8LanguageModel, chosen: frozenset[str]) -> LanguageModel:
     """The rotated float32 model of such blocks."""
     model = floating_model(prepared, rotated=True)
     model.blocks = [SomeQuantized(layer, int8, i, chosen) for i, layer in enumerate(prepared.layers)]
@@ -186,7 +189,7 @@ def rows_of(weights: ModelWeights, calibration: Batch, batch: Batch) -> Iterator
     groups = groups_by_size(weights.config, amax)
     int8 = build(prepared, scales_of(weights.config, amax, []), channel_groups=[[index] for index in groups])
 
-    def measured(model: LanguageModel | Int8Mamba2) -> tuple[float, float]:
+    def measured(model: LanguageModel | Int8LanguageModel) -> tuple[float, float]:
         return compare(expected, model.logits(model.hidden(batch)))
 
     everything = frozenset(OPERATORS)

@@ -13,7 +13,7 @@ import torch
 from quambase.apply.evaluation.candidates import Candidates
 from quambase.apply.evaluation.scoring import FLOAT, LAST_WORD, Cost, Item, LanguageModel, Score, score
 from quambase.apply.evaluation.tasks import TaskData
-from quambase.apply.int8.cuda_models import int8_on_cuda
+from quambase.apply.int8.build import int8_on_cuda
 from quambase.model.cuda.compiler import CompilationFailed
 from quambase.model.language_model import floating_model
 from quambase.schema.errors import DataInvalid

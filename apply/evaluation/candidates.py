@@ -10,7 +10,8 @@ from typing import Any
 
 from quambase.apply.apply import load_named, load_source
 from quambase.apply.evaluation.tasks import no_text
-from quambase.apply.int8.families import Int8Model, build_model, check_any_scales
+from quambase.apply.int8.build import build_model, check_any_scales
+from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.model_folder import SCALES, load_stored, weights_digest
 from quambase.apply.int8.needed_scales import (
     DEFAULT_OTHERWISE,
@@ -31,7 +32,7 @@ class Candidates:
     """The models to compare: the float one, and INT8 ones by label, which share their weights."""
 
     source: LoadedModel
-    models: Mapping[str, Int8Model]
+    models: Mapping[str, Int8LanguageModel]
     scales: str
     run: str | None
     skipped: list[str] = field(default_factory=list)
@@ -62,7 +63,7 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
             f"{folder} was made of other weights ({about['weights_sha256'][:12]}) than {loaded.name} has "
             f"({loaded.weights_sha256[:12]}); give the model it was made of with --model"
         )
-    models: dict[str, Int8Model] = {about["strategy"]: stored.model}
+    models: dict[str, Int8LanguageModel] = {about["strategy"]: stored.model}
     path = folder / SCALES
     if path.exists():
         table = read_scales(path)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from quambase.apply.int8 import host_kernels as kernels
+from quambase.apply.evaluation import host_kernels as kernels
 
 
 def log_probabilities(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

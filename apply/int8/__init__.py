@@ -1,1 +1,1 @@
-"""The INT8 model: arithmetic, weights, blocks of both families on host and CUDA, and its folder on disk."""
+"""The INT8 model: arithmetic, weights, a forward pass for each kind of block, operators of CPU and CUDA, its folder."""

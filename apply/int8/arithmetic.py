@@ -1,19 +1,18 @@
-"""INT8 arithmetic of upstream Quamba's W8A8 model, operator by operator, on the CPU.
+"""INT8 arithmetic of upstream Quamba's W8A8 model on the CPU: quantizing weights, products of codes.
 
 Every function says how it rounds. Activations and weights are int8 tensors; products are accumulated exactly,
-as int32 would, by float32 BLAS; what follows a product is float32 in upstream's order of operations.
+as int32 would, by float32 BLAS.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from quambase.apply.int8 import host_kernels as kernels
 
 INT8_MIN, INT8_MAX = -128, 127
 
@@ -48,6 +47,38 @@ class Int8Weight:
     def dequantized(self) -> torch.Tensor:
         """``scale * codes`` in float32."""
         return self.floats * torch.tensor(self.scale, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class SplitInt8Weight:
+    """A weight tensor whose consecutive rows fall in parts with a scale each.
+
+    codes   int8 (rows, ...)
+    scales  float32 values, one per part
+    widths  rows of each part
+    """
+
+    codes: torch.Tensor
+    scales: tuple[float, ...]
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, weight: torch.Tensor, widths: tuple[int, ...], quantize: Callable[[torch.Tensor], Int8Weight]
+    ) -> SplitInt8Weight:
+        """Quantize each part of ``weight`` for itself."""
+        parts = [quantize(part) for part in torch.split(weight, list(widths))]
+        return cls(torch.cat([part.codes for part in parts]), tuple(part.scale for part in parts), widths)
+
+    @cached_property
+    def joined(self) -> Int8Weight:
+        """All codes as one weight, for the integer product."""
+        return Int8Weight(self.codes, 1.0)
+
+    @cached_property
+    def row_scales(self) -> torch.Tensor:
+        """Each row's scale, float32 (rows,)."""
+        return torch.repeat_interleave(torch.tensor(self.scales), torch.tensor(self.widths))
 
 
 def quantize_weight(weight: torch.Tensor) -> Int8Weight:
@@ -107,21 +138,6 @@ def matmul(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
         part = slice(low, low + EXACT_CHUNK)
         total += F.linear(floats[:, part], weight.floats[:, part]).to(torch.int32)
     return total.to(torch.float32)
-
-
-def linear_to_int8(x: torch.Tensor, weight: Int8Weight, first: float, second: float) -> torch.Tensor:
-    """INT8 (rows, out): ``(acc * first) * second`` in float32, half to even, saturating."""
-    acc = matmul(x, weight)
-    out = torch.empty(acc.shape, dtype=torch.int8)
-    kernels.scale_to_int8(acc.numpy(), np.float32(first), np.float32(second), out.numpy())
-    return out
-
-
-def linear_to_half(x: torch.Tensor, weight: Int8Weight, first: float, second: float) -> torch.Tensor:
-    """Float16 values in float32 (rows, out): ``(acc * first) * second`` in float32, rounded half to even."""
-    acc = matmul(x, weight)
-    acc.mul_(first).mul_(second)
-    return to_half(acc)
 
 
 def to_half(x: torch.Tensor) -> torch.Tensor:

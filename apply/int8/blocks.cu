@@ -1,7 +1,7 @@
-// The steps of the INT8 blocks between the products, on CUDA: the siblings of kernels.py and kernels2.py, compiled at run
-// time (cuda_operators.py) with -fmad=false, so that no product is contracted with a sum unless written so.
+// The steps of the INT8 blocks between the products, on CUDA: the siblings of host_kernels.py, compiled at run time
+// (cuda_operators.py) with -fmad=false, so that no product is contracted with a sum unless written so.
 //
-// MAMBA2   1: a Mamba-2, 0: a Mamba-1
+// HEADS    1: blocks of heads (Mamba-2), 0: without (Mamba-1)
 // WIDTH    taps of the convolution
 // and those of model/cuda/norm_hadamard.cuh and model/cuda/scans.cuh.
 
@@ -138,7 +138,7 @@ struct Codes {
     }
 };
 
-#if !MAMBA2
+#if !HEADS
 
 struct Channels {
     typedef s8 Raw;

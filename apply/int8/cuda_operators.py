@@ -1,6 +1,6 @@
-"""The operators of the INT8 models as compiled CUDA kernels.
+"""The INT8 operators as compiled CUDA kernels.
 
-Codes are int8. Every row of codes is padded to 16 bytes, of float16 likewise, so that kernels work on whole words:
+Every row of codes is padded to 16 bytes, of float16 likewise, so that kernels work on whole words:
 results are slices of wider tensors. Weights are padded with zeros, so what a row holds beyond its width counts for
 nothing.
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from quambase.model.block import ModelConfig
+from quambase.apply.int8.arithmetic import Int8Weight
+from quambase.apply.int8.operators import Int8BlockState, Int8Operators, ScanScales, SsdScales
 from quambase.model.cuda.compiler import Argument, Kernels
 from quambase.model.hadamard import odd_factor
 from quambase.model.operators.cuda import (
@@ -24,6 +25,7 @@ from quambase.model.operators.cuda import (
     rows_of_block,
     rows_shared,
 )
+from quambase.model.operators.interface import OperatorSizes
 from quambase.model.packed_batch import PlacedBatch
 
 ALIGNMENT = 16
@@ -49,16 +51,6 @@ CONV_ROWS, CONV_CHANNELS = 8, 4 * 128
 """Rows and channels of a block of the convolution, as in blocks.cu."""
 
 
-@dataclass(frozen=True)
-class ScanScales:
-    """The scales of a Mamba-1 scan's inputs."""
-
-    u: float
-    delta: float
-    bc: float
-    z: float
-
-
 def _padded(width: int, item: int) -> int:
     """``width`` items of ``item`` bytes, up to whole ALIGNMENTs."""
     return -(-width * item // ALIGNMENT) * ALIGNMENT // item
@@ -71,33 +63,26 @@ def padded_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device)
     return found if whole == width else found[:, :width]
 
 
-def pad_weight(codes: torch.Tensor) -> torch.Tensor:
-    """Codes (out, in), each row filled up with zeros to a multiple of 16."""
-    return F.pad(codes, (0, _padded(codes.shape[1], 1) - codes.shape[1])).contiguous()
-
-
 class CudaInt8Operators:
-    """The INT8 blocks' steps for one model's sizes on one device; each rounds once, as the CPU's sibling named says.
+    """`quambase.apply.int8.operators.Int8Operators` for one model's sizes on one device, of whole documents.
 
-    Tensors are on the device; rows may be apart. CompilationFailed where it cannot be compiled: the integer products
-    need compute capability 8.0.
+    CompilationFailed where it cannot be compiled: the integer products need compute capability 8.0.
     """
 
-    def __init__(self, device: torch.device, config: ModelConfig, *, hopper: bool | None = None) -> None:
+    decodes = False
+
+    def __init__(self, device: torch.device, sizes: OperatorSizes, *, hopper: bool | None = None) -> None:
         """``hopper``: whether products are Hopper's own (compute capability 9.0); default: if the device is one."""
-        self.device = device
-        sizes, heads = kernel_sizes(config.operator_sizes), config.head_layout
-        self._rotated_rows, self._rotated_shared = rows_of_block(config.d_inner), rows_shared(config.d_inner)
-        self._odd = torch.tensor(odd_factor(sizes["ORDER"]), device=device)
-        mamba2 = heads is not None
-        self._ssd_threads = sizes["HEADDIM"] // sizes["JOINED"] * sizes["SPLIT"]
-        if heads is not None:
-            self._ngroups, width = heads.ssd_groups, heads.ssd_groups * config.d_state
-            self._widths = [config.d_inner, width, width]
-        own = ("ssd_scan", "gated_rotate") if mamba2 else ("selective_scan", "rotate")
+        self.device, self.sizes = device, sizes
+        defines = kernel_sizes(sizes)
+        self._rotated_rows, self._rotated_shared = rows_of_block(sizes.d_inner), rows_shared(sizes.d_inner)
+        self._odd = torch.tensor(odd_factor(defines["ORDER"]), device=device)
+        heads = sizes.headdim is not None
+        self._ssd_threads = defines["HEADDIM"] // defines["JOINED"] * defines["SPLIT"]
+        own = ("ssd_scan", "gated_rotate") if heads else ("selective_scan", "rotate")
         names = ("norm_to_int8", "norm_to_half", "conv_silu", *own)
         # No contraction, so that codes are rounded from the same float32 values as on the CPU.
-        self._blocks = Kernels(BLOCKS, names, {"MAMBA2": int(mamba2), **sizes}, device, ("-fmad=false",))
+        self._blocks = Kernels(BLOCKS, names, {"HEADS": int(heads), **defines}, device, ("-fmad=false",))
         if hopper is None:
             hopper = torch.cuda.get_device_capability(device) == (9, 0)
         self._product_block = HOPPER if hopper else OTHERS
@@ -105,11 +90,37 @@ class CudaInt8Operators:
         self._products = Kernels(PRODUCTS, products, {"HOPPER": int(hopper)}, device)
         for name in products:
             self._products.allow_shared(name, self._product_block.shared)
-        shared = dict.fromkeys(("norm_to_int8", "norm_to_half"), 4 * _padded(config.d_model, 4))
-        shared["gated_rotate" if mamba2 else "rotate"] = self._rotated_shared
+        shared = dict.fromkeys(("norm_to_int8", "norm_to_half"), 4 * _padded(sizes.d_model, 4))
+        shared["gated_rotate" if heads else "rotate"] = self._rotated_shared
         for name, size in shared.items():
             if size > FREE_SHARED:
                 self._blocks.allow_shared(name, size)
+
+    def decoding(self) -> Int8Operators:
+        """Not on CUDA: no command decodes there."""
+        raise NotImplementedError("INT8 models decode on the CPU")
+
+    def matrix(self, weight: Int8Weight) -> Int8Weight:
+        """As `Int8Operators.matrix`: each row filled up with zeros to a multiple of 16."""
+        width = weight.codes.shape[1]
+        padded = F.pad(weight.codes, (0, _padded(width, 1) - width)).contiguous()
+        return Int8Weight(padded.to(self.device), weight.scale)
+
+    def half_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """As `Int8Operators.half_matrix`."""
+        return weight.to(self.device)
+
+    def vector(self, values: torch.Tensor) -> torch.Tensor:
+        """As `Int8Operators.vector`."""
+        return values.contiguous().to(self.device)
+
+    def halves(self, rows: torch.Tensor) -> torch.Tensor:
+        """As `Int8Operators.halves`."""
+        return self._halves(*rows.shape).copy_(rows)
+
+    def new_residual(self, x: torch.Tensor) -> torch.Tensor:
+        """As `Int8Operators.new_residual`."""
+        return padded_rows(len(x), x.shape[1], torch.float32, self.device).zero_()
 
     def _codes(self, rows: int, width: int) -> torch.Tensor:
         return padded_rows(rows, width, torch.int8, self.device)
@@ -118,9 +129,7 @@ class CudaInt8Operators:
         return padded_rows(rows, width, torch.float16, self.device)
 
     def add_norm_to_int8(self, x: torch.Tensor, residual: torch.Tensor, eps: float, scale: float) -> torch.Tensor:
-        """`kernels.add_rms_norm_int8`: x (t, d) float16; residual (t, d) float32, updated, its rows as `padded_rows`
-        lays them, and so x's; codes (t, d).
-        """
+        """As `Int8Operators.add_norm_to_int8`; rows of x and residual as `padded_rows` lays them."""
         rows, width = residual.shape
         out = self._codes(rows, width)
         arguments = (x, x.stride(0), residual, residual.stride(0), width, eps, scale, out, out.stride(0))
@@ -128,7 +137,7 @@ class CudaInt8Operators:
         return out
 
     def add_norm_to_half(self, x: torch.Tensor, residual: torch.Tensor, eps: float) -> torch.Tensor:
-        """`kernels.add_rms_norm`, rounded to float16."""
+        """As `Int8Operators.add_norm_to_half`."""
         rows, width = residual.shape
         out = self._halves(rows, width)
         arguments = (x, x.stride(0), residual, residual.stride(0), width, eps, out, out.stride(0))
@@ -136,16 +145,23 @@ class CudaInt8Operators:
         return out
 
     def linear_to_int8(
-        self, x: torch.Tensor, weight: torch.Tensor, first: float | torch.Tensor, second: float
+        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
     ) -> torch.Tensor:
-        """`int8.linear_to_int8`: x (rows, in) codes, weight (out, in) as `pad_weight` makes it; ``first`` may be one
-        factor per column (out,).
-        """
-        return self._product("product_to_int8", x, weight, first, second, self._codes(len(x), len(weight)))
+        """As `Int8Operators.linear_to_int8`."""
+        assert not away  # only where one sequence decodes
+        out = self._codes(len(x), len(weight.codes))
+        return self._product("product_to_int8", x, weight.codes, first, second, out)
 
-    def linear_to_half(self, x: torch.Tensor, weight: torch.Tensor, first: float, second: float) -> torch.Tensor:
-        """`int8.linear_to_half`, the result float16."""
-        return self._product("product_to_half", x, weight, first, second, self._halves(len(x), len(weight)))
+    def linear_to_half(
+        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
+    ) -> torch.Tensor:
+        """As `Int8Operators.linear_to_half`."""
+        out = self._halves(len(x), len(weight.codes))
+        return self._product("product_to_half", x, weight.codes, first, second, out)
+
+    def half_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """As `Int8Operators.half_product`."""
+        return F.linear(x, weight)
 
     def _product(
         self,
@@ -174,8 +190,10 @@ class CudaInt8Operators:
         bias: torch.Tensor,
         scale_out: torch.Tensor,
         batch: PlacedBatch,
+        state: Int8BlockState | None = None,
     ) -> torch.Tensor:
-        """`kernels2.conv_channels_int8`: x codes (t, e); taps (k, e); scale_wx, bias, scale_out (e,); codes (t, e)."""
+        """As `Int8Operators.conv_silu`."""
+        assert state is None
         rows, channels = x.shape
         out = self._codes(rows, channels)
         grid = (-(-channels // CONV_CHANNELS), -(-rows // CONV_ROWS))
@@ -194,11 +212,10 @@ class CudaInt8Operators:
         d: torch.Tensor,
         bias: torch.Tensor,
         batch: PlacedBatch,
+        state: Int8BlockState | None = None,
     ) -> torch.Tensor:
-        """`quambase.model.operators.host_kernels.selective_scan` of codes, rounded to float16 (t, e).
-
-        u, delta (before bias and softplus), z (t, e); bc (t, 2n), B then C; a (n, e) negative; d, bias (e,).
-        """
+        """As `Int8Operators.selective_scan`."""
+        assert state is None
         rows, channels = u.shape
         y = torch.empty(rows, channels, dtype=torch.float16, device=self.device)
         codes = (u, u.stride(0), delta, delta.stride(0), bc, bc.stride(0), z, z.stride(0))
@@ -209,7 +226,7 @@ class CudaInt8Operators:
         return y
 
     def rotate(self, y: torch.Tensor, factor: float, wrap: bool) -> torch.Tensor:
-        """The Hadamard quantizer: codes of ``factor`` times the transform of y (t, e) float16; `round_to_int8`."""
+        """As `Int8Operators.rotate`."""
         out = self._codes(*y.shape)
         arguments = (y, len(y), self._odd, factor, int(wrap), out, out.stride(0))
         self._blocks.launch("rotate", self._row_blocks(len(y)), ROW_THREADS, arguments, self._rotated_shared)
@@ -218,26 +235,22 @@ class CudaInt8Operators:
     def ssd_scan(
         self,
         conv_out: torch.Tensor,
-        scales: torch.Tensor,
         dt: torch.Tensor,
-        dt_scale: float,
+        scales: SsdScales,
         a: torch.Tensor,
         d: torch.Tensor,
         bias: torch.Tensor,
         batch: PlacedBatch,
+        state: Int8BlockState | None = None,
     ) -> torch.Tensor:
-        """`quambase.model.operators.host_kernels.ssd_scan` of values rounded to float16, the skip connection of
-        unrounded ones; rounded to float16 (t, e).
-
-        conv_out (t, e + 2gn) codes of x, B, C with ``scales`` (e + 2gn,); dt (t, h) codes before bias and softplus;
-        a (h,) negative; d, bias (h,).
-        """
-        heads, rows = len(a), len(conv_out)
-        widths = self._widths
+        """As `Int8Operators.ssd_scan`."""
+        assert state is None
+        heads, rows, ngroups = len(a), len(conv_out), self.sizes.ngroups
+        widths = [self.sizes.d_inner, ngroups * self.sizes.d_state, ngroups * self.sizes.d_state]
         y = torch.empty(rows, widths[0], dtype=torch.float16, device=self.device)
         parts: list[Argument] = [*torch.split(conv_out, widths, dim=1), conv_out.stride(0)]
-        parts += torch.split(scales, widths)
-        arguments = (*parts, dt, dt.stride(0), dt_scale, a, d, bias, batch.offsets, heads, self._ngroups, y)
+        parts += torch.split(scales.conv_out, widths)
+        arguments = (*parts, dt, dt.stride(0), scales.dt, a, d, bias, batch.offsets, heads, ngroups, y)
         self._blocks.launch("ssd_scan", (heads, batch.host.documents), self._ssd_threads, arguments)
         return y
 
@@ -251,12 +264,9 @@ class CudaInt8Operators:
         factor: float,
         wrap: bool,
     ) -> torch.Tensor:
-        """`quambase.model.operators.torch.gated_rms_norm`, rounded to float16, then `rotate`.
-
-        y (t, e) float16, z (t, e) codes, weight (e,).
-        """
+        """As `Int8Operators.gated_rotate`."""
         out = self._codes(*y.shape)
-        norm = (z, z.stride(0), z_scale, weight, self._ngroups, eps)
+        norm = (z, z.stride(0), z_scale, weight, self.sizes.ngroups, eps)
         arguments = (y, len(y), *norm, self._odd, factor, int(wrap), out, out.stride(0))
         self._blocks.launch("gated_rotate", self._row_blocks(len(y)), ROW_THREADS, arguments, self._rotated_shared)
         return out

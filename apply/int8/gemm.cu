@@ -1,4 +1,4 @@
-// Products of INT8 codes on the tensor cores, with their epilogue: compiled at run time (device_operators.py).
+// Products of INT8 codes on the tensor cores, with their epilogue: compiled at run time (cuda_operators.py).
 //
 // A block makes BLOCK x BLOCK outputs, STAGES tiles of DEPTH bytes a row of either operand being on their way from memory.
 // HOPPER 1: by wgmma (sm_90a), two warpgroups of 64 rows each; 0: by mma.sync (compute capability 8.0 and later), four

@@ -1,18 +1,17 @@
-"""The activation scales of an INT8 Mamba-2: one per tensor, or one per scale group where the model reads groups."""
+"""The activation scales of an INT8 model: one per tensor, or one per scale group where a block reads groups."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from quambase.apply.int8.needed_scales import Scales, checked_scale, missing_scale, needed_sites
-from quambase.model.mamba2 import Mamba2Config
+from quambase.model.block import ModelConfig
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.groups import LayerGroups
 from quambase.schema.scale_table import Scale
-from quambase.schema.sites import MAMBA2, find_site
+from quambase.schema.sites import find_site
 
 ChannelGroups = Sequence[Sequence[torch.Tensor]]
 """Per layer the divisions of the channels of x, each the scale group of every channel (e,), int64; empty where groups
@@ -45,17 +44,21 @@ def channel_maps(layers: Sequence[LayerGroups]) -> list[list[torch.Tensor]]:
     return maps
 
 
-def channel_groups_of(config: Mamba2Config, channel_groups: ChannelGroups, layer: int, count: int) -> torch.Tensor:
-    """The group (0 to count - 1) of each channel of x (e,), int64: none, by SSD group, or the layer's own division of
-    that many groups. Divisions are nested, so of the same number they are the same.
+def channel_groups_of(config: ModelConfig, divisions: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """The group (0 to count - 1) of each channel of x (e,), int64: none, by SSD group, or the one of a layer's own
+    ``divisions`` of that many groups. Divisions are nested, so of the same number they are the same.
     """
-    if count in (1, config.ngroups):
+    if count in (1, _ssd_groups(config)):
         return torch.arange(config.d_inner) // (config.d_inner // count)
-    return next(index for index in channel_groups[layer] if int(index.max()) + 1 == count)
+    return next(index for index in divisions if int(index.max()) + 1 == count)
 
 
-def check_group_scales(
-    scales: Scales, config: Any, channel_groups: ChannelGroups, quantize_lm_head: bool
+def _ssd_groups(config: ModelConfig) -> int:
+    return config.head_layout.ssd_groups if config.head_layout else 1
+
+
+def check_scales(
+    scales: Scales, config: ModelConfig, channel_groups: ChannelGroups, quantize_lm_head: bool
 ) -> dict[tuple[int, str], Scale]:
     """The scales the model reads, rounded to float32.
 
@@ -96,14 +99,14 @@ def _checked(layer: int, site: str, scale: Scale, d_state: int) -> Scale:
     return tuple(groups) if len(groups) > 1 else groups[0]
 
 
-def _check_count(layer: int, site: str, scale: Scale, config: Mamba2Config, channel_groups: ChannelGroups) -> None:
+def _check_count(layer: int, site: str, scale: Scale, config: ModelConfig, channel_groups: ChannelGroups) -> None:
     if not isinstance(scale, tuple):
         return
     expected = {1}
-    if find_site(site, MAMBA2).grouped:
-        expected.add(config.ngroups)
-    if site in BY_CHANNEL_GROUP and layer < len(channel_groups):
-        expected |= {int(index.max()) + 1 for index in channel_groups[layer]}
+    if find_site(site, config.kind).grouped:
+        expected.add(_ssd_groups(config))
+        if site in BY_CHANNEL_GROUP and layer < len(channel_groups):
+            expected |= {int(index.max()) + 1 for index in channel_groups[layer]}
     if len(scale) not in expected:
         counts = " or ".join(map(str, sorted(expected)))
         raise ScalesInvalid(

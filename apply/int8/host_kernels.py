@@ -1,9 +1,10 @@
-"""Compiled CPU kernels of the INT8 Mamba-1 block: the steps between two integer matrix products.
+"""Compiled CPU kernels of the INT8 blocks: the steps between two integer matrix products.
 
-Rounding is written out in each: half to even (`half_even`) in the norm, the GEMM epilogue and the decoded
-state; half away from zero (`half_away`) in the convolution, the Hadamard quantizer and the prefill state. All
-arithmetic is float32 in upstream's order; no product is contracted with a sum, so results do not depend on
-the compiler. Packed batches as in `quambase.model.operators.host_kernels`.
+Rounding is written out in each: half to even (`half_even`) in the norm, the GEMM epilogue and the decoded state; half
+away from zero (`half_away`) in the convolution, the Hadamard quantizer, Mamba-1's prefill state and where one row alone
+is projected. Scales are one per channel or group; of a whole tensor, they are all the same. All arithmetic is float32
+in upstream's order; no product is contracted with a sum, so results do not depend on the compiler. Packed batches as in
+`quambase.model.operators.host_kernels`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ _ONE = np.float32(1)
 # Adding 1.5 * 2^23 leaves no fraction bits, so the sum is rounded to an integer, half
 # to even, by the addition itself; exact for |x| < 2^22, and it vectorises.
 _SHIFTER = np.float32(12582912)
-_STATE_FACTOR = np.float32(1e2)
+# Upstream multiplies a decoded state and its scale by these before dividing: in Mamba-1, and in Mamba-2
+# (quant_ssm_states.py).
+_SCAN_FACTOR = np.float32(1e2)
+_SSD_FACTOR = np.float32(1e6)
 _INT32_EDGE = np.float32(2147483648)
 
 
@@ -52,12 +56,19 @@ def half_away(x: np.float32) -> np.int8:
 
 
 @numba.njit(parallel=True, cache=True)
-def scale_to_int8(acc: Float32, first: np.float32, second: np.float32, out: Int8) -> None:
-    """GEMM epilogue: ``half_even((acc * first) * second)``. acc, out (rows, columns)."""
+def scale_columns_to_int8(acc: Float32, first: Float32, second: np.float32, away: bool, out: Int8) -> None:
+    """GEMM epilogue: the code of ``(acc * first[column]) * second``, half to even, or half away from zero if ``away``.
+
+    acc, out (rows, columns); first (columns,).
+    """
     rows, columns = acc.shape
     for row in numba.prange(rows):
-        for i in range(columns):
-            out[row, i] = half_even(np.float32(np.float32(acc[row, i] * first) * second))
+        if away:
+            for i in range(columns):
+                out[row, i] = half_away(np.float32(np.float32(acc[row, i] * first[i]) * second))
+        else:
+            for i in range(columns):
+                out[row, i] = half_even(np.float32(np.float32(acc[row, i] * first[i]) * second))
 
 
 @numba.njit(fastmath={"reassoc"})
@@ -103,20 +114,21 @@ def add_rms_norm(x: Float32, residual: Float32, eps: np.float32, out: Float32) -
 @numba.njit(parallel=True, cache=True)
 def conv_silu_int8(
     x: Int8,
+    first: int,
     weight: Float32,
-    scale_wx: np.float32,
+    scale_wx: Float32,
     bias: Float32,
-    scale_out: np.float32,
+    scale_out: Float32,
     offsets: Int64,
     out: Int8,
 ) -> None:
-    """Depthwise causal convolution of codes, SiLU, and one rounding (half away from zero).
+    """Depthwise causal convolution of codes, SiLU, and one rounding (half away from zero, saturating).
 
     ``v = scale_wx * sum(weight * x) + bias; code = v / (1 + exp(-v)) / scale_out``.
 
-    x (t, >= e): its first e columns are read; weight (k, e) codes held in float32 (the sum of k products is
-    exact), its last row multiplying the current token; bias (e,) dequantized; out (t, e). Zeros before every
-    document.
+    x (t, >= first + c): columns from ``first`` are read; weight (k, c) codes held in float32 (the sum of k products is
+    exact), its last row multiplying the current token; scale_wx, bias (dequantized), scale_out (c,); out (t, c). Zeros
+    before every document.
     """
     documents = offsets.size - 1
     width, channels = weight.shape
@@ -133,10 +145,41 @@ def conv_silu_int8(
             for tap in range(max(0, width - 1 - (row - start)), width):
                 source = row - (width - 1 - tap)
                 for i in range(size):
-                    total[i] += weight[tap, low + i] * np.float32(x[source, low + i])
+                    total[i] += weight[tap, low + i] * np.float32(x[source, first + low + i])
             for i in range(size):
-                value = np.float32(np.float32(scale_wx * total[i]) + bias[low + i])
-                out[row, low + i] = half_away(np.float32(silu32(value) / scale_out))
+                value = np.float32(np.float32(scale_wx[low + i] * total[i]) + bias[low + i])
+                out[row, low + i] = half_away(np.float32(silu32(value) / scale_out[low + i]))
+
+
+@numba.njit(cache=True)
+def conv_update_int8(
+    x: Int8,
+    first: int,
+    window: Int8,
+    weight: Float32,
+    scale_wx: Float32,
+    bias: Float32,
+    scale_out: Float32,
+    out: Int8,
+) -> None:
+    """One decoded token through the convolution: shifts ``window``, then sums from the bias in float32.
+
+    x (b, >= first + c); window (b, k, c), oldest first, updated in place; the rest as in conv_silu_int8. Terms are
+    added in upstream's order, so the sum is rounded differently from the prefill's.
+    """
+    documents, width, channels = window.shape
+    for document in range(documents):
+        for tap in range(width - 1):
+            for i in range(channels):
+                window[document, tap, i] = window[document, tap + 1, i]
+        for i in range(channels):
+            window[document, width - 1, i] = x[document, first + i]
+        for i in range(channels):
+            value = bias[i]
+            for tap in range(width):
+                scaled = np.float32(scale_wx[i] * weight[tap, i])
+                value = np.float32(value + np.float32(scaled * np.float32(window[document, tap, i])))
+            out[document, i] = half_away(np.float32(silu32(value) / scale_out[i]))
 
 
 @numba.njit(parallel=True, cache=True)
@@ -173,36 +216,6 @@ def state_to_int8(state: Float32, scale: np.float32, out: Int8) -> None:
 
 
 @numba.njit(cache=True)
-def conv_update_int8(
-    x: Int8,
-    window: Int8,
-    weight: Float32,
-    scale_wx: np.float32,
-    bias: Float32,
-    scale_out: np.float32,
-    out: Int8,
-) -> None:
-    """One decoded token through the convolution: shifts ``window``, then sums from the bias in float32.
-
-    x (b, >= e): its first e columns; window (b, k, e), oldest first, updated in place; the rest as in
-    conv_silu_int8. Terms are added in upstream's order, so the sum is rounded differently from the prefill's.
-    """
-    documents, width, channels = window.shape
-    for document in range(documents):
-        for tap in range(width - 1):
-            for i in range(channels):
-                window[document, tap, i] = window[document, tap + 1, i]
-        for i in range(channels):
-            window[document, width - 1, i] = x[document, i]
-        for i in range(channels):
-            value = bias[i]
-            for tap in range(width):
-                scaled = np.float32(scale_wx * weight[tap, i])
-                value = np.float32(value + np.float32(scaled * np.float32(window[document, tap, i])))
-            out[document, i] = half_away(np.float32(silu32(value) / scale_out))
-
-
-@numba.njit(cache=True)
 def scan_update_int8(
     u: Float32,
     delta: Float32,
@@ -222,7 +235,7 @@ def scan_update_int8(
     output reads the state before it is rounded.
     """
     documents, states, channels = state.shape
-    divisor = np.float32(scale * _STATE_FACTOR)
+    divisor = np.float32(scale * _SCAN_FACTOR)
     total = np.empty(channels, np.float32)
     for document in range(documents):
         for i in range(channels):
@@ -234,62 +247,62 @@ def scan_update_int8(
                 gain = np.float32(np.float32(b[document, n] * step) * u[document, i])
                 old = np.float32(scale * np.float32(state[document, n, i]))
                 new = np.float32(np.float32(old * decay) + gain)
-                state[document, n, i] = half_even(np.float32(np.float32(new * _STATE_FACTOR) / divisor))
+                state[document, n, i] = half_even(np.float32(np.float32(new * _SCAN_FACTOR) / divisor))
                 total[i] = np.float32(total[i] + np.float32(new * c[document, n]))
         for i in range(channels):
             skipped = np.float32(total[i] + np.float32(u[document, i] * d[i]))
             y[document, i] = skipped * silu32(z[document, i])
 
 
-@numba.njit(fastmath={"reassoc", "nsz", "contract"})
-def _log_sum_exp(line: Float32) -> tuple[np.float32, int]:
-    """log(sum(exp(line))) and the first index of its largest value."""
-    top = line[0]
-    for i in range(1, line.size):
-        top = max(top, line[i])
-    total = 0.0
-    for i in range(line.size):
-        total += float(exp32(line[i] - top))
-    best = 0
-    while line[best] < top:
-        best += 1
-    return np.float32(top + np.log(total)), best
-
-
 @numba.njit(parallel=True, cache=True)
-def log_softmax_rows(logits: Float32, top: Int64) -> None:
-    """In place: logits (rows, v) to log-probabilities; ``top`` (rows,) gets each row's first argmax."""
-    for row in numba.prange(logits.shape[0]):
-        line = logits[row]
-        lse, best = _log_sum_exp(line)
-        top[row] = best
-        for i in range(line.size):
-            line[i] -= lse
+def state_groups_to_int8(state: Float32, scales: Float32, groups: Int64, out: Int8) -> None:
+    """Codes (half to even) of a prefill's last state: ``(state * 1e6) / (scale * 1e6)``.
 
-
-@numba.njit(fastmath={"reassoc", "nsz", "contract"})
-def _divergence(reference: Float32, line: Float32, lse: np.float32) -> float:
-    total = 0.0
-    for i in range(line.size):
-        total += float(exp32(reference[i]) * (reference[i] - (line[i] - lse)))
-    return total
-
-
-@numba.njit(parallel=True, cache=True)
-def compare_rows(
-    reference: Float32,
-    logits: Float32,
-    targets: Int64,
-    nll: npt.NDArray[np.float64],
-    kl: npt.NDArray[np.float64],
-    top: Int64,
-) -> None:
-    """Per row: -log q(target), KL(p || q) in nats and the first argmax of q.
-
-    reference (rows, v): log p; logits (rows, v): q before normalisation; the rest (rows,).
+    state, out (documents, e, n); scales (g, n) of the scale groups; groups (e,): each channel's.
     """
-    for row in numba.prange(logits.shape[0]):
-        lse, best = _log_sum_exp(logits[row])
-        top[row] = best
-        nll[row] = lse - logits[row, targets[row]]
-        kl[row] = _divergence(reference[row], logits[row], lse)
+    for document in numba.prange(state.shape[0]):
+        for i in range(state.shape[1]):
+            line = scales[groups[i]]
+            for n in range(state.shape[2]):
+                divisor = np.float32(line[n] * _SSD_FACTOR)
+                out[document, i, n] = half_even(np.float32(np.float32(state[document, i, n] * _SSD_FACTOR) / divisor))
+
+
+@numba.njit(parallel=True, cache=True)
+def ssd_update_int8(
+    x: Float32,
+    delta: Float32,
+    decay: Float32,
+    b: Float32,
+    c: Float32,
+    d: Float32,
+    scales: Float32,
+    groups: Int64,
+    state: Int8,
+    y: Float32,
+) -> None:
+    """One decoded token through the state space dual scan; ``state`` is dequantized, advanced, rounded half to even.
+
+    x, y (batch, e); delta, decay (batch, h); b, c (batch, g n); d (h,); state (batch, e, n) codes; scales and groups
+    as in state_groups_to_int8. The output reads the state before it is rounded.
+    """
+    documents, channels, states = state.shape
+    heads = d.size
+    headdim = channels // heads
+    ssd_groups = b.shape[1] // states
+    for piece in numba.prange(documents * heads):
+        document, head = piece // heads, piece % heads
+        first = head * ssd_groups // heads * states
+        kept = decay[document, head]
+        for i in range(head * headdim, (head + 1) * headdim):
+            line = scales[groups[i]]
+            u = x[document, i]
+            total = _ZERO
+            for n in range(states):
+                drive = np.float32(np.float32(b[document, first + n] * delta[document, head]) * u)
+                old = np.float32(line[n] * np.float32(state[document, i, n]))
+                new = np.float32(np.float32(old * kept) + drive)
+                divisor = np.float32(line[n] * _SSD_FACTOR)
+                state[document, i, n] = half_even(np.float32(np.float32(new * _SSD_FACTOR) / divisor))
+                total = np.float32(total + np.float32(new * c[document, first + n]))
+            y[document, i] = np.float32(total + np.float32(u * d[head]))

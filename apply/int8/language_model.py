@@ -1,157 +1,153 @@
-"""What the INT8 models share: embedding, norms, the residual stream around the blocks, the head, decoding."""
+"""An INT8 language model of any blocks on any device: embedding, norms, the residual stream, the head, decoding.
+
+Codes on CUDA equal the CPU's except where sums of float32 are ordered differently or exp is the device's; then they
+differ by one. The tests count those.
+"""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
-from quambase.apply.int8 import host_kernels as kernels
-from quambase.apply.int8.arithmetic import Int8Weight, float32, linear_to_half, to_half
-from quambase.apply.int8.weights import UPSTREAM, Int8Ends
-from quambase.model.hadamard import hadamard
-from quambase.model.mamba1 import MambaConfig
-from quambase.model.mamba2 import Mamba2Config
-from quambase.model.packed_batch import Batch
+from quambase.apply.int8.arithmetic import Int8Weight
+from quambase.apply.int8.block import BlockScales, half_factors, whole
+from quambase.apply.int8.group_scales import ChannelGroups, check_scales
+from quambase.apply.int8.needed_scales import Scales
+from quambase.apply.int8.operators import Factors, Int8BlockState, Int8Operators
+from quambase.apply.int8.weights import UPSTREAM, Int8ModelWeights, PlacedWeights
+from quambase.model.block import ModelConfig
+from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.schema.progress import tell
 from quambase.schema.scale_table import Scale
 from quambase.schema.sites import HEAD_LAYER
 
+Int8State = list[Int8BlockState]
+"""What decoding carries on: the state of every block."""
 
-@dataclass
-class Int8State:
-    """What b sequences carry on: per layer int8 conv (b, k, channels), oldest first, and ssm, (b, n, e) in Mamba-1
-    and (b, e, n) in Mamba-2.
+
+class Int8LanguageModel:
+    """The INT8 model of one strategy; the interface of `quambase.model.language_model.LanguageModel`.
+
+    Weights never depend on activation scales, so one set of INT8 weights serves every strategy (`with_scales`).
     """
 
-    conv: list[torch.Tensor]
-    ssm: list[torch.Tensor]
+    def __init__(
+        self,
+        placed: PlacedWeights,
+        scales: Scales,
+        *,
+        channel_groups: ChannelGroups = (),
+        compat: str | None = None,
+    ) -> None:
+        """``channel_groups``: per layer the divisions of x in scale groups; not needed for one scale per tensor or per
+        SSD group. ``compat``: None, or "upstream".
 
+        ScalesInvalid: ``scales`` lacks a site this model reads, holds one that is not positive, or as many for a
+        site as there are no groups of.
+        """
+        self.placed, self.channel_groups, self.compat = placed, channel_groups, compat
+        self.scales: Mapping[tuple[int, str], Scale] = check_scales(
+            scales, self.config, channel_groups, self.quantized_lm_head
+        )
 
-class Int8Backbone(ABC):
-    """An INT8 language model of one of the Mamba families, with the interface of
-    `quambase.model.language_model.LanguageModel`.
-    """
+    @property
+    def weights(self) -> Int8ModelWeights:
+        """The model's codes, shared by every strategy."""
+        return self.placed.weights
 
-    config: MambaConfig | Mamba2Config
-    scales: Mapping[tuple[int, str], Scale]
-    weights: Int8Ends
-    compat: str | None
+    @property
+    def config(self) -> ModelConfig:
+        """The model's sizes."""
+        return self.placed.weights.config
 
     @property
     def quantized_lm_head(self) -> bool:
         """Whether the head multiplies codes."""
         return isinstance(self.weights.lm_head, Int8Weight)
 
+    def with_scales(self, scales: Scales) -> Int8LanguageModel:
+        """Another strategy on the same INT8 weights and groups; nothing is quantized again."""
+        return Int8LanguageModel(self.placed, scales, channel_groups=self.channel_groups, compat=self.compat)
+
+    def on(self, placed: PlacedWeights) -> Int8LanguageModel:
+        """The same strategy where the same weights are ``placed``."""
+        return Int8LanguageModel(placed, self.scales, channel_groups=self.channel_groups, compat=self.compat)
+
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """What lm_head reads (t, d): float16 values in float32, or int8 codes if the head is quantized."""
-        return self._prefill(batch, None)
+        """What lm_head reads (t, d): float16 values (on the CPU in float32), or int8 codes if the head is quantized."""
+        return self._run(batch, self.placed.operators)
 
     @torch.inference_mode()
     def prefill(self, batch: Batch) -> tuple[torch.Tensor, Int8State]:
-        """`hidden` and the state after each document, to go on with `step`."""
-        state = Int8State([], [])
-        return self._prefill(batch, state), state
-
-    def _prefill(self, batch: Batch, state: Int8State | None) -> torch.Tensor:
-        x = self._embed(batch.tokens)
-        residual = torch.zeros_like(x)
-        for index in range(self.config.n_layer):
-            x = self._block(index, self._norm(x, residual, index, "in_proj:input"), batch, state)
-            tell((index + 1) / self.config.n_layer)
-        return self._last_norm(x, residual)
+        """`hidden` and the state after each document, to go on with `step`. On the CPU."""
+        state = self.new_state(batch.documents)
+        return self._run(batch, self.placed.operators, state), state
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (rows, v) of rows of `hidden`: float16 values held in float32."""
-        head = self.weights.lm_head
-        if isinstance(head, Int8Weight):
-            return linear_to_half(hidden, head, head.scale, self.whole_scale(HEAD_LAYER, "lm_head:input"))
-        return to_half(F.linear(hidden, self.weights.lm_head_floats))
+        """Logits (rows, v) of rows of `hidden`: float16 values, on the CPU in float32."""
+        return self._logits(hidden, self.placed.operators)
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor, state: Int8State) -> torch.Tensor:
-        """Feed one token to each sequence: tokens (b,) int64; ``state`` is updated in place; logits (b, v).
+        """Feed one token to each sequence: tokens (b,) int64; ``state`` is updated in place; logits (b, v). On the CPU.
 
         As upstream, the state is rounded to codes after every token, and one sequence alone (b = 1)
         multiplies its products by one combined factor where several multiply by two.
         """
-        x = self._embed(tokens)
-        residual = torch.zeros_like(x)
-        for index in range(self.config.n_layer):
-            x = self._decode(index, self._norm(x, residual, index, "in_proj:input"), state)
-        hidden, head = self._last_norm(x, residual), self.weights.lm_head
-        if len(tokens) == 1 and isinstance(head, Int8Weight):
-            factor = float32(head.scale * self.whole_scale(HEAD_LAYER, "lm_head:input"))
-            return linear_to_half(hidden, head, factor, 1.0)
-        return self.logits(hidden)
+        operators = self.placed.operators.decoding()
+        # Each sequence is a document of one token.
+        return self._logits(self._run(Batch(tokens, torch.arange(len(tokens) + 1)), operators, state), operators)
 
-    @abstractmethod
     def new_state(self, sequences: int) -> Int8State:
         """The state of ``sequences`` sequences before their first token."""
+        return [block.new_state(sequences) for block in self.placed.blocks]
 
-    @abstractmethod
-    def _block(self, index: int, codes: torch.Tensor, batch: Batch, state: Int8State | None) -> torch.Tensor:
-        """Block ``index`` of codes (t, d): float16 values (t, d) in float32; appends to ``state`` if there is one."""
+    @cached_property
+    def laid_out(self) -> list[BlockScales]:
+        """The scales of every block."""
+        of_layers: list[dict[str, Scale]] = [{} for _ in self.placed.blocks]
+        for (layer, site), scale in self.scales.items():
+            if layer != HEAD_LAYER:
+                of_layers[layer][site] = scale
+        divisions = self.channel_groups or [()] * len(of_layers)
+        wrap = self.compat == UPSTREAM
+        return [
+            block.lay_out(scales, of_layer, wrap)
+            for block, scales, of_layer in zip(self.placed.blocks, of_layers, divisions, strict=True)
+        ]
 
-    @abstractmethod
-    def _decode(self, index: int, codes: torch.Tensor, state: Int8State) -> torch.Tensor:
-        """The same for one token of each sequence, (b, d); updates ``state``."""
-
-    def whole_scale(self, layer: int, site: str) -> float:
-        """The one scale of an undivided site."""
-        scale = self.scales[layer, site]
-        assert isinstance(scale, float)
-        return scale
-
-    def rotation_factor(self, layer: int) -> float:
-        """The Hadamard quantizer's: 1/sqrt(e) and the scale are one factor, as upstream (qHadamard.py)."""
-        return 1.0 / math.sqrt(self.config.d_inner) / self.whole_scale(layer, "out_proj:input")
-
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        rows = self.weights.embedding[tokens].to(torch.float16)
-        if self.weights.embedding_scales is not None:
-            rows = rows * self.weights.embedding_scales[tokens].unsqueeze(-1)  # float16 product
-        return rows.to(torch.float32)
-
-    def _norm(self, x: torch.Tensor, residual: torch.Tensor, layer: int, site: str) -> torch.Tensor:
-        out = torch.empty(x.shape, dtype=torch.int8)
-        kernels.add_rms_norm_int8(
-            x.numpy(),
-            residual.numpy(),
-            np.float32(self.config.norm_eps),
-            np.float32(self.whole_scale(layer, site)),
-            out.numpy(),
-        )
-        return out
-
-    def _last_norm(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def _run(self, batch: Batch, ops: Int8Operators, state: Int8State | None = None) -> torch.Tensor:
+        """As `hidden`, by ``ops``."""
+        placed, eps = PlacedBatch.of(batch, ops.device), self.config.norm_eps
+        x = ops.halves(self._embedded(placed.tokens))
+        residual = ops.new_residual(x)
+        blocks = self.placed.blocks
+        for index, (block, scales) in enumerate(zip(blocks, self.laid_out, strict=True)):
+            codes = ops.add_norm_to_int8(x, residual, eps, scales.input)
+            x = block.forward(ops, codes, scales, placed, None if state is None else state[index])
+            if ops.device.type == "cpu" and not ops.decodes:  # a device's work is only queued here
+                tell((index + 1) / len(blocks))
         if self.quantized_lm_head:
-            return self._norm(x, residual, HEAD_LAYER, "lm_head:input")
-        out = torch.empty_like(x)
-        kernels.add_rms_norm(x.numpy(), residual.numpy(), np.float32(self.config.norm_eps), out.numpy())
-        return to_half(out)
+            return ops.add_norm_to_int8(x, residual, eps, self._head_scale)
+        return ops.add_norm_to_half(x, residual, eps)
 
-    def _rotate(self, index: int, y: torch.Tensor) -> torch.Tensor:
-        """The gated output (rows, e) as float16, Hadamard-transformed, to codes (half away from zero)."""
-        rotated = hadamard(to_half(y), self.rotation_factor(index))
-        out = torch.empty(y.shape, dtype=torch.int8)
-        kernels.round_to_int8(rotated.numpy(), self.compat == UPSTREAM, out.numpy())
-        return out
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding (t, d) float16."""
+        embedding, scales = self.placed.embedding
+        rows = embedding[tokens].to(torch.float16)
+        return rows if scales is None else rows * scales[tokens].unsqueeze(-1)  # float16 product
 
+    def _logits(self, hidden: torch.Tensor, ops: Int8Operators) -> torch.Tensor:
+        if not self.quantized_lm_head:
+            return ops.half_product(hidden, self.placed.half_head)
+        head = self.placed.int8_head
+        factors: Factors = half_factors(head.scale, self._head_scale)
+        return ops.linear_to_half(hidden, head, *factors.of(ops, hidden))
 
-def last_inputs(inputs: torch.Tensor, batch: Batch, width: int) -> torch.Tensor:
-    """The last ``width`` rows of each document's (t, channels): (documents, width, channels), zeros where shorter."""
-    window = torch.zeros(batch.documents, width, inputs.shape[1], dtype=torch.int8)
-    for document in range(batch.documents):
-        rows = batch.rows(document)
-        taken = inputs[max(rows.start, rows.stop - width) : rows.stop]
-        if taken.shape[0]:
-            window[document, -taken.shape[0] :] = taken
-    return window
+    @property
+    def _head_scale(self) -> float:
+        return whole(self.scales[HEAD_LAYER, "lm_head:input"])

@@ -1,7 +1,6 @@
-"""Quamba 1 on the CPU: a Mamba-1 with INT8 weights and activations (W8A8), static per-tensor scales.
+"""Quamba 1: the Mamba-1 block with INT8 weights and activations (W8A8), static per-tensor scales.
 
-Weights never depend on activation scales, so one set of INT8 weights serves every strategy
-(`Int8Mamba.with_scales`). One scale feeds several places:
+One scale feeds several places:
 
     in_proj:input      norm -> in_proj
     in_proj:output     in_proj -> conv, z
@@ -18,155 +17,146 @@ and exp and division are not the GPU's approximations.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from quambase.apply.int8 import host_kernels as kernels
-from quambase.apply.int8.arithmetic import (
-    Int8Weight,
-    dequantize,
-    float32,
-    linear_to_half,
-    linear_to_int8,
-    softplus_delta,
+from quambase.apply.int8.arithmetic import Int8Weight, float32, quantize_weight, quantize_weight_float32
+from quambase.apply.int8.block import (
+    BlockScales,
+    Int8Block,
+    Int8BlockKind,
+    Int8BlockWeights,
+    half_factors,
+    rotation_factor,
+    whole,
 )
-from quambase.apply.int8.language_model import Int8Backbone, Int8State, last_inputs
-from quambase.apply.int8.needed_scales import Scales, check_scales, needed_sites
-from quambase.apply.int8.weights import Int8Layer, Int8Weights, quantize
-from quambase.model.operators.host_kernels import selective_scan
-from quambase.model.packed_batch import Batch
-from quambase.model.weights import ModelWeights
-
-Array = npt.NDArray[np.float32]
+from quambase.apply.int8.operators import Factors, Int8BlockState, Int8Operators, Multipliers, ScanScales
+from quambase.model.exponential import exp
+from quambase.model.mamba1 import Mamba1BlockWeights, MambaConfig
+from quambase.model.packed_batch import PlacedBatch
+from quambase.schema.scale_table import Scale
+from quambase.schema.sites import MAMBA1
 
 
-def build(
-    prepared: ModelWeights,
-    scales: Scales,
-    *,
-    quantize_lm_head: bool = False,
-    quantize_embedding: bool = False,
-    compat: str | None = None,
-) -> Int8Mamba:
-    """The INT8 model of prepared weights; ScalesInvalid if a scale it reads is missing or not positive."""
-    weights = quantize(
-        prepared, quantize_lm_head=quantize_lm_head, quantize_embedding=quantize_embedding, compat=compat
-    )
-    return Int8Mamba(weights, scales, compat=compat)
+@dataclass(frozen=True)
+class Int8Mamba1Weights(Int8BlockWeights):
+    """One block's weights as codes; shapes as in `Mamba1BlockWeights`."""
 
+    kind = MAMBA1
+    in_proj: Int8Weight
+    conv_weight: Int8Weight
+    conv_bias: Int8Weight
+    x_proj: Int8Weight
+    dt_proj: Int8Weight
+    dt_bias: Int8Weight
+    A_log: Int8Weight
+    D: Int8Weight
+    out_proj: Int8Weight
 
-class Int8Mamba(Int8Backbone):
-    """The INT8 model; the same interface as `quambase.model.language_model.LanguageModel`."""
-
-    config: Any
-    weights: Int8Weights
-    scales: dict[tuple[int, str], float]
-
-    def __init__(self, weights: Int8Weights, scales: Scales, *, compat: str | None = None) -> None:
-        """ScalesInvalid if ``scales`` lacks a site this model reads or holds one that is not positive."""
-        self.weights = weights
-        self.config = weights.config
-        self.compat = compat
-        self.scales = check_scales(scales, needed_sites(weights.config, self.quantized_lm_head))
-
-    def with_scales(self, scales: Scales) -> Int8Mamba:
-        """Another strategy on the same INT8 weights; nothing is quantized again."""
-        return Int8Mamba(self.weights, scales, compat=self.compat)
-
-    def new_state(self, sequences: int) -> Int8State:
-        """The state of ``sequences`` sequences before their first token."""
-        c = self.config
-        return Int8State(
-            [torch.zeros(sequences, c.d_conv, c.d_inner, dtype=torch.int8) for _ in range(c.n_layer)],
-            [torch.zeros(sequences, c.d_state, c.d_inner, dtype=torch.int8) for _ in range(c.n_layer)],
+    @classmethod
+    def of(cls, config: MambaConfig, layer: Mamba1BlockWeights) -> Int8Mamba1Weights:
+        """Quantize prepared weights: float16 arithmetic, float32 for what upstream keeps in float32."""
+        wide = ("dt_bias", "A_log", "D")
+        return cls(
+            **{
+                f.name: (quantize_weight_float32 if f.name in wide else quantize_weight)(getattr(layer, f.name))
+                for f in fields(cls)
+            }
         )
 
-    def ratio(self, layer: int, source: str, target: str) -> float:
-        """``scale in / scale out`` as upstream computes it: in float64, then float32."""
-        return float32(self.scales[layer, source] / self.scales[layer, target])
 
-    def _block(self, index: int, codes: torch.Tensor, batch: Batch, state: Int8State | None) -> torch.Tensor:
-        c, s, layer = self.config, self.scales, self.weights.layers[index]
-        offsets = batch.offsets.numpy()
-        in_ratio = self.ratio(index, "in_proj:input", "in_proj:output")
-        xz = linear_to_int8(codes, layer.in_proj, in_ratio, layer.in_proj.scale)  # (t, 2e)
-        u = torch.empty((xz.shape[0], c.d_inner), dtype=torch.int8)
-        kernels.conv_silu_int8(xz.numpy(), *self.conv_arguments(index), offsets, u.numpy())
-        # Upstream's `forward` multiplies by the weight scale first, its `to_seqlen_last`
-        # (in_proj, dt_proj) by the ratio first.
-        dt_b_c = linear_to_int8(u, layer.x_proj, layer.x_proj.scale, self.ratio(index, "x_proj:input", "x_proj:output"))
-        dt_ratio = self.ratio(index, "x_proj:output", "dt_proj:output")
-        dt = linear_to_int8(dt_b_c[:, : c.dt_rank], layer.dt_proj, dt_ratio, layer.dt_proj.scale)
+@dataclass(frozen=True)
+class Mamba1Scales(BlockScales):
+    """As `BlockScales`.
 
-        last = np.zeros((batch.documents, c.d_state, c.d_inner), np.float32)
-        y = torch.empty(u.shape)
-        selective_scan(*self._scan_arguments(index, layer, u, dt, dt_b_c, xz), offsets, y.numpy(), last)
-        if state is not None:
-            stored = torch.empty(last.shape, dtype=torch.int8)
-            kernels.state_to_int8(last, np.float32(s[index, "ssm_state_act:input"]), stored.numpy())
-            state.ssm.append(stored)
-            state.conv.append(last_inputs(xz[:, : c.d_inner], batch, c.d_conv))
-        gated = self._rotate(index, y)
-        return linear_to_half(gated, layer.out_proj, layer.out_proj.scale, s[index, "out_proj:input"])
+    conv_in   (e,) weight scale times input scale
+    conv_out  (e,)
+    """
 
-    def _decode(self, index: int, codes: torch.Tensor, state: Int8State) -> torch.Tensor:
-        c, s, layer = self.config, self.scales, self.weights.layers[index]
-        xz = self._linear(codes, layer.in_proj, index, "in_proj:input", "in_proj:output")
-        u = torch.empty((xz.shape[0], c.d_inner), dtype=torch.int8)
-        window = state.conv[index].numpy()
-        kernels.conv_update_int8(xz.numpy(), window, *self.conv_arguments(index), u.numpy())
-        dt_b_c = self._linear(u, layer.x_proj, index, "x_proj:input", "x_proj:output")
-        dt = self._linear(dt_b_c[:, : c.dt_rank], layer.dt_proj, index, "x_proj:output", "dt_proj:output")
-        y = torch.empty(u.shape)
-        kernels.scan_update_int8(
-            *self._scan_arguments(index, layer, u, dt, dt_b_c, xz),
-            np.float32(s[index, "ssm_state_act:input"]),
-            state.ssm[index].numpy(),
-            y.numpy(),
-        )
-        gated, scale = self._rotate(index, y), s[index, "out_proj:input"]
-        if gated.shape[0] == 1:
-            return linear_to_half(gated, layer.out_proj, float32(layer.out_proj.scale * scale), 1.0)
-        return linear_to_half(gated, layer.out_proj, layer.out_proj.scale, scale)
+    in_proj: Factors
+    x_proj: Factors
+    dt_proj: Factors
+    conv_in: torch.Tensor
+    conv_out: torch.Tensor
+    scan: ScanScales
 
-    def _linear(self, x: torch.Tensor, weight: Int8Weight, layer: int, source: str, target: str) -> torch.Tensor:
-        """A projection while decoding: one row alone goes through upstream's matrix-vector kernel."""
-        if x.shape[0] == 1:
-            product = float32(weight.scale * self.scales[layer, source])
-            return linear_to_int8(x, weight, float32(product / self.scales[layer, target]), 1.0)
-        return linear_to_int8(x, weight, weight.scale, self.ratio(layer, source, target))
 
-    def conv_arguments(self, index: int) -> tuple[Array, np.float32, Array, np.float32]:
-        """weight (k, e), scale_wx, bias (e,), scale_out of the convolution kernels."""
-        layer = self.weights.layers[index]
-        return (
-            layer.conv_taps.numpy(),
-            np.float32(layer.conv_weight.scale) * np.float32(self.scales[index, "in_proj:output"]),
-            layer.conv_bias.dequantized().numpy(),
-            np.float32(self.scales[index, "x_proj:input"]),
+class Int8Mamba1Block(Int8Block):
+    """The INT8 block; `quambase.model.mamba1.Mamba1Block` is the floating-point one."""
+
+    def __init__(self, config: MambaConfig, weights: Int8Mamba1Weights, operators: Int8Operators) -> None:
+        """As `Int8Block`."""
+        self.config, self.weights, self.operators = config, weights, operators
+        self.in_proj, self.out_proj = operators.matrix(weights.in_proj), operators.matrix(weights.out_proj)
+        self.x_proj, self.dt_proj = operators.matrix(weights.x_proj), operators.matrix(weights.dt_proj)
+        self.taps = operators.vector(weights.conv_weight.floats.T)  # codes (k, e)
+        self.conv_bias = operators.vector(weights.conv_bias.dequantized())
+        # A (n, e) = -exp(scale * A_log codes): quantized before the exponential.
+        self.a = operators.vector(-exp(weights.A_log.dequantized().T.contiguous()))
+        self.d, self.dt_bias = (operators.vector(w.dequantized()) for w in (weights.D, weights.dt_bias))
+
+    def lay_out(self, scales: Mapping[str, Scale], divisions: Sequence[torch.Tensor], wrap: bool) -> Mamba1Scales:
+        """As `Int8Block.lay_out`."""
+        w, s, e = self.weights, {site: whole(scale) for site, scale in scales.items()}, self.config.d_inner
+        names = ("in_proj:input", "in_proj:output", "x_proj:input", "x_proj:output", "dt_proj:output")
+        read, xz, u, dt_b_c, dt = (s[name] for name in names)
+        conv_in = np.float32(w.conv_weight.scale) * np.float32(xz)
+        return Mamba1Scales(
+            input=read,
+            # Upstream's `forward` multiplies by the weight scale first, its `to_seqlen_last`
+            # (in_proj, dt_proj) by the ratio first.
+            in_proj=_factors(w.in_proj.scale, read, xz, ratio_first=True),
+            x_proj=_factors(w.x_proj.scale, u, dt_b_c, ratio_first=False),
+            dt_proj=_factors(w.dt_proj.scale, dt_b_c, dt, ratio_first=True),
+            conv_in=self.operators.vector(torch.full((e,), float(conv_in))),
+            conv_out=self.operators.vector(torch.full((e,), u)),
+            scan=ScanScales(u, dt, dt_b_c, xz, s["ssm_state_act:input"]),
+            out_proj=half_factors(w.out_proj.scale, s["out_proj:input"]),
+            rotation=rotation_factor(e, s["out_proj:input"]),
+            wrap=wrap,
         )
 
-    def _scan_arguments(
+    def forward(
         self,
-        index: int,
-        layer: Int8Layer,
-        u: torch.Tensor,
-        dt: torch.Tensor,
-        dt_b_c: torch.Tensor,
-        xz: torch.Tensor,
-    ) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
-        """u, delta, A, B, C, D, z of the scan kernels, dequantized to float32."""
-        c, s = self.config, self.scales
-        b_c = dequantize(dt_b_c[:, c.dt_rank :], s[index, "x_proj:output"])
-        return (
-            dequantize(u, s[index, "x_proj:input"]).numpy(),
-            softplus_delta(dt, s[index, "dt_proj:output"], layer.dt_bias.dequantized()).numpy(),
-            layer.a.numpy(),
-            b_c[:, : c.d_state].contiguous().numpy(),
-            b_c[:, c.d_state :].contiguous().numpy(),
-            layer.D.dequantized().numpy(),
-            dequantize(xz[:, c.d_inner :], s[index, "in_proj:output"]).numpy(),
+        ops: Int8Operators,
+        codes: torch.Tensor,
+        scales: Mamba1Scales,
+        batch: PlacedBatch,
+        state: Int8BlockState | None = None,
+    ) -> torch.Tensor:
+        """As `Int8Block.forward`."""
+        s, e, r = scales, self.config.d_inner, self.config.dt_rank
+        xz = ops.linear_to_int8(codes, self.in_proj, *s.in_proj.of(ops, codes))  # (t, 2e)
+        u = ops.conv_silu(xz[:, :e], self.taps, s.conv_in, self.conv_bias, s.conv_out, batch, state)
+        dt_b_c = ops.linear_to_int8(u, self.x_proj, *s.x_proj.of(ops, u))  # (t, r + 2n)
+        dt = ops.linear_to_int8(dt_b_c[:, :r], self.dt_proj, *s.dt_proj.of(ops, u))
+        y = ops.selective_scan(u, dt, dt_b_c[:, r:], xz[:, e:], s.scan, self.a, self.d, self.dt_bias, batch, state)
+        gated = ops.rotate(y, s.rotation, s.wrap)
+        return ops.linear_to_half(gated, self.out_proj, *s.out_proj.of(ops, gated))
+
+    def new_state(self, sequences: int) -> Int8BlockState:
+        """As `Int8Block.new_state`."""
+        c = self.config
+        return Int8BlockState(
+            torch.zeros(sequences, c.d_conv, c.d_inner, dtype=torch.int8),
+            torch.zeros(sequences, c.d_state, c.d_inner, dtype=torch.int8),
         )
+
+
+def _factors(weight: float, source: float, target: float, *, ratio_first: bool) -> Factors:
+    """Of a product that becomes codes: the weight's scale, and the ratio of the scales of the codes that it reads and
+    makes, as upstream computes it: in float64, then float32.
+    """
+    ratio = float32(source / target)
+    weight_first = Multipliers(weight, ratio)
+    return Factors(
+        prefill=Multipliers(ratio, weight) if ratio_first else weight_first,
+        several=weight_first,
+        alone=Multipliers(float32(float32(weight * source) / target), 1.0),
+    )
+
+
+KIND = Int8BlockKind(MAMBA1, "quamba1-w8a8", Int8Mamba1Weights, Int8Mamba1Block)

@@ -14,36 +14,28 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pyarrow as pa
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from quambase.apply.int8.arithmetic import Int8Weight
-from quambase.apply.int8.families import Int8Model
-from quambase.apply.int8.mamba1 import Int8Mamba
-from quambase.apply.int8.mamba2 import Int8Mamba2
-from quambase.apply.int8.mamba2_weights import (
-    Int8Mamba2Layer,
-    Int8Mamba2Weights,
-    SplitInt8Weight,
-    conv_widths,
-    in_proj_widths,
-)
-from quambase.apply.int8.weights import Int8Layer, Int8Weights
-from quambase.model.mamba1 import MambaConfig
-from quambase.model.mamba2 import Mamba2Config
+from quambase.apply.int8.arithmetic import Int8Weight, SplitInt8Weight
+from quambase.apply.int8.block import Int8BlockKind, Int8BlockWeights
+from quambase.apply.int8.block_kinds import BY_FORMAT, int8_kind_of
+from quambase.apply.int8.build import on_host
+from quambase.apply.int8.language_model import Int8LanguageModel
+from quambase.apply.int8.weights import Int8ModelWeights
+from quambase.model.block import ModelConfig
+from quambase.model.block_kinds import KINDS
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import CheckpointInvalid, OutputRefused
 from quambase.schema.files import check_format_version, file_sha256, replacing
 from quambase.schema.scale_table import Scale, write_scales
 
-QUAMBA1, QUAMBA2 = "quamba1-w8a8", "quamba2-w8a8"
 CONFIG, TENSORS, SCALES, TOKENIZER = "config.json", "model.safetensors", "scales.parquet", "tokenizer.json"
 
 LAST = "last.txt"
@@ -69,7 +61,7 @@ class StoredModel:
     """A loaded INT8 model folder; ``about`` is what its config.json says beside the sizes."""
 
     folder: Path
-    model: Int8Model
+    model: Int8LanguageModel
     about: dict[str, Any]
     tensors_sha256: str
 
@@ -84,7 +76,7 @@ def refuse_foreign_folder(folder: Path) -> None:
         return
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        ours = isinstance(config, dict) and config.get("family") in (QUAMBA1, QUAMBA2)
+        ours = isinstance(config, dict) and config.get("family") in BY_FORMAT
     except (OSError, ValueError, RecursionError):
         ours = False
     if not ours:
@@ -95,7 +87,7 @@ def refuse_foreign_folder(folder: Path) -> None:
 
 def save_model(
     folder: Path,
-    model: Int8Model,
+    model: Int8LanguageModel,
     about: dict[str, Any],
     tokenizer: Path | None = None,
     scales: tuple[pa.Table, dict[str, Any]] | None = None,
@@ -106,7 +98,7 @@ def save_model(
     scales   the rows of the scale table that the model is from, and their provenance
     OSError; on a full disk too, whose error safetensors reports as its own.
     """
-    family = QUAMBA2 if isinstance(model, Int8Mamba2) else QUAMBA1
+    family = int8_kind_of(model.config).format
     _write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, "family": family, UNFINISHED: True})
     with replacing(folder / TENSORS) as temporary:
         try:
@@ -138,7 +130,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def weights_digest(model: Int8Model) -> str:
+def weights_digest(model: Int8LanguageModel) -> str:
     """SHA-256 over the names and bytes of everything a model computes with but its activation scales."""
     digest = hashlib.sha256()
     for name, tensor in sorted(_tensors(model).items()):
@@ -148,15 +140,14 @@ def weights_digest(model: Int8Model) -> str:
     return digest.hexdigest()
 
 
-def _tensors(model: Int8Model) -> dict[str, torch.Tensor]:
+def _tensors(model: Int8LanguageModel) -> dict[str, torch.Tensor]:
     weights = model.weights
     found: dict[str, torch.Tensor] = {"embedding": weights.embedding}
     if weights.embedding_scales is not None:
         found["embedding.scales"] = weights.embedding_scales
     named: dict[str, torch.Tensor | Int8Weight | SplitInt8Weight] = {"lm_head": weights.lm_head}
-    layers: tuple[Int8Layer | Int8Mamba2Layer, ...] = weights.layers
-    for i, layer in enumerate(layers):
-        named |= {f"layers.{i}.{f.name}": getattr(layer, f.name) for f in fields(layer)}
+    for i, layer in enumerate(weights.layers):
+        named |= {f"layers.{i}.{name}": weight for name, weight in vars(layer).items()}
     for name, weight in named.items():
         if isinstance(weight, torch.Tensor):
             found[name] = weight
@@ -164,11 +155,9 @@ def _tensors(model: Int8Model) -> dict[str, torch.Tensor]:
         found[name] = weight.codes
         scale = weight.scales if isinstance(weight, SplitInt8Weight) else weight.scale
         found[f"{name}.scale"] = torch.tensor(scale, dtype=torch.float32)
-    scales: Mapping[tuple[int, str], Scale] = model.scales
-    for (layer_number, site), value in scales.items():
+    for (layer_number, site), value in model.scales.items():
         found[f"activation_scales.{layer_number}.{site}"] = torch.tensor(value, dtype=torch.float32)
-    if isinstance(model, Int8Mamba2):
-        found |= {f"channel_groups.{i}": torch.stack(list(maps)) for i, maps in enumerate(model.channel_groups)}
+    found |= {f"channel_groups.{i}": torch.stack(list(maps)) for i, maps in enumerate(model.channel_groups)}
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
@@ -196,27 +185,35 @@ def load_stored(folder: Path) -> StoredModel:
     return StoredModel(folder, model, about, digest)
 
 
-def _model_of(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Int8Model:
+def _model_of(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Int8LanguageModel:
+    kind = BY_FORMAT[about["family"]]
+    config = KINDS[kind.name].config(**about["sizes"])
     head = _whole(tensors, "lm_head") if about["quantize_lm_head"] else tensors["lm_head"]
-    ends = (tensors["embedding"], tensors.get("embedding.scales"), head)
     scales: dict[tuple[int, str], Scale] = {}
     for name, tensor in tensors.items():
         if name.startswith("activation_scales."):
             _, layer, site = name.split(".", 2)
             scales[int(layer), site] = _scale_of(tensor)
-    if about["family"] == QUAMBA2:
-        config = Mamba2Config(**about["sizes"])
-        blocks = tuple(_mamba2_layer(config, tensors, f"layers.{i}.") for i in range(config.n_layer))
-        maps = range(config.n_layer if "channel_groups.0" in tensors else 0)
-        groups = [list(tensors[f"channel_groups.{i}"]) for i in maps]
-        weights = Int8Mamba2Weights(*ends, config, blocks)
-        return Int8Mamba2(weights, scales, channel_groups=groups, compat=about["compat"])
-    sizes = MambaConfig(**about["sizes"])
-    layers = tuple(
-        Int8Layer(**{f.name: _whole(tensors, f"layers.{i}.{f.name}") for f in fields(Int8Layer)})
-        for i in range(sizes.n_layer)
-    )
-    return Int8Mamba(Int8Weights(*ends, sizes, layers), scales, compat=about["compat"])
+    layers = tuple(_layer(kind, config, tensors, f"layers.{i}.") for i in range(config.n_layer))
+    weights = Int8ModelWeights(config, tensors["embedding"], tensors.get("embedding.scales"), head, layers)
+    grouped = range(config.n_layer if "channel_groups.0" in tensors else 0)
+    groups = [list(tensors[f"channel_groups.{i}"]) for i in grouped]
+    return Int8LanguageModel(on_host(weights), scales, channel_groups=groups, compat=about["compat"])
+
+
+def _layer(kind: Int8BlockKind, config: ModelConfig, tensors: dict[str, torch.Tensor], prefix: str) -> Int8BlockWeights:
+    """One block's weights, each read as its field's type says."""
+    widths = kind.weights.widths(config)
+    types = {name: found for name, found in get_type_hints(kind.weights).items() if name != "kind"}
+    weights: dict[str, Any] = {}
+    for field, found in types.items():
+        name = prefix + field
+        if found is SplitInt8Weight:
+            scales = tuple(tensors[f"{name}.scale"].tolist())
+            weights[field] = SplitInt8Weight(tensors[name], scales, widths[field])
+        else:
+            weights[field] = _whole(tensors, name) if found is Int8Weight else tensors[name]
+    return kind.weights(**weights)
 
 
 def _scale_of(tensor: torch.Tensor) -> Scale:
@@ -230,22 +227,6 @@ def _whole(tensors: dict[str, torch.Tensor], name: str) -> Int8Weight:
     return Int8Weight(tensors[name], float(tensors[f"{name}.scale"]))
 
 
-def _mamba2_layer(config: Mamba2Config, tensors: dict[str, torch.Tensor], prefix: str) -> Int8Mamba2Layer:
-    def split(name: str, widths: tuple[int, ...]) -> SplitInt8Weight:
-        return SplitInt8Weight(tensors[prefix + name], tuple(tensors[f"{prefix}{name}.scale"].tolist()), widths)
-
-    return Int8Mamba2Layer(
-        in_proj=split("in_proj", in_proj_widths(config)),
-        conv_weight=split("conv_weight", conv_widths(config)),
-        conv_bias=split("conv_bias", conv_widths(config)),
-        A_log=_whole(tensors, f"{prefix}A_log"),
-        D=_whole(tensors, f"{prefix}D"),
-        out_proj=_whole(tensors, f"{prefix}out_proj"),
-        dt_bias=tensors[f"{prefix}dt_bias"],
-        gated_norm=tensors[f"{prefix}gated_norm"],
-    )
-
-
 def read_about(folder: Path) -> dict[str, Any]:
     """``folder/config.json``; CheckpointInvalid if it is missing, another family or a newer format."""
     path = folder / CONFIG
@@ -255,8 +236,8 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise CheckpointInvalid(f"{folder} holds no INT8 model (no {CONFIG}); make one with `apply`") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointInvalid(f"{path} is not valid JSON ({error}); run `apply` again") from None
-    if not isinstance(about, dict) or about.get("family") not in (QUAMBA1, QUAMBA2):
-        raise CheckpointInvalid(f"{folder} is no {QUAMBA1} or {QUAMBA2} model; make one with `apply`")
+    if not isinstance(about, dict) or about.get("family") not in BY_FORMAT:
+        raise CheckpointInvalid(f"{folder} is no {' or '.join(BY_FORMAT)} model; make one with `apply`")
     if UNFINISHED in about:
         raise CheckpointInvalid(f"{folder} is unfinished: `apply` was stopped while it wrote it; run `apply` again")
     check_format_version(path, about.get("format_version"), FORMAT_VERSION, CheckpointInvalid)

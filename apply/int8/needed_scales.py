@@ -14,7 +14,7 @@ from quambase.schema.scale_table import Scale, ScaleTable
 from quambase.schema.sites import FAMILIES, HEAD_LAYER, WHOLE, find_site, is_model_site, layer_sites
 
 Scales = Mapping[tuple[int, str], Scale]
-"""(layer, site) to a positive scale, or to one per scale group where an INT8 Mamba-2 reads groups."""
+"""(layer, site) to a positive scale, or to one per scale group where a block reads groups."""
 
 DEFAULT_OTHERWISE = "quamba"
 """The strategy of the sites that ``at`` does not name: what upstream computes."""
@@ -36,23 +36,6 @@ def missing_scale(missing: list[tuple[int, str]], needed: list[tuple[int, str]])
         f"no scale for layer {layer} {site} ({len(missing)} of {len(needed)} missing): the strategy has no plain INT8 "
         "scale there, or the run lacks the site; name another strategy, or collect every site and analyze again"
     )
-
-
-def check_scales(scales: Scales, needed: list[tuple[int, str]]) -> dict[tuple[int, str], float]:
-    """The needed scales, rounded to float32. ScalesInvalid: one is missing, not finite, or not positive."""
-    missing = [key for key in needed if key not in scales]
-    if missing:
-        raise missing_scale(missing, needed)
-    found = {}
-    for layer, site in needed:
-        scale = scales[layer, site]
-        if isinstance(scale, tuple):
-            raise ScalesInvalid(
-                f"layer {layer} {site} has {len(scale)} scale groups, expected one scale; analyze with "
-                "--granularity tensor"
-            )
-        found[layer, site] = checked_scale(layer, site, scale)
-    return found
 
 
 def checked_scale(layer: int, site: str, scale: float) -> float:

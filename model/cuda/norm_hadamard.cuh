@@ -123,7 +123,7 @@ __device__ __forceinline__ void remaining_stages(Line* lines) {
     }
 }
 
-// The stages from bit FIRST on, in the order of kernels.butterflies: put(row, channel, value) takes the rows times
+// The stages from bit FIRST on, in the order of host_kernels.butterflies: put(row, channel, value) takes the rows times
 // (odd kron H_2^BITS). odd (ORDER, ORDER); `signs` is shared memory for it.
 template <int FIRST, class Put>
 __device__ __forceinline__ void finish_rows(Line* lines, const float* odd, float* signs, i64 rows, const Put& put) {

@@ -1,4 +1,4 @@
-// The scans of both families, for whatever their inputs are held as: included by forward.cu (activations) and by
+// The scans of both kinds of block, for whatever their inputs are held as: included by forward.cu (activations) and by
 // apply/int8/blocks.cu (codes). Compiled at run time (cuda.py hands it to the compiler by name).
 //
 // STATES    d_state
@@ -20,8 +20,8 @@ __device__ __forceinline__ float softplus(float v) { return v > 20.0f ? v : log1
 
 const int SCAN_TOKENS = 8, SCAN_THREADS = 128;
 
-// Mamba-1's scan with skip connection and gate, as kernels.selective_scan, softplus included. A thread has one channel of
-// one document (blockIdx.y): two or four threads a channel were slower. a (STATES, channels) negative; d, bias
+// Mamba-1's scan with skip connection and gate, as host_kernels.selective_scan, softplus included. A thread has one
+// channel of one document (blockIdx.y): two or four threads a channel were slower. a (STATES, channels) negative; d, bias
 // (channels,); state (documents, channels, STATES), written unless null.
 //
 // In: u_at, delta_at, z_at (row, channel) and b_c_at (row, n), n < 2 STATES, read an In::Raw each; u, delta, gate (SiLU
@@ -95,7 +95,7 @@ __device__ __forceinline__ void scan_channels(
 
 const int SSD_TOKENS = 16;
 
-// Mamba-2's scan with skip connection, not gated, as kernels.ssd_scan, softplus included. A block has one head
+// Mamba-2's scan with skip connection, not gated, as host_kernels.ssd_scan, softplus included. A block has one head
 // (blockIdx.x) of one document (blockIdx.y): SPLIT threads, a power of two of 32 at most that divides STATES, have JOINED
 // channels, STATES / SPLIT states each (several channels a thread, since reading B and C from shared memory would bound
 // it). a (heads,) negative; d, bias (heads,); state (documents, heads HEADDIM, STATES), written unless null.

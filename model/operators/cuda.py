@@ -51,13 +51,14 @@ def kernel_sizes(sizes: OperatorSizes) -> dict[str, int]:
     CheckpointInvalid if there is no Hadamard matrix of d_inner.
     """
     order = odd_order(sizes.d_inner)
-    split, joined = ssd_division(sizes.d_state, sizes.headdim)
+    headdim = sizes.headdim or 1
+    split, joined = ssd_division(sizes.d_state, headdim)
     return {
         "DIM": sizes.d_inner,
         "ORDER": order,
         "BITS": (sizes.d_inner // order).bit_length() - 1,
         "STATES": sizes.d_state,
-        "HEADDIM": sizes.headdim,
+        "HEADDIM": headdim,
         "SPLIT": split,
         "JOINED": joined,
         "WIDTH": sizes.d_conv,

@@ -1,5 +1,5 @@
-// The Mamba blocks' operators on CUDA, the siblings of kernels.py: packed documents, no padding, float32 inside.
-// Compiled at run time (cuda_operators.py).
+// The Mamba blocks' operators on CUDA, the siblings of host_kernels.py: packed documents, no padding, float32
+// inside. Compiled at run time (cuda.py).
 //
 // HALF      1: activations are float16, 0: float32
 // WIDTH     taps of the convolution

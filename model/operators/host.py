@@ -36,8 +36,9 @@ class HostOperators(TorchOperators):
         if state is not None:
             return super().conv_silu(x, weight, bias, batch, state)
         out = torch.empty(x.shape)
+        rows, first = whole_rows(x)
         offsets = batch.host.offsets.numpy()
-        kernels.causal_conv1d_silu(*whole_rows(x), weight.numpy(), bias.numpy(), offsets, out.numpy())
+        kernels.causal_conv1d_silu(rows, first, weight.numpy(), bias.numpy(), offsets, out.numpy())
         return out
 
     def selective_scan(
@@ -114,10 +115,10 @@ def whole_rows(x: torch.Tensor) -> tuple[npt.NDArray[Any], int]:
     """A C-contiguous array (t, columns) and the column of it where x (t, c) begins: compiled loops vectorise only over
     such. It is the tensor that x is a slice of columns of, else a copy of x.
     """
-    stride = int(x.stride(0))
-    first = int(x.storage_offset()) % stride if stride else 0
-    start = x.storage_offset() - first
-    inside = (start + len(x) * stride) * x.element_size() <= x.untyped_storage().nbytes()
+    stride = x.stride(0)
+    offset = int(x.storage_offset())
+    first = offset % stride if stride else 0
+    inside = (offset - first + len(x) * stride) * x.element_size() <= x.untyped_storage().nbytes()
     if inside and x.stride(1) == 1 and first + x.shape[1] <= stride:
-        return x.as_strided((len(x), stride), (stride, 1), start).numpy(), first
+        return x.as_strided((len(x), stride), (stride, 1), offset - first).numpy(), first
     return x.contiguous().numpy(), 0

@@ -19,13 +19,13 @@ from quambase.model.packed_batch import PlacedBatch
 
 @dataclass(frozen=True)
 class OperatorSizes:
-    """What operators are made for. ``headdim``, ``ngroups``: channels of a head and SSD groups of a Mamba-2."""
+    """What operators are made for. ``headdim``: channels of a head, None without heads; ``ngroups``: SSD groups."""
 
     d_model: int
     d_inner: int
     d_state: int
     d_conv: int
-    headdim: int = 1
+    headdim: int | None = None
     ngroups: int = 1
 
 

@@ -24,7 +24,7 @@ from quambase.apply.evaluation import evaluate as evaluating
 from quambase.apply.evaluation.evaluate import evaluate
 from quambase.apply.evaluation.stored import find_evaluation, list_evaluations
 from quambase.apply.evaluation.tasks import TaskData
-from quambase.apply.int8.mamba1 import build
+from quambase.apply.int8.build import build
 from quambase.apply.int8.model_folder import CONFIG as CONFIG_FILE
 from quambase.apply.int8.model_folder import TENSORS, last_applied, load_stored, save_model
 from quambase.cli.apply import apply as apply_command

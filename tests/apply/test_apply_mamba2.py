@@ -19,8 +19,8 @@ from tiny_int8_mamba2 import CONFIG, absmax_scales, documents, tiny_weights
 from quambase.apply.apply import apply
 from quambase.apply.evaluation.evaluate import evaluate
 from quambase.apply.evaluation.stored import find_evaluation, list_evaluations
+from quambase.apply.int8.build import build
 from quambase.apply.int8.group_scales import channel_maps
-from quambase.apply.int8.mamba2 import build
 from quambase.apply.int8.model_folder import TENSORS, load_stored, save_model
 from quambase.cli.apply import apply as apply_command
 from quambase.cli.evaluate import evaluate as evaluate_command
@@ -261,7 +261,7 @@ def test_scales_by_state_index_are_loaded_and_stored(world: Any, tmp_path: Path)
     assert stored.scales[1, state] == built.scales[1, state] and len(stored.scales[1, state][0]) == CONFIG.d_state
     batch, tokens = Batch.pack(documents(2)), torch.tensor([1, 2, 3, 4])
     (_, a), (_, b) = stored.prefill(batch), built.prefill(batch)
-    assert torch.equal(a.ssm[1], b.ssm[1]) and torch.equal(stored.step(tokens, a), built.step(tokens, b))
+    assert torch.equal(a[1].ssm, b[1].ssm) and torch.equal(stored.step(tokens, a), built.step(tokens, b))
 
 
 def test_a_granularity_that_the_table_does_not_hold(world: Any, tmp_path: Path) -> None:

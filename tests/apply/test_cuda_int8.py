@@ -8,7 +8,7 @@ counted, and no code is further off than one.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,21 @@ import numpy as np
 import pytest
 import torch
 from cuda_kernels_on_host import cuda_or_host
-from host_int8_operators import HostInt8Operators
+from recorded_operators import OPERATORS, TO_CODES, padded
 from test_device_int8 import host_model
 
 from quambase.analyzer.analyze import analyze
 from quambase.apply.evaluation.evaluate import evaluate
 from quambase.apply.int8 import cuda_operators as device_operators
-from quambase.apply.int8.cuda_models import DeviceWeights, int8_on_cuda, on_device
-from quambase.apply.int8.cuda_operators import CudaInt8Operators, ScanScales, pad_weight, padded_rows
-from quambase.apply.int8.families import build_model
+from quambase.apply.int8.arithmetic import Int8Weight
+from quambase.apply.int8.build import build_model, int8_on_cuda
+from quambase.apply.int8.cuda_operators import CudaInt8Operators, padded_rows
+from quambase.apply.int8.host_operators import HostInt8Operators
+from quambase.apply.int8.operators import ScanScales, SsdScales
+from quambase.apply.int8.weights import PlacedWeights
 from quambase.collector.collect import collect
 from quambase.model.checkpoint import load_model
-from quambase.model.mamba1 import MambaConfig
-from quambase.model.mamba2 import Mamba2Config
+from quambase.model.operators.interface import OperatorSizes
 from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.model.text import read_documents
 from quambase.schema.scale_table import read_scales
@@ -46,8 +48,8 @@ on_cuda = pytest.mark.parametrize("device", ["cuda"], indirect=True)
 """Tests of what needs tensor cores."""
 
 
-def mamba1(d_inner: int = 64, states: int = 16, taps: int = 4) -> MambaConfig:
-    return MambaConfig(d_model=32, n_layer=1, vocab_size=64, d_inner=d_inner, d_state=states, d_conv=taps, dt_rank=3)
+def mamba1(d_inner: int = 64, states: int = 16, taps: int = 4) -> OperatorSizes:
+    return OperatorSizes(32, d_inner, states, taps)
 
 
 def codes(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -63,13 +65,6 @@ def on(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.to(device) for tensor in tensors]
 
 
-def padded(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Codes as the device's operators leave them: a slice of rows whose rest is anything."""
-    width = -(-x.shape[1] // 16) * 16
-    wide = torch.full((len(x), width), 77, dtype=torch.int8, device=device)[:, : x.shape[1]]
-    return wide.copy_(x)
-
-
 @on_cuda
 @pytest.mark.parametrize(
     ("rows", "depth", "columns"),
@@ -83,18 +78,19 @@ def test_products_are_exact(rows: int, depth: int, columns: int, hopper: bool, d
     generator = torch.Generator().manual_seed(rows)
     x, weight = codes(generator, rows, depth), codes(generator, columns, depth)
     x[0], weight[0] = -128, -128
-    here, there = HostInt8Operators(), CudaInt8Operators(device, mamba1(), hopper=hopper)
-    on_it = padded(x, device), pad_weight(weight).to(device)
+    matrix = Int8Weight(weight, 1.0)
+    here, there = HostInt8Operators(mamba1()), CudaInt8Operators(device, mamba1(), hopper=hopper)
+    on_it = padded(x, device), there.matrix(matrix)
     sums = x.long() @ weight.long().T
     first, second = 1 / float(sums.abs().float().mean()), 50.0
     columns_first = torch.rand(columns, generator=generator) * first
     # The two factors one after the other: their product would round some float16 the other way.
     half = there.linear_to_half(*on_it, 1e-3, 0.7)
     assert torch.equal(half.cpu(), (sums.int().float() * 1e-3 * 0.7).half())
-    assert torch.equal(half.cpu(), here.linear_to_half(x, pad_weight(weight), 1e-3, 0.7))
+    assert torch.equal(half.cpu().float(), here.linear_to_half(x, matrix, 1e-3, 0.7))
     for factor in (first, columns_first):
         found = there.linear_to_int8(*on_it, factor.to(device) if isinstance(factor, torch.Tensor) else factor, second)
-        wanted = here.linear_to_int8(x, pad_weight(weight), factor, second)
+        wanted = here.linear_to_int8(x, matrix, factor, second)
         assert torch.equal(found.cpu(), wanted)
         assert rows * columns < 1000 or len(wanted.unique()) > 200  # clipped ones and the rest
 
@@ -102,9 +98,10 @@ def test_products_are_exact(rows: int, depth: int, columns: int, hopper: bool, d
 @on_cuda
 def test_rows_that_are_not_padded_are_multiplied_too(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(3)
-    x, weight = codes(generator, 40, 23), pad_weight(codes(generator, 9, 23))
-    found = CudaInt8Operators(device, mamba1()).linear_to_int8(x.to(device)[3:], weight.to(device), 1e-3, 1.0)
-    assert torch.equal(found.cpu(), HostInt8Operators().linear_to_int8(x[3:], weight, 1e-3, 1.0))
+    x, weight = codes(generator, 40, 23), Int8Weight(codes(generator, 9, 23), 1.0)
+    there = CudaInt8Operators(device, mamba1())
+    found = there.linear_to_int8(x.to(device)[3:], there.matrix(weight), 1e-3, 1.0)
+    assert torch.equal(found.cpu(), HostInt8Operators(mamba1()).linear_to_int8(x[3:], weight, 1e-3, 1.0))
 
 
 @pytest.mark.parametrize("dim", [24, 64, 96, 768, 1536, 2560, 4096, 5120])
@@ -115,7 +112,7 @@ def test_hadamard_codes_are_equal(dim: int, wrap: bool, device: torch.device) ->
     y[2] = 60000 * (torch.arange(dim) % 2)  # far beyond the codes, and, wrapped, beyond int32
     for factor in (20 / dim**0.5, 30.0):
         found = CudaInt8Operators(device, mamba1(dim)).rotate(y.to(device), factor, wrap)
-        assert torch.equal(found.cpu(), HostInt8Operators().rotate(y, factor, wrap))
+        assert torch.equal(found.cpu(), HostInt8Operators(mamba1(dim)).rotate(y, factor, wrap))
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, share: float = 1e-3) -> bool:
@@ -134,12 +131,12 @@ def test_norms(width: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(width)
     x, residual = torch.randn(70, width, generator=generator).half(), torch.randn(70, width, generator=generator) * 3
     x[5], residual[5] = 0, 0
-    here, there = HostInt8Operators(), CudaInt8Operators(device, mamba1())
+    here, there = HostInt8Operators(mamba1()), CudaInt8Operators(device, mamba1())
     wide = padded_rows(70, width + 24, torch.float16, device)[:, :width].copy_(x)
     kept, moved = residual.clone(), padded_rows(70, width, torch.float32, device).copy_(residual)
-    assert close(there.add_norm_to_int8(wide, moved, 1e-5, 0.02), here.add_norm_to_int8(x, kept, 1e-5, 0.02))
+    assert close(there.add_norm_to_int8(wide, moved, 1e-5, 0.02), here.add_norm_to_int8(x.float(), kept, 1e-5, 0.02))
     assert torch.equal(moved.cpu(), kept)
-    assert close(there.add_norm_to_half(wide, moved, 1e-5), here.add_norm_to_half(x, kept, 1e-5))
+    assert close(there.add_norm_to_half(wide, moved, 1e-5), here.add_norm_to_half(x.float(), kept, 1e-5))
 
 
 @pytest.mark.parametrize(("channels", "taps"), [(24, 4), (64, 2), (1536, 4)])
@@ -150,8 +147,9 @@ def test_convolution(channels: int, taps: int, device: torch.device) -> None:
     scale_wx = torch.rand(channels, generator=generator) * 2e-4
     bias, scale_out = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) / 60 + 0.01
     vectors = (weight, scale_wx, bias, scale_out)
-    wanted = HostInt8Operators().conv_silu(x[:, 4 : 4 + channels], *vectors, batch)
-    operators = CudaInt8Operators(device, mamba1(channels, taps=taps))
+    sizes = mamba1(channels, taps=taps)
+    wanted = HostInt8Operators(sizes).conv_silu(x[:, 4 : 4 + channels], *vectors, batch)
+    operators = CudaInt8Operators(device, sizes)
     found = operators.conv_silu(padded(x, device)[:, 4 : 4 + channels], *on(device, *vectors), moved)
     # Only another exp tells them apart, by some 2^-23 of a code of up to 2^7: one in a million lies that near a half.
     assert close(found, wanted, 2e-6)
@@ -166,11 +164,11 @@ def test_selective_scan(channels: int, states: int, device: torch.device) -> Non
     u, delta, bc, z = (codes(generator, t, width) for width in (channels, channels, 3 + 2 * states, 2 * channels))
     a = -torch.rand(states, channels, generator=generator) * 8
     d, bias = torch.randn(channels, generator=generator), torch.randn(channels, generator=generator) - 3
-    scales = ScanScales(0.02, 0.03, 0.01, 0.04)
-    wanted = HostInt8Operators().selective_scan(u, delta, bc[:, 3:], z[:, channels:], scales, a, d, bias, batch)
+    scales, sizes = ScanScales(0.02, 0.03, 0.01, 0.04, 1.0), mamba1(channels, states)
+    wanted = HostInt8Operators(sizes).selective_scan(u, delta, bc[:, 3:], z[:, channels:], scales, a, d, bias, batch)
     inputs = [padded(part, device) for part in (u, delta, bc, z)]
     inputs[2], inputs[3] = inputs[2][:, 3:], inputs[3][:, channels:]
-    operators = CudaInt8Operators(device, mamba1(channels, states))
+    operators = CudaInt8Operators(device, sizes)
     found = operators.selective_scan(*inputs, scales, *on(device, a, d, bias), moved)
     assert close(found, wanted)
 
@@ -182,17 +180,20 @@ def test_mamba2s_scan_and_gated_norm(heads: int, headdim: int, states: int, ngro
     generator = torch.Generator().manual_seed(heads)
     batch, moved = batches(device)
     t, e, w = sum(LENGTHS), heads * headdim, ngroups * states
-    config = Mamba2Config(32, 1, vocab_size=64, d_inner=e, d_state=states, headdim=headdim, ngroups=ngroups)
-    here, there = HostInt8Operators(ngroups, e), CudaInt8Operators(device, config)
+    sizes = OperatorSizes(32, e, states, 4, headdim, ngroups)
+    here, there = HostInt8Operators(sizes), CudaInt8Operators(device, sizes)
     conv_out, dt, z = codes(generator, t, e + 2 * w), codes(generator, t, heads + 3), codes(generator, t, e + 5)
-    scales = torch.rand(e + 2 * w, generator=generator) / 50
+    scales = SsdScales(
+        torch.rand(e + 2 * w, generator=generator) / 50, 0.03, torch.ones(1, states), torch.zeros(e).long()
+    )
     a, d, bias = -torch.rand(heads, generator=generator) * 8, *(torch.randn(heads, generator=generator) for _ in "db")
-    wanted = here.ssd_scan(conv_out, scales, dt[:, 3:], 0.03, a, d, bias, batch)
-    inputs = (padded(conv_out, device), scales.to(device), padded(dt, device)[:, 3:], 0.03)
+    wanted = here.ssd_scan(conv_out, dt[:, 3:], scales, a, d, bias, batch)
+    moved_scales = replace(scales, conv_out=scales.conv_out.to(device))
+    inputs = (padded(conv_out, device), padded(dt, device)[:, 3:], moved_scales)
     assert close(there.ssd_scan(*inputs, *on(device, a, d, bias), moved), wanted)
     weight = torch.randn(e, generator=generator)
     rest = (0.03, weight, 1e-5, 30 / e**0.5, False)
-    found = there.gated_rotate(wanted.to(device), padded(z, device)[:, :e], 0.03, weight.to(device), *rest[2:])
+    found = there.gated_rotate(wanted.half().to(device), padded(z, device)[:, :e], 0.03, weight.to(device), *rest[2:])
     # A norm's float16 that went the other way moves every output of its row by a little.
     assert close(found, here.gated_rotate(wanted, z[:, :e], *rest), 1e-2)
 
@@ -201,19 +202,26 @@ class Checked:
     """The device's operators; each result is compared with the CPU's of the same inputs."""
 
     def __init__(self, device: CudaInt8Operators, host: HostInt8Operators) -> None:
-        self.device, self.host = device, host
+        self.operators, self.host = device, host
         self.seen: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
 
     def __getattr__(self, name: str) -> Any:
+        operator = getattr(self.operators, name)
+        if name not in OPERATORS:
+            return operator
+
         def call(*arguments: Any) -> torch.Tensor:
             copies = [_on_host(argument) for argument in arguments]
-            found: torch.Tensor = getattr(self.device, name)(*arguments)
+            if name.startswith("linear"):  # there the matrix is padded
+                x, weight, *factors = copies
+                copies = [x, Int8Weight(weight.codes[:, : x.shape[1]].contiguous(), weight.scale), *factors]
+            found: torch.Tensor = operator(*arguments)
             wanted = getattr(self.host, name)(*copies)
             got = found.cpu()
-            if got.dtype == torch.int8:
+            if name in TO_CODES:
                 apart = (got.int() - wanted.int()).abs()
             else:  # float16, in its last places
-                apart = (_ordered(got) - _ordered(wanted)).abs()
+                apart = (_ordered(got) - _ordered(wanted.half())).abs()
             counts = self.seen[name]
             for i, count in enumerate((apart.numel(), int((apart == 1).sum()), int((apart > 1).sum()))):
                 counts[i] += count
@@ -230,8 +238,8 @@ def _ordered(x: torch.Tensor) -> torch.Tensor:
 
 def _on_host(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
-        return argument.cpu()
-    if is_dataclass(argument) and not isinstance(argument, ScanScales):
+        return argument.cpu().float() if argument.dtype == torch.float16 else argument.cpu()
+    if is_dataclass(argument):
         return type(argument)(*(_on_host(getattr(argument, f.name)) for f in fields(argument)))
     return argument
 
@@ -260,10 +268,9 @@ def test_a_bundled_models_codes_on_real_text(name: str, device: torch.device, tm
     analyze(db, out=tmp_path / "scales.parquet")
     table, loaded = read_scales(tmp_path / "scales.parquet"), load_model(name)
     host = build_model(loaded.any_weights, table, table.group_scales_for("quamba"))
-    config = host.config
-    twin = HostInt8Operators(*((config.ngroups, config.d_inner) if isinstance(config, Mamba2Config) else ()))
-    checked = Checked(CudaInt8Operators(device, config), twin)
-    model = on_device(host, DeviceWeights.of(host.weights, device), checked)
+    sizes = host.config.operator_sizes
+    checked = Checked(CudaInt8Operators(device, sizes), HostInt8Operators(sizes))
+    model = host.on(PlacedWeights(host.weights, checked))
     texts = [document.text for document in read_documents("sample:evaluation", 8)]
     model.hidden(Batch.pack([tokens[:512] for tokens in loaded.tokenizer.encode_batch(texts)]))
     print({name: tuple(counts) for name, counts in checked.seen.items()})

@@ -1,4 +1,4 @@
-"""The device models' wiring, on the CPU: over the CPU's own operators they are the host models to the bit."""
+"""What INT8 models on a device share with the CPU's, on the CPU: the wiring, and the scoring of logits."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ import pytest
 import tiny_int8
 import tiny_int8_mamba2
 import torch
-from host_int8_operators import HostInt8Operators
+from recorded_operators import laid_out_as_on_cuda, recorded
 
 from quambase.apply.evaluation.likelihood import compare, log_probabilities, torch_compare, torch_log_probabilities
-from quambase.apply.int8 import mamba1 as quamba1
-from quambase.apply.int8 import mamba2 as quamba2
-from quambase.apply.int8.cuda_models import DeviceWeights, on_device
-from quambase.apply.int8.families import Int8Model
+from quambase.apply.int8.build import build
+from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.model.packed_batch import Batch
-
-CPU = torch.device("cpu")
 
 
 def _clipping(scales: dict) -> dict:
@@ -24,54 +20,38 @@ def _clipping(scales: dict) -> dict:
     return {key: scale / 4 if key[1] == "out_proj:input" else scale for key, scale in scales.items()}
 
 
-def host_model(family: str, **switches: object) -> Int8Model:
+def host_model(family: str, **switches: object) -> Int8LanguageModel:
     """A tiny INT8 model that clips before out_proj; of a Mamba-2, with a scale per channel group."""
     if family == "mamba1":
         prepared = tiny_int8.tiny_prepared()
         scales = tiny_int8.absmax_scales(prepared, tiny_int8.documents())
-        return quamba1.build(prepared, _clipping(scales), **switches)
+        return build(prepared, _clipping(scales), **switches)
     prepared2 = tiny_int8_mamba2.tiny_prepared()
     groups = tiny_int8_mamba2.channel_groups()
     scales2 = tiny_int8_mamba2.absmax_scales(prepared2, tiny_int8_mamba2.documents(), "channel", groups)
-    return quamba2.build(prepared2, _clipping(scales2), channel_groups=[[index] for index in groups], **switches)
+    return build(prepared2, _clipping(scales2), channel_groups=[[index] for index in groups], **switches)
 
 
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
 @pytest.mark.parametrize(
     "switches", [{}, {"quantize_lm_head": True, "quantize_embedding": True}, {"compat": "upstream"}]
 )
-def test_over_the_hosts_operators_a_device_model_is_the_host_model(family: str, switches: dict[str, object]) -> None:
+def test_rows_may_be_apart_and_halves_in_float16(family: str, switches: dict[str, object]) -> None:
+    """As CUDA's operators leave them: the blocks and the model around them ask for neither."""
     host = host_model(family, **switches)
-    operators = HostInt8Operators(*((2, 64) if family == "mamba2" else ()))
-    model = on_device(host, DeviceWeights.of(host.weights, CPU), operators)
+    model = laid_out_as_on_cuda(host)
     batch = Batch.pack(tiny_int8.documents())
     wanted, found = host.hidden(batch), model.hidden(batch)
     assert torch.equal(found.float(), wanted.float())
-    if wanted.dtype == torch.int8:
-        assert torch.equal(model.logits(found).float(), host.logits(wanted))
-
-
-class Recorded(HostInt8Operators):
-    """Keeps the factors of every product, in the order they are multiplied."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.factors: list[tuple[float, float]] = []
-
-    def linear_to_int8(self, x, weight, first, second):
-        self.factors.append((first, second))
-        return super().linear_to_int8(x, weight, first, second)
-
-    def linear_to_half(self, x, weight, first, second):
-        self.factors.append((first, second))
-        return super().linear_to_half(x, weight, first, second)
+    assert found.dtype == (torch.int8 if wanted.dtype == torch.int8 else torch.float16)
+    assert torch.equal(model.logits(found).float(), host.logits(wanted))
 
 
 def test_factors_are_multiplied_in_upstreams_order() -> None:
     """Another order rounds differently once in some hundred thousand products: too rarely for the test above."""
     host = host_model("mamba1")
-    operators = Recorded()
-    on_device(host, DeviceWeights.of(host.weights, CPU), operators).hidden(Batch.pack([[1, 2, 3]]))
+    model, calls = recorded(host)
+    model.hidden(Batch.pack([[1, 2, 3]]))
     wanted = []
     for i, layer in enumerate(host.weights.layers):
         s = {site: scale for (at, site), scale in host.scales.items() if at == i}
@@ -89,7 +69,7 @@ def test_factors_are_multiplied_in_upstreams_order() -> None:
             (ratios[2], layer.dt_proj.scale),
             (layer.out_proj.scale, s["out_proj:input"]),
         ]
-    assert operators.factors == wanted
+    assert [call.arguments[2:4] for call in calls.of("linear_to_int8", "linear_to_half")] == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

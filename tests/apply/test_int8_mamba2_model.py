@@ -7,12 +7,11 @@ import int8_twin as twin
 import numpy as np
 import pytest
 import torch
+from recorded_operators import recorded
 from tiny_int8_mamba2 import CONFIG, absmax_scales, channel_groups, documents, tiny_prepared
 
-from quambase.apply.int8 import language_model as backbone
-from quambase.apply.int8 import mamba2 as quamba2
+from quambase.apply.int8.build import build
 from quambase.apply.int8.group_scales import BY_CHANNEL_GROUP
-from quambase.apply.int8.mamba2 import build
 from quambase.model.language_model import floating_model
 from quambase.model.packed_batch import Batch
 from quambase.schema.errors import ScalesInvalid
@@ -23,6 +22,8 @@ STATE = "ssm_state_act:input"
 E, N, W = CONFIG.d_inner, CONFIG.d_state, CONFIG.bc_width
 IN_PROJ = [E, E, W, W, CONFIG.heads]
 CONV = [E, W, W]
+CODES = ("add_norm_to_int8", "linear_to_int8", "conv_silu", "rotate")
+"""The operators that make a block's codes, in order."""
 
 
 @pytest.fixture(scope="module")
@@ -76,35 +77,6 @@ def conv_of(weights, site, index, codes, offsets):
     return twin.conv(codes, *codes_and_scales, np.concatenate(outputs), offsets)
 
 
-def record(monkeypatch):
-    """Arguments (copied before the call) and result of every operator, by kind, in call order."""
-    seen: dict[str, list] = {}
-
-    def copied(value):
-        return value.numpy().copy() if isinstance(value, torch.Tensor) else np.array(value)
-
-    def keep(kind, module, name, output):
-        function = getattr(module, name)
-
-        def wrapped(*arguments):
-            first = copied(arguments[0])
-            result = function(*arguments)
-            seen.setdefault(kind, []).append((first, copied(result if output is None else arguments[output])))
-            return result
-
-        monkeypatch.setattr(module, name, wrapped)
-
-    keep("norm", backbone.kernels, "add_rms_norm_int8", 4)
-    keep("in_proj", quamba2.kernels2, "scale_columns_to_int8", 4)
-    keep("conv", quamba2.kernels2, "conv_channels_int8", 7)
-    keep("decoded", quamba2.kernels2, "conv_update_channels_int8", 7)
-    keep("gate", quamba2, "gated_rms_norm", None)
-    keep("rotate", backbone, "hadamard", None)
-    keep("had", backbone.kernels, "round_to_int8", 2)
-    keep("out", quamba2, "linear_to_half", None)
-    return seen
-
-
 def quantized(layer):
     """The twin's own codes and scales of one layer."""
     parts = [twin.quantize_half(part) for part in torch.split(layer.in_proj, IN_PROJ)]
@@ -147,12 +119,11 @@ def scanned(weights, layer, site, groups, in_proj, conv, offsets, initial=None):
 @pytest.mark.parametrize(
     ("granularity", "spread"), [("tensor", False), ("tensor", True), ("ssd", True), ("channel", True), ("index", True)]
 )
-def test_every_layer_follows_the_twin(prepared, by_granularity, granularity, spread, monkeypatch):
+def test_every_layer_follows_the_twin(prepared, by_granularity, granularity, spread):
     """Each operator of each layer, from the codes our model fed it, with the twin's own weights and scales."""
     scales = uneven(by_granularity[granularity]) if spread else by_granularity[granularity]
-    model = build(prepared, scales, channel_groups=DIVISIONS)
+    model, seen = recorded(build(prepared, scales, channel_groups=DIVISIONS))
     scales = model.scales  # rounded to float32
-    seen = record(monkeypatch)
     batch = Batch.pack(documents(2, (11, 1, 19)))
     _, state = model.prefill(batch)
     offsets = batch.offsets.numpy()
@@ -162,7 +133,7 @@ def test_every_layer_follows_the_twin(prepared, by_granularity, granularity, spr
     for i, layer in enumerate(prepared.layers):
         weights = quantized(layer)
         site = {name: scale for (number, name), scale in scales.items() if number == i}
-        norm, in_proj, conv, had = (seen[kind][i][1] for kind in ("norm", "in_proj", "conv", "had"))
+        norm, in_proj, conv, had = (seen.results(name)[i] for name in CODES)
         residual = residual + block_out
         factor, index = in_proj_factor(weights, site), GROUPS[i].numpy()
         convolved = conv_of(weights, site, index, in_proj[:, E : 2 * E + 2 * W], offsets)
@@ -172,60 +143,53 @@ def test_every_layer_follows_the_twin(prepared, by_granularity, granularity, spr
             (conv, convolved, twin.half_away),
         ]
         y, states = scanned(weights, layer, site, GROUPS[i], in_proj, conv, offsets)
-        halved = seen["gate"][i][0]
+        halved = seen.of("gated_rotate")[i].arguments[0].numpy()
         twin.check_half(halved, y)
         gate = site["z_act:input"] * in_proj[:, :E].astype(np.float64)
         norm_weight = layer.gated_norm.numpy().astype(np.float64)
-        twin.check_half(
-            seen["rotate"][i][0], twin2.gated_norm(halved, gate, norm_weight, CONFIG.ngroups, CONFIG.norm_eps)
-        )
-        rotated = twin.hadamard(seen["rotate"][i][0], site["out_proj:input"], twin.hadamard_matrix(E))
+        normed = seen.of("rotate")[i].arguments[0].numpy()
+        twin.check_half(normed, twin2.gated_norm(halved, gate, norm_weight, CONFIG.ngroups, CONFIG.norm_eps))
+        rotated = twin.hadamard(normed, site["out_proj:input"], twin.hadamard_matrix(E))
         steps.append((had, rotated, twin.half_away))
         for codes, valued, rounding in steps:
             found = twin.check_codes(codes, valued, rounding)
             assert twin.few(found, valued)
             near, total = near + found, total + codes.size
-        out = seen["out"][i][1]
+        out = seen.results("linear_to_half")[i]
         acc = twin.gemm(had, weights["out_proj"][0])
         twin.check_half(out, twin.scaled(acc, weights["out_proj"][1] * site["out_proj:input"]))
         block_out = out
         by_channel = channel_scales(site[STATE], E, index).reshape(E, -1)
         for document, last in enumerate(states):
-            twin.check_codes(state.ssm[i][document].numpy(), twin2.state_codes(last, by_channel), twin.half_even)
+            twin.check_codes(state[i].ssm[document].numpy(), twin2.state_codes(last, by_channel), twin.half_even)
             rows = in_proj[offsets[document] : offsets[document + 1], E : 2 * E + 2 * W]
             padded = np.concatenate([np.zeros((CONFIG.d_conv, E + 2 * W), np.int8), rows])[-CONFIG.d_conv :]
-            np.testing.assert_array_equal(state.conv[i][document].numpy(), padded)
+            np.testing.assert_array_equal(state[i].conv[document].numpy(), padded)
     assert near < total / 1000
-    assert min(np.abs(seen[kind][1][1]).max() for kind in ("norm", "in_proj", "conv", "had")) > 60
+    assert min(np.abs(seen.results(name)[1]).max() for name in CODES) > 60
 
 
 @pytest.mark.parametrize(("sequences", "granularity"), [(1, "channel"), (2, "channel"), (2, "index")])
-def test_a_decoded_token_follows_the_twin(prepared, by_granularity, sequences, granularity, monkeypatch):
+def test_a_decoded_token_follows_the_twin(prepared, by_granularity, sequences, granularity):
     """One row alone is projected by one combined factor and rounded half away from zero, several half to even."""
-    model = build(prepared, uneven(by_granularity[granularity]), channel_groups=DIVISIONS)
+    model, seen = recorded(build(prepared, uneven(by_granularity[granularity]), channel_groups=DIVISIONS))
     _, state = model.prefill(Batch.pack(documents(5, (9, 6)[:sequences])))
-    before = [(window.numpy().copy(), ssm.numpy().copy()) for window, ssm in zip(state.conv, state.ssm, strict=True)]
-    seen = record(monkeypatch)
-    calls = []
-    epilogue = quamba2.kernels2.scale_columns_to_int8
-    monkeypatch.setattr(
-        quamba2.kernels2,
-        "scale_columns_to_int8",
-        lambda acc, first, second, away, out: (calls.append((away, second)), epilogue(acc, first, second, away, out)),
-    )
+    before = [(of_block.conv.numpy().copy(), of_block.ssm.numpy().copy()) for of_block in state]
+    seen.all.clear()
     model.step(torch.tensor([3, 7][:sequences]), state)
     factors = [1 if sequences == 1 else model.scales[i, "in_proj:input"] for i in range(CONFIG.n_layer)]
+    calls = [(call.arguments[4], call.arguments[3]) for call in seen.of("linear_to_int8")]
     assert calls == [(sequences == 1, factor) for factor in factors]
     for i, layer in enumerate(prepared.layers):
         weights = quantized(layer)
         site = {name: scale for (number, name), scale in model.scales.items() if number == i}
-        norm, in_proj, conv = (seen[kind][i][1] for kind in ("norm", "in_proj", "decoded"))
+        norm, in_proj, conv, had = (seen.results(name)[i] for name in CODES)
         rounding = twin.half_away if sequences == 1 else twin.half_even
         twin.check_codes(
             in_proj, twin.scaled(twin.gemm(norm, weights["in_proj"][0]), in_proj_factor(weights, site)), rounding
         )
         window = np.concatenate([before[i][0][:, 1:], in_proj[:, None, E : 2 * E + 2 * W]], axis=1)
-        np.testing.assert_array_equal(state.conv[i].numpy(), window)
+        np.testing.assert_array_equal(state[i].conv.numpy(), window)
         width, index = CONFIG.d_conv, GROUPS[i].numpy()
         every = range(0, width * sequences + 1, width)
         valued = conv_of(weights, site, index, window.reshape(width * sequences, -1), every)
@@ -233,30 +197,25 @@ def test_a_decoded_token_follows_the_twin(prepared, by_granularity, sequences, g
         by_channel = channel_scales(site[STATE], E, index).reshape(E, -1)
         initial = twin2.dequantized(before[i][1], by_channel)
         y, states = scanned(weights, layer, site, GROUPS[i], in_proj, conv, range(sequences + 1), initial)
-        twin.check_half(seen["gate"][i][0], y)
+        twin.check_half(seen.of("gated_rotate")[i].arguments[0].numpy(), y)
         for document, (value, error) in enumerate(states):
             last = value / by_channel, (error + 4 * twin.U * np.abs(value)) / by_channel
-            twin.check_codes(state.ssm[i][document].numpy(), last, twin.half_even)
-        acc = twin.gemm(seen["had"][i][1], weights["out_proj"][0])
-        twin.check_half(seen["out"][i][1], twin.scaled(acc, weights["out_proj"][1] * site["out_proj:input"]))
+            twin.check_codes(state[i].ssm[document].numpy(), last, twin.half_even)
+        acc = twin.gemm(had, weights["out_proj"][0])
+        twin.check_half(
+            seen.results("linear_to_half")[i], twin.scaled(acc, weights["out_proj"][1] * site["out_proj:input"])
+        )
 
 
-def test_out_proj_multiplies_by_the_weights_scale_first(prepared, by_granularity, monkeypatch):
+def test_out_proj_multiplies_by_the_weights_scale_first(prepared, by_granularity):
     """And one row alone by both at once (upstream's W8A8B16O16Linear)."""
-    calls = []
-    original = quamba2.linear_to_half
-
-    def spy(x, weight, first, second):
-        calls.append((weight.scale, first, second))
-        return original(x, weight, first, second)
-
-    monkeypatch.setattr(quamba2, "linear_to_half", spy)
-    model = build(prepared, by_granularity["tensor"])
+    model, seen = recorded(build(prepared, by_granularity["tensor"]))
     _, state = model.prefill(Batch.pack(documents(5, (9,))))
     model.step(torch.tensor([3]), state)
     scales = [model.scales[i, "out_proj:input"] for i in range(CONFIG.n_layer)] * 2
-    for place, ((weight, first, second), scale) in enumerate(zip(calls, scales, strict=True)):
-        alone = place >= CONFIG.n_layer
+    for place, (call, scale) in enumerate(zip(seen.of("linear_to_half"), scales, strict=True)):
+        _, matrix, first, second, _ = call.arguments
+        weight, alone = matrix.scale, place >= CONFIG.n_layer
         assert (first, second) == ((np.float32(weight * scale), 1) if alone else (weight, scale))
 
 

@@ -11,8 +11,8 @@ from test_int8_operators import factors_that_do_not_commute
 from tiny_int8_mamba2 import CONFIG, tiny_prepared
 
 from quambase.apply.int8 import arithmetic as int8
-from quambase.apply.int8 import channel_kernels as kernels2
-from quambase.apply.int8.mamba2_weights import Int8Mamba2Layer
+from quambase.apply.int8 import host_kernels as kernels
+from quambase.apply.int8.mamba2 import Int8Mamba2Weights
 
 
 def codes(generator, *shape):
@@ -26,7 +26,7 @@ def test_epilogue_codes_by_column(away):
     first = generator.uniform(0.01, 0.2, 40).astype(np.float32)
     second = np.float32(0.0313)
     out = np.empty(acc.shape, np.int8)
-    kernels2.scale_columns_to_int8(acc.astype(np.float32), first, second, away, out)
+    kernels.scale_columns_to_int8(acc.astype(np.float32), first, second, away, out)
     valued = twin.scaled(acc, first.astype(np.float64) * float(second))
     assert twin.few(twin.check_codes(out, valued, twin.half_away if away else twin.half_even), valued)
 
@@ -35,9 +35,9 @@ def test_epilogue_ties():
     acc = np.array([[-7, -5, -1, 1, 3, 5, 1000, -1000]], np.float32)
     out = np.empty(acc.shape, np.int8)
     half, one = np.full(8, 0.5, np.float32), np.float32(1)
-    kernels2.scale_columns_to_int8(acc, half, one, False, out)
+    kernels.scale_columns_to_int8(acc, half, one, False, out)
     assert out.tolist() == [[-4, -2, 0, 0, 2, 2, 127, -128]]
-    kernels2.scale_columns_to_int8(acc, half, one, True, out)
+    kernels.scale_columns_to_int8(acc, half, one, True, out)
     assert out.tolist() == [[-4, -3, -1, 1, 2, 3, 127, -128]]
 
 
@@ -45,7 +45,7 @@ def test_epilogue_multiplies_by_the_columns_factor_first():
     values = np.arange(-128, 128, dtype=np.float32)
     first, second, expected = factors_that_do_not_commute(np.rint, lambda v: np.floor(v) + 0.5, values)
     out = np.empty((256, 1), np.int8)
-    kernels2.scale_columns_to_int8(values[:, None].copy(), np.array([first]), second, False, out)
+    kernels.scale_columns_to_int8(values[:, None].copy(), np.array([first]), second, False, out)
     np.testing.assert_array_equal(out[:, 0], expected)
 
 
@@ -65,12 +65,12 @@ def test_convolution_codes_by_channel(decoded):
         sequences = x.reshape(30, 4, -1)
         window = np.ascontiguousarray(np.roll(sequences[:, :, first : first + channels], 1, axis=1))
         out = np.empty((30, channels), np.int8)
-        kernels2.conv_update_channels_int8(np.ascontiguousarray(sequences[:, 3]), first, window, *shared, out)
+        kernels.conv_update_int8(np.ascontiguousarray(sequences[:, 3]), first, window, *shared, out)
         np.testing.assert_array_equal(window, sequences[:, :, first : first + channels])
         valued = valued[0][3::4], valued[1][3::4]
     else:
         out = np.empty((offsets[-1], channels), np.int8)
-        kernels2.conv_channels_int8(x, first, *shared, offsets, out)
+        kernels.conv_silu_int8(x, first, *shared, offsets, out)
     assert twin.few(twin.check_codes(out, valued, twin.half_away), valued)
 
 
@@ -81,9 +81,9 @@ def test_convolutions_round_once_and_ties_away():
         out = np.empty((1, 1), np.int8)
         arguments = (one[:, None], 100 * one, 0 * one, 4000 * one)
         if decoded:
-            kernels2.conv_update_channels_int8(x, 0, np.zeros((1, 1, 1), np.int8), *arguments, out)
+            kernels.conv_update_int8(x, 0, np.zeros((1, 1, 1), np.int8), *arguments, out)
         else:
-            kernels2.conv_channels_int8(x, 0, *arguments, np.array([0, 1]), out)
+            kernels.conv_silu_int8(x, 0, *arguments, np.array([0, 1]), out)
         assert out[0, 0] == 3
 
 
@@ -91,7 +91,7 @@ def test_prefill_states_are_rounded_half_to_even_by_group():
     state = np.array([[[0.25, 0.75, -0.75], [1.0, 3.0, 900.0]]], np.float32)
     scales = np.array([[2.0, 2.0, 2.0], [0.5, 0.5, 0.5]], np.float32)
     out = np.empty(state.shape, np.int8)
-    kernels2.state_groups_to_int8(state, scales, np.array([1, 0]), out)
+    kernels.state_groups_to_int8(state, scales, np.array([1, 0]), out)
     assert out.tolist() == [[[0, 2, -2], [0, 2, 127]]]
 
 
@@ -108,7 +108,7 @@ def test_decoded_scan():
     decay, d = np.exp(-delta), generator.normal(size=heads).astype(np.float32)
     before = state.astype(np.float64)
     y = np.empty((batch, e), np.float32)
-    kernels2.ssd_update_int8(x, delta, decay, b, c, d, scales, groups, state, y)
+    kernels.ssd_update_int8(x, delta, decay, b, c, d, scales, groups, state, y)
     near = 0
     for i in range(batch):
         for channel in range(e):
@@ -133,14 +133,14 @@ def test_decoded_states_are_rounded_half_to_even():
     one = np.ones((1, 1), np.float32)
     x = np.array([[0.5, 1.5]], np.float32)
     state, y = np.zeros((1, 2, 1), np.int8), np.empty((1, 2), np.float32)
-    kernels2.ssd_update_int8(x, one, one, one, one, np.zeros(1, np.float32), one, np.zeros(2, np.int64), state, y)
+    kernels.ssd_update_int8(x, one, one, one, one, np.zeros(1, np.float32), one, np.zeros(2, np.int64), state, y)
     assert state.tolist() == [[[0], [2]]]
     assert y.tolist() == [[0.5, 1.5]]  # before rounding
 
 
 def test_each_part_of_a_weight_has_its_own_scale():
     layer = tiny_prepared().layers[0]
-    ours = Int8Mamba2Layer.of(CONFIG, layer)
+    ours = Int8Mamba2Weights.of(CONFIG, layer)
     e, w = CONFIG.d_inner, CONFIG.bc_width
     for name, widths, quantize in (
         ("in_proj", [e, e, w, w, CONFIG.heads], twin.quantize_half),

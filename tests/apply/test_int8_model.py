@@ -6,11 +6,10 @@ import int8_twin as twin
 import numpy as np
 import pytest
 import torch
+from recorded_operators import recorded
 from tiny_int8 import CONFIG, absmax_scales, documents, needed, tiny_prepared
 
-from quambase.apply.int8 import language_model as backbone
-from quambase.apply.int8 import mamba1 as quamba1
-from quambase.apply.int8.mamba1 import build
+from quambase.apply.int8.build import build
 from quambase.model.language_model import floating_model
 from quambase.model.packed_batch import Batch
 from quambase.schema.errors import ScalesInvalid
@@ -26,48 +25,14 @@ def scales(prepared):
     return absmax_scales(prepared, documents(1))
 
 
-def record(monkeypatch):
-    """First argument and result of every operator of the model, by kind, in call order."""
-    seen: dict[str, list] = {}
-
-    def copied(value):
-        return value.numpy().copy() if isinstance(value, torch.Tensor) else np.array(value)
-
-    def keep(kind, function, output):
-        def wrapped(*arguments):
-            first = copied(arguments[0])
-            result = function(*arguments)
-            seen.setdefault(kind, []).append((first, copied(result if output is None else arguments[output])))
-            return result
-
-        return wrapped
-
-    kernels = quamba1.kernels
-    for kind, name, output in (
-        ("norm", "add_rms_norm_int8", 4),
-        ("conv", "conv_silu_int8", 6),
-        ("had", "round_to_int8", 2),
-    ):
-        monkeypatch.setattr(kernels, name, keep(kind, getattr(kernels, name), output))
-    monkeypatch.setattr(quamba1, "selective_scan", keep("scan", quamba1.selective_scan, 8))
-    for kind, module, name in (
-        ("int8", quamba1, "linear_to_int8"),
-        ("half", quamba1, "linear_to_half"),
-        ("rotate", backbone, "hadamard"),
-    ):
-        monkeypatch.setattr(module, name, keep(kind, getattr(module, name), None))
-    return seen
-
-
 @pytest.mark.parametrize("uneven", [False, True])
-def test_every_layer_follows_the_twin(prepared, scales, uneven, monkeypatch):
+def test_every_layer_follows_the_twin(prepared, scales, uneven):
     """Each operator of each layer, from the codes our model fed it, with the twin's own weights and scales."""
     if uneven:  # every site's scale another multiple: a scale fed to the wrong place shows
         scales = {key: scale * (0.8 + 0.07 * (i % 7)) for i, (key, scale) in enumerate(scales.items())}
     scales = {key: float(np.float32(scale)) for key, scale in scales.items()}
     texts = documents(2)
-    model = build(prepared, scales)
-    seen = record(monkeypatch)
+    model, seen = recorded(build(prepared, scales))
     batch = Batch.pack(texts)
     model.hidden(batch)
     offsets, e, n, r = batch.offsets.numpy(), CONFIG.d_inner, CONFIG.d_state, CONFIG.dt_rank
@@ -81,11 +46,12 @@ def test_every_layer_follows_the_twin(prepared, scales, uneven, monkeypatch):
         }
         single = {name: twin.quantize_float32(getattr(layer, name)) for name in ("A_log", "D", "dt_bias")}
         site = {name: scale for (number, name), scale in scales.items() if number == i}
-        (norm, conv, rotated), (xz, dt_b_c, dt) = (
-            (seen[k][i][1] for k in ("norm", "conv", "had")),
-            (seen["int8"][3 * i + k][1] for k in range(3)),
+        norm, conv, rotated, out = (
+            seen.results(name)[i] for name in ("add_norm_to_int8", "conv_silu", "rotate", "linear_to_half")
         )
-        y, out = seen["rotate"][i][0], seen["half"][i][1]
+        xz, dt_b_c, dt = seen.results("linear_to_int8")[3 * i : 3 * i + 3]
+        y = seen.of("rotate")[i].arguments[0].numpy()
+        np.testing.assert_array_equal(y, seen.results("selective_scan")[i])
 
         residual = residual + block_out
         steps = [
@@ -155,40 +121,56 @@ def test_every_layer_follows_the_twin(prepared, scales, uneven, monkeypatch):
         )
         block_out = out
     assert near < total / 1000
-    assert not {code.min() for _, code in seen["norm"]} == {0}
+    assert not {code.min() for code in seen.results("add_norm_to_int8")} == {0}
 
 
-def test_products_are_scaled_in_upstreams_order(prepared, scales, monkeypatch):
+def test_products_are_scaled_in_upstreams_order(prepared, scales):
     """`to_seqlen_last` (in_proj, dt_proj) takes in/out first; `forward` (x_proj, out_proj) the weight's scale first."""
+    model, seen = recorded(build(prepared, scales))
+    model.hidden(Batch.pack(documents(1)))
     calls = []
-    for name in ("linear_to_int8", "linear_to_half"):
-        original = getattr(quamba1, name)
-
-        def spy(x, weight, first, second, original=original):
-            calls.append((weight.scale == first, weight.scale == second))
-            return original(x, weight, first, second)
-
-        monkeypatch.setattr(quamba1, name, spy)
-    build(prepared, scales).hidden(Batch.pack(documents(1)))
+    for call in seen.of("linear_to_int8", "linear_to_half"):
+        _, weight, first, second, away = call.arguments
+        calls.append((weight.scale == first, weight.scale == second))
+        assert not away
     ratio_first, weight_first = (False, True), (True, False)
     assert calls == [ratio_first, weight_first, ratio_first, weight_first] * CONFIG.n_layer
 
 
-def test_states_after_a_prefill_are_the_twins(prepared, scales, monkeypatch):
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_a_decoded_tokens_products_are_scaled_as_upstreams(prepared, scales, sequences):
+    """Several rows by the weight's scale first, whatever the projection; one row alone by one factor."""
+    model, seen = recorded(build(prepared, scales))
+    model.step(torch.tensor([3, 7][:sequences]), model.new_state(sequences))
+    places = [("in_proj:input", "in_proj:output"), ("x_proj:input", "x_proj:output")]
+    places += [("x_proj:output", "dt_proj:output"), ("out_proj:input", None)]
+    wanted = []
+    for layer, weights in enumerate(model.weights.layers):
+        for name, (source, target) in zip(("in_proj", "x_proj", "dt_proj", "out_proj"), places, strict=True):
+            scale, read = getattr(weights, name).scale, model.scales[layer, source]
+            made = model.scales[layer, target] if target else 1.0
+            both = scale, float(np.float32(read / made))
+            one = float(np.float32(np.float32(scale * read) / made)), 1.0
+            wanted.append(one if sequences == 1 else both)
+    calls = seen.of("linear_to_int8", "linear_to_half")
+    assert [call.arguments[2:4] for call in calls] == wanted
+    assert not any(call.arguments[4] for call in calls)
+
+
+def test_states_after_a_prefill_are_the_twins(prepared, scales):
     texts = documents(3, (9, 2, 33))
-    model = build(prepared, scales)
-    seen = record(monkeypatch)
+    model, seen = recorded(build(prepared, scales))
     _, state = model.prefill(Batch.pack(texts))
     offsets = Batch.pack(texts).offsets.numpy()
     e, n, r = CONFIG.d_inner, CONFIG.d_state, CONFIG.dt_rank
     for i, layer in enumerate(prepared.layers):
-        xz, dt_b_c, dt = (seen["int8"][3 * i + k][1] for k in range(3))
+        xz, dt_b_c, dt = seen.results("linear_to_int8")[3 * i : 3 * i + 3]
         single = {name: twin.quantize_float32(getattr(layer, name)) for name in ("A_log", "D", "dt_bias")}
         exponent = single["A_log"][1] * single["A_log"][0]
         a = -np.exp(exponent), np.exp(exponent) * (twin.EXP + twin.U * np.abs(exponent))
         shared = scales[i, "x_proj:output"]
         _, states = twin.scan(
-            seen["conv"][i][1],
+            seen.results("conv_silu")[i],
             twin.softplus_delta(dt, scales[i, "dt_proj:output"], *single["dt_bias"]),
             a,
             dt_b_c[:, r : r + n],
@@ -201,10 +183,10 @@ def test_states_after_a_prefill_are_the_twins(prepared, scales, monkeypatch):
         scale = scales[i, "ssm_state_act:input"]
         for document, (value, error) in enumerate(states):
             valued = value / scale, (error + twin.U * np.abs(value)) / scale
-            twin.check_codes(state.ssm[i][document].numpy().T, valued, twin.half_away)
+            twin.check_codes(state[i].ssm[document].numpy().T, valued, twin.half_away)
             rows = xz[offsets[document] : offsets[document + 1], :e]
             padded = np.concatenate([np.zeros((CONFIG.d_conv, e), np.int8), rows])[-CONFIG.d_conv :]
-            np.testing.assert_array_equal(state.conv[i][document].numpy(), padded)
+            np.testing.assert_array_equal(state[i].conv[document].numpy(), padded)
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -282,21 +264,18 @@ def test_sequences_decoded_together_are_nearly_those_decoded_alone(prepared, sca
 
 
 @pytest.mark.parametrize("sequences", [1, 2])
-def test_a_quantized_head_multiplies_one_row_alone_by_one_factor(prepared, scales, sequences, monkeypatch):
+def test_a_quantized_head_multiplies_one_row_alone_by_one_factor(prepared, scales, sequences):
     """As upstream's W8A8B16O16Linear, which the head is too."""
-    calls = []
-    original = backbone.linear_to_half
-
-    def spy(x, weight, first, second):
-        calls.append((first, second))
-        return original(x, weight, first, second)
-
-    monkeypatch.setattr(backbone, "linear_to_half", spy)
-    model = build(prepared, scales, quantize_lm_head=True)
+    model, seen = recorded(build(prepared, scales, quantize_lm_head=True))
     logits = model.step(torch.tensor([3] * sequences), model.new_state(sequences))
     weight, scale = model.weights.lm_head.scale, model.scales[-1, "lm_head:input"]
-    assert calls == [(float(np.float32(weight * scale)), 1) if sequences == 1 else (weight, scale)]
+    *_, head = seen.of("linear_to_half")
+    assert head.arguments[1].codes is model.weights.lm_head.codes
+    assert head.arguments[2:4] == ((float(np.float32(weight * scale)), 1) if sequences == 1 else (weight, scale))
     assert logits.shape == (sequences, model.config.vocab_size)
+    # Rows that are not decoded are multiplied by two factors, also one alone.
+    model.logits(model.hidden(Batch.pack([[3]])))
+    assert seen.of("linear_to_half")[-1].arguments[2:4] == (weight, scale)
 
 
 def test_compat_wraps_where_the_default_saturates(prepared, scales):

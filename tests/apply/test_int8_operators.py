@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 
 from quambase.apply.int8 import arithmetic as int8
 from quambase.apply.int8 import host_kernels as kernels
+from quambase.apply.int8.host_operators import HostInt8Operators
 from quambase.model.hadamard import hadamard
+from quambase.model.operators.interface import OperatorSizes
+
+OPERATORS = HostInt8Operators(OperatorSizes(d_model=16, d_inner=32, d_state=4, d_conv=4))
 
 
 def codes(generator, *shape):
@@ -102,7 +106,7 @@ def test_epilogue_codes():
     acc = generator.integers(-60000, 60000, (50, 40))
     first, second = np.float32(0.0371), np.float32(0.0913)
     out = np.empty(acc.shape, np.int8)
-    kernels.scale_to_int8(acc.astype(np.float32), first, second, out)
+    kernels.scale_columns_to_int8(acc.astype(np.float32), np.full(40, first), second, False, out)
     valued = twin.scaled(acc, float(first) * float(second))
     assert twin.few(twin.check_codes(out, valued, twin.half_even), valued)
 
@@ -110,7 +114,7 @@ def test_epilogue_codes():
 def test_epilogue_rounds_ties_to_even_and_saturates():
     acc = np.array([[-7, -5, -3, -1, 1, 3, 5, 7, 1000, -1000]], np.float32)
     out = np.empty(acc.shape, np.int8)
-    kernels.scale_to_int8(acc, np.float32(0.5), np.float32(1), out)
+    kernels.scale_columns_to_int8(acc, np.full(10, 0.5, np.float32), np.float32(1), False, out)
     assert out.tolist() == [[-4, -2, -2, 0, 0, 2, 2, 4, 127, -128]]
 
 
@@ -133,10 +137,10 @@ def test_epilogues_multiply_in_the_order_given():
     first, second, expected = factors_that_do_not_commute(
         lambda v: v.astype(np.float16), lambda v: np.float16(v) + np.float64(np.spacing(np.float16(v))) / 2, values
     )
-    result = int8.linear_to_half(x, identity, float(first), float(second))
+    result = OPERATORS.linear_to_half(x, identity, float(first), float(second))
     np.testing.assert_array_equal(result.numpy()[:, 0], expected.astype(np.float32))
     first, second, expected = factors_that_do_not_commute(np.rint, lambda v: np.floor(v) + 0.5, values)
-    codes_out = int8.linear_to_int8(x, identity, float(first), float(second))
+    codes_out = OPERATORS.linear_to_int8(x, identity, float(first), float(second))
     np.testing.assert_array_equal(codes_out.numpy()[:, 0], expected)
 
 
@@ -173,10 +177,11 @@ def test_convolution_codes():
     out = np.empty((40, channels), np.int8)
     kernels.conv_silu_int8(
         x,
+        0,
         weight.T.astype(np.float32).copy(),
-        np.float32(s_w) * np.float32(s_x),
+        np.full(channels, np.float32(s_w) * np.float32(s_x)),
         bias.astype(np.float32) * np.float32(s_b),
-        np.float32(s_out),
+        np.full(channels, s_out, np.float32),
         OFFSETS,
         out,
     )
@@ -189,8 +194,8 @@ def test_convolution_rounds_once_and_ties_away():
     # half to even would give 2.
     x = np.array([[100]], np.int8)
     out = np.empty((1, 1), np.int8)
-    one = np.ones((1, 1), np.float32)
-    kernels.conv_silu_int8(x, one, np.float32(100), np.zeros(1, np.float32), np.float32(4000), np.array([0, 1]), out)
+    one = np.ones(1, np.float32)
+    kernels.conv_silu_int8(x, 0, one[:, None], 100 * one, 0 * one, 4000 * one, np.array([0, 1]), out)
     assert out[0, 0] == 3
 
 
@@ -205,11 +210,12 @@ def test_decoded_convolution_codes_and_window():
     out = np.empty((batch, channels), np.int8)
     kernels.conv_update_int8(
         x,
+        0,
         window,
         weight.T.astype(np.float32).copy(),
-        np.float32(s_w) * np.float32(s_x),
+        np.full(channels, np.float32(s_w) * np.float32(s_x)),
         bias.astype(np.float32) * np.float32(s_b),
-        np.float32(s_out),
+        np.full(channels, s_out, np.float32),
         out,
     )
     np.testing.assert_array_equal(window, expected)

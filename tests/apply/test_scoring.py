@@ -23,7 +23,7 @@ from quambase.apply.evaluation.scoring import (
     score,
     split_last_word,
 )
-from quambase.apply.int8.mamba1 import build
+from quambase.apply.int8.build import build
 from quambase.model.language_model import floating_model
 from quambase.model.packed_batch import Batch
 from quambase.model.text import Document

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from host_int8_operators import HostInt8Operators
 
-from quambase.apply.int8.cuda_operators import CudaInt8Operators, ScanScales
+from quambase.apply.int8.cuda_operators import CudaInt8Operators
+from quambase.apply.int8.host_operators import HostInt8Operators
+from quambase.apply.int8.operators import ScanScales
 from quambase.model.cuda.compiler import Kernels
-from quambase.model.mamba1 import MambaConfig
-from quambase.model.mamba2 import Mamba2Config
+from quambase.model.operators.interface import OperatorSizes
 from quambase.model.packed_batch import Batch, PlacedBatch
 
 pytestmark = [
@@ -32,6 +32,7 @@ pytestmark = [
 SOURCE = Path(__file__).parents[1] / "upstream_kernels.cu"
 STUBS = ("c10/util/BFloat16.h", "c10/util/Half.h", "c10/util/complex.h", "c10/cuda/CUDAException.h")
 DOCUMENTS, LENGTH, E, STATES = 3, 301, 1536, 16
+SIZES = OperatorSizes(768, E, STATES, d_conv=4)
 
 I32, U32, POINTER, F32 = ctypes.c_int32, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_float
 
@@ -225,10 +226,8 @@ def test_quamba1s_convolution(contracted: bool, upstream: Upstream, device: torc
         bias.float() * scales[2],
         scales[3].expand(E).contiguous(),
     )
-    wanted = HostInt8Operators().conv_silu(x, *vectors, here)
-    ours = CudaInt8Operators(device, MambaConfig(768, 1, 64, E)).conv_silu(
-        x.to(device), *(v.to(device) for v in vectors), there
-    )
+    wanted = HostInt8Operators(SIZES).conv_silu(x, *vectors, here)
+    ours = CudaInt8Operators(device, SIZES).conv_silu(x.to(device), *(v.to(device) for v in vectors), there)
     for what, mine in (("CPU", wanted), ("CUDA", ours.cpu())):
         apart = compare(f"convolution, contracted {contracted}, upstream and our {what}", packed(out), mine)
         # A contracted sum is off by 2^-24 of it: one in a million falls on another code. Not contracted, the CUDA ones
@@ -281,10 +280,10 @@ def test_quamba1s_scan(contracted: bool, upstream: Upstream, device: torch.devic
     kernels.launch("scan", (DOCUMENTS, E), 32, [words(parameters)], 40000)
     s = {name: torch.tensor(value) for name, value in scales.items()}
     vectors = (-torch.exp(s["A"] * a_log.float()).T.contiguous(), s["D"] * d.float(), s["delta_bias"] * bias.float())
-    our_scales = ScanScales(*(float(s[name]) for name in ("u", "delta", "B", "z")))
-    wanted = HostInt8Operators().selective_scan(u, delta, b_c, z, our_scales, *vectors, here)
+    our_scales = ScanScales(*(float(s[name]) for name in ("u", "delta", "B", "z")), state=1.0)
+    wanted = HostInt8Operators(SIZES).selective_scan(u, delta, b_c, z, our_scales, *vectors, here)
     arguments = [v.to(device) for v in (u, delta, b_c, z)]
-    ours = CudaInt8Operators(device, MambaConfig(768, 1, 64, E)).selective_scan(
+    ours = CudaInt8Operators(device, SIZES).selective_scan(
         *arguments, our_scales, *(v.to(device) for v in vectors), there
     )
     for what, mine in (("CPU", wanted), ("CUDA", ours.cpu())):
@@ -315,8 +314,8 @@ def test_the_hadamard_quantizer(upstream: Upstream, device: torch.device) -> Non
         )
         kernels.launch("hadamard", (len(y), 1), 32, [words(parameters)], 4 * E)
         factor = float(torch.tensor(factor))
-        wanted = HostInt8Operators().rotate(y, factor, True)
-        ours = CudaInt8Operators(device, MambaConfig(768, 1, 64, E)).rotate(there, factor, True)
+        wanted = HostInt8Operators(SIZES).rotate(y, factor, True)
+        ours = CudaInt8Operators(device, SIZES).rotate(there, factor, True)
         assert torch.equal(ours.cpu(), wanted)
         rows = [i for i in range(len(y)) if i != 2]
         compare(f"Hadamard quantizer, factor {factor:.3g}, the row beyond int32", out.cpu()[2], wanted[2])
@@ -382,9 +381,9 @@ def test_quamba2s_convolution(contracted: bool, upstream: Upstream, device: torc
     scale_wx = torch.cat([(s[f"scale_w{n}"] * s[f"scale_{n}"]).expand(width) for n, width in parts])
     bias_float = bias.float() * torch.cat([s[f"scale_b{n}"].expand(width) for n, width in parts])
     vectors = (weight.T.float().contiguous(), scale_wx, bias_float, scale_out)
-    wanted = HostInt8Operators().conv_silu(x, *vectors, here)
-    config = Mamba2Config(32, 1, vocab_size=64, d_inner=e, d_state=states, headdim=headdim, ngroups=ngroups)
-    ours = CudaInt8Operators(device, config).conv_silu(held[0], *(v.to(device) for v in vectors), there)
+    sizes = OperatorSizes(32, e, states, 4, headdim, ngroups)
+    wanted = HostInt8Operators(sizes).conv_silu(x, *vectors, here)
+    ours = CudaInt8Operators(device, sizes).conv_silu(held[0], *(v.to(device) for v in vectors), there)
     found = torch.cat(outs, dim=1).cpu()
     for what, mine in (("CPU", wanted), ("CUDA", ours.cpu())):
         apart = compare(f"Quamba 2's convolution, contracted {contracted}, upstream and our {what}", found, mine)

@@ -14,26 +14,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from host_int8_operators import HostInt8Operators
+from recorded_operators import OPERATORS
 from test_cuda_int8 import _ordered
 from tiny_model import WORDS, write_model, write_texts
 
 from quambase.analyzer.analyze import analyze
 from quambase.apply.evaluation.likelihood import log_probabilities, torch_compare
-from quambase.apply.int8.cuda_models import DeviceWeights, on_device
+from quambase.apply.int8.build import build_model
 from quambase.apply.int8.cuda_operators import CudaInt8Operators
-from quambase.apply.int8.families import Int8Model, build_model
-from quambase.apply.int8.language_model import Int8State
+from quambase.apply.int8.host_operators import HostInt8Operators
+from quambase.apply.int8.language_model import Int8LanguageModel
+from quambase.apply.int8.weights import PlacedWeights
 from quambase.apply.upstream.backend import build_upstream
 from quambase.collector.collect import collect
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.language_model import floating_model
 from quambase.model.mamba1 import MambaConfig
 from quambase.model.mamba2 import Mamba2Config
-from quambase.model.packed_batch import Batch
+from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.model.text import read_documents
 from quambase.model.weights import random_weights, tensors_of
 from quambase.schema.scale_table import read_scales
+from quambase.schema.sites import MAMBA2
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -69,7 +71,7 @@ class Case:
     theirs: Any
     recorded: list[torch.Tensor]
     logits: torch.Tensor
-    host: Int8Model
+    host: Int8LanguageModel
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -169,8 +171,12 @@ class Followed:
         self.inner, self.left, self.seen = inner, iter(recorded), dict[str, list[float]]()
 
     def __getattr__(self, name: str) -> Any:
+        operator = getattr(self.inner, name)
+        if name not in OPERATORS:
+            return operator
+
         def call(*arguments: Any) -> torch.Tensor:
-            found: torch.Tensor = getattr(self.inner, name)(*arguments)
+            found: torch.Tensor = operator(*arguments)
             wanted = next(self.left, None)
             if wanted is None:  # the last norm of a head that is not quantized
                 return found
@@ -178,7 +184,7 @@ class Followed:
             if found.dtype == torch.int8:
                 apart, off = (found.int() - wanted.int()).abs(), 0.0
             else:
-                apart = (_ordered(found) - _ordered(wanted)).abs()
+                apart = (_ordered(found.half()) - _ordered(wanted)).abs()
                 off = float((found.float() - wanted.float()).norm() / wanted.float().norm())
             counts = self.seen.setdefault(name, [0, 0, 0, 0.0])
             for i, count in enumerate((apart.numel(), (apart == 1).sum(), (apart > 1).sum())):
@@ -191,12 +197,10 @@ class Followed:
 
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
 def test_every_operator_on_upstreams_inputs(case: Case, where: str) -> None:
-    config, device = case.host.config, torch.device(where)
-    mamba2 = isinstance(config, Mamba2Config)
-    host_operators = HostInt8Operators(*((config.ngroups, config.d_inner) if mamba2 else ()))
-    inner = host_operators if where == "cpu" else CudaInt8Operators(device, config)
+    sizes, device = case.host.config.operator_sizes, torch.device(where)
+    inner = HostInt8Operators(sizes) if where == "cpu" else CudaInt8Operators(device, sizes)
     followed = Followed(inner, case.recorded)
-    model = on_device(case.host, DeviceWeights.of(case.host.weights, device), followed)
+    model = case.host.on(PlacedWeights(case.host.weights, followed))
     found = model.logits(model.hidden(case.batch)).float()
     assert next(followed.left, None) is None
     for name, (total, one, more, off) in followed.seen.items():
@@ -228,9 +232,8 @@ def test_the_whole_models_are_as_far_from_the_float_model(case: Case) -> None:
     operators agree are as far apart as two draws of the same error, and as far from the float model.
     """
     device = torch.device("cuda")
-    model = on_device(
-        case.host, DeviceWeights.of(case.host.weights, device), CudaInt8Operators(device, case.host.config)
-    )
+    operators = CudaInt8Operators(device, case.host.config.operator_sizes)
+    model = case.host.on(PlacedWeights(case.host.weights, operators))
     floating = floating_model(case.loaded.any_weights, device, torch.float16)
     ours, real = (m.logits(m.hidden(case.batch)) for m in (model, floating))
     theirs = case.logits
@@ -265,7 +268,7 @@ def test_the_whole_models_are_as_far_from_the_float_model(case: Case) -> None:
 def test_decoding(case: Case) -> None:
     """The states after a prompt, and the logits of tokens fed one at a time, of one document and of two."""
     generation = pytest.importorskip("mamba_ssm.utils.generation")
-    mamba2 = isinstance(case.host.config, Mamba2Config)
+    mamba2 = case.host.config.kind == MAMBA2
     documents = case.batch.tokens.view(DOCUMENTS, LENGTH)
     floating = floating_model(case.loaded.any_weights, torch.device("cuda"), torch.float16)
     for count in (1, 2):
@@ -282,14 +285,17 @@ def test_decoding(case: Case) -> None:
                 token = tokens[:, params.seqlen_offset, None].cuda()
                 theirs.append(case.theirs(token, inference_params=params).logits[:, -1])
         # Each layer's states of upstream's own codes: one that went the other way before would change many.
-        prompt, followed = Batch.pack(tokens[:, :PROMPT].tolist()), Int8State([], [])
+        prompt, followed = Batch.pack(tokens[:, :PROMPT].tolist()), case.host.new_state(count)
+        placed, operators = PlacedBatch.of(prompt, torch.device("cpu")), case.host.placed.operators
         for layer, (conv, ssm) in enumerate(kept):
             norms = recorded[:: 6 if mamba2 else 8]  # the first step of each block
-            case.host._block(layer, norms[layer].cpu(), prompt, followed)
-            mine = followed.ssm[layer].int() if mamba2 else followed.ssm[layer].int().transpose(1, 2)
+            block, scales = case.host.placed.blocks[layer], case.host.laid_out[layer]
+            block.forward(operators, norms[layer].cpu(), scales, placed, followed[layer])
+            ssm_codes = followed[layer].ssm.int()
+            mine = ssm_codes if mamba2 else ssm_codes.transpose(1, 2)
             apart = (mine - ssm.reshape(mine.shape)).abs()
             print(f"layer {layer}: {int((apart > 0).sum())} of {apart.numel()} state codes differ")
-            assert torch.equal(followed.conv[layer].int().transpose(1, 2), conv)
+            assert torch.equal(followed[layer].conv.int().transpose(1, 2), conv)
             # Sums in another order; in Mamba-2 float16 too, by which codes up to 127 are at most 127 * 2^-9 = 0.25
             # off, on average far less.
             assert apart.max() <= 1 and (apart > 0).double().mean() <= (0.02 if mamba2 else 1e-3)

@@ -1,0 +1,111 @@
+"""What an INT8 block of any kind is: its weights as codes, its activation scales laid out, one forward pass.
+
+A kind is one file (`mamba1`, `mamba2`) with a subclass of each class here; `block_kinds` lists them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from quambase.apply.int8.arithmetic import float32
+from quambase.apply.int8.operators import Factors, Int8BlockState, Int8Operators, Multipliers
+from quambase.model.packed_batch import PlacedBatch
+from quambase.schema.scale_table import Scale
+
+
+class Int8BlockWeights(ABC):
+    """One block's weights: each an `Int8Weight`, a `SplitInt8Weight`, or a float16 tensor. ``kind``: of the block."""
+
+    kind: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def of(cls, config: Any, layer: Any) -> Int8BlockWeights:
+        """Quantize prepared (folded and rotated, `quambase.model.prepare`) weights, rounding as upstream does."""
+
+    @classmethod
+    def widths(cls, config: Any) -> dict[str, tuple[int, ...]]:
+        """The rows of each part of the fields that are a `SplitInt8Weight`."""
+        return {}
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """One block's activation scales as its operators take them. ``input``: of the codes that the block reads."""
+
+    input: float
+    out_proj: Factors
+    rotation: float
+    wrap: bool
+
+
+class Int8Block(ABC):
+    """A block's forward pass, its weights laid out for operators: what one strategy's scales after another run with."""
+
+    @abstractmethod
+    def __init__(self, config: Any, weights: Any, operators: Int8Operators) -> None:
+        """Of weights and sizes of the same kind."""
+
+    @abstractmethod
+    def lay_out(self, scales: Mapping[str, Scale], divisions: Sequence[torch.Tensor], wrap: bool) -> BlockScales:
+        """The checked scales of the block's sites, laid out for `forward`.
+
+        divisions  of x in scale groups, each the group of every channel (e,), int64
+        wrap       whether the Hadamard quantizer wraps modulo 256, as upstream's
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        ops: Int8Operators,
+        codes: torch.Tensor,
+        scales: Any,
+        batch: PlacedBatch,
+        state: Int8BlockState | None = None,
+    ) -> torch.Tensor:
+        """What is added to the residual stream, float16 values (t, d), for codes (t, d) of the normalised one.
+
+        scales  as of `lay_out`
+        state   set where ``ops`` do not decode, updated where they do
+        """
+
+    @abstractmethod
+    def new_state(self, sequences: int) -> Int8BlockState:
+        """The state of ``sequences`` sequences before their first token."""
+
+
+def whole(scale: Scale) -> float:
+    """The one scale of an undivided site."""
+    assert isinstance(scale, float)
+    return scale
+
+
+def half_factors(weight: float, source: float) -> Factors:
+    """Of a product that becomes float16: the weight's scale first, then that of the codes it reads."""
+    both = Multipliers(weight, source)
+    return Factors(both, both, Multipliers(float32(weight * source), 1.0))
+
+
+def rotation_factor(d_inner: int, scale: float) -> float:
+    """The Hadamard quantizer's: 1/sqrt(e) and the scale are one factor, as upstream (qHadamard.py)."""
+    return 1.0 / math.sqrt(d_inner) / scale
+
+
+@dataclass(frozen=True)
+class Int8BlockKind:
+    """One kind of INT8 block.
+
+    name    of the `quambase.model.block.BlockKind`
+    format  what an INT8 model's folder calls a model of such blocks
+    """
+
+    name: str
+    format: str
+    weights: type[Int8BlockWeights]
+    block: type[Int8Block]

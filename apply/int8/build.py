@@ -1,0 +1,84 @@
+"""From a float model and activation scales to its INT8 model, on the CPU and on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from quambase.apply.int8.cuda_operators import CudaInt8Operators
+from quambase.apply.int8.group_scales import ChannelGroups, channel_maps, check_scales
+from quambase.apply.int8.host_operators import HostInt8Operators
+from quambase.apply.int8.language_model import Int8LanguageModel
+from quambase.apply.int8.needed_scales import Scales
+from quambase.apply.int8.weights import Int8ModelWeights, PlacedWeights, quantize
+from quambase.model.prepare import prepare, reorder
+from quambase.model.weights import ModelWeights
+from quambase.schema.scale_table import ScaleTable
+
+
+def build(
+    prepared: ModelWeights,
+    scales: Scales,
+    *,
+    channel_groups: ChannelGroups = (),
+    quantize_lm_head: bool = False,
+    quantize_embedding: bool = False,
+    compat: str | None = None,
+) -> Int8LanguageModel:
+    """The INT8 model of prepared weights on the CPU; ScalesInvalid as for `Int8LanguageModel`."""
+    weights = quantize(
+        prepared, quantize_lm_head=quantize_lm_head, quantize_embedding=quantize_embedding, compat=compat
+    )
+    return Int8LanguageModel(on_host(weights), scales, channel_groups=channel_groups, compat=compat)
+
+
+def on_host(weights: Int8ModelWeights) -> PlacedWeights:
+    """Weights for the CPU's operators."""
+    return PlacedWeights(weights, HostInt8Operators(weights.config.operator_sizes))
+
+
+def build_model(
+    weights: ModelWeights,
+    table: ScaleTable,
+    scales: Scales,
+    *,
+    quantize_lm_head: bool = False,
+    quantize_embedding: bool = False,
+    compat: str | None = None,
+) -> Int8LanguageModel:
+    """Fold, rotate and quantize ``weights``, in the order that the table's run sorted heads and channels.
+
+    Errors: ScalesInvalid as for the model's class; CheckpointInvalid where the table's groups are another model's.
+    """
+    groups = table.model.layer_groups
+    return build(
+        prepare(weights if groups is None else reorder(weights, groups)),
+        scales,
+        channel_groups=channel_maps(groups or ()),
+        quantize_lm_head=quantize_lm_head,
+        quantize_embedding=quantize_embedding,
+        compat=compat,
+    )
+
+
+def check_any_scales(weights: ModelWeights, table: ScaleTable, scales: Scales, quantize_lm_head: bool) -> Scales:
+    """The scales that `build_model` would read, rounded to float32; ScalesInvalid, before the slow part."""
+    maps = channel_maps(table.model.layer_groups or ())
+    return check_scales(scales, weights.config, maps, quantize_lm_head)
+
+
+def int8_on_cuda(models: Mapping[str, Int8LanguageModel], device: torch.device) -> dict[str, Int8LanguageModel]:
+    """Strategies of one model on a CUDA device, by label, on one copy of the weights they share.
+
+    CompilationFailed where the kernels cannot be compiled.
+    """
+    found: dict[str, Int8LanguageModel] = {}
+    shared: dict[int, PlacedWeights] = {}
+    operators: CudaInt8Operators | None = None
+    for label, host in models.items():
+        operators = operators or CudaInt8Operators(device, host.config.operator_sizes)
+        key = id(host.weights)
+        shared[key] = shared.get(key) or PlacedWeights(host.weights, operators)
+        found[label] = host.on(shared[key])
+    return found

@@ -1,0 +1,296 @@
+"""The INT8 operators on the CPU: integer products by float32 BLAS, compiled loops between them."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from quambase.apply.int8 import host_kernels as kernels
+from quambase.apply.int8.arithmetic import Int8Weight, dequantize, matmul, softplus_delta, to_half
+from quambase.apply.int8.operators import Int8BlockState, ScanScales, SsdScales
+from quambase.model.exponential import exp
+from quambase.model.hadamard import hadamard
+from quambase.model.operators import host_kernels as float_kernels
+from quambase.model.operators.host import whole_rows
+from quambase.model.operators.interface import OperatorSizes
+from quambase.model.operators.torch import CPU, gated_rms_norm
+from quambase.model.packed_batch import PlacedBatch
+
+Array = npt.NDArray[np.float32]
+
+
+class HostInt8Operators:
+    """`quambase.apply.int8.operators.Int8Operators` on the CPU."""
+
+    device = CPU
+    decodes = False
+
+    def __init__(self, sizes: OperatorSizes) -> None:
+        self.sizes = sizes
+
+    def decoding(self) -> HostInt8Decoding:
+        """As `Int8Operators.decoding`."""
+        return HostInt8Decoding(self.sizes)
+
+    def matrix(self, weight: Int8Weight) -> Int8Weight:
+        """As `Int8Operators.matrix`."""
+        return weight
+
+    def half_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """As `Int8Operators.half_matrix`: held in float32 for BLAS."""
+        return weight.to(torch.float32)
+
+    def vector(self, values: torch.Tensor) -> torch.Tensor:
+        """As `Int8Operators.vector`."""
+        return values.contiguous()
+
+    def halves(self, rows: torch.Tensor) -> torch.Tensor:
+        """As `Int8Operators.halves`: in float32."""
+        return rows.to(torch.float32)
+
+    def new_residual(self, x: torch.Tensor) -> torch.Tensor:
+        """As `Int8Operators.new_residual`."""
+        return torch.zeros_like(x)
+
+    def add_norm_to_int8(self, x: torch.Tensor, residual: torch.Tensor, eps: float, scale: float) -> torch.Tensor:
+        """As `Int8Operators.add_norm_to_int8`."""
+        out = torch.empty(x.shape, dtype=torch.int8)
+        kernels.add_rms_norm_int8(x.numpy(), residual.numpy(), np.float32(eps), np.float32(scale), out.numpy())
+        return out
+
+    def add_norm_to_half(self, x: torch.Tensor, residual: torch.Tensor, eps: float) -> torch.Tensor:
+        """As `Int8Operators.add_norm_to_half`."""
+        out = torch.empty_like(x)
+        kernels.add_rms_norm(x.numpy(), residual.numpy(), np.float32(eps), out.numpy())
+        return to_half(out)
+
+    def linear_to_int8(
+        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
+    ) -> torch.Tensor:
+        """As `Int8Operators.linear_to_int8`."""
+        acc = matmul(x, weight)
+        columns = first if isinstance(first, torch.Tensor) else torch.full((acc.shape[1],), first)
+        out = torch.empty(acc.shape, dtype=torch.int8)
+        kernels.scale_columns_to_int8(acc.numpy(), columns.numpy(), np.float32(second), away, out.numpy())
+        return out
+
+    def linear_to_half(
+        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
+    ) -> torch.Tensor:
+        """As `Int8Operators.linear_to_half`."""
+        return to_half(matmul(x, weight).mul_(first).mul_(second))
+
+    def half_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """As `Int8Operators.half_product`."""
+        return to_half(F.linear(x, weight))
+
+    def conv_silu(
+        self,
+        x: torch.Tensor,
+        taps: torch.Tensor,
+        scale_wx: torch.Tensor,
+        bias: torch.Tensor,
+        scale_out: torch.Tensor,
+        batch: PlacedBatch,
+        state: Int8BlockState | None = None,
+    ) -> torch.Tensor:
+        """As `Int8Operators.conv_silu`."""
+        out = torch.empty(x.shape, dtype=torch.int8)
+        rows, first = whole_rows(x)
+        scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy())
+        kernels.conv_silu_int8(rows, first, *scaled, batch.host.offsets.numpy(), out.numpy())
+        if state is not None:
+            state.conv = _last_inputs(x, batch, len(taps))
+        return out
+
+    def selective_scan(
+        self,
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        bc: torch.Tensor,
+        z: torch.Tensor,
+        scales: ScanScales,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: Int8BlockState | None = None,
+    ) -> torch.Tensor:
+        """As `Int8Operators.selective_scan`."""
+        y, last = torch.empty(u.shape), torch.zeros(batch.host.documents, *a.shape)
+        inputs = _scan_inputs(u, delta, bc, z, scales, a, d, bias)
+        float_kernels.selective_scan(*inputs, batch.host.offsets.numpy(), y.numpy(), last.numpy())
+        if state is not None:
+            state.ssm = torch.empty(last.shape, dtype=torch.int8)
+            kernels.state_to_int8(last.numpy(), np.float32(scales.state), state.ssm.numpy())
+        return to_half(y)
+
+    def ssd_scan(
+        self,
+        conv_out: torch.Tensor,
+        dt: torch.Tensor,
+        scales: SsdScales,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: Int8BlockState | None = None,
+    ) -> torch.Tensor:
+        """As `Int8Operators.ssd_scan`."""
+        values = conv_out.to(torch.float32) * scales.conv_out
+        x, b, c = self._split(to_half(values))
+        delta = softplus_delta(dt, scales.dt, bias)
+        y, last = torch.empty(x.shape), torch.zeros(batch.host.documents, x.shape[1], self.sizes.d_state)
+        float_kernels.ssd_scan(
+            x.numpy(),
+            delta.numpy(),
+            exp(delta * a).numpy(),
+            b.numpy(),
+            c.numpy(),
+            np.zeros(len(a), np.float32),  # the skip connection reads x before it is rounded
+            batch.host.offsets.numpy(),
+            y.numpy(),
+            last.numpy(),
+        )
+        y += values[:, : x.shape[1]] * torch.repeat_interleave(d, x.shape[1] // len(d))
+        if state is not None:
+            state.ssm = torch.empty(last.shape, dtype=torch.int8)
+            arguments = (to_half(last).numpy(), scales.state.numpy(), scales.groups.numpy())
+            kernels.state_groups_to_int8(*arguments, state.ssm.numpy())
+        return to_half(y)
+
+    def _split(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (rows, e), B and C (rows, gn) of the convolution's output."""
+        width = self.sizes.ngroups * self.sizes.d_state
+        x, b, c = torch.split(values, [self.sizes.d_inner, width, width], dim=1)
+        return x.contiguous(), b.contiguous(), c.contiguous()
+
+    def rotate(self, y: torch.Tensor, factor: float, wrap: bool) -> torch.Tensor:
+        """As `Int8Operators.rotate`."""
+        out = torch.empty(y.shape, dtype=torch.int8)
+        kernels.round_to_int8(hadamard(y, factor).numpy(), wrap, out.numpy())
+        return out
+
+    def gated_rotate(
+        self,
+        y: torch.Tensor,
+        z: torch.Tensor,
+        z_scale: float,
+        weight: torch.Tensor,
+        eps: float,
+        factor: float,
+        wrap: bool,
+    ) -> torch.Tensor:
+        """As `Int8Operators.gated_rotate`."""
+        normed = gated_rms_norm(y, dequantize(z, z_scale), weight, self.sizes.ngroups, eps)
+        return self.rotate(to_half(normed), factor, wrap)
+
+
+class HostInt8Decoding(HostInt8Operators):
+    """The same where every document is the next token of a sequence, whose state is given."""
+
+    decodes = True
+
+    def conv_silu(
+        self,
+        x: torch.Tensor,
+        taps: torch.Tensor,
+        scale_wx: torch.Tensor,
+        bias: torch.Tensor,
+        scale_out: torch.Tensor,
+        batch: PlacedBatch,
+        state: Int8BlockState | None = None,
+    ) -> torch.Tensor:
+        """As `Int8Operators.conv_silu`; the sum is rounded term by term."""
+        assert state is not None
+        out = torch.empty(x.shape, dtype=torch.int8)
+        rows, first = whole_rows(x)
+        scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy())
+        kernels.conv_update_int8(rows, first, state.conv.numpy(), *scaled, out.numpy())
+        return out
+
+    def selective_scan(
+        self,
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        bc: torch.Tensor,
+        z: torch.Tensor,
+        scales: ScanScales,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: Int8BlockState | None = None,
+    ) -> torch.Tensor:
+        """As `Int8Operators.selective_scan`."""
+        assert state is not None
+        y = torch.empty(u.shape)
+        inputs = _scan_inputs(u, delta, bc, z, scales, a, d, bias)
+        kernels.scan_update_int8(*inputs, np.float32(scales.state), state.ssm.numpy(), y.numpy())
+        return to_half(y)
+
+    def ssd_scan(
+        self,
+        conv_out: torch.Tensor,
+        dt: torch.Tensor,
+        scales: SsdScales,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: Int8BlockState | None = None,
+    ) -> torch.Tensor:
+        """As `Int8Operators.ssd_scan`; nothing but y is rounded to float16."""
+        assert state is not None
+        x, b, c = self._split(conv_out.to(torch.float32) * scales.conv_out)
+        delta = softplus_delta(dt, scales.dt, bias)
+        y = torch.empty(x.shape)
+        kernels.ssd_update_int8(
+            x.numpy(),
+            delta.numpy(),
+            exp(delta * a).numpy(),
+            b.numpy(),
+            c.numpy(),
+            d.numpy(),
+            scales.state.numpy(),
+            scales.groups.numpy(),
+            state.ssm.numpy(),
+            y.numpy(),
+        )
+        return to_half(y)
+
+
+def _scan_inputs(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    bc: torch.Tensor,
+    z: torch.Tensor,
+    scales: ScanScales,
+    a: torch.Tensor,
+    d: torch.Tensor,
+    bias: torch.Tensor,
+) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
+    """u, delta, A, B, C, D, z of Mamba-1's scan kernels, dequantized to float32."""
+    b, c = torch.split(dequantize(bc, scales.bc), len(a), dim=1)
+    return (
+        dequantize(u, scales.u).numpy(),
+        softplus_delta(delta, scales.delta, bias).numpy(),
+        a.numpy(),
+        b.contiguous().numpy(),
+        c.contiguous().numpy(),
+        d.numpy(),
+        dequantize(z, scales.z).numpy(),
+    )
+
+
+def _last_inputs(inputs: torch.Tensor, batch: PlacedBatch, width: int) -> torch.Tensor:
+    """The last ``width`` rows of each document's (t, channels): (documents, width, channels), zeros where shorter."""
+    window = torch.zeros(batch.host.documents, width, inputs.shape[1], dtype=torch.int8)
+    for document in range(batch.host.documents):
+        rows = batch.host.rows(document)
+        taken = inputs[max(rows.start, rows.stop - width) : rows.stop]
+        if taken.shape[0]:
+            window[document, -taken.shape[0] :] = taken
+    return window

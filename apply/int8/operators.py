@@ -1,0 +1,206 @@
+"""What an INT8 block is made of: the interface that the CPU and CUDA implement.
+
+Operators pass on codes, int8, whose rows may be apart, and float16 values, which the CPU holds in float32. Inside
+everything is float32; a result is rounded once. Codes are made in five places: `add_norm_to_int8`, `linear_to_int8`,
+`conv_silu`, the Hadamard quantizer (`rotate`, `gated_rotate`), and the states.
+
+Convolution and scans take a ``state`` or None. Over whole documents they set it to the state after each; operators that
+decode go on from it and update it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from quambase.apply.int8.arithmetic import Int8Weight
+from quambase.model.packed_batch import PlacedBatch
+
+
+@dataclass
+class Int8BlockState:
+    """What b sequences carry on from token to token in one block, as codes.
+
+    conv  (b, k, channels): the convolution's last inputs, oldest first
+    ssm   (b, n, e) in Mamba-1, (b, e, n) in Mamba-2
+    """
+
+    conv: torch.Tensor
+    ssm: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ScanScales:
+    """The scales of a Mamba-1 scan's inputs and of its state's codes."""
+
+    u: float
+    delta: float
+    bc: float
+    z: float
+    state: float
+
+
+@dataclass(frozen=True)
+class SsdScales:
+    """The scales of a Mamba-2 scan's inputs and of its state's codes.
+
+    conv_out  (e + 2gn,): of x, B, C by channel
+    state     (groups, n), and ``groups`` (e,) int64: each channel's
+    """
+
+    conv_out: torch.Tensor
+    dt: float
+    state: torch.Tensor
+    groups: torch.Tensor
+
+
+class Multipliers(NamedTuple):
+    """What an integer product is multiplied by, one after the other, each time rounded to float32; ``first`` may be one
+    number per column (out,). ``away``: codes are rounded half away from zero, otherwise half to even.
+    """
+
+    first: float | torch.Tensor
+    second: float
+    away: bool = False
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The multipliers of one product. Upstream has three kernels, whose results differ in their last bits.
+
+    prefill  of whole documents
+    several  while several sequences decode
+    alone    while one does: its matrix-vector kernel multiplies by one combined factor
+    """
+
+    prefill: Multipliers
+    several: Multipliers
+    alone: Multipliers
+
+    def of(self, operators: Int8Operators, x: torch.Tensor) -> Multipliers:
+        """Those of a product of x (rows, in) by ``operators``."""
+        if not operators.decodes:
+            return self.prefill
+        return self.alone if len(x) == 1 else self.several
+
+
+class Int8Operators(Protocol):
+    """The operators of one model on one device. ``decodes``: every document is the next token of a sequence."""
+
+    device: torch.device
+    decodes: bool
+
+    def decoding(self) -> Int8Operators:
+        """The same, which decode."""
+
+    def matrix(self, weight: Int8Weight) -> Int8Weight:
+        """A matrix of codes (out, in), laid out for products on the device."""
+
+    def half_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """A matrix of float16 (out, in), laid out for `half_product`."""
+
+    def vector(self, values: torch.Tensor) -> torch.Tensor:
+        """What the other operators read, float32 or int64, contiguous on the device."""
+
+    def halves(self, rows: torch.Tensor) -> torch.Tensor:
+        """Float16 rows (t, d) as the operators hold float16 values."""
+
+    def new_residual(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual stream (t, d) float32 before the first block, zeros, for x as of `halves`."""
+
+    def add_norm_to_int8(self, x: torch.Tensor, residual: torch.Tensor, eps: float, scale: float) -> torch.Tensor:
+        """``residual`` += x, then codes (t, d), half to even, of its RMS norm over ``scale``.
+
+        x (t, d) float16 values; residual (t, d) float32, updated. The norm's weight was folded into the next
+        projection.
+        """
+
+    def add_norm_to_half(self, x: torch.Tensor, residual: torch.Tensor, eps: float) -> torch.Tensor:
+        """The same norm, not divided, as float16 values."""
+
+    def linear_to_int8(
+        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
+    ) -> torch.Tensor:
+        """Codes (rows, out), saturating, of the integer product of codes x (rows, in) times `Multipliers`."""
+
+    def linear_to_half(
+        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
+    ) -> torch.Tensor:
+        """The same as float16 values, always half to even."""
+
+    def half_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The product (rows, out) of float16 values x (rows, in), rounded to float16."""
+
+    def conv_silu(
+        self,
+        x: torch.Tensor,
+        taps: torch.Tensor,
+        scale_wx: torch.Tensor,
+        bias: torch.Tensor,
+        scale_out: torch.Tensor,
+        batch: PlacedBatch,
+        state: Int8BlockState | None = None,
+    ) -> torch.Tensor:
+        """Depthwise causal convolution of codes x (t, c), SiLU, and codes (t, c), half away from zero.
+
+        taps (k, c) codes in float32, the last row for the current token; scale_wx, bias (dequantized), scale_out (c,).
+        """
+
+    def selective_scan(
+        self,
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        bc: torch.Tensor,
+        z: torch.Tensor,
+        scales: ScanScales,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: Int8BlockState | None = None,
+    ) -> torch.Tensor:
+        """Mamba-1's scan of codes, gated: float16 values (t, e).
+
+        u, delta (before bias and softplus), z (t, e); bc (t, 2n), B then C; a (n, e) negative; d, bias (e,). States:
+        half away from zero after whole documents, half to even while decoding.
+        """
+
+    def ssd_scan(
+        self,
+        conv_out: torch.Tensor,
+        dt: torch.Tensor,
+        scales: SsdScales,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: Int8BlockState | None = None,
+    ) -> torch.Tensor:
+        """Mamba-2's scan of codes, not gated: float16 values (t, e).
+
+        conv_out (t, e + 2gn), x, B, C; dt (t, h) before bias and softplus; a (h,) negative; d, bias (h,). Over whole
+        documents x, B and C are rounded to float16, as upstream's tensor cores read them, but not for the skip
+        connection. States: half to even.
+        """
+
+    def rotate(self, y: torch.Tensor, factor: float, wrap: bool) -> torch.Tensor:
+        """The Hadamard quantizer: codes, half away from zero, of ``factor`` times the transform of y (t, e), float16
+        values; saturating, or modulo 256 if ``wrap``.
+        """
+
+    def gated_rotate(
+        self,
+        y: torch.Tensor,
+        z: torch.Tensor,
+        z_scale: float,
+        weight: torch.Tensor,
+        eps: float,
+        factor: float,
+        wrap: bool,
+    ) -> torch.Tensor:
+        """`quambase.model.operators.torch.gated_rms_norm`, rounded to float16, then `rotate`.
+
+        y (t, e) float16 values; z (t, e) codes; weight (e,).
+        """
