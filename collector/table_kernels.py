@@ -11,11 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.collector.host.kernels import PATTERNS, SIGN
+from quambase.schema.quantile_rules import interpolate, rank
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+
+
+_rank = numba.njit(cache=True, nogil=True)(rank)
+_interpolate = numba.njit(cache=True, nogil=True)(interpolate)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -179,19 +184,16 @@ def summarize(
     # Walk up from the smallest magnitude: rank r is reached when seen > r.
     pattern, seen = 0, counts[0] + counts[SIGN]
     for wanted in range(probabilities.size):
-        rank = probabilities[wanted] * (total - 1)
-        lower = np.int64(np.floor(rank))
-        while seen <= lower:
+        below, above, weight = _rank(probabilities[wanted], total)
+        while seen <= below:
             pattern += 1
             seen += counts[pattern] + counts[SIGN + pattern]
         upper, reached = pattern, seen
-        while reached <= min(lower + 1, total - 1):
+        while reached <= above:
             upper += 1
             reached += counts[upper] + counts[SIGN + upper]
         low, high = np.float64(magnitudes[pattern]), np.float64(magnitudes[upper])
-        # numpy's _lerp: computed from the nearer end.
-        weight, step = rank - lower, high - low
-        floats[6 + wanted] = high - step * (1 - weight) if weight >= 0.5 else low + step * weight
+        floats[6 + wanted] = _interpolate(low, high, weight)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -69,3 +69,8 @@ def test_a_generated_part_is_what_the_code_says(name: str) -> None:
     path, make = PARTS[name]
     text = page(f"docs/{path}")
     assert generated(text, name, make()) == text, "run python tests/generated_docs.py"
+
+
+def test_every_file_that_contributing_names_is_there() -> None:
+    named = set(re.findall(r"`([\w-]+(?:/[\w-]+)*/[\w.-]+\.(?:py|sql|cuh?|md))`", page("CONTRIBUTING.md")))
+    assert len(named) > 30 and [name for name in sorted(named) if not (ROOT / name).exists()] == []

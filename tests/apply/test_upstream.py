@@ -161,7 +161,7 @@ def test_the_command_prints_the_folder_and_says_what_upstream_cannot_read(
         "note: upstream's own loader reads no model without --quantize-lm-head",
     ]
     done = CliRunner().invoke(quambase, [*command, "--quantize-lm-head"])
-    assert (done.exit_code, done.stdout, done.stderr) == (0, "folder\n", "")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "folder\n", "scales of run run-a\n")
 
 
 def test_a_kernel_that_computes_nothing_is_noticed(
