@@ -52,6 +52,7 @@ lint: $(VENV)/.test-requirements $(VENV)/.installed
 
 types: $(VENV)/.test-requirements $(VENV)/.installed
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 
 unit: $(VENV)/.test-requirements $(VENV)/.installed
 	$(BIN)/pytest

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="misc"
 """INT8 forward passes on CUDA beside float16 ones of the same tokens: models of 130m's shapes with random weights.
 
 python benchmarks/bench_cuda_int8.py [documents]

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined, call-arg"
 """Where the error of the INT8 Mamba-2 comes from: KL and top-1 agreement with one operator quantized, or all but one.
 
     python benchmarks/bench_int8_mamba2_error.py [MODEL]

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="return-value"
 """Slow twin of what the INT8 Mamba-2 adds to `int8_twin`, in NumPy float64: scan by heads, gated norm, states."""
 
 from __future__ import annotations

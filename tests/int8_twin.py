@@ -1,3 +1,4 @@
+# mypy: disable-error-code="return-value"
 """Slow twin of the INT8 model: plain NumPy int64 and float64, written from the specification of upstream Quamba.
 
 Every operator takes integer codes and returns the exact value before rounding with a bound on the error that float32

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="list-item"
 """Scales in upstream's form and back: the same tensors; every channel gets the scale of its own group."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="func-returns-value"
 """apply and evaluate end to end on a tiny model: the stored bits, resuming, what is refused."""
 
 from __future__ import annotations

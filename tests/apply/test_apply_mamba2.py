@@ -1,3 +1,4 @@
+# mypy: disable-error-code="call-overload"
 """apply and evaluate of a tiny Mamba-2 end to end: group rows, the sorted model, the stored bits, what is refused."""
 
 from __future__ import annotations

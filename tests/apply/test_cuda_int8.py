@@ -1,3 +1,4 @@
+# mypy: disable-error-code="call-arg, misc"
 """INT8 on CUDA: every operator against the CPU's on the same codes, and bundled models on the bundled text.
 
 Integer products, epilogues and Hadamard transforms are exact, so their results are equal. Where float32 sums run in

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined"
 """What INT8 models on a device share with the CPU's, on the CPU: the wiring, and the scoring of logits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined, call-arg"
 """The INT8 Mamba-2's own operators against the slow twin, on integer input: rounding, ties, decoding, weights."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="list-item"
 """The INT8 model: every layer's wiring against the slow twin, decoding, packing, and what it refuses."""
 
 from __future__ import annotations

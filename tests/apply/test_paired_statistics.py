@@ -1,3 +1,4 @@
+# mypy: disable-error-code="call-overload, misc"
 """Intervals, p-values and the summary, each against a slow twin, scipy, or a published example."""
 
 from __future__ import annotations

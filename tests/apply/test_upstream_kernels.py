@@ -1,3 +1,4 @@
+# mypy: disable-error-code="call-arg, misc"
 """Our INT8 operators against upstream Quamba's own CUDA kernels, compiled here from its sources.
 
 Needs a GPU, a checkout of upstream in QUAMBA_SOURCE, and CUDA's headers (pip install nvidia-cuda-cccl

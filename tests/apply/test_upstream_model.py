@@ -1,3 +1,4 @@
+# mypy: disable-error-code="call-overload"
 """Upstream Quamba's own W8A8 model on a GPU (`apply --backend quamba`) beside ours: same weights, scales and tokens.
 
 Needs a GPU and the package `quamba` with its kernels; docs/upstream.md says how it was built and what these tests saw.

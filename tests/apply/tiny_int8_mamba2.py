@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined"
 """A tiny Mamba-2 of two SSD groups for the INT8 tests; scales per tensor, SSD group and channel group."""
 
 from __future__ import annotations

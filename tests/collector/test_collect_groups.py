@@ -1,3 +1,4 @@
+# mypy: disable-error-code="call-overload"
 """Runs of a tiny Mamba-2 whose heads and channels are sorted: what is stored, against the run that is not sorted."""
 
 from __future__ import annotations

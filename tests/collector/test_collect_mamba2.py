@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined"
 """Runs of a tiny Mamba-2: recounted, one document at a time, its groups, its scale table, what apply says."""
 
 from __future__ import annotations

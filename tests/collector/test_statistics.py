@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined, truthy-function"
 """Counting and moments against tallies, torch.quantile and NumPy; folding in any split."""
 
 import itertools

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="call-overload"
 """`quambase import`: which saved tensors are counted, and the one line for every other file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined"
 """Checkpoints as people have them: read as transformers reads them, or refused in one line."""
 
 from __future__ import annotations

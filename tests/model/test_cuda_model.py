@@ -1,3 +1,4 @@
+# mypy: disable-error-code="call-arg"
 """The compiled operators on CUDA against plain PyTorch on the CPU, and whole models against the host's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined"
 """Mamba-2: the forward pass against a float64 twin and against transformers, preparation, decoding, loading."""
 
 from __future__ import annotations

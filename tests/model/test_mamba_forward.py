@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined, call-arg"
 """The forward pass against a float64 twin and against transformers' Mamba, and what preparation changes."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined, misc"
 """The training recipe on a CPU: data, schedule, resuming, networks against their definitions, export."""
 
 import json

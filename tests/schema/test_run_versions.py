@@ -1,3 +1,4 @@
+# mypy: disable-error-code="misc"
 """Runs of format version 1, whose tables are single files, answer every command as those of version 2 do."""
 
 from __future__ import annotations
