@@ -14,7 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-INT8_MIN, INT8_MAX = -128, 127
+from quambase.schema.number_format import INT8
+
+INT8_MIN, INT8_MAX = INT8.qmin, INT8.qmax
 
 EXACT_CHUNK = 1024
 """128 * 128 * 1024 = 2^24: so many products of codes sum exactly in float32, in any order."""

@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.model.operators.host_kernels import BLOCK, exp32, silu32
+from quambase.schema.number_format import INT8
 
 Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
 Int64 = npt.NDArray[np.int64]
 
-_LOWEST = np.float32(-128)
-_HIGHEST = np.float32(127)
+_LOWEST = np.float32(INT8.qmin)
+_HIGHEST = np.float32(INT8.qmax)
 _HALF = np.float32(0.5)
 _ZERO = np.float32(0)
 _ONE = np.float32(1)

@@ -10,6 +10,7 @@ from quambase.apply.int8.arithmetic import float32
 from quambase.model.block import ModelConfig
 from quambase.schema.errors import ScalesInvalid, UnknownName
 from quambase.schema.groups import GRANULARITIES
+from quambase.schema.number_format import INT8
 from quambase.schema.scale_table import Scale, ScaleTable
 from quambase.schema.sites import FAMILIES, HEAD_LAYER, WHOLE, find_site, is_model_site, layer_sites
 
@@ -149,7 +150,7 @@ def _amax(table: ScaleTable) -> dict[tuple[int, str], float | None]:
 
 
 def _clips_nothing(amax: float | None, scale: float) -> bool:
-    return amax is None or amax < 127.5 * scale
+    return amax is None or amax < INT8.rounds_beyond * scale
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def clip_safe(table: ScaleTable, scales: Scales) -> tuple[dict[tuple[int, str], 
             and row["mse"] is not None
             and _clips_nothing(largest, row["scale"])
         ]
-        _, scale, label = min(safe, default=(0.0, float32(largest / 127), "absmax"))
+        _, scale, label = min(safe, default=(0.0, float32(largest / INT8.qmax), "absmax"))
         found[layer, site] = scale
         replaced.append(Replaced(layer, site, before, label, scale))
     return found, replaced
