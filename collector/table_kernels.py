@@ -184,12 +184,12 @@ def summarize(
     # Walk up from the smallest magnitude: rank r is reached when seen > r.
     pattern, seen = 0, counts[0] + counts[SIGN]
     for wanted in range(probabilities.size):
-        below, above, weight = _rank(probabilities[wanted], total)
-        while seen <= below:
+        lower_rank, upper_rank, weight = _rank(probabilities[wanted], total)
+        while seen <= lower_rank:
             pattern += 1
             seen += counts[pattern] + counts[SIGN + pattern]
         upper, reached = pattern, seen
-        while reached <= above:
+        while reached <= upper_rank:
             upper += 1
             reached += counts[upper] + counts[SIGN + upper]
         low, high = np.float64(magnitudes[pattern]), np.float64(magnitudes[upper])
