@@ -16,8 +16,6 @@ import pyarrow as pa
 from quambase.analyzer.quantization_error import piecewise_figures
 from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
-from quambase.schema.answer import PrintsAsTable
-from quambase.schema.database import StatsDB
 from quambase.schema.errors import UnknownName
 from quambase.schema.groups import granularity_of
 from quambase.schema.manifest import Manifest
@@ -33,6 +31,8 @@ from quambase.schema.scale_table import (
     write_scales,
 )
 from quambase.schema.sites import WHOLE, Site, find_site, is_model_site
+from quambase.schema.sql.answer import PrintsAsTable
+from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import SCALES
 
 

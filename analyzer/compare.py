@@ -15,12 +15,12 @@ import pyarrow as pa
 from quambase.analyzer.quantization_error import Figures, piecewise_codes, piecewise_figures
 from quambase.analyzer.scale_groups import ScaleGroup, group_of_values, one_document
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
-from quambase.schema.answer import PrintsAsTable
-from quambase.schema.database import StatsDB
 from quambase.schema.errors import UnknownName
 from quambase.schema.files import refuse_foreign_picture
 from quambase.schema.number_format import INT8
 from quambase.schema.sites import WHOLE
+from quambase.schema.sql.answer import PrintsAsTable
+from quambase.schema.sql.database import StatsDB
 
 MAGNITUDES = (2.0, 4.5, 5.0, 8.0, 10.0, 12.0)
 """The seed's example values."""

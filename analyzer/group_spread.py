@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from quambase.analyzer.channel_division import divide
-from quambase.schema.database import StatsDB
 from quambase.schema.errors import DatabaseInvalid, UnknownName
 from quambase.schema.files import refuse_foreign_picture
+from quambase.schema.sql.database import StatsDB
 
 SITE = "x_conv_out:input"
 """x, the input of the scan: the site whose channels are sorted."""

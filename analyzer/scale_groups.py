@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.analyzer.quantization_error import Figures, figures, signal_energy
-from quambase.schema.database import DocumentSeries, StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.groups import GROUP, TENSOR, granularity_of, united_groups
 from quambase.schema.sites import MAMBA1, MAMBA2, WHOLE
+from quambase.schema.sql.database import DocumentSeries, StatsDB
 from quambase.schema.tables import DOCUMENT_QUANTILES
 
 STATE = "ssm_state_act:input"

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from quambase.analyzer.analyze import analyze as analyze
     from quambase.apply.evaluation.evaluate import evaluate as evaluate
     from quambase.collector.collect import collect as collect
-    from quambase.schema.database import StatsDB as StatsDB
+    from quambase.schema.sql.database import StatsDB as StatsDB
 
 __all__ = ["StatsDB", "__version__", "analyze", "apply", "collect", "evaluate"]
 
 __version__ = version("quambase")
 
 _NAMES = {
-    "StatsDB": "quambase.schema.database",
+    "StatsDB": "quambase.schema.sql.database",
     "analyze": "quambase.analyzer.analyze",
     "collect": "quambase.collector.collect",
     "evaluate": "quambase.apply.evaluation.evaluate",

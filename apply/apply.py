@@ -22,7 +22,7 @@ from quambase.apply.int8.needed_scales import (
 )
 from quambase.apply.int8.weights import UPSTREAM
 from quambase.model.checkpoint import LoadedModel, load_model
-from quambase.model.names import bundled_models
+from quambase.model.inputs.names import bundled_models
 from quambase.schema.errors import ModelNotFound
 from quambase.schema.files import local_folder
 from quambase.schema.scale_table import SELECTED, ScaleTable, read_scales

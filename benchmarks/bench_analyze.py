@@ -14,11 +14,11 @@ from timing import alternate, table
 from quambase.analyzer.analyze import analyze
 from quambase.analyzer.strategies import DEFAULT_LABELS
 from quambase.collector.run_folder import part_file, write_file
-from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.manifest import Manifest
 from quambase.schema.model_info import ModelInfo, TextInfo
 from quambase.schema.sites import layer_sites
+from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import COUNTS
 
 RUN = "synthetic"

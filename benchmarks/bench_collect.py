@@ -19,9 +19,9 @@ from timing import table
 from quambase.collector.collect import collect
 from quambase.collector.documents import read_document_set
 from quambase.model.checkpoint import load_model
+from quambase.model.inputs.names import BUNDLED, bundled_models
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.mamba1 import MambaConfig
-from quambase.model.names import BUNDLED, bundled_models
 from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.weights import random_weights, tensors_of

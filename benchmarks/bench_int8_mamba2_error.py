@@ -23,13 +23,13 @@ from quambase.apply.int8.group_scales import channel_groups_of, values_of
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.model.block import Show
 from quambase.model.checkpoint import load_model
+from quambase.model.inputs.text import read_documents
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.mamba2 import Mamba2Block, Mamba2BlockWeights, Mamba2Config
 from quambase.model.operators.host import HostOperators
 from quambase.model.operators.interface import BlockState
 from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.model.prepare import prepare
-from quambase.model.text import read_documents
 from quambase.model.weights import ModelWeights, random_weights
 from quambase.schema.scale_table import Scale
 from quambase.schema.sites import MAMBA2, layer_sites

@@ -22,7 +22,7 @@ from quambase.cli.console import (
     options,
 )
 from quambase.schema.sites import WHOLE, find_site
-from quambase.schema.yardstick import DECODING, EVALUATED, outlier_line, worst_site
+from quambase.schema.sql.yardstick import DECODING, EVALUATED, outlier_line, worst_site
 
 if TYPE_CHECKING:
     from quambase.collector.collect import CollectedRun
@@ -113,7 +113,7 @@ def collect(model: str, keep_tokens: str, shard: str | None, db: Path, **given: 
       quambase collect --model mamba-5m --samples 128
       torchrun --nproc-per-node 2 $(which collect) --model mamba-5m --samples 128
     """
-    from quambase.model.sources import default_data, find_sources
+    from quambase.model.inputs.sources import default_data, find_sources
 
     # Before torch is imported, which takes seconds.
     for site in given["sites"]:

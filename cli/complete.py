@@ -17,7 +17,7 @@ def _beginning(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
 
 def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Bundled models, short names; and folders, which the shell finds."""
-    from quambase.model.names import SHORT_NAMES, bundled_models
+    from quambase.model.inputs.names import SHORT_NAMES, bundled_models
 
     found = _beginning([*bundled_models(), *SHORT_NAMES], incomplete)
     return found or [CompletionItem(incomplete, type="dir")]
@@ -25,7 +25,7 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
 
 def complete_texts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of texts; and files, which the shell finds."""
-    from quambase.model.names import BUNDLED_DATA, HUB_DATA, PYTHON_DOCS
+    from quambase.model.inputs.names import BUNDLED_DATA, HUB_DATA, PYTHON_DOCS
 
     found = _beginning([*BUNDLED_DATA, *PYTHON_DOCS, *HUB_DATA], incomplete)
     return found or [CompletionItem(incomplete, type="file")]

@@ -27,7 +27,7 @@ from quambase.cli.console import (
     wrapped,
 )
 from quambase.cli.formats import emit
-from quambase.model.sources import find_given
+from quambase.model.inputs.sources import find_given
 from quambase.schema.groups import GRANULARITIES
 
 if TYPE_CHECKING:

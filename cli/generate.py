@@ -32,7 +32,7 @@ def generate(models: tuple[str, ...], out: Path, tokens: int, seed: int, force: 
       quambase generate --model mamba-5m --out sample --tokens 2000
     """
     from quambase.model.checkpoint import load_model
-    from quambase.model.sample import write_sample
+    from quambase.model.inputs.sample import write_sample
 
     loaded = [load_model(name) for name in models]
     for name, documents in write_sample(loaded, out, tokens=tokens, seed=seed, force=force).items():

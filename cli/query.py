@@ -13,11 +13,11 @@ from quambase.cli.complete import complete_runs, complete_sites
 from quambase.cli.console import COUNT, Command, answer, database_option, note, output_options
 from quambase.cli.formats import emit
 from quambase.schema.errors import QueryInvalid
-from quambase.schema.queries import definitions_for
-from quambase.schema.yardstick import DECODING, EVALUATED, HEAD, outlier_line, reader, worst_site
+from quambase.schema.sql.queries import definitions_for
+from quambase.schema.sql.yardstick import DECODING, EVALUATED, HEAD, outlier_line, reader, worst_site
 
 if TYPE_CHECKING:
-    from quambase.schema.database import StatsDB
+    from quambase.schema.sql.database import StatsDB
 
 READERS = {
     EVALUATED: "outliers",
@@ -69,7 +69,7 @@ def sql(
         raise click.UsageError("the query is empty; expected SQL, such as 'select * from site_stats limit 5'")
     if schema + (query is not None) + (file is not None) != 1:
         raise click.UsageError("give one of QUERY, --file and --schema")
-    from quambase.schema.database import StatsDB
+    from quambase.schema.sql.database import StatsDB
 
     with StatsDB(db, run, unsafe=unsafe, scales=scales, trace=_note_sql if show_sql else None) as database:
         text = query if file is None else _read(file)
@@ -129,7 +129,7 @@ def stats(
     Example:
       quambase stats --site x_proj:input --limit 5
     """
-    from quambase.schema.database import StatsDB
+    from quambase.schema.sql.database import StatsDB
 
     with StatsDB(db, run, trace=_note_sql if show_sql else None) as database:
         found = database.stats(site=site, layer=layer, limit=limit).table

@@ -48,11 +48,10 @@ from quambase.collector.statistics import ENCODINGS, Int64, RunStatistics, SiteL
 from quambase.collector.table_rows import Locate, Places
 from quambase.collector.taps import KeptTokens
 from quambase.model.checkpoint import LoadedModel, load_model
-from quambase.model.names import data_name
+from quambase.model.inputs.names import data_name
+from quambase.model.inputs.sources import default_data, find_sources
 from quambase.model.prepare import prepare, reorder
-from quambase.model.sources import default_data, find_sources
 from quambase.schema import RUN_FORMAT_VERSION
-from quambase.schema.answer import PrintsAsTable
 from quambase.schema.errors import DataInvalid
 from quambase.schema.files import local_folder, locked
 from quambase.schema.groups import LayerGroups
@@ -61,6 +60,7 @@ from quambase.schema.model_info import SIZES, ModelInfo, SortedGroups, TextInfo
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.runs import describe_run
 from quambase.schema.sites import FAMILIES, find_site
+from quambase.schema.sql.answer import PrintsAsTable
 
 CHECKPOINT_SECONDS = 10.0
 """A killed run loses at most about this much work, besides the block it was in."""

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from quambase.model.text import read_documents
-from quambase.model.tokenizer import Tokenizer
+from quambase.model.inputs.text import read_documents
+from quambase.model.inputs.tokenizer import Tokenizer
 from quambase.schema.errors import DataInvalid
 from quambase.schema.progress import SILENT, Progress
 

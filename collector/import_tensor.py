@@ -23,8 +23,8 @@ from quambase.collector.statistics import (
     SiteLayout,
 )
 from quambase.collector.table_rows import Places, keyed_rows
-from quambase.model.files import check_file, first_line
-from quambase.model.tensor_files import plain_tensor, read_pytorch, read_safetensors
+from quambase.model.inputs.files import check_file, first_line
+from quambase.model.inputs.tensor_files import plain_tensor, read_pytorch, read_safetensors
 from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.errors import TensorFileInvalid
 from quambase.schema.files import file_sha256, local_folder, locked

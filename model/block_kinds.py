@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quambase.model import mamba1, mamba2
 from quambase.model.block import BlockKind, BlockWeights, ModelConfig
-from quambase.model.settings import Settings, shown
+from quambase.model.inputs.settings import Settings, shown
 from quambase.schema.errors import CheckpointInvalid
 
 KINDS: dict[str, BlockKind] = {kind.name: kind for kind in (mamba1.KIND, mamba2.KIND)}

@@ -9,10 +9,9 @@ import torch
 
 from quambase.model.block import ModelConfig
 from quambase.model.block_kinds import read_config
-from quambase.model.hub import mend
-from quambase.model.language_model import LanguageModel, floating_model
-from quambase.model.settings import Settings, read_json_object, shown
-from quambase.model.sources import (
+from quambase.model.inputs.hub import mend
+from quambase.model.inputs.settings import Settings, read_json_object, shown
+from quambase.model.inputs.sources import (
     PYTORCH,
     PYTORCH_INDEX,
     SAFETENSORS,
@@ -20,8 +19,9 @@ from quambase.model.sources import (
     find_sources,
     is_bundled,
 )
-from quambase.model.tensor_files import read_pytorch, read_safetensors
-from quambase.model.tokenizer import Tokenizer, load_tokenizer
+from quambase.model.inputs.tensor_files import read_pytorch, read_safetensors
+from quambase.model.inputs.tokenizer import Tokenizer, load_tokenizer
+from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.weights import ModelWeights, weights_digest, weights_from_tensors
 from quambase.schema.errors import CheckpointInvalid
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 from quambase.model.block import Block, BlockKind, BlockWeights, Draw, HeadLayout, ModelConfig, Show
 from quambase.model.exponential import exp
+from quambase.model.inputs.settings import NORM_EPS, Settings, check_hugging_face, check_mamba_ssm, padded_vocabulary
 from quambase.model.operators.interface import BlockState, Operators, OperatorSizes
 from quambase.model.packed_batch import PlacedBatch
-from quambase.model.settings import NORM_EPS, Settings, check_hugging_face, check_mamba_ssm, padded_vocabulary
 from quambase.schema.errors import CheckpointInvalid
 from quambase.schema.groups import LayerGroups
 from quambase.schema.sites import MAMBA2

@@ -11,8 +11,8 @@ import torch
 
 from quambase.model.block import BlockWeights, ModelConfig
 from quambase.model.block_kinds import kind_of
-from quambase.model.settings import shown
-from quambase.model.tensor_files import QUANTIZED, plain_tensor
+from quambase.model.inputs.settings import shown
+from quambase.model.inputs.tensor_files import QUANTIZED, plain_tensor
 from quambase.schema.errors import CheckpointInvalid
 
 

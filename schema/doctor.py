@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from quambase.schema.database import StatsDB
 from quambase.schema.errors import DatabaseInvalid, QuambaseError
 from quambase.schema.manifest import SHARDS, Manifest
 from quambase.schema.results import EVALUATION, read_results
 from quambase.schema.runs import list_runs
+from quambase.schema.sql.database import StatsDB
 
 PACKAGES = ("quambase", "torch", "numpy", "pyarrow", "duckdb", "numba", "tokenizers", "safetensors", "mamba-ssm")
 

@@ -23,7 +23,7 @@ class Meaning:
 
 
 MEANINGS: dict[str, Meaning] = {}
-"""The meaning of every table, by its name; `quambase.schema.views` has those of the views that SQL computes."""
+"""The meaning of every table, by its name; `quambase.schema.sql.views` has those of the views that SQL computes."""
 
 KEY_MEANINGS = {
     "run": "Run id.",

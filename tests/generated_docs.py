@@ -13,7 +13,7 @@ from pathlib import Path
 from fabricate import make_run
 
 from quambase.analyzer.strategies import DEFAULT_LABELS, STRATEGIES
-from quambase.schema.database import StatsDB
+from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import KEY_MEANINGS
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -13,7 +13,7 @@ import pytest
 from tiny_model import write_texts, write_tiny_model
 
 import quambase
-from quambase.schema.answer import SHOWN, Answer, html_table, text_table
+from quambase.schema.sql.answer import SHOWN, Answer, html_table, text_table
 
 
 def test_the_names() -> None:

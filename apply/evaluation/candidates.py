@@ -22,7 +22,7 @@ from quambase.apply.int8.needed_scales import (
     needed_sites,
 )
 from quambase.model.checkpoint import LoadedModel, load_model
-from quambase.model.sources import is_bundled
+from quambase.model.inputs.sources import is_bundled
 from quambase.schema.errors import DataInvalid, ScalesInvalid
 from quambase.schema.scale_table import SELECTED, read_scales
 

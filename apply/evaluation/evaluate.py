@@ -23,9 +23,9 @@ from quambase.apply.evaluation.scoring import blocks
 from quambase.apply.evaluation.stored import Evaluation
 from quambase.apply.evaluation.tasks import TaskData, read_tasks
 from quambase.apply.int8.model_folder import last_applied
-from quambase.model.names import BUNDLED_DATA
+from quambase.model.inputs.names import BUNDLED_DATA
+from quambase.model.inputs.sources import find_given
 from quambase.model.operators.choice import choose_device
-from quambase.model.sources import find_given
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import RunBusy
 from quambase.schema.files import file_sha256, local_folder, locked, remove_strays, replacing
@@ -65,7 +65,7 @@ def evaluate(
     granularities  with ``scales``, of a Mamba-2: how finely scales divide its sites, each of these; "all" for every one
                 the table has; none for its finest
     floating    score nothing but the floating-point ``model``
-    data        texts (`quambase.model.text`); default: the bundled evaluation texts, for a bundled model
+    data        texts (`quambase.model.inputs.text`); default: the bundled evaluation texts, for a bundled model
     samples     the first so many documents of each
     task        "perplexity", "last-word" or "both"
     window      tokens; longer documents are cut in non-overlapping windows

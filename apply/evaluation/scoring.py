@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 
 from quambase.apply.evaluation.likelihood import compare, log_probabilities
+from quambase.model.inputs.text import Document
+from quambase.model.inputs.tokenizer import Tokenizer
 from quambase.model.packed_batch import Batch
-from quambase.model.text import Document
-from quambase.model.tokenizer import Tokenizer
 from quambase.schema.progress import SILENT, Progress, tell
 
 LOGIT_CELLS = 16_000_000

@@ -15,7 +15,7 @@ import torch
 from quambase.apply.int8.needed_scales import checked_scale, needed_sites
 from quambase.apply.upstream.act_scales import STATE, X, check_rectangular
 from quambase.model.checkpoint import LoadedModel, load_model
-from quambase.model.tensor_files import read_pytorch
+from quambase.model.inputs.tensor_files import read_pytorch
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, ScalesInvalid
 from quambase.schema.files import check_format_version, file_sha256

@@ -10,9 +10,9 @@ from tiny_model import write_texts, write_tiny_model
 
 from quambase.analyzer.analyze import analyze
 from quambase.collector.collect import collect
-from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.sites import MAMBA1_SITES, layer_sites
+from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import QUANTILES, SITE_STATS
 
 

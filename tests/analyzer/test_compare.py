@@ -84,7 +84,7 @@ def test_a_decoder_is_not_passed_off_as_one_scale(tmp_path: Path) -> None:
 
 
 def test_without_a_site_the_worst_is_taken(fabricated_database: Path) -> None:
-    from quambase.schema.database import StatsDB
+    from quambase.schema.sql.database import StatsDB
 
     with StatsDB(fabricated_database) as database:
         worst = database.stats(limit=1).to_pylist()[0]

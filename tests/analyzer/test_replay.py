@@ -13,9 +13,9 @@ from hypothesis.extra.numpy import arrays
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.strategies import parse_label
 from quambase.analyzer.upstream_observers import ema_scale, minmax_scale, quantile_column
-from quambase.schema.database import DocumentSeries
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import UnknownName
+from quambase.schema.sql.database import DocumentSeries
 from quambase.schema.tables import DOCUMENT_QUANTILES
 
 

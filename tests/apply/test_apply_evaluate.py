@@ -34,10 +34,10 @@ from quambase.cli.main import load_command
 from quambase.cli.results import results as results_command
 from quambase.model.checkpoint import load_model
 from quambase.model.cuda.compiler import CompilationFailed
-from quambase.model.names import SAMPLE_AUTHORS
+from quambase.model.inputs.names import SAMPLE_AUTHORS
+from quambase.model.inputs.text import read_documents
 from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
-from quambase.model.text import read_documents
 from quambase.model.weights import tensors_of
 from quambase.schema.errors import CheckpointInvalid, DatabaseInvalid, DataInvalid, RunBusy, ScalesInvalid, UnknownName
 from quambase.schema.files import file_sha256

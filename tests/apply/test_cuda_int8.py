@@ -31,9 +31,9 @@ from quambase.apply.int8.operators import ScanScales, SsdScales
 from quambase.apply.int8.weights import PlacedWeights
 from quambase.collector.collect import collect
 from quambase.model.checkpoint import load_model
+from quambase.model.inputs.text import read_documents
 from quambase.model.operators.interface import OperatorSizes
 from quambase.model.packed_batch import Batch, PlacedBatch
-from quambase.model.text import read_documents
 from quambase.schema.scale_table import read_scales
 
 LENGTHS = [17, 1, 40, 8, 33, 300]

@@ -29,11 +29,11 @@ from quambase.apply.int8.weights import PlacedWeights
 from quambase.apply.upstream.backend import build_upstream
 from quambase.collector.collect import collect
 from quambase.model.checkpoint import LoadedModel, load_model
+from quambase.model.inputs.text import read_documents
 from quambase.model.language_model import floating_model
 from quambase.model.mamba1 import MambaConfig
 from quambase.model.mamba2 import Mamba2Config
 from quambase.model.packed_batch import Batch, PlacedBatch
-from quambase.model.text import read_documents
 from quambase.model.weights import random_weights, tensors_of
 from quambase.schema.scale_table import read_scales
 from quambase.schema.sites import MAMBA2

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 
 from quambase.cli.console import FORMATS
 from quambase.cli.main import load_command
-from quambase.schema.database import StatsDB
+from quambase.schema.sql.database import StatsDB
 
 
 def sql(database: Path, *arguments: str | Path) -> Result:

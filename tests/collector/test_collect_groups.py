@@ -23,11 +23,11 @@ from quambase.collector.collect import CollectedRun, collect
 from quambase.collector.first_pass import statistics_of_run
 from quambase.model.checkpoint import load_model
 from quambase.model.prepare import prepare, reorder
-from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
 from quambase.schema.groups import GRANULARITIES, ChannelGroup, LayerGroups
 from quambase.schema.scale_table import read_scales
+from quambase.schema.sql.database import StatsDB
 
 Rows = list[dict[str, object]]
 X, STATE = "x_conv_out:input", "ssm_state_act:input"

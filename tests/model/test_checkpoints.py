@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from quambase.model import hub
 from quambase.model.checkpoint import load_model, load_weights
+from quambase.model.inputs import hub
 from quambase.model.language_model import floating_model
 from quambase.model.mamba1 import MambaConfig
 from quambase.model.mamba2 import Mamba2Config

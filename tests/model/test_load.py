@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from quambase.model.checkpoint import load_model, load_weights
+from quambase.model.inputs.names import BUNDLED
+from quambase.model.inputs.sources import find_sources
 from quambase.model.language_model import floating_model
 from quambase.model.mamba1 import MambaConfig
-from quambase.model.names import BUNDLED
-from quambase.model.sources import find_sources
 from quambase.model.weights import random_weights, tensors_of, weights_digest
 from quambase.schema.errors import CheckpointInvalid, ModelNotFound
 

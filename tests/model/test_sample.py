@@ -11,9 +11,9 @@ from tiny_model import write_tiny_mamba2, write_tiny_model
 
 from quambase.cli.generate import generate as generate_command
 from quambase.model.checkpoint import load_model
-from quambase.model.names import BUNDLED_DATA, SAMPLE, SAMPLE_AUTHORS, bundled_models
-from quambase.model.sample import EMPTY, last_word_passages, write_sample
-from quambase.model.text import read_documents
+from quambase.model.inputs.names import BUNDLED_DATA, SAMPLE, SAMPLE_AUTHORS, bundled_models
+from quambase.model.inputs.sample import EMPTY, last_word_passages, write_sample
+from quambase.model.inputs.text import read_documents
 
 
 def lines(folder: Path, name: str) -> list[dict[str, str]]:

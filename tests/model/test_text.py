@@ -8,8 +8,8 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from quambase.model.sample import last_word_passages
-from quambase.model.text import read_documents
+from quambase.model.inputs.sample import last_word_passages
+from quambase.model.inputs.text import read_documents
 from quambase.schema.errors import DataInvalid
 
 TEXTS = ["one two", "", "drei\nvier “fünf”", 'a, "quoted" text', "last"]

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from quambase.model import text
-from quambase.model.text import read_documents
+from quambase.model.inputs import text
+from quambase.model.inputs.text import read_documents
 from quambase.schema.errors import DataInvalid, QuambaseError
 
 VALUES = [

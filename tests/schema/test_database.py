@@ -16,13 +16,13 @@ import pytest
 from fabricate import NUMBERS, half, make_run, random_activations
 from stored_runs import stored_table
 
-from quambase.schema import database
-from quambase.schema.database import StatsDB
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, QueryInvalid, UnknownName
 from quambase.schema.manifest import Manifest
 from quambase.schema.runs import list_runs
 from quambase.schema.scale_table import write_scales
+from quambase.schema.sql import database
+from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import QUANTILES, RESULTS, RUN_TABLES, SCALES
 
 
@@ -394,7 +394,7 @@ def test_unsafe_lifts_it(fabricated_database: Path, tmp_path: Path) -> None:
 def test_works_without_torch(fabricated_database: Path) -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "from pathlib import Path; from quambase.schema.database import StatsDB\n"
+        "from pathlib import Path; from quambase.schema.sql.database import StatsDB\n"
         f"db = StatsDB(Path({str(fabricated_database)!r}))\n"
         "print(db.sql('select count(*) as n from site_stats').to_pylist(), 'click' in sys.modules)"
     )

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from quambase.schema.database import StatsDB
-from quambase.schema.queries import definitions_for, named_queries, sql_file
+from quambase.schema.sql.database import StatsDB
+from quambase.schema.sql.queries import definitions_for, named_queries, sql_file
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("schema", "model", "collector", "analyzer", "apply", "cli")

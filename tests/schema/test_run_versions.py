@@ -14,11 +14,11 @@ from stored_runs import stored_table, table_files
 
 from quambase.cli.main import quambase
 from quambase.schema import RUN_FORMAT_VERSION
-from quambase.schema.database import StatsDB
 from quambase.schema.errors import DatabaseInvalid, ScalesInvalid
 from quambase.schema.files import check_format_version
 from quambase.schema.manifest import Manifest, TableFile, table_of
 from quambase.schema.runs import read_run_table
+from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import RUN_TABLES
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from quambase.schema.yardstick import (
+from quambase.schema.sql.yardstick import (
     DECODING,
     EVALUATED,
     HEAD,

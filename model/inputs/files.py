@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quambase.model.hub import mend
+from quambase.model.inputs.hub import mend
 from quambase.schema.errors import QuambaseError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from quambase.model.files import check_file, first_line
-from quambase.model.hub import mend
+from quambase.model.inputs.files import check_file, first_line
+from quambase.model.inputs.hub import mend
 from quambase.schema.errors import QuambaseError
 
 QUANTIZED = "the checkpoint is quantized already; give the original in float16, bfloat16 or float32"

@@ -12,7 +12,7 @@ _CREATED = re.compile(r"^CREATE (?:VIEW|MACRO) (\w+)", re.M)
 
 def sql_file(name: str) -> str:
     """The text of an SQL file of this package."""
-    return files("quambase.schema").joinpath(name).read_text(encoding="utf-8")
+    return files("quambase.schema.sql").joinpath(name).read_text(encoding="utf-8")
 
 
 @cache

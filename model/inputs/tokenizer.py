@@ -9,9 +9,9 @@ from pathlib import Path
 
 import tokenizers
 
-from quambase.model.files import check_file, first_line
-from quambase.model.hub import mend
-from quambase.model.settings import shown
+from quambase.model.inputs.files import check_file, first_line
+from quambase.model.inputs.hub import mend
+from quambase.model.inputs.settings import shown
 from quambase.schema.errors import CheckpointInvalid, DataInvalid
 
 LARGEST_FILE = 256 << 20

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quambase.schema.errors import DataInvalid, ModelNotFound, UnknownName
 
-BUNDLED = Path(__file__).with_name("bundled")
+BUNDLED = Path(__file__).parent.with_name("bundled")
 """Folder of the models and the text that ship with the package."""
 
 NEOX = "EleutherAI/gpt-neox-20b"

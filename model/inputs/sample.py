@@ -11,7 +11,7 @@ import numpy as np
 
 from quambase.model.checkpoint import LoadedModel
 from quambase.model.generate import generate
-from quambase.model.names import BUNDLED_DATA
+from quambase.model.inputs.names import BUNDLED_DATA
 from quambase.schema.files import refuse_foreign_file, replacing
 from quambase.schema.progress import Shown
 

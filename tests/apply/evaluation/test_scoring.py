@@ -24,10 +24,10 @@ from quambase.apply.evaluation.scoring import (
     split_last_word,
 )
 from quambase.apply.int8.build import build
+from quambase.model.inputs.text import Document
+from quambase.model.inputs.tokenizer import Tokenizer
 from quambase.model.language_model import floating_model
 from quambase.model.packed_batch import Batch
-from quambase.model.text import Document
-from quambase.model.tokenizer import Tokenizer
 
 
 class Letters:

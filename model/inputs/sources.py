@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quambase.model.hub import HubError, Unreachable, cache_name, fetch_file, fetch_snapshot
-from quambase.model.names import BUNDLED, NEOX, PYTHON_DOCS, bundled_models, hub_data, hub_model
+from quambase.model.inputs.hub import HubError, Unreachable, cache_name, fetch_file, fetch_snapshot
+from quambase.model.inputs.names import BUNDLED, NEOX, PYTHON_DOCS, bundled_models, hub_data, hub_model
 from quambase.schema.errors import CheckpointInvalid, DataInvalid, ModelNotFound
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"

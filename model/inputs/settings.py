@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quambase.model.files import check_file, first_line
-from quambase.model.hub import mend
-from quambase.model.tensor_files import QUANTIZED
+from quambase.model.inputs.files import check_file, first_line
+from quambase.model.inputs.hub import mend
+from quambase.model.inputs.tensor_files import QUANTIZED
 from quambase.schema.errors import CheckpointInvalid
 
 LONGEST_JSON = 64 << 20

@@ -26,7 +26,6 @@ from quambase.apply.evaluation.stored import find_evaluation, list_evaluations
 from quambase.apply.int8.model_folder import CONFIG, LAST, SCALES, TENSORS, TOKENIZER, last_applied, load_stored
 from quambase.cli.main import load_command
 from quambase.collector.collect import collect
-from quambase.schema.database import StatsDB
 from quambase.schema.errors import (
     CheckpointInvalid,
     DatabaseInvalid,
@@ -36,6 +35,7 @@ from quambase.schema.errors import (
     ScalesInvalid,
 )
 from quambase.schema.scale_table import ScaleTable, read_scales, write_scales
+from quambase.schema.sql.database import StatsDB
 
 KINDS = {"mamba1": write_tiny_model, "mamba2": write_tiny_mamba2}
 

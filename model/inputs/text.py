@@ -21,10 +21,10 @@ from typing import IO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from quambase.model.files import check_file, first_line
-from quambase.model.hub import mend
-from quambase.model.names import BUNDLED_DATA, PYTHON_DOCS, SAMPLE
-from quambase.model.sources import find_text
+from quambase.model.inputs.files import check_file, first_line
+from quambase.model.inputs.hub import mend
+from quambase.model.inputs.names import BUNDLED_DATA, PYTHON_DOCS, SAMPLE
+from quambase.model.inputs.sources import find_text
 from quambase.schema.errors import DataInvalid
 
 PASSAGE = 1500
