@@ -91,7 +91,7 @@ def compare(
     if picture is not None:
         refuse_foreign_picture(picture, force=force)
     notes: list[str] = []
-    choices = parse_labels(list(strategies) if strategies else None)
+    choices = [c for c in parse_labels(list(strategies) if strategies else None) if not c.strategy.needs_sensitivity]
     if synthetic:
         title = f"synthetic tensor (Student's t, 3 degrees of freedom, seed {seed})"
         drawn = np.random.default_rng(seed).standard_t(3, SYNTHETIC_SHAPE).astype(np.float32)

@@ -59,6 +59,18 @@ def tally(values: Float32, counts: Int64, scale: np.float32, histogram: Int64) -
 
 
 @njit(cache=True, nogil=True)
+def weighted_error(values: Float32, weights: Float64, scale: np.float32) -> float:
+    """Sum of weight * (x - code * scale)^2, codes as in `tally`."""
+    error = 0.0
+    step = np.float64(scale)
+    for i in range(values.size):
+        code = min(max(np.rint(values[i] / scale), np.float32(QMIN)), np.float32(QMAX))
+        rest = np.float64(values[i]) - np.float64(code) * step
+        error += weights[i] * (rest * rest)
+    return error
+
+
+@njit(cache=True, nogil=True)
 def lp_error(values: Float32, counts: Int64, scale: np.float32, power: float) -> float:
     """Sum of |x - code * scale|^power, codes as in `tally`."""
     error = 0.0

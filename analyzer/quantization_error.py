@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.analyzer import kernels
-from quambase.schema.distribution import Distribution
+from quambase.schema.distribution import Distribution, Sensitivity
 from quambase.schema.number_format import INT8
 
 OUTLIER_CODE = 120
@@ -95,6 +95,21 @@ def figures(distribution: Distribution, scale: float, signal: float | None = Non
     histogram = np.zeros(INT8.codes, np.int64)
     error, clipped = kernels.tally(distribution.values, distribution.counts, np.float32(scale), histogram)
     return Figures(histogram, int(clipped), float(error), signal_energy(distribution) if signal is None else signal)
+
+
+def predicted_kl(sensitivity: Sensitivity, scale: float | tuple[float, float]) -> float:
+    """The KL from the undisturbed model to the one whose values of this group have the error of ``scale``, in nats a
+    token.
+
+    To second order, errors unrelated to one another: half of the sum of squared gradient times squared error
+    (`quambase.collector.sensitivity`). Groups and sites add up. ``scale``: used as float32; two for `piecewise_codes`.
+    """
+    if isinstance(scale, tuple):
+        rest = sensitivity.values.astype(np.float64) - piecewise_codes(sensitivity.values, *scale)[1]
+        error = float((rest**2 * sensitivity.gradient_sq).sum())
+    else:
+        error = kernels.weighted_error(sensitivity.values, sensitivity.gradient_sq, np.float32(scale))
+    return 0.5 * error / sensitivity.tokens
 
 
 def piecewise_codes(

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.analyzer.quantization_error import Figures, figures, signal_energy
-from quambase.schema.distribution import Distribution
+from quambase.schema.distribution import Distribution, Sensitivity
 from quambase.schema.groups import GROUP, TENSOR, granularity_of, united_groups
 from quambase.schema.sites import MAMBA1, MAMBA2, WHOLE
 from quambase.schema.sql.database import DocumentSeries, StatsDB
@@ -27,6 +27,7 @@ class ScaleGroup:
                 distribution as one document; a group made of smaller ones has no quantiles
     family      of the model: "mamba1", "mamba2", or "tensor" for an import
     innermost   no smaller scale group of the site was asked for
+    sensitivity  how much the output depends on its values; None where the run does not have that
     state_amax  for a Mamba-2's state, (n,) float32: the largest absolute value at each state index; else None
     """
 
@@ -38,6 +39,7 @@ class ScaleGroup:
     family: str = MAMBA1
     innermost: bool = True
     state_amax: npt.NDArray[np.float32] | None = None
+    sensitivity: Sensitivity | None = None
 
     @cached_property
     def signal(self) -> float:
@@ -68,14 +70,16 @@ def scale_groups(database: StatsDB, run: str, granularity: str | None = None) ->
     family = database.manifest(run).model.family
     stored = database.documents(run)
     found = []
-    listed = list(database.distributions(run, granularity or default_granularity(family)))
+    level = granularity or default_granularity(family)
+    listed, sensitivities = list(database.distributions(run, level)), database.sensitivities(run, level)
     states = database.channel_amax(run, STATE) if family == MAMBA2 else {}
     finest = {(layer, site): granularity_of(name) for layer, site, name, _ in listed}  # the last one listed is
     for layer, site, name, distribution in listed:
         innermost = granularity_of(name) == finest[layer, site]
         documents = _documents(stored, layer, site, name, distribution)
         state_amax = _state_amax(states, layer, name) if site == STATE and states else None
-        found.append(ScaleGroup(layer, site, name, distribution, documents, family, innermost, state_amax))
+        sensitivity = sensitivities.get((layer, site, name))
+        found.append(ScaleGroup(layer, site, name, distribution, documents, family, innermost, state_amax, sensitivity))
     return found
 
 

@@ -51,6 +51,7 @@ DEFAULT_LABELS = (
     "outlier_aware",
     "adaptive_outlier_aware",
     "mse",
+    "effect",
     "quamba",
     "outlier_piecewise",
 )
@@ -63,6 +64,7 @@ class Strategy:
 
     parameters         its numeric parameters and their defaults, in the order a label gives them
     needs_decode       its codes are no single multiplication: ``function`` returns the scales of two segments
+    needs_sensitivity  it is for runs that were collected with --sensitivity
     document_quantile  the parameter that names a stored quantile of each document, of which it takes an average
     by_state_index     the scales (n,) of a Mamba-2's state from the largest magnitude at each state index (n,) float32,
                        where they follow from that alone
@@ -72,6 +74,7 @@ class Strategy:
     function: Callable[..., Scale]
     parameters: dict[str, float]
     needs_decode: bool = False
+    needs_sensitivity: bool = False
     document_quantile: str | None = None
     by_state_index: ByStateIndex | None = None
 
@@ -132,6 +135,7 @@ def strategy(function: Function, /) -> Function: ...
 def strategy(
     *,
     needs_decode: bool = False,
+    needs_sensitivity: bool = False,
     document_quantile: str | None = None,
     by_state_index: ByStateIndex | None = None,
 ) -> Callable[[Function], Function]: ...
@@ -233,6 +237,13 @@ def adaptive_outlier_aware(group: ScaleGroup) -> float:
 def mse(group: ScaleGroup) -> float:
     """The least squared error over all scales (analyzer/least_squares.py); ties to the larger scale."""
     return optimal_scale(group.distribution)
+
+
+@strategy(needs_sensitivity=True)
+def effect(group: ScaleGroup) -> float:
+    """The least predicted KL to the float model over all scales, of a run with sensitivities; mse at a site without
+    (recurrent states, which act in decoding only). Ties to the larger scale."""
+    return optimal_scale(group.distribution if group.sensitivity is None else group.sensitivity.weighted)
 
 
 @strategy(by_state_index=lambda amax: [float(minmax_scale_float32(value)) for value in amax[:, None]])

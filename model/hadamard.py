@@ -86,8 +86,8 @@ def odd_order(dim: int) -> int:
     )
 
 
-def hadamard(x: torch.Tensor, factor: float | None = None) -> torch.Tensor:
-    """Every row times the Hadamard matrix: ``y[i] = factor * sum_j H[i, j] x[j]`` in float32.
+def hadamard(x: torch.Tensor, factor: float | None = None, *, transposed: bool = False) -> torch.Tensor:
+    """Every row times the Hadamard matrix: ``y[i] = factor * sum_j H[i, j] x[j]`` in float32; ``transposed``: H[j, i].
 
     x (..., dim), any float dtype; returns float32 of the same shape. ``factor`` defaults to 1/sqrt(dim), which makes
     the transform orthonormal; it is applied last, in one multiplication.
@@ -95,5 +95,6 @@ def hadamard(x: torch.Tensor, factor: float | None = None) -> torch.Tensor:
     dim = x.shape[-1]
     work = x.detach().to(torch.float32, copy=True).contiguous()
     scale = np.float32(dim**-0.5 if factor is None else factor)
-    butterflies(work.view(-1, dim).numpy(), odd_factor(odd_order(dim)), scale)
+    odd = odd_factor(odd_order(dim))
+    butterflies(work.view(-1, dim).numpy(), np.ascontiguousarray(odd.T) if transposed else odd, scale)
     return work

@@ -68,6 +68,15 @@ class LanguageModel:
                 self._show_head(tap, out, batch)
         return out
 
+    def differentiable_hidden(self, batch: Batch, tap: Tap) -> torch.Tensor:
+        """As `hidden`, for PyTorch to differentiate; the model has `DifferentiableOperators`. ``tap`` sees tensors that
+        lead to the result, or slices of such; of the head's sites the input only.
+        """
+        with torch.enable_grad(), without_tf32():
+            out = self._normalised(PlacedBatch.of(batch, self.device), tap=tap)
+            tap(HEAD_LAYER, "lm_head:input", out, slice(0, batch.documents))
+        return out
+
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (rows, v) of normalised hidden states (rows, d)."""

@@ -34,6 +34,9 @@ and state index."""
 QUAMBASE, UPSTREAM = TARGETS = ("quambase", "upstream")
 """Whose INT8 model the selected rows are for."""
 
+EFFECT, MSE = SELECTIONS = ("effect", "mse")
+"""What selected rows have the least of: predicted KL, or squared error."""
+
 SELECTED = "selected"
 """The label that takes each scale group's selected row instead of one strategy."""
 
@@ -149,13 +152,16 @@ def write_scales(path: Path, table: pa.Table, provenance: dict[str, Any]) -> Non
     write_table(path, "scales", table.replace_schema_metadata(schema.metadata), schema)
 
 
-def provenance_of(manifests: Iterable[Manifest], granularity: str, target: str) -> dict[str, Any]:
-    """The provenance of a table of these runs; ``target`` says for whose INT8 model rows are selected."""
+def provenance_of(manifests: Iterable[Manifest], granularity: str, target: str, select: str) -> dict[str, Any]:
+    """The provenance of a table of these runs; ``target`` says for whose INT8 model rows are selected, and ``select``
+    by what.
+    """
     return {
         "format_version": FORMAT_VERSION,
         "quambase": version("quambase"),
         "granularity": granularity,
         "target": target,
+        "select": select,
         "runs": {
             m.run: {"model": m.model.to_json(), "identity": m.identity, "data": m.data.to_json()} for m in manifests
         },
@@ -203,6 +209,8 @@ def read_scales(path: Path, db: Path | None = None) -> ScaleTable:
         raise ScalesInvalid(f"{path} is not a readable Parquet file ({first}); run `analyze` again") from None
     metadata = table.schema.metadata or {}
     missing = [name for name in SCALES.names if name not in table.schema.names]
+    if missing == ["predicted_kl"]:  # written by an earlier quambase
+        table, missing = table.append_column("predicted_kl", pa.nulls(table.num_rows, pa.float64())), []
     if missing:
         what = "lacks" if METADATA_KEY in metadata else "is not a scale table: it lacks"
         raise ScalesInvalid(f"{path} {what} the columns {', '.join(missing)}; make one with `analyze`")
@@ -257,7 +265,7 @@ def _provenance_from(path: Path, table: pa.Table, db: Path | None) -> tuple[dict
             )
         manifests.append(Manifest.load(folder))
     lost = f"{path} was written by another tool, which left its origin out: it is taken from run {', '.join(runs)}"
-    return provenance_of(manifests, "the table's", "the table's"), f"{lost} in {db}"
+    return provenance_of(manifests, *["the table's"] * 3), f"{lost} in {db}"
 
 
 def _check_single(path: Path, table: pa.Table) -> None:

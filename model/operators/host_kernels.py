@@ -134,6 +134,95 @@ def selective_scan(
                 state[document, n, low + i] = h[n, i]
 
 
+GRADIENT_BLOCK = 32
+"""Channels per piece of work of a backward scan, which holds the states of every token of a document."""
+
+
+# Sums over channels may be reordered, or they would not vectorise.
+@numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True)
+def selective_scan_gradients(
+    u: Float32,
+    delta: Float32,
+    a: Float32,
+    b: Float32,
+    c: Float32,
+    d: Float32,
+    z: Float32,
+    offsets: Int64,
+    grad: Float32,
+    grad_u: Float32,
+    grad_delta: Float32,
+    grad_z: Float32,
+    grad_bc: Float32,
+) -> None:
+    """The gradients of `selective_scan` from zero states, for ``grad`` (t, e), that of y.
+
+    With h = state[n] and g[n] the gradient of h, which runs backwards over the tokens:
+    g[n] = C[n] s + exp(delta A[n]) g[n] of the next token, s = grad SiLU(z) being the gradient of the ungated y.
+
+    Written: grad_u, grad_delta, grad_z (t, e); grad_bc (blocks, t, 2n), B then C, a sum over the channels of each
+    GRADIENT_BLOCK, so that their total does not depend on the thread count. The rest as in `selective_scan`.
+    """
+    documents = offsets.size - 1
+    states, channels = a.shape
+    blocks = grad_bc.shape[0]
+    for piece in numba.prange(documents * blocks):
+        document = piece // blocks
+        block = piece % blocks
+        low = block * GRADIENT_BLOCK
+        size = min(GRADIENT_BLOCK, channels - low)
+        start = offsets[document]
+        length = offsets[document + 1] - start
+        h = np.zeros((length + 1, states, GRADIENT_BLOCK), np.float32)  # h[t + 1] after token t
+        kept = np.empty((length, states, GRADIENT_BLOCK), np.float32)
+        total = np.empty((length, GRADIENT_BLOCK), np.float32)  # y before the gate
+        for t in range(length):
+            row = start + t
+            for i in range(size):
+                total[t, i] = d[low + i] * u[row, low + i]
+            for n in range(states):
+                gain = b[row, n]
+                read = c[row, n]
+                for i in range(size):
+                    step = delta[row, low + i]
+                    kept[t, n, i] = exp32(step * a[n, low + i])
+                    h[t + 1, n, i] = kept[t, n, i] * h[t, n, i] + gain * (step * u[row, low + i])
+                    total[t, i] += read * h[t + 1, n, i]
+        g = np.zeros((states, GRADIENT_BLOCK), np.float32)
+        ungated = np.empty(GRADIENT_BLOCK, np.float32)
+        of_drive = np.empty(GRADIENT_BLOCK, np.float32)  # of delta u
+        of_step = np.empty(GRADIENT_BLOCK, np.float32)
+        for t in range(length - 1, -1, -1):
+            row = start + t
+            for i in range(size):
+                gate = z[row, low + i]
+                share = _ONE / (_ONE + exp32(-gate))
+                grad_z[row, low + i] = grad[row, low + i] * total[t, i] * share * (_ONE + gate * (_ONE - share))
+                ungated[i] = grad[row, low + i] * gate * share
+                of_drive[i] = np.float32(0)
+                of_step[i] = np.float32(0)
+            for n in range(states):
+                gain = b[row, n]
+                read = c[row, n]
+                of_b = np.float32(0)
+                of_c = np.float32(0)
+                for i in range(size):
+                    step = delta[row, low + i]
+                    of_c += ungated[i] * h[t + 1, n, i]
+                    here = g[n, i] + read * ungated[i]
+                    of_b += here * (step * u[row, low + i])
+                    of_drive[i] += here * gain
+                    back = here * kept[t, n, i]
+                    of_step[i] += back * h[t, n, i] * a[n, low + i]
+                    g[n, i] = back
+                grad_bc[block, row, n] = of_b
+                grad_bc[block, row, states + n] = of_c
+            for i in range(size):
+                step = delta[row, low + i]
+                grad_u[row, low + i] = step * of_drive[i] + d[low + i] * ungated[i]
+                grad_delta[row, low + i] = of_step[i] + of_drive[i] * u[row, low + i]
+
+
 HEAD_BLOCK = 8
 """Channels of a head per piece of an SSD scan: an (HEAD_BLOCK, d_state=128) float32 state is 4 KB."""
 
@@ -193,6 +282,81 @@ def ssd_scan(
         for i in range(size):
             for n in range(states):
                 state[document, low + i, n] = h[i, n]
+
+
+# As `ssd_scan`, sums may be reordered.
+@numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True)
+def ssd_scan_gradients(
+    x: Float32,
+    delta: Float32,
+    decay: Float32,
+    a: Float32,
+    b: Float32,
+    c: Float32,
+    d: Float32,
+    offsets: Int64,
+    grad: Float32,
+    grad_x: Float32,
+    grad_delta: Float32,
+    grad_bc: Float32,
+) -> None:
+    """The gradients of `ssd_scan` from zero states, for ``grad`` (t, h p), that of y.
+
+    With g the gradient of the state, which runs backwards over the tokens: g[p, n] = C[n] grad[p] + decay g[p, n] of
+    the next token. a (h,): decay is exp(delta A).
+
+    Written: grad_x (t, h p); grad_delta (t, h), the share of decay in it; grad_bc (h, t, 2n), B then C, each head's own
+    share, so that their total does not depend on the thread count. The rest as in `ssd_scan`.
+    """
+    documents = offsets.size - 1
+    heads = d.size
+    headdim = x.shape[1] // heads
+    states = grad_bc.shape[2] // 2
+    groups = b.shape[1] // states
+    for piece in numba.prange(documents * heads):
+        document = piece // heads
+        head = piece % heads
+        first = head * groups // heads * states
+        start = offsets[document]
+        length = offsets[document + 1] - start
+        h = np.zeros((length + 1, HEAD_BLOCK, states), np.float32)  # h[t + 1] after token t
+        g = np.empty((HEAD_BLOCK, states), np.float32)
+        for row in range(start, start + length):
+            grad_delta[row, head] = np.float32(0)
+            for n in range(2 * states):
+                grad_bc[head, row, n] = np.float32(0)
+        for low in range(head * headdim, (head + 1) * headdim, HEAD_BLOCK):
+            size = min(HEAD_BLOCK, (head + 1) * headdim - low)
+            for t in range(length):
+                row = start + t
+                gain = b[row, first : first + states]
+                for i in range(size):
+                    drive = delta[row, head] * x[row, low + i]
+                    for n in range(states):
+                        h[t + 1, i, n] = decay[row, head] * h[t, i, n] + drive * gain[n]
+            g[:] = 0
+            for t in range(length - 1, -1, -1):
+                row = start + t
+                gain = b[row, first : first + states]
+                read = c[row, first : first + states]
+                of_b = grad_bc[head, row, :states]
+                of_c = grad_bc[head, row, states:]
+                step = delta[row, head]
+                kept = decay[row, head]
+                for i in range(size):
+                    of_y = grad[row, low + i]
+                    drive = step * x[row, low + i]
+                    of_drive = np.float32(0)
+                    of_decay = np.float32(0)
+                    for n in range(states):
+                        here = g[i, n] + read[n] * of_y
+                        of_c[n] += of_y * h[t + 1, i, n]
+                        of_b[n] += here * drive
+                        of_drive += here * gain[n]
+                        of_decay += here * h[t, i, n]
+                        g[i, n] = here * kept
+                    grad_x[row, low + i] = step * of_drive + d[head] * of_y
+                    grad_delta[row, head] += x[row, low + i] * of_drive + of_decay * kept * a[head]
 
 
 @numba.njit(parallel=True, fastmath={"contract"}, cache=True)

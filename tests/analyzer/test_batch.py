@@ -12,9 +12,10 @@ import pyarrow as pa
 import pytest
 from fabricate import half, make_run, random_activations
 
-from quambase.analyzer.analyze import analyze, scale_columns, selection, summarize
+from quambase.analyzer.analyze import analyze, scale_columns
 from quambase.analyzer.scale_groups import group_of_values
 from quambase.analyzer.strategies import DEFAULT_LABELS
+from quambase.analyzer.summary import selection, summarize
 from quambase.schema.errors import DatabaseInvalid, UnknownName
 from quambase.schema.scale_table import UPSTREAM, read_scales
 from quambase.schema.sites import find_site
@@ -26,7 +27,8 @@ def test_one_row_per_site_and_strategy(fabricated_database: Path) -> None:
     assert found.path is None and found.notes == ["run run-a"]
     assert found.table.schema.equals(SCALES)
     keys = [(r["layer"], r["site"], r["group_name"], r["label"]) for r in found.table.to_pylist()]
-    assert keys == [(la, site, "all", label) for la, site in random_activations() for label in DEFAULT_LABELS]
+    labels = [label for label in DEFAULT_LABELS if label != "effect"]  # for runs with sensitivities
+    assert keys == [(la, site, "all", label) for la, site in random_activations() for label in labels]
 
 
 def test_figures_are_those_of_the_stored_scale(fabricated_database: Path) -> None:
@@ -145,7 +147,7 @@ def test_works_without_torch(fabricated_database: Path) -> None:
         f"print(analyze(Path({str(fabricated_database)!r}), out=None).table.num_rows, 'click' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(22 * len(DEFAULT_LABELS)), "False"]
+    assert done.stdout.split() == [str(22 * (len(DEFAULT_LABELS) - 1)), "False"]
 
 
 def fabricated_scale(label: str, sqnr: float, site: str = "x_proj:input", layer: int = 0, **more: object) -> dict:
