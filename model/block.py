@@ -34,6 +34,15 @@ Show = Callable[[str, torch.Tensor], None]
 """A `Tap` of one layer and all documents: takes a site and its values."""
 
 
+Change = Callable[[str, torch.Tensor], torch.Tensor]
+"""Takes a site of one layer and its values (t, channels); what the block goes on with in their place."""
+
+
+def unchanged(site: str, values: torch.Tensor) -> torch.Tensor:
+    """The `Change` that changes nothing."""
+    return values
+
+
 class HeadLayout(NamedTuple):
     """How the channels of x lie in heads, and the heads in SSD groups: how many of each."""
 
@@ -144,11 +153,17 @@ class Block(ABC):
 
     @abstractmethod
     def forward(
-        self, normalised: torch.Tensor, batch: PlacedBatch, state: BlockState | None = None, show: Show | None = None
+        self,
+        normalised: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+        show: Show | None = None,
+        change: Change = unchanged,
     ) -> torch.Tensor:
         """What is added to the residual stream (t, d) for the normalised one (t, d); ``show`` sees every site.
 
         ``state``: each document is the next token of a sequence that has it; it is updated.
+        ``change``: sees every site whose scale an INT8 model's forward pass reads, before anything reads its values.
         """
 
     @abstractmethod

@@ -8,13 +8,14 @@ float16. A state is float32 either way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from quambase.model.block import Block, Show, Tap
+from quambase.model.block import Block, Show, Tap, unchanged
 from quambase.model.block_kinds import kind_of
 from quambase.model.operators.choice import choose_operators
 from quambase.model.operators.interface import BlockState, Operators
@@ -23,6 +24,9 @@ from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.model.weights import ModelWeights
 from quambase.schema.progress import tell
 from quambase.schema.sites import HEAD_LAYER
+
+LayerChange = Callable[[int, str, torch.Tensor], torch.Tensor]
+"""`quambase.model.block.Change` that also takes the layer."""
 
 State = list[BlockState]
 """What a decoding step carries on: the state of every block."""
@@ -57,13 +61,14 @@ class LanguageModel:
         ]
 
     @torch.inference_mode()
-    def hidden(self, batch: Batch, tap: Tap | None = None) -> torch.Tensor:
-        """The normalised final hidden state (t, d), which is lm_head:input; ``tap`` sees every site on the way.
+    def hidden(self, batch: Batch, tap: Tap | None = None, change: LayerChange | None = None) -> torch.Tensor:
+        """The normalised final hidden state (t, d), which is lm_head:input; ``tap`` sees every site on the way, and the
+        blocks go on with what ``change`` makes of a site's values.
 
         With a tap the logits are computed too, in chunks, since lm_head:output is a site.
         """
         with without_tf32():
-            out = self._normalised(PlacedBatch.of(batch, self.device), tap=tap)
+            out = self._normalised(PlacedBatch.of(batch, self.device), tap=tap, change=change)
             if tap:
                 self._show_head(tap, out, batch)
         return out
@@ -95,7 +100,13 @@ class LanguageModel:
         """The state of ``sequences`` sequences before their first token."""
         return [block.new_state(sequences) for block in self.blocks]
 
-    def _normalised(self, batch: PlacedBatch, state: State | None = None, tap: Tap | None = None) -> torch.Tensor:
+    def _normalised(
+        self,
+        batch: PlacedBatch,
+        state: State | None = None,
+        tap: Tap | None = None,
+        change: LayerChange | None = None,
+    ) -> torch.Tensor:
         """The final hidden state (t, d)."""
         config, add_norm = self.config, self.operators.add_norm
         documents = slice(0, batch.host.documents)
@@ -104,7 +115,8 @@ class LanguageModel:
         for index, (norm, block) in enumerate(zip(self.norms, self.blocks, strict=True)):
             normalised = add_norm(x, residual, norm, config.norm_eps)
             show = None if tap is None else _of_layer(tap, index, documents)
-            x = block.forward(normalised, batch, None if state is None else state[index], show)
+            changes = unchanged if change is None else partial(change, index)
+            x = block.forward(normalised, batch, None if state is None else state[index], show, changes)
             if self.device.type == "cpu" and state is None:  # a device's work is only queued here
                 tell((index + 1) / (len(self.blocks) + bool(tap)))
         return add_norm(x, residual, self.norm_f, config.norm_eps)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from quambase.model.block import Block, BlockKind, BlockWeights, Draw, HeadLayout, ModelConfig, Show
+from quambase.model.block import Block, BlockKind, BlockWeights, Change, Draw, HeadLayout, ModelConfig, Show, unchanged
 from quambase.model.exponential import exp
 from quambase.model.inputs.settings import NORM_EPS, Settings, check_hugging_face, check_mamba_ssm, padded_vocabulary
 from quambase.model.operators.interface import BlockState, Operators, OperatorSizes
@@ -257,17 +257,33 @@ class Mamba2Block(Block):
         self.dt_bias, self.gated_norm = operators.vector(weights.dt_bias), operators.vector(weights.gated_norm)
 
     def forward(
-        self, normalised: torch.Tensor, batch: PlacedBatch, state: BlockState | None = None, show: Show | None = None
+        self,
+        normalised: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+        show: Show | None = None,
+        change: Change = unchanged,
     ) -> torch.Tensor:
         """As `Block.forward`."""
         c, ops = self.config, self.operators
         widths = [c.d_inner, c.bc_width, c.bc_width]
+        normalised = change("in_proj:input", normalised)
         projected = F.linear(normalised, self.in_proj)  # (t, 2e + 2gn + h)
         z, conv_in, dt = torch.split(projected, [c.d_inner, c.conv_width, c.heads], dim=1)
+        z, dt = change("z_act:input", z), change("dt_act:input", dt)
+        if change is not unchanged:
+            parts = zip(
+                ("x_conv_in:input", "B_conv_in:input", "C_conv_in:input"),
+                torch.split(conv_in, widths, dim=1),
+                strict=True,
+            )
+            conv_in = torch.cat([change(*part) for part in parts], dim=1)
         conv_out = ops.conv_silu(conv_in, self.conv_weight, self.conv_bias, batch, state)
         x, b, read = torch.split(conv_out, widths, dim=1)
+        x, b, read = change("x_conv_out:input", x), change("B_conv_out:input", b), change("C_conv_out:input", read)
         y, last = ops.ssd_scan(x, b, read, dt, self.a, self.d, self.dt_bias, batch, state)
         gated = ops.gated_norm(y, z, self.gated_norm, c.norm_eps, rotated=self.rotated)
+        gated = change("out_proj:input", gated)
         out = F.linear(gated, self.out_proj)  # (t, d)
         if show:
             x_in, b_in, c_in = torch.split(conv_in, widths, dim=1)
