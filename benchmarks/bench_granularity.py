@@ -18,11 +18,11 @@ from timing import machine
 
 from quambase.analyzer.analyze import analyze
 from quambase.apply.evaluation.evaluate import evaluate
-from quambase.apply.evaluation.scoring import FLOAT
 from quambase.apply.evaluation.summary import summarize
 from quambase.apply.evaluation.summary_text import readable
 from quambase.collector.collect import collect
 from quambase.schema.groups import GROUP
+from quambase.schema.results import FLOAT
 from quambase.schema.sql.database import StatsDB
 
 SAMPLES, EVALUATED = 128, 40

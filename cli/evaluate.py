@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quambase.apply.evaluation.paired_statistics import FEWEST_RESAMPLES, MOST_RESAMPLES, RESAMPLES
+from quambase.apply.evaluation.paired_statistics import (
+    FEWEST_RESAMPLES,
+    MOST_RESAMPLES,
+    MOST_WITHIN,
+    RESAMPLES,
+    WITHIN,
+)
 from quambase.cli.apply import int8_options
 from quambase.cli.complete import complete_labels
 from quambase.cli.console import (
@@ -34,8 +40,16 @@ if TYPE_CHECKING:
     from quambase.apply.evaluation.stored import Evaluation
 
 
-def bootstrap_options(function: click.decorators.FC) -> click.decorators.FC:
-    """How intervals are computed."""
+def statistics_options(function: click.decorators.FC) -> click.decorators.FC:
+    """How the statistics are computed."""
+    function = click.option(
+        "--within",
+        type=click.FloatRange(0, MOST_WITHIN, min_open=True),
+        default=WITHIN,
+        show_default=True,
+        metavar="PERCENT",
+        help="Say whether the loss of perplexity (of last words: points) is shown to be no more than this.",
+    )(function)
     function = click.option(
         "--seed",
         type=SEED,
@@ -52,19 +66,28 @@ def bootstrap_options(function: click.decorators.FC) -> click.decorators.FC:
     )(function)
 
 
-def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, output: Path | None) -> None:
-    """Print an evaluation: for people a table for each text, best strategy first, and the verdicts in words on stderr.
+def emit_evaluation(
+    found: Evaluation, bootstrap: int, seed: int, within: float, format_: str, output: Path | None
+) -> None:
+    """Print an evaluation: a sentence for each text, then for people a table for each, best strategy first.
 
-    With `--wide`, two tables with every figure; for programs, one with every number in its own column.
+    With `--wide`, two tables with every figure; for programs, one with every number in its own column, and the
+    sentences on stderr.
     """
+    from quambase.apply.evaluation.sentences import remarks
     from quambase.apply.evaluation.summary import summarize
-    from quambase.apply.evaluation.summary_text import rank, readable, remarks
+    from quambase.apply.evaluation.summary_text import rank, readable
 
-    summary = summarize(found.results, bootstrap=bootstrap, seed=seed)
+    summary = summarize(found.results, bootstrap=bootstrap, seed=seed, within=within)
     ranked = rank(summary)
-    if format_ not in PEOPLE or output:
+    shown = format_ in PEOPLE and not output
+    for text in ranked:
+        for line in text.sentences:
+            click.echo(wrapped(f"{text.data}, {text.task}: {line}" if len(ranked) > 1 else line), err=not shown)
+    if not shown:
         emit(summary, format_, output)
     elif line_width() is None:
+        click.echo()
         figures, differences, footnotes = readable(summary)
         emit(figures, format_)
         if differences.num_rows:
@@ -74,10 +97,9 @@ def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, 
             click.echo(f"\n{footnote}")
     else:
         own = {text["data"] for text in found.about.get("tasks", []) if text["self_generated"]}
-        for place, text in enumerate(ranked):
-            if place:
-                click.echo()
-            title = f"{text.data}, {text.task}: {text.documents:,} documents, {text.tokens:,} tokens"
+        for text in ranked:
+            title = f"{text.data}, {text.task}: {text.size}"
+            click.echo()
             click.echo(
                 wrapped(title + ("; written by bundled models, no measure of real text" if text.data in own else ""))
             )
@@ -86,9 +108,6 @@ def emit_evaluation(found: Evaluation, bootstrap: int, seed: int, format_: str, 
                 click.echo(f"\n{wrapped(footnote)}")
     for line in [*found.notes, *remarks(summary, bootstrap)]:
         answer(line)
-    for text in ranked:
-        for verdict in text.verdicts:
-            answer(f"{text.data}: {verdict}" if len(ranked) > 1 else verdict)
 
 
 evaluate_options = options(
@@ -146,7 +165,7 @@ evaluate_options = options(
 @click.command(cls=Command)
 @click.argument("folder", required=False, metavar="[MODEL_DIR]", type=click.Path(file_okay=False, path_type=Path))
 @evaluate_options
-@bootstrap_options
+@statistics_options
 @output_options
 def evaluate(
     folder: Path | None,
@@ -156,11 +175,13 @@ def evaluate(
     floating: bool,
     bootstrap: int,
     seed: int,
+    within: float,
     format_: str,
     output: Path | None,
     **given: Any,
 ) -> None:
-    """Perplexity, KL, agreement and last-word accuracy of INT8 models, paired against the float model and `quamba`.
+    """KL to the float model, flips, perplexity and last-word accuracy of INT8 models, paired against float and `quamba`
+    over documents.
 
     Without MODEL_DIR, --scales and --strategy: the model applied last. A killed evaluation resumes where it was.
 
@@ -186,6 +207,6 @@ def evaluate(
         progress=True,
         **given,
     )
-    emit_evaluation(evaluation, bootstrap, seed, format_, output)
+    emit_evaluation(evaluation, bootstrap, seed, within, format_, output)
     note(f"stored: {evaluation.folder}")
     next_command(f"quambase results {evaluation.id} --wide", given["db"])

@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from quambase.cli.console import Command, database_option, next_command, note, output_options
-from quambase.cli.evaluate import bootstrap_options, emit_evaluation
+from quambase.cli.evaluate import emit_evaluation, statistics_options
 from quambase.cli.formats import emit
 
 
 @click.command(cls=Command)
 @click.argument("evaluation", required=False)
 @click.option("--list", "list_", is_flag=True, help="List the stored evaluations instead.")
-@bootstrap_options
+@statistics_options
 @database_option
 @output_options
 def results(
@@ -22,6 +22,7 @@ def results(
     list_: bool,
     bootstrap: int,
     seed: int,
+    within: float,
     db: Path,
     format_: str,
     output: Path | None,
@@ -42,5 +43,5 @@ def results(
         next_command("quambase results EVALUATION", db)
         return
     found = find_evaluation(db, evaluation)
-    emit_evaluation(found, bootstrap, seed, format_, output)
+    emit_evaluation(found, bootstrap, seed, within, format_, output)
     note(f"stored: {found.folder}")

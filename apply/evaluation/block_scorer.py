@@ -11,16 +11,16 @@ import pyarrow as pa
 import torch
 
 from quambase.apply.evaluation.candidates import Candidates
-from quambase.apply.evaluation.scoring import FLOAT, LAST_WORD, Cost, Item, LanguageModel, Score, score
+from quambase.apply.evaluation.scoring import Cost, Item, LanguageModel, Score, score
 from quambase.apply.evaluation.tasks import TaskData
 from quambase.apply.int8.build import int8_on_cuda
 from quambase.model.cuda.compiler import CompilationFailed
 from quambase.model.language_model import floating_model
 from quambase.schema.errors import DataInvalid
 from quambase.schema.progress import Progress, remark
+from quambase.schema.results import FLOAT, LAST_WORD, RESULTS
 from quambase.schema.scale_table import Scale
 from quambase.schema.sites import find_site
-from quambase.schema.tables import RESULTS
 
 
 @contextmanager
@@ -82,7 +82,7 @@ class BlockScorer:
         return self.cost.of(items) * (1 + len(self.same))
 
     def score(self, task: TaskData, items: Sequence[Item], progress: Progress) -> pa.Table:
-        """The rows of tables.RESULTS of one block of a text: the floating-point model's, then each strategy's.
+        """The rows (RESULTS) of one block of a text: the floating-point model's, then each strategy's.
 
         DataInvalid where a CUDA device has too little memory.
         """
@@ -112,6 +112,7 @@ class BlockScorer:
         columns = {name: [value] * count for name, value in constant.items()} | {
             "document": [item.document for item in items],
             "sha256": [item.sha256 for item in items],
+            "cluster": [item.cluster for item in items],
             "tokens": [item.targets for item in items],
             "nll": scored.nll,
             "kl": scored.kl,

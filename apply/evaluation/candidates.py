@@ -14,7 +14,6 @@ from quambase.apply.int8.build import build_model, check_any_scales
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.model_folder import SCALES, load_stored, weights_digest
 from quambase.apply.int8.needed_scales import (
-    DEFAULT_OTHERWISE,
     check_granularity,
     check_model,
     describe,
@@ -24,6 +23,7 @@ from quambase.apply.int8.needed_scales import (
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.sources import is_bundled
 from quambase.schema.errors import DataInvalid, ScalesInvalid
+from quambase.schema.results import UPSTREAM
 from quambase.schema.scale_table import SELECTED, read_scales
 
 
@@ -69,8 +69,8 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
         table = read_scales(path)
         check_model(table, loaded.weights_sha256, loaded.name)
         needed = needed_sites(loaded.any_weights.config, stored.model.quantized_lm_head)
-        if DEFAULT_OTHERWISE in loadable_labels(table, needed)[0] and DEFAULT_OTHERWISE not in models:
-            models[DEFAULT_OTHERWISE] = stored.model.with_scales(table.group_scales_for(DEFAULT_OTHERWISE))
+        if UPSTREAM in loadable_labels(table, needed)[0] and UPSTREAM not in models:
+            models[UPSTREAM] = stored.model.with_scales(table.group_scales_for(UPSTREAM))
     return Candidates(loaded, models, str(path), about.get("run"))
 
 

@@ -30,8 +30,8 @@ from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import RunBusy
 from quambase.schema.files import file_sha256, local_folder, locked, remove_strays, replacing
 from quambase.schema.progress import Progress, Shown
-from quambase.schema.results import EVALUATION, RESULTS_FILE, next_number, read_results
-from quambase.schema.tables import RESULTS, read_table, write_table
+from quambase.schema.results import EVALUATION, RESULTS, RESULTS_FILE, next_number, read_results
+from quambase.schema.tables import read_table, write_table
 
 BLOCK_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Tokens of one forward pass; part of the evaluation id, since float32 rows depend on the batch."""
@@ -171,7 +171,7 @@ def _id(candidates: Candidates, tasks: Sequence[TaskData], device: torch.device,
     """The evaluation's id: a hash of all that determines its rows."""
     identity = {
         **candidates.identity(),
-        "tasks": [[t.task, t.data, [item.sha256 for item in t.items]] for t in tasks],
+        "tasks": [[t.task, t.data, [[item.sha256, item.cluster] for item in t.items]] for t in tasks],
         "window": window,
         "block_tokens": BLOCK_TOKENS[device.type],
         "device": device.type,

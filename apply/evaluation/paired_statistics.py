@@ -1,13 +1,15 @@
 """Paired statistics over documents: intervals, p-values, Holm's correction, verdicts.
 
-The document is the unit: its tokens depend on one another, so whole documents are resampled or flipped. Comparisons are
-paired, so what a document does to both strategies cancels. docs/statistics.md has the methods and what they were
-measured to do.
+The document is the unit: its tokens depend on one another, so whole documents are resampled or flipped. Where documents
+are parts of a book or a topic, that is the unit, and "document" below stands for all of its documents together
+(`quambase.apply.evaluation.comparisons`). Comparisons are paired, so what a document does to both strategies cancels.
+docs/statistics.md has the methods and what they were measured to do.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from statistics import NormalDist
 
@@ -17,12 +19,22 @@ import numpy.typing as npt
 Float64 = npt.NDArray[np.float64]
 
 Interval = tuple[float, float]
-"""The ends of a 95 % interval."""
+"""The ends of an interval, of 95 % unless said otherwise."""
 
 LEVEL = 0.05
 """How often an interval may miss the truth, and a family of comparisons with no real difference show one."""
 
 POWER = 0.8
+
+EQUIVALENCE_LEVEL = 0.1
+"""Two one-sided tests at 5 % each show an equivalence exactly where the interval of this level lies in the bounds."""
+
+WITHIN, MOST_WITHIN = 0.5, 50.0
+"""How many percent of the floating-point model's perplexity (of accuracy: points) count as no loss, and the most that
+may be asked for."""
+
+MOST_NEEDED = 1_000_000
+"""Largest number of needed documents that is named."""
 
 FEWEST = 10
 """Below this many documents there are only values: no interval, no p-value, no verdict.
@@ -46,10 +58,14 @@ STEADY_RESAMPLES = 1_000
 """From here the ends of a bootstrapped interval move by 2 % of its width (standard deviation) from seed to seed: a
 quantile of 2.5 % of so many normal values has the error sqrt(0.025 * 0.975 / 1000) / 0.058 = 0.084, of 3.92."""
 
+NOT_DISTINGUISHABLE = "not distinguishable"
+NOT_FINITE = "not finite"
+"""The verdict where a figure is NaN or infinite: nothing can be compared."""
+
+NOT_KNOWN = "not known"
+
 _CHUNK_CELLS = 4_000_000
 """Drawn documents, or flipped signs, held at once; bounds memory to about 100 MB."""
-
-_Z = NormalDist().inv_cdf(1 - LEVEL / 2)
 
 
 def linearised(values: Float64, weights: Float64) -> tuple[float, Float64]:
@@ -64,8 +80,10 @@ def linearised(values: Float64, weights: Float64) -> tuple[float, Float64]:
 
 
 def standard_error(shares: Float64) -> float:
-    """The standard error of a figure whose documents have these ``shares`` (n,) in its error."""
+    """The standard error of a figure whose documents have these ``shares`` (n,) in its error; infinite for one."""
     documents = shares.size
+    if documents == 1:
+        return math.inf
     return math.sqrt(documents / (documents - 1) * float(shares @ shares))
 
 
@@ -76,12 +94,12 @@ def student_quantile(probability: float, documents: int) -> float:
     return float(stdtrit(documents - 1, probability))
 
 
-def student_interval(value: float, shares: Float64) -> Interval | None:
+def student_interval(value: float, shares: Float64, level: float = LEVEL) -> Interval | None:
     """``value`` -+ t standard errors of its linearised ``shares`` (n,); None where nothing varies or is not finite."""
     error = standard_error(shares)
     if not (math.isfinite(value) and 0 < error < math.inf):
         return None
-    reach = student_quantile(1 - LEVEL / 2, shares.size) * error
+    reach = student_quantile(1 - level / 2, shares.size) * error
     return value - reach, value + reach
 
 
@@ -144,16 +162,17 @@ def bootstrap_t_interval(value: float, error: float, studentised: Float64) -> In
     return (float(low), float(high)) if math.isfinite(low) and math.isfinite(high) else None
 
 
-def wilson(successes: int, total: int) -> Interval:
+def wilson(successes: int, total: int, level: float = LEVEL) -> Interval:
     """Wilson's score interval of a share: the p with |share - p| <= z sqrt(p (1 - p) / total)."""
+    z = NormalDist().inv_cdf(1 - level / 2)
     share = successes / total
-    middle = share + _Z**2 / (2 * total)
-    reach = _Z * math.sqrt(share * (1 - share) / total + _Z**2 / (4 * total**2))
-    scale = 1 + _Z**2 / total
+    middle = share + z**2 / (2 * total)
+    reach = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    scale = 1 + z**2 / total
     return max(0.0, (middle - reach) / scale), min(1.0, (middle + reach) / scale)
 
 
-def newcombe(both: int, only_first: int, only_second: int, neither: int) -> Interval:
+def newcombe(both: int, only_first: int, only_second: int, neither: int, level: float = LEVEL) -> Interval:
     """The interval of first share - second share of the same documents: Newcombe's method 10.
 
     R. G. Newcombe, Improved confidence intervals for the difference between binomial proportions based on paired data,
@@ -166,7 +185,7 @@ def newcombe(both: int, only_first: int, only_second: int, neither: int) -> Inte
     if covariance > 0:
         covariance = max(covariance - total / 2, 0.0)
     correlation = covariance / math.sqrt(margins) if margins else 0.0
-    (low1, high1), (low2, high2) = wilson(first, total), wilson(second, total)
+    (low1, high1), (low2, high2) = wilson(first, total, level), wilson(second, total, level)
     below1, above1 = first / total - low1, high1 - first / total
     below2, above2 = second / total - low2, high2 - second / total
     value = (only_first - only_second) / total
@@ -246,6 +265,29 @@ def detectable(error: float, documents: int, comparisons: int) -> float:
     return (student_quantile(1 - tail, documents) + student_quantile(POWER, documents)) * error
 
 
+def can_reach_a_verdict(documents: int, comparisons: int) -> bool:
+    """Whether the least p that so many documents can give (McNemar's is the same, or less) survives the correction."""
+    return comparisons * least_sign_flip_p(documents) <= LEVEL
+
+
+def documents_needed(value: float, error: float, documents: int, comparisons: int) -> int | None:
+    """The least number of documents on which a difference of ``value`` is `detectable`: has power 0.8 to get a verdict.
+
+    ``error`` is its standard error on ``documents``; that of m documents is sqrt(documents / m) as large. None: nothing
+    varies or differs, or MOST_NEEDED would not do.
+    """
+    if not (0 < error < math.inf and 0 < abs(value) < math.inf):
+        return None
+
+    def enough(count: int) -> bool:
+        smallest = detectable(error * math.sqrt(documents / count), count, comparisons)
+        return can_reach_a_verdict(count, comparisons) and smallest <= abs(value)
+
+    if not enough(MOST_NEEDED):
+        return None
+    return bisect_left(range(MOST_NEEDED), True, lo=FEWEST, key=enough)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjusted p-values, in the order given."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
@@ -257,6 +299,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def equivalence(interval: Interval | None, bounds: Interval) -> str:
+    """``yes``: the interval (of EQUIVALENCE_LEVEL) lies within the bounds; ``no``: outside; ``not known``."""
+    if interval is None:
+        return NOT_KNOWN
+    if bounds[0] <= interval[0] and interval[1] <= bounds[1]:
+        return "yes"
+    return "no" if interval[1] < bounds[0] or bounds[1] < interval[0] else NOT_KNOWN
+
+
 def misses_zero(interval: Interval | None) -> bool:
     """Whether an interval lies on one side of zero."""
     return interval is not None and not interval[0] <= 0 <= interval[1]
@@ -265,5 +316,5 @@ def misses_zero(interval: Interval | None) -> bool:
 def verdict(value: float, interval: Interval | None, adjusted_p: float, *, smaller_is_better: bool) -> str:
     """Better or worse where the interval misses zero and the corrected p is 5 % or less; else not distinguishable."""
     if not (misses_zero(interval) and adjusted_p <= LEVEL):
-        return "not distinguishable"
+        return NOT_DISTINGUISHABLE
     return "better" if (value < 0) == smaller_is_better else "worse"

@@ -15,17 +15,13 @@ from quambase.model.inputs.text import Document
 from quambase.model.inputs.tokenizer import Tokenizer
 from quambase.model.packed_batch import Batch
 from quambase.schema.progress import SILENT, Progress, tell
+from quambase.schema.results import FLOAT
 
 LOGIT_CELLS = 16_000_000
 """Logits held at once (64 MB of float32), whatever the vocabulary."""
 
 DEVICE_LOGIT_CELLS = 8 * LOGIT_CELLS
 """On a device, where several such tensors are held: 0.5 GB each."""
-
-PERPLEXITY, LAST_WORD = "perplexity", "last-word"
-
-FLOAT = "float"
-"""The label of the floating-point model in results."""
 
 
 class LanguageModel(Protocol):
@@ -42,12 +38,14 @@ class Item:
 
     sequences   token lists that share no state
     first       the first predicted place of every sequence (1, or where the last word begins)
+    cluster     the book, topic or file that the document is a part of, if known
     """
 
     document: int
     sha256: str
     sequences: tuple[list[int], ...]
     first: int = 1
+    cluster: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -89,7 +87,7 @@ def perplexity_items(documents: Sequence[Document], tokenizer: Tokenizer, window
         pieces = (tokens[start : start + window] for start in range(0, len(tokens), window))
         sequences = tuple(piece for piece in pieces if len(piece) > 1)
         if sequences:
-            items.append(Item(document.index, document.sha256, sequences))
+            items.append(Item(document.index, document.sha256, sequences, cluster=document.cluster))
     return items
 
 
@@ -121,7 +119,7 @@ def last_word_items(documents: Sequence[Document], tokenizer: Tokenizer, window:
         target = len(whole) - len(context)
         kept = whole[-(window + 1) :]
         if context and 0 < target < len(kept):
-            items.append(Item(document.index, document.sha256, (kept,), len(kept) - target))
+            items.append(Item(document.index, document.sha256, (kept,), len(kept) - target, document.cluster))
     return items
 
 

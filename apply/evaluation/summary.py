@@ -3,181 +3,218 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from quambase.apply.evaluation.comparisons import (
+    ENDS,
+    Difference,
+    Units,
+    judged,
+    pairs,
+    ratio_differences,
+    share_difference,
+)
 from quambase.apply.evaluation.paired_statistics import (
+    EQUIVALENCE_LEVEL,
     FEWEST,
     FEWEST_RESAMPLES,
-    LEVEL,
     MOST_RESAMPLES,
+    MOST_WITHIN,
     RESAMPLES,
+    WITHIN,
+    Float64,
     Interval,
     bootstrap_t_interval,
-    detectable,
-    holm,
-    least_discordant,
-    least_sign_flip_p,
+    equivalence,
     linearised,
-    mcnemar_exact,
     newcombe,
     resampled_t,
     sign_flip_p,
     standard_error,
     student_interval,
-    verdict,
     wilson,
 )
-from quambase.apply.evaluation.scoring import FLOAT, LAST_WORD
-from quambase.apply.int8.needed_scales import DEFAULT_OTHERWISE
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
+from quambase.schema.results import FLOAT, LAST_WORD, UPSTREAM
 
-REFERENCES = (FLOAT, DEFAULT_OTHERWISE)
+REFERENCES = (FLOAT, UPSTREAM)
 """What every strategy is compared with: the floating-point model, and upstream's own scales."""
 
-_VALUES = ("perplexity", "kl", "accuracy")
+KL_DIFFERENCE = f"kl_vs_{UPSTREAM}"
+"""The first figure of a strategy: how much more KL to the floating-point model it has than upstream's scales."""
 
-_COLUMNS: list[tuple[str, pa.DataType]] = [
-    ("data", pa.string()),
-    ("task", pa.string()),
-    ("strategy", pa.string()),
-    ("documents", pa.int64()),
-    ("tokens", pa.int64()),
-    *((f"{name}{end}", pa.float64()) for name in _VALUES for end in ("", "_low", "_high")),
-    ("top1_agreement", pa.float64()),
-    ("token_accuracy", pa.float64()),
-    *(
-        (f"vs_{reference}{end}", pa.string() if end == "_verdict" else pa.float64())
-        for reference in REFERENCES
-        for end in ("", "_low", "_high", "_p", "_detectable", "_verdict")
-    ),
-]
+DIFFERENCES = (KL_DIFFERENCE, *(f"vs_{reference}" for reference in REFERENCES))
+"""Columns of differences; each is a family of comparisons of its own, on every text."""
 
-NOT_FINITE = "not finite"
-"""The verdict where a perplexity is NaN or infinite: nothing can be compared."""
 
-SUMMARY = pa.schema(_COLUMNS)
-"""perplexity  exp of the mean nll per predicted token; for last-word per document, as lm-eval has it
-kl          nats per predicted token
+def _interval(name: str) -> list[tuple[str, pa.DataType]]:
+    return [(f"{name}{end}", pa.float64()) for end in ("", "_low", "_high")]
+
+
+def _difference(name: str) -> list[tuple[str, pa.DataType]]:
+    kinds = {"_verdict": pa.string(), "_needed": pa.int64()}
+    return [(f"{name}{end}", kinds.get(end, pa.float64())) for end in ENDS]
+
+
+SUMMARY = pa.schema(
+    [
+        ("data", pa.string()),
+        ("task", pa.string()),
+        ("strategy", pa.string()),
+        ("documents", pa.int64()),
+        ("clusters", pa.int64()),
+        ("tokens", pa.int64()),
+        *_interval("kl"),
+        *_difference(KL_DIFFERENCE),
+        *_interval("flips"),
+        *_interval("perplexity"),
+        *_interval("accuracy"),
+        ("top1_agreement", pa.float64()),
+        ("token_accuracy", pa.float64()),
+        *(column for reference in REFERENCES for column in _difference(f"vs_{reference}")),
+        ("within", pa.float64()),
+        ("within_low", pa.float64()),
+        ("within_high", pa.float64()),
+        ("within_verdict", pa.string()),
+    ]
+)
+"""clusters    of how many books, topics or files the documents come: the units of all intervals and p-values where
+            there are FEWEST or more, else the documents are
+kl          KL from the floating-point model, nats per predicted token
+kl_vs_*     difference in kl
+flips       share of predicted tokens whose most likely token is not the floating-point model's (1 - top1_agreement)
+perplexity  exp of the mean nll per predicted token; for last-word per document, as lm-eval has it
 accuracy    share of last words right (null for perplexity)
 token_accuracy  share of predicted tokens that were the most likely one
-vs_*        difference in perplexity (for last-word in accuracy), its p Holm-corrected over the strategies,
-            and the smallest difference that gets a verdict with power 0.8
+vs_*        difference in perplexity (for last-word in accuracy)
+*_p         Holm-corrected over the strategies; *_detectable the smallest difference that gets a verdict with power 0.8;
+            *_needed on how many documents the difference seen is such (null beyond MOST_NEEDED)
 *_low, *_high  95 % intervals
-Null: all but the values below FEWEST documents, the intervals of what does not vary (the float model's KL, results that
+within      the bounds of equivalence, in percent of the floating-point model's perplexity (for last-word in points);
+            within_low, within_high: the 90 % interval of the difference in the same unit; within_verdict: yes, no, not
+            known
+Null: all but the values below FEWEST units, the intervals of what does not vary (the float model's KL, results that
 are identical), and what rests on a number that is not finite."""
 
-Float64 = npt.NDArray[np.float64]
 
-
-def summarize(results: pa.Table, *, bootstrap: int = RESAMPLES, seed: int = 0) -> pa.Table:
-    """Summarise tables.RESULTS of one evaluation into SUMMARY rows, in the order of the results.
+def summarize(results: pa.Table, *, bootstrap: int = RESAMPLES, seed: int = 0, within: float = WITHIN) -> pa.Table:
+    """Summarise the rows of one evaluation (`quambase.schema.results.RESULTS`) into SUMMARY rows, in their order.
 
     bootstrap  resamples for the intervals of perplexity and KL, FEWEST_RESAMPLES to MOST_RESAMPLES; p-values do not
                depend on it
     seed       of these resamples and of the random sign flips, from 0
-    DataInvalid: either is out of range. DatabaseInvalid: two strategies of a text have different documents.
+    within     bounds of equivalence to the floating-point model, in percent, above 0 and up to MOST_WITHIN
+    DataInvalid: one is out of range. DatabaseInvalid: two strategies of a text have different documents.
     """
     if not FEWEST_RESAMPLES <= bootstrap <= MOST_RESAMPLES:
         raise DataInvalid(f"bootstrap is {bootstrap}; expected {FEWEST_RESAMPLES} to {MOST_RESAMPLES} resamples")
     if seed < 0:
         raise DataInvalid(f"seed is {seed}; expected 0 or more")
+    if not 0 < within <= MOST_WITHIN:
+        raise DataInvalid(f"within is {within}; expected percents above 0 and up to {MOST_WITHIN:g}")
     rows: list[dict[str, Any]] = []
-    pairs = zip(results["task"].to_pylist(), results["data"].to_pylist(), strict=True)
-    for task, data in dict.fromkeys((str(task), str(data)) for task, data in pairs):
+    texts = zip(results["task"].to_pylist(), results["data"].to_pylist(), strict=True)
+    for task, data in dict.fromkeys((str(task), str(data)) for task, data in texts):
         mask = pc.and_(pc.equal(results["task"], pa.scalar(task)), pc.equal(results["data"], pa.scalar(data)))
-        rows += _Text(task, data, results.filter(mask), bootstrap, seed).rows()
+        rows += _Text(task, data, results.filter(mask), bootstrap, seed, within).rows()
     return pa.Table.from_pylist(rows, SUMMARY)
 
 
-@dataclass(frozen=True)
-class _Difference:
-    """A paired difference.
-
-    p_value      not corrected; NaN where a perplexity is not finite
-    error        the standard error
-    exact_pairs  p is McNemar's
-    """
-
-    value: float
-    interval: Interval | None
-    p_value: float
-    error: float
-    exact_pairs: bool = False
-
-    def detectable(self, documents: int, comparisons: int) -> float | None:
-        """The smallest difference that gets a verdict with power 0.8; None: nothing varies, or none can get one."""
-        if not 0 < self.error < math.inf or not can_reach_a_verdict(documents, comparisons):
-            return None
-        found = detectable(self.error, documents, comparisons)
-        # McNemar's exact test needs some pairs, however small their spread.
-        return max(found, least_discordant(comparisons) / documents) if self.exact_pairs else found
+Families = dict[tuple[str, str, str], int]
+"""How many strategies were compared, by task, text and column of the difference."""
 
 
-def can_reach_a_verdict(documents: int, comparisons: int) -> bool:
-    """Whether the least p that so many documents can give (McNemar's is the same, or less) survives the correction."""
-    return comparisons * least_sign_flip_p(documents) <= LEVEL
+def families(summary: pa.Table) -> Families:
+    """The families of comparisons of a summary."""
+    compared = [
+        (row["task"], row["data"], name)
+        for row in summary.to_pylist()
+        for name in DIFFERENCES
+        if row[f"{name}_p"] is not None
+    ]
+    return dict(Counter(compared))
 
 
 class _Text:
-    """The strategies' per-document columns of one text, in one order of documents."""
+    """The strategies' columns of one text: sums over each unit, in one order of units."""
 
-    def __init__(self, task: str, data: str, results: pa.Table, bootstrap: int, seed: int) -> None:
-        self.task, self.data, self.bootstrap, self.seed = task, data, bootstrap, seed
+    def __init__(self, task: str, data: str, results: pa.Table, bootstrap: int, seed: int, within: float) -> None:
+        self.task, self.data, self.bootstrap, self.seed, self.within = task, data, bootstrap, seed, within
         self.labels = [str(label) for label in pc.unique(results["strategy"]).to_pylist()]
         self.columns: dict[tuple[str, str], Float64] = {}
-        names = ("nll", "kl", "top1_agreement", "top1_right", "tokens", *(("correct",) if task == LAST_WORD else ()))
-        for label in self.labels:
-            own = results.filter(pc.equal(results["strategy"], pa.scalar(label))).sort_by("document")
-            for name in names:
-                self.columns[label, name] = own[name].cast(pa.float64()).to_numpy()
-            if not np.array_equal(self.columns[label, "tokens"], self.columns[self.labels[0], "tokens"]):
+        names = ("nll", "kl", "top1_agreement", "top1_right", *(("correct",) if task == LAST_WORD else ()))
+        tables = {
+            label: results.filter(pc.equal(results["strategy"], pa.scalar(label))).sort_by("document")
+            for label in self.labels
+        }
+        first = tables[self.labels[0]]
+        self.units = Units.of(first["cluster"].to_pylist())
+        for label, own in tables.items():
+            if not own["tokens"].equals(first["tokens"]):
                 raise DatabaseInvalid(
                     f"{data}: {label} and {self.labels[0]} were not scored on the same documents; evaluate again"
                 )
-        self.tokens = self.columns[self.labels[0], "tokens"]
-        self.documents = self.tokens.size
-        self.enough = self.documents >= FEWEST
+            for name in names:
+                self.columns[label, name] = self.units.summed(own[name].cast(pa.float64()).to_numpy())
+        self.tokens = self.units.summed(first["tokens"].cast(pa.float64()).to_numpy())
+        self.documents = self.units.documents
+        self.enough = self.units.count >= FEWEST
         # lm-eval's perplexity of last words is per document.
-        self.per = np.ones_like(self.tokens) if task == LAST_WORD else self.tokens
+        self.per = self.units.summed(np.ones(self.documents)) if task == LAST_WORD else self.tokens
 
     def rows(self) -> list[dict[str, Any]]:
-        found = [self._row(label) for label in self.labels]
+        found = {label: self._row(label) for label in self.labels}
         if self.enough:
-            self._bootstrap(found)
+            self._bootstrap(list(found.values()))
         for reference in REFERENCES:
             others = [label for label in self.labels if label not in (reference, FLOAT)]
             if reference in self.labels and others:
-                self._compare(reference, others, {row["strategy"]: row for row in found})
-        return found
+                if reference == UPSTREAM:
+                    self._add(found, KL_DIFFERENCE, others, self._kls(others), smaller_is_better=True)
+                compare = self._accuracies if self.task == LAST_WORD else self._perplexities
+                differences = compare(reference, others)
+                self._add(found, f"vs_{reference}", others, differences, smaller_is_better=self.task != LAST_WORD)
+        if FLOAT in self.labels:
+            for label in self.labels:
+                found[label]["within"] = None if label == FLOAT else self.within
+                if self.enough and label != FLOAT:
+                    self._equivalence(label, found[label])
+        return list(found.values())
 
     def _row(self, label: str) -> dict[str, Any]:
         tokens = self.tokens.sum()
+        flipped, flips = linearised(self.tokens - self.columns[label, "top1_agreement"], self.tokens)
         row: dict[str, Any] = {
             "data": self.data,
             "task": self.task,
             "strategy": label,
             "documents": self.documents,
+            "clusters": self.units.clusters,
             "tokens": int(tokens),
             "perplexity": self._perplexity(label)[0],
             "kl": linearised(self.columns[label, "kl"], self.tokens)[0],
+            "flips": flipped,
             "top1_agreement": float(self.columns[label, "top1_agreement"].sum() / tokens),
             "token_accuracy": float(self.columns[label, "top1_right"].sum() / tokens),
         }
+        if self.enough:
+            row |= _ends("flips", _as_share(student_interval(flipped, flips)))
         if self.task == LAST_WORD:
-            right = int(self.columns[label, "correct"].sum())
-            row["accuracy"] = right / self.documents
-            if self.enough:
-                row["accuracy_low"], row["accuracy_high"] = wilson(right, self.documents)
+            row["accuracy"], shares = linearised(self.columns[label, "correct"], self.per)
+            if self.enough and self.units.single:
+                row |= _ends("accuracy", wilson(int(self.columns[label, "correct"].sum()), self.documents))
+            elif self.enough:
+                row |= _ends("accuracy", _as_share(student_interval(row["accuracy"], shares)))
         return row
 
     def _perplexity(self, label: str) -> tuple[float, Float64]:
-        """Perplexity, and each document's contribution (n,) to its deviation."""
+        """Perplexity, and each unit's contribution (units,) to its deviation."""
         mean, shares = linearised(self.columns[label, "nll"], self.per)
         perplexity = _exp(mean)
         with np.errstate(invalid="ignore"):  # an infinite perplexity has no shares: they are NaN
@@ -198,33 +235,30 @@ class _Text:
             if kl:
                 row["kl_low"], row["kl_high"] = max(0.0, kl[0]), kl[1]  # no KL is negative
 
-    def _compare(self, reference: str, others: list[str], rows: dict[str, dict[str, Any]]) -> None:
-        """Add the differences of ``others`` from ``reference``, one family of comparisons, to their rows."""
-        metric = "accuracy" if self.task == LAST_WORD else "perplexity"
-        for label in others:
-            rows[label][f"vs_{reference}"] = rows[label][metric] - rows[reference][metric]
-        if not self.enough:
-            return
-        compare = self._accuracies if self.task == LAST_WORD else self._perplexities
-        found = dict(zip(others, compare(reference, others), strict=True))
-        finite = [label for label in others if math.isfinite(found[label].p_value)]
-        adjusted = dict(zip(finite, holm([found[label].p_value for label in finite]), strict=True))
-        for label in others:
-            if label not in adjusted:
-                rows[label][f"vs_{reference}_verdict"] = NOT_FINITE
-                continue
-            difference, p_value = found[label], adjusted[label]
-            low, high = difference.interval or (None, None)
-            words = verdict(difference.value, difference.interval, p_value, smaller_is_better=metric == "perplexity")
-            rows[label] |= {
-                f"vs_{reference}_low": low,
-                f"vs_{reference}_high": high,
-                f"vs_{reference}_p": p_value,
-                f"vs_{reference}_detectable": difference.detectable(self.documents, len(finite)),
-                f"vs_{reference}_verdict": words,
-            }
+    def _add(
+        self,
+        rows: dict[str, dict[str, Any]],
+        name: str,
+        labels: list[str],
+        differences: list[Difference],
+        *,
+        smaller_is_better: bool,
+    ) -> None:
+        """Add one family of comparisons to the rows of its labels, as columns that begin with ``name``."""
+        family = dict(zip(labels, differences, strict=True))
+        for label, columns in judged(family, self.units, smaller_is_better=smaller_is_better).items():
+            rows[label] |= {f"{name}{end}": value for end, value in columns.items()}
 
-    def _perplexities(self, reference: str, others: list[str]) -> list[_Difference]:
+    def _kls(self, others: list[str]) -> list[Difference]:
+        """Differences of KL from upstream's scales; none is tested where perplexity is not finite."""
+        base = self.columns[UPSTREAM, "kl"]
+        found = ratio_differences([self.columns[label, "kl"] for label in others], base, self.tokens, self.seed)
+        return [
+            difference if math.isfinite(self._perplexity(label)[0]) else replace(difference, p_value=math.nan)
+            for label, difference in zip(others, found, strict=True)
+        ]
+
+    def _perplexities(self, reference: str, others: list[str]) -> list[Difference]:
         """Differences of perplexity: linearised intervals, p by sign flips."""
         base, base_shares = self._perplexity(reference)
         nll = np.stack([self.columns[label, "nll"] - self.columns[reference, "nll"] for label in others], 1)
@@ -233,22 +267,48 @@ class _Text:
             perplexity, own = self._perplexity(label)
             value, shares = perplexity - base, own - base_shares
             p_value = p_value if math.isfinite(value) else math.nan
-            found.append(_Difference(value, student_interval(value, shares), float(p_value), standard_error(shares)))
+            found.append(Difference(value, student_interval(value, shares), float(p_value), standard_error(shares)))
         return found
 
-    def _accuracies(self, reference: str, others: list[str]) -> list[_Difference]:
-        """Differences of accuracy: Newcombe's intervals, McNemar's p."""
-        there = self.columns[reference, "correct"] > 0
-        found = []
-        for label in others:
-            here = self.columns[label, "correct"] > 0
-            only_here, only_there = int((here & ~there).sum()), int((there & ~here).sum())
-            interval = newcombe(int((here & there).sum()), only_here, only_there, int((~here & ~there).sum()))
-            value = (only_here - only_there) / self.documents
-            error = standard_error((here * 1.0 - there - value) / self.documents)
-            p_value = mcnemar_exact(only_here, only_there)
-            found.append(_Difference(value, interval, p_value, error, exact_pairs=True))
-        return found
+    def _accuracies(self, reference: str, others: list[str]) -> list[Difference]:
+        """Differences of accuracy: Newcombe's intervals and McNemar's p, of whole clusters as of other ratios."""
+        right = [self.columns[label, "correct"] for label in others]
+        base = self.columns[reference, "correct"]
+        if self.units.single:
+            return [share_difference(column > 0, base > 0) for column in right]
+        return ratio_differences(right, base, self.per, self.seed)
+
+    def _equivalence(self, label: str, row: dict[str, Any]) -> None:
+        """Add whether a strategy is as good as the floating-point model, within bounds."""
+        name = "correct" if self.task == LAST_WORD else "nll"
+        here, there = self.columns[label, name], self.columns[FLOAT, name]
+        interval: Interval | None
+        if self.task == LAST_WORD and self.units.single:
+            interval = newcombe(*pairs(here > 0, there > 0), EQUIVALENCE_LEVEL)
+        else:
+            interval = _equivalence_interval(here - there, self.per)
+        if interval is not None:
+            low, high = interval if self.task == LAST_WORD else (_exp(end) - 1 for end in interval)
+            interval = 100 * low, 100 * high
+        row |= _ends("within", interval) | {"within_verdict": equivalence(interval, (-self.within, self.within))}
+
+
+def _equivalence_interval(difference: Float64, weights: Float64) -> Interval | None:
+    """The interval of a ratio, of which every unit's part is known; the value alone where it does not vary."""
+    value, shares = linearised(difference, weights)
+    if math.isfinite(value) and not shares.any():
+        return value, value
+    return student_interval(value, shares, EQUIVALENCE_LEVEL)
+
+
+def _as_share(interval: Interval | None) -> Interval | None:
+    """Cut off at 0 and 1."""
+    return interval and (max(0.0, interval[0]), min(1.0, interval[1]))
+
+
+def _ends(name: str, interval: Interval | None) -> dict[str, float]:
+    """The columns of an interval, none where there is none."""
+    return {} if interval is None else {f"{name}_low": interval[0], f"{name}_high": interval[1]}
 
 
 def _exp(x: float) -> float:

@@ -1,16 +1,17 @@
-"""An evaluation's summary as people read it: tables, the ranking by KL, verdicts in words, and remarks."""
+"""An evaluation's summary as people read it: tables, ranked by KL, and their footnotes."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from quambase.apply.evaluation.paired_statistics import FEWEST, LEVEL, STEADY_RESAMPLES, misses_zero
-from quambase.apply.evaluation.scoring import FLOAT, LAST_WORD
-from quambase.apply.evaluation.summary import NOT_FINITE, REFERENCES, can_reach_a_verdict
+from quambase.apply.evaluation.comparisons import counted_units
+from quambase.apply.evaluation.paired_statistics import FEWEST, LEVEL, NOT_DISTINGUISHABLE, NOT_FINITE, misses_zero
+from quambase.apply.evaluation.sentences import by_kl, runner_up, sentence
+from quambase.apply.evaluation.summary import KL_DIFFERENCE, REFERENCES, Families, families
+from quambase.schema.results import FLOAT, LAST_WORD, UPSTREAM
 
 
 class Readable(NamedTuple):
@@ -24,190 +25,172 @@ class Readable(NamedTuple):
 def readable(summary: pa.Table) -> Readable:
     """SUMMARY as a person reads it: each strategy's figures, and its differences to the references.
 
-    Intervals are in brackets, shares in %; differences are of perplexity, or of accuracy in points for last words. A
-    verdict that the interval beside it seems to contradict is marked, and a footnote says why.
+    Intervals are in brackets, shares in %, KL in thousandths of a nat per token; other differences are of perplexity,
+    or of accuracy in points for last words. A verdict that the interval beside it seems to contradict is marked, and a
+    footnote says why.
     """
-    figures, differences = [], []
-    families = _families(summary)
+    rows = summary.to_pylist()
     marked: dict[str, set[int]] = {}
-    for row in summary.to_pylist():
-        percent = 100.0 if row["task"] == LAST_WORD else 1.0
-        head = {"text": row["data"], "strategy": row["strategy"]}
-        figures.append(
-            {
-                **head,
-                "documents": row["documents"],
-                "perplexity": _bracketed(row, "perplexity"),
-                "KL/token": _bracketed(row, "kl"),
-                "top-1 %": f"{100 * row['top1_agreement']:.2f}",
-                "next token %": f"{100 * row['token_accuracy']:.2f}",
-                "last word %": _bracketed(row, "accuracy", 100.0),
-            }
-        )
-        if row["strategy"] == FLOAT:
-            continue
-        line: dict[str, str] = {**head, "difference of": "accuracy %" if row["task"] == LAST_WORD else "perplexity"}
-        for reference in REFERENCES:
-            line[f"to {reference}"] = _bracketed(row, f"vs_{reference}", percent, sign="+")
-            line[f"verdict on {reference}"], mark = _marked_verdict(row, reference)
-            if mark:
-                marked.setdefault(mark, set()).add(families[row["task"], row["data"], reference])
-        smallest = row[f"vs_{FLOAT}_detectable"]
-        line["detectable"] = "-" if smallest is None else f"{percent * smallest:.3g}"
-        differences.append(line)
-    footnotes = [_footnote(mark, comparisons) for mark, comparisons in sorted(marked.items())]
-    return Readable(pa.Table.from_pylist(figures), pa.Table.from_pylist(differences), footnotes)
+    compared = families(summary)
+    differences = [_differences(row, compared, marked) for row in rows if row["strategy"] != FLOAT]
+    figures = [
+        {
+            "text": row["data"],
+            "strategy": row["strategy"],
+            "documents": row["documents"],
+            "clusters": row["clusters"],
+            "KL x1000": _bracketed(row, "kl", 1000.0),
+            "flips %": _bracketed(row, "flips", 100.0),
+            "perplexity": _bracketed(row, "perplexity"),
+            "next token %": f"{100 * row['token_accuracy']:.2f}",
+            "last word %": _bracketed(row, "accuracy", 100.0),
+        }
+        for row in rows
+    ]
+    return Readable(pa.Table.from_pylist(figures), pa.Table.from_pylist(differences), _footnotes(marked))
+
+
+def _differences(row: dict[str, Any], compared: Families, marked: dict[str, set[int]]) -> dict[str, str]:
+    """The line of a strategy's differences."""
+    last_word = row["task"] == LAST_WORD
+    line = {"text": row["data"], "strategy": row["strategy"]}
+    for name, to, on in (
+        (KL_DIFFERENCE, f"KL x1000 to {UPSTREAM}", "KL"),
+        *((f"vs_{reference}", f"to {reference}", reference) for reference in REFERENCES),
+    ):
+        if name == f"vs_{FLOAT}":
+            line["difference of"] = "accuracy %" if last_word else "perplexity"
+        factor = 1000.0 if name == KL_DIFFERENCE else 100.0 if last_word else 1.0
+        line[to] = _bracketed(row, name, factor, sign="+")
+        line[f"verdict on {on}"] = _marked_verdict(row, name, compared, marked)
+        if name != f"vs_{UPSTREAM}":
+            smallest = row[f"{name}_detectable"]
+            line["detectable KL" if name == KL_DIFFERENCE else "detectable"] = (
+                "-" if smallest is None else f"{factor * smallest:.3g}"
+            )
+    line["within"] = "-" if row["within_verdict"] is None else f"{row['within']:g} %: {row['within_verdict']}"
+    return line
 
 
 class Ranking(NamedTuple):
-    """One text for people: a table, best strategy first; its footnotes; and the verdicts in words, a line each."""
+    """One text for people: what was learnt, in sentences; a table, best strategy first; and its footnotes."""
 
     task: str
     data: str
-    documents: int
-    tokens: int
+    size: str
+    sentences: list[str]
     table: pa.Table
     footnotes: list[str]
-    verdicts: list[str]
 
 
 def rank(summary: pa.Table) -> list[Ranking]:
     """SUMMARY text by text: the float model first, then the strategies by KL, least (starred) first.
 
-    KL is in thousandths of a nat per token; differences are of perplexity, or of accuracy in points for last words. A
-    strategy whose KL is not finite comes last.
+    KL is in thousandths of a nat per token, its difference in % of that of upstream's scales; the last difference is in
+    % of the floating-point model's perplexity, or in points of accuracy for last words. A strategy whose KL is not
+    finite comes last.
     """
-    families = _families(summary)
+    compared = families(summary)
     by_text: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in summary.to_pylist():
         by_text.setdefault((row["task"], row["data"]), []).append(row)
-    return [_ranking(task, data, rows, families) for (task, data), rows in by_text.items()]
+    return [_ranking(task, data, rows, compared) for (task, data), rows in by_text.items()]
 
 
-def _ranking(task: str, data: str, rows: list[dict[str, Any]], families: dict[tuple[str, str, str], int]) -> Ranking:
-    floating = [row for row in rows if row["strategy"] == FLOAT]
-    strategies = sorted((row for row in rows if row["strategy"] != FLOAT), key=_by_kl)
-    percent = 100.0 if task == LAST_WORD else 1.0
+def _ranking(task: str, data: str, rows: list[dict[str, Any]], compared: Families) -> Ranking:
+    by_label = {row["strategy"]: row for row in rows}
+    strategies = sorted((row for row in rows if row["strategy"] != FLOAT), key=by_kl)
+    wholes = {name: by_label.get(label, {}).get(figure) for name, label, figure in _WHOLES}
+    if task == LAST_WORD:
+        wholes[f"vs_{FLOAT}"] = 1.0
     marked: dict[str, set[int]] = {}
     lines = []
-    for row in floating + strategies:
+    for row in [*(row for row in rows if row["strategy"] == FLOAT), *strategies]:
         starred = len(strategies) > 1 and row is strategies[0] and math.isfinite(row["kl"])
+        floating = row["strategy"] == FLOAT
         line = {
             "": "*" if starred else "",
             "strategy": row["strategy"],
-            "KL x1000": "-" if row["strategy"] == FLOAT else _bracketed(row, "kl", 1000.0, digits=3),
-            "perplexity": f"{row['perplexity']:.4g}",
+            "KL x1000": "-" if floating else _bracketed(row, "kl", 1000.0, digits=3),
+            f"KL to {UPSTREAM}": _short_difference(row, KL_DIFFERENCE, wholes, compared, marked),
+            "flips %": "-" if floating else _flips(row),
         }
         if task == LAST_WORD:
             line["last word %"] = f"{100 * row['accuracy']:.3g}"
-        for reference in REFERENCES:
-            name = f"vs_{reference}"
-            words, mark = _marked_verdict(row, reference)
-            if mark:
-                marked.setdefault(mark, set()).add(families[task, data, reference])
-            short = "" if row["documents"] < FEWEST else SHORT.get(words, words)
-            value = row[name]
-            if value is not None:
-                words = f"{percent * value:+.3g} {short}".rstrip() if math.isfinite(value) else NOT_FINITE
-            line[f"to {reference}"] = words
+        else:
+            line["perplexity"] = f"{row['perplexity']:.4g}"
+        line[f"to {FLOAT}"] = _short_difference(row, f"vs_{FLOAT}", wholes, compared, marked)
         lines.append(line)
-    notes = [_footnote(mark, comparisons) for mark, comparisons in sorted(marked.items())]
+    size = f"{rows[0]['documents']:,} documents"
+    if rows[0]["clusters"] < rows[0]["documents"]:
+        size += f" of {rows[0]['clusters']:,} clusters"
+    words = [sentence(rows)]
+    if (next_best := runner_up(rows)) is not None:
+        words.append(next_best)
     return Ranking(
-        task,
-        data,
-        rows[0]["documents"],
-        rows[0]["tokens"],
-        pa.Table.from_pylist(lines),
-        notes,
-        _verdicts(strategies),
+        task, data, f"{size}, {rows[0]['tokens']:,} tokens", words, pa.Table.from_pylist(lines), _footnotes(marked)
     )
 
 
+_WHOLES = ((KL_DIFFERENCE, UPSTREAM, "kl"), (f"vs_{FLOAT}", FLOAT, "perplexity"))
+"""What a difference is in percent of."""
+
+
+def _short_difference(
+    row: dict[str, Any], name: str, wholes: dict[str, float | None], compared: Families, marked: dict[str, set[int]]
+) -> str:
+    """A difference in percent (of last words: in points), and its verdict."""
+    whole = wholes[name]
+    if row[name] is None or not whole:
+        return "-"
+    if not math.isfinite(row[name] / whole):
+        return NOT_FINITE
+    points = name != KL_DIFFERENCE and row["task"] == LAST_WORD
+    shown = _percent(100 * row[name] / whole) + ("" if points else " %")
+    if _too_few(row):
+        return shown
+    words = _marked_verdict(row, name, compared, marked)
+    return f"{shown} {SHORT.get(words, words)}"
+
+
+def _flips(row: dict[str, Any]) -> str:
+    """The share of flips in %, with what its interval reaches upwards."""
+    shown = f"{100 * row['flips']:.3g}"
+    return shown if row["flips_high"] is None else f"{shown} ±{100 * (row['flips_high'] - row['flips']):.2g}"
+
+
 SAME = "same"
-SHORT = {f"not distinguishable{mark}": f"{SAME}{mark}" for mark in ("", " (a)", " (b)")}
+SHORT = {f"{NOT_DISTINGUISHABLE}{mark}": f"{SAME}{mark}" for mark in ("", " (a)", " (b)")}
 """Verdicts as a narrow table has them: `same` is "not distinguishable", not a proof that nothing differs."""
-
-
-def _by_kl(row: dict[str, Any]) -> float:
-    return float(row["kl"]) if math.isfinite(row["kl"]) else math.inf
-
-
-def _verdicts(strategies: list[dict[str, Any]]) -> list[str]:
-    """The best strategy of one text (they come least KL first) and how certain that is, a sentence each."""
-    found = []
-    bad = [row["strategy"] for row in strategies if not (math.isfinite(row["kl"]) and math.isfinite(row["perplexity"]))]
-    good = [row for row in strategies if row["strategy"] not in bad]
-    if good:
-        best, documents = good[0], good[0]["documents"]
-        alike = [row["strategy"] for row in good if row["kl"] == best["kl"]]  # as `selected`, where it is one strategy
-        others = [row for row in good if row["strategy"] not in alike]
-        least = (
-            f"{' and '.join(alike)} {'has' if len(alike) == 1 else 'have'} the least KL, {1000 * best['kl']:.3g} x1000"
-        )
-        if others and others[0]["kl"] > 0:
-            least += f", {100 * (1 - best['kl'] / others[0]['kl']):.2g} % below the next, {others[0]['strategy']}"
-        alone = f"{best['strategy']}: KL {1000 * best['kl']:.3g} x1000"
-        found.append(alone if len(good) == 1 else least)
-        if documents < FEWEST:
-            found.append(f"{documents} documents give no verdict, only values; take {FEWEST} or more")
-        else:
-            found += [line for reference in REFERENCES if (line := _against(best, reference))]
-    if bad:
-        found.append(f"not finite, so not ranked: {', '.join(bad)}")
-    return found
-
-
-def _against(row: dict[str, Any], reference: str) -> str | None:
-    """A strategy's difference to a reference in words; None where it was not compared."""
-    name = f"vs_{reference}"
-    words = row[f"{name}_verdict"]
-    if words is None or words == NOT_FINITE:
-        return None
-    whom = "the float model" if reference == FLOAT else f"upstream's {reference}"
-    what = "accuracy" if row["task"] == LAST_WORD else "perplexity"
-    if words in ("better", "worse"):
-        percent, unit = (100.0, " points") if row["task"] == LAST_WORD else (1.0, "")
-        return f"{row['strategy']} is {words} than {whom} in {what}, by {percent * abs(row[name]):.3g}{unit}"
-    line = f"{row['strategy']} is not distinguishable from {whom} in {what} on {row['documents']} documents"
-    smallest = row[f"{name}_detectable"]
-    if smallest is None or row[name] == 0:
-        return line
-    # A standard error is proportional to one over the root of the number of documents.
-    needed = row["documents"] * (smallest / abs(row[name])) ** 2
-    if needed <= row["documents"]:
-        return line
-    if needed > MOST_NEEDED:
-        return f"{line}; the difference seen is too small for any practical number of documents"
-    return f"{line}; if the difference seen is real, about {_round_up(needed):,} documents would show it"
-
-
-MOST_NEEDED = 1_000_000
-"""Largest number of needed documents that is named."""
-
-
-def _round_up(count: float) -> int:
-    """``count`` up to two digits."""
-    unit: int = 10 ** max(0, len(str(int(count))) - 2)
-    return math.ceil(count / unit) * unit
-
 
 _MISSES, _CONTAINS = "(a)", "(b)"
 
 
-def _marked_verdict(row: dict[str, Any], reference: str) -> tuple[str, str]:
-    """The verdict as people read it, and the mark of the footnote that it needs, or none."""
-    name = f"vs_{reference}"
+def _too_few(row: dict[str, Any]) -> bool:
+    """Whether there are only values."""
+    return counted_units(row["documents"], row["clusters"]) < FEWEST
+
+
+def _marked_verdict(row: dict[str, Any], name: str, compared: Families, marked: dict[str, set[int]]) -> str:
+    """The verdict on a difference as people read it, with the mark of the footnote that it needs, if any; the mark and
+    the size of the verdict's family are added to ``marked``.
+    """
     if row[name] is None:
-        return "-", ""
-    if row["documents"] < FEWEST:
-        return f"too few documents (under {FEWEST})", ""
+        return "-"
+    if _too_few(row):
+        return f"too few documents (under {FEWEST})"
     words = str(row[f"{name}_verdict"])
     p_value, low, high = (row[f"{name}{end}"] for end in ("_p", "_low", "_high"))
     shown = misses_zero(None if low is None else (low, high))
     if p_value is None or shown == (p_value <= LEVEL):
-        return words, ""
+        return words
     mark = _MISSES if shown else _CONTAINS
-    return f"{words} {mark}", mark
+    marked.setdefault(mark, set()).add(compared[row["task"], row["data"], name])
+    return f"{words} {mark}"
+
+
+def _footnotes(marked: dict[str, set[int]]) -> list[str]:
+    return [_footnote(mark, comparisons) for mark, comparisons in sorted(marked.items())]
 
 
 def _footnote(mark: str, comparisons: set[int]) -> str:
@@ -219,45 +202,9 @@ def _footnote(mark: str, comparisons: set[int]) -> str:
     return f"{mark} p is {LEVEL} or less {corrected}, but the interval contains zero; a verdict needs both"
 
 
-def _families(summary: pa.Table) -> dict[tuple[str, str, str], int]:
-    """How many strategies were compared, by task, text and reference."""
-    compared = [
-        (row["task"], row["data"], reference)
-        for row in summary.to_pylist()
-        for reference in REFERENCES
-        if row[f"vs_{reference}_p"] is not None
-    ]
-    return dict(Counter(compared))
-
-
-def remarks(summary: pa.Table, bootstrap: int) -> list[str]:
-    """Remarks on a whole summary, a line each: its families of comparisons, and whether a verdict is possible."""
-    found = []
-    if bootstrap < STEADY_RESAMPLES:
-        found.append(
-            f"--bootstrap {bootstrap} is coarse: the intervals of perplexity and KL change visibly with --seed; "
-            f"take {STEADY_RESAMPLES} or more (p-values and intervals of differences do not depend on it)"
-        )
-    families = _families(summary)
-    if families and max(families.values()) == 1:
-        found.append(
-            "one strategy was compared, so p-values are not corrected: strategies evaluated one at a time escape "
-            "Holm's correction; evaluate those to choose from together (--scales)"
-        )
-    elif families:
-        found.append(
-            "p-values are corrected (Holm) within a family, the strategies compared on one text with one reference "
-            f"({len(families)} {'family' if len(families) == 1 else 'families'} here, of {max(families.values())} "
-            "comparisons at most); strategies evaluated one at a time escape the correction"
-        )
-    documents = {(row["task"], row["data"]): row["documents"] for row in summary.to_pylist()}
-    for (task, data, reference), count in families.items():
-        if not can_reach_a_verdict(documents[task, data], count):
-            found.append(
-                f"{data}: {documents[task, data]} documents are too few for any verdict on {reference} after the "
-                f"correction for {count} strategies; take more documents or fewer strategies"
-            )
-    return found
+def _percent(value: float) -> str:
+    """A signed number of percents or points, as short as people read it."""
+    return f"{value:+,.0f}" if abs(value) >= 9.95 else f"{value:+.2g}"
 
 
 def _bracketed(row: dict[str, Any], name: str, factor: float = 1.0, sign: str = "", digits: int = 4) -> str:

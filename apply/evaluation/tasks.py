@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
-from quambase.apply.evaluation.scoring import LAST_WORD, PERPLEXITY, Item, last_word_items, perplexity_items
+from quambase.apply.evaluation.scoring import Item, last_word_items, perplexity_items
 from quambase.model.checkpoint import LoadedModel
 from quambase.model.inputs.names import BUNDLED_DATA, SAMPLE_AUTHORS, data_name
 from quambase.model.inputs.text import read_documents
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
 from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.results import LAST_WORD, PERPLEXITY
 from quambase.schema.runs import read_run_table
 
 BUNDLED_TASKS = (

@@ -11,9 +11,10 @@ import io
 import itertools
 import json
 import lzma
+import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
@@ -48,14 +49,28 @@ PARQUET_ROWS = 16
 HEAD = 1000
 """Rows of JSON among which the text column is looked for."""
 
+CLUSTER_COLUMNS = ("cluster", "book", "topic", "source", "file")
+"""Columns that say where a text comes from: the first of them that has a value in a row names the row's cluster."""
+
+LONGEST_CLUSTER = 100
+"""Characters of a cluster's name at most: a longer one (a whole text in a column ``source``) goes by its SHA-256."""
+
 
 @dataclass(frozen=True)
 class Document:
-    """One text: its place in the file and the SHA-256 of its UTF-8 bytes."""
+    """One text: its place in the file, the SHA-256 of its UTF-8 bytes, and the book, topic or file it is a part of.
+
+    Documents of one ``cluster`` are alike, so statistics count them together; None: it is not known to be a part.
+    """
 
     index: int
     text: str
     sha256: str
+    cluster: str | None = None
+
+
+Row = tuple[str, str | None]
+"""A text and its cluster, None if that is not known."""
 
 
 def read_documents(data: str, limit: int | None = None) -> Iterator[Document]:
@@ -63,18 +78,19 @@ def read_documents(data: str, limit: int | None = None) -> Iterator[Document]:
 
     ``data``: a .txt (documents apart by blank lines), .jsonl, .json, .parquet or .csv file (column ``text``), also .gz,
     .zst or .xz; ``sample:…``, ``python-docs:…``; ``pile-val``, ``wikitext2``, ``lambada`` or ``hf:REPOSITORY:FILE``.
-    A text is what the file says, to the character. DataInvalid: missing, unreadable, or without a column of text.
+    A text is what the file says, to the character. Its cluster is the value of one of CLUSTER_COLUMNS, the topic in
+    ``python-docs:…``, and else not known. DataInvalid: missing, unreadable, or without a column of text.
     """
-    for index, text in enumerate(itertools.islice(_texts(data), limit)):
+    for index, (text, cluster) in enumerate(itertools.islice(_texts(data), limit)):
         _check_size(data, len(text), f"document {index}")
         try:
             content = text.encode("utf-8")
         except UnicodeEncodeError:
             raise DataInvalid(f"{data} holds half of a surrogate pair in document {index}; expected text") from None
-        yield Document(index, text, hashlib.sha256(content).hexdigest())
+        yield Document(index, text, hashlib.sha256(content).hexdigest(), cluster)
 
 
-def _texts(data: str) -> Iterator[str]:
+def _texts(data: str) -> Iterator[Row]:
     if data in PYTHON_DOCS:
         return _python_docs(PYTHON_DOCS.index(data))
     if data in BUNDLED_DATA:
@@ -82,14 +98,16 @@ def _texts(data: str) -> Iterator[str]:
     return _file_texts(find_text(data) or Path(data))
 
 
-def _python_docs(part: int) -> Iterator[str]:
+def _python_docs(part: int) -> Iterator[Row]:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    distinct = dict.fromkeys(topics[name] for name in sorted(topics))  # some topics share a text
-    first_topic: dict[str, int] = {}  # and some share passages
-    for number, text in enumerate(distinct):
+    distinct: dict[str, str] = {}
+    for name in sorted(topics):
+        distinct.setdefault(topics[name], name)  # some topics share a text
+    first_topic: dict[str, tuple[int, str]] = {}  # and some share passages
+    for number, (text, name) in enumerate(distinct.items()):
         for passage in _passages(text):
-            first_topic.setdefault(passage, number)
-    return (passage for passage, number in first_topic.items() if number % 2 == part)
+            first_topic.setdefault(passage, (number, name))
+    return ((passage, name) for passage, (number, name) in first_topic.items() if number % 2 == part)
 
 
 def _passages(text: str) -> Iterator[str]:
@@ -104,7 +122,19 @@ def _passages(text: str) -> Iterator[str]:
         yield rest
 
 
-def _file_texts(path: Path) -> Iterator[str]:
+def _cluster(row: Mapping[str, object]) -> str | None:
+    """The cluster of a row of columns."""
+    for name in CLUSTER_COLUMNS:
+        value = row.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            value = f"{value:.17g}"  # numbers of JSON are read as floats, whole ones too; NaN is a missing value
+        if isinstance(value, str) and value.strip():
+            content = value.encode("utf-8", "backslashreplace")
+            return hashlib.sha256(content).hexdigest() if len(value) > LONGEST_CLUSTER else content.decode()
+    return None
+
+
+def _file_texts(path: Path) -> Iterator[Row]:
     """The texts of one file, and of no other whatever its name looks like; read as they are asked for."""
     endings = [suffix.lower() for suffix in path.suffixes]
     kind = next((ending for ending in reversed(endings) if ending in _READERS), None)
@@ -117,7 +147,7 @@ def _file_texts(path: Path) -> Iterator[str]:
     return _READERS[kind](path)
 
 
-def _plain_texts(path: Path) -> Iterator[str]:
+def _plain_texts(path: Path) -> Iterator[Row]:
     """Documents of a text file: runs of lines between blank lines."""
     lines: list[str] = []
     size = 0
@@ -127,13 +157,13 @@ def _plain_texts(path: Path) -> Iterator[str]:
             size += len(line)
             _check_size(path, size, f"line {number}")
         elif lines:
-            yield "".join(lines).rstrip("\r\n")
+            yield "".join(lines).rstrip("\r\n"), None
             lines, size = [], 0
     if lines:
-        yield "".join(lines).rstrip("\r\n")
+        yield "".join(lines).rstrip("\r\n"), None
 
 
-def _csv_texts(path: Path) -> Iterator[str]:
+def _csv_texts(path: Path) -> Iterator[Row]:
     """The text column of a .csv with a header. Every field is text; what separates them is a comma or, where the header
     has none, a semicolon, tab or bar.
     """
@@ -146,21 +176,22 @@ def _csv_texts(path: Path) -> Iterator[str]:
     try:
         names = next(reader, [])
         column = _column(path, names)
+        origins = {name: place for place, name in enumerate(names) if name in CLUSTER_COLUMNS and place != column}
         for row in reader:
             if len(row) == len(names):
-                yield row[column]
+                yield row[column], _cluster({name: row[place] for name, place in origins.items()})
             elif row:
                 raise DataInvalid(
                     f"{path} has {len(row)} fields in line {reader.line_num}; expected {len(names)}, as in its first "
                     "line: put texts in double quotes"
                 )
             elif len(names) == 1:
-                yield ""  # an empty line is an empty text where there is no other column, and else nothing
+                yield "", None  # an empty line is an empty text where there is no other column, and else nothing
     except csv.Error as error:
         raise DataInvalid(f"{path} cannot be read as csv ({error} in line {reader.line_num}); check it") from None
 
 
-def _parquet_texts(path: Path) -> Iterator[str]:
+def _parquet_texts(path: Path) -> Iterator[Row]:
     """The text column of a Parquet file, a few rows at a time."""
     try:
         with path.open("rb") as file:
@@ -170,14 +201,21 @@ def _parquet_texts(path: Path) -> Iterator[str]:
             inner = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
             if not any(is_text(inner) for is_text in _IS_TEXT):
                 raise DataInvalid(f"{path} holds {_short(field.type)} in column {_short(field.name)}; {EXPECTED}")
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[field.name]):
-                for value in batch.column(field.name):
-                    yield value.as_py() or ""
+            origins = [
+                name
+                for name in CLUSTER_COLUMNS
+                if schema.names.count(name) == 1
+                and name != field.name
+                and not pa.types.is_nested(schema.field(name).type)
+            ]
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[field.name, *origins]):
+                for row in batch.to_pylist():
+                    yield row[field.name] or "", _cluster({name: row[name] for name in origins})
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataInvalid(f"{path} cannot be read as parquet ({first_line(error)}); {mend(path, 'check it')}") from None
 
 
-def _json_texts(path: Path) -> Iterator[str]:
+def _json_texts(path: Path) -> Iterator[Row]:
     """The text column of JSON objects, one a line or in a list.
 
     A row without it is an empty text. The column is called text, or is the only one there is.
@@ -190,7 +228,7 @@ def _json_texts(path: Path) -> Iterator[str]:
             break
     names = list(dict.fromkeys(name for _, row in head for name in row))
     if not names:
-        yield from ("" for _ in head)
+        yield from (("", None) for _ in head)
         return
     column = names[_column(path, names)]
     for line, row in itertools.chain(head, rows):
@@ -202,7 +240,7 @@ def _json_texts(path: Path) -> Iterator[str]:
         value = row.get(column)
         if value is not None and not isinstance(value, str):
             raise DataInvalid(f"{path} holds {_json_type(value)} in column {_short(column)}, line {line}; {EXPECTED}")
-        yield value or ""
+        yield value or "", _cluster({name: row[name] for name in CLUSTER_COLUMNS if name in row and name != column})
 
 
 def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
@@ -342,7 +380,7 @@ _IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_vie
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 
-_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".txt": _plain_texts,
     ".jsonl": _json_texts,
     ".json": _json_texts,

@@ -21,7 +21,7 @@ from scipy.stats import binomtest, permutation_test
 from scipy.stats import t as student
 
 from quambase.apply.evaluation import paired_statistics as statistics
-from quambase.apply.evaluation import summary, summary_text
+from quambase.apply.evaluation import sentences, summary, summary_text
 from quambase.apply.evaluation.paired_statistics import (
     bootstrap_t_interval,
     detectable,
@@ -45,7 +45,7 @@ from quambase.cli.evaluate import emit_evaluation
 from quambase.cli.evaluate import evaluate as evaluate_command
 from quambase.cli.results import results as results_command
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
-from quambase.schema.tables import RESULTS
+from quambase.schema.results import RESULTS
 
 
 def binomial_test(successes: int, total: int) -> Fraction:
@@ -458,6 +458,7 @@ def test_few_documents_have_values_and_nothing_else(documents: int, task: str) -
     summed = summary.summarize(results(documents, {"quamba": 0.5}, task), bootstrap=100)
     values = {"data", "task", "strategy", "documents", "tokens", "perplexity", "kl", "top1_agreement"}
     values |= {"token_accuracy", "vs_float", *(("accuracy",) if task == "last-word" else ())}
+    values |= {"clusters", "flips", "within"}
     row = summed.to_pylist()[1]
     assert {name for name, value in row.items() if value is not None} == values
     figures, differences, footnotes = summary_text.readable(summed)
@@ -483,8 +484,8 @@ def test_a_small_bootstrap_and_many_strategies_still_allow_verdicts(documents: i
         assert max(row["vs_float_p"] for row in rows) <= 17 * 2 / 2**10
     for name in ("vs_float_p", "vs_float_low", "vs_quamba_p", "vs_quamba_high", "vs_float_detectable"):
         assert found[0][name].equals(found[1][name])
-    assert "coarse" in summary_text.remarks(found[0], 100)[0]
-    assert "coarse" not in str(summary_text.remarks(found[0], 1000))
+    assert "coarse" in sentences.remarks(found[0], 100)[0]
+    assert "coarse" not in str(sentences.remarks(found[0], 1000))
 
 
 def test_more_strategies_than_the_documents_can_tell_apart_are_said() -> None:
@@ -492,7 +493,7 @@ def test_more_strategies_than_the_documents_can_tell_apart_are_said() -> None:
     # 26 times the least p of ten documents, 2/2^10, is 0.0508.
     assert {row["vs_float_verdict"] for row in summed.to_pylist()[1:]} == {"not distinguishable"}
     assert set(summed["vs_float_detectable"].to_pylist()) == {None}
-    assert "10 documents are too few for any verdict on float" in summary_text.remarks(summed, 1000)[-1]
+    assert "10 documents are too few for any verdict on float" in sentences.remarks(summed, 1000)[-1]
 
 
 def test_holm_is_over_the_strategies_compared() -> None:
@@ -525,12 +526,12 @@ def test_what_is_not_finite_takes_nothing_else_with_it() -> None:
 
 
 def test_remarks_say_what_a_family_is() -> None:
-    (many,) = summary_text.remarks(summary.summarize(results(12, {"quamba": 0.0, "mse": 0.0})), 10_000)
-    assert "(2 families here, of 2 comparisons at most)" in many and "one at a time escape" in many
-    (one,) = summary_text.remarks(summary.summarize(results(12, {"mse": 0.0})), 10_000)
+    (many,) = sentences.remarks(summary.summarize(results(12, {"quamba": 0.0, "mse": 0.0})), 10_000)
+    assert "(3 families here, of 2 comparisons at most)" in many and "one at a time escape" in many
+    (one,) = sentences.remarks(summary.summarize(results(12, {"mse": 0.0})), 10_000)
     assert one.startswith("one strategy was compared") and "one at a time escape" in one
     for nothing in (results(12, {}), results(9, {"quamba": 0.0, "mse": 0.0})):
-        assert summary_text.remarks(summary.summarize(nothing), 10_000) == []
+        assert sentences.remarks(summary.summarize(nothing), 10_000) == []
 
 
 def test_strategies_of_other_documents_are_refused() -> None:
@@ -573,7 +574,7 @@ def test_the_footnote_stands_under_the_table_and_the_family_in_the_notes(
     table = results(12, {"a": 0.0035, **{f"b{i}": 0.0 for i in range(11)}}, seed=0)
     row = summary.summarize(table).to_pylist()[1]
     assert row["vs_float_low"] > 0 and row["vs_float_p"] > 0.05  # what the footnote is for
-    emit_evaluation(Evaluation("x", tmp_path, table, {}, []), 1000, 0, "table", None)
+    emit_evaluation(Evaluation("x", tmp_path, table, {}, []), 1000, 0, 0.5, "table", None)
     out, err = capsys.readouterr()
     assert " same (a)" in out and max(map(len, [*out.splitlines(), *err.splitlines()])) <= 100
     assert " ".join(out.split()).endswith(
@@ -581,7 +582,7 @@ def test_the_footnote_stands_under_the_table_and_the_family_in_the_notes(
         "comparisons"
     )
     assert "strategies evaluated one at a time escape the correction" in " ".join(err.split())
-    emit_evaluation(Evaluation("x", tmp_path, table, {}, []), 1000, 0, "json", None)
+    emit_evaluation(Evaluation("x", tmp_path, table, {}, []), 1000, 0, 0.5, "json", None)
     assert json.loads(capsys.readouterr()[0])[1]["vs_float_verdict"] == "not distinguishable"
 
 

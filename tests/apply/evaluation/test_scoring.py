@@ -15,7 +15,6 @@ from tiny_int8 import CONFIG, absmax_scales, documents, tiny_prepared, tiny_weig
 
 from quambase.apply.evaluation import scoring
 from quambase.apply.evaluation.scoring import (
-    FLOAT,
     Item,
     blocks,
     last_word_items,
@@ -28,6 +27,7 @@ from quambase.model.inputs.text import Document
 from quambase.model.inputs.tokenizer import Tokenizer
 from quambase.model.language_model import floating_model
 from quambase.model.packed_batch import Batch
+from quambase.schema.results import FLOAT
 
 
 class Letters:
