@@ -53,6 +53,14 @@ def channel_groups_of(config: ModelConfig, divisions: Sequence[torch.Tensor], co
     return next(index for index in divisions if int(index.max()) + 1 == count)
 
 
+def scale_of_channels(config: ModelConfig, divisions: Sequence[torch.Tensor], site: str, scale: Scale) -> torch.Tensor:
+    """A site's scale of each channel, float32 (channels,); ``divisions`` as in `channel_groups_of`."""
+    values, width = values_of(scale), config.site_edges()[site][-1]
+    if site in BY_CHANNEL_GROUP:
+        return values[channel_groups_of(config, divisions, len(values))]
+    return torch.repeat_interleave(values, width // len(values))
+
+
 def _ssd_groups(config: ModelConfig) -> int:
     return config.head_layout.ssd_groups if config.head_layout else 1
 

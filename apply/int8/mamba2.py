@@ -35,7 +35,7 @@ from quambase.apply.int8.block import (
     rotation_factor,
     whole,
 )
-from quambase.apply.int8.group_scales import channel_groups_of, values_of
+from quambase.apply.int8.group_scales import channel_groups_of, scale_of_channels, values_of
 from quambase.apply.int8.operators import Factors, Int8BlockState, Int8Operators, Multipliers, SsdScales
 from quambase.model.exponential import exp
 from quambase.model.mamba2 import Mamba2BlockWeights, Mamba2Config
@@ -135,11 +135,8 @@ class Int8Mamba2Block(Int8Block):
 
     def _scan_scales(self, scales: Mapping[str, Scale], divisions: Sequence[torch.Tensor], dt: float) -> SsdScales:
         c, vector = self.config, self.operators.vector
-        x = values_of(scales["x_conv_out:input"])
-        parts = [x[channel_groups_of(c, divisions, len(x))]]
-        for site in ("B_conv_out:input", "C_conv_out:input"):
-            values = values_of(scales[site])
-            parts.append(torch.repeat_interleave(values, c.bc_width // len(values)))
+        sites = ("x_conv_out:input", "B_conv_out:input", "C_conv_out:input")
+        parts = [scale_of_channels(c, divisions, site, scales[site]) for site in sites]
         state = values_of(scales["ssm_state_act:input"])
         by_index = state if state.dim() == 2 else state.unsqueeze(1).repeat(1, c.d_state)
         groups = channel_groups_of(c, divisions, len(state))
