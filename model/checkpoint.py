@@ -58,7 +58,7 @@ def load_model(name: str, *, tokenizer: str | None = None) -> LoadedModel:
     folder = sources.folder
     found = load_tokenizer(
         sources.tokenizer
-    )  # before the weights, which take longer: a wrong tokenizer is reported at once
+    )  # before the weights, so that a wrong one is reported early
     weights = load_weights(folder)
     found = found.for_rows(weights.config.vocab_size)
     return LoadedModel(

@@ -35,6 +35,12 @@ from quambase.schema.sql.answer import PrintsAsTable
 DOCUMENTS = 8
 """Documents unless told otherwise: every scale is a forward pass over each of them."""
 
+CHUNK = 512
+"""Tokens whose logits are computed at a time."""
+
+REFERENCE_CELLS = 1 << 27
+"""Logits of the undisturbed model that stay in memory, 0.5 GB, since every scale is compared with them."""
+
 ALONE = pa.schema(
     [
         pa.field("layer", pa.int32()),
@@ -151,6 +157,7 @@ class _Measurement:
         self.rows = torch.nonzero(predicted)[:, 0]
         self.targets = self.batch.tokens[self.rows + 1].to(model.device)
         self.undisturbed = self.model.hidden(self.batch)
+        self._references: dict[int, torch.Tensor] = {}
 
     def kl(self, layer: int, site: str, scale: Scale) -> float:
         """KL to the undisturbed model, nats a predicted token, with this one site quantized."""
@@ -163,11 +170,21 @@ class _Measurement:
 
         disturbed = self.model.hidden(self.batch, change=change)
         total = 0.0
-        for rows, targets in zip(self.rows.split(256), self.targets.split(256), strict=True):
+        chunks = zip(self.rows.split(CHUNK), self.targets.split(CHUNK), strict=True)
+        for number, (rows, targets) in enumerate(chunks):
             with torch.inference_mode():
-                reference, _ = log_probabilities(self.model.logits(self.undisturbed[rows]))
+                reference = self._reference(number, rows)
                 total += float(compare(reference, self.model.logits(disturbed[rows]), targets)[1].sum())
         return total / max(1, len(self.rows))
+
+    def _reference(self, number: int, rows: torch.Tensor) -> torch.Tensor:
+        """log p (rows, v) of the undisturbed model; the first chunks' stay in memory."""
+        found = self._references.get(number)
+        if found is None:
+            found, _ = log_probabilities(self.model.logits(self.undisturbed[rows]))
+            if (number + 1) * found.numel() <= REFERENCE_CELLS:
+                self._references[number] = found
+        return found
 
 
 def rank_correlation(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
@@ -200,9 +217,7 @@ def _summary(table: pa.Table) -> list[str]:
         ratio = measured[predicted > 0] / predicted[predicted > 0]
         if ratio.size:
             low, middle, high = np.quantile(ratio, [0.05, 0.5, 0.95])
-            lines.append(
-                f"measured over predicted: {middle:.2f} in the middle, {low:.2f} to {high:.2f} for 90 % of them"
-            )
+            lines.append(f"measured over predicted: {middle:.2f} (median), {low:.2f} to {high:.2f} for 90 % of them")
     else:
         lines.append("the run has no sensitivities, so nothing is predicted: collect it with --sensitivity")
     by_label: Counter[str] = Counter()

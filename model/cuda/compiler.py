@@ -67,7 +67,7 @@ def compile_cubin(source: Path, options: tuple[str, ...]) -> bytes:
 
 
 def _compile(nvrtc: Any, files: Mapping[bytes, bytes], flags: list[bytes]) -> bytes:
-    """Machine code of the first of ``files`` (name to text); the others are headers it may include. CompilationFailed."""
+    """Machine code of the first of ``files`` (name to text); the others are its headers. CompilationFailed."""
     (name, source), *headers = files.items()
     names, texts = [header for header, _ in headers], [text for _, text in headers]
     program = _checked(nvrtc.nvrtcCreateProgram(source, name, len(headers), texts, names), "nvrtcCreateProgram")

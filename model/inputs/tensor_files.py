@@ -40,7 +40,7 @@ def read_pytorch(path: Path, invalid: type[QuambaseError]) -> object:
         raise invalid(f"{path} holds more than tensors; it is not loaded, since a pickle can run code") from None
     except (
         Exception
-    ) as error:  # torch.load may raise anything for a damaged pickle: AssertionError, IndexError, KeyError
+    ) as error:  # for a damaged pickle torch.load raises anything: IndexError, KeyError
         raise _unreadable(path, error, invalid) from None
 
 
