@@ -56,9 +56,7 @@ def load_model(name: str, *, tokenizer: str | None = None) -> LoadedModel:
     """
     sources = find_sources(name, tokenizer)
     folder = sources.folder
-    found = load_tokenizer(
-        sources.tokenizer
-    )  # before the weights, so that a wrong one is reported early
+    found = load_tokenizer(sources.tokenizer)  # before the weights, so that a wrong one is reported early
     weights = load_weights(folder)
     found = found.for_rows(weights.config.vocab_size)
     return LoadedModel(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from quambase.apply.evaluation.likelihood import compare, log_probabilities
 from quambase.apply.evaluation.scoring import Item
 from quambase.apply.evaluation.tasks import read_tasks
 from quambase.apply.int8.build import prepared_for
-from quambase.apply.int8.group_scales import channel_maps, scale_of_channels
+from quambase.apply.int8.group_scales import channel_maps, scale_of_channels, zero_point_of_channels
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.operators.choice import choose_device
 from quambase.model.packed_batch import Batch
@@ -100,7 +101,7 @@ def one_at_a_time(
         )
         asked = list(_cases(table, strategies))
         shown.start("one at a time", len(asked), len(asked), unit="scales")
-        rows = []
+        rows: list[dict[str, Any]] = []
         for layer, site, label, scale in asked:
             with shown.piece(1, 1, f"layer {layer} {site}"):
                 figures = _stored_figures(table, layer, site, label)
@@ -148,7 +149,7 @@ class _Measurement:
         if not items:
             raise ScalesInvalid("there is no document to measure on")
         self.model, self.config = model, model.config
-        self.divisions = channel_maps(table.model.layer_groups or ()) or [()] * model.config.n_layer
+        self.divisions = channel_maps(table.model.layer_groups or ()) or [[] for _ in range(model.config.n_layer)]
         sequences = [sequence for item in items for sequence in item.sequences]
         self.batch = Batch.pack(sequences)
         ends = self.batch.offsets[1:] - 1
@@ -161,16 +162,18 @@ class _Measurement:
 
     def kl(self, layer: int, site: str, scale: Scale) -> float:
         """KL to the undisturbed model, nats a predicted token, with this one site quantized."""
-        steps = scale_of_channels(self.config, self.divisions[layer], site, scale).to(self.model.device)
+        where = self.config, self.divisions[layer], site, scale
+        steps, zero = (f(*where).to(self.model.device) for f in (scale_of_channels, zero_point_of_channels))
 
         def change(index: int, name: str, values: torch.Tensor) -> torch.Tensor:
             if (index, name) != (layer, site):
                 return values
-            return torch.round(values / steps).clamp_(INT8.qmin, INT8.qmax).mul_(steps).to(values.dtype)
+            codes = torch.round(values / steps)
+            return torch.clamp(codes, INT8.qmin - zero, INT8.qmax - zero).mul_(steps).to(values.dtype)
 
         disturbed = self.model.hidden(self.batch, change=change)
         total = 0.0
-        chunks = zip(self.rows.split(CHUNK), self.targets.split(CHUNK), strict=True)
+        chunks = zip(torch.split(self.rows, CHUNK), torch.split(self.targets, CHUNK), strict=True)
         for number, (rows, targets) in enumerate(chunks):
             with torch.inference_mode():
                 reference = self._reference(number, rows)

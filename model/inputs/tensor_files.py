@@ -38,9 +38,7 @@ def read_pytorch(path: Path, invalid: type[QuambaseError]) -> object:
         if "GLOBAL" not in str(error) and "allowlisted" not in str(error):
             raise _unreadable(path, "it is not a PyTorch file", invalid) from None
         raise invalid(f"{path} holds more than tensors; it is not loaded, since a pickle can run code") from None
-    except (
-        Exception
-    ) as error:  # for a damaged pickle torch.load raises anything: IndexError, KeyError
+    except Exception as error:  # for a damaged pickle torch.load raises anything: IndexError, KeyError
         raise _unreadable(path, error, invalid) from None
 
 

@@ -356,7 +356,7 @@ def ssd_scan_gradients(
                         of_decay += here * h[t, i, n]
                         g[i, n] = here * decay_t
                     grad_x[row, low + i] = step * of_drive + d[head] * of_y
-                    grad_delta[row, head] += x[row, low + i] * of_drive  + of_decay * decay_t * a[head]
+                    grad_delta[row, head] += x[row, low + i] * of_drive + of_decay * decay_t * a[head]
 
 
 @numba.njit(parallel=True, fastmath={"contract"}, cache=True)
