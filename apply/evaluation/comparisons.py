@@ -102,8 +102,6 @@ class Difference:
         found = documents_needed(self.value, self.error, units.count, comparisons)
         if found is None:
             return None
-        if self.exact_pairs:
-            found = max(found, math.ceil(least_discordant(comparisons) / abs(self.value)))
         found = math.ceil(found * units.documents / units.count)
         return found if found <= MOST_NEEDED else None
 
