@@ -19,7 +19,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from quambase.apply.evaluation import paired_statistics as statistics
-from quambase.apply.evaluation.comparisons import Difference, Units, judged, ratio_difference, ratio_differences
+from quambase.apply.evaluation.comparisons import (
+    Difference,
+    Units,
+    exponential_difference,
+    judged,
+    ratio_difference,
+    ratio_differences,
+)
 from quambase.apply.evaluation.paired_statistics import (
     EQUIVALENCE_LEVEL,
     LEVEL,
@@ -121,14 +128,11 @@ def differences(found: Documents, figure: str) -> list[Difference]:
     """Every strategy's difference from the reference in one figure, as `evaluate` computes them."""
     if figure == "KL":
         return ratio_differences(list(found.kl[:, 1:].T), found.kl[:, 0], found.tokens, 0)
-    mean, shares = linearised(found.nll[:, 0], found.tokens)
-    made = []
-    for column, p_value in zip(found.nll[:, 1:].T, sign_flip_p(found.nll[:, 1:] - found.nll[:, :1], 0), strict=True):
-        other, own = linearised(column, found.tokens)
-        share = np.exp(other) * own - np.exp(mean) * shares
-        value = float(np.exp(other) - np.exp(mean))
-        made.append(Difference(value, student_interval(value, share), float(p_value), standard_error(share)))
-    return made
+    p_values = sign_flip_p(found.nll[:, 1:] - found.nll[:, :1], 0)
+    return [
+        exponential_difference(column, found.nll[:, 0], found.tokens, float(p_value))
+        for column, p_value in zip(found.nll[:, 1:].T, p_values, strict=True)
+    ]
 
 
 def intervals(found: Documents, resamples: int) -> dict[str, Interval | None]:

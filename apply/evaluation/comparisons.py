@@ -118,6 +118,25 @@ def ratio_differences(columns: Sequence[Float64], base: Float64, weights: Float6
     return [ratio_difference(column, base, weights, float(p)) for column, p in zip(columns, p_values, strict=True)]
 
 
+def exponential_difference(first: Float64, second: Float64, weights: Float64, p_value: float) -> Difference:
+    """exp(sum(first) / sum(weights)) - exp(sum(second) / sum(weights)), each (units,): two perplexities.
+
+    Its interval is Student's of the linearised difference. p is NaN where a perplexity is not finite.
+    """
+    (value, shares), (base, base_shares) = (exponential(column, weights) for column in (first, second))
+    difference, own = value - base, shares - base_shares
+    p_value = p_value if math.isfinite(difference) else math.nan
+    return Difference(difference, student_interval(difference, own), p_value, standard_error(own))
+
+
+def exponential(values: Float64, weights: Float64) -> tuple[float, Float64]:
+    """exp(sum(values) / sum(weights)), and each unit's contribution (units,) to its deviation."""
+    mean, shares = linearised(values, weights)
+    with np.errstate(over="ignore", invalid="ignore"):  # an infinite exponential has no shares: they are NaN
+        found = float(np.exp(mean))
+        return found, found * shares
+
+
 def pairs(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
     """How often both are right, the first alone, the second alone, and neither."""
     return (
