@@ -108,7 +108,8 @@ class Difference:
 
 def ratio_difference(first: Float64, second: Float64, weights: Float64, p_value: float) -> Difference:
     """sum(first) / sum(weights) - sum(second) / sum(weights), each (units,), with Student's interval."""
-    value, shares = linearised(first - second, weights)
+    with np.errstate(invalid="ignore"):  # of two infinite values nothing is known: NaN
+        value, shares = linearised(first - second, weights)
     return Difference(value, student_interval(value, shares), p_value, standard_error(shares))
 
 
@@ -124,7 +125,8 @@ def exponential_difference(first: Float64, second: Float64, weights: Float64, p_
     Its interval is Student's of the linearised difference. p is NaN where a perplexity is not finite.
     """
     (value, shares), (base, base_shares) = (exponential(column, weights) for column in (first, second))
-    difference, own = value - base, shares - base_shares
+    with np.errstate(invalid="ignore"):  # of two infinite ones nothing is known: NaN
+        difference, own = value - base, shares - base_shares
     p_value = p_value if math.isfinite(difference) else math.nan
     return Difference(difference, student_interval(difference, own), p_value, standard_error(own))
 
