@@ -267,8 +267,8 @@ def test_equivalence_of_last_words_is_newcombes() -> None:
     table = results(300, {"quamba": 0.02}, task="last-word")
     row = by_label(table, bootstrap=100, within=5)["quamba"]
     here, there = (np.array(by_document(table, label, "correct")) > 0 for label in ("quamba", "float"))
-    counts = [(here & there).sum(), (here & ~there).sum(), (~here & there).sum(), (~here & ~there).sum()]
-    low, high = newcombe(*map(int, counts), level=0.1)
+    both, first, second = (int(x.sum()) for x in (here & there, here & ~there, ~here & there))
+    low, high = newcombe(both, first, second, 300 - both - first - second, level=0.1)
     assert (row["within_low"], row["within_high"]) == pytest.approx((100 * low, 100 * high))
     assert row["vs_float_low"] < low and row["within_verdict"] == "yes", "a 90 % interval is the narrower one"
 

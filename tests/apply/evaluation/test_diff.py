@@ -290,8 +290,8 @@ def test_hashes_pair_whatever_the_numbers(tmp_path: Path) -> None:
 
 def test_equal_documents_are_paired_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     same = {"doc_hash": "d", "prompt_hash": "p", "target_hash": "t"}
-    a = [row | same for row in rows(acc=[1.0, 0.0, 1.0, 1.0] * 3)]
-    b = [row | same for row in rows(acc=[1.0, 0.0, 0.0, 1.0] * 3)]
+    a = [row | same for row in rows(acc=[1.0] * 7 + [0.0] * 5)]
+    b = [row | same for row in rows(acc=[1.0] * 4 + [0.0] * 8)]
     (row,) = compared(tmp_path, a, b[::-1])
     assert (row["documents"], row["lower"], row["higher"]) == (12, 3, 0)
 
@@ -460,7 +460,11 @@ def test_two_evaluations_say_what_one_of_both_would(tmp_path: Path, task: str, c
         table = table.set_column(RESULTS.get_field_index("cluster"), RESULTS.field("cluster"), names)
     a, b = store(tmp_path, "aa", only(table, "float", "mse")), store(tmp_path, "bb", only(table, "float", "quamba"))
     found = {row["metric"]: row for row in compare_evaluations(a, b).table.to_pylist() if row["strategy_a"] == "mse"}
-    expected = {row["strategy"]: row for row in summarize(table, bootstrap=100).to_pylist()}["mse"]
+    both = {row["strategy"]: row for row in summarize(table, bootstrap=100).to_pylist()}
+    expected = both["mse"]
+    for metric in ("kl", "flips", "perplexity", *(("accuracy",) if task == "last-word" else ())):
+        ends = found[metric]["a"], found[metric]["b"]
+        assert ends == pytest.approx((expected[metric], both["quamba"][metric]), rel=1e-12), metric
     figures = {"kl": "kl_vs_quamba", ("accuracy" if task == "last-word" else "perplexity"): "vs_quamba"}
     for metric, name in figures.items():
         row = found[metric]
