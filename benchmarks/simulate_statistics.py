@@ -119,9 +119,10 @@ def stored(path: Path, reference: str = "quamba") -> Documents:
     labels = [label for label in pc.unique(table["strategy"]).to_pylist() if label not in ("float", reference)]
     own = [table.filter(pc.equal(table["strategy"], label)) for label in [reference, *labels]]
     nll, kl = (np.stack([part[name].to_numpy() for part in own], axis=1) for name in ("nll", "kl"))
-    codes = {name: code for code, name in enumerate(pc.unique(own[0]["cluster"]).to_pylist())}
-    clusters = np.array([codes[name] for name in own[0]["cluster"].to_pylist()], np.int64)
-    return Documents(own[0]["tokens"].to_numpy().astype(np.float64), nll, kl, clusters)
+    tokens = own[0]["tokens"].to_numpy().astype(np.float64)
+    # Evaluations from before there were clusters lack the column.
+    names = own[0]["cluster"].to_pylist() if "cluster" in own[0].column_names else [None] * tokens.size
+    return Documents(tokens, nll, kl, Units.of(names).codes)
 
 
 def differences(found: Documents, figure: str) -> list[Difference]:
@@ -282,7 +283,8 @@ def main(path: Path | None, experiments: int) -> None:
         figures["equivalent at the bound"] = wrong_equivalence(population, n, experiments)
         print(f"n = {n}: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in figures.items()), flush=True)
     clustered = population if path else made_up(5000, 10, 0, clustered=True)
-    for n in (12, 24, 36):
+    known = clustered.clusters.max() + 1 < clustered.tokens.size
+    for n in (12, 24, 36) if known else ():
         whole, apart = cluster_coverage(clustered, n, experiments, resamples=300)
         shown = ", ".join(f"{name} {100 * whole[name]:.1f} ({100 * apart[name]:.1f})" for name in whole)
         print(f"{n} clusters, as wholes (by documents): {shown}", flush=True)

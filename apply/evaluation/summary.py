@@ -281,19 +281,14 @@ class _Text:
         if self.task == LAST_WORD and self.units.single:
             interval = newcombe(*pairs(here > 0, there > 0), EQUIVALENCE_LEVEL)
         else:
-            interval = _equivalence_interval(here - there, self.per)
+            value, shares = linearised(here - there, self.per)
+            interval = student_interval(value, shares, EQUIVALENCE_LEVEL)
+            if self.task != LAST_WORD and value == 0 and not shares.any():
+                interval = 0.0, 0.0  # the same likelihoods; the same few answers would prove nothing
         if interval is not None:
             low, high = interval if self.task == LAST_WORD else (_exp(end) - 1 for end in interval)
             interval = 100 * low, 100 * high
         row |= _ends("within", interval) | {"within_verdict": equivalence(interval, (-self.within, self.within))}
-
-
-def _equivalence_interval(difference: Float64, weights: Float64) -> Interval | None:
-    """The interval of a ratio, of which every unit's part is known; the value alone where it does not vary."""
-    value, shares = linearised(difference, weights)
-    if math.isfinite(value) and not shares.any():
-        return value, value
-    return student_interval(value, shares, EQUIVALENCE_LEVEL)
 
 
 def _as_share(interval: Interval | None) -> Interval | None:

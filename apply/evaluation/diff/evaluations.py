@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 
 from quambase.apply.evaluation.diff.figures import EXPONENTIAL, RATIO, SHARE, Compared, Figure, because, compare
 from quambase.apply.evaluation.paired_statistics import Float64
+from quambase.apply.evaluation.sentences import few_clusters
 from quambase.apply.evaluation.stored import Evaluation
 from quambase.schema.errors import DataInvalid
-from quambase.schema.results import FLOAT, LAST_WORD
+from quambase.schema.results import FLOAT, LAST_WORD, UPSTREAM
 
 
 def compare_evaluations(a: Evaluation, b: Evaluation, seed: int = 0) -> Compared:
@@ -33,9 +34,13 @@ def compare_evaluations(a: Evaluation, b: Evaluation, seed: int = 0) -> Compared
         raise DataInvalid(f"evaluations {a.id} and {b.id} have no text and strategy in common" + because(notes))
     if a.about.get("weights_sha256") != b.about.get("weights_sha256"):
         notes.append("the models differ: KL and flips are each to the own floating-point model")
+    table = compare(figures, seed)
+    for row in table.to_pylist():
+        if line := few_clusters(f"{row['data']}, {row['task']}", row["documents"], row["clusters"]):
+            notes.append(line)
     notes.insert(0, "documents are paired by their hashes")
     first, second = (f"evaluation {one.id} of {one.about.get('model')}" for one in (a, b))
-    return Compared(first, second, compare(figures, seed), list(dict.fromkeys(notes)))
+    return Compared(first, second, table, list(dict.fromkeys(notes)))
 
 
 def _texts(evaluation: Evaluation) -> list[tuple[str, str]]:
@@ -76,13 +81,18 @@ def _by_strategy(evaluation: Evaluation, task: str, data: str) -> dict[str, pa.T
 
 
 def _labels(a: list[str], b: list[str], notes: list[str]) -> list[tuple[str, str]]:
-    """Which strategy of A is compared with which of B: the only ones that are not in both, then those that are."""
-    only_a, only_b = [label for label in a if label not in b], [label for label in b if label not in a]
-    both = sorted((label for label in a if label in b), key=lambda label: label == FLOAT)
-    if len(only_a) == len(only_b) == 1:
-        return [(only_a[0], only_b[0]), *((label, label) for label in both)]
-    notes += [f"only in {name}, left out: {', '.join(only)}" for name, only in (("A", only_a), ("B", only_b)) if only]
-    return [(label, label) for label in both]
+    """Which strategy of A is compared with which of B: the only ones that are not in both (but for upstream's scales,
+    which stand beside every applied model), then those that are.
+    """
+    only = [label for label in a if label not in b], [label for label in b if label not in a]
+    both = [(label, label) for label in sorted(a, key=lambda label: label == FLOAT) if label in b]
+    own = [[label for label in side if label != UPSTREAM] or side for side in only]
+    if len(own[0]) == len(own[1]) == 1:
+        both.insert(0, (own[0][0], own[1][0]))
+    for place, (name, side) in enumerate(zip("AB", only, strict=True)):
+        if left := [label for label in side if label not in [labels[place] for labels in both]]:
+            notes.append(f"only in {name}, left out: {', '.join(left)}")
+    return both
 
 
 def _strategy_figures(task: str, data: str, labels: tuple[str, str], a: pa.Table, b: pa.Table) -> Iterator[Figure]:

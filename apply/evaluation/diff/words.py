@@ -91,12 +91,13 @@ def short_table(table: pa.Table) -> pa.Table:
             "metric": _name(row) + (" %" if _in_percent(row) else ""),
             "A": _value(row, row["a"]),
             "B": _value(row, row["b"]),
-            "B - A": _bracketed(row),
+            "B - A": _ranged(row),
             "p": "-" if p_value is None else f"{p_value:.2g}",
             "verdict": _short_verdict(row),
-            "worse/better": "{:,} / {:,}".format(*_worse_and_better(row)),
-            "detectable": "-" if smallest is None else _value(row, smallest),
         }
+        if not stored:
+            line["worse/better"] = "{:,} / {:,}".format(*_worse_and_better(row))
+        line["detectable"] = "-" if smallest is None else _size(row, smallest)
         lines.append(line)
     return pa.Table.from_pylist(lines)
 
@@ -106,10 +107,13 @@ def _worse_and_better(row: Row) -> tuple[int, int]:
     return (row["higher"], row["lower"]) if row["larger_is_better"] is False else (row["lower"], row["higher"])
 
 
-def _bracketed(row: Row) -> str:
+def _ranged(row: Row) -> str:
+    """The difference with its interval: what it reaches to either side, or, where the sides differ, its ends."""
     shown = _value(row, row["difference"], "+")
     if row["difference_low"] is None:
         return shown
+    if row["kind"] != SHARE:
+        return f"{shown} ±{_size(row, row['difference_high'] - row['difference'])}"
     low, high = (_value(row, row[f"difference{end}"], "+") for end in ("_low", "_high"))
     return f"{shown} [{low}, {high}]"
 
@@ -123,7 +127,7 @@ def _short_verdict(row: Row) -> str:
 
 def _strategies(row: Row) -> str:
     a, b = row["strategy_a"], row["strategy_b"]
-    return str(a) if a == b else f"{a} in A, {b} in B"
+    return str(a) if a == b else f"{a} -> {b}"
 
 
 def _name(row: Row) -> str:
@@ -132,6 +136,11 @@ def _name(row: Row) -> str:
 
 def _in_percent(row: Row) -> bool:
     return row["kind"] == SHARE or row["metric"] in ("flips", "accuracy")
+
+
+def _size(row: Row, value: float) -> str:
+    """The size of a difference."""
+    return _value(row, value, "+").lstrip("+")
 
 
 def _value(row: Row, value: float, sign: str = "") -> str:

@@ -278,6 +278,11 @@ def test_identical_results_are_equivalent() -> None:
     base = dict(zip(range(12), by_document(table, "float", "nll"), strict=True))
     row = by_label(changed(table, nll=lambda row: base[row["document"]]), bootstrap=100)["same"]
     assert (row["within_verdict"], row["within_low"], row["within_high"]) == ("yes", 0, 0)
+    # Of the same answers in every cluster nothing is known beyond these: other documents may have others.
+    table = clustered(40, {"same": 0.0}, 10, "last-word")
+    for correct in (True, False):
+        row = by_label(changed(table, correct=lambda row, c=correct: c), bootstrap=100)["same"]
+        assert (row["within_verdict"], row["within_low"]) == ("not known", None)
 
 
 @pytest.mark.parametrize("within", [0.0, -1.0, 50.1, math.nan])

@@ -482,7 +482,39 @@ def test_two_evaluations_say_what_one_of_both_would(tmp_path: Path, task: str, c
         verdict = expected[f"{name}_verdict"]
         assert row["difference_verdict"] == opposite.get(verdict, verdict)
     (line,) = sentences(compare_evaluations(a, b).table)
-    assert line.startswith(f"t, {task}, mse in A, quamba in B: B is ") and " kl 0.00" in line
+    assert line.startswith(f"t, {task}, mse -> quamba: B is ") and " kl 0.00" in line
+
+
+def test_few_clusters_are_told(tmp_path: Path) -> None:
+    table = hashed(results(40, {"mse": 0.0}))
+    for count, name in ((9, "nine"), (10, "ten")):
+        names = pa.array([f"c{document % count}" for document in table["document"].to_pylist()])
+        named = table.set_column(RESULTS.get_field_index("cluster"), RESULTS.field("cluster"), names)
+        found = compare_evaluations(store(tmp_path, name, named), store(tmp_path, f"{name}2", named))
+        assert [note.startswith("t, perplexity: 40 documents come from 9 clusters") for note in found.notes] == (
+            [False, True] if count == 9 else [False]
+        )
+
+
+def test_upstreams_scales_do_not_stand_between_two_strategies(tmp_path: Path) -> None:
+    table = hashed(results(20, {"mse": 0.0, "quamba": 0.02, "absmax": 0.03, "pow2": 0.03}))
+    a, b = (
+        store(tmp_path, "aa", only(table, "float", "mse", "quamba")),
+        store(tmp_path, "bb", only(table, "float", "absmax")),
+    )
+    found = compare_evaluations(a, b)
+    assert list(dict.fromkeys(zip(*(found.table[f"strategy_{x}"].to_pylist() for x in "ab"), strict=True))) == [
+        ("mse", "absmax"),
+        ("float", "float"),
+    ]
+    assert "only in A, left out: quamba" in found.notes
+    several = compare_evaluations(a, store(tmp_path, "cc", only(table, "float", "absmax", "pow2")))
+    assert set(several.table["strategy_a"].to_pylist()) == {"float"}
+    assert {"only in A, left out: mse, quamba", "only in B, left out: absmax, pow2"} <= set(several.notes)
+    with pytest.raises(DataInvalid, match="have no text and strategy in common"):
+        compare_evaluations(
+            store(tmp_path, "dd", only(table, "mse", "pow2")), store(tmp_path, "ee", only(table, "absmax"))
+        )
 
 
 def test_strategies_of_both_are_compared_with_themselves(tmp_path: Path) -> None:
@@ -527,7 +559,7 @@ def test_the_command_on_evaluations(tmp_path: Path) -> None:
     store(tmp_path, "aa", only(table, "float", "mse"))
     store(tmp_path, "bb", only(table, "float", "quamba"))
     done = run("aa", "bb", "--db", tmp_path)
-    assert done.exit_code == 0 and done.stdout.startswith("t, perplexity, mse in A, quamba in B: B is worse on ")
+    assert done.exit_code == 0 and done.stdout.startswith("t, perplexity, mse -> quamba: B is worse on ")
     assert max(map(len, done.stdout.splitlines())) <= 100 and "A: evaluation aa of m" in done.stderr
     done = run("aa", "cc", "--db", tmp_path)
     assert (
