@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +10,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from quambase.analyzer.quantization_error import piecewise_figures
+from quambase.analyzer.quantization_error import piecewise_figures, predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
-from quambase.schema.errors import UnknownName
+from quambase.analyzer.summary import summarize
+from quambase.schema.errors import DatabaseInvalid, UnknownName
 from quambase.schema.groups import granularity_of
 from quambase.schema.manifest import Manifest
-from quambase.schema.number_format import INT8
+from quambase.schema.number_format import INT8, Affine
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.scale_table import (
+    EFFECT,
+    MSE,
     QUAMBASE,
+    SELECTIONS,
     TARGETS,
     UPSTREAM,
     provenance_of,
@@ -65,6 +66,7 @@ def analyze(
     progress: Shown = False,
     target: str = QUAMBASE,
     force: bool = False,
+    select: str | None = None,
 ) -> Analysis:
     """Compute every strategy at every scale group and write the scale table.
 
@@ -80,14 +82,19 @@ def analyze(
     target       which INT8 model `selected` is for: ``quambase``'s own, or ``upstream``'s, whose Hadamard quantizer at
                  out_proj:input wraps where ours clamps, so that only scales that clip nothing are selected there
     force        replace ``out`` even if it is no scale table
+    select       what the selected row of a scale group has the least of, among the strategies with one scale that the
+                 target can use: ``effect``, its predicted KL, which needs a run collected with ``sensitivity``; or
+                 ``mse``. None: ``effect`` where the run has sensitivities. A site without them goes by ``mse``
 
-    ``selected`` marks the least squared error among the strategies with one scale that the target can use. Ties go to
-    the larger scale, then to the earlier strategy. Equal statistics give equal bytes.
-    Errors: OutputRefused, and those of `StatsDB` and `parse_labels`.
+    Ties go to the larger scale, then to the earlier strategy. Equal statistics give equal bytes.
+    Errors: OutputRefused; DatabaseInvalid where sensitivities are asked for and the run has none; those of `StatsDB`
+    and `parse_labels`.
     """
     out = None if out is None else Path(out)
     if target not in TARGETS:
         raise UnknownName.of("target", target, TARGETS)
+    if select is not None and select not in SELECTIONS:
+        raise UnknownName.of("selection", select, SELECTIONS)
     choices = parse_labels(list(strategies) if strategies else None)
     if out is not None:
         refuse_foreign_table(out, force=force)
@@ -100,23 +107,36 @@ def analyze(
             manifests = sorted(database.runs, key=lambda manifest: manifest.run)
             notes = [*database.notes, *(line for manifest in manifests for line in _warnings(database, manifest))]
             groups = [(m.run, group) for m in manifests for group in scale_groups(database, m.run, granularity)]
+        sensitive = {run for run, group in groups if group.sensitivity}
+        named = "all" not in (strategies or ["all"]) and any(c.strategy.needs_sensitivity for c in choices)
+        if select == EFFECT or named:
+            _refuse_without_sensitivity(manifests, sensitive)
         # The time of a strategy is proportional to the distinct values of a group.
         works = [group.distribution.values.size for _, group in groups]
         shown.start("analyze", len(groups), sum(works), unit="groups")
         for (run_id, group), work in zip(groups, works, strict=True):
             with shown.piece(1, work, f"layer {group.layer} {group.site}"):
-                rows += group_rows(run_id, group, choices, target)
+                rows += group_rows(run_id, group, choices, target, select, run_id in sensitive)
     table = pa.Table.from_pylist(rows, schema=SCALES)
-    provenance = provenance_of(manifests, granularity or "the model's", target)
+    chosen_by = select or (EFFECT if sensitive else MSE)
+    provenance = provenance_of(manifests, granularity or "the model's", target, chosen_by)
     if out is not None:
         write_scales(out, table, provenance)
     return Analysis(table, provenance, notes, out)
 
 
-def group_rows(run: str, group: ScaleGroup, choices: list[Choice], target: str = QUAMBASE) -> list[dict[str, Any]]:
+def group_rows(
+    run: str,
+    group: ScaleGroup,
+    choices: list[Choice],
+    target: str = QUAMBASE,
+    select: str | None = None,
+    sensitive: bool = False,
+) -> list[dict[str, Any]]:
     """One row of tables.SCALES for each of ``choices``, one of them selected for the INT8 model ``target``.
 
-    A strategy that needs the quantiles of each document has no row for a group for which they are not stored.
+    A strategy that needs the quantiles of each document has no row for a group for which they are not stored; one for
+    runs with sensitivities only if the run is ``sensitive``.
     """
     known = is_model_site(group.site, group.family)
     site = find_site(group.site, group.family) if known else Site(group.site)
@@ -138,12 +158,18 @@ def group_rows(run: str, group: ScaleGroup, choices: list[Choice], target: str =
             "selected": False,
         }
         for choice in choices
-        if group.documents.quantiles or not choice.needs_document_quantiles
+        if (group.documents.quantiles or not choice.needs_document_quantiles)
+        and (sensitive or not choice.strategy.needs_sensitivity)
     ]
-    eligible = [i for i, row in enumerate(rows) if not row["needs_decode"] and (row["clip_safe"] or target != UPSTREAM)]
+    eligible = [
+        i
+        for i, row in enumerate(rows)
+        if not row["needs_decode"] and (target != UPSTREAM or (row["clip_safe"] and not row["zero_point"]))
+    ]
     if eligible:
+        by_effect = group.sensitivity is not None and select != MSE
         # The error of an empty group is NaN: no strategy is better there, the first is as good as any.
-        errors = {i: 0.0 if math.isnan(rows[i]["mse"]) else rows[i]["mse"] for i in eligible}
+        errors = {i: float(np.nan_to_num(rows[i]["predicted_kl" if by_effect else "mse"])) for i in eligible}
         rows[min(eligible, key=lambda i: (errors[i], -rows[i]["scale"], i))]["selected"] = True
     return rows
 
@@ -158,7 +184,7 @@ def scale_columns(
     index. The figures are those of the one scale, since a state is counted by group and not by index.
     """
     components = list(scale) if isinstance(scale, tuple) else state_scales
-    single = scale[0] if isinstance(scale, tuple) else scale
+    single = scale[0] if isinstance(scale, tuple) else scale.scale if isinstance(scale, Affine) else scale
     if isinstance(scale, tuple):
         figures = piecewise_figures(group.distribution, *scale, group.signal)
     else:
@@ -166,6 +192,7 @@ def scale_columns(
     amax = group.distribution.amax
     return {
         "scale": single,
+        "zero_point": scale.zero_point if isinstance(scale, Affine) else 0,
         "component_scales": components,
         "qmin": INT8.qmin,
         "qmax": INT8.qmax,
@@ -173,12 +200,22 @@ def scale_columns(
         "clipped_share": figures.clipped_share,
         "mse": figures.mse,
         "sqnr_db": figures.sqnr_db,
+        "predicted_kl": None if group.sensitivity is None else predicted_kl(group.sensitivity, scale),
         "codes_used": figures.codes_used,
         "codes_above_120": figures.codes_above_120,
         "entropy_bits": figures.entropy_bits,
         # A code that rounds beyond qmax wraps where nothing clamps; the quotient is float32's.
         "clip_safe": saturates or bool(np.float32(amax) / np.float32(single) < np.float32(INT8.rounds_beyond)),
     }
+
+
+def _refuse_without_sensitivity(manifests: list[Manifest], sensitive: set[str]) -> None:
+    """DatabaseInvalid where a run is not among those that have sensitivities."""
+    missing = [manifest.run for manifest in manifests if manifest.run not in sensitive]
+    if missing:
+        raise DatabaseInvalid(
+            f"run {missing[0]} has no sensitivities, which `effect` needs; collect it again with --sensitivity"
+        )
 
 
 def _warnings(database: StatsDB, manifest: Manifest) -> list[str]:
@@ -188,102 +225,3 @@ def _warnings(database: StatsDB, manifest: Manifest) -> list[str]:
         f"({row['overflow']} of them finite before rounding to 16 bits); no scale accounts for them"
         for row in rows
     ]
-
-
-def summarize(table: pa.Table) -> pa.Table:
-    """Each strategy of a scale table over the scales the INT8 model consumes, best first.
-
-    ``sqnr_db_median``, ``sqnr_db_least`` with its ``worst_layer`` and ``worst_site``, and ``clipped_share_mean`` are
-    over the scales that act in evaluation, recurrent states set aside (they act in decoding only). ``selected`` of
-    ``scales``, and how many would wrap in upstream's kernel (``wraps_upstream``), are over all. Best is the largest
-    median; strategies whose codes need a decoder come last. Sites of an imported tensor count as consumed: there are
-    no others.
-    """
-    rows = table.to_pylist()
-    consumed = [row for row in rows if row["consumed"]] or rows
-    by_label: dict[str, list[dict[str, Any]]] = {}
-    for row in consumed:
-        by_label.setdefault(row["label"], []).append(row)
-
-    def summary(label: str, mine: list[dict[str, Any]]) -> dict[str, Any]:
-        acting = [row for row in mine if not row["decode_only"]] or mine
-        known = [row for row in acting if not math.isnan(row["sqnr_db"])]
-        worst = min(known, key=lambda row: row["sqnr_db"], default=None)
-        clipped = [row["clipped_share"] for row in acting if not math.isnan(row["clipped_share"])]
-        return {
-            "strategy": label,
-            "sqnr_db_median": statistics.median(row["sqnr_db"] for row in known) if known else None,
-            "sqnr_db_least": worst["sqnr_db"] if worst else None,
-            "worst_layer": worst["layer"] if worst else None,
-            "worst_site": worst["site"] if worst else None,
-            "clipped_share_mean": statistics.fmean(clipped) if clipped else None,
-            "wraps_upstream": sum(not row["clip_safe"] for row in mine),
-            "selected": sum(row["selected"] for row in mine),
-            "scales": len(mine),
-            "needs_decode": mine[0]["needs_decode"],
-        }
-
-    found = [summary(label, mine) for label, mine in by_label.items()]
-    found.sort(key=lambda row: (row["needs_decode"], math.inf if (m := row["sqnr_db_median"]) is None else -m))
-    return pa.Table.from_pylist(found, SUMMARY)
-
-
-SUMMARY = pa.schema(
-    [
-        ("strategy", pa.string()),
-        ("sqnr_db_median", pa.float64()),
-        ("sqnr_db_least", pa.float64()),
-        ("worst_layer", pa.int64()),
-        ("worst_site", pa.string()),
-        ("clipped_share_mean", pa.float64()),
-        ("wraps_upstream", pa.int64()),
-        ("selected", pa.int64()),
-        ("scales", pa.int64()),
-        ("needs_decode", pa.bool_()),
-    ]
-)
-"""What `summarize` answers."""
-
-DB_PER_BIT = 20 * math.log10(2)
-"""One bit more halves the step: 6.02 dB."""
-
-
-def selection(table: pa.Table, target: str = QUAMBASE) -> list[str]:
-    """Which strategies are selected in ``table``, and how they compare with upstream's scales, a sentence each."""
-    rows = table.to_pylist()
-    consumed = [row for row in rows if row["consumed"]] or rows
-    chosen = [row for row in consumed if row["selected"]]
-    if not chosen:
-        return ["nothing is selected: every strategy here needs a decoder, which no INT8 model has"]
-    counts = Counter(row["label"] for row in chosen)
-    shares = ", ".join(f"{label} at {count}" for label, count in counts.most_common())
-    why = "the least squared error" + (
-        ", at out_proj:input among scales that clip nothing, since upstream's kernel wraps there"
-        if target == UPSTREAM
-        else ""
-    )
-    found = [f"selected takes {shares} of {len(chosen)} scales: {why} at each"]
-
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["run"], row["layer"], row["site"], row["group_name"]
-
-    upstream = {key(row): row["sqnr_db"] for row in consumed if row["label"] == "quamba"}
-    gains = [
-        (gain, row)
-        for row in chosen
-        if not row["decode_only"] and math.isfinite(gain := row["sqnr_db"] - upstream.get(key(row), math.nan))
-    ]
-    if gains:
-        middle = statistics.median(gain for gain, _ in gains)
-        most, at = max(gains, key=lambda each: each[0])
-        found.append(
-            f"against upstream's quamba: {middle:+.2g} dB at the median scale ({middle / DB_PER_BIT:+.2g} bits), "
-            f"{most:+.2g} dB at most (layer {at['layer']} {at['site']})"
-        )
-    wrapping = sum(not row["clip_safe"] for row in chosen)
-    if wrapping:
-        found.append(
-            f"{wrapping} of the selected scales clip where upstream's kernel wraps: for upstream, analyze with "
-            "--target upstream"
-        )
-    return found

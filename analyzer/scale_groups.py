@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.analyzer.quantization_error import Figures, figures, signal_energy
-from quambase.schema.distribution import Distribution
+from quambase.schema.distribution import Distribution, Sensitivity
 from quambase.schema.groups import GROUP, TENSOR, granularity_of, united_groups
-from quambase.schema.sites import MAMBA1, MAMBA2, WHOLE
+from quambase.schema.number_format import Affine
+from quambase.schema.sites import MAMBA1, MAMBA2, WHOLE, find_site, is_model_site
 from quambase.schema.sql.database import DocumentSeries, StatsDB
 from quambase.schema.tables import DOCUMENT_QUANTILES
 
@@ -27,6 +28,7 @@ class ScaleGroup:
                 distribution as one document; a group made of smaller ones has no quantiles
     family      of the model: "mamba1", "mamba2", or "tensor" for an import
     innermost   no smaller scale group of the site was asked for
+    sensitivity  how much the output depends on its values; None where the run does not have that
     state_amax  for a Mamba-2's state, (n,) float32: the largest absolute value at each state index; else None
     """
 
@@ -38,13 +40,19 @@ class ScaleGroup:
     family: str = MAMBA1
     innermost: bool = True
     state_amax: npt.NDArray[np.float32] | None = None
+    sensitivity: Sensitivity | None = None
 
     @cached_property
     def signal(self) -> float:
         """Sum of x^2, float64."""
         return signal_energy(self.distribution)
 
-    def figures(self, scale: float) -> Figures:
+    @property
+    def affine(self) -> bool:
+        """Whether the INT8 model can read codes with a zero point here."""
+        return is_model_site(self.site, self.family) and find_site(self.site, self.family).affine
+
+    def figures(self, scale: float | Affine) -> Figures:
         """The error of ``scale`` on this group."""
         return figures(self.distribution, scale, self.signal)
 
@@ -68,14 +76,16 @@ def scale_groups(database: StatsDB, run: str, granularity: str | None = None) ->
     family = database.manifest(run).model.family
     stored = database.documents(run)
     found = []
-    listed = list(database.distributions(run, granularity or default_granularity(family)))
+    level = granularity or default_granularity(family)
+    listed, sensitivities = list(database.distributions(run, level)), database.sensitivities(run, level)
     states = database.channel_amax(run, STATE) if family == MAMBA2 else {}
     finest = {(layer, site): granularity_of(name) for layer, site, name, _ in listed}  # the last one listed is
     for layer, site, name, distribution in listed:
         innermost = granularity_of(name) == finest[layer, site]
         documents = _documents(stored, layer, site, name, distribution)
         state_amax = _state_amax(states, layer, name) if site == STATE and states else None
-        found.append(ScaleGroup(layer, site, name, distribution, documents, family, innermost, state_amax))
+        sensitivity = sensitivities.get((layer, site, name))
+        found.append(ScaleGroup(layer, site, name, distribution, documents, family, innermost, state_amax, sensitivity))
     return found
 
 

@@ -25,7 +25,7 @@ from quambase.cli.formats import emit, format_cell
 from quambase.cli.query import run_option
 from quambase.schema.errors import QuambaseError
 from quambase.schema.groups import GRANULARITIES
-from quambase.schema.scale_table import QUAMBASE, TARGETS, read_scales
+from quambase.schema.scale_table import MSE, QUAMBASE, SELECTIONS, TARGETS, read_scales
 
 analyze_options = options(
     click.option(
@@ -51,6 +51,12 @@ analyze_options = options(
         help="Whose INT8 model the selected scales are for; upstream's wraps what clips at out_proj:input.",
     ),
     click.option(
+        "--select",
+        type=click.Choice(SELECTIONS),
+        help="What selected scales have the least of: predicted effect on the output, or squared error. "
+        "[default: effect if the run has sensitivities]",
+    ),
+    click.option(
         "--out",
         type=click.Path(path_type=Path),
         default=Path("scales.parquet"),
@@ -72,6 +78,7 @@ def analyze(
     strategies: tuple[str, ...],
     granularity: str | None,
     target: str,
+    select: str | None,
     out: Path,
     list_: bool,
     run: str | None,
@@ -90,17 +97,17 @@ def analyze(
         emit(_definitions(), format_, wrap="definition")
         return
     from quambase.analyzer.analyze import analyze as analyze_run
-    from quambase.analyzer.analyze import selection, summarize
+    from quambase.analyzer.summary import selection, summarize
 
     before = _held(out)
-    found = analyze_run(db, run, strategies, granularity, out, True, target, force)
+    found = analyze_run(db, run, strategies, granularity, out, True, target, force, select)
     for line in found.notes:
         answer(line)
     summary = summarize(found.table)
     emit(summary if format_ not in PEOPLE else _for_people(summary), format_)
     if any(summary["needs_decode"].to_pylist()):
         answer("d: its codes need a decoder, which no INT8 model has")
-    for line in selection(found.table, target):
+    for line in selection(found.table, target, by_effect=select != MSE):
         answer(line)
     note(f"written: {out}")
     answer(f"it holds {found.table.num_rows:,} scales of {summary.num_rows} strategies{before}")
@@ -118,10 +125,12 @@ def _held(out: Path) -> str:
 
 def _for_people(summary: pa.Table) -> pa.Table:
     """The summary of strategies for people: the best one starred, those that need a decoder marked d."""
+    known = any(kl is not None for kl in summary["predicted_kl"].to_pylist())
     rows = [
         {
             "": "d" if row["needs_decode"] else "*" if place == 0 else "",
             "strategy": row["strategy"],
+            **({"predicted KL": row["predicted_kl"]} if known else {}),
             "median dB": row["sqnr_db_median"],
             "least": row["sqnr_db_least"],
             "worst site": "-" if row["worst_site"] is None else f"{row['worst_layer']} {row['worst_site']}",

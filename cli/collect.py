@@ -36,6 +36,9 @@ MOST_WARNINGS = 3
 DTYPES = ("float16", "float32")
 """As quambase.collector.block_runners.DTYPES, for the same reason."""
 
+SENSITIVITY_DOCUMENTS = 40
+"""Of `collect --sensitivity` without a number: with 120 the scales chosen were the same."""
+
 
 collect_options = options(
     click.option(
@@ -83,6 +86,15 @@ collect_options = options(
         metavar="RUN",
         shell_complete=complete_runs,
         help="Find the groups in a stored run's statistics instead.",
+    ),
+    click.option(
+        "--sensitivity",
+        type=COUNT,
+        is_flag=False,
+        flag_value=SENSITIVITY_DOCUMENTS,
+        metavar="[DOCUMENTS]",
+        help="Also measure how much the output depends on each value, by a backward pass over so many documents; "
+        f"`analyze` then selects scales by their effect on the output.  [without a number: {SENSITIVITY_DOCUMENTS}]",
     ),
     click.option(
         "--shard",

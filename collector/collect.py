@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from importlib.metadata import version
@@ -33,6 +33,14 @@ from quambase.collector.run_folder import (
     finish_run,
     versions,
     write_statistics,
+)
+from quambase.collector.sensitivity import (
+    SensitivityPlan,
+    acting_sites,
+    collect_sensitivity,
+    part_file,
+    parts_of,
+    stored_sensitivities,
 )
 from quambase.collector.shards import (
     SHARD,
@@ -104,6 +112,7 @@ def collect(
     groups: str | None = None,
     group_samples: int | None = None,
     groups_from: str | None = None,
+    sensitivity: int | None = None,
     shard: Shard | None = None,
     device: str = "auto",
     dtype: str | None = None,
@@ -117,6 +126,8 @@ def collect(
     ``groups``: ``fixed`` (of a Mamba-2 the default) or ``quamba2`` sorts heads and channels of a Mamba-2 into groups,
     observes the model so reordered, and stores the order in the run; ``none`` does not. Channel statistics come from a
     first pass over ``group_samples`` documents (default 64, of ``quamba2`` all) or from the run ``groups_from`` of db.
+    ``sensitivity``: so many documents, at even distances, also go through a backward pass, and the table
+    `sensitivities` says how much the output depends on each value (`quambase.collector.sensitivity`).
     ``shard``: only its blocks; `quambase.collector.merge.merge` makes the run of all shards, each of which makes the
     first pass on its own.
     ``device``: cpu, cuda, or auto (cuda if there is any). On the CPU the model runs in float32; on CUDA in ``dtype``,
@@ -135,7 +146,8 @@ def collect(
         grouping = choose_grouping(loaded.family, groups, group_samples, groups_from, len(plan.documents))
         observed = [site.name for site in FAMILIES[loaded.family] if not sites or site.name in sites]
         settings = _Settings(samples, seq_len, batch_size, observed, keep_tokens, seed)
-        asked = _Asked(loaded, source, plan, grouping, where, settings)
+        backward = SensitivityPlan.of(plan, sensitivity, observed, loaded.family, seed) if sensitivity else None
+        asked = _Asked(loaded, source, plan, grouping, backward, where, settings)
         # 2. It, or this shard of it, may be there.
         folder = db / "runs" / asked.run
         if (found := _existing(folder, shard)) is not None:
@@ -194,6 +206,7 @@ class _Asked:
     source: str
     plan: DocumentSet
     grouping: Grouping | None
+    sensitivity: SensitivityPlan | None
     where: Placement
     settings: _Settings
 
@@ -211,6 +224,7 @@ class _Asked:
             **self.where.identity(),
             "torch": version("torch"),
             **({"groups": self.grouping.identity()} if self.grouping else {}),
+            **({"sensitivity": self.sensitivity.identity()} if self.sensitivity else {}),
         }
 
     @cached_property
@@ -262,6 +276,7 @@ def _collect(asked: _Asked, folder: Path, shard: Shard | None, db: Path, shown: 
     done, statistics, there = load_checkpoint(folder, layouts, OUTLIERS)
     blocks = asked.plan.blocks(asked.settings.block)
     mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
+    index, parts = acting_sites(layouts, loaded.family), parts_of(asked.identity)
     with BlockFiles(folder, there) as files:
         outputs = BlockOutputs(asked.run, asked.kept(), files.add, partial(write_sums, folder) if shard else None)
         runner = new_block_runner(weights, asked.where, statistics, outputs)
@@ -270,11 +285,16 @@ def _collect(asked: _Asked, folder: Path, shard: Shard | None, db: Path, shown: 
             _observe(runner, blocks, mine, done, folder, files, shown)
             statistics = runner.statistics()
             clock.lap("observe")
+            if asked.sensitivity:
+                own = range(parts) if shard is None else shard.blocks(parts)
+                collect_sensitivity(weights, asked.where, asked.sensitivity, index, own, folder, shown)
+                clock.lap("sensitivity")
             # 3. The tables of the run, or what a merge makes them of.
             shown.say("writing the run")
             locate = _locator(asked.plan, loaded)
             if shard is None:
-                tables = _write_tables(runner, statistics, folder, asked.run, locate, files)
+                made = stored_sensitivities(asked.run, index, [folder / part_file(part) for part in range(parts)])
+                tables = _write_tables(runner, statistics, folder, asked.run, locate, files, made)
             else:
                 tables = _write_shard(runner, statistics, folder, len(mine), locate, files)
         clock.lap("write")
@@ -311,10 +331,16 @@ def _observe(
 
 
 def _write_tables(
-    runner: BlockRunner, statistics: RunStatistics, folder: Path, run: str, locate: Locate, files: BlockFiles
+    runner: BlockRunner,
+    statistics: RunStatistics,
+    folder: Path,
+    run: str,
+    locate: Locate,
+    files: BlockFiles,
+    sensitivities: Sequence[Callable[[], pa.Table]],
 ) -> dict[str, TableFile]:
     """Write the tables of a whole run, while the rows of its last blocks are still being written; all files."""
-    made = write_statistics(folder, run, statistics, ENCODINGS["float16"], locate)
+    made = write_statistics(folder, run, statistics, ENCODINGS["float16"], locate, sensitivities)
     runner.settle()
     return every_table(folder, files.written() | made)
 

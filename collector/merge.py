@@ -21,6 +21,7 @@ from quambase.collector.collect import CollectedRun, existing_run
 from quambase.collector.documents import run_id
 from quambase.collector.layouts import site_layouts
 from quambase.collector.run_folder import every_table, finish_run, versions, write_statistics
+from quambase.collector.sensitivity import acting_sites, part_file, parts_of, stored_sensitivities
 from quambase.collector.shards import (
     SHARD,
     Shard,
@@ -31,12 +32,13 @@ from quambase.collector.shards import (
     stored_locator,
     verify_shard,
 )
-from quambase.collector.statistics import ENCODINGS, RunStatistics
+from quambase.collector.statistics import ENCODINGS, RunStatistics, SiteLayout
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, RunBusy, UnknownName
 from quambase.schema.files import link_or_copy, local_folder, locked
 from quambase.schema.manifest import MANIFEST, SHARDS, Manifest, TableFile
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.runs import list_runs, sound_manifests
+from quambase.schema.sites import SiteKey
 
 Found = Mapping[Shard, ShardManifest]
 Folders = Mapping[Shard, Path]
@@ -72,7 +74,9 @@ def merge(
     with locked(folder):
         if (folder / MANIFEST).exists():  # another process has merged it since
             return existing_run(folder)
-        statistics = _fold(name, found, folders, progress)
+        sizes = found[min(found)].model_config()
+        layouts = site_layouts(sizes, manifest.identity["sites"], manifest.model.layer_groups)
+        statistics = _fold(name, found, folders, layouts, progress)
         blocks: dict[str, TableFile] = {}
         for shard, each in found.items():
             for file in each.manifest.tables:
@@ -80,7 +84,9 @@ def merge(
             blocks |= each.manifest.tables
         encoding = ENCODINGS[manifest.identity["activation_dtype"]]
         locate = stored_locator(list(folders.values()))
-        tables = every_table(folder, blocks | write_statistics(folder, name, statistics, encoding, locate))
+        paths = [folders[Shard(i % len(found), len(found))] / part_file(i) for i in range(parts_of(manifest.identity))]
+        made = stored_sensitivities(name, acting_sites(layouts, manifest.model.family), paths)
+        tables = every_table(folder, blocks | write_statistics(folder, name, statistics, encoding, locate, made))
         created = {
             "started": min(str(each.manifest.created["started"]) for each in found.values()),
             "shard_seconds": [each.manifest.created["observe_seconds"] for each in found.values()],
@@ -247,17 +253,17 @@ def _agreed(run: str, found: Found, folders: Folders) -> Manifest:
     return promised.manifest
 
 
-def _fold(run: str, found: Found, folders: Folders, progress: Shown) -> RunStatistics:
+def _fold(
+    run: str, found: Found, folders: Folders, layouts: Mapping[SiteKey, SiteLayout], progress: Shown
+) -> RunStatistics:
     """The statistics of all blocks. DatabaseInvalid: shards to which different sites were one."""
     count, promised = len(found), found[min(found)]
-    identity = promised.manifest.identity
-    layouts = site_layouts(promised.model_config(), identity["sites"], promised.manifest.model.layer_groups)
     statistics: RunStatistics | None = None
     with Progress(progress) as shown:
         shown.start("merge", len(found), len(found), unit="shards")
         for shard in found:
             with shown.piece(1, 1):
-                blocks, part, _ = load_checkpoint(folders[shard], layouts, identity["outliers"])
+                blocks, part, _ = load_checkpoint(folders[shard], layouts, promised.manifest.identity["outliers"])
                 if statistics is None:
                     statistics = part
                 elif blocks:  # a shard without blocks has no values, and has seen no site

@@ -1,7 +1,7 @@
 """A run folder: the files of its tables, each written straight to its place; `run.json`; what is cleared at the end.
 
-`documents` and `activations` come block by block and are folders with a file for each block that has rows. `counts`,
-which is large and made at the end, is a folder of parts. The other tables are a file each.
+`documents` and `activations` come block by block and are folders with a file for each block that has rows. `counts` and
+`sensitivities`, which are large and made at the end, are folders of parts. The other tables are a file each.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from quambase.collector.checkpoint import CHECKPOINT
+from quambase.collector.sensitivity import PARTS
 from quambase.collector.statistics import Encoding, RunStatistics
 from quambase.collector.table_rows import (
     Locate,
@@ -47,9 +48,9 @@ def block_file(table: str, block: int) -> str:
     return f"{table}/block-{block:05d}.parquet"
 
 
-def part_file(number: int) -> str:
-    """The file of a part of `counts`, likewise."""
-    return f"counts/part-{number:03d}.parquet"
+def part_file(number: int, table: str = "counts") -> str:
+    """The file of a part of a table that is made at the end, likewise."""
+    return f"{table}/part-{number:03d}.parquet"
 
 
 def write_file(folder: Path, file: str, rows: pa.Table) -> TableFile:
@@ -124,9 +125,17 @@ class BlockFiles(AbstractContextManager["BlockFiles"]):
 
 
 def write_statistics(
-    folder: Path, run: str, statistics: RunStatistics, encoding: Encoding, locate: Locate
+    folder: Path,
+    run: str,
+    statistics: RunStatistics,
+    encoding: Encoding,
+    locate: Locate,
+    sensitivities: Sequence[Callable[[], pa.Table]] = (),
 ) -> dict[str, TableFile]:
-    """Write the tables that are made of a run's statistics, on the host, in threads; their files. OSError."""
+    """Write the tables that are made of a run's statistics, on the host, in threads; their files. OSError.
+
+    ``sensitivities``: what make the parts of that table.
+    """
 
     def write(file: str, make: Callable[[], pa.Table]) -> TableFile:
         return write_file(folder, file, make())
@@ -137,6 +146,7 @@ def write_statistics(
         made: dict[str, Callable[[], pa.Table]] = {
             "channels.parquet": partial(channels_rows, run, statistics),
             **{part_file(number): part for number, part in enumerate(counts_parts(run, statistics, encoding))},
+            **{part_file(number, "sensitivities"): part for number, part in enumerate(sensitivities)},
             "outliers.parquet": partial(outliers_rows, run, statistics, encoding, locate),
             "groups.parquet": partial(groups_rows, run, statistics.index),
             "site_stats.parquet": site_stats,
@@ -150,7 +160,7 @@ def every_table(folder: Path, files: Mapping[str, TableFile]) -> dict[str, Table
     columns. OSError.
     """
     found = dict(files)
-    for file in (part_file(0), *(block_file(table, 0) for table in BLOCK_TABLES)):
+    for file in (part_file(0), part_file(0, "sensitivities"), *(block_file(table, 0) for table in BLOCK_TABLES)):
         if table_of(file) not in map(table_of, files):
             found[file] = write_file(folder, file, RUN_TABLES[table_of(file)].empty_table())
     return in_order(found)
@@ -184,13 +194,14 @@ def clear_leftovers(folder: Path) -> None:
 
     Nothing happens where there is nothing, while another process is at it, or where the folder cannot be written.
     """
-    if any((folder / name).exists() for name in (SHARDS, CHECKPOINT, ".lock")):
+    if any((folder / name).exists() for name in (SHARDS, PARTS, CHECKPOINT, ".lock")):
         with suppress(RunBusy, OSError), locked(folder):
             _clear(folder)
 
 
 def _clear(folder: Path) -> None:
-    shutil.rmtree(folder / SHARDS, ignore_errors=True)
+    for inner in (SHARDS, PARTS):
+        shutil.rmtree(folder / inner, ignore_errors=True)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     places: Iterable[Path] = (folder, *(folder / table for table in RUN_TABLES))
     for place in places:

@@ -2,8 +2,8 @@
 
 A size is ``m 2^k`` with m in 12, 40, 20, 28 or 1, tried in that order, and the matrix is ``H_m kron H_2^k``
 (upstream ``hadamard_utils.py``: 12 N and 40 N kernels, else a power of two). The matrices of orders 12, 20, 28
-and 40 are those of fast-hadamard-transform (which took three from N. Sloane's library); scales depend on which
-Hadamard matrix was used, so another one of the same order would not do.
+and 40 are those of fast-hadamard-transform (three of them from N. Sloane's library). Scales depend on the matrix, so
+others of the same order cannot replace them.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def odd_order(dim: int) -> int:
     )
 
 
-def hadamard(x: torch.Tensor, factor: float | None = None) -> torch.Tensor:
-    """Every row times the Hadamard matrix: ``y[i] = factor * sum_j H[i, j] x[j]`` in float32.
+def hadamard(x: torch.Tensor, factor: float | None = None, *, transposed: bool = False) -> torch.Tensor:
+    """Every row times the Hadamard matrix: ``y[i] = factor * sum_j H[i, j] x[j]`` in float32; ``transposed``: H[j, i].
 
     x (..., dim), any float dtype; returns float32 of the same shape. ``factor`` defaults to 1/sqrt(dim), which makes
     the transform orthonormal; it is applied last, in one multiplication.
@@ -95,5 +95,6 @@ def hadamard(x: torch.Tensor, factor: float | None = None) -> torch.Tensor:
     dim = x.shape[-1]
     work = x.detach().to(torch.float32, copy=True).contiguous()
     scale = np.float32(dim**-0.5 if factor is None else factor)
-    butterflies(work.view(-1, dim).numpy(), odd_factor(odd_order(dim)), scale)
+    odd = odd_factor(odd_order(dim))
+    butterflies(work.view(-1, dim).numpy(), np.ascontiguousarray(odd.T) if transposed else odd, scale)
     return work

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from quambase.model.block import Block, BlockKind, BlockWeights, Draw, ModelConfig, Show
+from quambase.model.block import Block, BlockKind, BlockWeights, Change, Draw, ModelConfig, Show, unchanged
 from quambase.model.exponential import exp
 from quambase.model.inputs.settings import NORM_EPS, Settings, check_hugging_face, check_mamba_ssm, padded_vocabulary
 from quambase.model.operators.interface import BlockState, Operators, OperatorSizes
@@ -153,24 +153,30 @@ class Mamba1Block(Block):
         self.dt_bias = operators.vector(weights.dt_bias)
 
     def forward(
-        self, normalised: torch.Tensor, batch: PlacedBatch, state: BlockState | None = None, show: Show | None = None
+        self,
+        normalised: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+        show: Show | None = None,
+        change: Change = unchanged,
     ) -> torch.Tensor:
         """As `Block.forward`."""
         ops, e, r = self.operators, self.config.d_inner, self.config.dt_rank
-        xz = F.linear(normalised, self.in_proj)  # (t, 2e)
-        u = ops.conv_silu(xz[:, :e], self.conv_weight, self.conv_bias, batch, state)
-        dt_b_c = F.linear(u, self.x_proj)  # (t, r + 2n)
-        low_rank = dt_b_c[:, :r]
-        delta = F.linear(low_rank, self.dt_proj)  # (t, e), without its bias
+        normalised = change("in_proj:input", normalised)
+        xz = change("in_proj:output", F.linear(normalised, self.in_proj))  # (t, 2e)
+        u = change("x_proj:input", ops.conv_silu(xz[:, :e], self.conv_weight, self.conv_bias, batch, state))
+        dt_b_c = change("x_proj:output", F.linear(u, self.x_proj))  # (t, r + 2n)
+        dt = dt_b_c[:, :r]
+        delta = change("dt_proj:output", F.linear(dt, self.dt_proj))  # (t, e), without its bias
         y, last = ops.selective_scan(u, delta, dt_b_c[:, r:], xz[:, e:], self.a, self.d, self.dt_bias, batch, state)
-        gated = ops.hadamard(y) if self.rotated else y
+        gated = change("out_proj:input", ops.hadamard(y) if self.rotated else y)
         out = F.linear(gated, self.out_proj)  # (t, d)
         if show:
             show("in_proj:input", normalised)
             show("in_proj:output", xz)
             show("x_proj:input", u)
             show("x_proj:output", dt_b_c)
-            show("dt_proj:input", low_rank)
+            show("dt_proj:input", dt)
             show("dt_proj:output", delta)
             show("ssm_state_act:input", last)
             show("ssm_state_act:output", last)

@@ -153,6 +153,38 @@ class Distribution:
         return row
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much the model's output depends on the values of a (scale) group, from a few documents.
+
+    values       (m,) float32, strictly ascending, finite
+    gradient_sq  (m,) float64: the sum over a value's occurrences of the squared gradient of the log-likelihood
+    tokens       of these documents
+    """
+
+    values: Float32
+    gradient_sq: Float64
+    tokens: int
+
+    @classmethod
+    def of_rows(cls, values: Float32, gradient_sq: Float64, tokens: int) -> Sensitivity:
+        """From rows of `sensitivities` of several groups: sorted, added up."""
+        found, inverse = np.unique(values, return_inverse=True)
+        summed = np.zeros(found.size)
+        np.add.at(summed, inverse, gradient_sq)
+        return cls(found, summed, tokens)
+
+    @cached_property
+    def weighted(self) -> Distribution:
+        """The values with weights proportional to ``gradient_sq`` as counts, whose sum is about 2^50: what is rounded
+        off each is 2^-51 of all of them together.
+        """
+        total = float(self.gradient_sq.sum())
+        if total <= 0:
+            return Distribution(self.values[:0], np.zeros(0, np.int64))
+        return Distribution.of_rows(self.values, np.rint(self.gradient_sq * (2.0**50 / total)).astype(np.int64))
+
+
 def ratio(numerator: float, denominator: float) -> float:
     """``numerator / denominator``, NaN where the denominator is zero or NaN."""
     return numerator / denominator if denominator > 0 else float("nan")

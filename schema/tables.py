@@ -88,6 +88,20 @@ COUNTS = _table(
     ("count", pa.int64(), "How many times it occurred."),
 )
 
+SENSITIVITIES = _table(
+    "sensitivities",
+    "How much the model's output depends on each distinct value of a site whose scale the INT8 model reads, from a few "
+    "documents (`collect --sensitivity`; without rows otherwise): half of the sum of gradient_sq times the squared "
+    "error of the value, over the tokens of these documents, predicts the KL per token. Groups only, sorted by value.",
+    ("value", pa.float32(), "Activation, rounded to the 16-bit type of the run; finite."),
+    ("count", pa.int64(), "How many times it occurred in these documents."),
+    (
+        "gradient_sq",
+        pa.float64(),
+        "Sum over its occurrences of the squared gradient of the log-likelihood of labels that the model itself drew.",
+    ),
+)
+
 QUANTILES: dict[str, float] = {
     "q50": 0.5,
     "q90": 0.9,
@@ -208,7 +222,8 @@ SCALES = _table(
     ("label", pa.string(), "Name and parameters, as given on the command line."),
     ("granularity", pa.string(), "How finely this group divides its site: tensor, ssd_group, head_group, group."),
     ("count", pa.int64(), "Finite values that share the scale."),
-    ("scale", pa.float32(), "INT8 scale: code = clamp(round(x / scale), -128, 127)."),
+    ("scale", pa.float32(), "INT8 scale: code = clamp(round(x / scale) + zero_point, -128, 127)."),
+    ("zero_point", pa.int16(), "The code of 0; 0 but for the affine strategies at sites after SiLU."),
     (
         "component_scales",
         pa.list_(pa.float32()),
@@ -221,6 +236,12 @@ SCALES = _table(
     ("clipped_share", pa.float64(), "Share of values beyond the codes."),
     ("mse", pa.float64(), "Mean squared error."),
     ("sqnr_db", pa.float64(), "Signal to quantization noise, in dB."),
+    (
+        "predicted_kl",
+        pa.float64(),
+        "KL from the float model that this error alone is predicted to cause, nats a token; null where the run has no "
+        "sensitivities of the site. Sites add up.",
+    ),
     ("codes_used", pa.int32(), "Distinct codes that occur."),
     ("codes_above_120", pa.int32(), "Distinct codes with |code| > 120 that occur."),
     ("entropy_bits", pa.float64(), "Shannon entropy of the codes, in bits."),
@@ -235,8 +256,8 @@ SCALES = _table(
     (
         "selected",
         pa.bool_(),
-        "The row that apply takes by default: the least MSE of its scale group among strategies with one INT8 scale "
-        "(with --target upstream only those that are clip_safe).",
+        "The row that apply takes by default: the least predicted KL of its scale group among strategies with one INT8 "
+        "scale, the least MSE where there is none (with --target upstream only those that are clip_safe).",
     ),
 )
 
@@ -271,6 +292,7 @@ RUN_TABLES: dict[str, pa.Schema] = {
     "outliers": OUTLIERS,
     "activations": ACTIVATIONS,
     "groups": GROUPS,
+    "sensitivities": SENSITIVITIES,
 }
 """The tables of one run folder: each is a file ``<name>.parquet``, or a folder ``<name>/`` of Parquet files."""
 
@@ -278,6 +300,11 @@ RUN_TABLES: dict[str, pa.Schema] = {
 # few exponents, and those of a float16 model end in zeros.
 _ENCODINGS = {
     "counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"},
+    "sensitivities": {
+        "value": "BYTE_STREAM_SPLIT",
+        "count": "DELTA_BINARY_PACKED",
+        "gradient_sq": "BYTE_STREAM_SPLIT",
+    },
     "activations": {"values.list.element": "BYTE_STREAM_SPLIT"},
 }
 

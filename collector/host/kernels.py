@@ -301,3 +301,18 @@ def channel_moments(
                 total[c] += added[i]
                 squares[c] += squared[i]
                 mean_abs_max[c] = max(mean_abs_max[c], absolute[i] / used[i])
+
+
+@numba.njit(cache=True, nogil=True)
+def add_gradients(patterns: UInt16, gradients: Float32, group_of: Int64, counts: Int64, gradient_sq: Float64) -> None:
+    """Count each 16-bit pattern and add its squared gradient, in float64 and in the order of rows.
+
+    patterns, gradients (t, c); group_of (c,); counts, gradient_sq (groups, PATTERNS), added to.
+    """
+    for row in range(patterns.shape[0]):
+        for channel in range(patterns.shape[1]):
+            pattern = patterns[row, channel]
+            group = group_of[channel]
+            slope = np.float64(gradients[row, channel])
+            counts[group, pattern] += 1
+            gradient_sq[group, pattern] += slope * slope

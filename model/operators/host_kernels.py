@@ -1,8 +1,8 @@
 """Compiled CPU kernels of the Mamba blocks: causal convolution, selective and SSD scans, Hadamard butterflies.
 
-Batches are packed: documents lie one after another in ``t`` tokens, document ``i`` being rows
-``offsets[i]:offsets[i + 1]``; nothing is padded and nothing crosses a document's border. Work is cut into
-(document, block of channels) pieces that no other piece touches, so results do not depend on the thread count.
+Batches are packed: documents are concatenated in ``t`` tokens without padding, document ``i`` being rows
+``offsets[i]:offsets[i + 1]``, and are computed independently. Work is divided into independent (document, block of
+channels) pieces, so results do not depend on the thread count.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def silu32(x: np.float32) -> np.float32:
 
 @numba.njit(parallel=True, fastmath={"contract"}, cache=True)
 def causal_conv1d_silu(x: Float32, first: int, weight: Float32, bias: Float32, offsets: Int64, out: Float32) -> None:
-    """Depthwise causal convolution with bias, then SiLU, each document on its own with zeros before it.
+    """Depthwise causal convolution with bias, then SiLU, with zeros before each document.
 
     x (t, >= first + e): columns from ``first`` are read; out (t, e); weight (k, e), the last row multiplying the
     current token; bias (e,). All C-contiguous, or the loops would not vectorise.
@@ -121,17 +121,106 @@ def selective_scan(
                 drive[i] = step[i] * u[row, low + i]
                 total[i] = d[low + i] * u[row, low + i]
             for n in range(states):
-                gain = b[row, n]
-                read = c[row, n]
+                b_n = b[row, n]
+                c_n = c[row, n]
                 for i in range(size):
-                    kept = exp32(step[i] * rate[n, i]) * h[n, i] + gain * drive[i]
-                    h[n, i] = kept
-                    total[i] += read * kept
+                    h_n = exp32(step[i] * rate[n, i]) * h[n, i] + b_n * drive[i]
+                    h[n, i] = h_n
+                    total[i] += c_n * h_n
             for i in range(size):
                 y[row, low + i] = total[i] * silu32(z[row, low + i])
         for n in range(states):
             for i in range(size):
                 state[document, n, low + i] = h[n, i]
+
+
+GRADIENT_BLOCK = 32
+"""Channels per piece of work of a backward scan, which holds the states of every token of a document."""
+
+
+# Sums over channels may be reordered, or they would not vectorise.
+@numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True)
+def selective_scan_gradients(
+    u: Float32,
+    delta: Float32,
+    a: Float32,
+    b: Float32,
+    c: Float32,
+    d: Float32,
+    z: Float32,
+    offsets: Int64,
+    grad: Float32,
+    grad_u: Float32,
+    grad_delta: Float32,
+    grad_z: Float32,
+    grad_bc: Float32,
+) -> None:
+    """The gradients of `selective_scan` from zero states, for ``grad`` (t, e), that of y.
+
+    With h = state[n] and g[n] the gradient of h, which runs backwards over the tokens:
+    g[n] = C[n] s + exp(delta A[n]) g[n] of the next token, s = grad SiLU(z) being the gradient of the ungated y.
+
+    Written: grad_u, grad_delta, grad_z (t, e); grad_bc (blocks, t, 2n), B then C, a sum over the channels of each
+    GRADIENT_BLOCK, so that their total does not depend on the thread count. The rest as in `selective_scan`.
+    """
+    documents = offsets.size - 1
+    states, channels = a.shape
+    blocks = grad_bc.shape[0]
+    for piece in numba.prange(documents * blocks):
+        document = piece // blocks
+        block = piece % blocks
+        low = block * GRADIENT_BLOCK
+        size = min(GRADIENT_BLOCK, channels - low)
+        start = offsets[document]
+        length = offsets[document + 1] - start
+        h = np.zeros((length + 1, states, GRADIENT_BLOCK), np.float32)  # h[t + 1] after token t
+        decay = np.empty((length, states, GRADIENT_BLOCK), np.float32)
+        total = np.empty((length, GRADIENT_BLOCK), np.float32)  # y before the gate
+        for t in range(length):
+            row = start + t
+            for i in range(size):
+                total[t, i] = d[low + i] * u[row, low + i]
+            for n in range(states):
+                b_n = b[row, n]
+                c_n = c[row, n]
+                for i in range(size):
+                    step = delta[row, low + i]
+                    decay[t, n, i] = exp32(step * a[n, low + i])
+                    h[t + 1, n, i] = decay[t, n, i] * h[t, n, i] + b_n * (step * u[row, low + i])
+                    total[t, i] += c_n * h[t + 1, n, i]
+        g = np.zeros((states, GRADIENT_BLOCK), np.float32)
+        ungated = np.empty(GRADIENT_BLOCK, np.float32)
+        of_drive = np.empty(GRADIENT_BLOCK, np.float32)  # of delta u
+        of_step = np.empty(GRADIENT_BLOCK, np.float32)
+        for t in range(length - 1, -1, -1):
+            row = start + t
+            for i in range(size):
+                gate = z[row, low + i]
+                share = _ONE / (_ONE + exp32(-gate))
+                grad_z[row, low + i] = grad[row, low + i] * total[t, i] * share * (_ONE + gate * (_ONE - share))
+                ungated[i] = grad[row, low + i] * gate * share
+                of_drive[i] = np.float32(0)
+                of_step[i] = np.float32(0)
+            for n in range(states):
+                b_n = b[row, n]
+                c_n = c[row, n]
+                of_b = np.float32(0)
+                of_c = np.float32(0)
+                for i in range(size):
+                    step = delta[row, low + i]
+                    of_c += ungated[i] * h[t + 1, n, i]
+                    here = g[n, i] + c_n * ungated[i]
+                    of_b += here * (step * u[row, low + i])
+                    of_drive[i] += here * b_n
+                    back = here * decay[t, n, i]
+                    of_step[i] += back * h[t, n, i] * a[n, low + i]
+                    g[n, i] = back
+                grad_bc[block, row, n] = of_b
+                grad_bc[block, row, states + n] = of_c
+            for i in range(size):
+                step = delta[row, low + i]
+                grad_u[row, low + i] = step * of_drive[i] + d[low + i] * ungated[i]
+                grad_delta[row, low + i] = of_step[i] + of_drive[i] * u[row, low + i]
 
 
 HEAD_BLOCK = 8
@@ -178,21 +267,96 @@ def ssd_scan(
             for n in range(states):
                 h[i, n] = state[document, low + i, n]
         for row in range(offsets[document], offsets[document + 1]):
-            kept = decay[row, head]
-            gain = b[row, first : first + states]
-            read = c[row, first : first + states]
+            decay_t = decay[row, head]
+            b_t = b[row, first : first + states]
+            c_t = c[row, first : first + states]
             for i in range(size):
                 u = x[row, low + i]
                 drive = delta[row, head] * u
                 line = h[i]
                 total = np.float32(0)
                 for n in range(states):
-                    line[n] = kept * line[n] + drive * gain[n]
-                    total += read[n] * line[n]
+                    line[n] = decay_t * line[n] + drive * b_t[n]
+                    total += c_t[n] * line[n]
                 y[row, low + i] = total + d[head] * u
         for i in range(size):
             for n in range(states):
                 state[document, low + i, n] = h[i, n]
+
+
+# As `ssd_scan`, sums may be reordered.
+@numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True)
+def ssd_scan_gradients(
+    x: Float32,
+    delta: Float32,
+    decay: Float32,
+    a: Float32,
+    b: Float32,
+    c: Float32,
+    d: Float32,
+    offsets: Int64,
+    grad: Float32,
+    grad_x: Float32,
+    grad_delta: Float32,
+    grad_bc: Float32,
+) -> None:
+    """The gradients of `ssd_scan` from zero states, for ``grad`` (t, h p), that of y.
+
+    With g the gradient of the state, which runs backwards over the tokens: g[p, n] = C[n] grad[p] + decay g[p, n] of
+    the next token. a (h,): decay is exp(delta A).
+
+    Written: grad_x (t, h p); grad_delta (t, h), including delta's effect on decay; grad_bc (h, t, 2n), B then C,
+    separately for each head, so that their sum does not depend on the thread count. The rest as in `ssd_scan`.
+    """
+    documents = offsets.size - 1
+    heads = d.size
+    headdim = x.shape[1] // heads
+    states = grad_bc.shape[2] // 2
+    groups = b.shape[1] // states
+    for piece in numba.prange(documents * heads):
+        document = piece // heads
+        head = piece % heads
+        first = head * groups // heads * states
+        start = offsets[document]
+        length = offsets[document + 1] - start
+        h = np.zeros((length + 1, HEAD_BLOCK, states), np.float32)  # h[t + 1] after token t
+        g = np.empty((HEAD_BLOCK, states), np.float32)
+        for row in range(start, start + length):
+            grad_delta[row, head] = np.float32(0)
+            for n in range(2 * states):
+                grad_bc[head, row, n] = np.float32(0)
+        for low in range(head * headdim, (head + 1) * headdim, HEAD_BLOCK):
+            size = min(HEAD_BLOCK, (head + 1) * headdim - low)
+            for t in range(length):
+                row = start + t
+                b_t = b[row, first : first + states]
+                for i in range(size):
+                    drive = delta[row, head] * x[row, low + i]
+                    for n in range(states):
+                        h[t + 1, i, n] = decay[row, head] * h[t, i, n] + drive * b_t[n]
+            g[:] = 0
+            for t in range(length - 1, -1, -1):
+                row = start + t
+                b_t = b[row, first : first + states]
+                c_t = c[row, first : first + states]
+                of_b = grad_bc[head, row, :states]
+                of_c = grad_bc[head, row, states:]
+                step = delta[row, head]
+                decay_t = decay[row, head]
+                for i in range(size):
+                    of_y = grad[row, low + i]
+                    drive = step * x[row, low + i]
+                    of_drive = np.float32(0)
+                    of_decay = np.float32(0)
+                    for n in range(states):
+                        here = g[i, n] + c_t[n] * of_y
+                        of_c[n] += of_y * h[t + 1, i, n]
+                        of_b[n] += here * drive
+                        of_drive += here * b_t[n]
+                        of_decay += here * h[t, i, n]
+                        g[i, n] = here * decay_t
+                    grad_x[row, low + i] = step * of_drive + d[head] * of_y
+                    grad_delta[row, head] += x[row, low + i] * of_drive + of_decay * decay_t * a[head]
 
 
 @numba.njit(parallel=True, fastmath={"contract"}, cache=True)

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from quambase.schema.distribution import Distribution
+from quambase.schema.distribution import Distribution, Sensitivity
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, QueryInvalid, UnknownName
 from quambase.schema.files import local_folder
 from quambase.schema.groups import GRANULARITIES, TENSOR, united_groups
@@ -201,14 +201,19 @@ class StatsDB:
         if granularity not in GRANULARITIES:
             raise UnknownName.of("granularity", granularity, GRANULARITIES)
         values, counts, places = self._counts(run)
-        by_site: dict[tuple[int, str], dict[str, list[slice]]] = {}
-        for layer, site, group_name, place in places:
-            by_site.setdefault((layer, site), {}).setdefault(group_name, []).append(place)
-        for (layer, site), groups in sorted(by_site.items(), key=lambda item: _model_order(*item[0])):
-            for level in GRANULARITIES[: GRANULARITIES.index(granularity) + 1]:
-                for name, members in united_groups(groups, level).items():
-                    slices = [place for member in members for place in groups[member]]
-                    yield layer, site, name, _joined(values, counts, slices)
+        for layer, site, name, slices in _united(places, granularity):
+            yield layer, site, name, _joined(values, counts, slices)
+
+    def sensitivities(self, run: str, granularity: str = TENSOR) -> dict[tuple[int, str, str], Sensitivity]:
+        """The scale groups of which ``run`` has sensitivities, as `distributions` names them; none of most runs."""
+        tokens = int(self.manifest(run).identity.get("sensitivity", {}).get("tokens", 0))
+        table = self._read(run, "sensitivities").combine_chunks()
+        values, gradient_sq = (table[name].to_numpy() for name in ("value", "gradient_sq"))
+        found = {}
+        for layer, site, name, slices in _united(_segments(table) if tokens else [], granularity):
+            mine, squares = (np.concatenate([column[s] for s in slices]) for column in (values, gradient_sq))
+            found[layer, site, name] = Sensitivity.of_rows(mine, squares, tokens)
+        return found
 
     def documents(self, run: str) -> dict[tuple[int, str, str], DocumentSeries]:
         """The `documents` table of ``run``, by (layer, site, group_name): each site's whole and its smallest groups.
@@ -349,6 +354,17 @@ def _segments(table: pa.Table) -> list[tuple[int, str, str, slice]]:
         (int(layers[a]), names[0][codes[1][a]], names[1][codes[2][a]], slice(int(a), int(b)))
         for a, b in zip(starts, ends, strict=True)
     ]
+
+
+def _united(places: list[tuple[int, str, str, slice]], granularity: str) -> Iterator[tuple[int, str, str, list[slice]]]:
+    """The rows of each scale group, in model order, coarse to fine; ``places`` as `_segments` has them."""
+    by_site: dict[tuple[int, str], dict[str, list[slice]]] = {}
+    for layer, site, group_name, place in places:
+        by_site.setdefault((layer, site), {}).setdefault(group_name, []).append(place)
+    for (layer, site), groups in sorted(by_site.items(), key=lambda item: _model_order(*item[0])):
+        for level in GRANULARITIES[: GRANULARITIES.index(granularity) + 1]:
+            for name, members in united_groups(groups, level).items():
+                yield layer, site, name, [place for member in members for place in groups[member]]
 
 
 def _joined(values: npt.NDArray[np.float32], counts: npt.NDArray[np.int64], slices: list[slice]) -> Distribution:

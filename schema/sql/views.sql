@@ -21,6 +21,7 @@ CREATE VIEW documents AS SELECT * FROM _documents;
 CREATE VIEW outliers AS SELECT * FROM _outliers;
 CREATE VIEW activations AS SELECT * FROM _activations;
 CREATE VIEW groups AS SELECT * FROM _groups;
+CREATE VIEW sensitivities AS SELECT * FROM _sensitivities;
 
 CREATE VIEW channel_stats AS
 SELECT *, amax / nullif(median(amax) OVER (PARTITION BY run, layer, site), 0) AS ratio

@@ -275,13 +275,17 @@ def test_a_block_without_rows_has_no_file_and_a_table_has_one(tmp_path: Path) ->
         found = files.written()
     assert list(found) == ["documents/block-00004.parquet"]
     whole = every_table(tmp_path, found)
-    assert list(whole) == ["counts/part-000.parquet", *found, "activations/block-00000.parquet"]
+    assert list(whole) == [
+        "counts/part-000.parquet",
+        *found,
+        "activations/block-00000.parquet",
+        "sensitivities/part-000.parquet",
+    ]
     with BlockFiles(tmp_path / "all") as files:
         files.add(0, documents, activations)
         found = files.written()
-    assert [file for file in every_table(tmp_path / "all", found) if table_of(file) != "counts"] == list(
-        in_order(found)
-    )
+    made = every_table(tmp_path / "all", found)
+    assert [file for file in made if table_of(file) not in ("counts", "sensitivities")] == list(in_order(found))
 
 
 def test_tables_of_no_site_are_there_and_empty(tmp_path: Path) -> None:

@@ -124,3 +124,37 @@ def test_a_slice_of_columns_is_read_where_it_lies() -> None:
         assert (rows[:, first : first + x.shape[1]] == x.numpy()).all() and rows.flags["C_CONTIGUOUS"]
     host = HostOperators()
     assert host.dtype == SINGLE and host.device.type == "cpu"
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+def test_a_change_is_seen_by_what_reads_the_site_and_by_nothing_before(family: str) -> None:
+    """Each site that an INT8 model's forward pass reads, changed alone: its own tap shows it, earlier taps do not."""
+    model = floating_model(tiny_weights(family), rotated=True)
+    before = shown(model, DOCUMENTS)
+    sites = [s for s in FAMILIES[family] if s.consumed and not s.decode_only and not s.head]
+    order = [s.name for s in FAMILIES[family]]
+    for site in sites:
+        seen: dict[str, torch.Tensor] = {}
+
+        def double(layer: int, name: str, values: torch.Tensor, site: str = site.name) -> torch.Tensor:
+            return 2 * values if (layer, name) == (1, site) else values
+
+        def tap(layer: int, name: str, values: torch.Tensor, _: slice, seen: dict = seen) -> None:
+            if layer == 1:
+                seen[name] = values.clone()
+
+        changed = model.hidden(Batch.pack(DOCUMENTS), tap, double)
+        assert not torch.equal(changed, model.hidden(Batch.pack(DOCUMENTS))), site.name
+        assert torch.equal(seen[site.name], 2 * before[1, site.name]), site.name
+        for earlier in order[: order.index(site.name)]:
+            # In Mamba-2 z and dt leave in_proj beside the convolution's input: what is listed earlier may be later.
+            if earlier.startswith("in_proj"):
+                assert torch.equal(seen[earlier], before[1, earlier]), (site.name, earlier)
+    asked: list[str] = []
+
+    def note(layer: int, name: str, values: torch.Tensor) -> torch.Tensor:
+        asked.append(name)
+        return values
+
+    model.hidden(Batch.pack(DOCUMENTS), change=note)
+    assert set(asked) == {site.name for site in sites} and len(asked) == 2 * len(sites)

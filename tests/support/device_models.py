@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from quambase.model.block import Tap
 from quambase.model.language_model import LanguageModel
@@ -29,6 +30,18 @@ def tiny_weights(family: str) -> ModelWeights:
 def plain_model(weights: ModelWeights, dtype: torch.dtype, *, rotated: bool = False) -> LanguageModel:
     """In plain PyTorch on the CPU, which is what a device without compiled kernels runs."""
     return LanguageModel(weights, TorchOperators(dtype, weights.config.operator_sizes.ngroups), rotated=rotated)
+
+
+class PlainLoop(TorchOperators):
+    """Operators whose gradients are autograd's through a loop over time."""
+
+    def __init__(self, ngroups: int) -> None:
+        super().__init__(torch.float32, ngroups)
+
+    def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        residual += x
+        read = residual.clone()
+        return F.rms_norm(read if read.requires_grad else read.requires_grad_(), weight.shape, weight, eps)
 
 
 class Shown:

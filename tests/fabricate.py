@@ -82,11 +82,14 @@ def make_run(
     activations: Activations | None = None,
     number: int = 1,
     format_version: int = RUN_FORMAT_VERSION,
+    sensitive: bool = False,
     **model: Any,
 ) -> Path:
     """Write ``database/runs/<run>`` of ``activations`` (default `random_activations`); return the folder. It is
-    the database's run number ``number``. In ``format_version`` 1 each table is one file.
+    the database's run number ``number``. In ``format_version`` 1 each table is one file. ``sensitive``: every value
+    that is finite has a random sum of squared gradients.
     """
+    random = np.random.default_rng(5)
     activations = random_activations() if activations is None else activations
     folder = database / "runs" / run
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in RUN_TABLES}
@@ -96,6 +99,12 @@ def make_run(
             key = {"run": run, "layer": layer, "site": site, "group_name": group}
             values, counts = tally(documents)
             rows["counts"] += [{**key, "value": v, "count": c} for v, c in zip(values, counts, strict=True)]
+            if sensitive:
+                rows["sensitivities"] += [
+                    {**key, "value": v, "count": c, "gradient_sq": c * random.random()}
+                    for v, c in zip(values, counts, strict=True)
+                    if np.isfinite(v)
+                ]
             rows["site_stats"].append(key | _summary(documents))
             width = documents[0].shape[1]
             rows["groups"].append({**key, "channels": list(range(start, start + width))})
@@ -117,7 +126,8 @@ def make_run(
     data = {"name": "random", "path": None, "documents": 6, "empty": 1, "truncated": 0, "tokens": sum(TOKENS)}
     Manifest(
         run=run,
-        identity={"weights_sha256": hashlib.sha256(run.encode()).hexdigest(), "samples": 6},
+        identity={"weights_sha256": hashlib.sha256(run.encode()).hexdigest(), "samples": 6}
+        | ({"sensitivity": {"documents": 6, "tokens": sum(TOKENS)}} if sensitive else {}),
         model=ModelInfo.from_json(shape | model),
         data=TextInfo.from_json(data),
         tables=tables,

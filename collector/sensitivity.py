@@ -1,0 +1,306 @@
+"""How much the output depends on each value: gradients of the log-likelihood, squared and summed by distinct value.
+
+Sensitivity of the model's output distribution to an error e in its activations, to second order: KL(model || disturbed)
+is half of the expected square of the sum of g e over all activations, g being the gradient of the log-likelihood of
+labels drawn from the model's own distribution (Fisher information). The errors of different activations are taken to be
+unrelated, so that half of the sum of g^2 e^2 remains. A scale's error depends on the value only, so the sum of g^2
+over the occurrences of each distinct value is enough to predict the KL of any scale of a site.
+
+A few documents, evenly spaced in the run's, go through a forward and a backward pass in float32, some at a time. The
+sums of each such part are a file of the unfinished run, so a killed run goes on from there; whoever collects them, one
+process or several shards, they are added in their order.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from quambase.collector.block_runners import Placement
+from quambase.collector.documents import DocumentSet, TokenizedDocument
+from quambase.collector.host.kernels import PATTERNS, add_gradients
+from quambase.collector.statistics import ENCODINGS, Float32, Float64, Int64, SiteIndex, SiteLayout
+from quambase.collector.table_rows import COUNTED, TableGroup, many_keyed_rows, table_groups
+from quambase.model.language_model import LanguageModel, without_tf32
+from quambase.model.operators.differentiable import differentiable_operators, on_gradient
+from quambase.model.packed_batch import Batch
+from quambase.model.weights import ModelWeights
+from quambase.schema.errors import DataInvalid
+from quambase.schema.files import replacing
+from quambase.schema.progress import Progress
+from quambase.schema.sites import Site, SiteKey, find_site
+from quambase.schema.tables import SENSITIVITIES
+
+PART = 4
+"""Documents that share a forward and a backward pass: the activations of all layers are in memory at once."""
+
+
+class SensitivitySums(NamedTuple):
+    """What is summed, for every group of the observed sites and every float16 pattern, on the host.
+
+    counts       (groups, PATTERNS) int64: occurrences
+    gradient_sq  (groups, PATTERNS) float64: the sum over them of the squared gradient, nats^2 over the value's unit^2
+    """
+
+    counts: Int64
+    gradient_sq: Float64
+
+    @classmethod
+    def zeros(cls, index: SiteIndex) -> SensitivitySums:
+        """Of no values."""
+        shape = index.group_count, PATTERNS
+        return cls(np.zeros(shape, np.int64), np.zeros(shape))
+
+
+@dataclass(frozen=True)
+class SensitivityPlan:
+    """Which documents of a run, PART of them at a time; ``seed``: of the labels that are drawn."""
+
+    parts: list[list[TokenizedDocument]]
+    seed: int
+
+    @classmethod
+    def of(cls, documents: DocumentSet, wanted: int, sites: Sequence[str], family: str, seed: int) -> SensitivityPlan:
+        """``wanted`` documents at even distances, all if there are fewer. DataInvalid: no site that errors act at."""
+        if not any(_acts(find_site(name, family)) for name in sites):
+            raise DataInvalid(
+                "--sensitivity needs a site whose scale the INT8 model reads in a forward pass; --site leaves none"
+            )
+        size = len(documents.documents)
+        count = min(wanted, size)
+        chosen = [documents.documents[(2 * i + 1) * size // (2 * count)] for i in range(count)]
+        return cls([chosen[i : i + PART] for i in range(0, count, PART)], seed)
+
+    def identity(self) -> dict[str, int]:
+        """What determines the sums, beside what determines the run anyway."""
+        tokens = sum(document.tokens.size for part in self.parts for document in part)
+        return {"documents": sum(map(len, self.parts)), "tokens": tokens}
+
+
+def acting_sites(layouts: Mapping[SiteKey, SiteLayout], family: str) -> SiteIndex:
+    """The sites whose scales a forward pass of the INT8 model reads."""
+    return SiteIndex({key: layout for key, layout in layouts.items() if _acts(find_site(key[1], family))})
+
+
+def parts_of(identity: Mapping[str, Any]) -> int:
+    """How many parts a run of this ``identity`` has; 0 without sensitivities."""
+    return -(-int(identity.get("sensitivity", {}).get("documents", 0)) // PART)
+
+
+def _acts(site: Site) -> bool:
+    return site.consumed and not site.decode_only
+
+
+PARTS = "sensitivity"
+"""Folder of the parts' files, in an unfinished run or a shard."""
+
+
+def part_file(part: int) -> str:
+    """The file of a part's sums, as a path in that of the run or shard."""
+    return f"{PARTS}/part-{part:05d}.npz"
+
+
+def collect_sensitivity(
+    weights: ModelWeights,
+    where: Placement,
+    plan: SensitivityPlan,
+    index: SiteIndex,
+    parts: range,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Write the sums of the parts ``parts`` of ``plan`` to ``folder``, but of those that are there; ``weights`` are
+    prepared. DataInvalid: gradients that are not finite.
+    """
+    missing = [part for part in parts if _read(folder / part_file(part), index) is None]
+    if not missing:
+        return
+    sizes = {part: sum(document.tokens.size for document in plan.parts[part]) for part in parts}
+    before = [part for part in parts if part not in missing]
+    progress.start(
+        "sensitivity",
+        sum(len(plan.parts[part]) for part in parts),
+        sum(sizes.values()),
+        done=(sum(len(plan.parts[part]) for part in before), sum(sizes[part] for part in before)),
+    )
+    operators = differentiable_operators(weights.config.operator_sizes.ngroups, where.device)
+    model = LanguageModel(weights, operators, rotated=True)
+    for part in missing:
+        with progress.piece(len(plan.parts[part]), sizes[part]):
+            sums = part_sums(model, plan.parts[part], index, plan.seed)
+            _write(folder / part_file(part), sums)
+
+
+def _write(path: Path, sums: SensitivitySums) -> None:
+    """Store the sums of values that occur. A zip file's members have checksums, which NumPy compares on reading."""
+    counts, gradient_sq = (array.reshape(-1) for array in sums)
+    present = np.flatnonzero(counts)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, present=present, counts=counts[present], gradient_sq=gradient_sq[present])
+
+
+def _read(path: Path, index: SiteIndex) -> tuple[Int64, Int64, Float64] | None:
+    """Places, counts and sums that `_write` stored; None if they are not there or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            present, counts, gradient_sq = (arrays[name] for name in ("present", "counts", "gradient_sq"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    sound = present.shape == counts.shape == gradient_sq.shape and present.dtype == counts.dtype == np.int64
+    return (present, counts, gradient_sq) if sound and (present < index.group_count * PATTERNS).all() else None
+
+
+def total_sums(index: SiteIndex, paths: Sequence[Path]) -> SensitivitySums:
+    """The sums of all parts, whose files are ``paths``, added from 0 in their order. DataInvalid: one is damaged."""
+    total = SensitivitySums.zeros(index)
+    counts, gradient_sq = (array.reshape(-1) for array in total)
+    for path in paths:
+        found = _read(path, index)
+        if found is None:
+            raise DataInvalid(f"{path} is missing or damaged; delete it and run the same collect command again")
+        present, occurrences, sums = found
+        counts[present] += occurrences
+        gradient_sq[present] += sums
+    return total
+
+
+def part_sums(
+    model: LanguageModel, documents: Sequence[TokenizedDocument], index: SiteIndex, seed: int
+) -> SensitivitySums:
+    """One forward and one backward pass over ``documents``; ``model`` has `DifferentiableOperators`.
+
+    DataInvalid: gradients that are not finite.
+    """
+    sums = SensitivitySums.zeros(index)
+    groups_of = {key: torch.from_numpy(_group_of(layout)) for key, layout in index.layouts.items()}
+
+    def observe(layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
+        key = layer, site
+        if key not in groups_of:
+            return
+        seen, rows = values.detach(), index.groups[key]
+        part = SensitivitySums(sums.counts[rows], sums.gradient_sq[rows])
+        on_gradient(values, lambda gradient: add_squares(part, seen, gradient, groups_of[key]))
+
+    batch = Batch.join([document.tokens for document in documents])
+    labels_at = torch.from_numpy(np.concatenate([_uniform(seed, document) for document in documents]))
+    hidden = model.differentiable_hidden(batch, observe)
+    with torch.no_grad(), without_tf32():
+        gradient = torch.empty_like(hidden)
+        for start in range(0, len(hidden), model.operators.head_rows):
+            rows = slice(start, start + model.operators.head_rows)
+            gradient[rows] = _head_gradient(model, hidden[rows], labels_at[rows].to(model.device))
+    with without_tf32():
+        torch.autograd.backward(hidden, gradient)
+    for key, rows in index.groups.items():
+        if not np.isfinite(sums.gradient_sq[rows].sum()):
+            raise DataInvalid(
+                f"gradients at layer {key[0]} {key[1]} are NaN or infinite; collect without --sensitivity, or with "
+                "other texts"
+            )
+    return sums
+
+
+def _group_of(layout: SiteLayout) -> Int64:
+    """(channels,) the number of each channel's group."""
+    found = np.empty(layout.channels, np.int64)
+    for g in range(len(layout.names)):
+        found[layout.members(g)] = g
+    return found
+
+
+def _uniform(seed: int, document: TokenizedDocument) -> Float64:
+    """A number in [0, 1) for each token, the same whichever documents are its neighbours."""
+    return np.random.default_rng([seed, document.index]).random(document.tokens.size)
+
+
+def _head_gradient(model: LanguageModel, hidden: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The gradient of the log-likelihood's negative at the head's input (t, d), of a label drawn at each token: the
+    first whose cumulative probability exceeds ``uniform`` (t,).
+    """
+    logits = model.logits(hidden.detach())
+    found = torch.softmax(logits.double(), -1)
+    reached = found.cumsum(-1)
+    label = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
+    found.scatter_add_(1, label, torch.full_like(label, -1, dtype=found.dtype))
+    return found.float() @ model.lm_head
+
+
+def add_squares(sums: SensitivitySums, values: torch.Tensor, gradient: torch.Tensor, group_of: torch.Tensor) -> None:
+    """Add a site's values (t, c) and their gradients (t, c) to its groups' sums; group_of (c,) is on the host."""
+    half = values.to(torch.float16).contiguous()
+    if values.device.type == "cpu":
+        patterns = half.numpy().view(np.uint16)
+        add_gradients(patterns, gradient.contiguous().numpy(), group_of.numpy(), sums.counts, sums.gradient_sq)
+        return
+    counts, squares = fixed_point_sums(half, gradient, group_of.to(values.device), len(sums.counts))
+    sums.counts[:] += counts.cpu().numpy()
+    sums.gradient_sq[:] += squares.cpu().numpy()
+
+
+def fixed_point_sums(
+    half: torch.Tensor, gradient: torch.Tensor, group_of: torch.Tensor, groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(groups, PATTERNS) counts int64 and sums of squares float64 of float16 values and their gradients, (t, c) each.
+
+    A device adds in any order. So squares are added as int64, in units of a power of two that is so small that all of
+    them together stay below 2^62: what is lost of each is below 2^-61 of the sum of as many of the largest.
+    """
+    places = ((half.view(torch.int16).long() & (PATTERNS - 1)) + group_of * PATTERNS).flatten()
+    counts = torch.bincount(places, minlength=groups * PATTERNS).view(groups, PATTERNS)
+    squares = gradient.double().square().flatten()
+    largest = float(squares.max()) * squares.numel() if squares.numel() else 0.0
+    if not np.isfinite(largest):
+        return counts, torch.full(counts.shape, torch.nan, dtype=torch.float64, device=half.device)
+    unit = np.ldexp(1.0, int(np.frexp(largest)[1]) - 62)
+    whole = torch.zeros(groups * PATTERNS, dtype=torch.int64, device=half.device)
+    whole.index_add_(0, places, torch.round(squares / unit).long())
+    return counts, whole.view(groups, PATTERNS).double() * unit
+
+
+@cache
+def _ascending() -> tuple[Float32, Int64]:
+    """The finite float16 values, ascending, and their patterns; zero once."""
+    values = ENCODINGS["float16"].values()
+    patterns = np.flatnonzero(np.isfinite(values))
+    patterns = patterns[patterns != PATTERNS // 2]
+    order = np.argsort(values[patterns], kind="stable")
+    return values[patterns][order], patterns[order]
+
+
+def distinct_values(sums: SensitivitySums, group: int) -> tuple[Float32, Int64, Float64]:
+    """The finite values of a group that occur, ascending; their counts; their sums of squares. -0 joins 0."""
+    values, order = _ascending()
+    counts, gradient_sq = sums.counts[group].copy(), sums.gradient_sq[group].copy()
+    for array in (counts, gradient_sq):
+        array[0] += array[PATTERNS // 2]
+    counts, gradient_sq = counts[order], gradient_sq[order]
+    present = counts > 0
+    return values[present], counts[present], gradient_sq[present]
+
+
+def stored_sensitivities(run: str, index: SiteIndex, paths: Sequence[Path]) -> list[Callable[[], pa.Table]]:
+    """What make the rows of `sensitivities` of the parts' files, some groups each; together, in order, they are the
+    table. None without files. DataInvalid: one is damaged.
+    """
+    if not paths:
+        return []
+    sums = total_sums(index, paths)
+
+    def part(groups: Sequence[TableGroup]) -> pa.Table:
+        found = [distinct_values(sums, group.row) for group in groups]
+        values, counts, squares = map(np.concatenate, zip(*found, strict=True))
+        columns: dict[str, object] = {"value": values, "count": counts, "gradient_sq": squares}
+        keys = [(group.key, group.name) for group in groups]
+        return many_keyed_rows(run, keys, [each[0].size for each in found], columns, SENSITIVITIES)
+
+    groups = table_groups(index)
+    return [partial(part, groups[start : start + COUNTED]) for start in range(0, len(groups), COUNTED)]

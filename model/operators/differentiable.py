@@ -1,0 +1,348 @@
+"""Operators that PyTorch can differentiate with respect to activations; weights are constants.
+
+Two forms compute the same: compiled loops on the CPU, and PyTorch's own operations on any device. Both recompute
+intermediate results in the backward pass, so memory grows with the inputs and not with the states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from quambase.model.exponential import exp
+from quambase.model.hadamard import hadamard
+from quambase.model.operators import host_kernels as kernels
+from quambase.model.operators.interface import BlockState
+from quambase.model.operators.torch import CPU, TorchOperators
+from quambase.model.packed_batch import PlacedBatch
+
+CHUNK = 64
+"""Tokens of an SSD scan that are multiplied as one matrix (Dao & Gu 2024, section 6)."""
+
+
+def on_gradient(values: torch.Tensor, receive: Callable[[torch.Tensor], None]) -> None:
+    """Call ``receive`` with the gradient of ``values``, of the same shape, during the backward pass.
+
+    If ``values`` is a slice that only the caller uses, no gradient reaches it; so the hook is on the tensor it is a
+    slice of.
+    """
+    whole = values if values._base is None else values._base
+    shape, strides, first = values.shape, values.stride(), values.storage_offset() - whole.storage_offset()
+    whole.register_hook(lambda gradient: receive(gradient.contiguous().as_strided(shape, strides, first)))  # type: ignore[no-untyped-call]
+
+
+def differentiable_operators(ngroups: int, device: torch.device) -> DifferentiableOperators:
+    """The fastest differentiable operators of a device; ``ngroups``: SSD groups of a Mamba-2."""
+    kind = HostDifferentiableOperators if device.type == "cpu" else DifferentiableOperators
+    return kind(ngroups, device)
+
+
+def _applied(function: type[torch.autograd.Function], *arguments: Any) -> torch.Tensor:
+    found: torch.Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return found
+
+
+class DifferentiableOperators(TorchOperators):
+    """`quambase.model.operators.interface.Operators` of float32. ``state`` must be None; the returned final states are
+    zeros, since nothing reads them.
+
+    Scans run over zero-padded documents: zeros at the end change nothing, since a scan is causal.
+    """
+
+    head_rows = 512
+
+    def __init__(self, ngroups: int = 1, device: torch.device = CPU) -> None:
+        super().__init__(torch.float32, ngroups, device)
+
+    def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """As `Operators.add_norm`. Gradients of a forward pass end at its first norm's input."""
+        residual += x
+        current = residual.clone()  # the residual stream changes before the backward pass
+        if not current.requires_grad:
+            current.requires_grad_()
+        return F.rms_norm(current, weight.shape, weight, eps)
+
+    def conv_silu(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+    ) -> torch.Tensor:
+        """As `Operators.conv_silu`."""
+        place = torch.arange(len(x), device=self.device) - batch.starts  # of each token in its document
+        total = torch.addcmul(bias, weight[-1], x)
+        for back in range(1, len(weight)):
+            earlier = F.pad(x, (0, 0, back, 0))[: len(x)]
+            total = total + earlier * (weight[-1 - back] * (place >= back)[:, None])
+        return F.silu(total)
+
+    def selective_scan(
+        self,
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        bc: torch.Tensor,
+        z: torch.Tensor,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Operators.selective_scan`."""
+        padded = _Padding(batch)
+        parts = map(padded.pad, (F.softplus(delta + bias), u, bc))
+        scanned = padded.packed(checkpoint(_recurrent_scan, *parts, a, use_reentrant=False))
+        return (scanned + d * u) * F.silu(z), self._no_states(batch, a.T.shape)
+
+    def ssd_scan(
+        self,
+        x: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Operators.ssd_scan`."""
+        states = b.shape[1] // self.ngroups
+        wide = x.view(len(x), len(a), -1)
+        padded = _Padding(batch, CHUNK)
+        grouped = [part.view(len(x), self.ngroups, states) for part in (b, c)]
+        parts = map(padded.pad, (wide, *grouped, F.softplus(dt + bias)))
+        scanned = padded.packed(checkpoint(_chunked_scan, *parts, a, use_reentrant=False))
+        return (scanned + d[:, None] * wide).view(x.shape), self._no_states(batch, (x.shape[1], states))
+
+    def _no_states(self, batch: PlacedBatch, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.zeros(batch.host.documents, *shape, device=self.device)
+
+
+class HostDifferentiableOperators(DifferentiableOperators):
+    """The same on the CPU, with the compiled loops of `quambase.model.operators.host_kernels`."""
+
+    def selective_scan(
+        self,
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        bc: torch.Tensor,
+        z: torch.Tensor,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Operators.selective_scan`."""
+        y = _applied(_HostSelectiveScan, u, F.softplus(delta + bias), bc, z, a, d, batch.host.offsets)
+        return y, self._no_states(batch, a.T.shape)
+
+    def ssd_scan(
+        self,
+        x: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Operators.ssd_scan`."""
+        y = _applied(_HostSsdScan, x, b, c, F.softplus(dt + bias), a, d, batch.host.offsets, self.ngroups)
+        return y, self._no_states(batch, (x.shape[1], b.shape[1] // self.ngroups))
+
+    def hadamard(self, x: torch.Tensor) -> torch.Tensor:
+        """As `Operators.hadamard`."""
+        return _applied(_HostHadamard, x)
+
+
+class _Padding:
+    """Converts packed rows (t, ...) to zero-padded documents (b, l, ...), l a multiple of ``multiple``, and back."""
+
+    def __init__(self, batch: PlacedBatch, multiple: int = 1) -> None:
+        lengths = batch.host.offsets.diff()
+        self.documents = batch.host.documents
+        self.length = -(-int(lengths.max()) // multiple) * multiple
+        numbers = torch.repeat_interleave(torch.arange(self.documents), lengths)
+        within = torch.arange(len(numbers)) - batch.host.offsets[numbers]
+        self.rows = (numbers * self.length + within).to(batch.tokens.device)
+
+    def pad(self, packed: torch.Tensor) -> torch.Tensor:
+        """(b, l, ...) of (t, ...)."""
+        flat = packed.new_zeros((self.documents * self.length, *packed.shape[1:]))
+        return flat.index_copy(0, self.rows, packed).view(self.documents, self.length, *packed.shape[1:])
+
+    def packed(self, padded: torch.Tensor) -> torch.Tensor:
+        """(t, ...) of (b, l, ...)."""
+        return padded.flatten(0, 1)[self.rows]
+
+
+class _LinearRecurrence(torch.autograd.Function):
+    """h[t] = decay[t] h[t - 1] + added[t] from h[-1] = 0, along the first axis; all (l, ...).
+
+    Its adjoint is the same recurrence backwards: g[t] = grad[t] + decay[t + 1] g[t + 1], the gradient of added[t]; that
+    of decay[t] is g[t] h[t - 1].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, decay: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        """h."""
+        h = torch.empty_like(added)
+        h[0] = added[0]
+        for t in range(1, len(h)):
+            torch.addcmul(added[t], decay[t], h[t - 1], out=h[t])
+        ctx.save_for_backward(decay, h)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of decay and added."""
+        decay, h = ctx.saved_tensors
+        (grad,) = gradients
+        g = torch.empty_like(decay)
+        g[-1] = grad[-1]
+        for t in range(len(g) - 2, -1, -1):
+            torch.addcmul(grad[t], decay[t + 1], g[t + 1], out=g[t])
+        of_decay = torch.empty_like(g)
+        of_decay[0] = 0
+        torch.mul(g[1:], h[:-1], out=of_decay[1:])
+        return of_decay, g
+
+
+def _recurrent_scan(step: torch.Tensor, u: torch.Tensor, bc: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """sum_n C[n] h[n] (b, l, e) of h[n] = exp(step A[n]) h[n] + step B[n] u.
+
+    step, u (b, l, e); bc (b, l, 2n); a (n, e).
+    """
+    step, u, bc = (part.transpose(0, 1)[..., None, :] for part in (step, u, bc))  # (l, b, 1, ...)
+    b, c = bc.transpose(2, 3).chunk(2, dim=2)  # (l, b, n, 1)
+    h = _applied(_LinearRecurrence, torch.exp(step * a), b * (step * u))  # (l, b, n, e)
+    return (c * h).sum(2).transpose(0, 1)
+
+
+def _chunked_scan(
+    x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, step: torch.Tensor, a: torch.Tensor
+) -> torch.Tensor:
+    """The SSD scan without skip connection (b, l, h, p) by matrix products over chunks (Dao & Gu 2024, listing 1).
+
+    x (b, l, h, p); b, c (b, l, g, n); step (b, l, h); a (h,). l is a multiple of CHUNK.
+    """
+    documents, length, heads, _ = x.shape
+    share = heads // b.shape[2]
+
+    def chunks(part: torch.Tensor) -> torch.Tensor:
+        """(b, chunks, heads or groups, CHUNK, ...)."""
+        return part.view(documents, length // CHUNK, CHUNK, *part.shape[2:]).transpose(2, 3)
+
+    logs = chunks(step * a).cumsum(-1)  # logarithm of the decay since the chunk's first token
+    driven = chunks(step)[..., None] * chunks(x)  # (b, k, h, q, p)
+    wide_b, wide_c = (chunks(part).repeat_interleave(share, 2) for part in (b, c))  # (b, k, h, q, n)
+    past = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=x.device).tril()
+    between = (logs[..., :, None] - logs[..., None, :]).masked_fill(~past, -torch.inf).exp()
+    scores = chunks(c) @ chunks(b).transpose(-1, -2)  # (b, k, g, q, q)
+    y = (scores.repeat_interleave(share, 2) * between) @ driven
+    # What each chunk adds to the state, and the state before it.
+    added = (driven * torch.exp(logs[..., -1:] - logs)[..., None]).transpose(-1, -2) @ wide_b  # (b, k, h, p, n)
+    whole = torch.exp(logs[..., -1])[..., None, None]
+    states = [torch.zeros_like(added[:, 0])]
+    for chunk in range(added.shape[1] - 1):
+        states.append(whole[:, chunk] * states[-1] + added[:, chunk])
+    y = y + torch.exp(logs)[..., None] * (wide_c @ torch.stack(states, 1).transpose(-1, -2))
+    return y.transpose(2, 3).reshape(x.shape)
+
+
+class _HostSelectiveScan(torch.autograd.Function):
+    """`Operators.selective_scan` of float32 tensors on the CPU; the gradients of u, step, bc and z."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: torch.Tensor,
+        step: torch.Tensor,
+        bc: torch.Tensor,
+        z: torch.Tensor,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        offsets: torch.Tensor,
+    ) -> torch.Tensor:
+        """y; ``step`` is delta after its bias and softplus."""
+        b, c = (part.contiguous() for part in bc.chunk(2, dim=1))
+        inputs = [u, step, a, b, c, d, z.contiguous(), offsets]
+        y, states = torch.empty_like(u), torch.zeros(len(offsets) - 1, *a.shape)
+        kernels.selective_scan(*(part.numpy() for part in [*inputs, y, states]))
+        ctx.save_for_backward(*inputs)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """As the arguments of `forward`."""
+        inputs = ctx.saved_tensors
+        u, a = inputs[0], inputs[2]
+        of_u, of_step, of_z = torch.empty(3, *u.shape)
+        blocks = -(-u.shape[1] // kernels.GRADIENT_BLOCK)
+        of_bc = torch.empty(blocks, len(u), 2 * len(a))  # of each block of channels
+        written = [gradients[0].contiguous(), of_u, of_step, of_z, of_bc]
+        kernels.selective_scan_gradients(*(part.numpy() for part in [*inputs, *written]))
+        return of_u, of_step, of_bc.sum(0), of_z, None, None, None
+
+
+class _HostSsdScan(torch.autograd.Function):
+    """`Operators.ssd_scan` of float32 tensors on the CPU; the gradients of x, b, c and step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        step: torch.Tensor,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        offsets: torch.Tensor,
+        ngroups: int,
+    ) -> torch.Tensor:
+        """y; ``step`` is dt after its bias and softplus."""
+        x, b, c = (part.contiguous() for part in (x, b, c))
+        decay = exp(step * a)
+        y, states = torch.empty_like(x), torch.zeros(len(offsets) - 1, x.shape[1], b.shape[1] // ngroups)
+        kernels.ssd_scan(*(part.numpy() for part in (x, step, decay, b, c, d, offsets, y, states)))
+        ctx.ngroups = ngroups
+        ctx.save_for_backward(x, step, decay, a, b, c, d, offsets)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """As the arguments of `forward`."""
+        inputs = ctx.saved_tensors
+        x, step, b = inputs[0], inputs[1], inputs[4]
+        width = 2 * b.shape[1] // ctx.ngroups
+        of_x, of_step = torch.empty_like(x), torch.empty_like(step)
+        of_bc = torch.empty(step.shape[1], len(x), width)  # of each head
+        written = [gradients[0].contiguous(), of_x, of_step, of_bc]
+        kernels.ssd_scan_gradients(*(part.numpy() for part in [*inputs, *written]))
+        shared = of_bc.view(ctx.ngroups, -1, len(x), width).sum(1).transpose(0, 1)  # (t, g, 2n)
+        of_b, of_c = (part.reshape(b.shape) for part in shared.chunk(2, dim=2))
+        return of_x, of_b, of_c, of_step, None, None, None, None
+
+
+class _HostHadamard(torch.autograd.Function):
+    """`Operators.hadamard` of float32 tensors on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """The transform of x."""
+        return hadamard(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        """The transposed transform of the gradient."""
+        return hadamard(gradients[0], transposed=True)
