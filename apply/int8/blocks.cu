@@ -166,7 +166,7 @@ struct Codes {
 
 #if !HEADS
 
-struct Channels {
+template <bool SHIFTED> struct Channels {
     typedef s8 Raw;
     const s8 *u_start, *delta_start, *bc, *z;
     i64 u_stride, delta_stride, bc_stride, z_stride;
@@ -179,7 +179,7 @@ struct Channels {
     __device__ s8 delta_at(i64 row, int channel) const { return delta_start[row * delta_stride + channel]; }
     __device__ s8 z_at(i64 row, int channel) const { return z[row * z_stride + channel]; }
     __device__ s8 b_c_at(i64 row, int n) const { return bc[row * bc_stride + n]; }
-    __device__ float u(s8 raw) const { return u_scale * ((float)raw - u_zero); }
+    __device__ float u(s8 raw) const { return u_scale * (SHIFTED ? (float)raw - u_zero : (float)raw); }
     __device__ float delta(s8 raw) const { return delta_scale * (float)raw; }
     __device__ float gate(s8 raw) const { return gates[raw + 128]; }
     __device__ float b_c(s8 raw) const { return bc_scale * (float)raw; }
@@ -190,14 +190,27 @@ struct Channels {
 // STATES), B then C: codes, rows apart; the rest as in scan_channels.
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS) selective_scan(
     const s8* u, i64 u_stride, const s8* delta, i64 delta_stride, const s8* bc, i64 bc_stride, const s8* z, i64 z_stride,
-    float u_scale, float u_zero, float delta_scale, float bc_scale, float z_scale, const float* a, const float* d, const float* bias,
-    const int* offsets, i64 channels, u16* y
+    float u_scale, float u_zero, float delta_scale, float bc_scale, float z_scale, const float* a, const float* d,
+    const float* bias, const int* offsets, i64 channels, u16* y
 ) {
     __shared__ float gates[256];
     for (int i = threadIdx.x; i < 256; i += blockDim.x) gates[i] = silu(z_scale * (float)(i - 128));
     __syncthreads();
-    const Channels in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, u_zero, delta_scale, bc_scale,
-                         gates, channels, y};
+    const Channels<false> in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, u_zero, delta_scale,
+                                bc_scale, gates, channels, y};
+    scan_channels(in, a, d, bias, offsets, channels, nullptr);
+}
+
+extern "C" __global__ void __launch_bounds__(SCAN_THREADS) selective_scan_shifted(
+    const s8* u, i64 u_stride, const s8* delta, i64 delta_stride, const s8* bc, i64 bc_stride, const s8* z, i64 z_stride,
+    float u_scale, float u_zero, float delta_scale, float bc_scale, float z_scale, const float* a, const float* d,
+    const float* bias, const int* offsets, i64 channels, u16* y
+) {
+    __shared__ float gates[256];
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) gates[i] = silu(z_scale * (float)(i - 128));
+    __syncthreads();
+    const Channels<true> in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, u_zero, delta_scale,
+                                bc_scale, gates, channels, y};
     scan_channels(in, a, d, bias, offsets, channels, nullptr);
 }
 

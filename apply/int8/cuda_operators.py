@@ -79,14 +79,18 @@ class CudaInt8Operators:
         self._odd = torch.tensor(odd_factor(defines["ORDER"]), device=device)
         heads = sizes.headdim is not None
         self._ssd_threads = defines["HEADDIM"] // defines["JOINED"] * defines["SPLIT"]
-        own = ("ssd_scan", "ssd_scan_shifted", "gated_rotate") if heads else ("selective_scan", "rotate")
+        own = (
+            ("ssd_scan", "ssd_scan_shifted", "gated_rotate")
+            if heads
+            else ("selective_scan", "selective_scan_shifted", "rotate")
+        )
         names = ("norm_to_int8", "norm_to_half", "conv_silu", "conv_silu_shifted", *own)
         # No contraction, so that codes are rounded from the same float32 values as on the CPU.
         self._blocks = Kernels(BLOCKS, names, {"HEADS": int(heads), **defines}, device, ("-fmad=false",))
         if hopper is None:
             hopper = torch.cuda.get_device_capability(device) == (9, 0)
         self._product_block = HOPPER if hopper else OTHERS
-        products = ("product_to_int8", "product_to_half")
+        products = ("product_to_int8", "product_to_int8_less", "product_to_half")
         self._products = Kernels(PRODUCTS, products, {"HOPPER": int(hopper)}, device)
         for name in products:
             self._products.allow_shared(name, self._product_block.shared)
@@ -156,7 +160,8 @@ class CudaInt8Operators:
         """As `Int8Operators.linear_to_int8`."""
         assert not away  # only where one sequence decodes
         out = self._codes(len(x), len(weight.codes))
-        return self._product("product_to_int8", x, weight.codes, first, second, out, offset)
+        name = "product_to_int8" if offset is None else "product_to_int8_less"
+        return self._product(name, x, weight.codes, first, second, out, offset)
 
     def linear_to_half(
         self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
@@ -232,7 +237,8 @@ class CudaInt8Operators:
         factors = (scales.u, float(scales.u_zero), scales.delta, scales.bc, scales.z)
         arguments = (*codes, *factors, a, d, bias, batch.offsets, channels, y)
         grid = (-(-channels // SCAN_THREADS), batch.host.documents)
-        self._blocks.launch("selective_scan", grid, SCAN_THREADS, arguments)
+        name = "selective_scan_shifted" if scales.u_zero else "selective_scan"
+        self._blocks.launch(name, grid, SCAN_THREADS, arguments)
         return y
 
     def rotate(self, y: torch.Tensor, factor: float, wrap: bool) -> torch.Tensor:

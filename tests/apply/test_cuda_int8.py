@@ -163,15 +163,16 @@ def test_convolution(channels: int, taps: int, affine: bool, device: torch.devic
     assert len(wanted.unique()) > 100
 
 
+@pytest.mark.parametrize("zero_point", [0, -90])
 @pytest.mark.parametrize(("channels", "states"), [(24, 4), (64, 16), (1536, 16)])
-def test_selective_scan(channels: int, states: int, device: torch.device) -> None:
+def test_selective_scan(channels: int, states: int, zero_point: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(channels)
     batch, moved = batches(device)
     t = sum(LENGTHS)
     u, delta, bc, z = (codes(generator, t, width) for width in (channels, channels, 3 + 2 * states, 2 * channels))
     a = -torch.rand(states, channels, generator=generator) * 8
     d, bias = torch.randn(channels, generator=generator), torch.randn(channels, generator=generator) - 3
-    scales, sizes = ScanScales(0.02, 0.03, 0.01, 0.04, 1.0, u_zero=-90), mamba1(channels, states)
+    scales, sizes = ScanScales(0.02, 0.03, 0.01, 0.04, 1.0, u_zero=zero_point), mamba1(channels, states)
     wanted = HostInt8Operators(sizes).selective_scan(u, delta, bc[:, 3:], z[:, channels:], scales, a, d, bias, batch)
     inputs = [padded(part, device) for part in (u, delta, bc, z)]
     inputs[2], inputs[3] = inputs[2][:, 3:], inputs[3][:, channels:]
