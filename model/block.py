@@ -22,9 +22,9 @@ from quambase.schema.groups import LayerGroups
 class Tap(Protocol):
     """Receives every site's activation during a forward pass.
 
-    ``values`` is (rows, channels) of the model's dtype and on its device, the rows of the batch's documents
-    ``documents`` one after another; at the ssm_state sites (documents, e, n) float32. A site may arrive in several
-    calls of ascending documents. The tensor must not be changed; it stays as it is until the tap has seen the last one.
+    ``values``: (rows, channels) in the model's dtype on its device, the concatenated rows of the batch's documents
+    ``documents``; at the ssm_state sites (documents, e, n) float32. A site may be delivered in several calls with
+    ascending documents. The tap must not change the tensor, which stays valid until the forward pass ends.
     """
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None: ...
@@ -35,7 +35,7 @@ Show = Callable[[str, torch.Tensor], None]
 
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]
-"""Takes a site of one layer and its values (t, channels); what the block goes on with in their place."""
+"""Takes a site of one layer and its values (t, channels); returns the values that the block continues with."""
 
 
 def unchanged(site: str, values: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def unchanged(site: str, values: torch.Tensor) -> torch.Tensor:
 
 
 class HeadLayout(NamedTuple):
-    """How the channels of x lie in heads, and the heads in SSD groups: how many of each."""
+    """Sizes of the head structure: equally large heads divide the channels of x, and SSD groups divide the heads."""
 
     heads: int
     channels: int
@@ -52,12 +52,12 @@ class HeadLayout(NamedTuple):
 
     @property
     def headdim(self) -> int:
-        """Channels of a head."""
+        """Channels per head."""
         return self.channels // self.heads
 
 
 class Draw(Protocol):
-    """Draws random weights: normal values of a standard deviation, uniform ones from 0 to 1."""
+    """Draws random weights: normal with standard deviation ``std``, or uniform from 0 to 1."""
 
     def normal(self, *shape: int, std: float) -> torch.Tensor: ...
 
@@ -82,8 +82,8 @@ class ModelConfig(ABC):
     @property
     @abstractmethod
     def norm_eps(self) -> float:
-        """Added to the mean square by the norms. A field of every kind, its last: the order of the fields determines
-        `quambase.model.weights.weights_digest`.
+        """Epsilon of the RMS norms, added to the mean square. Every kind declares it as its last field, since the order
+        of the fields determines `quambase.model.weights.weights_digest`.
         """
 
     @classmethod
@@ -102,7 +102,7 @@ class ModelConfig(ABC):
 
     @abstractmethod
     def block_edges(self) -> dict[str, tuple[int, ...]]:
-        """Where the channel slices of every site of a block begin, and where the last one ends."""
+        """For every site of a block, the channels at which its slices begin, and the end of the last slice."""
 
     @abstractmethod
     def random_block(self, draw: Draw) -> BlockWeights:
@@ -111,7 +111,7 @@ class ModelConfig(ABC):
     @property
     @abstractmethod
     def operator_sizes(self) -> OperatorSizes:
-        """What the operators of a block are made for."""
+        """The sizes that a block's operators are built for."""
 
     @property
     def head_layout(self) -> HeadLayout | None:
@@ -119,7 +119,7 @@ class ModelConfig(ABC):
         return None
 
     def site_edges(self) -> dict[str, tuple[int, ...]]:
-        """As `block_edges`, of the model: the head's sites too."""
+        """As `block_edges`, and the head's sites."""
         head = {"lm_head:input": (0, self.d_model), "lm_head:output": (0, self.vocab_size)}
         return self.block_edges() | head
 
@@ -129,14 +129,16 @@ class BlockWeights(ABC):
     """One block's weights, float32 on the CPU. Every kind has in_proj, which reads the normalised residual stream, and
     out_proj, which writes to it.
 
-    norm  (d,): of the norm before the block
+    norm  (d,): weight of the norm before the block
     """
 
     kind: ClassVar[str]
     norm: torch.Tensor
 
     def reordered(self, groups: LayerGroups) -> BlockWeights:
-        """The same function with heads and channels in the order of ``groups``. CheckpointInvalid: there are none."""
+        """The same function with heads and channels in the order of ``groups``. CheckpointInvalid: the kind has no
+        heads.
+        """
         raise CheckpointInvalid(f"a block of kind {self.kind} has no heads to sort; leave the groups out")
 
 
@@ -149,7 +151,7 @@ class Block(ABC):
 
     @abstractmethod
     def __init__(self, config: Any, weights: Any, operators: Operators, *, rotated: bool) -> None:
-        """Of weights and sizes of the same kind."""
+        """``config`` and ``weights`` are of the block's kind."""
 
     @abstractmethod
     def forward(
@@ -160,10 +162,11 @@ class Block(ABC):
         show: Show | None = None,
         change: Change = unchanged,
     ) -> torch.Tensor:
-        """What is added to the residual stream (t, d) for the normalised one (t, d); ``show`` sees every site.
+        """The block's contribution (t, d) to the residual stream, from the normalised stream (t, d); ``show`` receives
+        every site.
 
-        ``state``: each document is the next token of a sequence that has it; it is updated.
-        ``change``: sees every site whose scale an INT8 model's forward pass reads, before anything reads its values.
+        ``state``: of the sequences whose next tokens are the batch's documents, one token each; updated in place.
+        ``change``: receives every site that an INT8 model quantizes, before anything reads its values.
         """
 
     @abstractmethod
@@ -173,16 +176,16 @@ class Block(ABC):
 
 @dataclass(frozen=True)
 class BlockKind:
-    """One kind of block, and what others call it.
+    """One kind of block: its classes, and its names here and in other projects.
 
     name        in manifests and tables, as the model's family: a key of `quambase.schema.sites.FAMILIES`
     title       in messages
     model_type  transformers' and upstream's word, ``model_type`` of config.json
     layer       mamba-ssm's word, ``ssm_cfg.layer`` of config.json
     tied        whether transformers ties the head where config.json does not say
-    names       each field of the weights to the tensor's name within a layer of mamba-ssm's state dict
-    float32     fields that mamba_ssm creates in float32 whatever dtype the model is asked for in, and whose values its
-                loader copies; every other parameter is rounded on loading
+    names       maps each field of the weights to the tensor's name within a layer of mamba-ssm's state dict
+    float32     fields that mamba_ssm holds in float32 whatever the model's dtype; its loader rounds every other
+                parameter
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The kinds of blocks there are: the one place that knows them. A new kind is a file of its own and a line here."""
+"""The registry of block kinds. A new kind is a file of its own and an entry here."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ KINDS: dict[str, BlockKind] = {kind.name: kind for kind in (mamba1.KIND, mamba2.
 
 
 def kind_of(part: ModelConfig | BlockWeights) -> BlockKind:
-    """The kind of some sizes or weights."""
+    """The kind of a config or of a block's weights."""
     return KINDS[part.kind]
 
 
 def read_config(raw: Settings, path: Path) -> tuple[ModelConfig, bool]:
-    """The sizes in a config.json, whichever kind and layout it describes, and whether the head is tied there; ``path``:
-    where it lies.
+    """The sizes in a config.json of any kind and layout, and whether it ties the head to the embedding; ``path`` is for
+    errors.
 
-    ``model_type`` says which layout's keys count, as it does for transformers: a converted model may carry both, and
-    transformers keeps only its own up to date. CheckpointInvalid for any other model.
+    ``model_type`` decides which layout's keys are read, as in transformers: a converted model may contain both, and
+    transformers updates only its own. CheckpointInvalid for any other model.
     """
     kinds = list(KINDS.values())
     by_type = {kind.model_type: kind for kind in kinds}

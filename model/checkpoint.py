@@ -28,7 +28,7 @@ from quambase.schema.errors import CheckpointInvalid
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model as found: ``path`` is its folder; the hashes identify weights (tensor bytes, config) and tokenizer."""
+    """A loaded model. ``path`` is its folder; the hashes identify weights (tensor bytes, config) and tokenizer."""
 
     name: str
     path: Path
@@ -56,11 +56,11 @@ def load_model(name: str, *, tokenizer: str | None = None) -> LoadedModel:
     """
     sources = find_sources(name, tokenizer)
     folder = sources.folder
-    found = load_tokenizer(sources.tokenizer)  # before the weights: it takes less time to be wrong
+    found = load_tokenizer(sources.tokenizer)  # before the weights, so that a wrong one is reported early
     weights = load_weights(folder)
     found = found.for_rows(weights.config.vocab_size)
     return LoadedModel(
-        # A local folder is called by its own name, so that a run does not depend on where it lay.
+        # A local folder is recorded by its own name, so that a run does not depend on where the folder was.
         name=Path(name).resolve().name if Path(name).is_dir() else name,
         path=folder,
         bundled=is_bundled(name),
@@ -74,14 +74,14 @@ def load_model(name: str, *, tokenizer: str | None = None) -> LoadedModel:
 def load_weights(folder: Path) -> ModelWeights:
     """Read config.json and the weights of a model folder, mamba-ssm or Hugging Face layout; float32.
 
-    safetensors (one file or an index) before pytorch_model.bin, which is read with ``weights_only=True``.
+    Prefers safetensors (one file or an index) to pytorch_model.bin, which is read with ``weights_only=True``.
     """
     config, tied = _config(folder)
     return weights_from_tensors(config, _read_tensors(folder), tied)
 
 
 def _config(folder: Path) -> tuple[ModelConfig, bool]:
-    """The sizes in config.json, and whether the head is tied there."""
+    """The sizes in config.json, and whether it ties the head to the embedding."""
     path = folder / "config.json"
     if not path.exists():
         raise CheckpointInvalid(f"{path} is missing; expected a model folder with config.json and weights")
@@ -89,7 +89,7 @@ def _config(folder: Path) -> tuple[ModelConfig, bool]:
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder's weights. One file comes before an index, as in transformers: it is the newer."""
+    """Every tensor of a folder's weights. A single file takes precedence over an index, as in transformers."""
     for name in (SAFETENSORS, SAFETENSORS_INDEX, PYTORCH, PYTORCH_INDEX):
         path = folder / name
         if path.exists():
@@ -102,7 +102,7 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names, each once. They lie beside it: an index leads nowhere else."""
+    """The files that an index names, each once. Only files in the index's own folder are accepted."""
     names = read_json_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointInvalid(f"{index} has no weight_map of tensors to files; {mend(index)}")

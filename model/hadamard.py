@@ -2,8 +2,8 @@
 
 A size is ``m 2^k`` with m in 12, 40, 20, 28 or 1, tried in that order, and the matrix is ``H_m kron H_2^k``
 (upstream ``hadamard_utils.py``: 12 N and 40 N kernels, else a power of two). The matrices of orders 12, 20, 28
-and 40 are those of fast-hadamard-transform (which took three from N. Sloane's library); scales depend on which
-Hadamard matrix was used, so another one of the same order would not do.
+and 40 are those of fast-hadamard-transform (three of them from N. Sloane's library). Scales depend on the matrix, so
+others of the same order cannot replace them.
 """
 
 from __future__ import annotations

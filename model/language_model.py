@@ -1,4 +1,4 @@
-"""A language model of any blocks on any device: the residual stream around them, its taps, the head, decoding.
+"""A language model of any kind of block on any device: residual stream, taps, head, decoding.
 
 On the CPU everything is float32. On CUDA in float16 it computes what upstream runs: matrix products in float16
 (accumulated in float32), the residual stream and its norms in float32, convolution, scans and Hadamard transforms in
@@ -29,12 +29,12 @@ LayerChange = Callable[[int, str, torch.Tensor], torch.Tensor]
 """`quambase.model.block.Change` that also takes the layer."""
 
 State = list[BlockState]
-"""What a decoding step carries on: the state of every block."""
+"""The decoding state: one `BlockState` per block."""
 
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Matrix products of float32 in float32, whatever the process has chosen."""
+    """Compute matrix products of float32 without TF32, whatever the process's setting."""
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -44,7 +44,7 @@ def without_tf32() -> Iterator[None]:
 
 
 class LanguageModel:
-    """A language model ready to run: one block after another, each of its own kind.
+    """A language model ready to run; its blocks may be of different kinds.
 
     ``rotated``: the weights were prepared, so each block's output is Hadamard-transformed before out_proj.
     """
@@ -62,8 +62,8 @@ class LanguageModel:
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, tap: Tap | None = None, change: LayerChange | None = None) -> torch.Tensor:
-        """The normalised final hidden state (t, d), which is lm_head:input; ``tap`` sees every site on the way, and the
-        blocks go on with what ``change`` makes of a site's values.
+        """The normalised final hidden state (t, d), which is lm_head:input; ``tap`` receives every site, and the blocks
+        continue with the values that ``change`` returns for a site.
 
         With a tap the logits are computed too, in chunks, since lm_head:output is a site.
         """
@@ -74,8 +74,8 @@ class LanguageModel:
         return out
 
     def differentiable_hidden(self, batch: Batch, tap: Tap) -> torch.Tensor:
-        """As `hidden`, for PyTorch to differentiate; the model has `DifferentiableOperators`. ``tap`` sees tensors that
-        lead to the result, or slices of such; of the head's sites the input only.
+        """As `hidden`, differentiable by PyTorch; the model must have `DifferentiableOperators`. ``tap`` receives
+        tensors of the autograd graph, or slices of them; of the head's sites only the input.
         """
         with torch.enable_grad(), without_tf32():
             out = self._normalised(PlacedBatch.of(batch, self.device), tap=tap)
@@ -117,12 +117,12 @@ class LanguageModel:
             show = None if tap is None else _of_layer(tap, index, documents)
             changes = unchanged if change is None else partial(change, index)
             x = block.forward(normalised, batch, None if state is None else state[index], show, changes)
-            if self.device.type == "cpu" and state is None:  # a device's work is only queued here
+            if self.device.type == "cpu" and state is None:  # on a device the work is only queued
                 tell((index + 1) / (len(self.blocks) + bool(tap)))
         return add_norm(x, residual, self.norm_f, config.norm_eps)
 
     def _show_head(self, tap: Tap, out: torch.Tensor, batch: Batch) -> None:
-        """Let ``tap`` see the head's sites."""
+        """Call ``tap`` with the head's sites."""
         layers = len(self.blocks)
         tap(HEAD_LAYER, "lm_head:input", out, slice(0, batch.documents))
         for documents in batch.chunks(self.operators.head_rows):

@@ -166,8 +166,8 @@ class Mamba1Block(Block):
         xz = change("in_proj:output", F.linear(normalised, self.in_proj))  # (t, 2e)
         u = change("x_proj:input", ops.conv_silu(xz[:, :e], self.conv_weight, self.conv_bias, batch, state))
         dt_b_c = change("x_proj:output", F.linear(u, self.x_proj))  # (t, r + 2n)
-        low_rank = dt_b_c[:, :r]
-        delta = change("dt_proj:output", F.linear(low_rank, self.dt_proj))  # (t, e), without its bias
+        dt = dt_b_c[:, :r]
+        delta = change("dt_proj:output", F.linear(dt, self.dt_proj))  # (t, e), without its bias
         y, last = ops.selective_scan(u, delta, dt_b_c[:, r:], xz[:, e:], self.a, self.d, self.dt_bias, batch, state)
         gated = change("out_proj:input", ops.hadamard(y) if self.rotated else y)
         out = F.linear(gated, self.out_proj)  # (t, d)
@@ -176,7 +176,7 @@ class Mamba1Block(Block):
             show("in_proj:output", xz)
             show("x_proj:input", u)
             show("x_proj:output", dt_b_c)
-            show("dt_proj:input", low_rank)
+            show("dt_proj:input", dt)
             show("dt_proj:output", delta)
             show("ssm_state_act:input", last)
             show("ssm_state_act:output", last)

@@ -1,6 +1,6 @@
 """The Mamba-2 block: sizes, tensors, sites, the order of its heads, and the forward pass with a tap at every site.
 
-Taps see what upstream's `Mamba2Simple` (quamba/qMamba2.py:155-270) shows its hooks: dt_act before dt_bias and
+Taps receive what the hooks on upstream's `Mamba2Simple` (quamba/qMamba2.py:155-270) receive: dt_act before dt_bias and
 softplus, ssd_out_act after the skip connection and before the gated norm, out_proj:input after norm and Hadamard.
 """
 
@@ -23,7 +23,7 @@ from quambase.schema.errors import CheckpointInvalid
 from quambase.schema.groups import LayerGroups
 from quambase.schema.sites import MAMBA2
 
-# What mamba-ssm's Mamba2 can also be, with the one value that upstream's INT8 model handles.
+# Options of mamba-ssm's Mamba2, with the only value that upstream's INT8 model supports.
 _ONLY = {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
 
 
@@ -55,7 +55,7 @@ class Mamba2Config(ModelConfig):
 
     @property
     def heads(self) -> int:
-        """How many heads."""
+        """Number of heads."""
         return self.d_inner // self.headdim
 
     @property
@@ -65,7 +65,7 @@ class Mamba2Config(ModelConfig):
 
     @property
     def conv_width(self) -> int:
-        """The channels of the convolution: x, B, C."""
+        """The convolution's number of channels: x, B, C."""
         return self.d_inner + 2 * self.bc_width
 
     @property
@@ -76,7 +76,7 @@ class Mamba2Config(ModelConfig):
 
     @classmethod
     def from_mamba_ssm(cls, values: Mapping[str, Any]) -> Mamba2Config:
-        """From mamba-ssm's config.json; what it leaves out has the defaults of mamba_ssm/modules/mamba2.py."""
+        """From mamba-ssm's config.json; absent keys have the defaults of mamba_ssm/modules/mamba2.py."""
         raw = Settings(values)
         ssm = check_mamba_ssm(raw)
         for name, value in _ONLY.items():
@@ -102,8 +102,8 @@ class Mamba2Config(ModelConfig):
 
     @classmethod
     def from_hugging_face(cls, values: Mapping[str, Any]) -> Mamba2Config:
-        """From transformers' Mamba2Config JSON; what it leaves out has that class's defaults, but for the sizes that
-        every model has of its own.
+        """From transformers' Mamba2Config JSON; absent keys have that class's defaults, except the sizes that differ
+        between models, which are required.
         """
         raw = Settings(values)
         check_hugging_face(raw)
@@ -166,8 +166,8 @@ class Mamba2Config(ModelConfig):
         }
 
     def random_block(self, draw: Draw) -> Mamba2BlockWeights:
-        """A in [1, 16], inverse-softplus dt bias. Norm weights, D and the conv bias vary too, so that a test sees them
-        misplaced.
+        """A in [1, 16], inverse-softplus dt bias. Norm weights, D and the conv bias vary too, so that tests notice if
+        they are permuted wrongly.
         """
         dt = torch.exp(draw.uniform(self.heads) * math.log(100) + math.log(0.001))
         return Mamba2BlockWeights(
@@ -194,7 +194,7 @@ class Mamba2Config(ModelConfig):
 
 
 def _check_dt_limit(settings: Settings, key: str) -> None:
-    """Only an unlimited time step: upstream's INT8 model silently loses any other limit (qChunkScan.py:100)."""
+    """Refuse a limited time step: upstream's INT8 model silently ignores the limit (qChunkScan.py:100)."""
     limit = settings.values.get(key)
     # transformers writes infinity as {"__float__": "Infinity"}, json as Infinity.
     unlimited = ([0, math.inf], [0, {"__float__": "Infinity"}])
@@ -265,11 +265,11 @@ class Mamba2Block(Block):
         change: Change = unchanged,
     ) -> torch.Tensor:
         """As `Block.forward`."""
-        c, ops = self.config, self.operators
-        widths = [c.d_inner, c.bc_width, c.bc_width]
+        config, ops = self.config, self.operators
+        widths = [config.d_inner, config.bc_width, config.bc_width]
         normalised = change("in_proj:input", normalised)
         projected = F.linear(normalised, self.in_proj)  # (t, 2e + 2gn + h)
-        z, conv_in, dt = torch.split(projected, [c.d_inner, c.conv_width, c.heads], dim=1)
+        z, conv_in, dt = torch.split(projected, [config.d_inner, config.conv_width, config.heads], dim=1)
         z, dt = change("z_act:input", z), change("dt_act:input", dt)
         if change is not unchanged:
             parts = zip(
@@ -279,16 +279,16 @@ class Mamba2Block(Block):
             )
             conv_in = torch.cat([change(*part) for part in parts], dim=1)
         conv_out = ops.conv_silu(conv_in, self.conv_weight, self.conv_bias, batch, state)
-        x, b, read = torch.split(conv_out, widths, dim=1)
-        x, b, read = change("x_conv_out:input", x), change("B_conv_out:input", b), change("C_conv_out:input", read)
-        y, last = ops.ssd_scan(x, b, read, dt, self.a, self.d, self.dt_bias, batch, state)
-        gated = ops.gated_norm(y, z, self.gated_norm, c.norm_eps, rotated=self.rotated)
+        x, b, c = torch.split(conv_out, widths, dim=1)
+        x, b, c = change("x_conv_out:input", x), change("B_conv_out:input", b), change("C_conv_out:input", c)
+        y, last = ops.ssd_scan(x, b, c, dt, self.a, self.d, self.dt_bias, batch, state)
+        gated = ops.gated_norm(y, z, self.gated_norm, config.norm_eps, rotated=self.rotated)
         gated = change("out_proj:input", gated)
         out = F.linear(gated, self.out_proj)  # (t, d)
         if show:
             x_in, b_in, c_in = torch.split(conv_in, widths, dim=1)
             identities = {"z_act": z, "x_conv_in": x_in, "B_conv_in": b_in, "C_conv_in": c_in, "x_conv_out": x}
-            identities |= {"B_conv_out": b, "C_conv_out": read, "dt_act": dt, "ssm_state_act": last, "ssd_out_act": y}
+            identities |= {"B_conv_out": b, "C_conv_out": c, "dt_act": dt, "ssm_state_act": last, "ssd_out_act": y}
             show("in_proj:input", normalised)
             show("in_proj:output", projected)
             for name, values in identities.items():

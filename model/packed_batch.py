@@ -1,4 +1,4 @@
-"""Packed batches: documents one after another, no padding; and where a model runs them."""
+"""Packed batches: documents concatenated without padding, on the host and on a model's device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 class Batch:
     """Documents that share a forward pass.
 
-    tokens   (t,) int64, the documents' token ids one after another
+    tokens   (t,) int64, the documents' token ids, concatenated
     offsets  (documents + 1,) int64, document i being ``tokens[offsets[i]:offsets[i + 1]]``
     """
 
@@ -24,14 +24,14 @@ class Batch:
 
     @classmethod
     def pack(cls, documents: Sequence[Sequence[int]]) -> Batch:
-        """Lay token lists one after another."""
+        """Concatenate token lists."""
         lengths = torch.tensor([0, *(len(document) for document in documents)], dtype=torch.int64)
         tokens = torch.tensor([token for document in documents for token in document], dtype=torch.int64)
         return cls(tokens, lengths.cumsum(0))
 
     @classmethod
     def join(cls, documents: Sequence[npt.NDArray[np.integer[Any]]]) -> Batch:
-        """Lay arrays of token ids one after another."""
+        """Concatenate arrays of token ids."""
         lengths = torch.tensor([0, *(document.size for document in documents)], dtype=torch.int64)
         return cls(torch.from_numpy(np.concatenate(documents).astype(np.int64)), lengths.cumsum(0))
 
@@ -47,7 +47,7 @@ class Batch:
     def chunks(self, rows: int) -> list[slice]:
         """Runs of whole documents (slices of document numbers) of about ``rows`` tokens, one document at least.
 
-        Whatever is wider than the model (the logits) is computed chunk by chunk.
+        Logits, which are much wider than hidden states, are computed chunk by chunk.
         """
         found: list[slice] = []
         first = 0
@@ -60,10 +60,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class PlacedBatch:
-    """A batch on the device where a model runs it.
+    """A batch on a model's device.
 
     tokens   (t,) int64
-    offsets  (documents + 1,) int32, and on the host as in ``host``
+    offsets  (documents + 1,) int32
     starts   (t,) int32: the first row of each row's document
     """
 
@@ -74,7 +74,7 @@ class PlacedBatch:
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> PlacedBatch:
-        """Copy a batch there, without waiting for what the device is doing."""
+        """Copy a batch to ``device`` without waiting for work queued on it."""
         offsets = batch.offsets.numpy()
         starts = torch.from_numpy(np.repeat(offsets[:-1].astype(np.int32), np.diff(offsets)))
         parts = (batch.tokens, batch.offsets.to(torch.int32), starts)

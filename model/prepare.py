@@ -1,10 +1,10 @@
-"""What is done to weights before they are quantized: heads are sorted, norms folded, Hadamard rotations applied.
+"""Prepares weights for quantization: sorts heads, folds norms, applies Hadamard rotations.
 
-`prepare` is upstream's `configure_model` and `fuse_had_matrices`. Afterwards the residual stream lives in the rotated
-basis: embedding and every out_proj write it rotated, in_proj and lm_head expect it so, and RMSNorm commutes with the
-rotation once its weight is 1. The inside of the block changes only before out_proj, whose input is rotated at run time
-(``rotated=True``). Mamba-2's gated norm keeps its weight: it lies between gate and rotation, and no projection
-beside it could absorb it.
+`prepare` is upstream's `configure_model` and `fuse_had_matrices`. Afterwards the residual stream is in the rotated
+basis: embedding and every out_proj write it rotated, in_proj and lm_head expect it rotated, and RMSNorm commutes with
+the rotation once its weight is 1. The inside of the block changes only before out_proj, whose input is rotated at run
+time (``rotated=True``). Mamba-2's gated norm keeps its weight: it is between gate and rotation, where no adjacent
+projection can absorb it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from quambase.schema.errors import CheckpointInvalid
 from quambase.schema.groups import LayerGroups
 
 ROWS = 256
-"""Rows that are rounded and rotated at a time: what lies between is small, and in the same memory again and again. New
-memory takes longer to get than all of the arithmetic.
+"""Rows that are rounded and rotated at a time. The intermediate tensors are then small enough for their memory to be
+reused; allocating new memory takes longer than the arithmetic.
 """
 
 
 def reorder(weights: ModelWeights, layers: Sequence[LayerGroups]) -> ModelWeights:
     """The same model with each layer's heads and channels in the order of its groups.
 
-    Acts on the weights as they are loaded, not on prepared ones: preparing mixes the columns of out_proj.
-    CheckpointInvalid: groups of another model.
+    For weights as loaded, not prepared ones: preparing mixes the columns of out_proj. CheckpointInvalid: groups of
+    another model.
     """
     config = weights.config
     sizes = {(len(groups.head_index), len(groups.channel_index), len(groups.head_groups)) for groups in layers}
     if len(layers) != config.n_layer or sizes != {config.head_layout}:
         layout = "no heads" if config.head_layout is None else tuple(config.head_layout)
         raise CheckpointInvalid(
-            f"the groups are of {len(layers)} layers of (heads, channels, SSD groups) {sorted(sizes)}; the model has "
-            f"{config.n_layer} of {layout}: take the groups of a run of this model"
+            f"the groups describe {len(layers)} layers of (heads, channels, SSD groups) {sorted(sizes)}; the model has "
+            f"{config.n_layer} of {layout}: use the groups of a run of this model"
         )
     blocks = zip(weights.layers, layers, strict=True)
     return replace(weights, layers=tuple(layer.reordered(groups) for layer, groups in blocks))
@@ -57,12 +57,13 @@ def prepare(weights: ModelWeights, *, half: bool = True) -> ModelWeights:
         return x.to(torch.float16).to(torch.float32) if half else x.to(torch.float32)
 
     def rotate(x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
-        """Every row of x, times ``norm``, in the rotated basis."""
+        """Every row of x times ``norm``, in the rotated basis."""
         out = torch.empty(x.shape)
         for start in range(0, len(x), ROWS):
             part = rounded(x[start : start + ROWS])
             if norm is not None:
-                # Upstream does in float64. A float32 product is that one rounded once; of float16 values it is exact.
+                # Upstream multiplies in float64. The float32 product is its result rounded once, and exact for float16
+                # values.
                 part = rounded(part * rounded(norm))
             out[start : start + ROWS] = rounded(hadamard(part))
         return out

@@ -1,4 +1,4 @@
-"""The weights of a language model, of whatever kinds its blocks are, and how they are read from a state dict."""
+"""The weights of a language model of any kind of block, and how they are read from a state dict."""
 
 from __future__ import annotations
 
@@ -30,19 +30,18 @@ class ModelWeights:
 
 
 _QUANTIZERS_NAME = re.compile(r"(_scale|_scale_inv|\.scales|zero_point|qzeros|qweight|_packed|absmax|quant_map|\.SCB)$")
-"""How the names end of what a quantizer keeps beside the weights (compressed-tensors, GPTQ, AWQ, bitsandbytes)."""
+"""Endings of tensor names that quantizers (compressed-tensors, GPTQ, AWQ, bitsandbytes) add to a checkpoint."""
 
 
 class Take(Protocol):
-    """Picks a tensor out of a checkpoint: the first of ``names`` it holds, float32."""
+    """Reads a tensor of ``shape`` from a checkpoint: the first of ``names`` that it has, as float32."""
 
     def __call__(self, shape: tuple[int, ...], *names: str) -> torch.Tensor: ...
 
 
 def taker(tensors: dict[str, torch.Tensor], expected: str) -> Take:
-    """How a state dict is read. CheckpointInvalid names a tensor that is missing, of another shape or not finite;
-    ``expected`` says what would have been complete. A checkpoint that holds what quantizers write is refused whole:
-    its weights are codes, or another model's.
+    """The reader of a state dict. Its CheckpointInvalid names a tensor that is missing, of another shape or not finite;
+    ``expected`` describes a complete checkpoint. CheckpointInvalid: the checkpoint is quantized.
     """
     for name in tensors:
         if _QUANTIZERS_NAME.search(name):
@@ -74,9 +73,9 @@ def take_ends(
 ) -> dict[str, torch.Tensor]:
     """embedding, norm_f and lm_head, in mamba-ssm's (``backbone.embedding``) or transformers' names.
 
-    A head in the checkpoint is the head, whatever config.json says: transformers does not tie what differs. One that
-    is equal to the embedding, or absent where heads are ``tied``, is the embedding. CheckpointInvalid: absent and not
-    tied.
+    A head in the checkpoint is the head, whatever config.json says: transformers does not tie what differs. A head that
+    equals the embedding, or is absent from a model with ``tied`` head, is the embedding. CheckpointInvalid: it is
+    absent and not tied.
     """
     embedding = take((vocab_size, d_model), "backbone.embedding.weight", "backbone.embeddings.weight")
     head = embedding

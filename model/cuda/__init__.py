@@ -1,1 +1,1 @@
-"""CUDA: sources that are compiled when they are first needed, their compiler, and the kernels kept."""
+"""CUDA: sources that are compiled on first use, their compiler, and the cache of compiled kernels."""

@@ -1,4 +1,4 @@
-"""CUDA kernels compiled when they are first needed, by NVRTC, through NVIDIA's cuda-bindings, and kept for later."""
+"""Compiles CUDA kernels on first use, by NVRTC through NVIDIA's cuda-bindings, caches them, and launches them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
-from quambase.model.cuda.kernel_cache import digest, kept
+from quambase.model.cuda.kernel_cache import cached, digest
 from quambase.schema.progress import compiling
 
 BUFFER_POINTER, BUFFER_SIZE = 1, 2
-"""CU_LAUNCH_PARAM_BUFFER_POINTER and CU_LAUNCH_PARAM_BUFFER_SIZE: all of a kernel's parameters in one buffer."""
+"""CU_LAUNCH_PARAM_BUFFER_POINTER and CU_LAUNCH_PARAM_BUFFER_SIZE: keys that announce one buffer with all of a kernel's
+parameters.
+"""
 
 
 class CompilationFailed(Exception):
@@ -24,11 +26,11 @@ class CompilationFailed(Exception):
 
 
 Argument = torch.Tensor | int | float | ctypes.Structure
-"""What a kernel can be given: a tensor's address, an int64, a float32, a struct by value."""
+"""A kernel's argument: a tensor (passed as its address), an int64, a float32, or a struct by value."""
 
 
 def _checked(result: tuple[Any, ...], what: str) -> Any:
-    """The values of a call into cuda-bindings, whose first is its status; CompilationFailed if that is an error."""
+    """What a call of cuda-bindings returned after its status. CompilationFailed: the status is an error."""
     status, *values = result
     if int(status) != 0:
         raise CompilationFailed(f"{what} failed with {getattr(status, 'name', status)}")
@@ -43,13 +45,13 @@ def _bindings(part: str) -> Any:
 
 
 def headers_of(source: Path) -> list[Path]:
-    """The files that a .cu file may include, by their names: those beside it, and those of this folder."""
+    """The headers that a .cu file may include: those of its own folder and of this one."""
     return sorted({*source.parent.glob("*.cuh"), *Path(__file__).parent.glob("*.cuh")})
 
 
 @cache
 def compile_cubin(source: Path, options: tuple[str, ...]) -> bytes:
-    """Machine code of a .cu file; needs no GPU, and some seconds where no process compiled the same before.
+    """Machine code of a .cu file. Needs no GPU; takes some seconds unless an earlier process compiled the same.
 
     CompilationFailed if there is no compiler, or it refuses the source or the architecture.
     """
@@ -59,13 +61,13 @@ def compile_cubin(source: Path, options: tuple[str, ...]) -> bytes:
         files = {path.name.encode(): path.read_bytes() for path in (source, *headers_of(source))}
         flags = [option.encode() for option in options]
         made_of = [str(version).encode(), *flags, *(part for file in files.items() for part in file)]
-        return kept(digest(made_of), lambda: _compile(nvrtc, files, flags))
-    except RuntimeError as error:  # cuda-bindings' word for a library it does not find
+        return cached(digest(made_of), lambda: _compile(nvrtc, files, flags))
+    except RuntimeError as error:  # raised by cuda-bindings if it does not find a library
         raise CompilationFailed(f"NVRTC cannot be used ({str(error).splitlines()[0]})") from None
 
 
 def _compile(nvrtc: Any, files: Mapping[bytes, bytes], flags: list[bytes]) -> bytes:
-    """Machine code of the first of some files, by name; the others are what it may include. CompilationFailed."""
+    """Machine code of the first of ``files`` (name to text); the others are its headers. CompilationFailed."""
     (name, source), *headers = files.items()
     names, texts = [header for header, _ in headers], [text for _, text in headers]
     program = _checked(nvrtc.nvrtcCreateProgram(source, name, len(headers), texts, names), "nvrtcCreateProgram")
@@ -85,7 +87,7 @@ def _compile(nvrtc: Any, files: Mapping[bytes, bytes], flags: list[bytes]) -> by
 class Kernels:
     """The kernels of one source file, compiled for one device with ``defines`` (-D) and further ``flags`` of NVRTC.
 
-    CompilationFailed as above.
+    CompilationFailed as `compile_cubin`.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Kernels:
         flags: tuple[str, ...] = (),
     ) -> None:
         major, minor = torch.cuda.get_device_capability(device)
-        own = "a" if (major, minor) == (9, 0) else ""  # Hopper's warpgroup products are its alone
+        own = "a" if (major, minor) == (9, 0) else ""  # sm_90a has Hopper's warpgroup matrix instructions
         options = (f"--gpu-architecture=sm_{major}{minor}{own}", "--std=c++17", *flags)
         cubin = compile_cubin(source, (*options, *(f"-D{name}={value}" for name, value in defines.items())))
         driver = _bindings("driver")
@@ -117,7 +119,7 @@ class Kernels:
         self._addresses = {name: int(function) for name, function in self._functions.items()}
 
     def allow_shared(self, name: str, size: int) -> None:
-        """Let a kernel have ``size`` bytes of dynamic shared memory, where that is more than 48 KiB."""
+        """Let a kernel use ``size`` bytes of dynamic shared memory. Needed above 48 KiB."""
         _checked(self._set_attribute(self._functions[name], self._most_shared, size), f"shared memory of {name}")
 
     def launch(
@@ -129,15 +131,16 @@ class Kernels:
         shared: int = 0,
         stream: int | None = None,
     ) -> None:
-        """Queue a kernel on ``stream``, a cudaStream_t, or on torch's current one; the tensors given must live until
-        then, as torch's own do.
+        """Queue a kernel on ``stream``, a cudaStream_t, or on torch's current stream. Its tensors must stay allocated
+        until it has run; torch's allocator ensures that on the stream where they were allocated.
 
-        One thread at a time: all launches of a kernel share one buffer, which the driver has read when this returns.
+        Not thread-safe: all launches of a kernel share one parameter buffer, which the driver has copied when this
+        returns.
         """
         parameters = self._parameters.get(name)
         if parameters is None:
             parameters = self._parameters[name] = _Parameters(arguments)
-        parameters.put(arguments)
+        parameters.write(arguments)
         if stream is None:  # what torch.cuda.current_stream wraps
             stream = torch._C._cuda_getCurrentRawStream(self._index)
         function = self._addresses[name]
@@ -148,15 +151,15 @@ class Kernels:
 
 @cache
 def _launcher() -> Any:
-    """The driver's cuLaunchKernel. Called by way of cuda-bindings it makes a member of an enumeration of every status,
-    and lets other threads run Python meanwhile, which this one then waits for: for a launch it is not worth that.
+    """The driver's cuLaunchKernel, called directly: cuda-bindings would convert every status to an enum and release the
+    GIL, and waiting for the GIL again can take longer than a launch.
 
     CompilationFailed without the driver.
     """
     try:
         launch = ctypes.PyDLL("libcuda.so.1").cuLaunchKernel
     except OSError as error:
-        raise CompilationFailed(f"there is no driver of CUDA ({error})") from None
+        raise CompilationFailed(f"no CUDA driver is installed ({error})") from None
     pointer, unsigned = ctypes.c_void_p, ctypes.c_uint
     launch.argtypes = (pointer, *[unsigned] * 7, pointer, pointer, pointer)
     launch.restype = ctypes.c_int
@@ -164,8 +167,8 @@ def _launcher() -> Any:
 
 
 class _Parameters:
-    """A kernel's parameters in one buffer, and how the driver is told of it: made once, for a run launches tens of
-    thousands of kernels. A struct that is the only one is the buffer itself.
+    """A kernel's parameter buffer and the launch options that point to it. Allocated once per kernel, since a run
+    launches tens of thousands of them. A struct that is the only argument serves as the buffer.
     """
 
     def __init__(self, arguments: Sequence[Argument]) -> None:
@@ -177,8 +180,8 @@ class _Parameters:
         )
         self.address = ctypes.addressof(self._extra)
 
-    def put(self, arguments: Sequence[Argument]) -> None:
-        """Take a launch's arguments, of the types of the first's."""
+    def write(self, arguments: Sequence[Argument]) -> None:
+        """Write a launch's arguments, of the same types as the first launch's."""
         if len(arguments) == 1 and isinstance(arguments[0], ctypes.Structure):
             self._extra[1] = ctypes.addressof(arguments[0])
         else:
@@ -186,7 +189,7 @@ class _Parameters:
 
 
 def parameter_format(argument: Argument) -> str:
-    """How `struct` lays out an argument; a struct by value is a run of words of 8 bytes."""
+    """The `struct` format of an argument. A struct by value must consist of words of 8 bytes."""
     if isinstance(argument, ctypes.Structure):
         assert ctypes.sizeof(argument) % 8 == 0 == ctypes.alignment(argument) % 8
         return f"0q{ctypes.sizeof(argument)}s"
@@ -194,7 +197,7 @@ def parameter_format(argument: Argument) -> str:
 
 
 def parameter_value(argument: Argument) -> int | float | bytes:
-    """What `struct` packs for it."""
+    """The value that `struct` packs for an argument."""
     if isinstance(argument, torch.Tensor):
         return argument.data_ptr()
     return bytes(argument) if isinstance(argument, ctypes.Structure) else argument
@@ -202,13 +205,13 @@ def parameter_value(argument: Argument) -> int | float | bytes:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many the device has."""
+    """The device's number of multiprocessors."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block may have; CompilationFailed without cuda-bindings."""
+    """Bytes of shared memory that one block may use; CompilationFailed without cuda-bindings."""
     driver = _bindings("driver")
     attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     ordinal = _checked(driver.cuDeviceGet(device.index or 0), "cuDeviceGet")

@@ -1,4 +1,4 @@
-"""Compiled kernels kept from one process to the next: compiling ours takes some seconds, in every command."""
+"""A cache of compiled kernels on disk: without it every command would compile for some seconds."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where they are: ``quambase`` in XDG_CACHE_HOME, or in ``.cache`` of the user's home."""
+    """The cache's folder: ``quambase`` in XDG_CACHE_HOME, or in ``.cache`` of the home directory."""
     chosen = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(chosen) if chosen else Path.home() / ".cache") / "quambase"
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """A name for what is made of these parts, whose borders count."""
+    """SHA-256 over the parts and their lengths: the name of what is compiled from them."""
     found = hashlib.sha256()
     for part in parts:
         found.update(len(part).to_bytes(8, "little"))
@@ -25,14 +25,14 @@ def digest(parts: Iterable[bytes]) -> str:
     return found.hexdigest()
 
 
-def kept(name: str, make: Callable[[], bytes]) -> bytes:
-    """The machine code that is stored under a name, or that ``make`` makes, stored for the next time.
+def cached(name: str, make: Callable[[], bytes]) -> bytes:
+    """The machine code stored under ``name``, or else the result of ``make``, which is then stored.
 
-    A file that is not as it was written is made again; where nothing can be stored, nothing is.
+    A damaged file is replaced. Errors of the file system are ignored.
     """
     try:
         path = cache_folder() / f"{name}.cubin"
-    except RuntimeError:  # there is no home
+    except RuntimeError:  # the user has no home directory
         return make()
     stored = b""
     with suppress(OSError):
@@ -43,7 +43,7 @@ def kept(name: str, make: Callable[[], bytes]) -> bytes:
     content = make()
     with suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Under its own name only once it is whole: other processes may read it at any time.
+        # Renamed when complete, since other processes may read it at any time.
         handle, part = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(content).digest() + content)

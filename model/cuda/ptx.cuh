@@ -1,4 +1,4 @@
-// What the kernels need that is an instruction of the device, by name. (tests/cuda_on_host has the same in C++, to run the
+// The device instructions that the kernels use, as functions. (tests/cuda_on_host has the same in C++, to run the
 // kernels without a device.)
 
 #pragma once
@@ -35,8 +35,8 @@ __device__ __forceinline__ float reciprocal(float x) {
     return y;
 }
 
-// Begin to copy 4, 8 or 16 bytes to shared memory; they are there when `wait_for_copies` returns. Before compute capability
-// 8.0 they are at once.
+// Start copying 4, 8 or 16 bytes to shared memory; `wait_for_copies` waits for them. Synchronous before compute
+// capability 8.0.
 template <int BYTES> __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
     const u32 to = (u32)__cvta_generic_to_shared(shared);
@@ -46,14 +46,14 @@ template <int BYTES> __device__ __forceinline__ void copy_async(void* shared, co
 #endif
 }
 
-// The copies that this thread began since it last said so are a group.
+// Make one group of the copies that this thread started since its last call.
 __device__ __forceinline__ void end_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Wait until all but this thread's last `LEFT` groups are there.
+// Wait until all but this thread's last `LEFT` groups have been copied.
 template <int LEFT> __device__ __forceinline__ void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");

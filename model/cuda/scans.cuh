@@ -1,13 +1,13 @@
-// The scans of both kinds of block, for whatever their inputs are held as: included by forward.cu (activations) and by
-// apply/int8/blocks.cu (codes). Compiled at run time (cuda.py hands it to the compiler by name).
+// The scans of both kinds of block, for inputs of any storage type. Included by forward.cu (activations) and by
+// apply/int8/blocks.cu (codes). Compiled at run time.
 //
 // STATES    d_state
 // HEADDIM   channels of a Mamba-2 head
 // SPLIT     threads that share a channel of scan_head, a power of two that divides STATES, 32 at most
-// JOINED    channels of a thread of scan_head, a power of two that divides HEADDIM
+// JOINED    channels per thread of scan_head, a power of two that divides HEADDIM
 //
-// An `In` gives the float32 values of a row's inputs and takes its outputs. Arithmetic is float32; scan_head's sums over
-// the states are split over threads, so they run in another order than the CPU's.
+// An `In` reads a row's inputs as float32 and writes its outputs. Arithmetic is float32; scan_head's sums over the
+// states are split over threads, so they run in another order than the CPU's.
 
 #include "ptx.cuh"
 
@@ -20,12 +20,12 @@ __device__ __forceinline__ float softplus(float v) { return v > 20.0f ? v : log1
 
 const int SCAN_TOKENS = 8, SCAN_THREADS = 128;
 
-// Mamba-1's scan with skip connection and gate, as host_kernels.selective_scan, softplus included. A thread has one
-// channel of one document (blockIdx.y): two or four threads a channel were slower. a (STATES, channels) negative; d, bias
-// (channels,); state (documents, channels, STATES), written unless null.
+// Mamba-1's scan with skip connection and gate, as host_kernels.selective_scan, softplus included. One thread per
+// channel and document (blockIdx.y): two or four threads per channel were slower. a (STATES, channels) negative; d,
+// bias (channels,); state (documents, channels, STATES), written unless null.
 //
-// In: u_at, delta_at, z_at (row, channel) and b_c_at (row, n), n < 2 STATES, read an In::Raw each; u, delta, gate (SiLU
-// of z) and b_c make float32 of it, which waits for the memory; put (row, channel, y).
+// In: u_at, delta_at, z_at (row, channel) and b_c_at (row, n), n < 2 STATES, start loading an In::Raw each; u, delta,
+// gate (SiLU of z) and b_c convert it to float32, which waits for the load; put (row, channel, y) writes.
 template <class In>
 __device__ __forceinline__ void scan_channels(
     const In& in, const float* a, const float* d, const float* bias, const int* offsets, i64 channels, float* state
@@ -44,7 +44,7 @@ __device__ __forceinline__ void scan_channels(
     }
     const float skip = d[at], shift = bias[at];
     const int begin = offsets[blockIdx.y], last = offsets[blockIdx.y + 1];
-    // A stretch's inputs are read while the one before it is computed.
+    // The inputs of the next SCAN_TOKENS tokens are loaded while these are computed.
     Raw u[SCAN_TOKENS], delta[SCAN_TOKENS], z[SCAN_TOKENS], b_c[FILLS];
     auto read = [&](int first) {
 #pragma unroll
@@ -70,12 +70,12 @@ __device__ __forceinline__ void scan_channels(
 #pragma unroll
         for (int k = 0; k < SCAN_TOKENS; k++) {
             value[k] = in.u(u[k]);
-            // A token beyond the document leaves the state as it is.
+            // A step of 0 leaves the state unchanged for tokens beyond the document.
             step[k] = first + k < last ? softplus(in.delta(delta[k]) + shift) : 0.0f;
             gate[k] = in.gate(z[k]);
         }
         read(first + SCAN_TOKENS);
-        __syncthreads(); // and none is needed after the reading: the next stretch has the other half of `shared`
+        __syncthreads(); // no second barrier: the next iteration writes the other half of `shared`
 #pragma unroll
         for (int k = 0; k < SCAN_TOKENS; k++) {
             const float drive = step[k] * value[k];
@@ -95,19 +95,19 @@ __device__ __forceinline__ void scan_channels(
 
 const int SSD_TOKENS = 16;
 
-// Mamba-2's scan with skip connection, not gated, as host_kernels.ssd_scan, softplus included. A block has one head
-// (blockIdx.x) of one document (blockIdx.y): SPLIT threads, a power of two of 32 at most that divides STATES, have JOINED
-// channels, STATES / SPLIT states each (several channels a thread, since reading B and C from shared memory would bound
-// it). a (heads,) negative; d, bias (heads,); state (documents, heads HEADDIM, STATES), written unless null.
+// Mamba-2's scan with skip connection, not gated, as host_kernels.ssd_scan, softplus included. One block per head
+// (blockIdx.x) and document (blockIdx.y). SPLIT threads share JOINED channels, and each has STATES / SPLIT states of
+// every one. Several channels per thread reduce the reads of B and C from shared memory, which would limit the speed. a
+// (heads,) negative; d, bias (heads,); state (documents, heads HEADDIM, STATES), written unless null.
 //
-// In: x (row, column) and skipped (row, column), what the skip connection multiplies; b, c (row, column); dt (row, head);
-// put (row, column, y).
+// In: x (row, column) and skipped (row, column), the skip connection's input; b, c (row, column); dt (row, head); put
+// (row, column, y) writes.
 template <class In>
 __device__ __forceinline__ void scan_head(
     const In& in, const float* a, const float* d, const float* bias, const int* offsets, i64 heads, i64 ngroups,
     float* state
 ) {
-    constexpr int OWN = STATES / SPLIT, WIDE = OWN % 4 ? 1 : 4; // neighbouring states that are read together
+    constexpr int OWN = STATES / SPLIT, WIDE = OWN % 4 ? 1 : 4; // consecutive states that are read together
     __shared__ __align__(16) float shared_b[SSD_TOKENS][STATES], shared_c[SSD_TOKENS][STATES]; // B times the step
     __shared__ __align__(16) float shared_x[SSD_TOKENS][HEADDIM], skipped[SSD_TOKENS][HEADDIM];
     __shared__ float step[SSD_TOKENS], decay[SSD_TOKENS];
@@ -117,7 +117,8 @@ __device__ __forceinline__ void scan_head(
     const u32 warp = lanes >= 32 ? 0xffffffffu : (1u << lanes) - 1;
     const i64 first_state = head * ngroups / heads * STATES, first_channel = (i64)head * HEADDIM;
     const float skip = d[head];
-    // h[j][i]: channel + j, state (i / WIDE * SPLIT + part) * WIDE + i % WIDE, so that neighbours read neighbours.
+    // h[j][i]: channel + j, state (i / WIDE * SPLIT + part) * WIDE + i % WIDE, so that neighbouring threads read
+    // neighbouring words.
     float h[JOINED][OWN];
 #pragma unroll
     for (int j = 0; j < JOINED; j++) {
@@ -145,7 +146,7 @@ __device__ __forceinline__ void scan_head(
         }
         __syncthreads();
         for (int k = 0; k < tokens; k++) {
-            const float kept = decay[k];
+            const float decay_k = decay[k];
             float x[JOINED], total[JOINED];
 #pragma unroll
             for (int j = 0; j < JOINED; j++) {
@@ -155,19 +156,20 @@ __device__ __forceinline__ void scan_head(
 #pragma unroll
             for (int i = 0; i < OWN; i += WIDE) {
                 const int at = (i / WIDE * SPLIT + part) * WIDE;
-                float gain[WIDE], read[WIDE];
+                float b_n[WIDE], c_n[WIDE];
 #pragma unroll
-                for (int n = 0; n < WIDE; n++) gain[n] = shared_b[k][at + n], read[n] = shared_c[k][at + n];
+                for (int n = 0; n < WIDE; n++) b_n[n] = shared_b[k][at + n], c_n[n] = shared_c[k][at + n];
 #pragma unroll
                 for (int n = 0; n < WIDE; n++) {
 #pragma unroll
                     for (int j = 0; j < JOINED; j++) {
-                        h[j][i + n] = fmaf(kept, h[j][i + n], gain[n] * x[j]);
-                        total[j] = fmaf(read[n], h[j][i + n], total[j]);
+                        h[j][i + n] = fmaf(decay_k, h[j][i + n], b_n[n] * x[j]);
+                        total[j] = fmaf(c_n[n], h[j][i + n], total[j]);
                     }
                 }
             }
-            // Halving: of two threads each takes half of the channels, until one is left or all threads are summed.
+            // Sum over the SPLIT threads: in each round two threads exchange half of their channels, so each then has
+            // the sums of the other half, until one channel is left or all threads are summed.
             int count = JOINED, mine = channel;
 #pragma unroll
             for (int offset = SPLIT / 2; offset; offset /= 2) {

@@ -1,4 +1,4 @@
-"""What any file must be before it is read: a regular file with content, and no pointer to one."""
+"""Checks of a file before it is read: it is a regular file with content, and no Git LFS pointer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from quambase.model.inputs.hub import mend
 from quambase.schema.errors import QuambaseError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How the text begins that Git leaves in place of a large file where git-lfs is not installed."""
+"""First bytes of the text that Git leaves in place of a large file if git-lfs is not installed."""
 
 
 def check_file(path: Path, invalid: type[QuambaseError], most: int | None = None) -> None:
@@ -37,6 +37,6 @@ def check_file(path: Path, invalid: type[QuambaseError], most: int | None = None
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error, printable and not too long; its type where it says nothing."""
+    """The first line of a library's error, printable and at most 200 characters; the error's type if it has no text."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return "".join(c if c.isprintable() else "?" for c in lines[0])[:200]

@@ -1,4 +1,4 @@
-"""Downloads through huggingface_hub's cache, and in words why one failed."""
+"""Downloads through huggingface_hub's cache, and the reasons why one failed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from threading import Thread
 
 REACH_SECONDS = 5.0
-"""How long the hub may take for its first answer; its client by itself tries again for half a minute."""
+"""Time limit of the hub's first answer. Without it, its client retries for half a minute."""
 
 
 class HubError(Exception):
-    """A file is neither in the hub's cache nor to be had; the text is the reason, as part of one line."""
+    """A file is not in the hub's cache and cannot be downloaded; the text is the reason, as part of one line."""
 
 
 class Unreachable(HubError):
-    """There is no way to the hub."""
+    """The hub cannot be reached."""
 
 
 def fetch_snapshot(repository: str, patterns: list[str]) -> Path:
@@ -45,7 +45,7 @@ def fetch_file(repository: str, name: str, *, dataset: bool = False) -> Path:
 
 
 def cache_name() -> str:
-    """The folder of the hub's cache as a remark, empty where the hub's client is not installed."""
+    """The folder of the hub's cache, after a space; empty if the hub's client is not installed."""
     try:
         from huggingface_hub.constants import HF_HUB_CACHE
     except ImportError:
@@ -54,8 +54,8 @@ def cache_name() -> str:
 
 
 def mend(path: Path, otherwise: str = "download it again") -> str:
-    """How to replace a damaged file. In the hub's cache it is a link, fetched again only once its target is gone; what
-    a link elsewhere leads to is not ours to delete.
+    """How to replace a damaged file. In the hub's cache it is a link, and downloaded again only after its target was
+    deleted. The target of any other link is the user's own file.
     """
     if path.is_symlink():
         try:
@@ -69,31 +69,31 @@ def mend(path: Path, otherwise: str = "download it again") -> str:
 
 
 _found: dict[tuple[str, ...], Path] = {}
-"""What this process has asked the hub for already."""
+"""What this process has fetched already."""
 
 
 def _fetched(key: tuple[str, ...], download: Callable[[bool], str]) -> Path:
-    """What ``download`` fetches, or, called with True, finds in the cache. Asked for once in a process."""
+    """The path that ``download`` fetches or, called with True, finds in the cache. Called once per key in a process."""
     if key in _found and _found[key].exists():
         return _found[key]
     try:
         from huggingface_hub.utils import logging
 
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # that it tries again is no news to a user: whether it came to an end is
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # no messages about retries
         with nullcontext() if _reachable() else _no_requests():
             _found[key] = Path(download(not _reachable()))
         return _found[key]
     except ImportError:
         raise HubError("huggingface_hub is not installed; pip install 'quambase[hub]'") from None
-    except Exception as error:  # the hub's own errors and its HTTP library's, which share no base
+    except Exception as error:  # the hub's own errors and its HTTP library's have no common base
         if isinstance(error, OSError) and error.errno:
-            raise  # of this machine: a full disk, a folder that cannot be written
+            raise  # a local problem: a full disk, a folder that cannot be written
         raise _hub_error(error) from None
 
 
 @contextmanager
 def _no_requests() -> Iterator[None]:
-    """As with HF_HUB_OFFLINE: asked for a file of its cache, the client still asks the hub for other things."""
+    """Set HF_HUB_OFFLINE: even for cached files the client sends other requests."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -119,10 +119,10 @@ def _answers(_: int) -> bool:
     answers: list[int] = []
 
     def ask() -> None:
-        with suppress(Exception):  # whatever it is, there is no answer
+        with suppress(Exception):  # any error means that there is no answer
             answers.append(get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS).status_code)
 
-    # A thread, since no timeout holds for the look-up of a name.
+    # In a thread, since the timeout does not cover the DNS look-up.
     thread = Thread(target=ask, daemon=True)
     thread.start()
     thread.join(REACH_SECONDS + 1)
@@ -150,5 +150,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, errors.EntryNotFoundError):
         return "the repository has no such file"
     first = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-    # A ValueError is a name that cannot be one; the rest befell the connection.
-    return first if isinstance(error, ValueError) else f"{first}; repeat the command, files that came whole are kept"
+    # A ValueError means an impossible name, anything else a failed connection.
+    return (
+        first if isinstance(error, ValueError) else f"{first}; repeat the command: it resumes after the last whole file"
+    )

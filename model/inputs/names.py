@@ -1,4 +1,4 @@
-"""Names of models and texts, and where they stand for. Nothing here imports torch: a slip is told at once."""
+"""Names of models and texts, and what they stand for. Imports no torch, so that a wrong name is reported at once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def bundled_models() -> list[str]:
 
 
 def hub_model(name: str) -> str | None:
-    """The hub id that a model's name stands for; None for a folder or a bundled model. ModelNotFound: for nothing."""
+    """The hub id that a model's name stands for; None for a folder or a bundled model. ModelNotFound: an unknown name."""
     if Path(name).is_dir() or name in bundled_models():
         return None
     if name in SHORT_NAMES:
@@ -61,8 +61,8 @@ def hub_model(name: str) -> str | None:
 
 
 def hub_data(data: str) -> str | None:
-    """``hf:REPOSITORY:FILE`` that a text's name stands for; None for a file or a text that is here. DataInvalid: for
-    nothing.
+    """``hf:REPOSITORY:FILE`` that a text's name stands for; None for a local file or a bundled text. DataInvalid: an
+    unknown name.
     """
     if data in PYTHON_DOCS or data in BUNDLED_DATA or Path(data).exists():
         return None
@@ -74,8 +74,8 @@ def hub_data(data: str) -> str | None:
 
 
 def data_name(data: str | Path) -> tuple[str, str | None]:
-    """What a text is called, however its path was typed, and the file's absolute path: the file's own name and that,
-    or for a known name this name and None.
+    """The name of a text and its absolute path: for a file its own name, however the path was typed; for a known name
+    that name, and None.
     """
     name = str(data)
     known = name in BUNDLED_DATA or name in PYTHON_DOCS or not Path(name).exists()

@@ -19,11 +19,11 @@ OPENINGS = (
     "The", "It was", "He", "She", "When", "In the", "There", "At last", "But", "After", "My", "A", "They", "One",
     "As", "You", "I", "What", "His", "Her", "On the", "Mr", "For", "No",
 )  # fmt: skip
-"""First words of the documents; a model without a start token has to be given one."""
+"""First words of the documents: the models have no start token, so they need some text to continue."""
 
 CALIBRATION_SHARE = 0.6
 EMPTY = (7, 100)
-"""Documents of the calibration part that are empty on purpose, as real files have some."""
+"""Indices of calibration documents that are empty on purpose, since real files have some."""
 
 _PASSAGE = re.compile(r"(?s)^(.*\s)([A-Za-z]{3,})\W*$")
 
@@ -40,9 +40,9 @@ def write_sample(
     """Let ``models`` write about ``tokens`` tokens, a document each in turn, and save them as the three files of
     `BUNDLED_DATA` in ``folder``: lines {"text": ..., "author": the model's name}.
 
-    Lengths are log-normal (median 300 tokens, at most 1024), a twelfth of the documents are of 1 to 24 tokens. The
-    parts are different documents. Returns the number of documents of each file.
-    OutputRefused where a file of such a name exists, unless ``force`` lets it be replaced.
+    Lengths are log-normal (median 300 tokens, at most 1024), a twelfth of the documents have 1 to 24 tokens.
+    Calibration and evaluation have no document in common. Returns the number of documents of each file. OutputRefused:
+    a file of that name exists and ``force`` is not set.
     """
     for file in BUNDLED_DATA.values():
         refuse_foreign_file(folder / file, None, "a text", force=force)
@@ -95,5 +95,5 @@ def last_word_passages(text: str, *, words: int = 70, most: int = 4) -> list[str
         match = _PASSAGE.match(passage)
         if match and re.search(rf"\b{match[2]}\b", match[1]) and len(passage.split()) >= 20:
             found.append(match[1] + match[2])
-    # The last ones have the most context, and passages that end far apart share the least.
+    # The last ones have the most context and overlap the least.
     return found[-most:]

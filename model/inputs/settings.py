@@ -1,4 +1,4 @@
-"""JSON files of a model folder, and their values with a type and a range: the border where they are checked."""
+"""Reads the JSON files of a model folder and checks their values' types and ranges."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from quambase.model.inputs.tensor_files import QUANTIZED
 from quambase.schema.errors import CheckpointInvalid
 
 LONGEST_JSON = 64 << 20
-"""Bytes of a JSON file at most: the index of the largest models has a few million."""
+"""Largest accepted JSON file in bytes; the index of the largest models has a few million."""
 
 LARGEST_SIZE = 2**31 - 1
-"""What a size of a model can be at most."""
+"""Largest accepted size of a model."""
 
 NORM_EPS = 1e-5
-"""Added to the mean square by the norms, where config.json says nothing else: the default of both layouts."""
+"""Epsilon of the norms if config.json has none: the default of both layouts."""
 
 _BIASES = "config.json asks for projection biases or no conv bias; no INT8 Quamba model has that"
 _HYBRID = "config.json describes a hybrid model (attention or MLP layers); expected Mamba layers only"
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; CheckpointInvalid where there is none."""
+    """The JSON object in a file. CheckpointInvalid: it holds none."""
     check_file(path, CheckpointInvalid, LONGEST_JSON)
     try:
         raw = json.loads(path.read_bytes().decode("utf-8-sig"))
-    # A ValueError is no JSON, no UTF-8 or a number of thousands of digits; nesting without end is the other.
+    # ValueError: not JSON, not UTF-8, or a number of thousands of digits. RecursionError: nested too deep.
     except (ValueError, RecursionError) as error:
         raise CheckpointInvalid(f"{path} is not valid JSON ({first_line(error)}); {mend(path)}") from None
     if not isinstance(raw, dict):
@@ -43,7 +43,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Settings:
     """Values of a JSON object. Every error is a CheckpointInvalid that names file, key, what was found, what is
-    expected. A key that is absent has its default; without a default it must be there. ``null`` is no number.
+    expected. An absent key has its default, and is required if there is none. ``null`` is invalid for a number.
     """
 
     values: Mapping[str, Any]
@@ -82,7 +82,7 @@ class Settings:
         return default if value is None else value
 
     def section(self, key: str) -> Settings:
-        """The object under a key; an empty one where there is none."""
+        """The object under a key, empty if the key is absent."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.invalid(key, "an object")
@@ -93,7 +93,7 @@ class Settings:
         return math.ceil(d_model / 16) if self.values.get(key, "auto") == "auto" else self.size(key)
 
     def expanded(self, d_model: int) -> int:
-        """``expand`` (2) times d_model, which must be a whole number."""
+        """``expand`` (default 2) times d_model, which must be a whole number."""
         width = self.positive("expand", 2) * d_model
         if width != int(width) or not 1 <= width <= LARGEST_SIZE:
             raise self.invalid("expand", f"a factor that gives a whole number of channels of {d_model}")
@@ -123,13 +123,13 @@ def check_mamba_ssm(raw: Settings) -> Settings:
         raise CheckpointInvalid(_HYBRID)
     if ssm.flag("bias", False) or not ssm.flag("conv_bias", True):
         raise CheckpointInvalid(_BIASES)
-    raw.only("norm_epsilon", NORM_EPS)  # mamba-ssm itself cannot be given another in config.json
+    raw.only("norm_epsilon", NORM_EPS)  # mamba-ssm itself reads no other from config.json
     _check_quantized(raw)
     return ssm
 
 
 def check_hugging_face(raw: Settings) -> None:
-    """CheckpointInvalid for what no INT8 Quamba model of any family has, in transformers' words."""
+    """As `check_mamba_ssm`, for transformers' config.json."""
     if raw.flag("use_bias", False) or not raw.flag("use_conv_bias", True):
         raise CheckpointInvalid(_BIASES)
     raw.only("hidden_act", "silu", "swish")
@@ -151,7 +151,7 @@ def padded_vocabulary(raw: Settings) -> int:
 def shown(value: object) -> str:
     """A JSON value as part of an error: one line, at most 60 characters."""
     if isinstance(value, int) and abs(value) >= 10**60:
-        return "a number of more than 60 digits"  # Python refuses to write out one of thousands
+        return "a number of more than 60 digits"  # Python refuses to print one of thousands of digits
     text = json.dumps(value) if not isinstance(value, dict | list) else _outline(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -1,6 +1,6 @@
-"""Where a model's files, its tokenizer and a text are: on this machine, or on the hub, fetched before anything slow.
+"""Finds a model's files, its tokenizer and texts on this machine, or downloads them before anything slow starts.
 
-Nothing here imports torch. What cannot be had is told together, so that one trip to a machine with a network is enough.
+Imports no torch. All missing files are reported together, so that one download on another machine is enough.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class Missing:
-    """What is neither here nor to be fetched: ``what`` it is, the ``option`` that takes it from a file, and why not."""
+    """A file that is not on this machine and could not be fetched: ``what`` it is, the ``option`` that names a local
+    one, and why.
+    """
 
     what: str
     option: str
@@ -36,21 +38,21 @@ class Sources:
 
 
 def is_bundled(model: str) -> bool:
-    """Whether a model ships with the package; a folder here may have the name of one that does."""
+    """Whether a model ships with the package. A folder of that name in the working directory takes precedence."""
     return Path(model).absolute().parent == BUNDLED if Path(model).is_dir() else model in bundled_models()
 
 
 def default_data(model: str) -> str:
-    """The calibration text of a model none was named for: the bundled sample, or the Pile's validation part."""
+    """The default calibration text of a model: the bundled sample, or the Pile's validation part."""
     return "sample:calibration" if is_bundled(model) else "pile-val"
 
 
 def find_sources(model: str, tokenizer: str | None = None, texts: Sequence[str] = ()) -> Sources:
-    """The folder and tokenizer of ``model``; ``texts`` are there too afterwards, in the hub's cache if not as files.
+    """The folder and tokenizer of ``model``. ``texts`` that are not local are downloaded to the hub's cache.
 
     ``tokenizer`` is a tokenizer.json, a folder holding one, or a hub id; by default the one beside the weights.
-    ModelNotFound or DataInvalid: a name of nothing, or one line about all that is missing. CheckpointInvalid: a folder
-    without config.json.
+    ModelNotFound or DataInvalid: an unknown name, or one line about everything that is missing. CheckpointInvalid: a
+    folder without config.json.
     """
     repository = hub_model(model)
     for text in texts:
@@ -96,7 +98,7 @@ def find_sources(model: str, tokenizer: str | None = None, texts: Sequence[str] 
 
 
 def find_given(model: str | None, texts: Sequence[str]) -> None:
-    """Raise what `find_sources` would, where no model may be named."""
+    """As `find_sources` without its result; ``model`` may be None."""
     if model is not None:
         find_sources(model, None, texts)
     elif gaps := [gap for gap in map(_text, texts) if isinstance(gap, Missing)]:
@@ -104,7 +106,7 @@ def find_given(model: str | None, texts: Sequence[str]) -> None:
 
 
 def find_text(data: str) -> Path | None:
-    """The file of a text that is on the hub, fetched; None for one that is here. DataInvalid."""
+    """The downloaded file of a text on the hub; None for a local text. DataInvalid: it could not be fetched."""
     found = _text(data)
     if isinstance(found, Missing):
         raise DataInvalid(described([found], model=False))
@@ -125,7 +127,9 @@ def _text(data: str) -> Path | Missing | None:
 
 
 def described(missing: list[Missing], *, model: bool) -> str:
-    """One line: what is missing, why, how else it can be passed, and what works without; ``model``: not only texts."""
+    """One line: what is missing, why, how else to pass it, and what works without; ``model``: a model's files are
+    missing, not only texts.
+    """
     reasons = list(dict.fromkeys(str(gap.error) for gap in missing))
     where = f"not in the local hub cache{cache_name()} and could not be fetched"
     pass_each = "or download them on a machine with a network and pass each by its option"
@@ -148,7 +152,7 @@ def described(missing: list[Missing], *, model: bool) -> str:
 
 
 def _snapshot(repository: str) -> Path:
-    """The folder in the hub's cache; PyTorch's files are fetched only where there are no safetensors. HubError."""
+    """The folder in the hub's cache; PyTorch's files are fetched only if there are no safetensors. HubError."""
     folder = fetch_snapshot(repository, ["config.json", TOKENIZER, "*.safetensors", SAFETENSORS_INDEX])
     if not any(folder.glob("*.safetensors")):
         folder = fetch_snapshot(repository, [PYTORCH, PYTORCH_INDEX, "pytorch_model-*.bin"])

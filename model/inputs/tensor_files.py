@@ -24,7 +24,7 @@ def read_safetensors(path: Path, invalid: type[QuambaseError]) -> dict[str, torc
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:  # of safetensors, of torch (a dtype it does not have), of the system
+    except Exception as error:  # safetensors' own, torch's (an unknown dtype), or the system's
         raise _unreadable(path, error, invalid) from None
 
 
@@ -36,9 +36,9 @@ def read_pytorch(path: Path, invalid: type[QuambaseError]) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" not in str(error) and "allowlisted" not in str(error):
-            raise _unreadable(path, "it is no file of PyTorch", invalid) from None
+            raise _unreadable(path, "it is not a PyTorch file", invalid) from None
         raise invalid(f"{path} holds more than tensors; it is not loaded, since a pickle can run code") from None
-    except Exception as error:  # a damaged pickle makes torch.load do anything: AssertionError, IndexError, KeyError
+    except Exception as error:  # for a damaged pickle torch.load raises anything: IndexError, KeyError
         raise _unreadable(path, error, invalid) from None
 
 
@@ -51,7 +51,7 @@ def plain_tensor(tensor: torch.Tensor, name: str, invalid: type[QuambaseError]) 
 
 
 def _kind(tensor: torch.Tensor) -> str | None:
-    """What is special about a tensor; None where nothing is."""
+    """Why a tensor is not a plain float tensor; None if it is one."""
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout != torch.strided:
@@ -64,15 +64,15 @@ def _kind(tensor: torch.Tensor) -> str | None:
 
 
 def _check_archive(path: Path, invalid: type[QuambaseError]) -> None:
-    """torch.save stores without compression, so that what a file holds is never more than its size. An archive that
-    claims more would fill the memory.
+    """Refuse compressed archives. torch.save stores without compression, so the contents are never larger than the
+    file; an archive that claims more could exhaust memory.
     """
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except Exception as error:  # BadZipFile, and what a damaged directory leads to
+    except Exception as error:  # BadZipFile, or whatever a damaged directory causes
         raise _unreadable(path, error, invalid) from None
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:

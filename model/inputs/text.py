@@ -1,4 +1,4 @@
-"""Texts: local files, the bundled sample, the reference texts of the Python installation, data sets on the hub."""
+"""Reads texts: local files, the bundled sample, the reference texts of the Python installation, data sets on the hub."""
 
 from __future__ import annotations
 
@@ -29,38 +29,40 @@ from quambase.model.inputs.sources import find_text
 from quambase.schema.errors import DataInvalid
 
 PASSAGE = 1500
-"""Characters after which a topic of the language reference is cut at the next blank line."""
+"""Characters after which a topic of the language reference is split at the next blank line."""
 
 KINDS = ".txt, .jsonl, .json, .parquet or .csv, also .gz, .zst or .xz"
 
 EXPECTED = "expected text (a string, or null for an empty document)"
 
 LONGEST = 1 << 26
-"""Characters of a document at most. A tokenizer needs some fifty bytes for each; a file that unpacks without end must
-not fill the memory.
+"""Largest accepted document, in characters. A tokenizer needs some fifty bytes for each, and a malicious archive must
+not exhaust memory.
 """
 
 PIECE = 1 << 20
 """Bytes of a line that are read at a time."""
 
 PARQUET_ROWS = 16
-"""Rows of a Parquet file that are unpacked at a time: each may have a text of the largest size."""
+"""Rows of a Parquet file that are decoded at a time: each may have a text of the largest size."""
 
 HEAD = 1000
-"""Rows of JSON among which the text column is looked for."""
+"""JSON rows that are searched for the text column."""
 
 CLUSTER_COLUMNS = ("cluster", "book", "topic", "source", "file")
-"""Columns that say where a text comes from: the first of them that has a value in a row names the row's cluster."""
+"""Columns that tell where a text comes from. The first one with a value names the row's cluster."""
 
 LONGEST_CLUSTER = 100
-"""Characters of a cluster's name at most: a longer one (a whole text in a column ``source``) goes by its SHA-256."""
+"""Longest name of a cluster in characters: a longer one (a whole text in a column ``source``) is replaced by its
+SHA-256.
+"""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text: its place in the file, the SHA-256 of its UTF-8 bytes, and the book, topic or file it is a part of.
+    """One text: its index in the file, the SHA-256 of its UTF-8 bytes, and the book, topic or file it is a part of.
 
-    Documents of one ``cluster`` are alike, so statistics count them together; None: it is not known to be a part.
+    Documents of one ``cluster`` resemble each other, so statistics treat a cluster as one unit; None: unknown.
     """
 
     index: int
@@ -74,12 +76,13 @@ Row = tuple[str, str | None]
 
 
 def read_documents(data: str, limit: int | None = None) -> Iterator[Document]:
-    """The documents of ``data`` in file order, at most ``limit``; empty ones are delivered too, with their number.
+    """The documents of ``data`` in file order, at most ``limit``, empty ones included.
 
-    ``data``: a .txt (documents apart by blank lines), .jsonl, .json, .parquet or .csv file (column ``text``), also .gz,
-    .zst or .xz; ``sample:…``, ``python-docs:…``; ``pile-val``, ``wikitext2``, ``lambada`` or ``hf:REPOSITORY:FILE``.
-    A text is what the file says, to the character. Its cluster is the value of one of CLUSTER_COLUMNS, the topic in
-    ``python-docs:…``, and else not known. DataInvalid: missing, unreadable, or without a column of text.
+    ``data``: a .txt (documents separated by blank lines), .jsonl, .json, .parquet or .csv file (column ``text``), also
+    .gz, .zst or .xz; ``sample:…``, ``python-docs:…``; ``pile-val``, ``wikitext2``, ``lambada`` or
+    ``hf:REPOSITORY:FILE``. Texts are not changed in any character. A text's cluster is the value of one of
+    CLUSTER_COLUMNS, in ``python-docs:…`` the topic, and else unknown. DataInvalid: missing, unreadable, or without a
+    column of text.
     """
     for index, (text, cluster) in enumerate(itertools.islice(_texts(data), limit)):
         _check_size(data, len(text), f"document {index}")
@@ -127,7 +130,7 @@ def _cluster(row: Mapping[str, object]) -> str | None:
     for name in CLUSTER_COLUMNS:
         value = row.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            value = f"{value:.17g}"  # numbers of JSON are read as floats, whole ones too; NaN is a missing value
+            value = f"{value:.17g}"  # JSON's integers are read as floats too; NaN is a missing value
         if isinstance(value, str) and value.strip():
             content = value.encode("utf-8", "backslashreplace")
             return hashlib.sha256(content).hexdigest() if len(value) > LONGEST_CLUSTER else content.decode()
@@ -135,7 +138,7 @@ def _cluster(row: Mapping[str, object]) -> str | None:
 
 
 def _file_texts(path: Path) -> Iterator[Row]:
-    """The texts of one file, and of no other whatever its name looks like; read as they are asked for."""
+    """The texts of one file (its name is not a pattern), read lazily."""
     endings = [suffix.lower() for suffix in path.suffixes]
     kind = next((ending for ending in reversed(endings) if ending in _READERS), None)
     if not path.is_file():
@@ -164,10 +167,10 @@ def _plain_texts(path: Path) -> Iterator[Row]:
 
 
 def _csv_texts(path: Path) -> Iterator[Row]:
-    """The text column of a .csv with a header. Every field is text; what separates them is a comma or, where the header
-    has none, a semicolon, tab or bar.
+    """The text column of a .csv with a header. Every field is text; the separator is a comma or, if the header has
+    none, a semicolon, tab or bar.
     """
-    # A setting of the whole process; its default (131,072) is less than a text may have.
+    # This setting is global to the process; its default (131,072) is below the largest text.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
     lines = (line for _, line in _lines(path))
     header = next(lines, "")
@@ -186,7 +189,7 @@ def _csv_texts(path: Path) -> Iterator[Row]:
                     "line: put texts in double quotes"
                 )
             elif len(names) == 1:
-                yield "", None  # an empty line is an empty text where there is no other column, and else nothing
+                yield "", None  # with one column an empty line is an empty text, otherwise it is skipped
     except csv.Error as error:
         raise DataInvalid(f"{path} cannot be read as csv ({error} in line {reader.line_num}); check it") from None
 
@@ -216,9 +219,9 @@ def _parquet_texts(path: Path) -> Iterator[Row]:
 
 
 def _json_texts(path: Path) -> Iterator[Row]:
-    """The text column of JSON objects, one a line or in a list.
+    """The text column of JSON objects, one per line or in a list.
 
-    A row without it is an empty text. The column is called text, or is the only one there is.
+    A row without it is an empty text. The column is called text, or is the only one.
     """
     rows = _json_objects(path)
     head: list[tuple[int, dict[str, object]]] = []
@@ -244,13 +247,13 @@ def _json_texts(path: Path) -> Iterator[Row]:
 
 
 def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """The objects of a JSON file one by one, each with the line it begins in: apart by space, or in a list."""
-    # Numbers are not texts, whatever their digits; a float has no limit of digits.
+    """The objects of a JSON file and the line each begins in; they are separated by whitespace, or in a list."""
+    # parse_int=float: numbers are not texts, and an int of thousands of digits would be an error.
     decode = json.JSONDecoder(parse_int=float).raw_decode
     waiting: list[str] = []
     size = enough = 0
     line = 1
-    listed = after = False  # within a list; after a value of it, where a comma or its end must come
+    listed = after = False  # within a list; after a value, where a comma or the list's end must follow
     for number, piece in itertools.chain(_pieces(path), [(0, "")]):
         more = number > 0
         waiting.append(piece)
@@ -259,7 +262,7 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             continue
         held, place = "".join(waiting), 0
         while True:
-            start = _SPACE.match(held, place).end()  # type: ignore[union-attr] # it matches nothing, too
+            start = _SPACE.match(held, place).end()  # type: ignore[union-attr] # always matches
             line += held.count("\n", place, start)
             place = start
             if place == len(held):
@@ -279,8 +282,8 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
                 raise _bad_json(path, line, "nested too deep") from None
             except json.JSONDecodeError as error:
                 if more and len(held) - place <= LONGEST:
-                    break  # it may be cut: once more with what follows
-                reason = f"nothing whole in {LONGEST:,} characters: {error.msg}" if more else error.msg
+                    break  # it may be incomplete: parse again with the next piece
+                reason = f"no complete value in {LONGEST:,} characters: {error.msg}" if more else error.msg
                 raise _bad_json(path, line + held.count("\n", place, error.pos), reason) from None
             if not isinstance(value, dict):
                 raise _bad_json(path, line, f"{_json_type(value)}; expected objects with a text column")
@@ -289,7 +292,7 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             place, after = end, listed
         waiting = [held[place:]]
         size = len(waiting[0])
-        enough = 2 * size  # so that a long value is not read again with every line of it
+        enough = 2 * size  # so that a long value is not parsed again for every line of it
     if listed:
         raise _bad_json(path, line, "the list does not end")
 
@@ -354,12 +357,12 @@ def _column(path: Path, names: list[str]) -> int:
 
 
 def _named(names: Iterable[str]) -> str:
-    """Column names as part of an error; they are another's, so they may hold anything."""
+    """Column names as part of an error, made printable and short."""
     return _short(", ".join(names)) or "none"
 
 
 def _short(value: object) -> str:
-    """As part of one line, and not too long."""
+    """A value as part of an error: printable, at most 200 characters."""
     text = "".join(c if c.isprintable() else "?" for c in str(value))
     return text if len(text) <= 200 else f"{text[:197]}..."
 

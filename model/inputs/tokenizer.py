@@ -20,8 +20,8 @@ LARGEST_FILE = 256 << 20
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A `tokenizers` tokenizer; nothing (no BOS) is added to a text. ``rows``: the embedding's, where it is known; a
-    token without a row is an error in the text that holds it.
+    """A `tokenizers` tokenizer that adds nothing (no BOS) to a text. ``rows``: of the embedding, if known; a text with
+    a token beyond them is an error.
     """
 
     path: Path
@@ -36,9 +36,9 @@ class Tokenizer:
         return 1 + max((i for i in vocabulary if i < self.rows), default=-1)
 
     def for_rows(self, rows: int) -> Tokenizer:
-        """The same for an embedding of ``rows`` rows. CheckpointInvalid if the vocabulary reaches beyond them.
+        """The same tokenizer for an embedding of ``rows`` rows. CheckpointInvalid: the vocabulary has larger ids.
 
-        Added tokens may: a padding token is often added without a row, since no text holds it.
+        Added tokens may have larger ids: a padding token is often added without a row, since no text contains it.
         """
         vocabulary = self.inner.get_vocab(with_added_tokens=False)
         largest = max(vocabulary.values(), default=-1)
@@ -78,7 +78,7 @@ class Tokenizer:
 
 
 def raise_if_stopped(error: BaseException) -> None:
-    """Let Ctrl-C and exits through, where everything else is caught."""
+    """Raise Ctrl-C and exits again, in a handler that catches everything."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
         raise error
 

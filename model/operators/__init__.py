@@ -1,1 +1,1 @@
-"""What the forward passes call: kernels of the host, plain torch, CUDA."""
+"""The operators of the forward passes: CPU kernels, plain PyTorch, CUDA."""

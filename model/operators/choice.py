@@ -1,4 +1,4 @@
-"""Which device a model runs on, and which operators it has there."""
+"""Chooses the device a model runs on, and its operators."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """What ``--device`` means here: ``auto`` is CUDA if there is any.
+    """The device that ``--device`` names; ``auto``: CUDA if there is a device.
 
-    UnknownName: another device; DataInvalid: CUDA where there is none.
+    UnknownName: not one of DEVICES; DataInvalid: no CUDA device.
     """
     if name not in DEVICES:
         raise UnknownName.of("device", name, DEVICES)
@@ -26,13 +26,13 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "cpu" or (name == "auto" and not available):
         return torch.device("cpu")
     if not available:
-        raise DataInvalid(f"torch {torch.__version__} finds no CUDA device here; leave out --device, or say cpu")
+        raise DataInvalid(f"torch {torch.__version__} finds no CUDA device here; leave out --device, or use cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def choose_operators(sizes: OperatorSizes, device: torch.device, dtype: torch.dtype) -> Operators:
-    """Compiled kernels of the CPU for float32 there, and of CUDA; plain PyTorch elsewhere, and, after a warning on
-    stderr, where CUDA's do not compile.
+    """Compiled kernels for float32 on the CPU and for CUDA, else plain PyTorch. If CUDA's do not compile: plain
+    PyTorch, after a warning on stderr.
     """
     if device.type == "cpu" and dtype == torch.float32:
         return HostOperators(sizes.ngroups)

@@ -16,37 +16,37 @@ from quambase.model.packed_batch import PlacedBatch
 SOURCE = Path(__file__).with_name("forward.cu")
 NAMES = ("add_norm", "conv_silu", "selective_scan", "ssd_scan", "gated_norm", "gated_norm_hadamard", "hadamard")
 CONV_ROWS = 16
-"""Rows of one thread of the convolution, as in the source."""
+"""Rows per thread of the convolution, as in forward.cu."""
 
 FREE_SHARED = 48 * 1024
-"""Bytes of shared memory that a kernel has without asking."""
+"""Bytes of shared memory that a kernel may use without `Kernels.allow_shared`."""
 
 ROW_THREADS = 256
-"""Of a kernel whose blocks have whole rows, as in norm_hadamard.cuh."""
+"""Threads per block of the kernels over whole rows, as in norm_hadamard.cuh."""
 
 SCAN_THREADS = 128
-"""Of a block of the selective scan, one a channel, as in scans.cuh."""
+"""Threads per block of the selective scan, one per channel, as in scans.cuh."""
 
 
 def ssd_division(states: int, headdim: int) -> tuple[int, int]:
-    """Threads that share a channel of an SSD scan, and channels of a thread: SPLIT and JOINED of the sources."""
+    """SPLIT and JOINED of scans.cuh: threads that share a channel of an SSD scan, and channels per thread."""
     split = math.gcd(states, 16)
-    # Four channels a thread where that leaves whole warps.
+    # Four channels per thread where that gives whole warps.
     return split, 4 if headdim % 4 == 0 and headdim // 4 * split % 32 == 0 else 1
 
 
 def rows_of_block(dim: int) -> int:
-    """Rows of ``dim`` channels that a block transforms: ROWS of norm_hadamard.cuh."""
+    """ROWS of norm_hadamard.cuh: rows of ``dim`` channels per block."""
     return 2 if dim <= 4096 else 1
 
 
 def rows_shared(dim: int) -> int:
-    """Bytes of dynamic shared memory that they take there."""
+    """Bytes of dynamic shared memory of those rows."""
     return rows_of_block(dim) * 4 * (dim + dim // 32 + 1)
 
 
 def kernel_sizes(sizes: OperatorSizes) -> dict[str, int]:
-    """What norm_hadamard.cuh, scans.cuh and the sources that include them are compiled for.
+    """The constants (-D) of norm_hadamard.cuh, scans.cuh and the sources that include them.
 
     CheckpointInvalid if there is no Hadamard matrix of d_inner.
     """
@@ -66,10 +66,10 @@ def kernel_sizes(sizes: OperatorSizes) -> dict[str, int]:
 
 
 class CudaOperators(TorchOperators):
-    """`quambase.model.operators.interface.Operators` for one model's sizes on one device. A step from a state is plain
-    PyTorch, which has no loop then.
+    """`quambase.model.operators.interface.Operators` for one model's sizes on one device. Decoding steps (with a
+    ``state``) run in plain PyTorch, which needs no loop over time for one token.
 
-    CompilationFailed where it cannot be compiled; CheckpointInvalid as `kernel_sizes`.
+    CompilationFailed: the kernels do not compile; CheckpointInvalid as `kernel_sizes`.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, sizes: OperatorSizes) -> None:

@@ -1,7 +1,7 @@
 """Operators that PyTorch can differentiate with respect to activations; weights are constants.
 
-Two forms compute the same: compiled loops on the CPU, and PyTorch's own operations on any device. Both compute again in
-the backward pass what they need between the two passes, so memory grows with the inputs and not with the states.
+Two forms compute the same: compiled loops on the CPU, and PyTorch's own operations on any device. Both recompute
+intermediate results in the backward pass, so memory grows with the inputs and not with the states.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ CHUNK = 64
 
 
 def on_gradient(values: torch.Tensor, receive: Callable[[torch.Tensor], None]) -> None:
-    """Have ``receive`` called with the gradient of ``values``, of the same shape, during the backward pass.
+    """Call ``receive`` with the gradient of ``values``, of the same shape, during the backward pass.
 
-    A slice may have been cut for the caller alone, so the gradient is that of the tensor that it is a slice of.
+    If ``values`` is a slice that only the caller uses, no gradient reaches it; so the hook is on the tensor it is a
+    slice of.
     """
     whole = values if values._base is None else values._base
     shape, strides, first = values.shape, values.stride(), values.storage_offset() - whole.storage_offset()
@@ -35,7 +36,7 @@ def on_gradient(values: torch.Tensor, receive: Callable[[torch.Tensor], None]) -
 
 
 def differentiable_operators(ngroups: int, device: torch.device) -> DifferentiableOperators:
-    """The fastest ones of a device; ``ngroups``: SSD groups of a Mamba-2."""
+    """The fastest differentiable operators of a device; ``ngroups``: SSD groups of a Mamba-2."""
     kind = HostDifferentiableOperators if device.type == "cpu" else DifferentiableOperators
     return kind(ngroups, device)
 
@@ -46,10 +47,10 @@ def _applied(function: type[torch.autograd.Function], *arguments: Any) -> torch.
 
 
 class DifferentiableOperators(TorchOperators):
-    """`quambase.model.operators.interface.Operators` of float32. ``state`` is never given; the states after the last
-    token, which nothing reads, are zeros.
+    """`quambase.model.operators.interface.Operators` of float32. ``state`` must be None; the returned final states are
+    zeros, since nothing reads them.
 
-    Scans run over documents padded with zeros behind them, which change nothing, since a scan is causal.
+    Scans run over zero-padded documents: zeros at the end change nothing, since a scan is causal.
     """
 
     head_rows = 512
@@ -60,10 +61,10 @@ class DifferentiableOperators(TorchOperators):
     def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """As `Operators.add_norm`. Gradients of a forward pass end at its first norm's input."""
         residual += x
-        read = residual.clone()  # the residual stream changes before the backward pass
-        if not read.requires_grad:
-            read.requires_grad_()
-        return F.rms_norm(read, weight.shape, weight, eps)
+        current = residual.clone()  # the residual stream changes before the backward pass
+        if not current.requires_grad:
+            current.requires_grad_()
+        return F.rms_norm(current, weight.shape, weight, eps)
 
     def conv_silu(
         self,
@@ -96,8 +97,8 @@ class DifferentiableOperators(TorchOperators):
         """As `Operators.selective_scan`."""
         padded = _Padding(batch)
         parts = map(padded.pad, (F.softplus(delta + bias), u, bc))
-        read = padded.packed(checkpoint(_recurrent_scan, *parts, a, use_reentrant=False))
-        return (read + d * u) * F.silu(z), self._no_states(batch, a.T.shape)
+        scanned = padded.packed(checkpoint(_recurrent_scan, *parts, a, use_reentrant=False))
+        return (scanned + d * u) * F.silu(z), self._no_states(batch, a.T.shape)
 
     def ssd_scan(
         self,
@@ -117,15 +118,15 @@ class DifferentiableOperators(TorchOperators):
         padded = _Padding(batch, CHUNK)
         grouped = [part.view(len(x), self.ngroups, states) for part in (b, c)]
         parts = map(padded.pad, (wide, *grouped, F.softplus(dt + bias)))
-        read = padded.packed(checkpoint(_chunked_scan, *parts, a, use_reentrant=False))
-        return (read + d[:, None] * wide).view(x.shape), self._no_states(batch, (x.shape[1], states))
+        scanned = padded.packed(checkpoint(_chunked_scan, *parts, a, use_reentrant=False))
+        return (scanned + d[:, None] * wide).view(x.shape), self._no_states(batch, (x.shape[1], states))
 
     def _no_states(self, batch: PlacedBatch, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.zeros(batch.host.documents, *shape, device=self.device)
 
 
 class HostDifferentiableOperators(DifferentiableOperators):
-    """The same on the CPU, by the compiled loops of `quambase.model.operators.host_kernels`."""
+    """The same on the CPU, with the compiled loops of `quambase.model.operators.host_kernels`."""
 
     def selective_scan(
         self,
@@ -165,7 +166,7 @@ class HostDifferentiableOperators(DifferentiableOperators):
 
 
 class _Padding:
-    """Packed rows (t, ...) as documents (b, l, ...) with zeros behind them, l a multiple of ``multiple``, and back."""
+    """Converts packed rows (t, ...) to zero-padded documents (b, l, ...), l a multiple of ``multiple``, and back."""
 
     def __init__(self, batch: PlacedBatch, multiple: int = 1) -> None:
         lengths = batch.host.offsets.diff()
@@ -186,35 +187,35 @@ class _Padding:
 
 
 class _LinearRecurrence(torch.autograd.Function):
-    """h[t] = kept[t] h[t - 1] + added[t] from h[-1] = 0, along the first axis; all (l, ...).
+    """h[t] = decay[t] h[t - 1] + added[t] from h[-1] = 0, along the first axis; all (l, ...).
 
-    Its adjoint is the same recurrence backwards: g[t] = grad[t] + kept[t + 1] g[t + 1], the gradient of added[t]; that
-    of kept[t] is g[t] h[t - 1].
+    Its adjoint is the same recurrence backwards: g[t] = grad[t] + decay[t + 1] g[t + 1], the gradient of added[t]; that
+    of decay[t] is g[t] h[t - 1].
     """
 
     @staticmethod
-    def forward(ctx: Any, kept: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, decay: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
         """h."""
         h = torch.empty_like(added)
         h[0] = added[0]
         for t in range(1, len(h)):
-            torch.addcmul(added[t], kept[t], h[t - 1], out=h[t])
-        ctx.save_for_backward(kept, h)
+            torch.addcmul(added[t], decay[t], h[t - 1], out=h[t])
+        ctx.save_for_backward(decay, h)
         return h
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of kept and added."""
-        kept, h = ctx.saved_tensors
+        """The gradients of decay and added."""
+        decay, h = ctx.saved_tensors
         (grad,) = gradients
-        g = torch.empty_like(kept)
+        g = torch.empty_like(decay)
         g[-1] = grad[-1]
         for t in range(len(g) - 2, -1, -1):
-            torch.addcmul(grad[t], kept[t + 1], g[t + 1], out=g[t])
-        of_kept = torch.empty_like(g)
-        of_kept[0] = 0
-        torch.mul(g[1:], h[:-1], out=of_kept[1:])
-        return of_kept, g
+            torch.addcmul(grad[t], decay[t + 1], g[t + 1], out=g[t])
+        of_decay = torch.empty_like(g)
+        of_decay[0] = 0
+        torch.mul(g[1:], h[:-1], out=of_decay[1:])
+        return of_decay, g
 
 
 def _recurrent_scan(step: torch.Tensor, u: torch.Tensor, bc: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -242,7 +243,7 @@ def _chunked_scan(
         """(b, chunks, heads or groups, CHUNK, ...)."""
         return part.view(documents, length // CHUNK, CHUNK, *part.shape[2:]).transpose(2, 3)
 
-    logs = chunks(step * a).cumsum(-1)  # of what is kept from the chunk's first token on
+    logs = chunks(step * a).cumsum(-1)  # logarithm of the decay since the chunk's first token
     driven = chunks(step)[..., None] * chunks(x)  # (b, k, h, q, p)
     wide_b, wide_c = (chunks(part).repeat_interleave(share, 2) for part in (b, c))  # (b, k, h, q, n)
     past = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=x.device).tril()

@@ -1,5 +1,5 @@
-// The Mamba blocks' operators on CUDA, the siblings of host_kernels.py: packed documents, no padding, float32
-// inside. Compiled at run time (cuda.py).
+// The Mamba blocks' operators on CUDA, as host_kernels.py on the CPU: packed documents, no padding, arithmetic in
+// float32. Compiled at run time (cuda.py).
 //
 // HALF      1: activations are float16, 0: float32
 // WIDTH     taps of the convolution
@@ -25,9 +25,9 @@ __device__ __forceinline__ real as_real(float v) {
 
 const int CONV_ROWS = 16;
 
-// Depthwise causal convolution with bias, then SiLU, each document with zeros before it. A thread has one channel and
-// CONV_ROWS rows. x (t, e or more), rows x_stride apart; weight (WIDTH, e), the last row for the current token;
-// starts (t,) the first row of each row's document; out (t, e).
+// Depthwise causal convolution with bias, then SiLU, with zeros before each document. One thread per channel and
+// CONV_ROWS rows. x (t, e or more), rows x_stride apart; weight (WIDTH, e), the last row for the current token; starts
+// (t,) the first row of each row's document; out (t, e).
 extern "C" __global__ void __launch_bounds__(128) conv_silu(
     const real* x, i64 x_stride, const float* weight, const float* bias, const int* starts, i64 rows, i64 channels,
     real* out
@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_silu(
     float taps[WIDTH], window[WIDTH];
 #pragma unroll
     for (int k = 0; k < WIDTH; k++) taps[k] = weight[k * channels + channel];
-    // window[k] is the value WIDTH - 1 - k rows back, of whichever document.
+    // window[k] is the value WIDTH - 1 - k rows back, even if it belongs to an earlier document.
 #pragma unroll
     for (int k = 1; k < WIDTH; k++) {
         const i64 row = first - (WIDTH - k);
@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(HEADDIM / JOINED * SPLIT) ssd_scan(
 }
 
 // residual += x, then residual / rms * weight. x, out (rows, width) and residual (rows, width), contiguous; weight
-// (width,); `width` floats of dynamic shared memory. A block per row.
+// (width,); `width` floats of dynamic shared memory. One block per row.
 extern "C" __global__ void __launch_bounds__(256) add_norm(
     const real* x, float* residual, const float* weight, i64 width, float eps, real* out
 ) {
@@ -141,7 +141,7 @@ struct Gated {
     }
 };
 
-// Where transformed rows go: out (rows, DIM), times factor.
+// Writes transformed rows, times factor, to out (rows, DIM).
 struct Scaled {
     real* out;
     float factor;
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) hadamard(
     finish_rows<READ_STAGES>(lines, odd, signs, rows, Scaled{out, factor});
 }
 
-// RMS norm of what is Gated, as gated_norm_rows; out (rows, DIM).
+// RMS norm of y SiLU(z), as gated_norm_rows; out (rows, DIM).
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) gated_norm(
     const real* y, i64 rows, const real* z, i64 z_stride, const float* weight, i64 groups, float eps, real* out
 ) {
@@ -172,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) gated_norm(
     gated_norm_rows((Line*)line, rows, weight, groups, eps, gated, write);
 }
 
-// The same, rounded, and transformed as by hadamard.
+// gated_norm, rounded to `real`, then hadamard.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) gated_norm_hadamard(
     const real* y, i64 rows, const real* z, i64 z_stride, const float* weight, i64 groups, float eps, const float* odd,
     float factor, real* out

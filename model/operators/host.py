@@ -1,4 +1,4 @@
-"""The operators of the Mamba blocks on the CPU in float32: compiled loops where PyTorch has none."""
+"""The operators of the Mamba blocks on the CPU in float32: compiled loops for what PyTorch lacks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class HostOperators(TorchOperators):
         batch: PlacedBatch,
         state: BlockState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Operators.selective_scan`. States lie in memory as (documents, n, e)."""
+        """As `Operators.selective_scan`. In memory, states are (documents, n, e)."""
         states, channels = a.shape
         if state is None:
             ssm = torch.zeros(batch.host.documents, states, channels)
@@ -112,8 +112,8 @@ class HostOperators(TorchOperators):
 
 
 def whole_rows(x: torch.Tensor) -> tuple[npt.NDArray[Any], int]:
-    """A C-contiguous array (t, columns) and the column of it where x (t, c) begins: compiled loops vectorise only over
-    such. It is the tensor that x is a slice of columns of, else a copy of x.
+    """A C-contiguous array (t, columns) that contains x (t, c), and x's first column in it: compiled loops vectorise
+    only over contiguous arrays. If x is a slice of a tensor's columns the array is that tensor, else a copy of x.
     """
     stride = x.stride(0)
     offset = int(x.storage_offset())

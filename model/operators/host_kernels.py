@@ -1,8 +1,8 @@
 """Compiled CPU kernels of the Mamba blocks: causal convolution, selective and SSD scans, Hadamard butterflies.
 
-Batches are packed: documents lie one after another in ``t`` tokens, document ``i`` being rows
-``offsets[i]:offsets[i + 1]``; nothing is padded and nothing crosses a document's border. Work is cut into
-(document, block of channels) pieces that no other piece touches, so results do not depend on the thread count.
+Batches are packed: documents are concatenated in ``t`` tokens without padding, document ``i`` being rows
+``offsets[i]:offsets[i + 1]``, and are computed independently. Work is divided into independent (document, block of
+channels) pieces, so results do not depend on the thread count.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def silu32(x: np.float32) -> np.float32:
 
 @numba.njit(parallel=True, fastmath={"contract"}, cache=True)
 def causal_conv1d_silu(x: Float32, first: int, weight: Float32, bias: Float32, offsets: Int64, out: Float32) -> None:
-    """Depthwise causal convolution with bias, then SiLU, each document on its own with zeros before it.
+    """Depthwise causal convolution with bias, then SiLU, with zeros before each document.
 
     x (t, >= first + e): columns from ``first`` are read; out (t, e); weight (k, e), the last row multiplying the
     current token; bias (e,). All C-contiguous, or the loops would not vectorise.
@@ -121,12 +121,12 @@ def selective_scan(
                 drive[i] = step[i] * u[row, low + i]
                 total[i] = d[low + i] * u[row, low + i]
             for n in range(states):
-                gain = b[row, n]
-                read = c[row, n]
+                b_n = b[row, n]
+                c_n = c[row, n]
                 for i in range(size):
-                    kept = exp32(step[i] * rate[n, i]) * h[n, i] + gain * drive[i]
-                    h[n, i] = kept
-                    total[i] += read * kept
+                    h_n = exp32(step[i] * rate[n, i]) * h[n, i] + b_n * drive[i]
+                    h[n, i] = h_n
+                    total[i] += c_n * h_n
             for i in range(size):
                 y[row, low + i] = total[i] * silu32(z[row, low + i])
         for n in range(states):
@@ -174,20 +174,20 @@ def selective_scan_gradients(
         start = offsets[document]
         length = offsets[document + 1] - start
         h = np.zeros((length + 1, states, GRADIENT_BLOCK), np.float32)  # h[t + 1] after token t
-        kept = np.empty((length, states, GRADIENT_BLOCK), np.float32)
+        decay = np.empty((length, states, GRADIENT_BLOCK), np.float32)
         total = np.empty((length, GRADIENT_BLOCK), np.float32)  # y before the gate
         for t in range(length):
             row = start + t
             for i in range(size):
                 total[t, i] = d[low + i] * u[row, low + i]
             for n in range(states):
-                gain = b[row, n]
-                read = c[row, n]
+                b_n = b[row, n]
+                c_n = c[row, n]
                 for i in range(size):
                     step = delta[row, low + i]
-                    kept[t, n, i] = exp32(step * a[n, low + i])
-                    h[t + 1, n, i] = kept[t, n, i] * h[t, n, i] + gain * (step * u[row, low + i])
-                    total[t, i] += read * h[t + 1, n, i]
+                    decay[t, n, i] = exp32(step * a[n, low + i])
+                    h[t + 1, n, i] = decay[t, n, i] * h[t, n, i] + b_n * (step * u[row, low + i])
+                    total[t, i] += c_n * h[t + 1, n, i]
         g = np.zeros((states, GRADIENT_BLOCK), np.float32)
         ungated = np.empty(GRADIENT_BLOCK, np.float32)
         of_drive = np.empty(GRADIENT_BLOCK, np.float32)  # of delta u
@@ -202,17 +202,17 @@ def selective_scan_gradients(
                 of_drive[i] = np.float32(0)
                 of_step[i] = np.float32(0)
             for n in range(states):
-                gain = b[row, n]
-                read = c[row, n]
+                b_n = b[row, n]
+                c_n = c[row, n]
                 of_b = np.float32(0)
                 of_c = np.float32(0)
                 for i in range(size):
                     step = delta[row, low + i]
                     of_c += ungated[i] * h[t + 1, n, i]
-                    here = g[n, i] + read * ungated[i]
+                    here = g[n, i] + c_n * ungated[i]
                     of_b += here * (step * u[row, low + i])
-                    of_drive[i] += here * gain
-                    back = here * kept[t, n, i]
+                    of_drive[i] += here * b_n
+                    back = here * decay[t, n, i]
                     of_step[i] += back * h[t, n, i] * a[n, low + i]
                     g[n, i] = back
                 grad_bc[block, row, n] = of_b
@@ -267,17 +267,17 @@ def ssd_scan(
             for n in range(states):
                 h[i, n] = state[document, low + i, n]
         for row in range(offsets[document], offsets[document + 1]):
-            kept = decay[row, head]
-            gain = b[row, first : first + states]
-            read = c[row, first : first + states]
+            decay_t = decay[row, head]
+            b_t = b[row, first : first + states]
+            c_t = c[row, first : first + states]
             for i in range(size):
                 u = x[row, low + i]
                 drive = delta[row, head] * u
                 line = h[i]
                 total = np.float32(0)
                 for n in range(states):
-                    line[n] = kept * line[n] + drive * gain[n]
-                    total += read[n] * line[n]
+                    line[n] = decay_t * line[n] + drive * b_t[n]
+                    total += c_t[n] * line[n]
                 y[row, low + i] = total + d[head] * u
         for i in range(size):
             for n in range(states):
@@ -305,8 +305,8 @@ def ssd_scan_gradients(
     With g the gradient of the state, which runs backwards over the tokens: g[p, n] = C[n] grad[p] + decay g[p, n] of
     the next token. a (h,): decay is exp(delta A).
 
-    Written: grad_x (t, h p); grad_delta (t, h), the share of decay in it; grad_bc (h, t, 2n), B then C, each head's own
-    share, so that their total does not depend on the thread count. The rest as in `ssd_scan`.
+    Written: grad_x (t, h p); grad_delta (t, h), including delta's effect on decay; grad_bc (h, t, 2n), B then C,
+    separately for each head, so that their sum does not depend on the thread count. The rest as in `ssd_scan`.
     """
     documents = offsets.size - 1
     heads = d.size
@@ -329,34 +329,34 @@ def ssd_scan_gradients(
             size = min(HEAD_BLOCK, (head + 1) * headdim - low)
             for t in range(length):
                 row = start + t
-                gain = b[row, first : first + states]
+                b_t = b[row, first : first + states]
                 for i in range(size):
                     drive = delta[row, head] * x[row, low + i]
                     for n in range(states):
-                        h[t + 1, i, n] = decay[row, head] * h[t, i, n] + drive * gain[n]
+                        h[t + 1, i, n] = decay[row, head] * h[t, i, n] + drive * b_t[n]
             g[:] = 0
             for t in range(length - 1, -1, -1):
                 row = start + t
-                gain = b[row, first : first + states]
-                read = c[row, first : first + states]
+                b_t = b[row, first : first + states]
+                c_t = c[row, first : first + states]
                 of_b = grad_bc[head, row, :states]
                 of_c = grad_bc[head, row, states:]
                 step = delta[row, head]
-                kept = decay[row, head]
+                decay_t = decay[row, head]
                 for i in range(size):
                     of_y = grad[row, low + i]
                     drive = step * x[row, low + i]
                     of_drive = np.float32(0)
                     of_decay = np.float32(0)
                     for n in range(states):
-                        here = g[i, n] + read[n] * of_y
+                        here = g[i, n] + c_t[n] * of_y
                         of_c[n] += of_y * h[t + 1, i, n]
                         of_b[n] += here * drive
-                        of_drive += here * gain[n]
+                        of_drive += here * b_t[n]
                         of_decay += here * h[t, i, n]
-                        g[i, n] = here * kept
+                        g[i, n] = here * decay_t
                     grad_x[row, low + i] = step * of_drive + d[head] * of_y
-                    grad_delta[row, head] += x[row, low + i] * of_drive + of_decay * kept * a[head]
+                    grad_delta[row, head] += x[row, low + i] * of_drive + of_decay * decay_t * a[head]
 
 
 @numba.njit(parallel=True, fastmath={"contract"}, cache=True)

@@ -1,10 +1,10 @@
-"""What lies between the matrix products of the blocks: the interface that host, plain PyTorch and CUDA implement.
+"""The operations between the blocks' matrix products: the interface that host, plain PyTorch and CUDA implement.
 
-Tensors are packed as in `quambase.model.packed_batch` and of the activation dtype, float32 or float16. Every operator
+Tensors are packed as in `quambase.model.packed_batch`, in the activation dtype, float32 or float16. Every operator
 computes in float32 inside and rounds its result once. A state is float32.
 
-Convolution and scans take a ``state`` or None. Without one a document begins with zeros. With one every document is one
-token, which goes on from what its sequence had before, and the state is updated.
+Convolution and scans take a ``state`` or None. Without one, documents start from zeros. With one, every document is the
+next token of a sequence, whose state is read and updated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from quambase.model.packed_batch import PlacedBatch
 
 @dataclass(frozen=True)
 class OperatorSizes:
-    """What operators are made for. ``headdim``: channels of a head, None without heads; ``ngroups``: SSD groups."""
+    """The sizes that operators are built for. ``headdim``: channels of a head, None without heads; ``ngroups``: SSD
+    groups.
+    """
 
     d_model: int
     d_inner: int
@@ -31,7 +33,7 @@ class OperatorSizes:
 
 @dataclass
 class BlockState:
-    """What a block carries from token to token, for b sequences.
+    """A block's decoding state of b sequences.
 
     conv  (b, k - 1, channels): the convolution's last inputs, oldest first
     ssm   (b, e, n) float32
@@ -56,13 +58,13 @@ class Operators(Protocol):
     head_rows: int
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight of matrix products, of the activation dtype on the device."""
+        """A weight of matrix products, in the activation dtype on the device."""
 
     def vector(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight of the operators, float32 and contiguous on the device."""
 
     def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """``residual`` += x, then its RMS norm times ``weight``, of the activation dtype.
+        """``residual`` += x, then its RMS norm times ``weight``, in the activation dtype.
 
         x (t, d); residual (t, d) float32, contiguous, updated; weight (d,).
         """
@@ -75,7 +77,7 @@ class Operators(Protocol):
         batch: PlacedBatch,
         state: BlockState | None = None,
     ) -> torch.Tensor:
-        """Depthwise causal convolution, then SiLU: (t, c) of x (t, c), whose rows may be apart.
+        """Depthwise causal convolution, then SiLU: (t, c) from x (t, c), whose rows may be strided.
 
         weight (k, c), the last row for the current token; bias (c,).
         """
@@ -118,9 +120,9 @@ class Operators(Protocol):
     def gated_norm(
         self, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, *, rotated: bool
     ) -> torch.Tensor:
-        """RMS norm of y SiLU(z), each SSD group's channels apart, times ``weight``; if ``rotated``, then `hadamard`.
+        """RMS norm of y SiLU(z) over each SSD group's channels, times ``weight``; if ``rotated``, then `hadamard`.
 
-        y (t, e); z (t, e), whose rows may be apart; weight (e,).
+        y (t, e); z (t, e), whose rows may be strided; weight (e,).
         """
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:

@@ -86,8 +86,8 @@ class TorchOperators:
         y = d * u.float()
         for documents, rows in _by_position(batch, u.device):
             b, c = bc[rows, None, :states].float(), bc[rows, None, states:].float()
-            kept = torch.exp(step[rows, :, None] * a.T) * ssm[documents]
-            now = kept + (step[rows] * u[rows].float())[:, :, None] * b
+            decayed = torch.exp(step[rows, :, None] * a.T) * ssm[documents]
+            now = decayed + (step[rows] * u[rows].float())[:, :, None] * b
             ssm[documents] = now
             y[rows] += (now * c).sum(-1)
         return (y * F.silu(z.float())).to(u.dtype), ssm
@@ -114,11 +114,11 @@ class TorchOperators:
         step = F.softplus(dt.float() + bias)
         y = d[:, None] * wide
         for documents, rows in _by_position(batch, x.device):
-            gain, read = (part[rows][:, :, None, :] for part in shared)  # (documents, h, 1, n)
-            kept = torch.exp(step[rows] * a)[:, :, None, None] * ssm[documents]
-            now = kept + (step[rows][:, :, None] * wide[rows])[..., None] * gain
+            b_t, c_t = (part[rows][:, :, None, :] for part in shared)  # (documents, h, 1, n)
+            decayed = torch.exp(step[rows] * a)[:, :, None, None] * ssm[documents]
+            now = decayed + (step[rows][:, :, None] * wide[rows])[..., None] * b_t
             ssm[documents] = now
-            y[rows] += (now * read).sum(-1)
+            y[rows] += (now * c_t).sum(-1)
         return y.view(x.shape).to(x.dtype), ssm.flatten(1, 2)
 
     def gated_norm(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from quambase.model.cuda import compiler as cuda
-from quambase.model.cuda.kernel_cache import cache_folder, digest, kept
+from quambase.model.cuda.kernel_cache import cache_folder, cached, digest
 
 
 @pytest.fixture
@@ -23,27 +23,27 @@ def refuse() -> bytes:
 
 
 def test_what_was_made_is_found_again(folder: Path) -> None:
-    assert kept("one", lambda: b"machine code") == b"machine code"
-    assert kept("one", refuse) == b"machine code"
-    assert kept("another", lambda: b"other code") == b"other code"
+    assert cached("one", lambda: b"machine code") == b"machine code"
+    assert cached("one", refuse) == b"machine code"
+    assert cached("another", lambda: b"other code") == b"other code"
     assert sorted(path.name for path in folder.iterdir()) == ["another.cubin", "one.cubin"]
     assert folder.stat().st_mode & 0o77 == 0
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:-1] + b"?", lambda b: b"", lambda b: b[:32]])
 def test_a_damaged_file_is_made_again(folder: Path, damage: object) -> None:
-    kept("one", lambda: b"machine code")
+    cached("one", lambda: b"machine code")
     path = folder / "one.cubin"
     path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
-    assert kept("one", lambda: b"new code") == b"new code"
-    assert kept("one", refuse) == b"new code"
+    assert cached("one", lambda: b"new code") == b"new code"
+    assert cached("one", refuse) == b"new code"
 
 
 def test_where_nothing_can_be_stored_it_is_made_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert kept("one", lambda: b"first") == b"first"
-    assert kept("one", lambda: b"second") == b"second"
+    assert cached("one", lambda: b"first") == b"first"
+    assert cached("one", lambda: b"second") == b"second"
 
 
 def test_without_a_choice_it_is_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

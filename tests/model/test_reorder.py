@@ -88,7 +88,7 @@ def test_nor_do_those_of_the_prepared_model(ngroups: int) -> None:
 def test_groups_of_another_model_are_refused() -> None:
     weights = model(2, 0)
     groups = random_groups(weights.config, np.random.default_rng(0))
-    with pytest.raises(CheckpointInvalid, match="the groups are of 1 layers"):
+    with pytest.raises(CheckpointInvalid, match="the groups describe 1 layers"):
         reorder(weights, [groups])
     other = random_groups(replace(weights.config, ngroups=1), np.random.default_rng(0))
     with pytest.raises(CheckpointInvalid, match=r"\(8, 64, 1\)"):
