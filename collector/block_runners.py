@@ -236,8 +236,7 @@ class CudaBlockRunner(BlockRunner):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait until the rows of all blocks are written, unless an error ended the run; raises the errors of writing.
-        """
+        """Wait until the rows of all blocks are written, unless an error ended the run; raises the errors of writing."""
         gc.unfreeze()
         try:
             if error is None:

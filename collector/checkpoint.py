@@ -1,5 +1,4 @@
-"""A checkpoint: a run's statistics up to some block in one file, replaced atomically, from which a killed run resumes.
-"""
+"""A checkpoint: a run's statistics up to some block in one file, replaced atomically, from which a killed run resumes."""
 
 from __future__ import annotations
 

@@ -299,7 +299,8 @@ def _collect(request: _Request, folder: Path, shard: Shard | None, db: Path, sho
         clock.lap("write")
     # 4. The manifest, which completes it.
     created = {**clock.described(), **request.where.described(), **versions()}
-    manifest = Manifest(request.run, request.identity, request.model(layers), request.text(), tables, list(layouts), created)
+    described = request.model(layers), request.text()
+    manifest = Manifest(request.run, request.identity, *described, tables, list(layouts), created)
     if shard is None:
         return finish_run(folder, manifest)
     finish_shard(folder, shard, manifest, loaded.any_weights.config, len(blocks))

@@ -327,10 +327,10 @@ class CudaCounter:
 
     def _new_plan(self, sites: Sequence[tuple[SiteLayout, Int64, int]]) -> _Plan:
         packing = pack([(layout, offsets) for layout, offsets, _ in sites], self._blocks)
-        items, brought = item_rows(packing, [(layout, stride) for layout, _, stride in sites])
+        items, spill_limits = item_rows(packing, [(layout, stride) for layout, _, stride in sites])
         layouts = [self._layout(layout) for layout, _, _ in sites]
         tables = Tables()
-        of_batch = items, packing.block_first, packing.segment_first, np.cumsum([0, *brought])
+        of_batch = items, packing.block_first, packing.segment_first, np.cumsum([0, *spill_limits])
         places = {name: tables.append(values) for name, values in zip(OF_BATCH, of_batch, strict=True)}
         shapes, jobs = (Shape * len(sites))(), list[Job]()
         firsts = {name: [0] for name in ("group_first", "summary_first", "finish_first", "job_first")}
@@ -367,7 +367,7 @@ class CudaCounter:
             # Unused parts begin at the end, where there are no blocks.
             array[:] = [*starts, *[starts[-1]] * (len(array) - len(starts))]
         there = to_device(tables, self.device, batch, places, shapes, jobs)
-        buffers = _buffer_sizes(len(packing.items), int(brought.sum()), firsts["group_first"][-1], partial)
+        buffers = _buffer_sizes(len(packing.items), int(spill_limits.sum()), firsts["group_first"][-1], partial)
         blocks = (firsts[name][-1] for name in ("group_first", "summary_first", "job_first", "finish_first"))
         return _Plan(batch, there, layouts, buffers, *blocks)
 
