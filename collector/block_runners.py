@@ -251,7 +251,7 @@ def new_block_runner(
     statistics: RunStatistics,
     outputs: BlockOutputs = NO_OUTPUTS,
 ) -> BlockRunner:
-    """A runner of prepared ``weights`` that adds to ``statistics``; warns on stderr if kernels do not compile."""
+    """A runner of prepared ``weights`` that adds to ``statistics``; warns if kernels do not compile."""
     model = floating_model(weights, where.device, DTYPES[where.dtype], rotated=True)
     if where.device.type == "cpu":
         return HostBlockRunner(model, statistics, outputs)

@@ -1,4 +1,4 @@
-"""A checkpoint: a run's statistics up to some block in one file, replaced atomically, from which a killed run resumes."""
+"""A killed run resumes from a checkpoint: its statistics up to some block in one file, replaced atomically."""
 
 from __future__ import annotations
 

@@ -101,8 +101,8 @@ def refuse_beside_shards(run_folder: Path) -> None:
     begun = sorted(p.name.replace("-of-", "/") for p in (run_folder / SHARDS).glob("*-of-*"))
     if begun:
         raise DatabaseInvalid(
-            f"run {run_folder.name} was begun in shards ({', '.join(begun)}); continue with --shard and `quambase merge`, "
-            f"or delete {run_folder / SHARDS}"
+            f"run {run_folder.name} was begun in shards ({', '.join(begun)}); continue with --shard and "
+            f"`quambase merge`, or delete {run_folder / SHARDS}"
         )
 
 

@@ -106,7 +106,7 @@ def present_counts(
 
 @numba.njit(cache=True, nogil=True)
 def _added(total: float, lost: float, term: float) -> tuple[float, float]:
-    """``total`` + ``term``, and ``lost`` + that sum's rounding error: a step of Neumaier's summation (ZAMM 54, 1974)."""
+    """``total`` + ``term``, and ``lost`` + its rounding error: a step of Neumaier's summation (ZAMM 54, 1974)."""
     found = total + term
     if abs(total) >= abs(term):
         return found, lost + ((total - found) + term)

@@ -1,4 +1,4 @@
-"""The tap of a collection: counts every site of one block, on the host or a device, and collects the data of its rows."""
+"""The tap of a collection: counts every site of a block, on the host or a device, and gathers the data of its rows."""
 
 from __future__ import annotations
 
