@@ -236,7 +236,7 @@ class CudaBlockRunner(BlockRunner):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait until the rows of all blocks are written, unless an error ended the run; raises the errors of writing."""
+        """Wait until all rows are written, unless an error ended the run; raises the errors of writing."""
         gc.unfreeze()
         try:
             if error is None:
@@ -251,7 +251,7 @@ def new_block_runner(
     statistics: RunStatistics,
     outputs: BlockOutputs = NO_OUTPUTS,
 ) -> BlockRunner:
-    """A runner of prepared ``weights`` that adds to ``statistics``; warns if kernels do not compile."""
+    """A runner of prepared ``weights`` that adds to ``statistics``. Warns if kernels do not compile."""
     model = floating_model(weights, where.device, DTYPES[where.dtype], rotated=True)
     if where.device.type == "cpu":
         return HostBlockRunner(model, statistics, outputs)

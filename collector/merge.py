@@ -51,10 +51,11 @@ def merge(
 
     sources  databases, run folders or shard folders, in any order; they are not changed, but ``db``'s own shards are
              removed when the run is complete
-    run      its id or the beginning of it, if there are shards of several runs A run that is already complete is
-             returned unchanged (``existed``). DatabaseInvalid: there are no shards, or of several runs; a shard is
-             missing, unfinished, damaged or of other settings. UnknownName: no shards of ``run``. RunBusy: another
-             process is merging.
+    run      its id or the beginning of it, if there are shards of several runs
+
+    A run that is already complete is returned unchanged (``existed``).
+    DatabaseInvalid: there are no shards, or of several runs; a shard is missing, unfinished, damaged or of other
+    settings. UnknownName: no shards of ``run``. RunBusy: another process is merging.
     """
     started = time.time()
     db = local_folder(db)

@@ -120,9 +120,9 @@ class _Plan:
 
 
 class _Memory:
-    """Working memory of one batch at a time. ``buffers``: by name; ``batches``: each plan's struct with their addresses;
-    ``reads``: references to the inputs of the last batch's kernels. Its events: the end of that batch's counting, and
-    of all its kernels.
+    """Working memory of one batch at a time. ``buffers``: by name; ``batches``: each plan's struct with their
+    addresses; ``reads``: the inputs of the last batch's kernels. Its events: the end of that batch's counting, and of
+    all its kernels.
     """
 
     def __init__(self, device: torch.device) -> None:
