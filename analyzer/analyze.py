@@ -17,7 +17,7 @@ from quambase.analyzer.summary import summarize
 from quambase.schema.errors import DatabaseInvalid, UnknownName
 from quambase.schema.groups import granularity_of
 from quambase.schema.manifest import Manifest
-from quambase.schema.number_format import INT8
+from quambase.schema.number_format import INT8, Affine
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.scale_table import (
     EFFECT,
@@ -161,7 +161,11 @@ def group_rows(
         if (group.documents.quantiles or not choice.needs_document_quantiles)
         and (sensitive or not choice.strategy.needs_sensitivity)
     ]
-    eligible = [i for i, row in enumerate(rows) if not row["needs_decode"] and (row["clip_safe"] or target != UPSTREAM)]
+    eligible = [
+        i
+        for i, row in enumerate(rows)
+        if not row["needs_decode"] and (target != UPSTREAM or (row["clip_safe"] and not row["zero_point"]))
+    ]
     if eligible:
         by_effect = group.sensitivity is not None and select != MSE
         # The error of an empty group is NaN: no strategy is better there, the first is as good as any.
@@ -180,7 +184,7 @@ def scale_columns(
     index. The figures are those of the one scale, since a state is counted by group and not by index.
     """
     components = list(scale) if isinstance(scale, tuple) else state_scales
-    single = scale[0] if isinstance(scale, tuple) else scale
+    single = scale[0] if isinstance(scale, tuple) else scale.scale if isinstance(scale, Affine) else scale
     if isinstance(scale, tuple):
         figures = piecewise_figures(group.distribution, *scale, group.signal)
     else:
@@ -188,6 +192,7 @@ def scale_columns(
     amax = group.distribution.amax
     return {
         "scale": single,
+        "zero_point": scale.zero_point if isinstance(scale, Affine) else 0,
         "component_scales": components,
         "qmin": INT8.qmin,
         "qmax": INT8.qmax,

@@ -17,7 +17,7 @@ from quambase.analyzer.scale_groups import ScaleGroup, group_of_values, one_docu
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.schema.errors import UnknownName
 from quambase.schema.files import refuse_foreign_picture
-from quambase.schema.number_format import INT8
+from quambase.schema.number_format import INT8, Affine
 from quambase.schema.sites import WHOLE
 from quambase.schema.sql.answer import PrintsAsTable
 from quambase.schema.sql.database import StatsDB
@@ -129,8 +129,17 @@ def reconstruct(values: npt.NDArray[np.float32], scale: Scale) -> npt.NDArray[np
 def _coded(values: npt.NDArray[np.float32], scale: Scale) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     if isinstance(scale, tuple):
         return piecewise_codes(values, *scale)
+    if isinstance(scale, Affine):
+        step = np.float32(scale.scale)
+        rounded = np.clip(np.rint(values / step) + scale.zero_point, INT8.qmin, INT8.qmax)
+        return rounded.astype(np.int64), (rounded - scale.zero_point) * np.float64(step)
     codes = INT8.quantize(values, scale).astype(np.int64)
     return codes, codes * np.float64(scale)
+
+
+def _shown_scale(scale: Scale) -> float:
+    """The scale, of two segments the inner one's."""
+    return scale.scale if isinstance(scale, Affine) else scale[0] if isinstance(scale, tuple) else scale
 
 
 def _figures(group: ScaleGroup, scale: Scale) -> Figures:
@@ -185,7 +194,7 @@ def _strategies_table(
         rows.append(
             {
                 "strategy": choice.label,
-                "scale": scale[0] if isinstance(scale, tuple) else scale,
+                "scale": _shown_scale(scale),
                 "mse": found.mse,
                 "mse_change_percent": change,
                 "worth": change is not None and change < WORTH_PERCENT,

@@ -20,7 +20,9 @@ Int64 = npt.NDArray[np.int64]
 QMIN, QMAX = INT8.qmin, INT8.qmax
 
 BOUNDARIES = INT8.codes - 1
-"""Between neighbouring codes, at k - 0.5 scales: k = 1..QMAX above zero, then k = 1..-QMIN below it."""
+"""Between neighbouring codes, at k - 0.5 scales: k = 1..highest above zero, then below it. With a zero point z values
+are rounded to the integers QMIN - z .. QMAX - z, the last of which is ``highest``.
+"""
 
 LEAF = 48
 """Breakpoints below which an interval is swept instead of halved."""
@@ -35,36 +37,39 @@ TIE = 2.0**-44
 
 
 @njit(cache=True, nogil=True)
-def tally(values: Float32, counts: Int64, scale: np.float32, histogram: Int64) -> tuple[float, int]:
+def tally(values: Float32, counts: Int64, scale: np.float32, lowest: int, histogram: Int64) -> tuple[float, int]:
     """Add to ``histogram`` (codes,) how many values get each code; return the summed squared error and how many clip.
 
-    code = clamp(rint(float32(x / scale)), QMIN, QMAX), ties to even; clipped is a code the clamp changed. The
-    error x - code * scale is exact in float64 before it is squared (at most 32 significant bits).
+    code = clamp(rint(float32(x / scale)), lowest, lowest + codes - 1), ties to even; ``lowest`` is QMIN less the zero
+    point. Clipped is a code the clamp changed. The error x - code * scale is exact in float64 before it is squared (at
+    most 33 significant bits).
     """
     error = 0.0
     clipped = 0
     step = np.float64(scale)
+    low, high = np.float32(lowest), np.float32(lowest + histogram.size - 1)
     for i in range(values.size):
         code = np.rint(values[i] / scale)
-        if code > np.float32(QMAX):
-            code = np.float32(QMAX)
+        if code > high:
+            code = high
             clipped += counts[i]
-        elif code < np.float32(QMIN):
-            code = np.float32(QMIN)
+        elif code < low:
+            code = low
             clipped += counts[i]
-        histogram[int(code) - QMIN] += counts[i]
+        histogram[int(code) - lowest] += counts[i]
         rest = np.float64(values[i]) - np.float64(code) * step
         error += counts[i] * (rest * rest)
     return error, clipped
 
 
 @njit(cache=True, nogil=True)
-def weighted_error(values: Float32, weights: Float64, scale: np.float32) -> float:
+def weighted_error(values: Float32, weights: Float64, scale: np.float32, lowest: int) -> float:
     """Sum of weight * (x - code * scale)^2, codes as in `tally`."""
     error = 0.0
     step = np.float64(scale)
+    low, high = np.float32(lowest), np.float32(lowest + BOUNDARIES)
     for i in range(values.size):
-        code = min(max(np.rint(values[i] / scale), np.float32(QMIN)), np.float32(QMAX))
+        code = min(max(np.rint(values[i] / scale), low), high)
         rest = np.float64(values[i]) - np.float64(code) * step
         error += weights[i] * (rest * rest)
     return error
@@ -168,6 +173,7 @@ def _assign(
     low: Int64,
     high: Int64,
     out: Int64,
+    highest: int,
 ) -> tuple[float, float]:
     """Boundaries of the nearest codes at ``scale`` into ``out`` (BOUNDARIES,); return A = sum n c^2 and B = sum n x
     c.
@@ -177,13 +183,13 @@ def _assign(
     """
     energy = 0.0
     product = 0.0
-    for k in range(1, QMAX + 1):
+    for k in range(1, highest + 1):
         place = _place(positive, (k - 0.5) * scale, low[k - 1], high[k - 1])
         out[k - 1] = place
         energy += (2 * k - 1) * np.float64(zeroth[0][place])
         product += first[0][place]
-    for k in range(1, -QMIN + 1):
-        i = QMAX + k - 1
+    for k in range(1, BOUNDARIES - highest + 1):
+        i = highest + k - 1
         place = _place(negative, (k - 0.5) * scale, low[i], high[i])
         out[i] = place
         energy += (2 * k - 1) * np.float64(zeroth[1][place])
@@ -200,16 +206,17 @@ def _sweep(
     counts_positive: Int64,
     counts_negative: Int64,
     events: Float64,
+    highest: int,
 ) -> int:
     """Collect the breakpoints between two scales into ``events`` (rows: scale, change of A, change of B),
     sorted.
     """
     found = 0
     for i in range(BOUNDARIES):
-        k = i + 1 if i < QMAX else i - QMAX + 1
+        k = i + 1 if i < highest else i - highest + 1
         for j in range(row_low[i], row_high[i]):
-            a = positive[j] if i < QMAX else negative[j]
-            n = counts_positive[j] if i < QMAX else counts_negative[j]
+            a = positive[j] if i < highest else negative[j]
+            n = counts_positive[j] if i < highest else counts_negative[j]
             at = a / (k - 0.5)
             slot = found
             while slot > 0 and events[slot - 1, 0] > at:
@@ -230,14 +237,13 @@ def _clip_floor(
     scale: float,
     sides: tuple[Float64, Float64],
     sums: tuple[tuple[Int64, Int64], tuple[Float64, Float64], Float64, Float64],
+    highest: int,
 ) -> float:
-    """Least error possible at any scale up to ``scale``: what lies beyond -QMIN scales is clipped at least that
-    far.
-    """
-    reach = -QMIN * scale
+    """Least error possible at any scale up to ``scale``: what lies beyond the last code is clipped at least so far."""
     zeroth, first, second_positive, second_negative = sums
     error = 0.0
     for side in range(2):
+        reach = (highest if side == 0 else BOUNDARIES - highest) * scale
         place = _place(sides[side], reach, 0, sides[side].size)
         second = second_positive[place] if side == 0 else second_negative[place]
         error += float(second - 2.0 * reach * first[side][place] + reach * reach * zeroth[side][place])
@@ -272,6 +278,7 @@ def _coarse_grid(
     sums: tuple[tuple[Int64, Int64], tuple[Float64, Float64], Float64, Float64],
     grid: Float64,
     rows: Int64,
+    highest: int,
 ) -> tuple[int, float]:
     """Scales from ``top`` down to where clipping alone costs more than the best so far; how many, and the least error.
 
@@ -281,19 +288,19 @@ def _coarse_grid(
     zeroth, first, _, _ = sums
     floor_row, ceiling_row = np.zeros(BOUNDARIES, np.int64), np.empty(BOUNDARIES, np.int64)
     for i in range(BOUNDARIES):
-        ceiling_row[i] = positive.size if i < QMAX else negative.size
+        ceiling_row[i] = positive.size if i < highest else negative.size
     ratio = 2.0 ** (-1.0 / STEPS_PER_OCTAVE)
     least = signal
     size = 0
     scale = top
     while size < MAX_GRID:
         above = ceiling_row if size == 0 else rows[size - 1]
-        a, b = _assign(scale, positive, negative, zeroth, first, floor_row, above, rows[size])
+        a, b = _assign(scale, positive, negative, zeroth, first, floor_row, above, rows[size], highest)
         grid[size, 0], grid[size, 1], grid[size, 2] = scale, a, b
         if a > 0:
             least = min(least, signal - b * b / a)
         size += 1
-        if _clip_floor(scale, sides, sums) > least + tie:
+        if _clip_floor(scale, sides, sums, highest) > least + tie:
             break
         scale *= ratio
     return size, least
@@ -317,9 +324,11 @@ def _halve(stack: Float64, stack_rows: Int64, at: int, middle: float, a: float, 
 
 
 @njit(cache=True, nogil=True)
-def least_squares(positive: Float64, counts_positive: Int64, negative: Float64, counts_negative: Int64) -> float:
-    """The scale s > 0 of least sum n min_c (x - c s)^2 over codes -128..127; the larger of tied ones; 0
-    without signal.
+def least_squares(
+    positive: Float64, counts_positive: Int64, negative: Float64, counts_negative: Int64, highest: int
+) -> tuple[float, float]:
+    """The scale s > 0 of least sum n min_c (x - c s)^2 over the codes highest - BOUNDARIES..highest, the larger of tied
+    ones; and that sum. 0 and 0 without signal.
 
     ``positive`` and ``negative`` are ascending magnitudes > 0. See analyzer/least_squares.py for why this is the
     global minimum.
@@ -329,14 +338,14 @@ def least_squares(positive: Float64, counts_positive: Int64, negative: Float64, 
     zeroth, first = (p0, n0), (p1, n1)
     signal = p2[0] + n2[0]
     if signal <= 0:
-        return 0.0
+        return 0.0, 0.0
     tie = TIE * signal
     top = 2.0 * max(positive[-1] if positive.size else 0.0, negative[-1] if negative.size else 0.0)
 
     # 1. A coarse grid.
     grid = np.empty((MAX_GRID, 3))
     rows = np.empty((MAX_GRID + MAX_DEPTH + 2, BOUNDARIES), np.int64)
-    size, least = _coarse_grid(top, signal, tie, (positive, negative), (zeroth, first, p2, n2), grid, rows)
+    size, least = _coarse_grid(top, signal, tie, (positive, negative), (zeroth, first, p2, n2), grid, rows, highest)
 
     # 2. Branch and bound within each grid interval, larger scales first.
     ties = np.empty((MAX_TIES, 2))
@@ -362,14 +371,16 @@ def least_squares(positive: Float64, counts_positive: Int64, negative: Float64, 
             if crossings > LEAF and depth < MAX_DEPTH - 1:
                 middle = np.sqrt(left * right)
                 row = MAX_GRID + depth
-                a, b = _assign(middle, positive, negative, zeroth, first, rows[row1], rows[row2], rows[row])
+                a, b = _assign(middle, positive, negative, zeroth, first, rows[row1], rows[row2], rows[row], highest)
                 if a > 0:
                     least = min(least, signal - b * b / a)
                 _halve(stack, stack_rows, waiting, middle, a, b, row)
                 waiting += 2
                 continue
             # 3. Sweep: every piece between two breakpoints is one parabola with its own minimum at B / A.
-            found = _sweep(rows[row1], rows[row2], positive, negative, counts_positive, counts_negative, events)
+            found = _sweep(
+                rows[row1], rows[row2], positive, negative, counts_positive, counts_negative, events, highest
+            )
             a, b = a1, b1
             for i in range(found + 1):
                 if i:
@@ -388,7 +399,7 @@ def least_squares(positive: Float64, counts_positive: Int64, negative: Float64, 
     for i in range(held):
         if ties[i, 0] <= least + tie:
             best = max(best, ties[i, 1])
-    return best
+    return best, least
 
 
 @njit(cache=True, nogil=True)

@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from quambase.analyzer.channel_division import Division
 from quambase.schema.distribution import Distribution
-from quambase.schema.errors import QuambaseError
-from quambase.schema.files import MARK, replacing
+from quambase.schema.pictures import save_picture
 
 Reconstructions = Mapping[str, Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float64]]]
 """Label of a strategy to the function that quantizes and dequantizes values; least error first."""
@@ -29,7 +27,9 @@ OCTAVES = 14
 
 
 def comparison_picture(path: Path, title: str, distribution: Distribution, reconstructions: Reconstructions) -> None:
-    """Save two panels: reconstruction against original, and the root mean squared error by magnitude; see `_save`."""
+    """Save two panels: reconstruction against original, and the root mean squared error by magnitude; see
+    `save_picture`.
+    """
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     figure.suptitle(title)
@@ -37,12 +37,12 @@ def comparison_picture(path: Path, title: str, distribution: Distribution, recon
     shown = {name: reconstructions[name] for name in labels if name in labels[:SHOWN] or name == "absmax"}
     _draw_reconstruction(left, distribution, shown)
     _draw_error(right, distribution, shown)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def groups_picture(path: Path, title: str, before: Division, after: Division) -> None:
     """Save two panels, the model's own order and the sorted one: each channel's largest absolute value and its
-    group's; see `_save`.
+    group's; see `save_picture`.
     """
     figure = Figure(figsize=(12, 5), layout="constrained")
     figure.suptitle(title)
@@ -51,28 +51,7 @@ def groups_picture(path: Path, title: str, before: Division, after: Division) ->
     )
     for axes, name, division in panels:
         _draw_division(axes, name, division)
-    _save(figure, path)
-
-
-# No dates, so that equal figures give equal pictures. The mark identifies a picture of ours.
-_METADATA: dict[str, dict[str, str | None]] = {
-    "png": {"Software": MARK},
-    "svg": {"Creator": MARK, "Date": None},
-    "pdf": {"Creator": MARK, "CreationDate": None},
-}
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Save the figure, whole or not at all; the suffix of ``path`` chooses the format (png, svg, pdf).
-
-    QuambaseError: another suffix.
-    """
-    suffix = path.suffix.lstrip(".").lower()
-    if suffix not in _METADATA:
-        raise QuambaseError(f"a picture cannot be saved as '{path.name}'; expected one of .{', .'.join(_METADATA)}")
-    FigureCanvasAgg(figure)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=suffix, dpi=120, metadata=_METADATA[suffix])
+    save_picture(figure, path)
 
 
 def _draw_division(axes: Axes, name: str, division: Division) -> None:

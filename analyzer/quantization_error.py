@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from quambase.analyzer import kernels
 from quambase.schema.distribution import Distribution, Sensitivity
-from quambase.schema.number_format import INT8
+from quambase.schema.number_format import INT8, Affine
 
 OUTLIER_CODE = 120
 """Codes beyond this magnitude are the seed's "outlier range" (121..127 and -121..-128)."""
@@ -90,14 +90,22 @@ def signal_energy(distribution: Distribution) -> float:
     return float((distribution.values.astype(np.float64) ** 2 * distribution.counts).sum())
 
 
-def figures(distribution: Distribution, scale: float, signal: float | None = None) -> Figures:
+def figures(distribution: Distribution, scale: float | Affine, signal: float | None = None) -> Figures:
     """The error of ``scale`` (used as float32). ``signal`` spares computing `signal_energy` again."""
     histogram = np.zeros(INT8.codes, np.int64)
-    error, clipped = kernels.tally(distribution.values, distribution.counts, np.float32(scale), histogram)
+    step, lowest = _step(scale)
+    error, clipped = kernels.tally(distribution.values, distribution.counts, step, lowest, histogram)
     return Figures(histogram, int(clipped), float(error), signal_energy(distribution) if signal is None else signal)
 
 
-def predicted_kl(sensitivity: Sensitivity, scale: float | tuple[float, float]) -> float:
+def _step(scale: float | Affine) -> tuple[np.float32, int]:
+    """The scale, and the lowest code before the zero point is added."""
+    if isinstance(scale, Affine):
+        return np.float32(scale.scale), INT8.qmin - scale.zero_point
+    return np.float32(scale), INT8.qmin
+
+
+def predicted_kl(sensitivity: Sensitivity, scale: float | Affine | tuple[float, float]) -> float:
     """The KL from the undisturbed model to the one whose values of this group have the error of ``scale``, in nats a
     token.
 
@@ -108,7 +116,7 @@ def predicted_kl(sensitivity: Sensitivity, scale: float | tuple[float, float]) -
         rest = sensitivity.values.astype(np.float64) - piecewise_codes(sensitivity.values, *scale)[1]
         error = float((rest**2 * sensitivity.gradient_sq).sum())
     else:
-        error = kernels.weighted_error(sensitivity.values, sensitivity.gradient_sq, np.float32(scale))
+        error = kernels.weighted_error(sensitivity.values, sensitivity.gradient_sq, *_step(scale))
     return 0.5 * error / sensitivity.tokens
 
 

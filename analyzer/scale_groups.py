@@ -12,7 +12,8 @@ import numpy.typing as npt
 from quambase.analyzer.quantization_error import Figures, figures, signal_energy
 from quambase.schema.distribution import Distribution, Sensitivity
 from quambase.schema.groups import GROUP, TENSOR, granularity_of, united_groups
-from quambase.schema.sites import MAMBA1, MAMBA2, WHOLE
+from quambase.schema.number_format import Affine
+from quambase.schema.sites import MAMBA1, MAMBA2, WHOLE, find_site, is_model_site
 from quambase.schema.sql.database import DocumentSeries, StatsDB
 from quambase.schema.tables import DOCUMENT_QUANTILES
 
@@ -46,7 +47,12 @@ class ScaleGroup:
         """Sum of x^2, float64."""
         return signal_energy(self.distribution)
 
-    def figures(self, scale: float) -> Figures:
+    @property
+    def affine(self) -> bool:
+        """Whether the INT8 model can read codes with a zero point here."""
+        return is_model_site(self.site, self.family) and find_site(self.site, self.family).affine
+
+    def figures(self, scale: float | Affine) -> Figures:
         """The error of ``scale`` on this group."""
         return figures(self.distribution, scale, self.signal)
 

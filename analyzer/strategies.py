@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.analyzer import kernels
-from quambase.analyzer.least_squares import optimal_scale
+from quambase.analyzer.least_squares import optimal_affine, optimal_scale
 from quambase.analyzer.quantization_error import OUTLIER_CODE
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.upstream_observers import (
@@ -33,11 +33,11 @@ from quambase.analyzer.upstream_observers import (
     quantile_column,
 )
 from quambase.schema.errors import UnknownName
-from quambase.schema.number_format import INT8
+from quambase.schema.number_format import INT8, Affine
 from quambase.schema.sites import MAMBA2
 
-Scale = float | tuple[float, float]
-"""One scale, or the (inner, outer) scales of two segments."""
+Scale = float | Affine | tuple[float, float]
+"""One scale, one with a zero point, or the (inner, outer) scales of two segments."""
 
 ByStateIndex = Callable[[npt.NDArray[np.float32]], list[float]]
 Function = TypeVar("Function", bound=Callable[..., Scale])
@@ -52,6 +52,8 @@ DEFAULT_LABELS = (
     "adaptive_outlier_aware",
     "mse",
     "effect",
+    "mse_affine",
+    "effect_affine",
     "quamba",
     "outlier_piecewise",
 )
@@ -112,6 +114,8 @@ class Choice:
     def scale(self, group: ScaleGroup) -> Scale:
         """The scale of ``group``, as float32 and at least `SCALE_FLOOR`; two for a two-segment strategy."""
         found = self.strategy.function(group, **self.params)
+        if isinstance(found, Affine):
+            return Affine(_stored(found.scale), found.zero_point) if found.zero_point else _stored(found.scale)
         return (_stored(found[0]), _stored(found[1])) if isinstance(found, tuple) else _stored(found)
 
     def state_scales(self, group: ScaleGroup) -> list[float] | None:
@@ -244,6 +248,21 @@ def effect(group: ScaleGroup) -> float:
     """The least predicted KL to the float model over all scales, of a run with sensitivities; mse at a site without
     (recurrent states, which act in decoding only). Ties to the larger scale."""
     return optimal_scale(group.distribution if group.sensitivity is None else group.sensitivity.weighted)
+
+
+@strategy
+def mse_affine(group: ScaleGroup) -> float | Affine:
+    """The least squared error over scales and zero points (analyzer/least_squares.py) where the INT8 model reads codes
+    with a zero point: after SiLU (x_proj:input; x_conv_out, B_conv_out, C_conv_out). Elsewhere mse."""
+    return optimal_affine(group.distribution) if group.affine else mse(group)
+
+
+@strategy(needs_sensitivity=True)
+def effect_affine(group: ScaleGroup) -> float | Affine:
+    """The least predicted KL over scales and zero points where mse_affine has a zero point, elsewhere effect."""
+    if not group.affine or group.sensitivity is None:
+        return effect(group)
+    return optimal_affine(group.sensitivity.weighted)
 
 
 @strategy(by_state_index=lambda amax: [float(minmax_scale_float32(value)) for value in amax[:, None]])

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quambase.apply.int8.build import build_model, check_any_scales
+from quambase.apply.int8.group_scales import as_json
 from quambase.apply.int8.model_folder import refuse_foreign_folder, remember, save_model
 from quambase.apply.int8.needed_scales import (
     DEFAULT_OTHERWISE,
@@ -112,7 +113,7 @@ def apply(
         "run": table.run,
     }
     switches = [quantize_lm_head, quantize_embedding, compat]
-    used = {f"{layer}/{site}": scale for (layer, site), scale in used_scales.items()}
+    used = {f"{layer}/{site}": as_json(scale) for (layer, site), scale in used_scales.items()}
     identity = json.dumps([loaded.weights_sha256, settings["strategy"], switches, used], sort_keys=True)
     folder = out or db / "models" / hashlib.sha256(identity.encode()).hexdigest()[:16]
     labels = [strategy, *([otherwise] if at else []), DEFAULT_OTHERWISE]

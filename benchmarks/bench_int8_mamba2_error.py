@@ -21,7 +21,7 @@ from quambase.apply.int8.arithmetic import SplitInt8Weight
 from quambase.apply.int8.build import build
 from quambase.apply.int8.group_scales import channel_groups_of, values_of
 from quambase.apply.int8.language_model import Int8LanguageModel
-from quambase.model.block import Show
+from quambase.model.block import Change, Show, unchanged
 from quambase.model.checkpoint import load_model
 from quambase.model.inputs.text import read_documents
 from quambase.model.language_model import LanguageModel, floating_model
@@ -98,7 +98,12 @@ class SomeQuantized(Mamba2Block):
         return (values / scale).round().clamp(-128, 127) * scale
 
     def forward(
-        self, normalised: torch.Tensor, batch: PlacedBatch, state: BlockState | None = None, show: Show | None = None
+        self,
+        normalised: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+        show: Show | None = None,
+        change: Change = unchanged,
     ) -> torch.Tensor:
         c, ops = self.config, self.operators
         sizes = [c.d_inner, c.d_inner, c.bc_width, c.bc_width, c.heads]

@@ -133,6 +133,16 @@ evaluate_options = options(
         callback=one_each,
         help="Of a Mamba-2, how finely scales divide its sites; once for each. [default: the table's finest]",
     ),
+    click.option(
+        "--one-at-a-time",
+        is_flag=True,
+        help="Quantize one site of the floating-point model at a time: which site costs what, predicted and measured.",
+    ),
+    click.option(
+        "--picture",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="With --one-at-a-time, save predicted against measured KL (.png, .svg or .pdf).",
+    ),
     click.option("--float", "floating", is_flag=True, help="Evaluate the floating-point --model alone."),
     click.option(
         "--data",
@@ -173,6 +183,8 @@ def evaluate(
     strategies: tuple[str, ...],
     granularities: tuple[str, ...],
     floating: bool,
+    one_at_a_time: bool,
+    picture: Path | None,
     bootstrap: int,
     seed: int,
     within: float,
@@ -194,8 +206,15 @@ def evaluate(
         raise click.UsageError("give one of MODEL_DIR, --float, and --scales with --strategy")
     if strategies or granularities:
         scales = scales or Path("scales.parquet")
+    if picture is not None and not one_at_a_time:
+        raise click.UsageError("--picture goes with --one-at-a-time")
     # Before torch is imported, which takes seconds.
     find_given(given["model"], given["data"])
+    if one_at_a_time:
+        if folder is not None or floating or len(given["data"]) > 1:
+            raise click.UsageError("--one-at-a-time takes --scales, --strategy and one --data")
+        _sites_alone(scales or Path("scales.parquet"), strategies, picture, format_, output, given)
+        return
     from quambase.apply.evaluation.evaluate import evaluate as run
 
     evaluation = run(
@@ -210,3 +229,36 @@ def evaluate(
     emit_evaluation(evaluation, bootstrap, seed, within, format_, output)
     note(f"stored: {evaluation.folder}")
     next_command(f"quambase results {evaluation.id} --wide", given["db"])
+
+
+ROWS_SHOWN = 20
+"""Scales that people see of `--one-at-a-time`, those that cost most."""
+
+
+def _sites_alone(
+    scales: Path,
+    strategies: tuple[str, ...],
+    picture: Path | None,
+    format_: str,
+    output: Path | None,
+    given: dict[str, Any],
+) -> None:
+    from quambase.apply.evaluation.one_at_a_time import one_at_a_time
+    from quambase.apply.evaluation.one_at_a_time import picture as draw
+    from quambase.schema.files import refuse_foreign_picture
+
+    if picture is not None:
+        refuse_foreign_picture(picture)
+    taken = {name: given[name] for name in ("samples", "window", "db", "model", "device")}
+    found = one_at_a_time(scales, strategies or ("all",), data=next(iter(given["data"]), None), progress=True, **taken)
+    people = format_ in PEOPLE and output is None
+    for line in found.summary:
+        click.echo(wrapped(line), err=not people)
+    emit(found.table.slice(0, ROWS_SHOWN) if people else found.table, format_, output)
+    if people and found.table.num_rows > ROWS_SHOWN:
+        answer(f"{found.table.num_rows - ROWS_SHOWN} scales that cost less are not shown: --format csv has all")
+    for line in found.notes:
+        answer(line)
+    if picture is not None:
+        draw(picture, found.table, "each scale alone")
+        note(f"written: {picture}")

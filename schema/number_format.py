@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """A uniform integer format with one scale and no zero point: ``code = clamp(round(x / scale), qmin, qmax)``.
+    """A uniform integer format with one scale: ``code = clamp(round(x / scale), qmin, qmax)``.
 
     x, scale and their quotient are float32; ties round to even.
     """
@@ -36,6 +36,16 @@ class NumberFormat:
             quotient = np.rint(np.asarray(values, np.float32) / np.float32(scale))
         codes: npt.NDArray[Any] = np.clip(quotient, self.qmin, self.qmax).astype(np.min_scalar_type(self.qmin))
         return codes
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A scale with a zero point: ``code = clamp(round(x / scale) + zero_point, qmin, qmax)``, so that a value of 0 has
+    the code ``zero_point``. Where nearly all values have one sign, a symmetric scale leaves half of the codes unused.
+    """
+
+    scale: float
+    zero_point: int
 
 
 INT8 = NumberFormat("int8", -128, 127)

@@ -21,15 +21,22 @@ from quambase.schema.files import FORCE_HINT, check_format_version, refuse_forei
 from quambase.schema.groups import GRANULARITIES, GROUP, granularity_of, group_numbers, is_scale_group
 from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.model_info import ModelInfo
-from quambase.schema.sites import WHOLE
+from quambase.schema.number_format import INT8, Affine
+from quambase.schema.sites import AFFINE_SITES, WHOLE
 from quambase.schema.tables import SCALES, write_table
 
 METADATA_KEY = b"quambase"
 """Key of the Parquet schema metadata whose value is the provenance, as JSON."""
 
-Scale = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
-"""One scale for a site; or one for each scale group, in channel order; or, for a Mamba-2's state, one for each group
-and state index."""
+Scale = float | Affine | tuple[float | Affine, ...] | tuple[tuple[float, ...], ...]
+"""One scale for a site, perhaps with a zero point; or one for each scale group, in channel order; or, for a Mamba-2's
+state, one for each group and state index."""
+
+SymmetricScale = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
+"""A `Scale` without zero points."""
+
+LATER: dict[str, Any] = {"predicted_kl": None, "zero_point": 0}
+"""Columns that tables of earlier versions lack, and what they hold then."""
 
 QUAMBASE, UPSTREAM = TARGETS = ("quambase", "upstream")
 """Whose INT8 model the selected rows are for."""
@@ -113,18 +120,19 @@ class ScaleTable:
         rows = self._plain_rows(label)
         finest = GRANULARITIES.index(granularity)
         by_site: dict[tuple[int, str], dict[int, dict[tuple[int, ...], Any]]] = {}
-        columns = (rows[name].to_pylist() for name in ("layer", "site", "group_name", "scale", "component_scales"))
-        for layer, site, name, scale, components in zip(*columns, strict=True):
+        wanted = ("layer", "site", "group_name", "scale", "zero_point", "component_scales")
+        columns = (rows[name].to_pylist() for name in wanted)
+        for layer, site, name, scale, zero_point, components in zip(*columns, strict=True):
             level = GRANULARITIES.index(granularity_of(name))
             if is_scale_group(name) and level <= finest:
-                of_group = scale if components is None else tuple(components)
+                of_group = _with_zero_point(scale, zero_point) if components is None else tuple(components)
                 by_site.setdefault((layer, site), {}).setdefault(level, {})[group_numbers(name)] = of_group
         for key, levels in by_site.items():
             groups = levels[max(levels)]
             found[key] = tuple(groups[numbers] for numbers in sorted(groups))
         return found
 
-    def scales_for(self, label: str) -> dict[tuple[int, str], float]:
+    def scales_for(self, label: str) -> dict[tuple[int, str], float | Affine]:
         """(layer, site) to the scale of strategy ``label``, for sites that have one scale (``all``).
 
         ``selected`` stands for each site's selected row. Rows that need decoding (two segments) are left out:
@@ -136,13 +144,20 @@ class ScaleTable:
         _ = self.run
         rows = self._plain_rows(label)
         rows = rows.filter(pc.equal(rows["group_name"], pa.scalar(WHOLE)))
-        columns = (rows[name].to_pylist() for name in ("layer", "site", "scale"))
-        return {(layer, site): scale for layer, site, scale in zip(*columns, strict=True)}
+        columns = (rows[name].to_pylist() for name in ("layer", "site", "scale", "zero_point"))
+        return {
+            (layer, site): _with_zero_point(scale, zero_point)
+            for layer, site, scale, zero_point in zip(*columns, strict=True)
+        }
 
     def _plain_rows(self, label: str) -> pa.Table:
         """The rows of ``label`` whose scale is one INT8 multiplication."""
         chosen = self.table["selected"] if label == SELECTED else pc.equal(self.table["label"], pa.scalar(label))
         return self.table.filter(pc.and_(chosen, pc.invert(self.table["needs_decode"])))
+
+
+def _with_zero_point(scale: float, zero_point: int | None) -> float | Affine:
+    return Affine(scale, zero_point) if zero_point else scale
 
 
 def write_scales(path: Path, table: pa.Table, provenance: dict[str, Any]) -> None:
@@ -208,9 +223,11 @@ def read_scales(path: Path, db: Path | None = None) -> ScaleTable:
         first = str(error).splitlines()[0]
         raise ScalesInvalid(f"{path} is not a readable Parquet file ({first}); run `analyze` again") from None
     metadata = table.schema.metadata or {}
+    if METADATA_KEY in metadata:
+        for name in set(LATER) - set(table.schema.names):
+            column = pa.array([LATER[name]] * table.num_rows, SCALES.field(name).type)
+            table = table.append_column(name, column)
     missing = [name for name in SCALES.names if name not in table.schema.names]
-    if missing == ["predicted_kl"]:  # written by an earlier quambase
-        table, missing = table.append_column("predicted_kl", pa.nulls(table.num_rows, pa.float64())), []
     if missing:
         what = "lacks" if METADATA_KEY in metadata else "is not a scale table: it lacks"
         raise ScalesInvalid(f"{path} {what} the columns {', '.join(missing)}; make one with `analyze`")
@@ -226,6 +243,7 @@ def read_scales(path: Path, db: Path | None = None) -> ScaleTable:
         provenance, line = _provenance_from(path, table, db)
         notes = [line]
     _check_positive(path, table)
+    _check_zero_points(path, table)
     _check_single(path, table)
     scales = ScaleTable(table, provenance, notes)
     strangers = set(scales.runs()) - set(provenance["runs"])
@@ -281,6 +299,17 @@ def _check_single(path: Path, table: pa.Table) -> None:
                 f"{path} has {row['count_all']} {what} for one scale, that of layer {row['layer']} {row['site']} "
                 f"({row['group_name']}); keep one"
             )
+
+
+def _check_zero_points(path: Path, table: pa.Table) -> None:
+    """ScalesInvalid where a zero point is no code, or stands at a site where nothing reads one."""
+    found = table.filter(pc.not_equal(pc.fill_null(table["zero_point"], 0), 0))
+    for row in found.select(["layer", "site", "zero_point", "label"]).to_pylist():
+        readable = row["site"] in AFFINE_SITES
+        if not readable or not INT8.qmin <= row["zero_point"] <= INT8.qmax:
+            expected = f"{INT8.qmin} to {INT8.qmax}" if readable else "0, since no INT8 model reads one there"
+            where = f"layer {row['layer']} {row['site']} ({row['label']})"
+            raise ScalesInvalid(f"{path}: zero point {row['zero_point']} at {where}; expected {expected}")
 
 
 def _check_positive(path: Path, table: pa.Table) -> None:

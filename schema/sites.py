@@ -27,6 +27,7 @@ class Site:
     consumed    the INT8 model reads this site's scale
     grouped     it may read a scale for each SSD group, head group or channel group instead
     decode_only only token-by-token decoding reads it (no effect on perplexity)
+    affine      it may read codes with a zero point instead: values after SiLU, which are hardly ever negative
     saturates   every consumer clamps. Upstream's Hadamard quantizer at ``out_proj:input``
                 does not: it wraps modulo 256, so a clipping scale is not safe there
     head        belongs to the head, not to a layer
@@ -40,6 +41,7 @@ class Site:
     head: bool = False
     by_ssd: bool = False
     grouped: bool = False
+    affine: bool = False
 
     def group_names(self, ngroups: int = 1) -> tuple[str, ...]:
         """The names of its groups in a model of ``ngroups`` SSD groups (Mamba-1 has none, which counts as one)."""
@@ -52,7 +54,7 @@ STATE_SITES = ("ssm_state_act:input", "ssm_state_act:output")
 MAMBA1_SITES: tuple[Site, ...] = (
     Site("in_proj:input", consumed=True),
     Site("in_proj:output", groups=("x", "z"), consumed=True),
-    Site("x_proj:input", consumed=True),
+    Site("x_proj:input", consumed=True, affine=True),
     Site("x_proj:output", groups=("dt", "B", "C"), consumed=True),
     Site("dt_proj:input"),
     Site("dt_proj:output", consumed=True),
@@ -77,11 +79,11 @@ MAMBA2_SITES: tuple[Site, ...] = (
     Site("B_conv_in:output"),
     Site("C_conv_in:input", consumed=True),
     Site("C_conv_in:output"),
-    Site("x_conv_out:input", consumed=True, by_ssd=True, grouped=True),
+    Site("x_conv_out:input", consumed=True, by_ssd=True, grouped=True, affine=True),
     Site("x_conv_out:output", by_ssd=True),
-    Site("B_conv_out:input", consumed=True, by_ssd=True, grouped=True),
+    Site("B_conv_out:input", consumed=True, by_ssd=True, grouped=True, affine=True),
     Site("B_conv_out:output", by_ssd=True),
-    Site("C_conv_out:input", consumed=True, by_ssd=True, grouped=True),
+    Site("C_conv_out:input", consumed=True, by_ssd=True, grouped=True, affine=True),
     Site("C_conv_out:output", by_ssd=True),
     Site("dt_act:input", consumed=True),
     Site("dt_act:output"),
@@ -113,6 +115,9 @@ def _merged() -> tuple[str, ...]:
         place += 1
     return tuple(order)
 
+
+AFFINE_SITES = frozenset(site.name for sites in FAMILIES.values() for site in sites if site.affine)
+"""Sites at which an INT8 model may read codes with a zero point."""
 
 SITE_NAMES = _merged()
 """Every name of a site, in model order."""

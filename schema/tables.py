@@ -222,7 +222,8 @@ SCALES = _table(
     ("label", pa.string(), "Name and parameters, as given on the command line."),
     ("granularity", pa.string(), "How finely this group divides its site: tensor, ssd_group, head_group, group."),
     ("count", pa.int64(), "Finite values that share the scale."),
-    ("scale", pa.float32(), "INT8 scale: code = clamp(round(x / scale), -128, 127)."),
+    ("scale", pa.float32(), "INT8 scale: code = clamp(round(x / scale) + zero_point, -128, 127)."),
+    ("zero_point", pa.int16(), "The code of 0; 0 but for the affine strategies at sites after SiLU."),
     (
         "component_scales",
         pa.list_(pa.float32()),

@@ -11,6 +11,7 @@ from typing import Any
 from quambase.apply.apply import load_named, load_source
 from quambase.apply.evaluation.tasks import no_text
 from quambase.apply.int8.build import build_model, check_any_scales
+from quambase.apply.int8.group_scales import as_json
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.model_folder import SCALES, load_stored, weights_digest
 from quambase.apply.int8.needed_scales import (
@@ -46,7 +47,7 @@ class Candidates:
             "tokenizer": self.source.tokenizer_sha256,
             "int8": sorted(weights),
             "models": [
-                [label, model.compat, sorted((layer, site, scale) for (layer, site), scale in model.scales.items())]
+                [label, model.compat, sorted((*key, as_json(scale)) for key, scale in model.scales.items())]
                 for label, model in self.models.items()
             ],
             "versions": {name: version(name) for name in ("quambase", "torch", "numba", "tokenizers")},

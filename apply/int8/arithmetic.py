@@ -125,17 +125,20 @@ def quantize_rows(weight: torch.Tensor, *, signed_max: bool = False) -> tuple[to
     return codes, scales.flatten()
 
 
-def matmul(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
-    """``x @ codes.T`` of int8 codes: the int32 result, rounded to float32 (exact below 2^24). (rows, in) ->
-    (rows, out).
+def matmul(x: torch.Tensor, weight: Int8Weight, offset: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ codes.T - offset`` of int8 codes: the int32 result, rounded to float32 (exact below 2^24). (rows, in) ->
+    (rows, out); offset (out,) int32.
 
     Where a row of codes could sum beyond 2^24 the product is cut in chunks of EXACT_CHUNK and added up as
     int32.
     """
     floats = x.to(torch.float32)
-    if weight.exact_at_once:
+    subtracted = offset is not None and bool(offset.any())
+    if weight.exact_at_once and not subtracted:
         return F.linear(floats, weight.floats)
     total = torch.zeros(x.shape[0], weight.codes.shape[0], dtype=torch.int32)
+    if offset is not None:
+        total -= offset
     for low in range(0, x.shape[1], EXACT_CHUNK):
         part = slice(low, low + EXACT_CHUNK)
         total += F.linear(floats[:, part], weight.floats[:, part]).to(torch.int32)
@@ -147,9 +150,9 @@ def to_half(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float16).to(torch.float32)
 
 
-def dequantize(codes: torch.Tensor, scale: float) -> torch.Tensor:
-    """``scale * codes`` in float32, contiguous."""
-    return codes.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale)
+def dequantize(codes: torch.Tensor, scale: float, zero_point: int = 0) -> torch.Tensor:
+    """``scale * (codes - zero_point)`` in float32, contiguous."""
+    return codes.to(torch.float32, memory_format=torch.contiguous_format).sub_(zero_point).mul_(scale)
 
 
 def softplus_delta(codes: torch.Tensor, scale: float, bias: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from quambase.apply.int8.arithmetic import float32
 from quambase.apply.int8.operators import Factors, Int8BlockState, Int8Operators, Multipliers
 from quambase.model.packed_batch import PlacedBatch
+from quambase.schema.number_format import Affine
 from quambase.schema.scale_table import Scale
 
 
@@ -82,8 +83,14 @@ class Int8Block(ABC):
 
 def whole(scale: Scale) -> float:
     """The one scale of an undivided site."""
-    assert isinstance(scale, float)
-    return scale
+    found = scale.scale if isinstance(scale, Affine) else scale
+    assert isinstance(found, float)
+    return found
+
+
+def zero_point(scale: Scale) -> int:
+    """The zero point of an undivided site."""
+    return scale.zero_point if isinstance(scale, Affine) else 0
 
 
 def half_factors(weight: float, source: float) -> Factors:

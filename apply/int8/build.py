@@ -38,6 +38,15 @@ def on_host(weights: Int8ModelWeights) -> PlacedWeights:
     return PlacedWeights(weights, HostInt8Operators(weights.config.operator_sizes))
 
 
+def prepared_for(weights: ModelWeights, table: ScaleTable) -> ModelWeights:
+    """``weights`` folded and rotated, in the order that the table's run sorted heads and channels.
+
+    CheckpointInvalid: the table's groups are another model's.
+    """
+    groups = table.model.layer_groups
+    return prepare(weights if groups is None else reorder(weights, groups))
+
+
 def build_model(
     weights: ModelWeights,
     table: ScaleTable,
@@ -47,15 +56,11 @@ def build_model(
     quantize_embedding: bool = False,
     compat: str | None = None,
 ) -> Int8LanguageModel:
-    """Fold, rotate and quantize ``weights``, in the order that the table's run sorted heads and channels.
-
-    Errors: ScalesInvalid as for the model's class; CheckpointInvalid where the table's groups are another model's.
-    """
-    groups = table.model.layer_groups
+    """Quantize what `prepared_for` gives. ScalesInvalid as for the model's class; CheckpointInvalid."""
     return build(
-        prepare(weights if groups is None else reorder(weights, groups)),
+        prepared_for(weights, table),
         scales,
-        channel_groups=channel_maps(groups or ()),
+        channel_groups=channel_maps(table.model.layer_groups or ()),
         quantize_lm_head=quantize_lm_head,
         quantize_embedding=quantize_embedding,
         compat=compat,

@@ -145,12 +145,18 @@ class CudaInt8Operators:
         return out
 
     def linear_to_int8(
-        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
+        self,
+        x: torch.Tensor,
+        weight: Int8Weight,
+        first: float | torch.Tensor,
+        second: float,
+        away: bool = False,
+        offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Int8Operators.linear_to_int8`."""
         assert not away  # only where one sequence decodes
         out = self._codes(len(x), len(weight.codes))
-        return self._product("product_to_int8", x, weight.codes, first, second, out)
+        return self._product("product_to_int8", x, weight.codes, first, second, out, offset)
 
     def linear_to_half(
         self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
@@ -171,13 +177,15 @@ class CudaInt8Operators:
         first: float | torch.Tensor,
         second: float,
         out: torch.Tensor,
+        offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if x.stride(0) % ALIGNMENT or x.stride(1) != 1:  # rows taken out of a tensor of ours are packed
             x = self._codes(*x.shape).copy_(x)
         columns, depth = weight.shape
         per_column = isinstance(first, torch.Tensor)
         factors = (first, 1.0) if per_column else (0, first)
-        arguments = (x, x.stride(0), weight, len(x), columns, depth, *factors, second, out, out.stride(0))
+        scaled = (*factors, second, 0 if offset is None else offset)
+        arguments = (x, x.stride(0), weight, len(x), columns, depth, *scaled, out, out.stride(0))
         grid = (-(-columns // TILE), -(-len(x) // TILE))
         self._products.launch(name, grid, self._product_block.threads, arguments, self._product_block.shared)
         return out
@@ -189,6 +197,7 @@ class CudaInt8Operators:
         scale_wx: torch.Tensor,
         bias: torch.Tensor,
         scale_out: torch.Tensor,
+        zero_out: torch.Tensor,
         batch: PlacedBatch,
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
@@ -197,7 +206,8 @@ class CudaInt8Operators:
         rows, channels = x.shape
         out = self._codes(rows, channels)
         grid = (-(-channels // CONV_CHANNELS), -(-rows // CONV_ROWS))
-        arguments = (x, x.stride(0), taps, scale_wx, bias, scale_out, batch.starts, rows, channels, out, out.stride(0))
+        vectors = (taps, scale_wx, bias, scale_out, zero_out)
+        arguments = (x, x.stride(0), *vectors, batch.starts, rows, channels, out, out.stride(0))
         self._blocks.launch("conv_silu", grid, 128, arguments)
         return out
 
@@ -219,7 +229,7 @@ class CudaInt8Operators:
         rows, channels = u.shape
         y = torch.empty(rows, channels, dtype=torch.float16, device=self.device)
         codes = (u, u.stride(0), delta, delta.stride(0), bc, bc.stride(0), z, z.stride(0))
-        factors = (scales.u, scales.delta, scales.bc, scales.z)
+        factors = (scales.u, float(scales.u_zero), scales.delta, scales.bc, scales.z)
         arguments = (*codes, *factors, a, d, bias, batch.offsets, channels, y)
         grid = (-(-channels // SCAN_THREADS), batch.host.documents)
         self._blocks.launch("selective_scan", grid, SCAN_THREADS, arguments)
@@ -249,7 +259,7 @@ class CudaInt8Operators:
         widths = [self.sizes.d_inner, ngroups * self.sizes.d_state, ngroups * self.sizes.d_state]
         y = torch.empty(rows, widths[0], dtype=torch.float16, device=self.device)
         parts: list[Argument] = [*torch.split(conv_out, widths, dim=1), conv_out.stride(0)]
-        parts += torch.split(scales.conv_out, widths)
+        parts += [*torch.split(scales.conv_out, widths), *torch.split(scales.zero, widths)]
         arguments = (*parts, dt, dt.stride(0), scales.dt, a, d, bias, batch.offsets, heads, ngroups, y)
         self._blocks.launch("ssd_scan", (heads, batch.host.documents), self._ssd_threads, arguments)
         return y

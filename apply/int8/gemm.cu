@@ -76,7 +76,11 @@ __device__ __forceinline__ void store(u16* at, float left, float right) {
 struct Scaling {
     const float* first; // one per column, or, if null, first_of_all
     float first_of_all, second;
+    const int* offset; // subtracted from the sums of each column, unless null
 
+    __device__ int sum(int sum, i64 column, i64 columns) const {
+        return offset == nullptr || column >= columns ? sum : sum - offset[column];
+    }
     __device__ float factor(i64 column, i64 columns) const {
         return first == nullptr ? first_of_all : (column < columns ? first[column] : 0.0f);
     }
@@ -93,8 +97,10 @@ __device__ __forceinline__ void put_sums(
     const float right = scaling.factor(first_column + column + 1, columns);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-        store(tile + (row + k * 8) * pitch + column, __fmul_rn(__fmul_rn((float)sums[2 * k], left), scaling.second),
-              __fmul_rn(__fmul_rn((float)sums[2 * k + 1], right), scaling.second));
+        const float one = (float)scaling.sum(sums[2 * k], first_column + column, columns);
+        const float other = (float)scaling.sum(sums[2 * k + 1], first_column + column + 1, columns);
+        store(tile + (row + k * 8) * pitch + column, __fmul_rn(__fmul_rn(one, left), scaling.second),
+              __fmul_rn(__fmul_rn(other, right), scaling.second));
     }
 }
 
@@ -245,14 +251,14 @@ __device__ __forceinline__ void product(
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) product_to_int8(
     const s8* a, i64 a_stride, const s8* b, i64 rows, i64 columns, i64 depth, const float* first, float first_of_all,
-    float second, s8* out, i64 out_stride
+    float second, const int* offset, s8* out, i64 out_stride
 ) {
-    product(a, a_stride, b, rows, columns, depth, {first, first_of_all, second}, out, out_stride);
+    product(a, a_stride, b, rows, columns, depth, {first, first_of_all, second, offset}, out, out_stride);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) product_to_half(
     const s8* a, i64 a_stride, const s8* b, i64 rows, i64 columns, i64 depth, const float* first, float first_of_all,
-    float second, u16* out, i64 out_stride
+    float second, const int* offset, u16* out, i64 out_stride
 ) {
-    product(a, a_stride, b, rows, columns, depth, {first, first_of_all, second}, out, out_stride);
+    product(a, a_stride, b, rows, columns, depth, {first, first_of_all, second, offset}, out, out_stride);
 }

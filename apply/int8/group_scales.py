@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from quambase.apply.int8.needed_scales import Scales, checked_scale, missing_scale, needed_sites
+from quambase.apply.int8.needed_scales import Scales, checked_affine, checked_scale, missing_scale, needed_sites
 from quambase.model.block import ModelConfig
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.groups import LayerGroups
+from quambase.schema.number_format import Affine
 from quambase.schema.scale_table import Scale
 from quambase.schema.sites import find_site
 
@@ -26,7 +28,21 @@ STATE = "ssm_state_act:input"
 
 def values_of(scale: Scale) -> torch.Tensor:
     """A site's scales as float32 (groups,), or (groups, n) of one per group and state index."""
-    return torch.tensor(scale if isinstance(scale, tuple) else (scale,), dtype=torch.float32)
+    parts = scale if isinstance(scale, tuple) else (scale,)
+    return torch.tensor([part.scale if isinstance(part, Affine) else part for part in parts], dtype=torch.float32)
+
+
+def as_json(scale: Scale) -> Any:
+    """A site's scale, or scales, as JSON has them; one with a zero point is a pair."""
+    if isinstance(scale, tuple):
+        return [as_json(part) for part in scale]
+    return {"scale": scale.scale, "zero_point": scale.zero_point} if isinstance(scale, Affine) else scale
+
+
+def zero_points_of(scale: Scale) -> torch.Tensor:
+    """A site's zero points as int32 (groups,); 0 where there is none."""
+    parts = scale if isinstance(scale, tuple) else (scale,)
+    return torch.tensor([part.zero_point if isinstance(part, Affine) else 0 for part in parts], dtype=torch.int32)
 
 
 def channel_maps(layers: Sequence[LayerGroups]) -> list[list[torch.Tensor]]:
@@ -51,6 +67,27 @@ def channel_groups_of(config: ModelConfig, divisions: Sequence[torch.Tensor], co
     if count in (1, _ssd_groups(config)):
         return torch.arange(config.d_inner) // (config.d_inner // count)
     return next(index for index in divisions if int(index.max()) + 1 == count)
+
+
+def scale_of_channels(config: ModelConfig, divisions: Sequence[torch.Tensor], site: str, scale: Scale) -> torch.Tensor:
+    """A site's scale of each channel, float32 (channels,); ``divisions`` as in `channel_groups_of`."""
+    return _of_channels(config, divisions, site, values_of(scale))
+
+
+def zero_point_of_channels(
+    config: ModelConfig, divisions: Sequence[torch.Tensor], site: str, scale: Scale
+) -> torch.Tensor:
+    """A site's zero point of each channel, likewise."""
+    return _of_channels(config, divisions, site, zero_points_of(scale)).to(torch.float32)
+
+
+def _of_channels(
+    config: ModelConfig, divisions: Sequence[torch.Tensor], site: str, values: torch.Tensor
+) -> torch.Tensor:
+    """(channels,) of ``values``, one for each group."""
+    if site in BY_CHANNEL_GROUP:
+        return values[channel_groups_of(config, divisions, len(values))]
+    return torch.repeat_interleave(values, config.site_edges()[site][-1] // len(values))
 
 
 def _ssd_groups(config: ModelConfig) -> int:
@@ -79,12 +116,12 @@ def check_scales(
 def _checked(layer: int, site: str, scale: Scale, d_state: int) -> Scale:
     """``scale`` rounded to float32; one group's is one scale."""
     if not isinstance(scale, tuple):
-        return checked_scale(layer, site, scale)
-    groups: list[float] = []
+        return checked_affine(layer, site, scale)
+    groups: list[float | Affine] = []
     by_index: list[tuple[float, ...]] = []
     for part in scale:
         if not isinstance(part, tuple):
-            groups.append(checked_scale(layer, site, part))
+            groups.append(checked_affine(layer, site, part))
             continue
         if site != STATE or len(part) != d_state:
             expected = f"one for each of the {d_state} state indices" if site == STATE else "one"

@@ -56,6 +56,13 @@ def half_away(x: np.float32) -> np.int8:
     return np.int8(round_half_away(min(max(x, _LOWEST), _HIGHEST)))
 
 
+@numba.njit(inline="always")
+def shifted_code(x: np.float32, zero: np.float32) -> np.int8:
+    """The INT8 code of x with the zero point ``zero``: rounded half away from zero, then shifted, saturating."""
+    # The limits are integers, so clamping first gives the same code as clamping last.
+    return np.int8(round_half_away(min(max(x, _LOWEST - zero), _HIGHEST - zero)) + zero)
+
+
 @numba.njit(parallel=True, cache=True)
 def scale_columns_to_int8(acc: Float32, first: Float32, second: np.float32, away: bool, out: Int8) -> None:
     """GEMM epilogue: the code of ``(acc * first[column]) * second``, half to even, or half away from zero if ``away``.
@@ -120,16 +127,17 @@ def conv_silu_int8(
     scale_wx: Float32,
     bias: Float32,
     scale_out: Float32,
+    zero_out: Float32,
     offsets: Int64,
     out: Int8,
 ) -> None:
     """Depthwise causal convolution of codes, SiLU, and one rounding (half away from zero, saturating).
 
-    ``v = scale_wx * sum(weight * x) + bias; code = v / (1 + exp(-v)) / scale_out``.
+    ``v = scale_wx * sum(weight * x) + bias; code = round(v / (1 + exp(-v)) / scale_out) + zero_out``.
 
     x (t, >= first + c): columns from ``first`` are read; weight (k, c) codes held in float32 (the sum of k products is
-    exact), its last row multiplying the current token; scale_wx, bias (dequantized), scale_out (c,); out (t, c). Zeros
-    before every document.
+    exact), its last row multiplying the current token; scale_wx, bias (dequantized), scale_out, zero_out (c,);
+    out (t, c). Zeros before every document.
     """
     documents = offsets.size - 1
     width, channels = weight.shape
@@ -149,7 +157,7 @@ def conv_silu_int8(
                     total[i] += weight[tap, low + i] * np.float32(x[source, first + low + i])
             for i in range(size):
                 value = np.float32(np.float32(scale_wx[low + i] * total[i]) + bias[low + i])
-                out[row, low + i] = half_away(np.float32(silu32(value) / scale_out[low + i]))
+                out[row, low + i] = shifted_code(np.float32(silu32(value) / scale_out[low + i]), zero_out[low + i])
 
 
 @numba.njit(cache=True)
@@ -161,6 +169,7 @@ def conv_update_int8(
     scale_wx: Float32,
     bias: Float32,
     scale_out: Float32,
+    zero_out: Float32,
     out: Int8,
 ) -> None:
     """One decoded token through the convolution: shifts ``window``, then sums from the bias in float32.
@@ -180,7 +189,7 @@ def conv_update_int8(
             for tap in range(width):
                 scaled = np.float32(scale_wx[i] * weight[tap, i])
                 value = np.float32(value + np.float32(scaled * np.float32(window[document, tap, i])))
-            out[document, i] = half_away(np.float32(silu32(value) / scale_out[i]))
+            out[document, i] = shifted_code(np.float32(silu32(value) / scale_out[i]), zero_out[i])
 
 
 @numba.njit(parallel=True, cache=True)

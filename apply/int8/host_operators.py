@@ -67,10 +67,16 @@ class HostInt8Operators:
         return to_half(out)
 
     def linear_to_int8(
-        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
+        self,
+        x: torch.Tensor,
+        weight: Int8Weight,
+        first: float | torch.Tensor,
+        second: float,
+        away: bool = False,
+        offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Int8Operators.linear_to_int8`."""
-        acc = matmul(x, weight)
+        acc = matmul(x, weight, offset)
         columns = first if isinstance(first, torch.Tensor) else torch.full((acc.shape[1],), first)
         out = torch.empty(acc.shape, dtype=torch.int8)
         kernels.scale_columns_to_int8(acc.numpy(), columns.numpy(), np.float32(second), away, out.numpy())
@@ -93,13 +99,14 @@ class HostInt8Operators:
         scale_wx: torch.Tensor,
         bias: torch.Tensor,
         scale_out: torch.Tensor,
+        zero_out: torch.Tensor,
         batch: PlacedBatch,
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Operators.conv_silu`."""
         out = torch.empty(x.shape, dtype=torch.int8)
         rows, first = whole_rows(x)
-        scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy())
+        scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy(), zero_out.numpy())
         kernels.conv_silu_int8(rows, first, *scaled, batch.host.offsets.numpy(), out.numpy())
         if state is not None:
             state.conv = _last_inputs(x, batch, len(taps))
@@ -139,7 +146,7 @@ class HostInt8Operators:
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Operators.ssd_scan`."""
-        values = conv_out.to(torch.float32) * scales.conv_out
+        values = (conv_out.to(torch.float32) - scales.zero) * scales.conv_out
         x, b, c = self._split(to_half(values))
         delta = softplus_delta(dt, scales.dt, bias)
         y, last = torch.empty(x.shape), torch.zeros(batch.host.documents, x.shape[1], self.sizes.d_state)
@@ -200,6 +207,7 @@ class HostInt8Decoding(HostInt8Operators):
         scale_wx: torch.Tensor,
         bias: torch.Tensor,
         scale_out: torch.Tensor,
+        zero_out: torch.Tensor,
         batch: PlacedBatch,
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
@@ -207,7 +215,7 @@ class HostInt8Decoding(HostInt8Operators):
         assert state is not None
         out = torch.empty(x.shape, dtype=torch.int8)
         rows, first = whole_rows(x)
-        scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy())
+        scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy(), zero_out.numpy())
         kernels.conv_update_int8(rows, first, state.conv.numpy(), *scaled, out.numpy())
         return out
 
@@ -244,7 +252,7 @@ class HostInt8Decoding(HostInt8Operators):
     ) -> torch.Tensor:
         """As `Int8Operators.ssd_scan`; nothing but y is rounded to float16."""
         assert state is not None
-        x, b, c = self._split(conv_out.to(torch.float32) * scales.conv_out)
+        x, b, c = self._split((conv_out.to(torch.float32) - scales.zero) * scales.conv_out)
         delta = softplus_delta(dt, scales.dt, bias)
         y = torch.empty(x.shape)
         kernels.ssd_update_int8(
@@ -275,7 +283,7 @@ def _scan_inputs(
     """u, delta, A, B, C, D, z of Mamba-1's scan kernels, dequantized to float32."""
     b, c = torch.split(dequantize(bc, scales.bc), len(a), dim=1)
     return (
-        dequantize(u, scales.u).numpy(),
+        dequantize(u, scales.u, scales.u_zero).numpy(),
         softplus_delta(delta, scales.delta, bias).numpy(),
         a.numpy(),
         b.contiguous().numpy(),

@@ -32,6 +32,7 @@ from quambase.apply.int8.block import (
     half_factors,
     rotation_factor,
     whole,
+    zero_point,
 )
 from quambase.apply.int8.operators import Factors, Int8BlockState, Int8Operators, Multipliers, ScanScales
 from quambase.model.exponential import exp
@@ -74,6 +75,8 @@ class Mamba1Scales(BlockScales):
 
     conv_in   (e,) weight scale times input scale
     conv_out  (e,)
+    conv_zero  (e,) zero point of the convolution's codes
+    x_proj_offset  (r + 2n,) int32: what that zero point adds to the integer product of x_proj
     """
 
     in_proj: Factors
@@ -81,6 +84,8 @@ class Mamba1Scales(BlockScales):
     dt_proj: Factors
     conv_in: torch.Tensor
     conv_out: torch.Tensor
+    conv_zero: torch.Tensor
+    x_proj_offset: torch.Tensor
     scan: ScanScales
 
 
@@ -103,6 +108,7 @@ class Int8Mamba1Block(Int8Block):
         w, s, e = self.weights, {site: whole(scale) for site, scale in scales.items()}, self.config.d_inner
         names = ("in_proj:input", "in_proj:output", "x_proj:input", "x_proj:output", "dt_proj:output")
         read, xz, u, dt_b_c, dt = (s[name] for name in names)
+        zero = zero_point(scales["x_proj:input"])
         conv_in = np.float32(w.conv_weight.scale) * np.float32(xz)
         return Mamba1Scales(
             input=read,
@@ -113,7 +119,9 @@ class Int8Mamba1Block(Int8Block):
             dt_proj=_factors(w.dt_proj.scale, dt_b_c, dt, ratio_first=True),
             conv_in=self.operators.vector(torch.full((e,), float(conv_in))),
             conv_out=self.operators.vector(torch.full((e,), u)),
-            scan=ScanScales(u, dt, dt_b_c, xz, s["ssm_state_act:input"]),
+            conv_zero=self.operators.vector(torch.full((e,), float(zero))),
+            x_proj_offset=self.operators.vector(zero * w.x_proj.codes.sum(1, dtype=torch.int32)),
+            scan=ScanScales(u, dt, dt_b_c, xz, s["ssm_state_act:input"], zero),
             out_proj=half_factors(w.out_proj.scale, s["out_proj:input"]),
             rotation=rotation_factor(e, s["out_proj:input"]),
             wrap=wrap,
@@ -130,8 +138,8 @@ class Int8Mamba1Block(Int8Block):
         """As `Int8Block.forward`."""
         s, e, r = scales, self.config.d_inner, self.config.dt_rank
         xz = ops.linear_to_int8(codes, self.in_proj, *s.in_proj.of(ops, codes))  # (t, 2e)
-        u = ops.conv_silu(xz[:, :e], self.taps, s.conv_in, self.conv_bias, s.conv_out, batch, state)
-        dt_b_c = ops.linear_to_int8(u, self.x_proj, *s.x_proj.of(ops, u))  # (t, r + 2n)
+        u = ops.conv_silu(xz[:, :e], self.taps, s.conv_in, self.conv_bias, s.conv_out, s.conv_zero, batch, state)
+        dt_b_c = ops.linear_to_int8(u, self.x_proj, *s.x_proj.of(ops, u), s.x_proj_offset)  # (t, r + 2n)
         dt = ops.linear_to_int8(dt_b_c[:, :r], self.dt_proj, *s.dt_proj.of(ops, u))
         y = ops.selective_scan(u, dt, dt_b_c[:, r:], xz[:, e:], s.scan, self.a, self.d, self.dt_bias, batch, state)
         gated = ops.rotate(y, s.rotation, s.wrap)

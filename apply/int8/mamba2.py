@@ -35,7 +35,7 @@ from quambase.apply.int8.block import (
     rotation_factor,
     whole,
 )
-from quambase.apply.int8.group_scales import channel_groups_of, values_of
+from quambase.apply.int8.group_scales import channel_groups_of, scale_of_channels, values_of, zero_point_of_channels
 from quambase.apply.int8.operators import Factors, Int8BlockState, Int8Operators, Multipliers, SsdScales
 from quambase.model.exponential import exp
 from quambase.model.mamba2 import Mamba2BlockWeights, Mamba2Config
@@ -135,15 +135,13 @@ class Int8Mamba2Block(Int8Block):
 
     def _scan_scales(self, scales: Mapping[str, Scale], divisions: Sequence[torch.Tensor], dt: float) -> SsdScales:
         c, vector = self.config, self.operators.vector
-        x = values_of(scales["x_conv_out:input"])
-        parts = [x[channel_groups_of(c, divisions, len(x))]]
-        for site in ("B_conv_out:input", "C_conv_out:input"):
-            values = values_of(scales[site])
-            parts.append(torch.repeat_interleave(values, c.bc_width // len(values)))
+        sites = ("x_conv_out:input", "B_conv_out:input", "C_conv_out:input")
+        parts = [scale_of_channels(c, divisions, site, scales[site]) for site in sites]
+        zeros = [zero_point_of_channels(c, divisions, site, scales[site]) for site in sites]
         state = values_of(scales["ssm_state_act:input"])
         by_index = state if state.dim() == 2 else state.unsqueeze(1).repeat(1, c.d_state)
         groups = channel_groups_of(c, divisions, len(state))
-        return SsdScales(vector(torch.cat(parts)), dt, vector(by_index), vector(groups))
+        return SsdScales(vector(torch.cat(parts)), vector(torch.cat(zeros)), dt, vector(by_index), vector(groups))
 
     def forward(
         self,
@@ -157,7 +155,8 @@ class Int8Mamba2Block(Int8Block):
         c, s = self.config, scales
         projected = ops.linear_to_int8(codes, self.in_proj, *s.in_proj.of(ops, codes))  # (t, 2e + 2gn + h)
         z, conv_in, dt = torch.split(projected, [c.d_inner, c.conv_width, c.heads], dim=1)
-        conv_out = ops.conv_silu(conv_in, self.taps, s.conv_in, self.conv_bias, s.scan.conv_out, batch, state)
+        produced = s.scan.conv_out, s.scan.zero
+        conv_out = ops.conv_silu(conv_in, self.taps, s.conv_in, self.conv_bias, *produced, batch, state)
         y = ops.ssd_scan(conv_out, dt, s.scan, self.a, self.d, self.dt_bias, batch, state)
         gated = ops.gated_rotate(y, z, s.z, self.gated_norm, c.norm_eps, s.rotation, s.wrap)
         return ops.linear_to_half(gated, self.out_proj, *s.out_proj.of(ops, gated))

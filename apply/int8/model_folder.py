@@ -27,6 +27,7 @@ from quambase.apply.int8.arithmetic import Int8Weight, SplitInt8Weight
 from quambase.apply.int8.block import Int8BlockKind, Int8BlockWeights
 from quambase.apply.int8.block_kinds import BY_FORMAT, int8_kind_of
 from quambase.apply.int8.build import on_host
+from quambase.apply.int8.group_scales import values_of, zero_points_of
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.weights import Int8ModelWeights
 from quambase.model.block import ModelConfig
@@ -34,6 +35,7 @@ from quambase.model.block_kinds import KINDS
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import CheckpointInvalid, OutputRefused
 from quambase.schema.files import check_format_version, file_sha256, replacing
+from quambase.schema.number_format import Affine
 from quambase.schema.scale_table import Scale, write_scales
 
 CONFIG, TENSORS, SCALES, TOKENIZER = "config.json", "model.safetensors", "scales.parquet", "tokenizer.json"
@@ -134,7 +136,7 @@ def weights_digest(model: Int8LanguageModel) -> str:
     """SHA-256 over the names and bytes of everything a model computes with but its activation scales."""
     digest = hashlib.sha256()
     for name, tensor in sorted(_tensors(model).items()):
-        if not name.startswith("activation_scales."):
+        if not name.startswith(("activation_scales.", "activation_zero_points.")):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -156,7 +158,10 @@ def _tensors(model: Int8LanguageModel) -> dict[str, torch.Tensor]:
         scale = weight.scales if isinstance(weight, SplitInt8Weight) else weight.scale
         found[f"{name}.scale"] = torch.tensor(scale, dtype=torch.float32)
     for (layer_number, site), value in model.scales.items():
-        found[f"activation_scales.{layer_number}.{site}"] = torch.tensor(value, dtype=torch.float32)
+        values, zero_points = values_of(value), zero_points_of(value)
+        found[f"activation_scales.{layer_number}.{site}"] = values if isinstance(value, tuple) else values[0]
+        if zero_points.any():
+            found[f"activation_zero_points.{layer_number}.{site}"] = zero_points
     found |= {f"channel_groups.{i}": torch.stack(list(maps)) for i, maps in enumerate(model.channel_groups)}
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
@@ -193,7 +198,7 @@ def _model_of(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Int8La
     for name, tensor in tensors.items():
         if name.startswith("activation_scales."):
             _, layer, site = name.split(".", 2)
-            scales[int(layer), site] = _scale_of(tensor)
+            scales[int(layer), site] = _scale_of(tensor, tensors.get(f"activation_zero_points.{layer}.{site}"))
     layers = tuple(_layer(kind, config, tensors, f"layers.{i}.") for i in range(config.n_layer))
     weights = Int8ModelWeights(config, tensors["embedding"], tensors.get("embedding.scales"), head, layers)
     grouped = range(config.n_layer if "channel_groups.0" in tensors else 0)
@@ -216,11 +221,14 @@ def _layer(kind: Int8BlockKind, config: ModelConfig, tensors: dict[str, torch.Te
     return kind.weights(**weights)
 
 
-def _scale_of(tensor: torch.Tensor) -> Scale:
-    """A float, a tuple, or a tuple of tuples: as many axes as ``tensor``."""
+def _scale_of(tensor: torch.Tensor, zero_points: torch.Tensor | None) -> Scale:
+    """A float, a tuple, or a tuple of tuples: as many axes as ``tensor``; with ``zero_points`` (groups,) or without."""
     if tensor.dim() == 2:
         return tuple(map(tuple, tensor.tolist()))
-    return tuple(tensor.tolist()) if tensor.dim() else float(tensor)
+    values = tensor.reshape(-1).tolist()
+    zeros = [0] * len(values) if zero_points is None else zero_points.tolist()
+    parts = tuple(Affine(value, zero) if zero else value for value, zero in zip(values, zeros, strict=True))
+    return parts if tensor.dim() else parts[0]
 
 
 def _whole(tensors: dict[str, torch.Tensor], name: str) -> Int8Weight:

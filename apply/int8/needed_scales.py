@@ -10,9 +10,9 @@ from quambase.apply.int8.arithmetic import float32
 from quambase.model.block import ModelConfig
 from quambase.schema.errors import ScalesInvalid, UnknownName
 from quambase.schema.groups import GRANULARITIES
-from quambase.schema.number_format import INT8
+from quambase.schema.number_format import INT8, Affine
 from quambase.schema.scale_table import Scale, ScaleTable
-from quambase.schema.sites import FAMILIES, HEAD_LAYER, WHOLE, find_site, is_model_site, layer_sites
+from quambase.schema.sites import AFFINE_SITES, FAMILIES, HEAD_LAYER, WHOLE, find_site, is_model_site, layer_sites
 
 Scales = Mapping[tuple[int, str], Scale]
 """(layer, site) to a positive scale, or to one per scale group where a block reads groups."""
@@ -37,6 +37,18 @@ def missing_scale(missing: list[tuple[int, str]], needed: list[tuple[int, str]])
         f"no scale for layer {layer} {site} ({len(missing)} of {len(needed)} missing): the strategy has no plain INT8 "
         "scale there, or the run lacks the site; name another strategy, or collect every site and analyze again"
     )
+
+
+def checked_affine(layer: int, site: str, scale: float | Affine) -> float | Affine:
+    """`checked_scale`, with the zero point if there is one. ScalesInvalid where nothing reads one."""
+    if not isinstance(scale, Affine):
+        return checked_scale(layer, site, scale)
+    if site not in AFFINE_SITES or not INT8.qmin <= scale.zero_point <= INT8.qmax:
+        raise ScalesInvalid(
+            f"layer {layer} {site} has the zero point {scale.zero_point}; expected {INT8.qmin} to {INT8.qmax}, and 0 "
+            f"but at {', '.join(sorted(AFFINE_SITES))}"
+        )
+    return Affine(checked_scale(layer, site, scale.scale), scale.zero_point)
 
 
 def checked_scale(layer: int, site: str, scale: float) -> float:

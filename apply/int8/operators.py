@@ -33,13 +33,14 @@ class Int8BlockState:
 
 @dataclass(frozen=True)
 class ScanScales:
-    """The scales of a Mamba-1 scan's inputs and of its state's codes."""
+    """The scales of a Mamba-1 scan's inputs and of its state's codes. ``u_zero``: the zero point of u."""
 
     u: float
     delta: float
     bc: float
     z: float
     state: float
+    u_zero: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,12 @@ class SsdScales:
     """The scales of a Mamba-2 scan's inputs and of its state's codes.
 
     conv_out  (e + 2gn,): of x, B, C by channel
+    zero      (e + 2gn,) float32: their zero points
     state     (groups, n), and ``groups`` (e,) int64: each channel's
     """
 
     conv_out: torch.Tensor
+    zero: torch.Tensor
     dt: float
     state: torch.Tensor
     groups: torch.Tensor
@@ -121,9 +124,18 @@ class Int8Operators(Protocol):
         """The same norm, not divided, as float16 values."""
 
     def linear_to_int8(
-        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
+        self,
+        x: torch.Tensor,
+        weight: Int8Weight,
+        first: float | torch.Tensor,
+        second: float,
+        away: bool = False,
+        offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Codes (rows, out), saturating, of the integer product of codes x (rows, in) times `Multipliers`."""
+        """Codes (rows, out), saturating, of the integer product of codes x (rows, in) times `Multipliers`.
+
+        offset (out,) int32: subtracted from the integer sums; of codes with a zero point z, z times the row's sum.
+        """
 
     def linear_to_half(
         self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
@@ -140,12 +152,14 @@ class Int8Operators(Protocol):
         scale_wx: torch.Tensor,
         bias: torch.Tensor,
         scale_out: torch.Tensor,
+        zero_out: torch.Tensor,
         batch: PlacedBatch,
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
         """Depthwise causal convolution of codes x (t, c), SiLU, and codes (t, c), half away from zero.
 
-        taps (k, c) codes in float32, the last row for the current token; scale_wx, bias (dequantized), scale_out (c,).
+        taps (k, c) codes in float32, the last row for the current token; scale_wx, bias (dequantized), scale_out,
+        zero_out (c,) float32. The zero point is added to the rounded quotient.
         """
 
     def selective_scan(

@@ -24,7 +24,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -43,7 +43,8 @@ from quambase.schema.errors import ScalesInvalid
 from quambase.schema.files import refuse_foreign_file, replacing
 from quambase.schema.groups import LayerGroups
 from quambase.schema.model_info import ModelInfo
-from quambase.schema.scale_table import SELECTED, Scale, ScaleTable, read_scales
+from quambase.schema.number_format import Affine
+from quambase.schema.scale_table import SELECTED, Scale, ScaleTable, SymmetricScale, read_scales
 from quambase.schema.sites import FAMILIES, HEAD_LAYER, MAMBA2, layer_sites
 
 HeadGroup = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -166,7 +167,7 @@ class _Form:
         self.d_state = model.sizes.get("d_state", 0)
 
     def scale(self, layer: int, site: str) -> UpstreamScale:
-        scale = self.chosen[layer, site]
+        scale = _symmetric(layer, site, self.chosen[layer, site])
         if self.groups is not None and layer != HEAD_LAYER:
             if site in (X, STATE):
                 return self._grouped(layer, site, scale)
@@ -183,7 +184,7 @@ class _Form:
             )
         return _float32(checked_scale(layer, site, scale))
 
-    def _grouped(self, layer: int, site: str, scale: Scale) -> Grouped:
+    def _grouped(self, layer: int, site: str, scale: SymmetricScale) -> Grouped:
         assert self.groups is not None
         groups = self.groups[layer]
         check_rectangular(groups, layer)
@@ -205,7 +206,18 @@ class _Form:
         ]
 
 
-def _repeated(layer: int, site: str, scale: Scale, numbers: Sequence[tuple[int, ...]]) -> list[Any]:
+def _symmetric(layer: int, site: str, scale: Scale) -> SymmetricScale:
+    """``scale``, unless it has a zero point: ScalesInvalid."""
+    parts = scale if isinstance(scale, tuple) else (scale,)
+    if isinstance(scale, Affine) or any(isinstance(part, Affine) for part in parts):
+        raise ScalesInvalid(
+            f"layer {layer} {site} has a zero point, which upstream's kernels do not read; take another strategy, or "
+            "analyze with --target upstream"
+        )
+    return cast(SymmetricScale, scale)
+
+
+def _repeated(layer: int, site: str, scale: SymmetricScale, numbers: Sequence[tuple[int, ...]]) -> list[Any]:
     """The scale, or scales by state index, of each of the groups ``numbers``. Divisions are nested: by none, some or
     all of the numbers.
     """

@@ -71,7 +71,7 @@ def test_documents_are_numbered_by_their_place_in_the_file(database: Path) -> No
 
 def test_every_site_gets_every_scale(database: Path) -> None:
     table = analyze(database, out=None).table
-    assert table.num_rows == 22 * 10
+    assert table.num_rows == 22 * 11
     assert {(r["layer"], r["site"]) for r in table.to_pylist()} == {(la, s.name) for la, s in layer_sites(2)}
     consumed = {r["site"] for r in table.to_pylist() if r["consumed"]}
     assert consumed == {s.name for s in MAMBA1_SITES if s.consumed}

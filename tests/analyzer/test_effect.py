@@ -5,21 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from fabricate import TOKENS, make_run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quambase.analyzer import least_squares
 from quambase.analyzer.analyze import analyze
-from quambase.analyzer.quantization_error import predicted_kl
+from quambase.analyzer.quantization_error import figures, predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup, group_of_values, one_document, scale_groups
 from quambase.analyzer.strategies import parse_label
 from quambase.analyzer.summary import predicted_loss, selection, summarize
 from quambase.cli.main import quambase
 from quambase.schema.distribution import Distribution, Sensitivity
-from quambase.schema.errors import DatabaseInvalid, UnknownName
+from quambase.schema.errors import DatabaseInvalid, ScalesInvalid, UnknownName
+from quambase.schema.number_format import Affine
 from quambase.schema.scale_table import METADATA_KEY, read_scales
 from quambase.schema.sql.database import StatsDB
 
@@ -54,6 +57,7 @@ def group_with(sensitivity: Sensitivity, counts: np.ndarray | None = None) -> Sc
     return ScaleGroup(0, "x_proj:input", "all", distribution, one_document(distribution), sensitivity=sensitivity)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.floats(1e-4, 1.0))
 def test_the_predicted_kl_is_its_definition(seed: int, scale: float) -> None:
     found = made(seed)
@@ -139,7 +143,7 @@ def test_the_summary_adds_the_layers_up(database: Path) -> None:
         mine = [r["predicted_kl"] for r in rows if r["label"] == summary["strategy"]]
         assert summary["predicted_kl"] == pytest.approx(sum(mine), rel=1e-12)
     plain = [row["predicted_kl"] for row in found if not row["needs_decode"]]
-    assert found[0]["strategy"] == "effect" and plain == sorted(plain)
+    assert found[0]["strategy"] == "effect_affine" and plain == sorted(plain)
     lines = selection(table)
     loss = sum(r["predicted_kl"] for r in rows if r["selected"])
     assert lines[1].startswith(f"predicted loss of the activations: {loss:.2g} nats a token; ")
@@ -171,6 +175,70 @@ def test_a_scale_table_of_an_earlier_version_is_read(fabricated_database: Path, 
     path = tmp_path / "scales.parquet"
     made_table = analyze(fabricated_database, strategies=["mse"], out=path).table
     stored = pq.read_table(path)
-    earlier = stored.drop_columns(["predicted_kl"])
+    earlier = stored.drop_columns(["predicted_kl", "zero_point"])
     pq.write_table(earlier.replace_schema_metadata({METADATA_KEY: stored.schema.metadata[METADATA_KEY]}), path)
     assert str(read_scales(path).table.to_pylist()) == str(made_table.to_pylist())  # as text, NaN equals NaN
+
+
+def after_silu(seed: int, size: int = 3000) -> Distribution:
+    random = np.random.default_rng(seed)
+    values = random.standard_t(3, size) * 2
+    return Distribution.of_values(values / (1 + np.exp(-values)))
+
+
+def affine_error(distribution: Distribution, scale: float, zero_point: int) -> float:
+    values = distribution.values.astype(np.float64)
+    codes = np.clip(np.rint(distribution.values / np.float32(scale)) + zero_point, -128, 127).astype(np.float64)
+    return float(((values - (codes - zero_point) * float(np.float32(scale))) ** 2 * distribution.counts).sum())
+
+
+@pytest.mark.parametrize("zero_point", [-128, -110, -40, 0, 77, 127])
+def test_the_scale_is_the_best_of_its_zero_point(zero_point: int) -> None:
+    distribution = after_silu(0)
+    scale, error = least_squares._search(distribution, zero_point)
+    assert error == pytest.approx(
+        affine_error(distribution, scale, zero_point), rel=1e-6
+    )  # the scale is a float32 there
+    top = float(np.abs(distribution.values).max())
+    least = min(affine_error(distribution, s, zero_point) for s in np.geomspace(top / 600, 2 * top, 4000))
+    assert error <= least * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_zero_point_is_the_best_of_all(seed: int) -> None:
+    distribution = after_silu(seed)
+    found = least_squares.optimal_affine(distribution)
+    errors = {z: least_squares._search(distribution, z)[1] for z in range(-128, 128)}
+    assert errors[found.zero_point] <= min(errors.values()) * (1 + 1e-12) and found.zero_point < -90
+    assert errors[found.zero_point] < 0.5 * errors[0], "half of the codes were unused"
+    mirrored = Distribution(-distribution.values[::-1].copy(), distribution.counts[::-1].copy())
+    # There are 127 codes above 0 and 128 below it, so the mirrored zero point is the complement or beside it.
+    assert abs(least_squares.optimal_affine(mirrored).zero_point - (-1 - found.zero_point)) <= 1
+
+
+def test_figures_of_a_scale_with_a_zero_point() -> None:
+    distribution, scale = after_silu(4), Affine(0.02, -100)
+    found = figures(distribution, scale)
+    rounded = np.rint(distribution.values / np.float32(0.02)) - 100
+    codes = np.clip(rounded, -128, 127)
+    assert found.squared_error == pytest.approx(affine_error(distribution, 0.02, -100), rel=1e-12)
+    assert found.clipped == distribution.counts[codes != rounded].sum()
+    assert found.codes_used == np.unique(codes).size
+    assert found.codes_above_120 == np.unique(codes[np.abs(codes) > 120]).size
+    sensitivity = Sensitivity(distribution.values, distribution.counts * 0.25, 5)
+    assert predicted_kl(sensitivity, scale) == pytest.approx(found.squared_error * 0.25 / 2 / 5, rel=1e-12)
+
+
+def test_zero_points_of_a_table_are_checked(fabricated_database: Path, tmp_path: Path) -> None:
+    path = tmp_path / "scales.parquet"
+    analyze(fabricated_database, strategies=["mse"], out=path)
+    stored = pq.read_table(path)
+    for site, zero_point, message in (
+        ("out_proj:input", 5, "zero point 5 at layer 0 out_proj:input .mse.; expected 0"),
+        ("x_proj:input", 200, "zero point 200 at layer 0 x_proj:input .mse.; expected -128 to 127"),
+    ):
+        changed = [zero_point if (row["layer"], row["site"]) == (0, site) else 0 for row in stored.to_pylist()]
+        column = stored.schema.get_field_index("zero_point")
+        pq.write_table(stored.set_column(column, stored.schema.field(column), pa.array(changed, pa.int16())), path)
+        with pytest.raises(ScalesInvalid, match=message):
+            read_scales(path)

@@ -13,6 +13,7 @@ from quambase.analyzer import kernels, strategies
 from quambase.analyzer.scale_groups import ScaleGroup, group_of_values
 from quambase.analyzer.strategies import DEFAULT_LABELS, STRATEGIES, parse_label, parse_labels, strategy
 from quambase.schema.errors import UnknownName
+from quambase.schema.number_format import Affine
 
 VALUES = (np.random.default_rng(5).standard_t(3, 4000) * 2).astype(np.float16)
 A = np.abs(VALUES.astype(np.float64))
@@ -131,7 +132,8 @@ def test_every_scale_is_positive_and_finite(values: list[float], site: str) -> N
     group = group_of_values(np.array(values), site)
     for choice in parse_labels(["all"]):
         found = choice.scale(group)
-        for scale in found if isinstance(found, tuple) else (found,):
+        scales = found if isinstance(found, tuple) else (found.scale if isinstance(found, Affine) else found,)
+        for scale in scales:
             assert math.isfinite(scale) and scale >= np.float32(1e-6)
             assert float(np.float32(scale)) == scale
 

@@ -94,6 +94,10 @@ def test_products_are_exact(rows: int, depth: int, columns: int, hopper: bool, d
         wanted = here.linear_to_int8(x, matrix, factor, second)
         assert torch.equal(found.cpu(), wanted)
         assert rows * columns < 1000 or len(wanted.unique()) > 200  # clipped ones and the rest
+    offset = -113 * weight.sum(1, dtype=torch.int32)
+    shifted = ((x.long() + 113) @ weight.long().T).int().float()
+    found = there.linear_to_int8(*on_it, first, second, False, offset.to(device))
+    assert torch.equal(found.cpu(), torch.round(shifted * first * second).clamp(-128, 127).to(torch.int8))
 
 
 @on_cuda
@@ -140,14 +144,16 @@ def test_norms(width: int, device: torch.device) -> None:
     assert close(there.add_norm_to_half(wide, moved, 1e-5), here.add_norm_to_half(x.float(), kept, 1e-5))
 
 
+@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize(("channels", "taps"), [(24, 4), (64, 2), (1536, 4)])
-def test_convolution(channels: int, taps: int, device: torch.device) -> None:
+def test_convolution(channels: int, taps: int, affine: bool, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(channels)
     batch, moved = batches(device)
     x, weight = codes(generator, sum(LENGTHS), channels + 20), codes(generator, taps, channels).float()
     scale_wx = torch.rand(channels, generator=generator) * 2e-4
     bias, scale_out = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) / 60 + 0.01
-    vectors = (weight, scale_wx, bias, scale_out)
+    zero_out = torch.randint(-128, 100, (channels,), generator=generator).float() * affine
+    vectors = (weight, scale_wx, bias, scale_out, zero_out)
     sizes = mamba1(channels, taps=taps)
     wanted = HostInt8Operators(sizes).conv_silu(x[:, 4 : 4 + channels], *vectors, batch)
     operators = CudaInt8Operators(device, sizes)
@@ -165,7 +171,7 @@ def test_selective_scan(channels: int, states: int, device: torch.device) -> Non
     u, delta, bc, z = (codes(generator, t, width) for width in (channels, channels, 3 + 2 * states, 2 * channels))
     a = -torch.rand(states, channels, generator=generator) * 8
     d, bias = torch.randn(channels, generator=generator), torch.randn(channels, generator=generator) - 3
-    scales, sizes = ScanScales(0.02, 0.03, 0.01, 0.04, 1.0), mamba1(channels, states)
+    scales, sizes = ScanScales(0.02, 0.03, 0.01, 0.04, 1.0, u_zero=-90), mamba1(channels, states)
     wanted = HostInt8Operators(sizes).selective_scan(u, delta, bc[:, 3:], z[:, channels:], scales, a, d, bias, batch)
     inputs = [padded(part, device) for part in (u, delta, bc, z)]
     inputs[2], inputs[3] = inputs[2][:, 3:], inputs[3][:, channels:]
@@ -184,12 +190,12 @@ def test_mamba2s_scan_and_gated_norm(heads: int, headdim: int, states: int, ngro
     sizes = OperatorSizes(32, e, states, 4, headdim, ngroups)
     here, there = HostInt8Operators(sizes), CudaInt8Operators(device, sizes)
     conv_out, dt, z = codes(generator, t, e + 2 * w), codes(generator, t, heads + 3), codes(generator, t, e + 5)
-    scales = SsdScales(
-        torch.rand(e + 2 * w, generator=generator) / 50, 0.03, torch.ones(1, states), torch.zeros(e).long()
-    )
+    conv_scales = torch.rand(e + 2 * w, generator=generator) / 50
+    zeros = torch.randint(-128, 100, (e + 2 * w,), generator=generator).float()
+    scales = SsdScales(conv_scales, zeros, 0.03, torch.ones(1, states), torch.zeros(e).long())
     a, d, bias = -torch.rand(heads, generator=generator) * 8, *(torch.randn(heads, generator=generator) for _ in "db")
     wanted = here.ssd_scan(conv_out, dt[:, 3:], scales, a, d, bias, batch)
-    moved_scales = replace(scales, conv_out=scales.conv_out.to(device))
+    moved_scales = replace(scales, conv_out=scales.conv_out.to(device), zero=zeros.to(device))
     inputs = (padded(conv_out, device), padded(dt, device)[:, 3:], moved_scales)
     assert close(there.ssd_scan(*inputs, *on(device, a, d, bias), moved), wanted)
     weight = torch.randn(e, generator=generator)

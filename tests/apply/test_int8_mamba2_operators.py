@@ -51,7 +51,8 @@ def test_epilogue_multiplies_by_the_columns_factor_first():
 
 
 @pytest.mark.parametrize("decoded", [False, True])
-def test_convolution_codes_by_channel(decoded):
+@pytest.mark.parametrize("affine", [False, True])
+def test_convolution_codes_by_channel(decoded, affine):
     generator = np.random.default_rng(1)
     channels, width, first = 150, 4, 7
     offsets = np.array([0, 7, 7, 8, 40]) if not decoded else np.arange(0, 4 * 30 + 1, 4)
@@ -59,6 +60,8 @@ def test_convolution_codes_by_channel(decoded):
     weight, bias = codes(generator, channels, width), codes(generator, channels)
     s_x, s_w, s_b, s_out = (generator.uniform(*r, channels).astype(np.float32) for r in ((0.01, 0.05),) * 4)
     shared = (weight.T.astype(np.float32).copy(), s_w * s_x, bias.astype(np.float32) * s_b, s_out)
+    zero_point = generator.integers(-128, 100, channels) if affine else np.zeros(channels, np.int64)
+    shared += (zero_point.astype(np.float32),)
     arguments = [v.astype(np.float64) for v in (s_x, s_w, s_b, s_out)]
     read = x[:, first : first + channels]
     valued = twin.conv(read, weight.astype(np.int64), bias.astype(np.int64), *arguments, offsets)
@@ -72,7 +75,7 @@ def test_convolution_codes_by_channel(decoded):
     else:
         out = np.empty((offsets[-1], channels), np.int8)
         kernels.conv_silu_int8(x, first, *shared, offsets, out)
-    assert twin.few(twin.check_codes(out, valued, twin.half_away), valued)
+    assert twin.few(twin.check_codes(out, valued, twin.shifted(zero_point)), valued)
 
 
 def test_convolutions_round_once_and_ties_away():
@@ -80,7 +83,7 @@ def test_convolutions_round_once_and_ties_away():
     x, one = np.array([[100]], np.int8), np.ones(1, np.float32)
     for decoded in (False, True):
         out = np.empty((1, 1), np.int8)
-        arguments = (one[:, None], 100 * one, 0 * one, 4000 * one)
+        arguments = (one[:, None], 100 * one, 0 * one, 4000 * one, 0 * one)
         if decoded:
             kernels.conv_update_int8(x, 0, np.zeros((1, 1, 1), np.int8), *arguments, out)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import int8_twin as twin
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from hypothesis import strategies as st
 from quambase.apply.int8 import arithmetic as int8
 from quambase.apply.int8 import host_kernels as kernels
 from quambase.apply.int8.host_operators import HostInt8Operators
+from quambase.apply.int8.operators import ScanScales
 from quambase.model.hadamard import hadamard
 from quambase.model.operators.interface import OperatorSizes
+from quambase.model.packed_batch import Batch, PlacedBatch
 
 OPERATORS = HostInt8Operators(OperatorSizes(d_model=16, d_inner=32, d_state=4, d_conv=4))
 
@@ -168,9 +172,11 @@ def test_norm_rounds_ties_to_even():
 OFFSETS = np.array([0, 7, 7, 8, 40])  # an empty document and one of a single token among them
 
 
-def test_convolution_codes():
+@pytest.mark.parametrize("affine", [False, True])
+def test_convolution_codes(affine):
     generator = np.random.default_rng(8)
     channels, width = 150, 4  # more than one block of channels
+    zero_point = generator.integers(-120, 100, channels) if affine else np.zeros(channels, np.int64)
     x = codes(generator, 40, 2 * channels)
     weight, bias = codes(generator, channels, width), codes(generator, channels)
     s_x, s_w, s_b, s_out = (float(np.float32(s)) for s in (0.031, 0.0062, 0.0094, 0.017))
@@ -182,11 +188,13 @@ def test_convolution_codes():
         np.full(channels, np.float32(s_w) * np.float32(s_x)),
         bias.astype(np.float32) * np.float32(s_b),
         np.full(channels, s_out, np.float32),
+        zero_point.astype(np.float32),
         OFFSETS,
         out,
     )
     valued = twin.conv(x[:, :channels], weight.astype(np.int64), bias.astype(np.int64), s_x, s_w, s_b, s_out, OFFSETS)
-    assert twin.few(twin.check_codes(out, valued, twin.half_away), valued)
+    assert twin.few(twin.check_codes(out, valued, twin.shifted(zero_point)), valued)
+    assert (out == 127).any() and (out == -128).any() == affine
 
 
 def test_convolution_rounds_once_and_ties_away():
@@ -195,8 +203,43 @@ def test_convolution_rounds_once_and_ties_away():
     x = np.array([[100]], np.int8)
     out = np.empty((1, 1), np.int8)
     one = np.ones(1, np.float32)
-    kernels.conv_silu_int8(x, 0, one[:, None], 100 * one, 0 * one, 4000 * one, np.array([0, 1]), out)
-    assert out[0, 0] == 3
+    for zero_point in (0, -100, 126):
+        arguments = (one[:, None], 100 * one, 0 * one, 4000 * one, zero_point * one)
+        kernels.conv_silu_int8(x, 0, *arguments, np.array([0, 1]), out)
+        assert out[0, 0] == min(3 + zero_point, 127)
+
+
+def test_an_offset_is_subtracted_from_the_integer_sums():
+    """Of codes with a zero point z the product is that of code - z, exactly, beyond 2^24 too."""
+    generator = np.random.default_rng(12)
+    x, weight = codes(generator, 9, 3000), codes(generator, 7, 3000)
+    x[0], weight[0] = -128, 127
+    zero_point = -113
+    exact = (x.astype(np.int64) - zero_point) @ weight.astype(np.int64).T
+    offset = torch.from_numpy(zero_point * weight.astype(np.int32).sum(1, dtype=np.int32))
+    prepared = int8.Int8Weight(torch.from_numpy(weight), 1.0)
+    np.testing.assert_array_equal(int8.matmul(torch.from_numpy(x), prepared, offset).numpy(), exact.astype(np.float32))
+    first = float(np.float32(1 / np.abs(exact).mean()))
+    found = OPERATORS.linear_to_int8(torch.from_numpy(x), prepared, first, 50.0, False, offset)
+    scaled = np.float32(np.float32(exact.astype(np.float32) * np.float32(first)) * np.float32(50))
+    np.testing.assert_array_equal(found.numpy(), np.clip(np.rint(scaled), -128, 127))
+
+
+def test_a_scan_reads_codes_without_their_zero_point():
+    generator = np.random.default_rng(13)
+    batch = PlacedBatch.of(Batch.pack([[0] * 7, [0] * 5]), torch.device("cpu"))
+    u, delta, z = (torch.from_numpy(codes(generator, 12, 20)) for _ in range(3))
+    bc = torch.from_numpy(codes(generator, 12, 8))
+    a, d = -torch.rand(4, 20), torch.rand(20)
+    values = (u.float() + 90).clamp(max=127)  # codes of the same values with the zero point 90
+    inside = values == u.float() + 90
+    scales = ScanScales(0.02, 0.03, 0.01, 0.04, 1.0)
+    rest = (delta, bc, z)
+    u = torch.where(inside, u, 0)
+    plain = OPERATORS.selective_scan(u, *rest, scales, a, d, torch.zeros(20), batch)
+    shifted = (u + 90).to(torch.int8)
+    affine = OPERATORS.selective_scan(shifted, *rest, replace(scales, u_zero=90), a, d, torch.zeros(20), batch)
+    np.testing.assert_array_equal(plain.numpy(), affine.numpy())
 
 
 def test_decoded_convolution_codes_and_window():
@@ -216,6 +259,7 @@ def test_decoded_convolution_codes_and_window():
         np.full(channels, np.float32(s_w) * np.float32(s_x)),
         bias.astype(np.float32) * np.float32(s_b),
         np.full(channels, s_out, np.float32),
+        np.zeros(channels, np.float32),
         out,
     )
     np.testing.assert_array_equal(window, expected)

@@ -226,6 +226,7 @@ def test_quamba1s_convolution(contracted: bool, upstream: Upstream, device: torc
         (scales[1] * scales[0]).expand(E).contiguous(),
         bias.float() * scales[2],
         scales[3].expand(E).contiguous(),
+        torch.zeros(E),
     )
     wanted = HostInt8Operators(SIZES).conv_silu(x, *vectors, here)
     ours = CudaInt8Operators(device, SIZES).conv_silu(x.to(device), *(v.to(device) for v in vectors), there)
@@ -381,7 +382,7 @@ def test_quamba2s_convolution(contracted: bool, upstream: Upstream, device: torc
     parts = [("x", e), ("B", w), ("C", w)]
     scale_wx = torch.cat([(s[f"scale_w{n}"] * s[f"scale_{n}"]).expand(width) for n, width in parts])
     bias_float = bias.float() * torch.cat([s[f"scale_b{n}"].expand(width) for n, width in parts])
-    vectors = (weight.T.float().contiguous(), scale_wx, bias_float, scale_out)
+    vectors = (weight.T.float().contiguous(), scale_wx, bias_float, scale_out, torch.zeros(len(scale_out)))
     sizes = OperatorSizes(32, e, states, 4, headdim, ngroups)
     wanted = HostInt8Operators(sizes).conv_silu(x, *vectors, here)
     ours = CudaInt8Operators(device, sizes).conv_silu(held[0], *(v.to(device) for v in vectors), there)

@@ -150,6 +150,11 @@ def test_a_change_is_seen_by_what_reads_the_site_and_by_nothing_before(family: s
             # In Mamba-2 z and dt leave in_proj beside the convolution's input: what is listed earlier may be later.
             if earlier.startswith("in_proj"):
                 assert torch.equal(seen[earlier], before[1, earlier]), (site.name, earlier)
-    asked = []
-    model.hidden(Batch.pack(DOCUMENTS), change=lambda layer, name, values: asked.append(name) or values)
+    asked: list[str] = []
+
+    def note(layer: int, name: str, values: torch.Tensor) -> torch.Tensor:
+        asked.append(name)
+        return values
+
+    model.hidden(Batch.pack(DOCUMENTS), change=note)
     assert set(asked) == {site.name for site in sites} and len(asked) == 2 * len(sites)

@@ -9,6 +9,7 @@ arithmetic in any of the allowed orders can make. ``u`` is float32's unit roundo
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,17 @@ def half_away(value: Real) -> Int:
     """Saturating code, ties away from zero: C's roundf."""
     rounded = [int(abs(x) + 0.5) * (1 if x >= 0 else -1) for x in value.ravel().tolist()]
     return np.array([min(127, max(-128, x)) for x in rounded], np.int64).reshape(value.shape)
+
+
+def shifted(zero_point: Int) -> Callable[[Real], Int]:
+    """Saturating codes with zero points (channels,): ties away from zero, then the zero point is added."""
+
+    def rounding(value: Real) -> Int:
+        rounded = [int(abs(x) + 0.5) * (1 if x >= 0 else -1) for x in value.ravel().tolist()]
+        found: Int = np.array(rounded, np.int64).reshape(value.shape) + zero_point
+        return np.minimum(np.maximum(found, -128), 127)
+
+    return rounding
 
 
 def wrap(value: Real) -> Int:
