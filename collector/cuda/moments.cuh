@@ -137,7 +137,8 @@ __device__ __forceinline__ void accumulate(
     auto fetch_rows = [&](int stage) {
 #pragma unroll
         for (int k = 0; k < ROWS; k++) {
-            if (next + k * height < last) fetch<AT_ONCE>(places + (stage * ROWS + k) * FORMING, at + k * step, channels);
+            Quad* to = places + (stage * ROWS + k) * FORMING;
+            if (next + k * height < last) fetch<AT_ONCE>(to, at + k * step, channels);
         }
         end_copies();
         next += ROWS * height;

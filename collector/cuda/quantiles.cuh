@@ -104,8 +104,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) summarise(const __grid_con
     float* out = b.sites[site].summaries + ((i64)document * (groups + 1) + group) * (1 + quantiles);
     if (total == 0) {
         if (of_document) {
-            if (threadIdx.x <= quantiles) out[threadIdx.x] = __uint_as_float(0x7fc00000u);
-            if (groups == 1 && threadIdx.x <= quantiles) out[1 + quantiles + threadIdx.x] = __uint_as_float(0x7fc00000u);
+            const float nan = __uint_as_float(0x7fc00000u);
+            if (threadIdx.x <= quantiles) out[threadIdx.x] = nan;
+            if (groups == 1 && threadIdx.x <= quantiles) out[1 + quantiles + threadIdx.x] = nan;
         } else if (threadIdx.x < 4) {
             b.thresholds[4 * (s.first_group + group) + threadIdx.x] = 0;
         }
