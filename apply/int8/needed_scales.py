@@ -123,7 +123,7 @@ def describe(
     otherwise: str = DEFAULT_OTHERWISE,
     granularity: str | None = None,
 ) -> str:
-    """The name of a strategy in results: ``mse@x_proj:input/quamba`` with ``at``; ``mse (tensor)`` with a granularity."""
+    """A strategy's name in results: ``mse@x_proj:input/quamba`` with ``at``; ``mse (tensor)`` with a granularity."""
     mix = f"{strategy}@{','.join(at)}/{otherwise}" if at else strategy
     return mix if granularity is None else f"{mix} ({granularity})"
 

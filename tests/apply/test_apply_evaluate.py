@@ -305,7 +305,7 @@ def test_a_device_without_enough_memory(world: Any, tmp_path: Path, monkeypatch:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_cuda_it_cannot_be_asked_for(world: Any, tmp_path: Path) -> None:
-    with pytest.raises(DataInvalid, match="finds no CUDA device here; leave out --device, or say cpu"):
+    with pytest.raises(DataInvalid, match="finds no CUDA device here; leave out --device, or use cpu"):
         run(world, tmp_path, strategies=["tight"], device="cuda")
 
 
