@@ -1,4 +1,4 @@
-"""Scale table -> INT8 Quamba model, and its evaluation.
+"""Builds an INT8 Quamba model from a scale table, and evaluates it.
 
 `apply.apply` writes a model folder, `evaluate.evaluate` scores models per document, `summary.summarize` compares them.
 The package itself can be called: ``quambase.apply("scales.parquet")`` is `quambase.apply.apply.apply`.
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class _Callable(ModuleType):
-    """``quambase.apply`` names a package and a function. The package is imported, so it is made callable."""
+    """``quambase.apply`` is the name of a package and of a function, so the imported package is made callable."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """See `quambase.apply.apply.apply`."""

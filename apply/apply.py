@@ -1,4 +1,4 @@
-"""From a scale table to an INT8 model folder."""
+"""Makes an INT8 model folder from a scale table."""
 
 from __future__ import annotations
 
@@ -42,16 +42,18 @@ class Applied:
 
 
 def load_source(table: ScaleTable, model: str | Path | None) -> LoadedModel:
-    """The float model of a scale table, by its provenance or by name; ScalesInvalid if it is another."""
+    """The float model of a scale table, found by ``model`` or by the table's provenance. ScalesInvalid: it is another
+    model.
+    """
     loaded = load_named(table.model.name, str(table.model.path), model)
     check_model(table, loaded.weights_sha256, loaded.name)
     return loaded
 
 
 def load_named(name: str, path: str, model: str | Path | None) -> LoadedModel:
-    """Load the float model ``model``; if that is None, the one that was recorded as ``name``, found at ``path``.
+    """Load the float model ``model`` or, if that is None, the one recorded as ``name`` at ``path``.
 
-    ModelNotFound: it is not at ``path`` any more.
+    ModelNotFound: it is no longer at ``path``.
     """
     if model is not None:
         return load_model(str(model))
@@ -61,8 +63,8 @@ def load_named(name: str, path: str, model: str | Path | None) -> LoadedModel:
         return load_model(name)
     except ModelNotFound as error:
         raise ModelNotFound(
-            f"the model {name} was at {path} when it was collected, and is not there; give its folder with --model "
-            f"({error})"
+            f"the model {name} was at {path} when it was collected, and is no longer there; name its folder with "
+            f"--model ({error})"
         ) from None
 
 
@@ -83,12 +85,12 @@ def apply(
     """Load one strategy's scales into the INT8 model and write it to ``out`` (default ``db/models/<id>``).
 
     strategy     a label of the table, or "selected": each site's selected row
-    at           use it only at these sites, and ``otherwise`` at the others
+    at           use ``strategy`` only at these sites, and ``otherwise`` at the others
     granularity  the finest division of a Mamba-2's sites to use; None: the table's finest
-    compat       None, or "upstream": its wrapping Hadamard quantizer and embedding maximum
-    model        the floating-point model, if it is not where the scale table says
-    An existing ``out`` must be empty or an INT8 model's folder.
-    Errors: OutputRefused, ScalesInvalid, UnknownName, ModelNotFound, CheckpointInvalid.
+    compat       None, or "upstream": reproduce its wrapping Hadamard quantizer and its embedding maximum
+    model        the floating-point model, if it is not at the path in the scale table An existing ``out`` must be empty
+                 or an INT8 model's folder.
+                 Errors: OutputRefused, ScalesInvalid, UnknownName, ModelNotFound, CheckpointInvalid.
     """
     db, out = local_folder(db), None if out is None else Path(out)
     if out is not None:
@@ -129,7 +131,7 @@ def apply(
 
 
 def _rows_of(table: ScaleTable, labels: Collection[str]) -> pa.Table:
-    """The rows of these labels; every selected row where "selected" is among them."""
+    """The rows of these labels, and every selected row if "selected" is among them."""
     wanted = pc.is_in(table.table["label"], value_set=pa.array(sorted(labels), pa.string()))
     if SELECTED in labels:
         wanted = pc.or_(wanted, table.table["selected"])

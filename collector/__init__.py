@@ -1,1 +1,1 @@
-"""Model and text to one run: taps, counting, accumulation, part files and resume, writing; import of saved tensors."""
+"""Makes a run of a model and a text: taps, counting, accumulation, resume, tables; imports saved tensors."""

@@ -1,7 +1,7 @@
-"""A block's rows of `documents` and `activations`, made in one go from all that was kept of it.
+"""Makes a block's rows of `documents` and `activations` from its summaries and stored values.
 
-While Python makes rows, the thread that queues kernels for a GPU waits. What is alike in every block is therefore
-worked out once, and rows are gathered by one compiled loop.
+While Python makes rows, the thread that queues kernels for a GPU waits for the interpreter. Whatever is equal in all
+blocks is therefore computed once, and one compiled loop gathers the rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Layouts = Mapping[SiteKey, SiteLayout]
 def documents_rows(
     run: str, documents: Sequence[TokenizedDocument], layouts: Layouts, flat: Float32, starts: Sequence[int]
 ) -> pa.Table:
-    """A block's rows of `documents`; flat from ``starts[i]`` on: the summaries (documents, groups + 1, 1 + q:
+    """A block's rows of `documents`. At ``flat[starts[i]:]`` begin the summaries (documents, groups + 1, 1 + q:
     SUMMARY_COLUMNS) of the i-th site of ``layouts``, the whole site last.
     """
     order = _documents_order(run, tuple(layouts.items()), tuple(starts), len(documents))
@@ -42,11 +42,11 @@ def documents_rows(
 
 @dataclass(frozen=True)
 class _DocumentsOrder:
-    """Of a block's rows of `documents`, what is alike in every block of as many documents.
+    """What the rows of `documents` have in common in all blocks of equally many documents.
 
-    keys       the columns of the key
+    keys       the key columns
     documents  (rows,) a row's document in the block
-    places     (1 + q, rows) of its values among the summaries
+    places     (1 + q, rows) indices of a row's values in the flat summaries
     """
 
     keys: dict[str, object]
@@ -58,7 +58,7 @@ class _DocumentsOrder:
 def _documents_order(
     run: str, layouts: tuple[tuple[SiteKey, SiteLayout], ...], starts: tuple[int, ...], documents: int
 ) -> _DocumentsOrder:
-    """Remembered for the blocks of full size and for the last."""
+    """Cached for the blocks of full size and for the last."""
     keyed: list[tuple[SiteKey, str]] = []
     rows: list[Int64] = []
     columns = len(SUMMARY_COLUMNS)
@@ -73,7 +73,7 @@ def _documents_order(
 
 
 class KeptRows(NamedTuple):
-    """Raw values (places, width) of a site, at the places of a ``span`` of documents."""
+    """Raw values (places, width) of a site; ``span``: index of the list of their places."""
 
     key: SiteKey
     span: int
@@ -81,7 +81,7 @@ class KeptRows(NamedTuple):
 
 
 PIECE = 1 << 24
-"""Values from which on a new piece of `activations` begins: Arrow's lists have 32-bit offsets."""
+"""Number of values after which a new piece of `activations` begins: Arrow's lists have 32-bit offsets."""
 
 
 def activations_rows(
@@ -94,15 +94,15 @@ def activations_rows(
 ) -> pa.Table:
     """A block's rows of `activations`: raw float32 values, a row for each place and group.
 
-    kept    in the order in which their values come
-    same    a site whose values are another's, and which
+    kept    in the order of their values
+    same    maps a site to the site that has the same values
     places  of each span: (places, 2) int64, document and position
-    values  flat arrays, each of the values of some of ``kept``, whole ones
+    values  flat arrays, each the values of one or more entries of ``kept``
     """
     parts = tuple((part.key, layouts[part.key], part.span, part.width) for part in kept)
     order = _entries_order(parts, tuple((key, layouts[key], source) for key, source in same.items()))
     source = _Source.of(order, places, values)
-    # Of every group: its rows, and in how many values they are.
+    # Per group: its number of rows, and the number of their values.
     rows = source.counts[order.parts]
     of_groups = np.bincount(order.groups, rows, len(order.keys)).astype(np.int64)
     sizes = np.bincount(order.groups, rows * order.sizes, len(order.keys)).astype(np.int64)
@@ -111,12 +111,12 @@ def activations_rows(
         for first, last in _borders(sizes)
         if of_groups[first:last].any()
     ]
-    # An empty piece beside the others would have dictionaries of its own to be unified.
+    # Empty pieces are left out, since each would add dictionaries that have to be unified.
     return pa.concat_tables(pieces) if pieces else as_made(ACTIVATIONS).empty_table()
 
 
 def _borders(sizes: Int64) -> list[tuple[int, int]]:
-    """Runs of groups, first to last + 1, each of which ends with the group that brings its values above PIECE."""
+    """Runs of groups, first to last + 1. A run ends with the group that raises its number of values above PIECE."""
     found: list[tuple[int, int]] = []
     first = held = 0
     for group, size in enumerate(sizes.tolist()):
@@ -129,11 +129,11 @@ def _borders(sizes: Int64) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the values of ``kept`` lie.
+    """Locates the values of the parts, which are the entries of ``kept``.
 
     values  flat arrays
-    array   (parts,) which of them has a part's values, and ``bases`` (parts,) from where on
-    counts  (parts,) how many places a part has, and ``named`` (parts,) where they begin in ``places``
+    array   (parts,) the array that has a part's values; ``bases`` (parts,): their offset in it
+    counts  (parts,) a part's number of places; ``named`` (parts,): their offset in ``places``
     places  (all, 2) document and position
     """
 
@@ -146,12 +146,12 @@ class _Source:
 
     @classmethod
     def of(cls, order: _EntriesOrder, places: Sequence[Int64], values: Sequence[Float32]) -> _Source:
-        """Of the parts in ``order``."""
+        """For the parts of ``order``."""
         sizes = np.array([len(of_span) for of_span in places], np.int64)
         counts = sizes[order.spans]
         starts = np.cumsum(counts * order.widths) - counts * order.widths
         ends = np.cumsum([0, *(array.size for array in values)])
-        # A part without values may seem to begin in an array that is not there.
+        # The offset of a part without values may be beyond the last array.
         array = (np.searchsorted(ends, starts, side="right") - 1).clip(max=max(len(values) - 1, 0))
         named = (np.cumsum(sizes) - sizes)[order.spans]
         return cls(values, array, starts - ends[array], counts, named, np.concatenate([_NO_PLACES, *places]))
@@ -164,7 +164,7 @@ def _piece(run: str, order: _EntriesOrder, source: _Source, of_groups: Int64, gr
     """The rows of some consecutive groups."""
     entries = slice(*np.searchsorted(order.groups, [groups.start, groups.stop]))
     parts, firsts, sizes = order.parts[entries], order.firsts[entries], order.sizes[entries]
-    # Of every entry: how many rows; of every row: its entry, and which of the part's places it is.
+    # Per entry: its number of rows. Per row: its entry, and its index among the part's places.
     rows = source.counts[parts]
     of_rows = np.arange(rows.size, dtype=np.int64).repeat(rows)
     within: Int64 = np.arange(of_rows.size, dtype=np.int64) - (np.cumsum(rows) - rows)[of_rows]
@@ -191,7 +191,7 @@ def _piece(run: str, order: _EntriesOrder, source: _Source, of_groups: Int64, gr
         "position": positions,
         "values": pa.ListArray.from_arrays(offsets, out),
     }
-    # Words of no row would be in the file's dictionaries.
+    # Groups without rows are left out, or their names would be in the file's dictionaries.
     counts = of_groups[groups]
     keys = tuple(key for key, count in zip(order.keys[groups], counts.tolist(), strict=True) if count)
     return table_of(known_keys(run, keys).columns(counts[counts > 0]) | columns, ACTIVATIONS)
@@ -199,13 +199,14 @@ def _piece(run: str, order: _EntriesOrder, source: _Source, of_groups: Int64, gr
 
 @dataclass(frozen=True)
 class _EntriesOrder:
-    """What is alike in blocks of which the same was kept. An entry is a group of a site and one of the site's parts; in
-    the order of the tables.
+    """What blocks with equal ``kept`` have in common. An entry is a site's group in one of the site's parts; entries
+    are in the order of the tables.
 
-    spans, widths  (parts,) of each part
-    keys           of the groups, and their names
-    groups, parts  (entries,) the numbers of an entry's group and part
-    columns        flat: which of a place's values are a group's; ``sizes`` (entries,) from ``firsts`` (entries,) on
+    spans, widths  (parts,) as in `KeptRows`
+    keys           each group's site and name
+    groups, parts  (entries,) indices of an entry's group and part
+    columns        flat: indices of a group's values among those of a place; an entry has ``sizes`` of them, from
+                   ``firsts`` on, both (entries,)
     """
 
     spans: Int64
@@ -222,8 +223,8 @@ class _EntriesOrder:
 def _entries_order(
     parts: tuple[tuple[SiteKey, SiteLayout, int, int], ...], same: tuple[tuple[SiteKey, SiteLayout, SiteKey], ...]
 ) -> _EntriesOrder:
-    """Remembered for blocks whose head comes in as many pieces; parts: key, layout, span, width; same: key, layout,
-    source.
+    """Cached, since blocks differ only in the number of the head's chunks; parts: key, layout, span, width; same: key,
+    layout, source.
     """
     sites: dict[SiteKey, SiteLayout] = {key: layout for key, layout, _, _ in parts}
     numbers: dict[SiteKey, list[int]] = {key: [] for key in sites}

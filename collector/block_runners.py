@@ -1,4 +1,4 @@
-"""Running a block and adding it to a run's statistics: on the host, or on a device that goes on while rows are made."""
+"""Runs blocks and adds them to a run's statistics: on the host, or on a device, which continues while rows are made."""
 
 from __future__ import annotations
 
@@ -33,43 +33,46 @@ from quambase.schema.errors import DataInvalid, UnknownName
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 Write = Callable[[int, pa.Table, pa.Table], None]
-"""Takes a block's number and its rows of `documents` and `activations`."""
+"""Receives a block's number and its rows of `documents` and `activations`."""
 
 Sums = Callable[[int, npt.NDArray[np.float64]], None]
-"""Takes a block's number and its own `quambase.collector.statistics.BlockStatistics.sums`."""
+"""Receives a block's number and its `quambase.collector.statistics.BlockStatistics.sums`."""
 
 AHEAD = 2
-"""Blocks that may be queued behind the one that the device works on. With many more, its queue would be full, and
-launches would wait.
+"""Blocks that may be queued behind the one that the device computes. With many more its queue would be full, and
+launches would block.
 """
 
 UNWRITTEN = 4
-"""Blocks whose rows ``write`` may not have taken yet while the device goes on."""
+"""Blocks that may be unwritten while the device continues."""
 
 WRITERS = 3
-"""Threads that make rows, which takes longer than a block takes a device."""
+"""Threads that make rows: for one block that takes longer than the device needs to compute it."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the model runs, and in which type its forward pass: float32 on the CPU, float16 or float32 on CUDA."""
+    """The device that a model runs on, and the dtype of its forward pass: float32 on the CPU, float16 or float32 on
+    CUDA.
+    """
 
     device: torch.device
     dtype: str
 
     def identity(self) -> dict[str, str]:
-        """What of it determines a run's bytes."""
+        """The part of it that determines a run's bytes."""
         return {"device": self.device.type, **({"forward_dtype": self.dtype} if self.device.type != "cpu" else {})}
 
     def described(self) -> dict[str, str]:
-        """What the manifest says of the machine beside that: the CUDA device's name."""
+        """What the manifest adds about the machine: the CUDA device's name."""
         return {"cuda": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}
 
 
 def choose_placement(device: str = "auto", dtype: str | None = None) -> Placement:
-    """What ``--device`` and ``--dtype`` mean here: CUDA if there is any, and there float16, as upstream runs the model.
+    """The placement that ``--device`` and ``--dtype`` name. By default CUDA if there is a device, in float16, as
+    upstream runs the model.
 
-    UnknownName: another device or type; DataInvalid: CUDA where there is none, float16 on the CPU.
+    UnknownName: no such device or dtype; DataInvalid: no CUDA device, or float16 on the CPU.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UnknownName.of("dtype", dtype, DTYPES)
@@ -77,20 +80,20 @@ def choose_placement(device: str = "auto", dtype: str | None = None) -> Placemen
     if where.type == "cuda":
         return Placement(where, dtype or "float16")
     if dtype == "float16":
-        raise DataInvalid("the CPU runs the model in float32; leave out --dtype float16, or say --device cuda")
+        raise DataInvalid("the CPU runs the model in float32; leave out --dtype float16, or use --device cuda")
     return Placement(where, "float32")
 
 
 def take_local_device(environment: Mapping[str, str]) -> None:
-    """Under torchrun: make this process's own GPU of the machine's the current one, which `choose_placement` takes."""
+    """Under torchrun: make this process's own GPU the current one, which `choose_placement` then chooses."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 @dataclass(frozen=True)
 class BlockOutputs:
-    """What is made of every block beside the run's statistics: its rows, as those of the run ``run``, and its sums;
-    ``kept``: whose activations are among the rows.
+    """What is made of every block besides the run's statistics: its rows (of the run ``run``) for ``write``, its sums
+    for ``sums``. ``kept``: the tokens whose activations are among the rows.
     """
 
     run: str = ""
@@ -110,16 +113,16 @@ class BlockRunner(AbstractContextManager["BlockRunner"]):
         """Run one block. TapNeverFired; whatever ``write`` raises, perhaps at a later block."""
 
     def settle(self) -> None:
-        """Wait until every block so far is observed and ``write`` has taken its rows."""
+        """Wait until every block so far is observed and its rows are written."""
 
     @abstractmethod
     def statistics(self) -> RunStatistics:
-        """Of all blocks so far, on the host; ``write`` may not have taken the rows of the last ones yet."""
+        """The statistics of all blocks so far, on the host; rows of the last blocks may not be written yet."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go of everything."""
+        """Release all resources."""
 
 
 def _packed(documents: Sequence[TokenizedDocument]) -> Batch:
@@ -127,7 +130,7 @@ def _packed(documents: Sequence[TokenizedDocument]) -> Batch:
 
 
 class HostBlockRunner(BlockRunner):
-    """On the CPU, block after block."""
+    """Runs blocks on the CPU, one after another."""
 
     def __init__(self, model: LanguageModel, statistics: RunStatistics, outputs: BlockOutputs) -> None:
         self.model, self.outputs, self._statistics = model, outputs, statistics
@@ -154,15 +157,16 @@ class HostBlockRunner(BlockRunner):
 
 @cache
 def _observing(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which a device's blocks are observed: of higher priority than the counter's own, whose kernels take
-    what the model's leave idle. One for all runners, since memory that was freed goes to its own stream only.
+    """The stream on which a device's blocks are observed. Its priority is above that of the counter's stream, whose
+    kernels use the multiprocessors that the model's leave idle. One for all runners, since PyTorch reuses freed memory
+    only on the stream that allocated it.
     """
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 class CudaBlockRunner(BlockRunner):
-    """On a device, whose queue is kept full: a block's tables are made and written by other threads, while it works on
-    later ones.
+    """Runs blocks on a device and keeps its queue filled: other threads make and write a block's rows while the device
+    computes later blocks.
     """
 
     def __init__(self, model: LanguageModel, statistics: RunStatistics, outputs: BlockOutputs) -> None:
@@ -180,8 +184,8 @@ class CudaBlockRunner(BlockRunner):
         self._unwritten: deque[Future[None]] = deque()
 
     def __enter__(self) -> CudaBlockRunner:
-        """Until the end Python looks through no object that is there now: doing so takes it as long as some blocks take
-        the device, which would wait.
+        """Exclude existing objects from garbage collection until the end: one pass takes as long as several blocks, and
+        the device would idle.
         """
         gc.freeze()
         return self
@@ -200,12 +204,14 @@ class CudaBlockRunner(BlockRunner):
         self._await_written(UNWRITTEN)
 
     def _hand_over(self, ahead: int) -> None:
-        """Have the rows of every block made that has come to the host; wait until all have come but ``ahead``."""
+        """Start making the rows of every block that was copied to the host; wait until at most ``ahead`` blocks were
+        not.
+        """
         while self._observed and (self._observed[0][1].is_here() or len(self._observed) > ahead):
             self._unwritten.append(self._writer.submit(self._write, *self._observed.popleft()))
 
     def _await_written(self, ahead: int) -> None:
-        """Wait until the rows of all blocks are taken but those of ``ahead``."""
+        """Wait until at most ``ahead`` blocks are unwritten."""
         while self._unwritten and len(self._observed) + len(self._unwritten) > ahead:
             self._unwritten.popleft().result()
 
@@ -230,7 +236,7 @@ class CudaBlockRunner(BlockRunner):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Have the rows of all blocks taken, unless something failed; raises what went wrong with that."""
+        """Wait until all rows are written, unless an error ended the run; raises the errors of writing."""
         gc.unfreeze()
         try:
             if error is None:
@@ -245,7 +251,7 @@ def new_block_runner(
     statistics: RunStatistics,
     outputs: BlockOutputs = NO_OUTPUTS,
 ) -> BlockRunner:
-    """A runner of prepared ``weights`` that goes on from ``statistics``; a warning where kernels do not compile."""
+    """A runner of prepared ``weights`` that adds to ``statistics``. Warns if kernels do not compile."""
     model = floating_model(weights, where.device, DTYPES[where.dtype], rotated=True)
     if where.device.type == "cpu":
         return HostBlockRunner(model, statistics, outputs)

@@ -1,4 +1,4 @@
-"""A run's statistics up to some block in one file, replaced atomically: what a killed run resumes from."""
+"""A killed run resumes from a checkpoint: its statistics up to some block in one file, replaced atomically."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def save_checkpoint(folder: Path, blocks: int, statistics: RunStatistics, files:
 
 
 def load_checkpoint(folder: Path, layouts: Mapping[SiteKey, SiteLayout], most: int) -> Checkpoint:
-    """What `save_checkpoint` wrote; of no block where there is none. DatabaseInvalid if the file is damaged."""
+    """Read what `save_checkpoint` wrote; a checkpoint of no block if there is none. DatabaseInvalid: the file is
+    damaged.
+    """
     statistics = RunStatistics.empty(layouts, most)
     path = folder / CHECKPOINT
     if not path.exists():

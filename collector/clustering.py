@@ -16,9 +16,10 @@ from quambase.schema.errors import UnknownName
 from quambase.schema.groups import LayerGroups
 
 Variant = Literal["fixed", "quamba2"]
-"""``quamba2`` does what upstream's code does: it orders heads by an unstable sort of their labels and takes the heads
-at a head group's *new* places out of the *old* order, so channel groups come from the wrong heads. ``fixed`` sorts
-stably and takes the group's own heads."""
+"""``quamba2`` does what upstream's code does: it orders heads by an unstable sort of their labels, and indexes the
+*old* order with a head group's *new* positions, so channel groups are formed from the wrong heads. ``fixed`` sorts
+stably and uses the group's own heads.
+"""
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
@@ -40,8 +41,8 @@ def layer_groups(
     """The groups of one layer.
 
     statistics (e,): non-negative, one per channel of x in the model's order: the largest over documents of the mean
-    absolute value (``mean_abs_max`` of `channels`). Fewer heads or channels than groups make a group each. Errors:
-    UnknownName for another variant.
+    absolute value (``mean_abs_max`` of `channels`). If there are fewer heads or channels than groups, each makes a
+    group. UnknownName: no such variant.
     """
     if variant not in VARIANTS:
         raise UnknownName.of("grouping", variant, VARIANTS)
@@ -50,7 +51,7 @@ def layer_groups(
     order = np.argsort(per_head, axis=-1, kind="stable")
     ascending = np.take_along_axis(per_head, order, axis=-1)
     norms = np.linalg.norm(ascending, axis=-1, keepdims=True)
-    # A dead head has no shape: all zeros, where upstream's division gives NaN.
+    # A head of zeros gets the shape 0; upstream's division gives NaN.
     shapes = ascending / np.where(norms > 0, norms, np.float32(1))
     head_index: list[int] = []
     channel_index: list[int] = []
@@ -72,14 +73,14 @@ def layer_groups(
 
 
 def _cluster_heads(shapes: Float32, most: int) -> npt.NDArray[np.int64]:
-    """(heads,) labels 0 .. clusters - 1 of shapes (heads, p), each of them taken: Ward's linkage, Euclidean."""
+    """(heads,) labels of shapes (heads, p) by Ward's linkage, Euclidean; each of 0 .. clusters - 1 occurs."""
     clusters = min(most, len(shapes))
     if clusters == len(shapes):
         return np.arange(clusters)  # nothing to cluster, and the clusterer refuses a single head
-    from sklearn.cluster import AgglomerativeClustering  # which takes a second to load, and most runs group nothing
+    from sklearn.cluster import AgglomerativeClustering  # slow to import, and most runs form no groups
 
     with warnings.catch_warnings():
-        # As many dead heads as channels are a square of zeros, which scipy takes for a matrix of distances.
+        # As many heads of zeros as channels are a square matrix, which scipy mistakes for distances.
         warnings.filterwarnings("ignore", message=".*uncondensed distance matrix")
         found = AgglomerativeClustering(n_clusters=clusters, metric="euclidean", linkage="ward").fit(shapes)
     labels: npt.NDArray[np.int64] = found.labels_.astype(np.int64)
@@ -90,8 +91,8 @@ def _channel_sizes(shapes: Float32, most: int) -> tuple[int, ...]:
     """Sizes of consecutive runs of sorted channels, by k-means of the columns of shapes (heads, p).
 
     Starting from ordered centres, labels ascend: columns ascend in every head, so which of two ordered centres is
-    nearer changes once along them, and the means of consecutive columns are ordered again. Equal columns break that
-    (a cluster may run empty and be moved); then the runs are of equal sizes, where upstream stops.
+    nearer changes once along them, and the means of consecutive columns are ordered again. Equal columns break that (an
+    empty cluster may be moved); then the runs are of equal sizes, where upstream fails.
     """
     columns = np.ascontiguousarray(shapes.T)
     p = len(columns)

@@ -71,15 +71,15 @@ from quambase.schema.sites import FAMILIES, find_site
 from quambase.schema.sql.answer import PrintsAsTable
 
 CHECKPOINT_SECONDS = 10.0
-"""A killed run loses at most about this much work, besides the block it was in."""
+"""A killed run loses about this much work at most, and the current block."""
 
 OUTLIERS = 64
-"""Largest values kept per group."""
+"""Largest values stored per group."""
 
 
 @dataclass(frozen=True, repr=False)
 class CollectedRun(PrintsAsTable):
-    """A complete run, or one ``shard`` of it: its folder and manifest, and whether it was there already."""
+    """A complete run, or one ``shard`` of it: its folder and manifest, and whether it existed before."""
 
     folder: Path
     manifest: Manifest
@@ -92,7 +92,7 @@ class CollectedRun(PrintsAsTable):
 
 
 def existing_run(folder: Path) -> CollectedRun:
-    """The complete run in ``folder``, which what a killed process left there is cleared from. DatabaseInvalid."""
+    """The complete run in ``folder``, after removing what a killed process left there. DatabaseInvalid."""
     clear_leftovers(folder)
     return CollectedRun(folder, Manifest.load(folder), existed=True)
 
@@ -120,26 +120,27 @@ def collect(
 ) -> CollectedRun:
     """Run ``model`` over the first ``samples`` documents of ``data`` and write a run into ``db``.
 
-    Documents are taken in file order, cut at ``seq_len`` tokens, not packed, without a start token; ``batch_size``
-    consecutive ones (a block) share a forward pass. ``keep_tokens`` tokens' raw activations are kept (``"all"``: every
-    one). ``sites``: only these (default all). The same arguments find their own run: complete, or to be resumed.
-    ``groups``: ``fixed`` (of a Mamba-2 the default) or ``quamba2`` sorts heads and channels of a Mamba-2 into groups,
-    observes the model so reordered, and stores the order in the run; ``none`` does not. Channel statistics come from a
-    first pass over ``group_samples`` documents (default 64, of ``quamba2`` all) or from the run ``groups_from`` of db.
-    ``sensitivity``: so many documents, at even distances, also go through a backward pass, and the table
-    `sensitivities` says how much the output depends on each value (`quambase.collector.sensitivity`).
-    ``shard``: only its blocks; `quambase.collector.merge.merge` makes the run of all shards, each of which makes the
-    first pass on its own.
-    ``device``: cpu, cuda, or auto (cuda if there is any). On the CPU the model runs in float32; on CUDA in ``dtype``,
-    float16 by default, which is the model as upstream runs it and whose activations are counted without any rounding.
+    Documents are read in file order, truncated to ``seq_len`` tokens, not packed, without a start token; ``batch_size``
+    consecutive ones (a block) share a forward pass. The raw activations of ``keep_tokens`` tokens are stored
+    (``"all"``: of every token). ``sites``: only these (default all). The same arguments find the same run, which is
+    returned or resumed.
+    ``groups``: ``fixed`` (a Mamba-2's default) or ``quamba2`` sorts a Mamba-2's heads and channels into groups,
+    observes the reordered model, and stores the order in the run; ``none`` does not. The channel statistics are those
+    of a first pass over ``group_samples`` documents (default 64, for ``quamba2`` all) or of the run ``groups_from``.
+    ``sensitivity``: this many evenly spaced documents also go through a backward pass, and the table `sensitivities`
+    tells how much the output depends on each value (`quambase.collector.sensitivity`).
+    ``shard``: only its blocks; `quambase.collector.merge.merge` combines all shards. Every shard repeats the first
+    pass.
+    ``device``: cpu, cuda, or auto (cuda if there is a device). On the CPU the model runs in float32; on CUDA in
+    ``dtype``, by default float16, as upstream runs it, whose activations are counted without rounding.
     ``progress``: shown on stderr, or a function that is called with (documents done, documents in all).
     Errors: ModelNotFound, CheckpointInvalid, DataInvalid, DatabaseInvalid, UnknownName, RunBusy, TapNeverFired.
     """
     db, where = local_folder(db), choose_placement(device, dtype)
     for name in sites:
-        find_site(name, family="")  # any model's, so that a slip is told before the slow part
+        find_site(name, family="")  # of any family, so that a wrong name is reported before the slow part
     with Progress(progress) as shown:
-        # 1. What is asked for determines the run.
+        # 1. The arguments determine the run.
         source = str(data) if data else default_data(str(model))
         loaded = _load(str(model), tokenizer, source, sites, shown)
         plan = read_document_set(source, loaded.tokenizer, samples, seq_len, progress=shown)
@@ -147,21 +148,21 @@ def collect(
         observed = [site.name for site in FAMILIES[loaded.family] if not sites or site.name in sites]
         settings = _Settings(samples, seq_len, batch_size, observed, keep_tokens, seed)
         backward = SensitivityPlan.of(plan, sensitivity, observed, loaded.family, seed) if sensitivity else None
-        asked = _Asked(loaded, source, plan, grouping, backward, where, settings)
-        # 2. It, or this shard of it, may be there.
-        folder = db / "runs" / asked.run
+        request = _Request(loaded, source, plan, grouping, backward, where, settings)
+        # 2. The run, or this shard of it, may exist.
+        folder = db / "runs" / request.run
         if (found := _existing(folder, shard)) is not None:
             return found
-        # 3. Collect what is not.
+        # 3. Otherwise collect it.
         if shard is not None:
             folder = shard_folder(folder, shard)
-        with locked(folder, None if shard is None else f"shard {shard} of run {asked.run}"):
-            manifest = _collect(asked, folder, shard, db, shown)
+        with locked(folder, None if shard is None else f"shard {shard} of run {request.run}"):
+            manifest = _collect(request, folder, shard, db, shown)
         return CollectedRun(folder, manifest, existed=False, shard=shard)
 
 
 def _load(model: str, tokenizer: str | None, source: str, sites: Sequence[str], shown: Progress) -> LoadedModel:
-    """The model, which has the sites; its text is found too, before the slow part."""
+    """Load the model and check that it has the sites. Its text is found first, before the slow part."""
     shown.say(f"looking for {model} and {source}")
     find_sources(model, tokenizer, [source])
     shown.say(f"loading {model}")
@@ -172,8 +173,8 @@ def _load(model: str, tokenizer: str | None, source: str, sites: Sequence[str], 
 
 
 def _existing(folder: Path, shard: Shard | None) -> CollectedRun | None:
-    """The complete run in ``folder``, or its complete ``shard``. DatabaseInvalid: the whole is asked for, and shards of
-    it were begun.
+    """The complete run in ``folder``, or its complete ``shard``. DatabaseInvalid: ``shard`` is None, but shards of the
+    run were begun.
     """
     if (folder / MANIFEST).exists():
         return existing_run(folder)
@@ -188,7 +189,7 @@ def _existing(folder: Path, shard: Shard | None) -> CollectedRun | None:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a user chose, by the names that the identity has: ``block`` documents share a forward pass."""
+    """The user's settings, named as in the identity: ``block`` documents share a forward pass."""
 
     samples: int
     seq_len: int
@@ -199,8 +200,8 @@ class _Settings:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A run that is to be collected: a model on the documents of the text ``source``."""
+class _Request:
+    """A requested run: a model on the documents of the text ``source``."""
 
     loaded: LoadedModel
     source: str
@@ -260,47 +261,48 @@ class _Asked:
         return KeptTokens(sampled_tokens(self.plan, keep, seed), states)
 
 
-def _collect(asked: _Asked, folder: Path, shard: Shard | None, db: Path, shown: Progress) -> Manifest:
-    """Collect the run, or a shard of it, into ``folder``, from its last checkpoint on; what the manifest says."""
-    loaded, clock = asked.loaded, _Clock()
+def _collect(request: _Request, folder: Path, shard: Shard | None, db: Path, shown: Progress) -> Manifest:
+    """Collect the run, or a shard of it, into ``folder``, from its last checkpoint on; returns the manifest."""
+    loaded, clock = request.loaded, _Clock()
     # 1. The model as it is observed: reordered into groups, folded and rotated.
     shown.say(f"preparing {loaded.name}")
     layers = None
-    if asked.grouping:
-        block = asked.settings.block
-        layers = find_groups(loaded, asked.plan, asked.grouping, block, db, asked.where, progress=shown)
+    if request.grouping:
+        block = request.settings.block
+        layers = find_groups(loaded, request.plan, request.grouping, block, db, request.where, progress=shown)
         clock.lap("group")
-    layouts = site_layouts(loaded.any_weights.config, asked.settings.sites, layers)
+    layouts = site_layouts(loaded.any_weights.config, request.settings.sites, layers)
     weights = prepare(reorder(loaded.any_weights, layers) if layers else loaded.any_weights)
-    # 2. Every block that no checkpoint counts.
+    # 2. Every block after the checkpoint.
     done, statistics, there = load_checkpoint(folder, layouts, OUTLIERS)
-    blocks = asked.plan.blocks(asked.settings.block)
+    blocks = request.plan.blocks(request.settings.block)
     mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
-    index, parts = acting_sites(layouts, loaded.family), parts_of(asked.identity)
+    index, parts = acting_sites(layouts, loaded.family), parts_of(request.identity)
     with BlockFiles(folder, there) as files:
-        outputs = BlockOutputs(asked.run, asked.kept(), files.add, partial(write_sums, folder) if shard else None)
-        runner = new_block_runner(weights, asked.where, statistics, outputs)
+        outputs = BlockOutputs(request.run, request.kept(), files.add, partial(write_sums, folder) if shard else None)
+        runner = new_block_runner(weights, request.where, statistics, outputs)
         clock.lap("prepare")
         with runner:
             _observe(runner, blocks, mine, done, folder, files, shown)
             statistics = runner.statistics()
             clock.lap("observe")
-            if asked.sensitivity:
+            if request.sensitivity:
                 own = range(parts) if shard is None else shard.blocks(parts)
-                collect_sensitivity(weights, asked.where, asked.sensitivity, index, own, folder, shown)
+                collect_sensitivity(weights, request.where, request.sensitivity, index, own, folder, shown)
                 clock.lap("sensitivity")
-            # 3. The tables of the run, or what a merge makes them of.
+            # 3. The tables of the run, or a shard's files, from which a merge makes them.
             shown.say("writing the run")
-            locate = _locator(asked.plan, loaded)
+            locate = _locator(request.plan, loaded)
             if shard is None:
-                made = stored_sensitivities(asked.run, index, [folder / part_file(part) for part in range(parts)])
-                tables = _write_tables(runner, statistics, folder, asked.run, locate, files, made)
+                made = stored_sensitivities(request.run, index, [folder / part_file(part) for part in range(parts)])
+                tables = _write_tables(runner, statistics, folder, request.run, locate, files, made)
             else:
                 tables = _write_shard(runner, statistics, folder, len(mine), locate, files)
         clock.lap("write")
-    # 4. The manifest, which makes it complete.
-    created = {**clock.described(), **asked.where.described(), **versions()}
-    manifest = Manifest(asked.run, asked.identity, asked.model(layers), asked.text(), tables, list(layouts), created)
+    # 4. The manifest, which completes it.
+    created = {**clock.described(), **request.where.described(), **versions()}
+    described = request.model(layers), request.text()
+    manifest = Manifest(request.run, request.identity, *described, tables, list(layouts), created)
     if shard is None:
         return finish_run(folder, manifest)
     finish_shard(folder, shard, manifest, loaded.any_weights.config, len(blocks))
@@ -316,7 +318,7 @@ def _observe(
     files: BlockFiles,
     progress: Progress,
 ) -> None:
-    """Run the blocks ``numbers`` after the first ``done`` of them, those of the checkpoint."""
+    """Run the blocks ``numbers``, except the first ``done`` of them, which the checkpoint contains."""
     tokens = [sum(document.tokens.size for document in blocks[number]) for number in numbers]
     documents = [len(blocks[number]) for number in numbers]
     saved = time.monotonic()
@@ -339,7 +341,7 @@ def _write_tables(
     files: BlockFiles,
     sensitivities: Sequence[Callable[[], pa.Table]],
 ) -> dict[str, TableFile]:
-    """Write the tables of a whole run, while the rows of its last blocks are still being written; all files."""
+    """Write the tables of a whole run, while its last blocks' rows are still being written; returns all files."""
     made = write_statistics(folder, run, statistics, ENCODINGS["float16"], locate, sensitivities)
     runner.settle()
     return every_table(folder, files.written() | made)
@@ -348,7 +350,9 @@ def _write_tables(
 def _write_shard(
     runner: BlockRunner, statistics: RunStatistics, folder: Path, blocks: int, locate: Locate, files: BlockFiles
 ) -> dict[str, TableFile]:
-    """Write what `quambase.collector.merge.merge` needs of a shard of so many blocks; the files of their rows."""
+    """Write what `quambase.collector.merge.merge` needs of a shard of ``blocks`` blocks; returns the files of their
+    rows.
+    """
     runner.settle()
     tables = files.written()
     save_checkpoint(folder, blocks, statistics, tables)
@@ -357,7 +361,9 @@ def _write_shard(
 
 
 def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:
-    """How `outliers` names a value's place: a state's row and column are one flat channel of the last token."""
+    """Returns the function that tells where a value of `outliers` is: a state's row and column are one flat channel of
+    the last token.
+    """
     tokens = np.concatenate([document.tokens for document in plan.documents])
     sizes, firsts = np.zeros((2, plan.documents[-1].index + 1), np.int64)
     for document in plan.documents:
@@ -378,20 +384,20 @@ def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:
 
 
 class _Clock:
-    """When a run began, and what its parts took one after another."""
+    """Measures a run: when it began, and how long its consecutive parts took."""
 
     def __init__(self) -> None:
         self._started = self._last = time.time()
         self._seconds: dict[str, float] = {}
 
     def lap(self, part: str) -> None:
-        """A part ends here."""
+        """End the current part, which was ``part``."""
         now = time.time()
         self._seconds[f"{part}_seconds"] = round(now - self._last, 3)
         self._last = now
 
     def described(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """Entries of the manifest."""
         return {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)), **self._seconds}
 
 

@@ -1,4 +1,4 @@
-"""What a run will do, decided before the first forward pass: documents, blocks, sampled tokens, the run id."""
+"""Plans a run before its first forward pass: documents, blocks, sampled tokens, the run id."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from quambase.schema.errors import DataInvalid
 from quambase.schema.progress import SILENT, Progress
 
 Keep = int | Literal["all"]
-"""How many tokens' raw activations to keep."""
+"""The number of tokens whose raw activations are stored."""
 
 
 @dataclass(frozen=True)
 class TokenizedDocument:
-    """A document with a token or more: place in the file, hash of its text, token ids (cut at the sequence length)."""
+    """A document of at least one token: index in the file, hash of its text, token ids (truncated to the sequence
+    length).
+    """
 
     index: int
     sha256: str
@@ -30,7 +32,9 @@ class TokenizedDocument:
 
 @dataclass(frozen=True)
 class DocumentSet:
-    """Documents of a run in file order; ``read`` counts all, ``empty`` those of no token, ``truncated`` those cut."""
+    """Documents of a run in file order; ``read`` counts all, ``empty`` those without tokens, ``truncated`` the
+    shortened ones.
+    """
 
     documents: tuple[TokenizedDocument, ...]
     read: int
@@ -43,7 +47,7 @@ class DocumentSet:
         return sum(document.tokens.size for document in self.documents)
 
     def blocks(self, size: int) -> list[list[TokenizedDocument]]:
-        """Runs of ``size`` consecutive documents of the file, less the empty ones."""
+        """Runs of ``size`` consecutive documents of the file, without the empty ones."""
         blocks: dict[int, list[TokenizedDocument]] = {}
         for document in self.documents:
             blocks.setdefault(document.index // size, []).append(document)
@@ -61,7 +65,7 @@ class DocumentSet:
 def read_document_set(
     data: str, tokenizer: Tokenizer, samples: int, seq_len: int, *, progress: Progress = SILENT
 ) -> DocumentSet:
-    """Read and tokenize the first ``samples`` documents: cut at ``seq_len`` tokens, not packed, nothing added.
+    """Read and tokenize the first ``samples`` documents, each truncated to ``seq_len`` tokens, without added tokens.
 
     DataInvalid if no document has a token.
     """
@@ -106,7 +110,7 @@ def sampled_tokens(plan: DocumentSet, keep: int, seed: int) -> dict[int, npt.NDA
 
 
 def sampled_states(plan: DocumentSet, keep: int, seed: int) -> set[int]:
-    """The ``keep`` documents whose last token has the smallest hash: their final states are kept."""
+    """The ``keep`` documents whose last token has the smallest hash: their final states are stored."""
     documents = np.array([d.index for d in plan.documents], np.uint64)
     last = np.array([d.tokens.size - 1 for d in plan.documents], np.uint64)
     chosen = np.argsort(token_hash(seed, documents, last), kind="stable")[:keep]

@@ -1,4 +1,6 @@
-"""What a Mamba-2 run's groups are made of: channel statistics of a first pass over some documents, or another run's."""
+"""The channel statistics from which a Mamba-2's groups are formed: of a first pass over some documents, or of another
+run.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,13 @@ from quambase.schema.runs import read_run_table
 from quambase.schema.sites import MAMBA2
 
 SITE = "x_conv_out:input"
-"""Its channels are what is sorted: x, the input of the scan."""
+"""The site whose channels are sorted: x, the input of the scan."""
 
 NONE = "none"
 CHOICES = (*VARIANTS, NONE)
 
 FIXED_DOCUMENTS = 64
-"""Documents of the first pass; upstream's variant takes every one, as upstream does."""
+"""Documents of the first pass; the variant ``quamba2`` reads all, as upstream does."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Grouping:
     source: str | None
 
     def identity(self) -> dict[str, Any]:
-        """What determines the groups, beside what determines the run anyway."""
+        """What determines the groups, besides the run's other settings."""
         origin = {"run": self.source} if self.source else {"documents": self.documents}
         return {"variant": self.variant, **origin, "scikit_learn": version("scikit-learn")}
 
@@ -52,9 +54,9 @@ class Grouping:
 def choose_grouping(
     family: str, groups: str | None, group_samples: int | None, groups_from: str | None, documents: int
 ) -> Grouping | None:
-    """What the options mean for a model of ``family`` and a plan of ``documents``; None: not grouped.
+    """The grouping that the options name, for a model of ``family`` and this many ``documents``; None: no groups.
 
-    UnknownName: another word for ``groups``; DataInvalid: options that do not go together.
+    UnknownName: ``groups`` is not one of CHOICES; DataInvalid: contradictory options.
     """
     if groups is not None and groups not in CHOICES:
         raise UnknownName.of("grouping", groups, CHOICES)
@@ -93,10 +95,10 @@ def find_groups(
 def first_pass(
     loaded: LoadedModel, plan: DocumentSet, documents: int, block: int, where: Placement, *, progress: Progress = SILENT
 ) -> list[npt.NDArray[np.float64]]:
-    """(e,) per layer: the largest of the first ``documents`` documents' mean absolute x, as a run not grouped has it.
+    """(e,) per layer: the largest mean absolute x of the first ``documents`` documents, as in a run without groups.
 
-    The model is the run's, folded and rotated; upstream's statistics are of the folded one before rotation, whose x
-    is the same but for float16's rounding of the weights.
+    The model is the run's, folded and rotated. Upstream computes the statistics before rotation; x differs only by
+    float16's rounding of the weights.
     """
     layouts = site_layouts(loaded.any_weights.config, [SITE])
     runner = new_block_runner(prepare(loaded.any_weights), where, RunStatistics.empty(layouts, 1))
@@ -114,10 +116,10 @@ def first_pass(
 def statistics_of_run(folder: Path, weights_sha256: str) -> list[npt.NDArray[np.float64]]:
     """(e,) per layer: ``mean_abs_max`` of x in a stored run, in the order of the model as loaded.
 
-    DatabaseInvalid: no such run, unfinished, of other weights, or without the site.
+    DatabaseInvalid: the run is missing, unfinished, of other weights, or without the site.
     """
     if not folder.is_dir():
-        raise DatabaseInvalid(f"there is no run {folder.name} beside this one; `quambase stats --help` shows the runs")
+        raise DatabaseInvalid(f"the database has no run {folder.name}; `quambase stats --help` lists the runs")
     manifest = Manifest.load(folder)
     if manifest.identity.get("weights_sha256") != weights_sha256:
         raise DatabaseInvalid(f"run {folder.name} is of other weights; name a run of the model that is collected")

@@ -1,4 +1,4 @@
-"""`quambase import`: a saved tensor becomes a run of one site."""
+"""`quambase import`: makes a run of one site from a saved tensor."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ KINDS = (".pt", ".pth", ".npy", ".safetensors")
 def read_tensor(path: Path, tensor: str | None = None) -> torch.Tensor:
     """The float tensor in a .pt, .npy or .safetensors file; ``tensor`` names one of several.
 
-    Never unpickles anything but tensors. TensorFileInvalid: missing, of another kind, not one plain float tensor,
-    empty, no tensor of that name.
+    Never unpickles anything but tensors. TensorFileInvalid: the file is missing, of another kind or empty, has no
+    tensor of that name, or no plain float tensor.
     """
     if not path.exists():
         raise TensorFileInvalid(f"{path} does not exist; expected a {', '.join(KINDS)} file")
@@ -67,20 +67,22 @@ def read_tensor(path: Path, tensor: str | None = None) -> torch.Tensor:
 
 
 def _read_npy(path: Path) -> torch.Tensor:
-    """The array of a .npy file, in this machine's byte order. TensorFileInvalid: damaged, or of no type torch has."""
+    """The array of a .npy file, in this machine's byte order. TensorFileInvalid: damaged, or of a dtype that torch
+    lacks.
+    """
     check_file(path, TensorFileInvalid)
     try:
-        # Mapped, so that no memory is asked for before it is known that the file has what its header says.
+        # Memory-mapped, so that a header that claims more than the file has allocates nothing.
         mapped = np.lib.format.open_memmap(path, mode="r")
         return torch.from_numpy(mapped.astype(mapped.dtype.newbyteorder("=")))
-    except Exception as error:  # a damaged header makes NumPy raise nearly anything
+    except Exception as error:  # NumPy may raise nearly anything for a damaged header
         raise TensorFileInvalid(
             f"{path} cannot be read as a tensor ({first_line(error)}); save a plain array of floats again"
         ) from None
 
 
 def _choose(path: Path, tensors: dict[object, object], name: str | None) -> object:
-    """The tensor that is called ``name``; keys may be numbers, such as layers. Without a name the only one."""
+    """The tensor called ``name``, or without a name the only one; keys may be numbers, such as layers."""
     names = {str(key): key for key in tensors}
     if name is None and len(tensors) == 1:
         return next(iter(tensors.values()))
@@ -96,7 +98,8 @@ def import_tensor(
     """Count a saved tensor as site ``site`` of layer ``layer`` and write a run of that one site.
 
     The last dimension is channels; with three dimensions or more the first is documents. float16 and bfloat16 are
-    counted as they are, wider types rounded to float16. Importing the same file again finds its run.
+    counted as they are, wider types rounded to float16. Importing the same file again returns its run. Errors:
+    TensorFileInvalid, DatabaseInvalid, RunBusy.
     """
     path, db = Path(path), local_folder(db)
     if not site.strip():
@@ -150,13 +153,13 @@ def import_tensor(
 def _counted(key: SiteKey, rows: torch.Tensor, documents: int, encoding: Encoding) -> tuple[RunStatistics, Float32]:
     """The statistics of one undivided site, and each document's summary (documents, 1 + q: SUMMARY_COLUMNS).
 
-    rows (t, channels): as many of each document.
+    rows (t, channels): equally many of each document.
     """
     statistics = RunStatistics.empty({key: SiteLayout((WHOLE,), (0, rows.shape[1]))}, OUTLIERS)
     block = BlockStatistics(statistics)
     _, summaries = block.summaries(documents)
     offsets = np.arange(documents + 1, dtype=np.int64) * (len(rows) // documents)
-    # Wider types are first brought to float32: the moments are of those values.
+    # Wider types are converted to float32, and the moments are those of the converted values.
     wide = rows if rows.dtype in (torch.float16, torch.bfloat16) else rows.to(torch.float32)
     HostCounter(encoding, OUTLIERS, 1).add(block.sites[key], wide, offsets, 0, summaries[key])
     block.fold(np.arange(documents))
@@ -164,6 +167,6 @@ def _counted(key: SiteKey, rows: torch.Tensor, documents: int, encoding: Encodin
 
 
 def _locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:
-    """A value's place in a tensor, which has no tokens."""
+    """A `Locate` for tensors, which have no tokens."""
     nothing = [None] * rows.size
     return Places(rows, nothing, nothing, channels)

@@ -1,4 +1,4 @@
-"""Where the groups of every observed site lie, from a model's sizes."""
+"""The layout of every observed site's groups, from a model's sizes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from quambase.schema.sites import STATE_SITES, SiteKey, layer_sites
 def site_layouts(
     config: ModelConfig, sites: Sequence[str], groups: Sequence[LayerGroups] | None = None
 ) -> dict[SiteKey, SiteLayout]:
-    """Every observed (layer, site) of a model and where its groups lie; ``sites``: their names; ``groups``: of each
-    layer of a reordered Mamba-2, by which x and the state are divided.
+    """The layout of every observed (layer, site) of a model; ``sites``: their names; ``groups``: each layer's groups of
+    a reordered Mamba-2, which divide x and the state.
     """
     edges, heads = config.site_edges(), config.head_layout
     ngroups = heads.ssd_groups if heads else 1

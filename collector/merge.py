@@ -1,8 +1,8 @@
-"""`quambase merge`: the shards of a run to the run itself, the same bytes as if one process had collected it.
+"""`quambase merge`: combines the shards of a run into the same bytes as if one process had collected it.
 
-The files of blocks' rows go to the run as they are. Counts, extrema and largest values add up in any order. The float64
-sums do not: every shard kept them block by block, and here they are added from 0 in block order, as in a run that was
-not divided.
+The files of blocks' rows are linked or copied unchanged. Counts, extrema and largest values do not depend on the order.
+The float64 sums do: every shard stores them per block, and a merge adds them from 0 in block order, as in a run that
+was not divided.
 """
 
 from __future__ import annotations
@@ -47,14 +47,15 @@ Folders = Mapping[Shard, Path]
 def merge(
     db: str | Path, sources: Sequence[Path] = (), run: str | None = None, *, progress: Shown = False
 ) -> CollectedRun:
-    """Make the complete run, in ``db``, of its shards in ``db`` and in ``sources``.
+    """Make the complete run in ``db`` from its shards in ``db`` and in ``sources``.
 
-    sources  databases, run folders or shard folders, in any order; they stay as they are, while ``db``'s own shards
-             are removed once the run is complete
-    run      its id or the beginning of it, where shards of several are found
-    A run that is complete already is returned as it is (``existed``).
-    DatabaseInvalid: no shards, of several runs, a shard missing, unfinished, damaged or of other settings.
-    UnknownName: no shards of ``run``. RunBusy: another process is merging.
+    sources  databases, run folders or shard folders, in any order; they are not changed, but ``db``'s own shards are
+             removed when the run is complete
+    run      its id or the beginning of it, if there are shards of several runs
+
+    A run that is already complete is returned unchanged (``existed``).
+    DatabaseInvalid: there are no shards, or of several runs; a shard is missing, unfinished, damaged or of other
+    settings. UnknownName: no shards of ``run``. RunBusy: another process is merging.
     """
     started = time.time()
     db = local_folder(db)
@@ -100,8 +101,8 @@ def merge(
 def merge_if_last(db: Path, run: str, *, progress: Shown = False) -> CollectedRun | None:
     """`merge` for processes that each finish one shard of ``run`` in ``db``, whichever is the last.
 
-    None while shards are missing or another process merges; nobody waits for anybody. A shard is complete before its
-    process asks, so at least the last one sees all of them.
+    None while shards are missing or another process merges; no process waits. A process calls this after its shard is
+    complete, so at least the last one finds all of them.
     """
     folder = db / "runs" / run
     try:
@@ -113,7 +114,7 @@ def merge_if_last(db: Path, run: str, *, progress: Shown = False) -> CollectedRu
     except RunBusy:
         return None
     except (QuambaseError, OSError):
-        # The shards go when another process has merged them; run.json is there before that.
+        # Another process that merges removes the shards, but only after it has written run.json.
         if not (folder / MANIFEST).exists():
             raise
     return existing_run(folder)
@@ -126,7 +127,7 @@ def _find(sources: Iterable[Path]) -> dict[str, dict[Shard, list[Path]]]:
         inside = (f"runs/*/{SHARDS}/*-of-*", f"{SHARDS}/*-of-*", "*-of-*")
         paths = [source, *(path for pattern in inside for path in source.glob(pattern))]
         mine = [path for path in paths if shard_of(path) and path.is_dir()]
-        if number and not mine:  # the first is --db, which may be yet to make
+        if number and not mine:  # the first is --db, which may not exist yet
             raise DatabaseInvalid(
                 f"{source} {'holds no shards' if source.is_dir() else 'is no folder'}; expected a database, run or "
                 "shard folder that `collect --shard i/N` wrote"
@@ -161,7 +162,7 @@ def _choose_run(
 
 
 def _differences(found: dict[str, dict[Shard, list[Path]]], names: list[str]) -> str:
-    """What the first two runs' settings differ in, as far as a complete shard of each says it."""
+    """The settings in which the first two runs differ, known if each has a complete shard."""
     identities: list[dict[str, Any]] = []
     for name in names[:2]:
         complete = [path for paths in found[name].values() for path in paths if (path / SHARD).exists()]
@@ -174,7 +175,7 @@ def _differences(found: dict[str, dict[Shard, list[Path]]], names: list[str]) ->
 
 
 def _complete_run(found: dict[str, dict[Shard, list[Path]]], run: str | None, db: Path) -> Path | None:
-    """The folder of the run that is to be merged, if it is complete; None if there is something to merge.
+    """The folder of the requested run if it is already complete; None if there is something to merge.
 
     Without ``run`` and without shards that is the run that was merged last.
     """
@@ -189,7 +190,7 @@ def _complete_run(found: dict[str, dict[Shard, list[Path]]], run: str | None, db
 
 
 def _every_shard(run: str, candidates: dict[Shard, list[Path]]) -> dict[Shard, Path]:
-    """A folder for each shard of the one count of which all are complete."""
+    """A folder for each shard, for the number of shards of which all are complete. DatabaseInvalid: for none."""
     problems = []
     for count in sorted({shard.count for shard in candidates}):
         wanted = [Shard(index, count) for index in range(count)]
@@ -197,7 +198,7 @@ def _every_shard(run: str, candidates: dict[Shard, list[Path]]) -> dict[Shard, P
         complete = {s: [p for p in candidates.get(s, ()) if (p / SHARD).exists()] for s in wanted}
         unfinished = [s for s in wanted if s in candidates and not complete[s]]
         if not missing and not unfinished:
-            return {shard: _the_same(shard, paths) for shard, paths in complete.items()}
+            return {shard: _only_copy(shard, paths) for shard, paths in complete.items()}
         busy = [s for s in unfinished if any(map(_held, candidates[s]))]
         stopped = [s for s in unfinished if s not in busy]
         if missing:
@@ -225,8 +226,8 @@ def _held(folder: Path) -> bool:
     return False
 
 
-def _the_same(shard: Shard, paths: list[Path]) -> Path:
-    """The first of several copies of a shard."""
+def _only_copy(shard: Shard, paths: list[Path]) -> Path:
+    """The first of several equal copies of a shard. DatabaseInvalid: they differ."""
     for path in paths[1:]:
         if load_shard(path).files != load_shard(paths[0]).files:
             raise DatabaseInvalid(f"shard {shard} was found twice and the two differ: {paths[0]} and {path}; keep one")
@@ -234,13 +235,13 @@ def _the_same(shard: Shard, paths: list[Path]) -> Path:
 
 
 def _agreed(run: str, found: Found, folders: Folders) -> Manifest:
-    """The manifest that all shards promise; DatabaseInvalid if one is not of this run."""
+    """The manifest that all shards agree on. DatabaseInvalid: one is of another run, or they disagree."""
     first, promised = min(found), found[min(found)]
     for shard, each in found.items():
         manifest = each.manifest
         if each.shard != shard or run_id(manifest.model.name, manifest.identity) != run:
             raise DatabaseInvalid(
-                f"{folders[shard] / SHARD} was altered: it tells of shard {each.shard} of another run or count, not of "
+                f"{folders[shard] / SHARD} was altered: it describes shard {each.shard} of another run or count, not "
                 f"{shard} of {run}; copy it again"
             )
         if manifest.model.groups != promised.manifest.model.groups:
@@ -256,7 +257,7 @@ def _agreed(run: str, found: Found, folders: Folders) -> Manifest:
 def _fold(
     run: str, found: Found, folders: Folders, layouts: Mapping[SiteKey, SiteLayout], progress: Shown
 ) -> RunStatistics:
-    """The statistics of all blocks. DatabaseInvalid: shards to which different sites were one."""
+    """The statistics of all blocks. DatabaseInvalid: the shards disagree on which sites have the same tensor."""
     count, promised = len(found), found[min(found)]
     statistics: RunStatistics | None = None
     with Progress(progress) as shown:
@@ -266,7 +267,7 @@ def _fold(
                 blocks, part, _ = load_checkpoint(folders[shard], layouts, promised.manifest.identity["outliers"])
                 if statistics is None:
                     statistics = part
-                elif blocks:  # a shard without blocks has no values, and has seen no site
+                elif blocks:  # a shard without blocks has seen no site
                     if part.index.shared != statistics.index.shared:
                         raise DatabaseInvalid(
                             f"shards {min(found)} and {shard} of run {run} disagree; collect {shard} again"

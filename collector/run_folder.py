@@ -1,7 +1,7 @@
-"""A run folder: the files of its tables, each written straight to its place; `run.json`; what is cleared at the end.
+"""A run folder: writes the files of its tables and `run.json`, and removes what only an unfinished run needs.
 
-`documents` and `activations` come block by block and are folders with a file for each block that has rows. `counts` and
-`sensitivities`, which are large and made at the end, are folders of parts. The other tables are a file each.
+`documents` and `activations` are written block by block, as folders with a file for each block that has rows. `counts`
+and `sensitivities`, which are large and made at the end, are folders of parts. The other tables are a file each.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from quambase.schema.runs import list_runs, sound_manifests
 from quambase.schema.tables import RUN_TABLES, write_table
 
 BLOCK_TABLES = ("documents", "activations")
-"""The tables that come block by block."""
+"""The tables that are written block by block."""
 
 
 def block_file(table: str, block: int) -> str:
@@ -49,7 +49,7 @@ def block_file(table: str, block: int) -> str:
 
 
 def part_file(number: int, table: str = "counts") -> str:
-    """The file of a part of a table that is made at the end, likewise."""
+    """The file of a part of a table that is written at the end, in the same way."""
     return f"{table}/part-{number:03d}.parquet"
 
 
@@ -64,14 +64,14 @@ WRITERS = 4
 """Threads that write blocks' files: raw activations take longer to encode than a GPU takes for a block."""
 
 UNWRITTEN_BYTES = 1 << 28
-"""Bytes of rows that may wait for these threads."""
+"""Largest number of bytes of rows that may be unwritten."""
 
 
 class BlockFiles(AbstractContextManager["BlockFiles"]):
     """Writes the files of blocks, in threads, while later blocks are observed.
 
     folder  the run's
-    there   the files of blocks that a checkpoint counts, which are checked: DatabaseInvalid
+    there   the files of a checkpoint's blocks, which are verified: DatabaseInvalid
     """
 
     def __init__(self, folder: Path, there: Mapping[str, TableFile] | None = None) -> None:
@@ -83,7 +83,7 @@ class BlockFiles(AbstractContextManager["BlockFiles"]):
                     "collect again"
                 )
         self._pool = ThreadPoolExecutor(WRITERS)
-        self._coming: deque[tuple[str, int, Future[TableFile]]] = deque()  # with the bytes of their rows
+        self._pending: deque[tuple[str, int, Future[TableFile]]] = deque()  # with the bytes of their rows
         self._lock = Lock()
 
     def add(self, block: int, documents: pa.Table, activations: pa.Table) -> None:
@@ -94,33 +94,33 @@ class BlockFiles(AbstractContextManager["BlockFiles"]):
         for table, rows in zip(BLOCK_TABLES, (documents, activations), strict=True):
             if rows.num_rows:
                 file = block_file(table, block)
-                coming = self._pool.submit(write_file, self._folder, file, rows)
+                pending = self._pool.submit(write_file, self._folder, file, rows)
                 with self._lock:
-                    self._coming.append((file, rows.nbytes, coming))
+                    self._pending.append((file, rows.nbytes, pending))
         self._wait(UNWRITTEN_BYTES)
 
     def written(self) -> dict[str, TableFile]:
-        """Wait for the files of every block so far; those and the ones that were there. OSError."""
+        """Wait for the files of every block so far; returns them and those of the checkpoint. OSError."""
         self._wait(-1)  # for all of them
         return dict(self._files)
 
     def _wait(self, most: int) -> None:
-        """Wait for the oldest files until the rows of the others have ``most`` bytes at most."""
+        """Wait for the oldest files until at most ``most`` bytes of rows are unwritten."""
         while True:
             with self._lock:
-                if not self._coming or (
-                    sum(size for _, size, _ in self._coming) <= most and not self._coming[0][2].done()
+                if not self._pending or (
+                    sum(size for _, size, _ in self._pending) <= most and not self._pending[0][2].done()
                 ):
                     return
-                file, _, coming = self._coming.popleft()
-            entry = coming.result()
+                file, _, pending = self._pending.popleft()
+            entry = pending.result()
             with self._lock:
                 self._files[file] = entry
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for the files that are being written; files that no thread has begun are not."""
+        """Wait for the files that are being written; cancel the others."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -132,9 +132,9 @@ def write_statistics(
     locate: Locate,
     sensitivities: Sequence[Callable[[], pa.Table]] = (),
 ) -> dict[str, TableFile]:
-    """Write the tables that are made of a run's statistics, on the host, in threads; their files. OSError.
+    """Write the tables made of a run's statistics, which are on the host, in threads; returns their files. OSError.
 
-    ``sensitivities``: what make the parts of that table.
+    ``sensitivities``: the functions that make that table's parts.
     """
 
     def write(file: str, make: Callable[[], pa.Table]) -> TableFile:
@@ -142,7 +142,7 @@ def write_statistics(
 
     with ThreadPoolExecutor(pa.cpu_count()) as pool:
         site_stats = site_stats_maker(run, statistics, encoding, pool)
-        # What takes longest comes first.
+        # The longest tasks first.
         made: dict[str, Callable[[], pa.Table]] = {
             "channels.parquet": partial(channels_rows, run, statistics),
             **{part_file(number): part for number, part in enumerate(counts_parts(run, statistics, encoding))},
@@ -151,13 +151,13 @@ def write_statistics(
             "groups.parquet": partial(groups_rows, run, statistics.index),
             "site_stats.parquet": site_stats,
         }
-        coming = {file: pool.submit(write, file, make) for file, make in made.items()}
-        return {file: entry.result() for file, entry in coming.items()}
+        pending = {file: pool.submit(write, file, make) for file, make in made.items()}
+        return {file: entry.result() for file, entry in pending.items()}
 
 
 def every_table(folder: Path, files: Mapping[str, TableFile]) -> dict[str, TableFile]:
-    """The files of a whole run in order, among them one without rows for each table that has none, so that it has its
-    columns. OSError.
+    """The files of a whole run in order. A table without files gets one without rows, so that its columns exist.
+    OSError.
     """
     found = dict(files)
     for file in (part_file(0), part_file(0, "sensitivities"), *(block_file(table, 0) for table in BLOCK_TABLES)):
@@ -169,18 +169,18 @@ def every_table(folder: Path, files: Mapping[str, TableFile]) -> dict[str, Table
 def in_order(files: Mapping[str, TableFile]) -> dict[str, TableFile]:
     """Files of a run by table, each table's in the order of its rows."""
     tables = list(RUN_TABLES)
-    # Numbers with more digits than most come last.
+    # The length sorts numbers with more digits last.
     return dict(sorted(files.items(), key=lambda item: (tables.index(table_of(item[0])), len(item[0]), item[0])))
 
 
 def finish_run(folder: Path, manifest: Manifest) -> Manifest:
-    """Write `run.json`, which makes the run complete and numbers it, and clear what only an unfinished run needs; the
-    manifest as it was written.
+    """Number the run, write `run.json`, which completes it, and remove what only an unfinished run needs. Returns the
+    manifest as written.
     """
     before, _ = sound_manifests(list_runs(folder.parent.parent)[0])
     number = 1 + (before[0].age()[0] if before else 0)
     numbered = replace(manifest, created={"number": number, **manifest.created})
-    # Who reads a table's folder as a whole must not find files that a killed process of another version left.
+    # Readers of a table's whole folder must not find files that a killed process of another version left.
     for path in folder.glob("*/*.parquet"):
         if path.relative_to(folder).as_posix() not in manifest.tables:
             path.unlink()
@@ -190,9 +190,9 @@ def finish_run(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Clear what a process left in a complete run's folder that was killed right after it had written `run.json`.
+    """Remove what a process left in a complete run's folder if it was killed right after writing `run.json`.
 
-    Nothing happens where there is nothing, while another process is at it, or where the folder cannot be written.
+    Does nothing if there is nothing, if another process holds the lock, or if the folder cannot be written.
     """
     if any((folder / name).exists() for name in (SHARDS, PARTS, CHECKPOINT, ".lock")):
         with suppress(RunBusy, OSError), locked(folder):
@@ -209,7 +209,7 @@ def _clear(folder: Path) -> None:
 
 
 def versions() -> dict[str, Any]:
-    """What a run was made with."""
+    """The software and the machine that made a run."""
     packages = ("quambase", "torch", "numpy", "pyarrow", "numba", "tokenizers")
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

@@ -6,9 +6,9 @@ labels drawn from the model's own distribution (Fisher information). The errors 
 unrelated, so that half of the sum of g^2 e^2 remains. A scale's error depends on the value only, so the sum of g^2
 over the occurrences of each distinct value is enough to predict the KL of any scale of a site.
 
-A few documents, evenly spaced in the run's, go through a forward and a backward pass in float32, some at a time. The
-sums of each such part are a file of the unfinished run, so a killed run goes on from there; whoever collects them, one
-process or several shards, they are added in their order.
+A few evenly spaced documents of the run go through a forward and a backward pass in float32, PART at a time. The sums
+of each such part are a file of the unfinished run, so a killed run resumes after the last one. They are added in the
+order of the parts, whether one process collected them or several shards.
 """
 
 from __future__ import annotations
@@ -82,14 +82,16 @@ class PresentSums(NamedTuple):
 
 @dataclass(frozen=True)
 class SensitivityPlan:
-    """Which documents of a run, PART of them at a time; ``seed``: of the labels that are drawn."""
+    """The documents that are differentiated, PART of them at a time; ``seed``: of the drawn labels."""
 
     parts: list[list[TokenizedDocument]]
     seed: int
 
     @classmethod
     def of(cls, documents: DocumentSet, wanted: int, sites: Sequence[str], family: str, seed: int) -> SensitivityPlan:
-        """``wanted`` documents at even distances, all if there are fewer. DataInvalid: no site that errors act at."""
+        """``wanted`` evenly spaced documents, all if there are fewer. DataInvalid: no site's scale acts in a forward
+        pass.
+        """
         if not any(_acts(find_site(name, family)) for name in sites):
             raise DataInvalid(
                 "--sensitivity needs a site whose scale the INT8 model reads in a forward pass; --site leaves none"
@@ -100,7 +102,7 @@ class SensitivityPlan:
         return cls([chosen[i : i + PART] for i in range(0, count, PART)], seed)
 
     def identity(self) -> dict[str, int]:
-        """What determines the sums, beside what determines the run anyway."""
+        """What determines the sums, besides the run's other settings."""
         tokens = sum(document.tokens.size for part in self.parts for document in part)
         return {"documents": sum(map(len, self.parts)), "tokens": tokens}
 
@@ -124,7 +126,7 @@ PARTS = "sensitivity"
 
 
 def part_file(part: int) -> str:
-    """The file of a part's sums, as a path in that of the run or shard."""
+    """The file of a part's sums, as a path in the folder of the run or shard."""
     return f"{PARTS}/part-{part:05d}.npz"
 
 
@@ -137,7 +139,7 @@ def collect_sensitivity(
     folder: Path,
     progress: Progress,
 ) -> None:
-    """Write the sums of the parts ``parts`` of ``plan`` to ``folder``, but of those that are there; ``weights`` are
+    """Write the sums of the parts ``parts`` of ``plan`` to ``folder``, except those that exist; ``weights`` are
     prepared. DataInvalid: gradients that are not finite.
     """
     missing = [part for part in parts if _read(folder / part_file(part), index) is None]
@@ -238,7 +240,7 @@ def _group_of(layout: SiteLayout) -> Int64:
 
 
 def _uniform(seed: int, document: TokenizedDocument) -> Float64:
-    """A number in [0, 1) for each token, the same whichever documents are its neighbours."""
+    """A number in [0, 1) for each token, independent of the other documents."""
     return np.random.default_rng([seed, document.index]).random(document.tokens.size)
 
 
@@ -272,8 +274,8 @@ def fixed_point_sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(groups, PATTERNS) counts int64 and sums of squares float64 of float16 values and their gradients, (t, c) each.
 
-    A device adds in any order. So squares are added as int64, in units of a power of two that is so small that all of
-    them together stay below 2^62: what is lost of each is below 2^-61 of the sum of as many of the largest.
+    A device adds in any order. So squares are added as int64, in units of a power of two for which their sum stays
+    below 2^62: each is rounded by less than 2^-61 of the largest square times their number.
     """
     places = ((half.view(torch.int16).long() & (PATTERNS - 1)) + group_of * PATTERNS).flatten()
     counts = torch.bincount(places, minlength=groups * PATTERNS).view(groups, PATTERNS)
@@ -308,8 +310,8 @@ def distinct_values(sums: SensitivitySums, group: int) -> tuple[Float32, Int64, 
 
 
 def stored_sensitivities(run: str, index: SiteIndex, paths: Sequence[Path]) -> list[Callable[[], pa.Table]]:
-    """What make the rows of `sensitivities` of the parts' files, some groups each; together, in order, they are the
-    table. None without files. DataInvalid: one is damaged.
+    """Functions that make the rows of `sensitivities` from the parts' files, each for some groups; their results in
+    order are the table. Empty without files. DataInvalid: one is damaged.
     """
     if not paths:
         return []

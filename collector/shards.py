@@ -1,4 +1,4 @@
-"""One part of a run that several processes share: shard i of N takes every N-th block, from block i on.
+"""Divides a run among several processes: shard i of N has every N-th block, from block i on.
 
 A shard is a folder inside the unfinished run: the files of its blocks' rows, as in a run folder; the statistics of its
 blocks as a checkpoint; and, since float64 sums depend on their order, each block's own sums. `shard.json` is written
@@ -42,7 +42,7 @@ _PLACES = pa.schema(
         pa.field("column", pa.int32()),
     ]
 )
-"""What `quambase.collector.table_rows.Locate` says of the shard's largest values: its arguments, then its answer."""
+"""Arguments and results of `quambase.collector.table_rows.Locate` for the shard's largest values."""
 
 
 @dataclass(frozen=True, order=True)
@@ -61,7 +61,7 @@ class Shard:
         return f"{self.index}-of-{self.count}"
 
     def blocks(self, blocks: int) -> range:
-        """The numbers of its blocks of a run of ``blocks``; none where there are more shards than blocks."""
+        """The numbers of its blocks in a run of ``blocks`` blocks; none if there are too many shards."""
         return range(self.index, blocks, self.count)
 
 
@@ -77,7 +77,7 @@ def parse_shard(text: str) -> Shard:
 
 
 def torchrun_shard(environment: Mapping[str, str]) -> Shard | None:
-    """The shard of this process of several that torchrun started; None if it is alone."""
+    """The shard of this process if torchrun started several; otherwise None."""
     rank, world = environment.get("RANK", ""), environment.get("WORLD_SIZE", "")
     # torchrun sets LOCAL_RANK too; other launchers use RANK and WORLD_SIZE for purposes of their own.
     if not (rank.isdigit() and world.isdigit() and "LOCAL_RANK" in environment) or int(world) < 2:
@@ -86,7 +86,7 @@ def torchrun_shard(environment: Mapping[str, str]) -> Shard | None:
 
 
 def shard_folder(run_folder: Path, shard: Shard) -> Path:
-    """Where a shard of the run is written."""
+    """The folder of a shard of the run."""
     return run_folder / SHARDS / shard.folder_name
 
 
@@ -97,12 +97,12 @@ def shard_of(folder: Path) -> Shard | None:
 
 
 def refuse_beside_shards(run_folder: Path) -> None:
-    """DatabaseInvalid if shards of the run were begun: the whole of it would throw their work away."""
+    """DatabaseInvalid if shards of the run were begun: collecting the whole run would discard their work."""
     begun = sorted(p.name.replace("-of-", "/") for p in (run_folder / SHARDS).glob("*-of-*"))
     if begun:
         raise DatabaseInvalid(
-            f"run {run_folder.name} was begun in shards ({', '.join(begun)}); go on with --shard and `quambase merge`, "
-            f"or delete {run_folder / SHARDS}"
+            f"run {run_folder.name} was begun in shards ({', '.join(begun)}); continue with --shard and "
+            f"`quambase merge`, or delete {run_folder / SHARDS}"
         )
 
 
@@ -112,19 +112,19 @@ def sums_file(block: int) -> str:
 
 
 def write_sums(folder: Path, block: int, sums: npt.NDArray[np.float64]) -> None:
-    """Keep one block's `quambase.collector.statistics.BlockStatistics.sums`, (2, channels of all sites)."""
+    """Store one block's `quambase.collector.statistics.BlockStatistics.sums`, (2, channels of all sites)."""
     with replacing(folder / sums_file(block)) as temporary, temporary.open("wb") as file:
         np.save(file, sums, allow_pickle=False)
 
 
 def read_sums(folder: Path, block: int) -> npt.NDArray[np.float64]:
-    """What `write_sums` wrote."""
+    """Read what `write_sums` wrote."""
     found: npt.NDArray[np.float64] = np.load(folder / sums_file(block), allow_pickle=False)
     return found
 
 
 def write_places(folder: Path, statistics: RunStatistics, locate: Locate) -> None:
-    """Keep where each of the largest values is: `outliers` of the whole run are among those of its shards."""
+    """Store where each of the shard's largest values is: `outliers` of the whole run are among them."""
     found: dict[tuple[bool, int, int, int], tuple[Any, ...]] = {}
     for _, _, layout, g, row in table_groups(statistics.index):
         top = statistics.outliers(row)
@@ -138,7 +138,7 @@ def write_places(folder: Path, statistics: RunStatistics, locate: Locate) -> Non
 
 
 def stored_locator(folders: Sequence[Path]) -> Locate:
-    """What these shards' `write_places` kept, as one function; a place of none of them is a KeyError."""
+    """A `Locate` of what `write_places` stored in these shards; KeyError for any other place."""
     found: dict[tuple[bool, int, int, int], tuple[int, int | None, str | None, int]] = {}
     for folder in folders:
         for row in read_table(folder / PLACES, _PLACES).to_pylist():
@@ -158,7 +158,7 @@ def stored_locator(folders: Sequence[Path]) -> Locate:
 class ShardManifest:
     """What `shard.json` says.
 
-    manifest  the run's, as `run.json` will have it, but for ``tables`` and ``created``, which are this shard's
+    manifest  the run's, as in the later `run.json`, except ``tables`` and ``created``, which are this shard's
     config    the fields of the model's configuration
     blocks    how many blocks the whole run has
     files     every other file of the shard and its SHA-256
@@ -217,7 +217,7 @@ def load_shard(folder: Path) -> ShardManifest:
 
 
 def verify_shard(folder: Path, found: ShardManifest) -> None:
-    """DatabaseInvalid names the first file that is missing, was cut short or altered."""
+    """DatabaseInvalid names the first file that is missing, truncated or altered."""
     tables = {file: entry.sha256 for file, entry in found.manifest.tables.items()}
     for file, sha256 in (found.files | tables).items():
         if damage := file_damage(folder / file, sha256):

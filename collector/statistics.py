@@ -1,8 +1,9 @@
-"""What is accumulated: arrays of all sites of a run, the same on the host, on a device, in a checkpoint and in a merge.
+"""The accumulated statistics: arrays of all sites of a run, the same on the host, on a device, in a checkpoint and a
+merge.
 
-Counts are integers, which add up in any order, and go to the run's at once. A block's moments and outliers are formed
-on their own and folded into the run's in block order, so that a run that was killed and resumed, and one that was not,
-do the same float64 additions.
+Counts are integers, whose sum does not depend on the order, and are added to the run's directly. A block's moments and
+outliers are computed separately and folded into the run's in block order, so that an interrupted run does the same
+float64 additions as any other.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _DESCENDING = sorted(DOCUMENT_QUANTILES.items(), key=lambda item: -item[1])
 PROBABILITIES = np.array([p for _, p in _DESCENDING], np.float32)
 
 SUMMARY_COLUMNS = ("amax", *(name for name, _ in _DESCENDING))
-"""A document's summary of a group, in order: what `documents` says of it."""
+"""The values of a document's summary of a group, in order: columns of `documents`."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class Encoding:
     limit: np.float32
 
     def values(self) -> Float32:
-        """(PATTERNS,) float32: the value of every pattern, NaN being one."""
-        # PyTorch would start a team of threads for it in every thread that asks.
+        """(PATTERNS,) float32: the value of every pattern, with one bit pattern for NaN."""
+        # Not with PyTorch, which would start a team of threads in every calling thread.
         patterns = np.arange(PATTERNS, dtype=np.uint32)
         if self.torch_dtype == torch.float16:
             values = patterns.astype(np.uint16).view(np.float16).astype(np.float32)
         else:
             values = (patterns << 16).view(np.float32)
-        values[np.isnan(values)] = np.nan  # none that warns when it is computed with
+        values[np.isnan(values)] = np.nan  # a quiet NaN: arithmetic with a signaling one warns
         return values
 
 
@@ -63,13 +64,13 @@ ENCODINGS = {
 
 @dataclass(frozen=True)
 class SiteLayout:
-    """Where a site's groups lie: group ``names[g]`` is ``edges[g + 1] - edges[g]`` channels from ``edges[g]`` on.
+    """A site's groups: ``names[g]`` has ``edges[g + 1] - edges[g]`` channels, those of ``order`` from ``edges[g]`` on.
 
-    ssd_groups  the SSD group of each group; none at a site that SSD groups share, or of a model without them
-    order       the channels group by group, ascending in each; none where that is 0, 1, 2, ...
-    sorted_groups  (head group, channel group) of each group; none at a site without them
-    d_state     of a state site whose groups are of channels: the state indices that each channel has. Its rows are
-                state indices then, and its moments are by group and state index. 0 at every other site
+    ssd_groups  the SSD group of each group; empty at a site that SSD groups share, or of a model without them
+    order       the channels group by group, ascending in each; empty if that is 0, 1, 2, ...
+    sorted_groups  (head group, channel group) of each group; empty at a site without them
+    d_state     at a state site whose groups consist of channels: number of state indices per channel. Its rows are then
+                state indices, and its moments are per group and state index. 0 at every other site
     """
 
     names: tuple[str, ...]
@@ -85,17 +86,17 @@ class SiteLayout:
         return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     def __hash__(self) -> int:
-        """Formed once: a layout is looked up at every tap, and may name thousands of channels."""
+        """Computed once: a layout is looked up at every tap, and may contain thousands of channels."""
         return self._hash
 
     @property
     def channels(self) -> int:
-        """How many channels (state indices at an undivided state site) the site has."""
+        """The site's number of channels (of state indices at an undivided state site)."""
         return self.edges[-1]
 
     @property
     def moments(self) -> int:
-        """How many rows of `channels` the site has."""
+        """The site's number of rows of `channels`."""
         return len(self.names) * self.d_state or self.channels
 
     @cached_property
@@ -151,7 +152,7 @@ class Moments:
 
     @classmethod
     def empty(cls, channels: int, device: torch.device) -> Moments:
-        """Of no values at all."""
+        """Moments of no values."""
         moments = cls(
             torch.empty(len(INTEGERS), channels, dtype=torch.int64, device=device),
             torch.empty(len(EXTREMA), channels, device=device),
@@ -161,7 +162,7 @@ class Moments:
         return moments
 
     def clear(self) -> None:
-        """Set them to those of no values."""
+        """Set them to the moments of no values."""
         self.integers.zero_()
         self.extrema[0].fill_(torch.inf)
         self.extrema[1].fill_(-torch.inf)
@@ -189,17 +190,17 @@ TOP_FIELDS = ("magnitude", "pattern", "document", "row", "channel")
 
 
 def largest(top: Int64, most: int) -> Int64:
-    """The first ``most`` rows of each list of ``top`` (..., m, 5: TOP_FIELDS) by descending magnitude, then document,
-    row, channel.
+    """The first ``most`` rows of each list of ``top`` (..., m, 5: TOP_FIELDS), sorted by descending magnitude, then
+    document, row, channel.
     """
     order = np.lexsort((top[..., 4], top[..., 3], top[..., 2], -top[..., 0]), axis=-1)
     return np.take_along_axis(top, order[..., :most, None], axis=-2)
 
 
 def merged_top(earlier: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
-    """The largest of two sorted lists (groups, m, 5) of which one is of later documents, as many as ``earlier`` has.
+    """The largest values of two sorted lists (groups, m, 5), ``later`` of later documents; as many as ``earlier`` has.
 
-    Ties go to the earlier, as `largest` orders them.
+    Of equal values the earlier come first, as in `largest`.
     """
     both = torch.cat([earlier, later], dim=1)
     order = torch.argsort(both[..., 0], dim=1, descending=True, stable=True)[:, : earlier.shape[1]]
@@ -207,12 +208,12 @@ def merged_top(earlier: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
 
 
 class SiteIndex:
-    """Where every site lies in a run's arrays; sites in sorted order.
+    """Locates every site in a run's arrays; sites in sorted order.
 
-    layouts   equal layouts are one object, so that comparing them costs nothing
-    groups    of each site: which rows of counts and outliers are its groups'
-    channels  of each site: which columns of the moments are its own
-    shared    site to the site whose places it has, since every block brings both of them one tensor
+    layouts   equal layouts are one object, which makes comparing them fast
+    groups    each site's rows of counts and outliers, one per group
+    channels  each site's columns of the moments
+    shared    maps a site to the one whose places it uses, since in every block both have the same tensor
     """
 
     def __init__(self, layouts: Mapping[SiteKey, SiteLayout]) -> None:
@@ -223,13 +224,13 @@ class SiteIndex:
         self.shared: dict[SiteKey, SiteKey] = {}
 
     def share(self, key: SiteKey, source: SiteKey) -> None:
-        """Give ``key`` the places of ``source``, of an equal layout; its own stay as they are, of no values."""
+        """Let ``key`` use the places of ``source``, which has an equal layout; its own places remain empty."""
         self.shared[key] = source
         self.groups[key], self.channels[key] = self.groups[source], self.channels[source]
 
 
 def _spans(sizes: Mapping[SiteKey, int]) -> tuple[dict[SiteKey, slice], int]:
-    """A slice of each size, one after the other, and where the last one ends."""
+    """Consecutive slices of the given sizes, and the end of the last one."""
     found: dict[SiteKey, slice] = {}
     end = 0
     for key, size in sizes.items():
@@ -245,7 +246,7 @@ class SiteStatistics:
     counts   (groups, PATTERNS) int64, of the run
     moments  of its channels
     top      (groups, most, 5: TOP_FIELDS) int64, sorted, magnitude -1 where there are fewer
-    calls    how often a `Counter` added to the block's
+    calls    how often a `Counter` has added to the block's statistics
     """
 
     layout: SiteLayout
@@ -256,7 +257,7 @@ class SiteStatistics:
 
     @cached_property
     def addresses(self) -> tuple[int, int, tuple[int, ...]]:
-        """Where counts, outliers and moments lie, the last in the order of `Moments.named`."""
+        """Addresses of counts, outliers and moments, the last in the order of `Moments.named`."""
         moments = tuple(values.data_ptr() for values in self.moments.named().values())
         return self.counts.data_ptr(), self.top.data_ptr(), moments
 
@@ -266,7 +267,7 @@ class SiteStatistics:
 
 
 def _present(top: torch.Tensor) -> Int64:
-    """Of (most, 5: TOP_FIELDS) those that there are."""
+    """The rows of (most, 5: TOP_FIELDS) that have a value."""
     rows: Int64 = top.numpy()
     return rows[rows[:, 0] >= 0]
 
@@ -287,20 +288,20 @@ class RunStatistics:
 
     @classmethod
     def empty(cls, layouts: Mapping[SiteKey, SiteLayout], most: int) -> RunStatistics:
-        """Of no values at all, on the host; ``most``: outliers of a group."""
+        """Statistics of no values, on the host; ``most``: outliers per group."""
         index, host = SiteIndex(layouts), torch.device("cpu")
-        # NumPy's zeros cost nothing until they are counted in, and are huge pages.
+        # NumPy's zeros are allocated on first use, in huge pages.
         counts = torch.from_numpy(np.zeros((index.group_count, PATTERNS), np.int64))
         return cls(index, counts, Moments.empty(index.channel_count, host), _no_top(index.group_count, most, host))
 
     @property
     def most(self) -> int:
-        """Outliers of a group at most."""
+        """Largest number of outliers per group."""
         return self.top.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where all of it is."""
+        """The device of all arrays."""
         return self.counts.device
 
     def site(self, key: SiteKey) -> SiteStatistics:
@@ -314,7 +315,7 @@ class RunStatistics:
         return _present(self.top[group])
 
     def add(self, other: RunStatistics) -> None:
-        """Add the statistics of other blocks, of whatever place in the run, with the same ``shared``; on the host."""
+        """Add the statistics of other blocks, anywhere in the run, with the same ``shared``; on the host."""
         self.counts += other.counts
         self.moments.fold(other.moments)
         both = np.concatenate([self.top.numpy(), other.top.numpy()], axis=1)
@@ -326,11 +327,11 @@ def _no_top(groups: int, most: int, device: torch.device) -> torch.Tensor:
 
 
 class BlockStatistics:
-    """What one block after another adds to a run's statistics.
+    """The statistics of the current block, which are then folded into the run's.
 
-    sites  what a `Counter` adds to: the run's counts; the block's moments and outliers, whose documents are numbered in
-           the block
-    sums   (2, channels) float64: the last folded block's totals and squares, which do not add up in any order
+    sites  what a `Counter` adds to: the run's counts, and the block's moments and outliers, whose documents are
+           numbered within the block
+    sums   (2, channels) float64: the last folded block's totals and squares, whose sum depends on the order
     """
 
     def __init__(self, run: RunStatistics) -> None:
@@ -345,8 +346,8 @@ class BlockStatistics:
             self.sites[key] = self.sites[source]
 
     def summaries(self, documents: int) -> tuple[torch.Tensor, dict[SiteKey, torch.Tensor]]:
-        """Memory for a block's summaries, which the next block of as many documents has again: flat, and each site's
-        part (documents, groups + 1, 1 + q: SUMMARY_COLUMNS), one after the other.
+        """Memory for a block's summaries, reused by the next block of equally many documents: flat, and as each site's
+        part (documents, groups + 1, 1 + q: SUMMARY_COLUMNS), in order.
         """
         if documents not in self._summaries:
             shapes = [(documents, len(layout.names) + 1, len(SUMMARY_COLUMNS)) for layout in self.layouts.values()]
@@ -357,13 +358,13 @@ class BlockStatistics:
         return self._summaries[documents]
 
     def share(self, key: SiteKey, source: SiteKey) -> None:
-        """`SiteIndex.share`, unless it is so."""
+        """`SiteIndex.share`, unless ``key`` is shared already."""
         if key not in self.shared:
             self.run.index.share(key, source)
             self.sites[key] = self.sites[source]
 
     def fold(self, numbers: Int64) -> None:
-        """Close the block, whose documents are ``numbers`` in the file: add its statistics to the run's."""
+        """End the block, whose documents are ``numbers`` in the file: add its statistics to the run's."""
         named = torch.from_numpy(numbers).to(self.run.device, non_blocking=True)
         self._top[..., 2] = named[self._top[..., 2].clamp_(min=0)]
         self.run.top.copy_(merged_top(self.run.top, self._top))
@@ -383,15 +384,15 @@ class Counter(Protocol):
     def add(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
         """Add documents ``first`` onwards of a block to ``into``: their counts, and their channels' moments.
 
-        x (rows, channels) float; offsets (documents + 1,) of its rows, where the layout has a d_state that many of each
-        document; summaries (documents, groups + 1, 1 + q), written: amax and quantiles (SUMMARY_COLUMNS) of each
-        document, the whole site last. Perhaps only noted: x must stay as it is until the next `flush`.
+        x (rows, channels) float; offsets (documents + 1,) of its rows (if the layout has a d_state, that many per
+        document); summaries (documents, groups + 1, 1 + q), written: amax and quantiles (SUMMARY_COLUMNS) of each
+        document, the whole site last. May be deferred: x must not change until the next `flush`.
         """
 
     def flush(self, *, partly: bool = False) -> None:
-        """Queue the counting of all that was added; ``partly``: unless as many sites more could join them."""
+        """Queue the counting of all that was added; ``partly``: unless as many sites again would fit into the batch."""
 
 
 def states_by_channel(x: torch.Tensor, d_state: int) -> torch.Tensor:
-    """The states (documents, e, n) of which x (documents n, e) are the rows, as they are counted."""
+    """The states (documents, e, n) whose rows, as they are counted, are x (documents n, e)."""
     return x.reshape(-1, d_state, x.shape[1]).transpose(1, 2)

@@ -1,7 +1,7 @@
-"""Compiled CPU kernels that make the rows of tables: each passes over many arrays in one call, without Python's lock.
+"""Compiled CPU kernels that make the rows of tables: each processes many arrays in one call, without Python's lock.
 
-A thread that calls one for every array waits each time until it may run Python again, which with sixteen of them took
-most of the time of writing a run.
+A thread that calls a kernel per array waits for the lock after each, which with sixteen threads took most of the time
+of writing a run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _interpolate = numba.njit(cache=True, nogil=True)(interpolate)
 
 @numba.njit(cache=True, nogil=True)
 def repeat(values: Int32, rows: Int64, out: Int32) -> None:
-    """As numpy.repeat of each column: values (columns, n), of which those of i are repeated rows[i] (n,) times.
+    """As numpy.repeat of each column: values (columns, n), of which values[:, i] is repeated rows[i] times; rows (n,).
 
     out (columns, all rows), written.
     """
@@ -46,7 +46,7 @@ def gather_rows(
     """
     for i in range(bases.size):
         base, first, size, place = bases[i], firsts[i], sizes[i], starts[i]
-        if size and columns[first + size - 1] - columns[first] == size - 1:  # one after the other
+        if size and columns[first + size - 1] - columns[first] == size - 1:  # consecutive
             start = base + columns[first]
             out[place : place + size] = values[start : start + size]
         else:
@@ -56,7 +56,7 @@ def gather_rows(
 
 @numba.njit(cache=True, nogil=True)
 def present_sizes(counts: Int64, groups: Int64, infinity: int, sizes: Int64) -> None:
-    """How many rows of `counts` some groups have.
+    """The number of rows of `counts` of some groups.
 
     counts (all groups, PATTERNS); groups (n,): rows of it; ``infinity``: its pattern; sizes (n,), written.
     """
@@ -76,7 +76,7 @@ def present_sizes(counts: Int64, groups: Int64, infinity: int, sizes: Int64) -> 
 def present_counts(
     counts: Int64, groups: Int64, infinity: int, magnitudes: Float32, values: Float32, found: Int64
 ) -> None:
-    """The rows of `counts` of some groups, one after the other: values that occur, ascending, and how often.
+    """The rows of `counts` of some groups, in order: values that occur, ascending, and how often.
 
     -0 joins 0 and all NaN join one, which is last. counts, groups, ``infinity`` as in `present_sizes`; magnitudes
     (SIGN,) of non-negative patterns; values and found (all sizes,): written.
@@ -106,7 +106,7 @@ def present_counts(
 
 @numba.njit(cache=True, nogil=True)
 def _added(total: float, lost: float, term: float) -> tuple[float, float]:
-    """``total`` + ``term``, and ``lost`` and what that lost: Neumaier's summation (ZAMM 54, 1974)."""
+    """``total`` + ``term``, and ``lost`` + its rounding error: a step of Neumaier's summation (ZAMM 54, 1974)."""
     found = total + term
     if abs(total) >= abs(term):
         return found, lost + ((total - found) + term)
@@ -120,7 +120,7 @@ def _central_moments(counts: Int64, infinity: int, magnitudes: Float32, total: i
     """
     first = lost = 0.0
     for pattern in range(infinity):
-        # One of a value and one of its negative come to nothing.
+        # A value and its negative cancel.
         more = counts[pattern] - counts[SIGN + pattern]
         if more != 0:
             first, lost = _added(first, lost, np.float64(magnitudes[pattern]) * more)
@@ -143,11 +143,11 @@ def _central_moments(counts: Int64, infinity: int, magnitudes: Float32, total: i
 def summarize(
     counts: Int64, infinity: int, magnitudes: Float32, probabilities: Float64, integers: Int64, floats: Float64
 ) -> None:
-    """What `quambase.schema.distribution.Distribution.summary` says of one group, counts (PATTERNS,).
+    """As `quambase.schema.distribution.Distribution.summary`, for one group's counts (PATTERNS,).
 
     ``infinity`` is its pattern; magnitudes (SIGN,); probabilities (q,) ascending. Written are integers (5,): finite
     values, others, zeros, values with |x - mean| > 3 and > 5 standard deviations; and floats (6 + q,): amax, min, max,
-    mean, standard deviation, kurtosis, quantiles of |x|. Where there are no values those are NaN, but amax, which is 0.
+    mean, standard deviation, kurtosis, quantiles of |x|. Without values those are NaN, except amax, which is 0.
     """
     integers[:] = 0
     floats[:] = np.nan

@@ -1,4 +1,4 @@
-"""Statistics as rows of the tables of `quambase.schema.tables`, sorted by layer, site and group."""
+"""Makes rows of the tables of `quambase.schema.tables` from statistics, sorted by layer, site and group."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
 
 _NOTHING = np.empty(0, np.int64)
-"""Joined with arrays of which there may be none."""
+"""Concatenated with lists of arrays that may be empty."""
 
 _MOMENT_COLUMNS = {"lowest": "min", "highest": "max", "total": "sum", "squares": "sum_sq"}
 """The columns of `channels` that have other names than in `Moments`."""
@@ -42,14 +42,14 @@ def many_keyed_rows(
     columns: dict[str, object],
     schema: pa.Schema,
 ) -> pa.Table:
-    """`keyed_rows` of several (key, group) at once: ``rows[i]`` rows are of ``keys[i]``, one after the other."""
+    """`keyed_rows` of several (key, group) in order: ``rows[i]`` rows of ``keys[i]``."""
     return table_of(Keys.of(run, keys).columns(rows) | columns, schema)
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Some (key, group) of a run: ``numbers`` (4, keys) int32, the layers and, of the other columns, numbers of
-    ``words``: each column's dictionary holds every word once, as Parquet's must.
+    """The key columns of some (key, group) of a run: ``numbers`` (4, keys) int32 are the layers and, for the string
+    columns, indices into ``words``, the columns' dictionaries without duplicates, as Parquet requires.
     """
 
     numbers: Int32
@@ -57,7 +57,7 @@ class Keys:
 
     @classmethod
     def of(cls, run: str, keys: Sequence[tuple[SiteKey, str]]) -> Keys:
-        """Prepare them."""
+        """The key columns of ``keys``."""
         of_columns = {
             "run": [run] * len(keys),
             "site": [site for (_, site), _ in keys],
@@ -71,7 +71,7 @@ class Keys:
         return cls(np.array(numbers, np.int32), words)
 
     def columns(self, rows: Sequence[int] | Int64) -> dict[str, object]:
-        """The key columns of ``rows[i]`` rows of each of them."""
+        """The key columns repeated: ``rows[i]`` rows of the i-th key."""
         sizes = np.asarray(rows, np.int64)
         repeated = np.empty((4, int(sizes.sum())), np.int32)
         repeat(self.numbers, sizes, repeated)
@@ -83,7 +83,7 @@ class Keys:
 
 @lru_cache(4)
 def known_keys(run: str, keys: tuple[tuple[SiteKey, str], ...]) -> Keys:
-    """`Keys.of` keys that block after block has."""
+    """`Keys.of`, cached: every block has the same keys."""
     return Keys.of(run, keys)
 
 
@@ -98,7 +98,7 @@ def table_of(columns: dict[str, object], schema: pa.Schema) -> pa.Table:
 
 
 def with_whole(layout: SiteLayout) -> list[tuple[str, int]]:
-    """`SiteLayout.ordered_groups`, and among them a divided site's whole, as one number more."""
+    """`SiteLayout.ordered_groups`, and a divided site's whole, numbered after its groups."""
     whole = [] if layout.names == (WHOLE,) else [(WHOLE, len(layout.names))]
     return sorted([*layout.ordered_groups, *whole])
 
@@ -127,11 +127,11 @@ def _names(groups: Sequence[TableGroup]) -> list[tuple[SiteKey, str]]:
 
 
 COUNTED = 20
-"""Groups whose rows of `counts` make a file: of a float16 model's activations, some 650,000."""
+"""Groups per file of `counts`: some 650,000 rows for a float16 model."""
 
 
 def counts_parts(run: str, statistics: RunStatistics, encoding: Encoding) -> list[Callable[[], pa.Table]]:
-    """What make the rows of `counts`, some groups each; together, in order, they are the table.
+    """Functions that make the rows of `counts`, each for some groups; their results in order are the table.
 
     Values ascend from -inf to inf, then NaN; -0 joins 0, all NaN join one.
     """
@@ -161,7 +161,7 @@ def channels_rows(run: str, statistics: RunStatistics) -> pa.Table:
     places = np.concatenate([_NOTHING, *(start + mine for start, mine in zip(starts, rows, strict=True))])
     columns: dict[str, object] = {"channel": np.concatenate([_NOTHING, *channels])}
     for name, values in statistics.moments.named().items():
-        # -0 becomes 0: which of the two is the lower depends on the order they were met in.
+        # -0 becomes 0: which of the two is the lowest would depend on the order of the values.
         columns[_MOMENT_COLUMNS.get(name, name)] = values.numpy().take(places) + 0
     return many_keyed_rows(run, _names(groups), [mine.size for mine in rows], columns, CHANNELS)
 
@@ -183,7 +183,7 @@ def groups_rows(run: str, index: SiteIndex) -> pa.Table:
 
 
 class Places(NamedTuple):
-    """Where values are, as `outliers` has it: positions (n,), token ids, tokens, channels (n,)."""
+    """Where values are, as columns of `outliers`: positions (n,), token ids, tokens, channels (n,)."""
 
     positions: Int64
     token_ids: Sequence[int | None]
@@ -192,7 +192,7 @@ class Places(NamedTuple):
 
 
 Locate = Callable[[SiteLayout, Int64, Int64, Int64], Places]
-"""Takes documents, rows in them and channels, (n,) each."""
+"""Receives a layout, and documents, rows in them and channels, (n,) each."""
 
 
 def outliers_rows(run: str, statistics: RunStatistics, encoding: Encoding, locate: Locate) -> pa.Table:
@@ -216,13 +216,13 @@ def outliers_rows(run: str, statistics: RunStatistics, encoding: Encoding, locat
 
 
 SHARE = 8
-"""Sites that are one task of a pool: what takes a fraction of a millisecond is not worth one of its own."""
+"""Sites per task of the pool: one site takes only a fraction of a millisecond."""
 
 
 def site_stats_maker(run: str, statistics: RunStatistics, encoding: Encoding, pool: Executor) -> Callable[[], pa.Table]:
-    """What makes the table `site_stats`: a row for each site and each group of a divided one.
+    """The function that makes the table `site_stats`: a row for each site and each group of a divided one.
 
-    Its numbers are computed in ``pool``, where that begins at once; what is returned waits for them.
+    The computation starts at once in ``pool``; the returned function waits for it.
     """
     index, counts = statistics.index, statistics.counts.numpy()
     given = encoding.infinity, encoding.values()[:SIGN], np.array(list(QUANTILES.values()))

@@ -1,4 +1,4 @@
-"""The tap of a collection: counts every site of one block, on the host or a device, and keeps what its rows need."""
+"""The tap of a collection: counts every site of a block, on the host or a device, and gathers the data of its rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Positions = Mapping[int, npt.NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """Whose raw activations are kept: ``positions`` of documents, final states of documents; both None: all.
+    """What raw activations are stored: ``positions`` by document, final ``states`` of documents; both None: all.
 
     ValueError: one of the two is None.
     """
@@ -45,29 +45,29 @@ NOTHING = KeptTokens({}, set())
 
 
 class Gather(Protocol):
-    """Copies rows of one tensor after the other, to float32 on ``device``."""
+    """Copies rows of several tensors as float32 to ``device``."""
 
     device: torch.device
 
     def add(self, x: torch.Tensor, rows: torch.Tensor | None) -> None:
         """Rows ``rows`` (count,) int64, None for all, of x (t, width), float16 or float32.
 
-        Perhaps only noted: x must stay as it is until the next `gathered`.
+        May be deferred: x must not change until the next `gathered`.
         """
 
     def gathered(self) -> list[torch.Tensor]:
-        """What was added since the last call, in order: flat tensors, each of the rows of some calls."""
+        """The rows added since the last call, in order, as flat tensors, each of the rows of one or more `add`."""
 
 
 CHUNK_VALUES = 1 << 24
-"""Values for which `TorchGather` allocates memory at a time: so many bytes that the allocator maps them apart."""
+"""Values per allocation of `TorchGather`: large enough that the allocator maps each separately."""
 
 
 class TorchGather:
     """A `Gather` in plain PyTorch.
 
-    Memory comes in large chunks. Small ones on the heap, among the activations that come and go, would fragment it, and
-    each layer would have to ask the system for fresh memory.
+    Memory is allocated in large chunks. Small ones between short-lived activations would fragment the heap, and every
+    layer would have to request memory from the system.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -92,7 +92,7 @@ class TorchGather:
         return found
 
     def _end_tensor(self) -> None:
-        """What follows is another tensor, though perhaps of the same chunk."""
+        """End the current tensor; the next one may be in the same chunk."""
         if self._used:
             self._tensors.append(self._chunk[: self._used])
             self._chunk, self._used = self._chunk[self._used :], 0
@@ -106,11 +106,11 @@ def _copies(device: torch.device) -> torch.cuda.Stream:
 
 @dataclass(frozen=True)
 class ObservedBlock:
-    """What a block's rows are made of; on its way to the host, where it is complete once ``copied`` has passed.
+    """The data of a block's rows, which is being copied to the host: complete when the event ``copied`` has passed.
 
-    summaries  float32, flat: those of every layout in turn
-    raw        float32, flat: what was gathered, of ``kept`` in turn
-    same       a site whose summaries and raw values are another's, and which
+    summaries  float32, flat: of every layout in order
+    raw        float32, flat: the gathered values of ``kept``, in order
+    same       maps a site to the site that has the same summaries and raw values
     places     of each span: (places, 2) int64, document and position
     """
 
@@ -125,11 +125,11 @@ class ObservedBlock:
     places: Sequence[Int64]
 
     def is_here(self) -> bool:
-        """Whether all is copied, and so folded into the run's statistics."""
+        """Whether everything is copied, and thus also folded into the run's statistics."""
         return self.copied is None or bool(self.copied.query())  # type: ignore[no-untyped-call]
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
-        """The rows of `documents` and of `activations`; waits until all is here."""
+        """The rows of `documents` and of `activations`; waits for the copies."""
         if self.copied:
             self.copied.synchronize()
         sizes = [
@@ -154,9 +154,9 @@ def check_seen(seen: Mapping[SiteKey, int], documents: int) -> None:
 
 
 class BlockRecorder:
-    """A `quambase.model.block.Tap` for the documents of one block; sites without a layout are not looked at.
+    """A `quambase.model.block.Tap` for the documents of one block; sites without a layout are ignored.
 
-    Nothing here waits for a device, unless every activation is kept.
+    Does not wait for a device, unless every activation is stored.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class BlockRecorder:
         layout = self.statistics.layouts.get(key)
         if layout is None:
             return
-        if layer != self._layer:  # layers are alike, and so are batches of whole layers: one is prepared for all
+        if layer != self._layer:  # batches of whole layers are alike, and so share a plan
             self.counter.flush(partly=True)
             self._layer = layer
         if layout.d_state:
@@ -223,8 +223,8 @@ class BlockRecorder:
         return self._borders[span]
 
     def _identity(self, key: SiteKey, values: torch.Tensor, documents: int) -> SiteKey | None:
-        """The site that the call before brought this very tensor for, of every document: an identity's output is its
-        input, and counting is what a collection costs.
+        """The site for which the previous call had this same tensor, with every document: an identity's output is its
+        input, and counting it again would cost the most of a collection.
         """
         if self._last is None or self._last[1] is not values or documents != len(self.documents):
             return None
@@ -280,7 +280,7 @@ class BlockRecorder:
         if summaries.device.type == "cuda":
             summaries, raw, copied = _queue_copies(summaries, raw)
         else:
-            summaries = summaries.clone()  # whose memory is the next block's
+            summaries = summaries.clone()  # the next block reuses its memory
         return ObservedBlock(
             self.run, self.documents, self.statistics.layouts, summaries, raw, copied, self._same, self._kept,
             self._places,
@@ -290,7 +290,7 @@ class BlockRecorder:
 def _queue_copies(
     summaries: torch.Tensor, raw: list[torch.Tensor]
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.cuda.Event]:
-    """Both on the host, to which what is on a device is on its way until the event has passed."""
+    """Start copying both to the host; the copies are complete when the event has passed."""
     device, size = summaries.device, len(summaries)
     there = [values for values in raw if values.device.type == "cuda"]
     flat = torch.cat([summaries, *there])

@@ -1,7 +1,7 @@
-"""INT8 arithmetic of upstream Quamba's W8A8 model on the CPU: quantizing weights, products of codes.
+"""INT8 arithmetic of upstream Quamba's W8A8 model on the CPU: quantization of weights, products of codes.
 
-Every function says how it rounds. Activations and weights are int8 tensors; products are accumulated exactly,
-as int32 would, by float32 BLAS.
+Every function says how it rounds. Activations and weights are int8 tensors; float32 BLAS accumulates their products
+exactly, with the result of int32 sums.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quambase.schema.number_format import INT8
 INT8_MIN, INT8_MAX = INT8.qmin, INT8.qmax
 
 EXACT_CHUNK = 1024
-"""128 * 128 * 1024 = 2^24: so many products of codes sum exactly in float32, in any order."""
+"""128 * 128 * 1024 = 2^24: this many products of codes sum exactly in float32, in any order."""
 
 _EXACT = 2**24
 _PER_LEVEL = torch.tensor(1.0) / INT8_MAX
@@ -38,12 +38,12 @@ class Int8Weight:
 
     @cached_property
     def floats(self) -> torch.Tensor:
-        """The codes held in float32 for BLAS; made once and shared by every model that uses this weight."""
+        """The codes in float32, for BLAS; computed once and shared by every model with this weight."""
         return self.codes.to(torch.float32)
 
     @cached_property
     def exact_at_once(self) -> bool:
-        """Whether no codes can bring any partial sum of a row beyond 2^24, so no chunks are needed."""
+        """Whether no partial sum of a row can exceed 2^24, whatever the input codes, so that no chunks are needed."""
         return int(self.codes.to(torch.int64).abs().sum(-1).max()) * -INT8_MIN <= _EXACT
 
     def dequantized(self) -> torch.Tensor:
@@ -53,7 +53,7 @@ class Int8Weight:
 
 @dataclass(frozen=True)
 class SplitInt8Weight:
-    """A weight tensor whose consecutive rows fall in parts with a scale each.
+    """A weight tensor in parts of consecutive rows, with one scale per part.
 
     codes   int8 (rows, ...)
     scales  float32 values, one per part
@@ -68,7 +68,7 @@ class SplitInt8Weight:
     def of(
         cls, weight: torch.Tensor, widths: tuple[int, ...], quantize: Callable[[torch.Tensor], Int8Weight]
     ) -> SplitInt8Weight:
-        """Quantize each part of ``weight`` for itself."""
+        """Quantize each part of ``weight`` separately."""
         parts = [quantize(part) for part in torch.split(weight, list(widths))]
         return cls(torch.cat([part.codes for part in parts]), tuple(part.scale for part in parts), widths)
 
@@ -99,8 +99,8 @@ def quantize_weight(weight: torch.Tensor) -> Int8Weight:
 def quantize_weight_float32(weight: torch.Tensor) -> Int8Weight:
     """The same in float32 arithmetic, as upstream does for A_log, D and the dt bias (qSelectiveScan.py).
 
-    On CUDA, where upstream quantizes, ``x / 127`` is ``x * (1 / 127)``, which a float32 often shows in its last bit
-    (`quambase.analyzer.upstream_observers`) and a float16 never. So a weight of just half the maximum becomes 63 or 64.
+    Upstream quantizes on CUDA, where ``x / 127`` is ``x * (1 / 127)``: in float32 the last bit often differs
+    (`quambase.analyzer.upstream_observers`), in float16 never. It decides whether half of the maximum becomes 63 or 64.
     """
     scale = weight.abs().amax().clamp(min=1e-5) * _PER_LEVEL
     codes = torch.round(weight / scale).clamp(INT8_MIN, INT8_MAX).to(torch.int8)
@@ -111,15 +111,15 @@ def quantize_rows(weight: torch.Tensor, *, signed_max: bool = False) -> tuple[to
     """The embedding (v, d) with one scale per row, in float16 arithmetic: int8 codes (v, d), float16 scales
     (v,).
 
-    ``signed_max`` takes the row's largest value instead of its largest absolute value, as upstream's
-    W8O16Embedding does: rows whose largest magnitude is negative are clipped.
+    ``signed_max``: use the row's largest value instead of its largest absolute value, as upstream's W8O16Embedding
+    does, which clips rows whose largest magnitude is negative.
     """
     half = weight.to(torch.float16)
     if signed_max:
         scales = half.amax(dim=-1, keepdim=True) / INT8_MAX
     else:
         scales = half.abs().amax(dim=-1, keepdim=True).clamp(min=1e-5) / INT8_MAX
-    # A row whose largest value is 0 has scale 0 upstream: whatever the codes, it reads as 0.
+    # A row whose largest value is 0 has scale 0 upstream: it dequantizes to 0 whatever its codes.
     quotient = torch.nan_to_num(half / scales, nan=0.0)
     codes = torch.round(quotient).clamp(INT8_MIN, INT8_MAX).to(torch.int8)
     return codes, scales.flatten()
@@ -129,8 +129,7 @@ def matmul(x: torch.Tensor, weight: Int8Weight, offset: torch.Tensor | None = No
     """``x @ codes.T - offset`` of int8 codes: the int32 result, rounded to float32 (exact below 2^24). (rows, in) ->
     (rows, out); offset (out,) int32.
 
-    Where a row of codes could sum beyond 2^24 the product is cut in chunks of EXACT_CHUNK and added up as
-    int32.
+    If a row's sum could exceed 2^24, the product is computed in chunks of EXACT_CHUNK, which are added as int32.
     """
     floats = x.to(torch.float32)
     subtracted = offset is not None and bool(offset.any())
@@ -146,7 +145,7 @@ def matmul(x: torch.Tensor, weight: Int8Weight, offset: torch.Tensor | None = No
 
 
 def to_half(x: torch.Tensor) -> torch.Tensor:
-    """float32 rounded to float16 values (half to even) and held in float32 again."""
+    """float32 rounded to float16 values (half to even), as a float32 tensor."""
     return x.to(torch.float16).to(torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""What an INT8 block of any kind is: its weights as codes, its activation scales laid out, one forward pass.
+"""The interface of INT8 blocks: weights as codes, activation scales as the operators read them, one forward pass.
 
 A kind is one file (`mamba1`, `mamba2`) with a subclass of each class here; `block_kinds` lists them.
 """
@@ -21,7 +21,7 @@ from quambase.schema.scale_table import Scale
 
 
 class Int8BlockWeights(ABC):
-    """One block's weights: each an `Int8Weight`, a `SplitInt8Weight`, or a float16 tensor. ``kind``: of the block."""
+    """One block's weights: each an `Int8Weight`, a `SplitInt8Weight`, or a float16 tensor."""
 
     kind: ClassVar[str]
 
@@ -32,13 +32,13 @@ class Int8BlockWeights(ABC):
 
     @classmethod
     def widths(cls, config: Any) -> dict[str, tuple[int, ...]]:
-        """The rows of each part of the fields that are a `SplitInt8Weight`."""
+        """For each field that is a `SplitInt8Weight`, the rows of its parts."""
         return {}
 
 
 @dataclass(frozen=True)
 class BlockScales:
-    """One block's activation scales as its operators take them. ``input``: of the codes that the block reads."""
+    """One block's activation scales as its operators read them. ``input``: of the codes that the block reads."""
 
     input: float
     out_proj: Factors
@@ -47,17 +47,17 @@ class BlockScales:
 
 
 class Int8Block(ABC):
-    """A block's forward pass, its weights laid out for operators: what one strategy's scales after another run with."""
+    """A block's forward pass, with its weights laid out for operators; the scales of any strategy are an argument."""
 
     @abstractmethod
     def __init__(self, config: Any, weights: Any, operators: Int8Operators) -> None:
-        """Of weights and sizes of the same kind."""
+        """``config`` and ``weights`` are of the block's kind."""
 
     @abstractmethod
     def lay_out(self, scales: Mapping[str, Scale], divisions: Sequence[torch.Tensor], wrap: bool) -> BlockScales:
         """The checked scales of the block's sites, laid out for `forward`.
 
-        divisions  of x in scale groups, each the group of every channel (e,), int64
+        divisions  the ways x is divided into scale groups, each the group of every channel (e,), int64
         wrap       whether the Hadamard quantizer wraps modulo 256, as upstream's
         """
 
@@ -70,10 +70,11 @@ class Int8Block(ABC):
         batch: PlacedBatch,
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
-        """What is added to the residual stream, float16 values (t, d), for codes (t, d) of the normalised one.
+        """The block's contribution to the residual stream, float16 values (t, d), from codes (t, d) of the normalised
+        stream.
 
-        scales  as of `lay_out`
-        state   set where ``ops`` do not decode, updated where they do
+        scales  as `lay_out` returns them
+        state   updated if ``ops`` decode, otherwise set to the state after each document
         """
 
     @abstractmethod
@@ -94,13 +95,13 @@ def zero_point(scale: Scale) -> int:
 
 
 def half_factors(weight: float, source: float) -> Factors:
-    """Of a product that becomes float16: the weight's scale first, then that of the codes it reads."""
+    """The factors of a product with float16 result: the weight's scale first, then that of the input codes."""
     both = Multipliers(weight, source)
     return Factors(both, both, Multipliers(float32(weight * source), 1.0))
 
 
 def rotation_factor(d_inner: int, scale: float) -> float:
-    """The Hadamard quantizer's: 1/sqrt(e) and the scale are one factor, as upstream (qHadamard.py)."""
+    """The Hadamard quantizer's factor: 1/sqrt(e) and the scale combined, as upstream (qHadamard.py)."""
     return 1.0 / math.sqrt(d_inner) / scale
 
 
@@ -109,7 +110,7 @@ class Int8BlockKind:
     """One kind of INT8 block.
 
     name    of the `quambase.model.block.BlockKind`
-    format  what an INT8 model's folder calls a model of such blocks
+    format  the name of such a model's format in its folder
     """
 
     name: str

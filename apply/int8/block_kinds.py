@@ -1,4 +1,4 @@
-"""The kinds of INT8 blocks: the one place that knows them. A new kind is a file of its own and a line here."""
+"""The registry of INT8 block kinds. A new kind is a file of its own and an entry here."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ BY_FORMAT = {kind.format: kind for kind in KINDS.values()}
 
 
 def int8_kind_of(part: ModelConfig | BlockWeights | Int8BlockWeights) -> Int8BlockKind:
-    """The INT8 kind of some sizes or weights."""
+    """The INT8 kind of a config or of a block's weights."""
     return KINDS[part.kind]

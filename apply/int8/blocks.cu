@@ -1,7 +1,7 @@
-// The steps of the INT8 blocks between the products, on CUDA: the siblings of host_kernels.py, compiled at run time
+// The steps of the INT8 blocks between the products, on CUDA, as host_kernels.py on the CPU. Compiled at run time
 // (cuda_operators.py) with -fmad=false, so that no product is contracted with a sum unless written so.
 //
-// HEADS    1: blocks of heads (Mamba-2), 0: without (Mamba-1)
+// HEADS    1: blocks with heads (Mamba-2), 0: without (Mamba-1)
 // WIDTH    taps of the convolution
 // and those of model/cuda/norm_hadamard.cuh and model/cuda/scans.cuh.
 
@@ -10,8 +10,8 @@
 
 __device__ __forceinline__ float round_to_half(float f) { return half_to_float(float_to_half(f)); }
 
-// The code of v: half away from zero, saturating. What is added is the largest float below a half: a half itself would
-// round 0.49999997 up.
+// The code of v: half away from zero, saturating. Adds the largest float below a half: a half itself would round
+// 0.49999997 up.
 __device__ __forceinline__ s8 half_away(float v) { return toward_zero(v + copysignf(0.49999997f, v)); }
 
 // The code of v with a zero point: half away from zero, then shifted, saturating.
@@ -21,8 +21,8 @@ __device__ __forceinline__ s8 shifted_code(float v, float zero) {
 }
 
 // The code of silu(v) / divisor, half away from zero, saturating; with the zero point `zero` if SHIFTED. `inverse` is
-// about 1 / divisor: the approximations are off by less than 1e-3 where the quotient is within 130, and by 2e-3 within 255
-// (2^-17 of it for the exponential of up to -88, 2^-22 for the rest), so only what lies nearer to a half is computed
+// about 1 / divisor: the approximations are off by less than 1e-3 where the quotient is within 130, and by 2e-3 within
+// 255 (2^-17 of it for the exponential of up to -88, 2^-22 for the rest), so only a quotient nearer to a half is computed
 // exactly. Adding 1.5 * 2^23 leaves no fraction bits, so the addition rounds and the code is the sum's last byte:
 // conversions to integers run at a quarter of the speed.
 template <bool SHIFTED> __device__ __forceinline__ s8 silu_code(float v, float divisor, float inverse, float zero) {
@@ -36,14 +36,14 @@ template <bool SHIFTED> __device__ __forceinline__ s8 silu_code(float v, float d
     return (s8)__float_as_int(SHIFTED ? shifted + zero : shifted);
 }
 
-// Four codes as floats: a byte, flipped to be unsigned, is the last one of 2^23 + it.
+// Four codes as floats: made unsigned, a byte is the last byte of the float 2^23 + byte.
 __device__ __forceinline__ void code_floats(u32 codes, float (&to)[4]) {
     codes ^= 0x80808080u;
 #pragma unroll
     for (int j = 0; j < 4; j++) to[j] = __uint_as_float(__byte_perm(codes, 0x4b000000u, 0x7440 + j)) - 8388736.0f;
 }
 
-const int LANES = 4; // neighbours that a thread has at a time: rows are padded, and read and written whole
+const int LANES = 4; // channels per thread: rows are padded, and read and written in whole groups of them
 
 // residual += x, then the code (half to even) of residual / rms / scale. x, residual, out (rows, width), each with its
 // stride; `width`, rounded up to LANES, floats of dynamic shared memory.
@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(256) norm_to_int8(
     }
 }
 
-// The same, rounded to float16 instead: what a head that is not quantized reads.
+// The same, rounded to float16 instead: the input of a head that is not quantized.
 extern "C" __global__ void __launch_bounds__(256) norm_to_half(
     const u16* x, i64 x_stride, float* residual, i64 residual_stride, i64 width, float eps, u16* out, i64 out_stride
 ) {
@@ -78,10 +78,10 @@ extern "C" __global__ void __launch_bounds__(256) norm_to_half(
 
 const int CONV_ROWS = 8;
 
-// Depthwise causal convolution of codes, SiLU, one rounding, half away from zero: each document with zeros before it. A
-// thread has LANES channels and CONV_ROWS rows, and reads them all before it starts. x (t, e or more) and out (t, e), rows
-// apart and 4-byte aligned; weight (WIDTH, e) codes, the last row for the current token; scale_wx, bias, scale_out, and, if
-// SHIFTED, zero_out (e,); starts (t,) the first row of each row's document.
+// Depthwise causal convolution of codes, SiLU, one rounding, half away from zero, with zeros before each document. One
+// thread per LANES channels and CONV_ROWS rows, which it loads before it starts. x (t, e or more) and out (t, e), rows
+// apart and 4-byte aligned; weight (WIDTH, e) codes, the last row for the current token; scale_wx, bias, scale_out, and,
+// if SHIFTED, zero_out (e,); starts (t,) the first row of each row's document.
 template <bool SHIFTED> __device__ __forceinline__ void convolve(
     const s8* x, i64 x_stride, const float* weight, const float* scale_wx, const float* bias, const float* scale_out,
     const float* zero_out, const int* starts, i64 rows, i64 channels, s8* out, i64 out_stride
@@ -89,8 +89,8 @@ template <bool SHIFTED> __device__ __forceinline__ void convolve(
     const int channel = (blockIdx.x * blockDim.x + threadIdx.x) * LANES;
     if (channel >= channels) return;
     const i64 first = (i64)blockIdx.y * CONV_ROWS;
-    u32 codes[WIDTH - 1 + CONV_ROWS]; // the last rows of whichever document came before, then this thread's
-    int mine[CONV_ROWS];              // rows of the document before each
+    u32 codes[WIDTH - 1 + CONV_ROWS]; // the rows before this thread's, even of an earlier document, then its own
+    int mine[CONV_ROWS];              // rows of the same document before each
 #pragma unroll
     for (int i = 0; i < WIDTH - 1 + CONV_ROWS; i++) {
         const i64 row = first + i - (WIDTH - 1);
@@ -98,10 +98,11 @@ template <bool SHIFTED> __device__ __forceinline__ void convolve(
     }
 #pragma unroll
     for (int i = 0; i < CONV_ROWS; i++) mine[i] = first + i < rows ? (int)(first + i) - starts[first + i] : 0;
-    float taps[WIDTH][LANES], window[WIDTH][LANES], scale[LANES], shift[LANES], divisor[LANES], inverse[LANES], zero[LANES];
+    float taps[WIDTH][LANES], window[WIDTH][LANES];
+    float scale[LANES], shift[LANES], divisor[LANES], inverse[LANES], zero[LANES];
 #pragma unroll
     for (int j = 0; j < LANES; j++) {
-        // Rows are padded, so that reading codes beyond the last channel does no harm.
+        // Rows are padded, so codes beyond the last channel can be read.
         const int at = channel + j < channels ? channel + j : channel;
         scale[j] = scale_wx[at], shift[j] = bias[at], divisor[j] = scale_out[at];
         inverse[j] = 1.0f / divisor[j], zero[j] = SHIFTED ? zero_out[at] : 0.0f;
@@ -150,8 +151,8 @@ extern "C" __global__ void __launch_bounds__(128) conv_silu_shifted(
     convolve<true>(x, x_stride, weight, scale_wx, bias, scale_out, zero_out, starts, rows, channels, out, out_stride);
 }
 
-// Where transformed rows go: out (rows, DIM), rows out_stride apart, codes of factor times the value, half away from zero:
-// saturating, or, if `wrap`, modulo 256 as upstream's float to int32 to int8.
+// Writes transformed rows to out (rows, DIM), rows out_stride apart, as codes of factor times the value, half away from
+// zero: saturating, or, if `wrap`, modulo 256 as upstream's float to int32 to int8.
 struct Codes {
     s8* out;
     i64 out_stride;
@@ -189,28 +190,28 @@ template <bool SHIFTED> struct Channels {
 // Mamba-1's scan of codes, y (t, e) rounded to float16. u, delta (before bias and softplus), z (t, e) and bc (t, 2
 // STATES), B then C: codes, rows apart; the rest as in scan_channels.
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS) selective_scan(
-    const s8* u, i64 u_stride, const s8* delta, i64 delta_stride, const s8* bc, i64 bc_stride, const s8* z, i64 z_stride,
-    float u_scale, float u_zero, float delta_scale, float bc_scale, float z_scale, const float* a, const float* d,
-    const float* bias, const int* offsets, i64 channels, u16* y
+    const s8* u, i64 u_stride, const s8* delta, i64 delta_stride, const s8* bc, i64 bc_stride, const s8* z,
+    i64 z_stride, float u_scale, float u_zero, float delta_scale, float bc_scale, float z_scale, const float* a,
+    const float* d, const float* bias, const int* offsets, i64 channels, u16* y
 ) {
     __shared__ float gates[256];
     for (int i = threadIdx.x; i < 256; i += blockDim.x) gates[i] = silu(z_scale * (float)(i - 128));
     __syncthreads();
-    const Channels<false> in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, u_zero, delta_scale,
-                                bc_scale, gates, channels, y};
+    const Channels<false> in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, u_zero,
+                              delta_scale, bc_scale, gates, channels, y};
     scan_channels(in, a, d, bias, offsets, channels, nullptr);
 }
 
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS) selective_scan_shifted(
-    const s8* u, i64 u_stride, const s8* delta, i64 delta_stride, const s8* bc, i64 bc_stride, const s8* z, i64 z_stride,
-    float u_scale, float u_zero, float delta_scale, float bc_scale, float z_scale, const float* a, const float* d,
-    const float* bias, const int* offsets, i64 channels, u16* y
+    const s8* u, i64 u_stride, const s8* delta, i64 delta_stride, const s8* bc, i64 bc_stride, const s8* z,
+    i64 z_stride, float u_scale, float u_zero, float delta_scale, float bc_scale, float z_scale, const float* a,
+    const float* d, const float* bias, const int* offsets, i64 channels, u16* y
 ) {
     __shared__ float gates[256];
     for (int i = threadIdx.x; i < 256; i += blockDim.x) gates[i] = silu(z_scale * (float)(i - 128));
     __syncthreads();
-    const Channels<true> in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, u_zero, delta_scale,
-                                bc_scale, gates, channels, y};
+    const Channels<true> in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, u_zero,
+                              delta_scale, bc_scale, gates, channels, y};
     scan_channels(in, a, d, bias, offsets, channels, nullptr);
 }
 
@@ -241,7 +242,9 @@ template <bool SHIFTED> struct Head {
     __device__ float value(s8 code, const float* zeros, i64 column) const {
         return SHIFTED ? (float)code - zeros[column] : (float)code;
     }
-    __device__ float skipped(i64 row, i64 column) const { return x_scales[column] * value(x_at[row * stride + column], x_zeros, column); }
+    __device__ float skipped(i64 row, i64 column) const {
+        return x_scales[column] * value(x_at[row * stride + column], x_zeros, column);
+    }
     __device__ float x(i64 row, i64 column) const { return round_to_half(skipped(row, column)); }
     __device__ float b(i64 row, i64 column) const {
         return round_to_half(b_scales[column] * value(b_at[row * stride + column], b_zeros, column));
@@ -253,13 +256,15 @@ template <bool SHIFTED> struct Head {
     __device__ void put(i64 row, i64 column, float value) const { y[row * width + column] = float_to_half(value); }
 };
 
-// Mamba-2's scan of codes, of values rounded to float16 but for the skip connection; y (t, heads HEADDIM) rounded to
-// float16. x (t, heads HEADDIM), b and c (t, ngroups STATES): columns of one tensor of codes, rows x_stride apart, with a
-// scale and a zero point per column; dt (t, heads) codes, rows dt_stride apart, before bias and softplus; the rest as in scan_head.
+// Mamba-2's scan of codes, whose values are rounded to float16 except for the skip connection; y (t, heads HEADDIM)
+// rounded to float16. x (t, heads HEADDIM), b and c (t, ngroups STATES): columns of one tensor of codes, rows x_stride
+// apart, with a scale and a zero point per column; dt (t, heads) codes, rows dt_stride apart, before bias and softplus;
+// the rest as in scan_head.
 extern "C" __global__ void __launch_bounds__(HEADDIM / JOINED * SPLIT) ssd_scan(
     const s8* x, const s8* b, const s8* c, i64 x_stride, const float* x_scales, const float* b_scales,
-    const float* c_scales, const float* x_zeros, const float* b_zeros, const float* c_zeros, const s8* dt, i64 dt_stride,
-    float dt_scale, const float* a, const float* d, const float* bias, const int* offsets, i64 heads, i64 ngroups, u16* y
+    const float* c_scales, const float* x_zeros, const float* b_zeros, const float* c_zeros, const s8* dt,
+    i64 dt_stride, float dt_scale, const float* a, const float* d, const float* bias, const int* offsets, i64 heads,
+    i64 ngroups, u16* y
 ) {
     const Head<false> in = {x, b, c, x_stride, x_scales, b_scales, c_scales, x_zeros, b_zeros, c_zeros, dt, dt_stride,
                             dt_scale, heads * HEADDIM, y};
@@ -268,16 +273,17 @@ extern "C" __global__ void __launch_bounds__(HEADDIM / JOINED * SPLIT) ssd_scan(
 
 extern "C" __global__ void __launch_bounds__(HEADDIM / JOINED * SPLIT) ssd_scan_shifted(
     const s8* x, const s8* b, const s8* c, i64 x_stride, const float* x_scales, const float* b_scales,
-    const float* c_scales, const float* x_zeros, const float* b_zeros, const float* c_zeros, const s8* dt, i64 dt_stride,
-    float dt_scale, const float* a, const float* d, const float* bias, const int* offsets, i64 heads, i64 ngroups, u16* y
+    const float* c_scales, const float* x_zeros, const float* b_zeros, const float* c_zeros, const s8* dt,
+    i64 dt_stride, float dt_scale, const float* a, const float* d, const float* bias, const int* offsets, i64 heads,
+    i64 ngroups, u16* y
 ) {
     const Head<true> in = {x, b, c, x_stride, x_scales, b_scales, c_scales, x_zeros, b_zeros, c_zeros, dt, dt_stride,
                             dt_scale, heads * HEADDIM, y};
     scan_head(in, a, d, bias, offsets, heads, ngroups, nullptr);
 }
 
-// Gated norm, rounded to float16, then the Hadamard quantizer. y (rows, DIM) float16; z codes, rows z_stride apart, with
-// z_scale; weight (DIM,); the rest as in gated_norm_rows and rotate.
+// Gated norm, rounded to float16, then the Hadamard quantizer: y (rows, DIM) float16; z codes, rows z_stride apart,
+// with z_scale; weight (DIM,); the rest as in gated_norm_rows and rotate.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) gated_rotate(
     const u16* y, i64 rows, const s8* z, i64 z_stride, float z_scale, const float* weight, i64 groups, float eps,
     const float* odd, float factor, i64 wrap, s8* out, i64 out_stride
@@ -288,7 +294,9 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) gated_rotate(
     Line* lines = (Line*)line;
     for (int i = threadIdx.x; i < 256; i += ROW_THREADS) gates[i] = silu(z_scale * (float)(i - 128));
     __syncthreads();
-    const auto gated = [=](i64 row, int i) { return half_to_float(y[row * DIM + i]) * gates[z[row * z_stride + i] + 128]; };
+    const auto gated = [=](i64 row, int i) {
+        return half_to_float(y[row * DIM + i]) * gates[z[row * z_stride + i] + 128];
+    };
     const auto keep = [](i64, int, float value, float* place) { *place = round_to_half(value); };
     gated_norm_rows(lines, rows, weight, groups, eps, gated, keep);
     finish_rows<0>(lines, odd, signs, rows, Codes{out, out_stride, factor, wrap});

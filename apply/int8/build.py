@@ -1,4 +1,4 @@
-"""From a float model and activation scales to its INT8 model, on the CPU and on CUDA."""
+"""Builds the INT8 model of a float model and activation scales, on the CPU and on CUDA."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build(
     quantize_embedding: bool = False,
     compat: str | None = None,
 ) -> Int8LanguageModel:
-    """The INT8 model of prepared weights on the CPU; ScalesInvalid as for `Int8LanguageModel`."""
+    """The INT8 model of prepared weights on the CPU. ScalesInvalid as `Int8LanguageModel`."""
     weights = quantize(
         prepared, quantize_lm_head=quantize_lm_head, quantize_embedding=quantize_embedding, compat=compat
     )
@@ -34,7 +34,7 @@ def build(
 
 
 def on_host(weights: Int8ModelWeights) -> PlacedWeights:
-    """Weights for the CPU's operators."""
+    """Weights laid out for the CPU's operators."""
     return PlacedWeights(weights, HostInt8Operators(weights.config.operator_sizes))
 
 
@@ -68,15 +68,15 @@ def build_model(
 
 
 def check_any_scales(weights: ModelWeights, table: ScaleTable, scales: Scales, quantize_lm_head: bool) -> Scales:
-    """The scales that `build_model` would read, rounded to float32; ScalesInvalid, before the slow part."""
+    """The scales that `build_model` reads, rounded to float32. Reports ScalesInvalid before the slow part."""
     maps = channel_maps(table.model.layer_groups or ())
     return check_scales(scales, weights.config, maps, quantize_lm_head)
 
 
 def int8_on_cuda(models: Mapping[str, Int8LanguageModel], device: torch.device) -> dict[str, Int8LanguageModel]:
-    """Strategies of one model on a CUDA device, by label, on one copy of the weights they share.
+    """Copies of ``models``, which are strategies of one model by label, on a CUDA device, where they share the weights.
 
-    CompilationFailed where the kernels cannot be compiled.
+    CompilationFailed: the kernels do not compile.
     """
     found: dict[str, Int8LanguageModel] = {}
     shared: dict[int, PlacedWeights] = {}

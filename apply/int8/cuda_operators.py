@@ -1,8 +1,7 @@
 """The INT8 operators as compiled CUDA kernels.
 
-Every row of codes is padded to 16 bytes, of float16 likewise, so that kernels work on whole words:
-results are slices of wider tensors. Weights are padded with zeros, so what a row holds beyond its width counts for
-nothing.
+Rows of codes and of float16 values are padded to 16 bytes, so that kernels process whole words; results are slices of
+wider tensors. Weights are padded with zeros, so a row's padding does not change a product.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ from quambase.model.operators.interface import OperatorSizes
 from quambase.model.packed_batch import PlacedBatch
 
 ALIGNMENT = 16
-"""Bytes."""
+"""Of rows, in bytes."""
 
 PRODUCTS, BLOCKS = (Path(__file__).with_name(name) for name in ("gemm.cu", "blocks.cu"))
 
 TILE = 128
-"""Outputs of a product's block along either side, as in gemm.cu."""
+"""Rows and columns of outputs per block of a product, as in gemm.cu."""
 
 
 @dataclass(frozen=True)
 class ProductBlock:
-    """A product's block, as in gemm.cu: its threads, and its shared memory in bytes."""
+    """A block of a product, as in gemm.cu: its threads, and its shared memory in bytes."""
 
     threads: int
     shared: int
@@ -48,11 +47,11 @@ class ProductBlock:
 HOPPER, OTHERS = ProductBlock(256, 3 * 2 * TILE * 128), ProductBlock(128, 4 * 2 * TILE * 64)
 
 CONV_ROWS, CONV_CHANNELS = 8, 4 * 128
-"""Rows and channels of a block of the convolution, as in blocks.cu."""
+"""Rows and channels per block of the convolution, as in blocks.cu."""
 
 
 def _padded(width: int, item: int) -> int:
-    """``width`` items of ``item`` bytes, up to whole ALIGNMENTs."""
+    """``width`` items of ``item`` bytes each, rounded up to a multiple of ALIGNMENT; in items."""
     return -(-width * item // ALIGNMENT) * ALIGNMENT // item
 
 
@@ -66,13 +65,13 @@ def padded_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device)
 class CudaInt8Operators:
     """`quambase.apply.int8.operators.Int8Operators` for one model's sizes on one device, of whole documents.
 
-    CompilationFailed where it cannot be compiled: the integer products need compute capability 8.0.
+    CompilationFailed: the kernels do not compile. The integer products need compute capability 8.0.
     """
 
     decodes = False
 
     def __init__(self, device: torch.device, sizes: OperatorSizes, *, hopper: bool | None = None) -> None:
-        """``hopper``: whether products are Hopper's own (compute capability 9.0); default: if the device is one."""
+        """``hopper``: use Hopper's own products (compute capability 9.0); default: on such a device."""
         self.device, self.sizes = device, sizes
         defines = kernel_sizes(sizes)
         self._rotated_rows, self._rotated_shared = rows_of_block(sizes.d_inner), rows_shared(sizes.d_inner)
@@ -101,11 +100,11 @@ class CudaInt8Operators:
                 self._blocks.allow_shared(name, size)
 
     def decoding(self) -> Int8Operators:
-        """Not on CUDA: no command decodes there."""
+        """Not implemented: no command decodes on CUDA."""
         raise NotImplementedError("INT8 models decode on the CPU")
 
     def matrix(self, weight: Int8Weight) -> Int8Weight:
-        """As `Int8Operators.matrix`: each row filled up with zeros to a multiple of 16."""
+        """As `Int8Operators.matrix`; rows are padded with zeros to a multiple of 16."""
         width = weight.codes.shape[1]
         padded = F.pad(weight.codes, (0, _padded(width, 1) - width)).contiguous()
         return Int8Weight(padded.to(self.device), weight.scale)
@@ -133,7 +132,7 @@ class CudaInt8Operators:
         return padded_rows(rows, width, torch.float16, self.device)
 
     def add_norm_to_int8(self, x: torch.Tensor, residual: torch.Tensor, eps: float, scale: float) -> torch.Tensor:
-        """As `Int8Operators.add_norm_to_int8`; rows of x and residual as `padded_rows` lays them."""
+        """As `Int8Operators.add_norm_to_int8`; rows of x and residual are padded as by `padded_rows`."""
         rows, width = residual.shape
         out = self._codes(rows, width)
         arguments = (x, x.stride(0), residual, residual.stride(0), width, eps, scale, out, out.stride(0))
@@ -158,7 +157,7 @@ class CudaInt8Operators:
         offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Int8Operators.linear_to_int8`."""
-        assert not away  # only where one sequence decodes
+        assert not away  # only if one sequence decodes
         out = self._codes(len(x), len(weight.codes))
         name = "product_to_int8" if offset is None else "product_to_int8_less"
         return self._product(name, x, weight.codes, first, second, out, offset)
@@ -184,7 +183,7 @@ class CudaInt8Operators:
         out: torch.Tensor,
         offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if x.stride(0) % ALIGNMENT or x.stride(1) != 1:  # rows taken out of a tensor of ours are packed
+        if x.stride(0) % ALIGNMENT or x.stride(1) != 1:  # rows selected from a padded tensor are packed
             x = self._codes(*x.shape).copy_(x)
         columns, depth = weight.shape
         per_column = isinstance(first, torch.Tensor)

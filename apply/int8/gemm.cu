@@ -1,8 +1,8 @@
-// Products of INT8 codes on the tensor cores, with their epilogue: compiled at run time (cuda_operators.py).
+// Products of INT8 codes on the tensor cores, with their epilogue. Compiled at run time (cuda_operators.py).
 //
-// A block makes BLOCK x BLOCK outputs, STAGES tiles of DEPTH bytes a row of either operand being on their way from memory.
-// HOPPER 1: by wgmma (sm_90a), two warpgroups of 64 rows each; 0: by mma.sync (compute capability 8.0 and later), four
-// warps of 64 x 64. The sums are int32, so no order of adding changes them.
+// A block computes BLOCK x BLOCK outputs, with STAGES tiles of DEPTH bytes per row of each operand being loaded. HOPPER
+// 1: by wgmma (sm_90a), two warpgroups of 64 rows each; 0: by mma.sync (compute capability 8.0 and later), four warps
+// of 64 x 64. The sums are int32, so they do not depend on the order.
 
 typedef signed char s8;
 typedef unsigned char u8;
@@ -19,18 +19,18 @@ const int DEPTH = 64, STAGES = 4, THREADS = 128;
 #endif
 const int TILE = BLOCK * DEPTH; // bytes of one operand's tile
 
-// Where the 16 bytes `chunk` of a row of a tile lie: permuted so that eight rows' chunks fall in different banks, on
-// Hopper as wgmma's swizzle of 128 bytes has it.
+// The offset of the 16 bytes `chunk` of a tile's row: permuted so that eight rows' chunks are in different banks, on
+// Hopper by wgmma's 128-byte swizzle.
 __device__ __forceinline__ u32 place(int row, int chunk) {
     return row * DEPTH + ((chunk ^ (HOPPER ? row & 7 : (row >> 1) & 3)) << 4);
 }
 
-// The pieces of 16 bytes of one operand's tiles that a thread copies: COPIES rows of the tile, all at the same chunk.
+// Copies a thread's share of one operand's tiles: 16 bytes of each of COPIES rows, all at the same chunk.
 struct Copier {
     static const int CHUNKS = DEPTH / 16, APART = THREADS / CHUNKS, COPIES = BLOCK / APART;
     const s8* from;
     i64 stride; // from one of its rows to the next
-    i64 left;   // bytes of a row from its chunk on
+    i64 left;   // bytes of a row from the thread's chunk on
     u32 to[COPIES], bytes[COPIES];
 
     __device__ Copier(const s8* matrix, i64 row_stride, i64 first, i64 rows, i64 depth, u32 shared) {
@@ -41,25 +41,25 @@ struct Copier {
 #pragma unroll
         for (int i = 0; i < COPIES; i++) {
             to[i] = shared + place(row + i * APART, chunk);
-            bytes[i] = first + row + i * APART < rows ? 16 : 0; // zeros elsewhere
+            bytes[i] = first + row + i * APART < rows ? 16 : 0; // zeros beyond
         }
     }
 
-    // The tile of step `step` into stage `stage`.
+    // Copy the tile of step `step` into stage `stage`.
     __device__ void copy(int step, int stage) const {
         const bool inside = (i64)step * DEPTH < left;
 #pragma unroll
         for (int i = 0; i < COPIES; i++) {
-            const u32 count = inside ? bytes[i] : 0; // of none nothing is read
+            const u32 count = inside ? bytes[i] : 0; // with 0 nothing is read
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to[i] + stage * 2 * TILE),
                          "l"(from + i * stride + step * DEPTH), "r"(count));
         }
     }
 };
 
-// (sum * first) * second of two neighbouring columns in float32, each rounded once: to codes half to even, saturating.
-// (Adding 1.5 * 2^23 leaves no fraction bits, so the addition rounds, and the code is the sum's last byte: conversions to
-// integers run at a quarter of the speed.)
+// Store (sum * first) * second of two neighbouring columns, rounded once from float32: to codes half to even,
+// saturating. (Adding 1.5 * 2^23 leaves no fraction bits, so the addition rounds, and the code is the sum's last byte:
+// conversions to integers run at a quarter of the speed.)
 __device__ __forceinline__ void store(s8* at, float left, float right) {
     const float shifter = 12582912.0f;
     const u32 low = __float_as_uint(fminf(fmaxf(left, -128.0f), 127.0f) + shifter);
@@ -86,9 +86,10 @@ template <bool OFFSET> struct Scaling {
     }
 };
 
-// Eight columns' worth of a warp's sums, as mma and wgmma leave them: rows lane / 4 and that + 8, two columns of each.
+// Write a warp's sums of eight columns, in the layout of mma and wgmma: rows lane / 4 and lane / 4 + 8, two columns
+// each.
 template <typename T, bool OFFSET>
-__device__ __forceinline__ void put_sums(
+__device__ __forceinline__ void write_sums(
     const int* sums, T* tile, int pitch, int row, int column, i64 first_column, i64 columns,
     const Scaling<OFFSET>& scaling
 ) {
@@ -107,12 +108,12 @@ __device__ __forceinline__ void put_sums(
 
 #if HOPPER
 
-// What wgmma is told of a tile: its address, eight rows 1024 bytes apart, swizzled by 128 bytes.
+// wgmma's descriptor of a tile: its address, groups of eight rows 1024 bytes apart, 128-byte swizzle.
 __device__ __forceinline__ u64 describe(u32 address) {
     return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
-// sums += 64 rows of a, 128 of b, 32 bytes of each.
+// Adds to the sums the product of 64 rows of a and 128 of b, over 32 bytes of each.
 __device__ __forceinline__ void multiply(int (&d)[16][4], u64 a, u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
@@ -151,8 +152,8 @@ __device__ __forceinline__ void multiply(int (&sum)[4], const u32 (&a)[4], u32 l
 #endif
 
 // out[row, column] = (sum_k a[row, k] b[column, k] * first[column]) * second in float32, rounded once to T. a (rows,
-// depth) rows a_stride apart, b (columns, depth); depth a positive multiple of 16 and every row of a and out 16-byte aligned: what
-// of a lies beyond its width is multiplied by zeros of b. out (rows, columns) rows out_stride apart, padded to 16 bytes.
+// depth) rows a_stride apart, b (columns, depth); depth a positive multiple of 16 and every row of a and out 16-byte
+// aligned: a's padding is multiplied by zeros of b. out (rows, columns) rows out_stride apart, padded to 16 bytes.
 template <typename T, bool OFFSET>
 __device__ __forceinline__ void product(
     const s8* a, i64 a_stride, const s8* b, i64 rows, i64 columns, i64 depth, const Scaling<OFFSET> scaling, T* out,
@@ -162,7 +163,8 @@ __device__ __forceinline__ void product(
     const u32 base = (u32)__cvta_generic_to_shared(shared);
     const i64 first_row = (i64)blockIdx.y * BLOCK, first_column = (i64)blockIdx.x * BLOCK;
     const int warp = threadIdx.x / 32, steps = (int)((depth + DEPTH - 1) / DEPTH);
-    const Copier of_a(a, a_stride, first_row, rows, depth, base), of_b(b, depth, first_column, columns, depth, base + TILE);
+    const Copier of_a(a, a_stride, first_row, rows, depth, base);
+    const Copier of_b(b, depth, first_column, columns, depth, base + TILE);
 #pragma unroll
     for (int step = 0; step < STAGES - 1; step++) {
         if (step < steps) of_a.copy(step, step), of_b.copy(step, step);
@@ -176,8 +178,8 @@ __device__ __forceinline__ void product(
         for (int k = 0; k < 4; k++) sums[i][k] = 0;
 #else
     const int lane = threadIdx.x % 32, warp_row = warp / 2 * 64, warp_column = warp % 2 * 64;
-    // Where this lane's row of the matrices that ldmatrix brings lies: of a rows 0-15 and then their other 16 bytes, of b
-    // eight rows' two halves and then the next eight's.
+    // This lane's row of the matrices that ldmatrix loads: of a, rows 0-15 and then their other 16 bytes; of b, two
+    // halves of eight rows and then of the next eight.
     const int a_row = warp_row + lane % 16, a_chunk = lane / 16;
     const int b_row = warp_column + lane / 16 * 8 + lane % 8, b_chunk = lane / 8 % 2;
     int sums[4][8][4];
@@ -191,7 +193,7 @@ __device__ __forceinline__ void product(
     int stage = 0;
     for (int step = 0; step < steps; step++) {
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
-        // wgmma itself reads what was copied.
+        // Makes the copies visible to wgmma, which reads shared memory through the async proxy.
         if (HOPPER) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncthreads();
         const int next = stage == 0 ? STAGES - 1 : stage - 1;
@@ -217,18 +219,20 @@ __device__ __forceinline__ void product(
 #pragma unroll
             for (int i = 0; i < 4; i++)
 #pragma unroll
-                for (int j = 0; j < 8; j++) multiply(sums[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
+                for (int j = 0; j < 8; j++) {
+                    multiply(sums[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
+                }
         }
 #endif
     }
     asm volatile("cp.async.wait_group 0;");
     __syncthreads();
     const int PITCH = BLOCK + 16 / sizeof(T);
-    T* lines = (T*)shared; // of outputs, so that whole ones are written
+    T* lines = (T*)shared; // outputs, staged so that whole rows are written
 #if HOPPER
 #pragma unroll
     for (int i = 0; i < 16; i++) {
-        put_sums(sums[i], lines, PITCH, warp * 16, i * 8, first_column, columns, scaling);
+        write_sums(sums[i], lines, PITCH, warp * 16, i * 8, first_column, columns, scaling);
     }
 #else
 #pragma unroll
@@ -236,7 +240,7 @@ __device__ __forceinline__ void product(
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const int row = warp_row + i * 16, column = warp_column + j * 8;
-            put_sums(sums[i][j], lines, PITCH, row, column, first_column, columns, scaling);
+            write_sums(sums[i][j], lines, PITCH, row, column, first_column, columns, scaling);
         }
 #endif
     __syncthreads();

@@ -16,8 +16,9 @@ from quambase.schema.scale_table import Scale
 from quambase.schema.sites import find_site
 
 ChannelGroups = Sequence[Sequence[torch.Tensor]]
-"""Per layer the divisions of the channels of x, each the scale group of every channel (e,), int64; empty where groups
-follow from the sizes."""
+"""Per layer the divisions of the channels of x, each the scale group of every channel (e,), int64; empty if the sizes
+determine the groups.
+"""
 
 BY_CHANNEL_GROUP = ("x_conv_out:input", "ssm_state_act:input")
 """The sites whose scale groups divide the channels of x."""
@@ -33,7 +34,7 @@ def values_of(scale: Scale) -> torch.Tensor:
 
 
 def as_json(scale: Scale) -> Any:
-    """A site's scale, or scales, as JSON has them; one with a zero point is a pair."""
+    """A site's scale or scales as JSON; one with a zero point is an object of both."""
     if isinstance(scale, tuple):
         return [as_json(part) for part in scale]
     return {"scale": scale.scale, "zero_point": scale.zero_point} if isinstance(scale, Affine) else scale
@@ -46,8 +47,8 @@ def zero_points_of(scale: Scale) -> torch.Tensor:
 
 
 def channel_maps(layers: Sequence[LayerGroups]) -> list[list[torch.Tensor]]:
-    """Each layer's head group, and its scale group, of every channel of x (e,) in the reordered model, both numbered as
-    `LayerGroups.groups` counts.
+    """For each layer the head group and the scale group of every channel of x (e,) in the reordered model, both
+    numbered in the order of `LayerGroups.groups`.
     """
     maps = []
     for groups in layers:
@@ -61,8 +62,8 @@ def channel_maps(layers: Sequence[LayerGroups]) -> list[list[torch.Tensor]]:
 
 
 def channel_groups_of(config: ModelConfig, divisions: Sequence[torch.Tensor], count: int) -> torch.Tensor:
-    """The group (0 to count - 1) of each channel of x (e,), int64: none, by SSD group, or the one of a layer's own
-    ``divisions`` of that many groups. Divisions are nested, so of the same number they are the same.
+    """The group (0 to count - 1) of each channel of x (e,), int64: all one group, the SSD groups, or the one of the
+    layer's ``divisions`` with ``count`` groups. Divisions are nested, so two of equal count are equal.
     """
     if count in (1, _ssd_groups(config)):
         return torch.arange(config.d_inner) // (config.d_inner // count)
@@ -97,9 +98,9 @@ def _ssd_groups(config: ModelConfig) -> int:
 def check_scales(
     scales: Scales, config: ModelConfig, channel_groups: ChannelGroups, quantize_lm_head: bool
 ) -> dict[tuple[int, str], Scale]:
-    """The scales the model reads, rounded to float32.
+    """The scales that the model reads, rounded to float32.
 
-    ScalesInvalid: one is missing, not finite, not positive, or there are not as many as the site has groups.
+    ScalesInvalid: one is missing, not finite or not positive, or their number is not that of the site's groups.
     """
     needed = needed_sites(config, quantize_lm_head)
     missing = [key for key in needed if key not in scales]
@@ -114,7 +115,7 @@ def check_scales(
 
 
 def _checked(layer: int, site: str, scale: Scale, d_state: int) -> Scale:
-    """``scale`` rounded to float32; one group's is one scale."""
+    """``scale`` rounded to float32; a tuple of one scale becomes that scale."""
     if not isinstance(scale, tuple):
         return checked_affine(layer, site, scale)
     groups: list[float | Affine] = []

@@ -1,9 +1,9 @@
-"""Compiled CPU kernels of the INT8 blocks: the steps between two integer matrix products.
+"""Compiled CPU kernels of the INT8 blocks: the steps between the integer matrix products.
 
 Rounding is written out in each: half to even (`half_even`) in the norm, the GEMM epilogue and the decoded state; half
-away from zero (`half_away`) in the convolution, the Hadamard quantizer, Mamba-1's prefill state and where one row alone
-is projected. Scales are one per channel or group; of a whole tensor, they are all the same. All arithmetic is float32
-in upstream's order; no product is contracted with a sum, so results do not depend on the compiler. Packed batches as in
+away from zero (`half_away`) in the convolution, the Hadamard quantizer, Mamba-1's prefill state and if a single row is
+projected. Scales are one per channel or group, all equal for a whole tensor. All arithmetic is float32 in upstream's
+order; no product is contracted with a sum, so results do not depend on the compiler. Packed batches as in
 `quambase.model.operators.host_kernels`.
 """
 
@@ -28,7 +28,7 @@ _ONE = np.float32(1)
 # Adding 1.5 * 2^23 leaves no fraction bits, so the sum is rounded to an integer, half
 # to even, by the addition itself; exact for |x| < 2^22, and it vectorises.
 _SHIFTER = np.float32(12582912)
-# Upstream multiplies a decoded state and its scale by these before dividing: in Mamba-1, and in Mamba-2
+# Upstream multiplies a decoded state and its scale by these before it divides them, in Mamba-1 and in Mamba-2
 # (quant_ssm_states.py).
 _SCAN_FACTOR = np.float32(1e2)
 _SSD_FACTOR = np.float32(1e6)

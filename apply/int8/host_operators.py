@@ -39,7 +39,7 @@ class HostInt8Operators:
         return weight
 
     def half_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """As `Int8Operators.half_matrix`: held in float32 for BLAS."""
+        """As `Int8Operators.half_matrix`, in float32 for BLAS."""
         return weight.to(torch.float32)
 
     def vector(self, values: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,7 @@ class HostInt8Operators:
         return values.contiguous()
 
     def halves(self, rows: torch.Tensor) -> torch.Tensor:
-        """As `Int8Operators.halves`: in float32."""
+        """As `Int8Operators.halves`, in float32."""
         return rows.to(torch.float32)
 
     def new_residual(self, x: torch.Tensor) -> torch.Tensor:
@@ -196,7 +196,7 @@ class HostInt8Operators:
 
 
 class HostInt8Decoding(HostInt8Operators):
-    """The same where every document is the next token of a sequence, whose state is given."""
+    """The operators for decoding: every document is the next token of a sequence, whose state is given."""
 
     decodes = True
 

@@ -1,7 +1,7 @@
-"""An INT8 language model of any blocks on any device: embedding, norms, the residual stream, the head, decoding.
+"""An INT8 language model of any kind of block on any device: embedding, residual stream, norms, head, decoding.
 
-Codes on CUDA equal the CPU's except where sums of float32 are ordered differently or exp is the device's; then they
-differ by one. The tests count those.
+Codes on CUDA equal the CPU's, except that another order of float32 sums or the device's exp can change a code by one.
+The tests count those.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from quambase.schema.scale_table import Scale
 from quambase.schema.sites import HEAD_LAYER
 
 Int8State = list[Int8BlockState]
-"""What decoding carries on: the state of every block."""
+"""The decoding state: one `Int8BlockState` per block."""
 
 
 class Int8LanguageModel:
     """The INT8 model of one strategy; the interface of `quambase.model.language_model.LanguageModel`.
 
-    Weights never depend on activation scales, so one set of INT8 weights serves every strategy (`with_scales`).
+    Weights do not depend on activation scales, so all strategies share one set of INT8 weights (`with_scales`).
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Int8LanguageModel:
         channel_groups: ChannelGroups = (),
         compat: str | None = None,
     ) -> None:
-        """``channel_groups``: per layer the divisions of x in scale groups; not needed for one scale per tensor or per
-        SSD group. ``compat``: None, or "upstream".
+        """``channel_groups``: per layer the divisions of x into scale groups; not needed for one scale per tensor or
+        per SSD group. ``compat``: None, or "upstream".
 
-        ScalesInvalid: ``scales`` lacks a site this model reads, holds one that is not positive, or as many for a
-        site as there are no groups of.
+        ScalesInvalid: ``scales`` lacks a site that the model reads, a scale is not positive, or a site's number of
+        scales is not that of any of its divisions.
         """
         self.placed, self.channel_groups, self.compat = placed, channel_groups, compat
         self.scales: Mapping[tuple[int, str], Scale] = check_scales(
@@ -72,17 +72,17 @@ class Int8LanguageModel:
         return Int8LanguageModel(self.placed, scales, channel_groups=self.channel_groups, compat=self.compat)
 
     def on(self, placed: PlacedWeights) -> Int8LanguageModel:
-        """The same strategy where the same weights are ``placed``."""
+        """The same strategy on another copy of the same weights."""
         return Int8LanguageModel(placed, self.scales, channel_groups=self.channel_groups, compat=self.compat)
 
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """What lm_head reads (t, d): float16 values (on the CPU in float32), or int8 codes if the head is quantized."""
+        """The input of lm_head (t, d): float16 values (on the CPU as float32), int8 codes if the head is quantized."""
         return self._run(batch, self.placed.operators)
 
     @torch.inference_mode()
     def prefill(self, batch: Batch) -> tuple[torch.Tensor, Int8State]:
-        """`hidden` and the state after each document, to go on with `step`. On the CPU."""
+        """`hidden`, and the state after each document, from which `step` continues. On the CPU."""
         state = self.new_state(batch.documents)
         return self._run(batch, self.placed.operators, state), state
 
@@ -95,8 +95,8 @@ class Int8LanguageModel:
     def step(self, tokens: torch.Tensor, state: Int8State) -> torch.Tensor:
         """Feed one token to each sequence: tokens (b,) int64; ``state`` is updated in place; logits (b, v). On the CPU.
 
-        As upstream, the state is rounded to codes after every token, and one sequence alone (b = 1)
-        multiplies its products by one combined factor where several multiply by two.
+        As upstream, the state is rounded to codes after every token. The products of a single sequence (b = 1) are
+        multiplied by one combined factor, those of several sequences by two factors in turn.
         """
         operators = self.placed.operators.decoding()
         # Each sequence is a document of one token.
@@ -108,7 +108,7 @@ class Int8LanguageModel:
 
     @cached_property
     def laid_out(self) -> list[BlockScales]:
-        """The scales of every block."""
+        """Every block's scales, as its operators read them."""
         of_layers: list[dict[str, Scale]] = [{} for _ in self.placed.blocks]
         for (layer, site), scale in self.scales.items():
             if layer != HEAD_LAYER:
@@ -121,7 +121,7 @@ class Int8LanguageModel:
         ]
 
     def _run(self, batch: Batch, ops: Int8Operators, state: Int8State | None = None) -> torch.Tensor:
-        """As `hidden`, by ``ops``."""
+        """As `hidden`, with ``ops``."""
         placed, eps = PlacedBatch.of(batch, ops.device), self.config.norm_eps
         x = ops.halves(self._embedded(placed.tokens))
         residual = ops.new_residual(x)
@@ -129,7 +129,7 @@ class Int8LanguageModel:
         for index, (block, scales) in enumerate(zip(blocks, self.laid_out, strict=True)):
             codes = ops.add_norm_to_int8(x, residual, eps, scales.input)
             x = block.forward(ops, codes, scales, placed, None if state is None else state[index])
-            if ops.device.type == "cpu" and not ops.decodes:  # a device's work is only queued here
+            if ops.device.type == "cpu" and not ops.decodes:  # on a device the work is only queued
                 tell((index + 1) / len(blocks))
         if self.quantized_lm_head:
             return ops.add_norm_to_int8(x, residual, eps, self._head_scale)

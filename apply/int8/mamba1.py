@@ -1,6 +1,6 @@
 """Quamba 1: the Mamba-1 block with INT8 weights and activations (W8A8), static per-tensor scales.
 
-One scale feeds several places:
+Producers and consumers of the codes of each scale:
 
     in_proj:input      norm -> in_proj
     in_proj:output     in_proj -> conv, z

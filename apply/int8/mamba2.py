@@ -1,6 +1,6 @@
 """Quamba 2: the Mamba-2 block with INT8 weights and activations (W8A8), static scales per tensor or scale group.
 
-What each scale feeds:
+Producers and consumers of the codes of each scale:
 
     in_proj:input                    norm -> in_proj
     z_act:input                      in_proj -> gated norm
@@ -11,10 +11,11 @@ What each scale feeds:
     out_proj:input                   Hadamard quantizer -> out_proj
     lm_head:input                    last norm -> lm_head (only with a quantized head)
 
-Declared differences from upstream: those of `mamba1`; and the scan is recurrent in float32. Upstream's
-chunks (256 tokens) form C B^T in TF32, whose operands are cut, so that what a chunk gives itself is some 5e-4 too
-small; and round C B^T with its decay, B with its decay, C and the state between chunks to float16. The cached state has
-upstream's one scale per group and state index where the strategy has them (absmax, quamba), else one per group.
+Declared differences from upstream: those of `mamba1`; and the scan is recurrent in float32. Upstream computes C B^T of
+its chunks (256 tokens) in TF32, which truncates the operands, so the part of y from the same chunk is some 5e-4 too
+small; and it rounds C B^T with its decay, B with its decay, C, and the state between chunks to float16. The cached
+state has one scale per group and state index, as upstream, if the strategy has them (absmax, quamba), else one per
+group.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""An INT8 model as a folder: tensors, settings, and where its scales come from.
+"""Stores an INT8 model in a folder: tensors, settings, and the origin of its scales.
 
 model.safetensors  int8 weights and their scales, the embedding and head, every activation scale
 config.json        sizes, settings, source model and hashes, strategy
-scales.parquet     the rows of the scale table that were loaded (and upstream's, to compare with)
-tokenizer.json     the source model's tokenizer
+scales.parquet the rows of the scale table that were used (and upstream's, for comparison) tokenizer.json the source
+model's tokenizer
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ from quambase.schema.scale_table import Scale, write_scales
 CONFIG, TENSORS, SCALES, TOKENIZER = "config.json", "model.safetensors", "scales.parquet", "tokenizer.json"
 
 LAST = "last.txt"
-"""In the database's ``models`` folder: the path of the model applied last, from there if it lies there."""
+"""File in the database's ``models`` folder with the path of the last applied model, relative if it is inside that
+folder.
+"""
 
 UNFINISHED = "unfinished"
-"""What config.json says while the model is being written."""
+"""Key in config.json while the model is being written."""
 
 _EXPECTED: dict[str, type] = {
     "sizes": dict,
@@ -55,12 +57,12 @@ _EXPECTED: dict[str, type] = {
     "quantize_lm_head": bool,
     "quantize_embedding": bool,
 }
-"""What config.json of a finished model says, beside its family and ``compat``."""
+"""Keys of a finished model's config.json and their types, besides family and ``compat``."""
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A loaded INT8 model folder; ``about`` is what its config.json says beside the sizes."""
+    """A loaded INT8 model folder; ``about``: the content of its config.json."""
 
     folder: Path
     model: Int8LanguageModel
@@ -69,7 +71,7 @@ class StoredModel:
 
 
 def refuse_foreign_folder(folder: Path) -> None:
-    """OutputRefused unless ``folder`` is new, empty, or an INT8 model's of ours; called before any work."""
+    """OutputRefused unless ``folder`` is new, empty, or has an INT8 model of quambase; called before any work."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -83,7 +85,7 @@ def refuse_foreign_folder(folder: Path) -> None:
         ours = False
     if not ours:
         raise OutputRefused(
-            f"{folder} holds files that are no INT8 model of quambase's; name a new or empty folder with --out"
+            f"{folder} holds files that are not an INT8 model of quambase; name a new or empty folder with --out"
         )
 
 
@@ -94,11 +96,11 @@ def save_model(
     tokenizer: Path | None = None,
     scales: tuple[pa.Table, dict[str, Any]] | None = None,
 ) -> None:
-    """Write ``model`` to ``folder``. config.json comes first, marked unfinished, and whole at the end.
+    """Write ``model`` to ``folder``. config.json is written first, marked as unfinished, and completed at the end.
 
-    about    source model, hashes, strategy: whatever JSON should be kept beside the settings
-    scales   the rows of the scale table that the model is from, and their provenance
-    OSError; on a full disk too, whose error safetensors reports as its own.
+    about    further entries of config.json: source model, hashes, strategy
+    scales   the rows of the scale table that were used, and their provenance OSError, also on a full disk, which
+             safetensors reports as an error of its own.
     """
     family = int8_kind_of(model.config).format
     _write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, "family": family, UNFINISHED: True})
@@ -133,7 +135,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def weights_digest(model: Int8LanguageModel) -> str:
-    """SHA-256 over the names and bytes of everything a model computes with but its activation scales."""
+    """SHA-256 over the names and bytes of all tensors of a model except its activation scales."""
     digest = hashlib.sha256()
     for name, tensor in sorted(_tensors(model).items()):
         if not name.startswith(("activation_scales.", "activation_zero_points.")):
@@ -169,8 +171,8 @@ def _tensors(model: Int8LanguageModel) -> dict[str, torch.Tensor]:
 def load_stored(folder: Path) -> StoredModel:
     """Load a folder written by `save_model`, to the same bits.
 
-    CheckpointInvalid: no such folder, unfinished, another family or newer format, a tensor missing, or
-    altered since.
+    CheckpointInvalid: the folder is missing, unfinished, of another family or a newer format, lacks a tensor, or was
+    altered.
     """
     about = read_about(folder)
     path = folder / TENSORS
@@ -207,7 +209,7 @@ def _model_of(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Int8La
 
 
 def _layer(kind: Int8BlockKind, config: ModelConfig, tensors: dict[str, torch.Tensor], prefix: str) -> Int8BlockWeights:
-    """One block's weights, each read as its field's type says."""
+    """One block's weights, each of its field's type."""
     widths = kind.weights.widths(config)
     types = {name: found for name, found in get_type_hints(kind.weights).items() if name != "kind"}
     weights: dict[str, Any] = {}
@@ -261,10 +263,10 @@ def remember(db: Path, folder: Path) -> None:
     """Record ``folder`` as the model applied last in this database."""
     models = (db / "models").resolve()
     absolute = folder.resolve()
-    # A path inside the database goes with it when it is moved.
-    kept = absolute.relative_to(models) if absolute.is_relative_to(models) else absolute
+    # A relative path stays valid if the database is moved.
+    stored = absolute.relative_to(models) if absolute.is_relative_to(models) else absolute
     with replacing(models / LAST) as temporary:
-        temporary.write_bytes(os.fsencode(kept) + b"\n")
+        temporary.write_bytes(os.fsencode(stored) + b"\n")
 
 
 def last_applied(db: Path) -> Path:

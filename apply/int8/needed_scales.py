@@ -1,4 +1,4 @@
-"""From a scale table to the activation scales an INT8 model reads."""
+"""Chooses the activation scales that an INT8 model reads from a scale table."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from quambase.schema.scale_table import Scale, ScaleTable
 from quambase.schema.sites import AFFINE_SITES, FAMILIES, HEAD_LAYER, WHOLE, find_site, is_model_site, layer_sites
 
 Scales = Mapping[tuple[int, str], Scale]
-"""(layer, site) to a positive scale, or to one per scale group where a block reads groups."""
+"""(layer, site) to a positive scale, or to one per scale group if the block reads groups."""
 
 DEFAULT_OTHERWISE = "quamba"
-"""The strategy of the sites that ``at`` does not name: what upstream computes."""
+"""The strategy of the sites that ``at`` does not name: upstream's."""
 
 
 def needed_sites(config: ModelConfig, quantize_lm_head: bool) -> list[tuple[int, str]]:
@@ -31,7 +31,7 @@ def needed_sites(config: ModelConfig, quantize_lm_head: bool) -> list[tuple[int,
 
 
 def missing_scale(missing: list[tuple[int, str]], needed: list[tuple[int, str]]) -> ScalesInvalid:
-    """The error that names the first of the ``missing`` of the ``needed`` scales."""
+    """The error for ``missing`` of the ``needed`` scales; it names the first."""
     layer, site = missing[0]
     return ScalesInvalid(
         f"no scale for layer {layer} {site} ({len(missing)} of {len(needed)} missing): the strategy has no plain INT8 "
@@ -40,7 +40,7 @@ def missing_scale(missing: list[tuple[int, str]], needed: list[tuple[int, str]])
 
 
 def checked_affine(layer: int, site: str, scale: float | Affine) -> float | Affine:
-    """`checked_scale`, with the zero point if there is one. ScalesInvalid where nothing reads one."""
+    """As `checked_scale`, also with a zero point. ScalesInvalid: nothing reads one there, or it is not a code."""
     if not isinstance(scale, Affine):
         return checked_scale(layer, site, scale)
     if site not in AFFINE_SITES or not INT8.qmin <= scale.zero_point <= INT8.qmax:
@@ -85,10 +85,10 @@ def choose_scales(
     otherwise: str = DEFAULT_OTHERWISE,
     granularity: str | None = None,
 ) -> dict[tuple[int, str], Scale]:
-    """(layer, site) to scale, or to scales by group, as finely as ``granularity`` (None: as the table has them): those
-    of ``strategy``, or with ``at`` its scales at these sites, ``otherwise``'s elsewhere.
+    """(layer, site) to scale, or to scales per group, at the table's finest granularity up to ``granularity`` (None:
+    any): those of ``strategy``; with ``at``, those of ``strategy`` at these sites and of ``otherwise`` elsewhere.
 
-    UnknownName: a label, site or granularity that does not exist; ScalesInvalid: one that the table does not hold.
+    UnknownName: an unknown label, site or granularity; ScalesInvalid: a granularity that the table lacks.
     """
     level = check_granularity(table, granularity)
     chosen = table.group_scales_for(strategy, level)
@@ -101,8 +101,8 @@ def choose_scales(
 
 
 def check_granularity(table: ScaleTable, granularity: str | None) -> str:
-    """``granularity``, or the table's finest if it is None. UnknownName: no granularity; ScalesInvalid: one at which
-    the table divides nothing.
+    """``granularity``, or the table's finest if it is None. UnknownName: not a granularity; ScalesInvalid: the table
+    has no scales of it.
     """
     held = table.granularities()
     if granularity is None:
@@ -123,15 +123,13 @@ def describe(
     otherwise: str = DEFAULT_OTHERWISE,
     granularity: str | None = None,
 ) -> str:
-    """What a mix is called in results: ``mse@x_proj:input/quamba``; ``mse (tensor)`` at a granularity that was asked
-    for.
-    """
+    """A strategy's name in results: ``mse@x_proj:input/quamba`` with ``at``; ``mse (tensor)`` with a granularity."""
     mix = f"{strategy}@{','.join(at)}/{otherwise}" if at else strategy
     return mix if granularity is None else f"{mix} ({granularity})"
 
 
 def loadable_labels(table: ScaleTable, needed: list[tuple[int, str]]) -> tuple[list[str], list[str]]:
-    """The labels that have a plain INT8 scale at every needed site, and those that have not."""
+    """The labels that have a plain INT8 scale at every needed site, and the others."""
     whole: list[str] = []
     partial: list[str] = []
     for label in table.labels():
@@ -142,7 +140,7 @@ def loadable_labels(table: ScaleTable, needed: list[tuple[int, str]]) -> tuple[l
 def unsafe_sites(table: ScaleTable, scales: Scales) -> list[tuple[int, str]]:
     """Sites whose consumer does not saturate upstream and whose scale clips values seen in calibration.
 
-    There upstream's kernel would wrap: ``round(amax / scale) > 127``. An imported scale has no amax to tell by.
+    Upstream's kernel would wrap there: ``round(amax / scale) > 127``. Imported scales, without amax, are not checked.
     """
     amax = _amax(table)
     family = table.model.family
@@ -167,7 +165,9 @@ def _clips_nothing(amax: float | None, scale: float) -> bool:
 
 @dataclass(frozen=True)
 class Replaced:
-    """A scale that upstream's kernel cannot take, and the one that takes its place: of ``label``, ``scale``."""
+    """A scale at which upstream's kernel would wrap, ``before``, and its replacement, ``scale`` of the strategy
+    ``label``.
+    """
 
     layer: int
     site: str
@@ -180,8 +180,8 @@ class Replaced:
 
 
 def clip_safe(table: ScaleTable, scales: Scales) -> tuple[dict[tuple[int, str], Scale], list[Replaced]]:
-    """``scales`` for upstream's INT8 model. Where one clips at a site whose kernel there wraps modulo 256, the scale of
-    least squared error among the table's that clip nothing takes its place, or that of absmax where there is none.
+    """``scales`` for upstream's INT8 model. At sites whose upstream kernel wraps modulo 256, a scale that clips is
+    replaced by the table's scale of least squared error that clips nothing, or by absmax if there is none.
     """
     unsafe = set(unsafe_sites(table, scales))
     found, replaced, amax = {**scales}, [], _amax(table)

@@ -1,11 +1,11 @@
-"""What an INT8 block is made of: the interface that the CPU and CUDA implement.
+"""The operators of the INT8 blocks: the interface that the CPU and CUDA implement.
 
-Operators pass on codes, int8, whose rows may be apart, and float16 values, which the CPU holds in float32. Inside
-everything is float32; a result is rounded once. Codes are made in five places: `add_norm_to_int8`, `linear_to_int8`,
+Operators exchange int8 codes, whose rows may be strided, and float16 values, which are float32 tensors on the CPU. They
+compute in float32 and round a result once. Five operations round to codes: `add_norm_to_int8`, `linear_to_int8`,
 `conv_silu`, the Hadamard quantizer (`rotate`, `gated_rotate`), and the states.
 
-Convolution and scans take a ``state`` or None. Over whole documents they set it to the state after each; operators that
-decode go on from it and update it.
+Convolution and scans take a ``state`` or None. Over whole documents they set it to the state after each document;
+operators that decode read and update it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quambase.model.packed_batch import PlacedBatch
 
 @dataclass
 class Int8BlockState:
-    """What b sequences carry on from token to token in one block, as codes.
+    """A block's decoding state of b sequences, as codes.
 
     conv  (b, k, channels): the convolution's last inputs, oldest first
     ssm   (b, n, e) in Mamba-1, (b, e, n) in Mamba-2
@@ -60,8 +60,8 @@ class SsdScales:
 
 
 class Multipliers(NamedTuple):
-    """What an integer product is multiplied by, one after the other, each time rounded to float32; ``first`` may be one
-    number per column (out,). ``away``: codes are rounded half away from zero, otherwise half to even.
+    """The factors by which an integer product is multiplied in turn, with a rounding to float32 each time; ``first``
+    may be one per column (out,). ``away``: codes are rounded half away from zero, otherwise half to even.
     """
 
     first: float | torch.Tensor
@@ -71,11 +71,11 @@ class Multipliers(NamedTuple):
 
 @dataclass(frozen=True)
 class Factors:
-    """The multipliers of one product. Upstream has three kernels, whose results differ in their last bits.
+    """The multipliers of one product. Upstream has three kernels, whose results differ in the last bits.
 
     prefill  of whole documents
     several  while several sequences decode
-    alone    while one does: its matrix-vector kernel multiplies by one combined factor
+    alone    while one sequence decodes: the matrix-vector kernel multiplies by one combined factor
     """
 
     prefill: Multipliers
@@ -83,7 +83,7 @@ class Factors:
     alone: Multipliers
 
     def of(self, operators: Int8Operators, x: torch.Tensor) -> Multipliers:
-        """Those of a product of x (rows, in) by ``operators``."""
+        """The multipliers for x (rows, in) and ``operators``."""
         if not operators.decodes:
             return self.prefill
         return self.alone if len(x) == 1 else self.several
@@ -96,7 +96,7 @@ class Int8Operators(Protocol):
     decodes: bool
 
     def decoding(self) -> Int8Operators:
-        """The same, which decode."""
+        """The operators for decoding."""
 
     def matrix(self, weight: Int8Weight) -> Int8Weight:
         """A matrix of codes (out, in), laid out for products on the device."""
@@ -105,23 +105,23 @@ class Int8Operators(Protocol):
         """A matrix of float16 (out, in), laid out for `half_product`."""
 
     def vector(self, values: torch.Tensor) -> torch.Tensor:
-        """What the other operators read, float32 or int64, contiguous on the device."""
+        """An argument of the other operators: float32 or int64, contiguous on the device."""
 
     def halves(self, rows: torch.Tensor) -> torch.Tensor:
-        """Float16 rows (t, d) as the operators hold float16 values."""
+        """Float16 rows (t, d) in the operators' form of float16 values."""
 
     def new_residual(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual stream (t, d) float32 before the first block, zeros, for x as of `halves`."""
+        """The residual stream before the first block: zeros (t, d) float32; x as from `halves`."""
 
     def add_norm_to_int8(self, x: torch.Tensor, residual: torch.Tensor, eps: float, scale: float) -> torch.Tensor:
-        """``residual`` += x, then codes (t, d), half to even, of its RMS norm over ``scale``.
+        """``residual`` += x, then the codes (t, d), half to even, of its RMS norm divided by ``scale``.
 
         x (t, d) float16 values; residual (t, d) float32, updated. The norm's weight was folded into the next
         projection.
         """
 
     def add_norm_to_half(self, x: torch.Tensor, residual: torch.Tensor, eps: float) -> torch.Tensor:
-        """The same norm, not divided, as float16 values."""
+        """The same norm, not divided by a scale, as float16 values."""
 
     def linear_to_int8(
         self,
@@ -195,7 +195,7 @@ class Int8Operators(Protocol):
         """Mamba-2's scan of codes, not gated: float16 values (t, e).
 
         conv_out (t, e + 2gn), x, B, C; dt (t, h) before bias and softplus; a (h,) negative; d, bias (h,). Over whole
-        documents x, B and C are rounded to float16, as upstream's tensor cores read them, but not for the skip
+        documents x, B and C are rounded to float16, as upstream's tensor cores read them, except for the skip
         connection. States: half to even.
         """
 

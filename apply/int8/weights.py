@@ -1,4 +1,4 @@
-"""The INT8 weights of a model of any blocks: what one set of activation scales after another is run with."""
+"""The INT8 weights of a model of any kind of block, which the activation scales of all strategies share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quambase.model.block import ModelConfig
 from quambase.model.weights import ModelWeights
 
 UPSTREAM = "upstream"
-"""The one compatibility mode: upstream's wrapping Hadamard quantizer and embedding maximum without abs."""
+"""The only compatibility mode: upstream's wrapping Hadamard quantizer, and its embedding maximum without abs."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def quantize(
 
 
 class PlacedWeights:
-    """INT8 weights laid out for ``operators``, when they are first asked for; every strategy shares them."""
+    """INT8 weights laid out for ``operators`` on first use; all strategies share them."""
 
     def __init__(self, weights: Int8ModelWeights, operators: Int8Operators) -> None:
         self.weights, self.operators = weights, operators
@@ -69,7 +69,7 @@ class PlacedWeights:
 
     @cached_property
     def half_head(self) -> torch.Tensor:
-        """The head that is not quantized."""
+        """The float16 head."""
         assert isinstance(self.weights.lm_head, torch.Tensor)
         return self.operators.half_matrix(self.weights.lm_head)
 

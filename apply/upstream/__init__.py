@@ -1,1 +1,1 @@
-"""The bridge to upstream Quamba: its file of scales, in and out, and its own model."""
+"""The bridge to upstream Quamba: export and import of its scale files, and its own model."""

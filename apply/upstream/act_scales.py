@@ -1,18 +1,18 @@
-"""A scale table in upstream Quamba's own form, as a file for its users: `act_scales` and `reorder_params`.
+"""Exports a scale table in upstream Quamba's own form: a file with `act_scales` and `reorder_params`.
 
 The file is a `torch.save` of ``{"act_scales": [...], "reorder_params": {...} | None, "quambase": "..."}``: plain lists,
 dicts, tuples and tensors on the CPU, read with ``torch.load(path, weights_only=True)``.
 
-act_scales      a dict for each layer and one for the head, upstream's site to scale. A scale is a float32 tensor: 0-d,
-                or (SSD groups,) of B and C of a sorted Mamba-2, whose x and state have for each SSD group a list of
-                its head groups: (heads () int32, channels (channel groups,) int32, scales). Those scales are
+act_scales      a dict per layer and one for the head, each from upstream's site name to scale. A scale is a float32
+                tensor: 0-d, or (SSD groups,) of B and C of a sorted Mamba-2. Its x and state have, for each SSD group,
+                a list of its head groups: (heads () int32, channels (channel groups,) int32, scales). Those scales are
                 (channel groups,), of the state (channel groups, d_state)
 reorder_params  of a sorted Mamba-2 head_index, head_groups, channel_index, channel_group, each a tensor per layer
                 (`quambase.schema.groups.LayerGroups`)
-quambase        JSON: where the scales are from
+quambase        JSON: the origin of the scales
 
-Upstream's kernels want the scales on the GPU (`on_device`). There, after its ``configure_model``, they take the place
-of its calibration: ``reorder_mamba``, ``fuse_had_matrices``, ``quantize_fp16_model`` (`apply.upstream.backend`).
+Upstream's kernels need the scales on the GPU (`on_device`). After its ``configure_model`` they replace its calibration:
+``reorder_mamba``, ``fuse_had_matrices``, ``quantize_fp16_model`` (`apply.upstream.backend`).
 """
 
 from __future__ import annotations
@@ -56,12 +56,14 @@ STATE = "ssm_state_act:input"
 BY_SSD = ("B_conv_out:input", "C_conv_out:input")
 
 SAME_AS_INPUT = ("z_act", "x_conv_in", "B_conv_in", "C_conv_in", "dt_act")
-"""Identities whose ``:output`` upstream's Mamba-2 decodes by, while the code was made with the scale of ``:input``."""
+"""Identities whose codes upstream's Mamba-2 makes with the scale of ``:input`` and dequantizes with that of
+``:output``.
+"""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An export: its file, the scales that gave way to others, and what a user should know, a line each."""
+    """An export: its file, the scales that were replaced, and notes for the user, a line each."""
 
     path: Path
     replaced: list[Replaced]
@@ -69,7 +71,7 @@ class Exported:
 
 
 def notes_on(table: ScaleTable) -> list[str]:
-    """Which run a table's scales are of, and what else a user of them should know."""
+    """Notes for users of a table's scales: their run, and the table's own notes."""
     return [f"scales of run {table.run}", *table.notes]
 
 
@@ -86,26 +88,27 @@ def export_act_scales(
 ) -> Exported:
     """Write one strategy's scales (``at`` some sites, ``otherwise``'s elsewhere) to ``out`` as upstream has them.
 
-    Scales of a coarser ``granularity`` than upstream's form has are repeated in it. ``db``: as `read_scales` has it.
-    ``force``: replace ``out`` even if it is no such export. Equal scales give equal bytes.
+    Scales of a coarser ``granularity`` than upstream's form are repeated. ``db``: as in `read_scales`. ``force``:
+    replace ``out`` even if it is not such an export. Equal scales give equal bytes.
 
     Upstream's Hadamard quantizer at out_proj:input wraps where ours clamps: scales that clip there are replaced
     (`quambase.apply.int8.needed_scales.clip_safe`).
 
-    OutputRefused. ScalesInvalid: a scale the INT8 model reads is missing, or groups that upstream has no form for.
+    OutputRefused: ``out`` is not such an export. ScalesInvalid: a scale that the INT8 model reads is missing, or
+    upstream has no form for the groups.
     """
     refuse_foreign_file(out, _is_export, "export of scales", force=force)
     table = read_scales(scales, db)
     content, replaced = upstream_form(table, strategy, at, otherwise, granularity)
     buffer = io.BytesIO()
-    torch.save(content, buffer)  # to a path it would write this path's name into the file
+    torch.save(content, buffer)  # not to a path, whose name would be written into the file
     with replacing(out) as temporary:
         temporary.write_bytes(buffer.getvalue())
     return Exported(out, replaced, notes_on(table))
 
 
 def _is_export(path: Path) -> bool:
-    """Whether `export_act_scales` wrote the file: a zip archive of PyTorch's whose pickle names act_scales."""
+    """Whether `export_act_scales` wrote the file: a PyTorch zip archive whose pickle contains the name act_scales."""
     try:
         with zipfile.ZipFile(path) as archive:
             pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -121,7 +124,7 @@ def upstream_form(
     otherwise: str = DEFAULT_OTHERWISE,
     granularity: str | None = None,
 ) -> tuple[dict[str, Any], list[Replaced]]:
-    """What `export_act_scales` writes, and which scales were replaced because they would clip."""
+    """The content that `export_act_scales` writes, and the scales that were replaced because they would clip."""
     model = table.model
     family = model.family
     if family not in FAMILIES:
@@ -158,7 +161,7 @@ def upstream_form(
 
 
 class _Form:
-    """The chosen scales, one by one in upstream's form."""
+    """Converts the chosen scales to upstream's form."""
 
     def __init__(self, chosen: Scales, groups: Sequence[LayerGroups] | None, model: ModelInfo) -> None:
         self.chosen, self.groups = chosen, groups
@@ -180,7 +183,7 @@ class _Form:
         if isinstance(scale, tuple):
             raise ScalesInvalid(
                 f"layer {layer} {site} has {len(scale)} scale groups; upstream has one per tensor, or the sorted ones: "
-                "take --granularity tensor, or collect without --groups none"
+                "use --granularity tensor, or collect without --groups none"
             )
         return _float32(checked_scale(layer, site, scale))
 
@@ -218,8 +221,8 @@ def _symmetric(layer: int, site: str, scale: Scale) -> SymmetricScale:
 
 
 def _repeated(layer: int, site: str, scale: SymmetricScale, numbers: Sequence[tuple[int, ...]]) -> list[Any]:
-    """The scale, or scales by state index, of each of the groups ``numbers``. Divisions are nested: by none, some or
-    all of the numbers.
+    """The scale, or scales per state index, of each of the groups ``numbers``. ``scale`` may divide the groups by none,
+    the first ones, or all of the numbers.
     """
 
     def checked(part: float | tuple[float, ...]) -> float | tuple[float, ...]:
@@ -238,13 +241,13 @@ def _repeated(layer: int, site: str, scale: SymmetricScale, numbers: Sequence[tu
 
 
 def check_rectangular(groups: LayerGroups, layer: int) -> None:
-    """ScalesInvalid unless all SSD groups have the same number of head groups, and these of channel groups."""
+    """ScalesInvalid unless all SSD groups have equally many head groups, and those equally many channel groups."""
     heads = {len(sizes) for sizes in groups.head_groups}
     channels = {len(sizes) for of_heads in groups.channel_group for sizes in of_heads}
     if len(heads) > 1 or len(channels) > 1:
         raise ScalesInvalid(
-            f"layer {layer} has {sorted(heads)} head groups and {sorted(channels)} channel groups; upstream wants as "
-            "many everywhere: collect with --groups none"
+            f"layer {layer} has {sorted(heads)} head groups and {sorted(channels)} channel groups; upstream needs "
+            "equal numbers everywhere: collect with --groups none"
         )
 
 

@@ -1,7 +1,7 @@
-"""The INT8 model built by upstream Quamba's own functions and kernels, with scales from a scale table.
+"""Builds the INT8 model with upstream Quamba's own functions and kernels, from a scale table.
 
 An adapter to the package `quamba` (enyac-group/Quamba), its `mamba_ssm` and a CUDA GPU. docs/upstream.md says how they
-were built and how far upstream's model is from ours; without them a stand-in that records the calls is tested.
+were built and how far upstream's model is from ours; without them, tests use a stand-in that records the calls.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from quambase.schema.sites import HEAD_LAYER
 CUDA = "cuda"  # upstream's functions use this device by name
 NORM_EPS = 1e-5  # mamba-ssm's, which its configuration cannot change
 
-ADVICE = "leave out --backend for quambase's own INT8 model, or take the scales there with --export FILE.pt"
+ADVICE = "leave out --backend for quambase's own INT8 model, or use the scales there with --export FILE.pt"
 
 
 def _module(name: str) -> Any:
@@ -41,8 +41,8 @@ def _module(name: str) -> Any:
 def check_gemm(linear: Any, device: str) -> None:
     """Compare upstream's INT8 GEMM, class ``linear`` (W8A8B16O16Linear), with the integer product.
 
-    As shipped its kernel has a body only for GPUs of compute capability 8.0 to 8.6, and elsewhere leaves the output as
-    it was, without an error. BackendUnavailable if any element is off by more than float16's rounding.
+    As published, its kernel has a body only for compute capability 8.0 to 8.6, and elsewhere leaves the output
+    unchanged without an error. BackendUnavailable: an element differs by more than float16's rounding.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 128, generator=generator)
@@ -63,7 +63,7 @@ def check_gemm(linear: Any, device: str) -> None:
 
 @dataclass(frozen=True)
 class Built:
-    """Upstream's model, the scales that gave way to others where its kernel wraps, and what a user should know."""
+    """Upstream's model, the scales that were replaced because its kernel would wrap, and notes for the user."""
 
     model: Any
     replaced: list[Replaced]
@@ -88,11 +88,11 @@ def build_upstream(
     Upstream's own loader reads a saved model only if its head is quantized, and a Mamba-2 only if it is sorted into
     four by four groups.
 
-    Errors: OutputRefused (``out`` is not empty), BackendUnavailable (no package, no GPU, a GEMM that computes nothing),
-    CheckpointInvalid (sizes that mamba-ssm cannot have), and those of `act_scales.upstream_form` and of `apply`.
+    Errors: OutputRefused (``out`` is not empty), BackendUnavailable (no package, no GPU, or a wrong GEMM),
+    CheckpointInvalid (sizes that mamba-ssm does not support), and those of `act_scales.upstream_form` and of `apply`.
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputRefused(f"{out} exists and is no empty folder; name a new one with --out")
+        raise OutputRefused(f"{out} exists and is not an empty folder; name a new one with --out")
     utils, reordering = _module("quamba.modelutils_mamba"), _module("quamba.reorder_utils")
     linears = _module("quamba.qLinearLayer")
     if not torch.cuda.is_available():
@@ -127,7 +127,7 @@ def build_upstream(
 def _float_model(source: LoadedModel) -> Any:
     """Upstream's float16 model of these weights, on the GPU.
 
-    Its own `from_pretrained` reads mamba-ssm's layout in a pytorch_model.bin only, ours every layout and format.
+    Its own `from_pretrained` reads only mamba-ssm's layout in a pytorch_model.bin; ours reads every layout and format.
     """
     language, configs = _module("mamba_ssm.models.mixer_seq_simple"), _module("mamba_ssm.models.config_mamba")
     weights = source.any_weights
@@ -153,7 +153,7 @@ def _float_model(source: LoadedModel) -> Any:
 
 
 def _save(model: Any, out: Path) -> None:
-    """As upstream's `quantize_model_mamba` stores a model: its configuration says which classes to load it with."""
+    """Save as upstream's `quantize_model_mamba` does: the configuration names the classes to load."""
     config, first = model.config, model.backbone.layers[0]
     config.ssm_cfg["layer"] = type(first.mixer).__name__
     config.norm_cfg = {"norm": type(first.norm).__name__}

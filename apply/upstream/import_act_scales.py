@@ -1,4 +1,4 @@
-"""A file of upstream Quamba's act_scales (`quambase.apply.upstream.act_scales`) as a scale table."""
+"""Imports a file of upstream Quamba's act_scales (`quambase.apply.upstream.act_scales`) as a scale table."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ Row = tuple[str, float, list[float] | None]
 
 
 def import_act_scales(path: Path, model: str, out: Path, *, force: bool = False) -> int:
-    """Write the scales in ``path`` as the scale table ``out``; the number of rows.
+    """Write the scales in ``path`` as the scale table ``out``; returns the number of rows.
 
-    path   what `act_scales.export_act_scales` writes, or upstream's own list alone as `torch.save` left it (without
-           reorder_params only if it has no groups)
-    model  the floating-point model that the scales are for, as `quambase.model.checkpoint.load_model` takes it
-    force  replace ``out`` even if it is no scale table
-    Columns that only activations determine (amax, errors, codes) are null. Errors: ScalesInvalid, and load_model's.
+    path   a file of `act_scales.export_act_scales`, or upstream's own list alone, saved with `torch.save` (only if it
+           has no groups, which need reorder_params)
+    model  the floating-point model of the scales, as in `quambase.model.checkpoint.load_model`
+    force  replace ``out`` even if it is not a scale table Columns that only activations determine (amax, errors, codes)
+           are null. Errors: ScalesInvalid, and load_model's.
     """
     refuse_foreign_table(out, force=force)
     content = _read(path)
@@ -77,7 +77,7 @@ def import_act_scales(path: Path, model: str, out: Path, *, force: bool = False)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file as act_scales, reorder_params and quambase, the last two None where it has none."""
+    """The file's act_scales, reorder_params and quambase; the last two may be None."""
     raw = read_pytorch(path, ScalesInvalid)
     found = raw if isinstance(raw, dict) else {"act_scales": raw}
     scales = found.get("act_scales")
@@ -90,7 +90,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _origin(path: Path, content: dict[str, Any], loaded: LoadedModel) -> dict[str, Any] | None:
-    """What `apply --export` said of the scales; ScalesInvalid if they are for other weights."""
+    """The provenance that `apply --export` wrote; None without it. ScalesInvalid: the scales are for other weights."""
     if content["quambase"] is None:
         return None
     try:
@@ -108,7 +108,7 @@ def _origin(path: Path, content: dict[str, Any], loaded: LoadedModel) -> dict[st
 
 
 def _groups(path: Path, content: dict[str, Any], loaded: LoadedModel) -> list[LayerGroups] | None:
-    """The order of heads and channels that reorder_params has; None without them."""
+    """The groups of heads and channels in reorder_params; None without them."""
     raw = content["reorder_params"]
     if raw is None:
         return None
@@ -184,7 +184,7 @@ def _site_rows(
     try:
         for of_heads, heads, channels in zip(value, layout.head_groups, layout.channel_group, strict=True):
             for (size, sizes, tensor), expected, widths in zip(of_heads, heads, channels, strict=True):
-                # The state's second entry is left over from a loop upstream, and nothing reads it.
+                # Upstream's loop leaves a stale value in the state's second entry, which nothing reads.
                 if int(size) != expected or (site == X and tuple(int(s) for s in sizes) != widths):
                     raise ValueError("sizes differ from reorder_params")
                 if tensor.numel() != per_group * len(widths):

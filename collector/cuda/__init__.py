@@ -1,1 +1,1 @@
-"""Counting on a CUDA device, and the same in plain torch where its kernels do not compile."""
+"""Counting on a CUDA device, and in plain PyTorch if its kernels do not compile."""

@@ -1,4 +1,4 @@
-// The moments of all documents, and the largest values in order.
+// Combines the documents' moments and sorts the largest values.
 
 #pragma once
 
@@ -15,7 +15,7 @@ struct Greatest {
     __device__ double operator()(double a, double b) const { return fmax(a, b); }
 };
 
-// Join the documents' moments, `step` apart, to one quantity of one channel, in document order.
+// Combine the documents' values of one quantity of one channel, `step` apart, in document order.
 template <class Join, class To, class From>
 __device__ __forceinline__ void join_documents(To* to, const From* from, int documents, i64 step) {
     To value = *to;
@@ -24,7 +24,7 @@ __device__ __forceinline__ void join_documents(To* to, const From* from, int doc
     *to = value;
 }
 
-const int COMBINED = 32; // channels of a block of `finish`, whose warps have a quantity each
+const int COMBINED = 32; // channels per block of `finish`; each warp combines one quantity
 
 __device__ void combine(const SiteBatch& b, const Job& j, const Site& v, int documents, int index, int quantity) {
     const i64 step = j.channels, all = j.groups * documents * step;
@@ -44,8 +44,10 @@ __device__ void combine(const SiteBatch& b, const Job& j, const Site& v, int doc
     }
 }
 
-// Write one of a group's largest values at its rank; `row` is counted through the documents.
-__device__ void put(const SiteBatch& b, const Shape& s, const Site& v, int group, int rank, u32 pattern, i64 row, i64 place) {
+// Write one of a group's largest values at its rank; `row` is counted over all documents.
+__device__ void write_top(
+    const SiteBatch& b, const Shape& s, const Site& v, int group, int rank, u32 pattern, i64 row, i64 place
+) {
     int low = 0, high = s.documents; // the document whose rows hold `row`
     while (high - low > 1) {
         const int middle = (low + high) / 2;
@@ -60,7 +62,8 @@ __device__ void put(const SiteBatch& b, const Shape& s, const Site& v, int group
     out[4] = place;
 }
 
-// Of each site a block per group: the largest, by magnitude, then place. Then blocks of COMBINED channels.
+// Per site: one block per group sorts its largest values by magnitude, then place; further blocks combine the moments
+// of COMBINED channels each.
 extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__ SiteBatch b) {
     __shared__ u64 keys[CANDIDATES];
     __shared__ u32 patterns[CANDIDATES];
@@ -95,10 +98,10 @@ extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__
             const u32 other = patterns[j] & (SIGN - 1);
             rank += other > magnitude || (other == magnitude && keys[j] < key);
         }
-        if (rank < most) put(b, s, v, group, rank, patterns[i], key / width, key % width);
+        if (rank < most) write_top(b, s, v, group, rank, patterns[i], key / width, key % width);
     }
     int rank = found < (u32)most ? found : most;
-    if (b.thresholds[4 * number + 3]) { // ties, from the first on, until there are enough
+    if (b.thresholds[4 * number + 3]) { // add ties in order until there are enough
         const u32 wanted = b.thresholds[4 * number];
         const i64 values = (s.offsets[s.documents] - s.offsets[0]) * width;
         const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -118,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__
                 if (i < warp) mine += hits[i];
                 rank += hits[i];
             }
-            if (hit && mine < most) put(b, s, v, group, mine, pattern, row, place);
+            if (hit && mine < most) write_top(b, s, v, group, mine, pattern, row, place);
             __syncthreads();
         }
     }

@@ -1,10 +1,10 @@
-"""Counting on CUDA by compiled kernels; `counting.cu` and what it includes say how each works.
+"""Counting on CUDA by compiled kernels; `counting.cu` and its headers explain each.
 
-Counters are 16 bits wide in shared memory, one table per multiprocessor, and exact: what would overflow is moved out in
-time. At each site the activations are read twice: for the counts, and for moments and outliers, whose threshold the
-counts give. Sites that follow each other are counted by the same launches: a launch takes the host longer than a small
-site takes the device, and a block of threads that goes on to the next site leaves no multiprocessor waiting. What
-follows the counting is queued on a stream of its own, beside whatever the caller's stream goes on with.
+Counters are 16 bits wide in shared memory, one table per multiprocessor, and exact: they are reduced before they
+overflow. At each site the activations are read twice: for the counts, and for moments and outliers, whose threshold the
+counts give. Consecutive sites are counted by the same launches: a launch takes the host longer than a small site takes
+the device, and a thread block that continues with the next site leaves no multiprocessor idle. The kernels after the
+counting run on a second stream, in parallel with the caller's.
 """
 
 from __future__ import annotations
@@ -64,21 +64,21 @@ KINDS = {
     ("float16", torch.float32): 2,
     ("bfloat16", torch.float32): 3,
 }
-"""KIND in the source, by encoding and type of the activations; others are first brought to float32."""
+"""KIND in the source, by encoding and dtype of the activations; other dtypes are converted to float32."""
 
 TABLE = PATTERNS * 2
 """Bytes of a table of 16-bit counters."""
 
 MOST_HALVINGS = 3
 SEGMENTS = 1024
-"""Documents times groups of one batch at most: each has a table of its own."""
+"""Largest number of segments, documents times groups, of a batch: each has its own table."""
 
 PLANS = 256
-"""How many batches' preparations are remembered."""
+"""Number of plans that are cached."""
 
 
-class _Waiting(NamedTuple):
-    """A site that was added and is not counted yet; x, contiguous along its rows, of the batch's type."""
+class _PendingSite(NamedTuple):
+    """A site that was added but not counted yet; x is contiguous along its rows and has the batch's dtype."""
 
     into: SiteStatistics
     x: torch.Tensor
@@ -90,27 +90,29 @@ class _Waiting(NamedTuple):
 
 @dataclass
 class _Queue:
-    """The sites that wait; ``into``: what each is counted into, by id; ``segments``: the tables that they take."""
+    """The pending sites; ``into``: ids of the statistics that they are counted into; ``segments``: the tables that they
+    need.
+    """
 
-    sites: list[_Waiting] = field(default_factory=list)
+    sites: list[_PendingSite] = field(default_factory=list)
     into: set[int] = field(default_factory=set)
     segments: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What batches of equal layouts, offsets and strides share.
+    """What batches of equal layouts, offsets and strides have in common.
 
-    batch    what of the struct does not differ
-    tables   int32, on the device, and each site's layout's: what it points to
-    rooms    the working memory that it needs: `_rooms`
-    groups, summaries, jobs, finishing: blocks of `reduce_counts` (in y), `summarise`, `moments`, `finish`
+    batch    the struct without the addresses that differ
+    tables   int32 on the device: with ``layouts``, the arrays that the struct points to
+    buffers  the working memory that it needs: `_buffer_sizes`
+    groups, summaries, jobs, finishing: numbers of blocks of `reduce_counts` (in y), `summarise`, `moments`, `finish`
     """
 
     batch: SiteBatch
     tables: torch.Tensor
     layouts: list[LayoutTables]
-    rooms: dict[str, tuple[int, torch.dtype]]
+    buffers: dict[str, tuple[int, torch.dtype]]
     groups: int
     summaries: int
     jobs: int
@@ -118,40 +120,43 @@ class _Plan:
 
 
 class _Memory:
-    """Working memory of one batch at a time: ``rooms``, by name; ``batches``: each plan's, pointing there; ``reads``:
-    what the last one's kernels read. Its events: when it was counted, and when all its kernels have run.
+    """Working memory of one batch at a time. ``buffers``: by name; ``batches``: each plan's struct with their
+    addresses; ``reads``: the inputs of the last batch's kernels. Its events: the end of that batch's counting, and of
+    all its kernels.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.rooms: dict[str, torch.Tensor] = {}
+        self.buffers: dict[str, torch.Tensor] = {}
         self.batches: dict[_Plan, SiteBatch] = {}
         self.reads: list[object] = []
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         if device.type == "cuda":
             self._events = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def take(self, plan: _Plan, stream: torch.cuda.Stream | None) -> SiteBatch:
-        """A plan's batch. The one before has to be through with its memory first, on ``stream``, the current one; what
-        that one read may be given out again there.
+    def acquire(self, plan: _Plan, stream: torch.cuda.Stream | None) -> SiteBatch:
+        """A plan's struct. Waits on ``stream``, the current one, until the previous batch has finished with this
+        memory; its inputs may then be freed.
         """
         if stream and self._events:
             stream.wait_event(self._events[1])
         self.reads = [plan]
         if plan not in self.batches:
-            for name, (size, dtype) in plan.rooms.items():
-                if name not in self.rooms or self.rooms[name].numel() < size:
-                    self.rooms[name] = torch.zeros(power_of_two(size), dtype=dtype, device=self._device)
-                    self.batches.clear()  # which hold the old address
+            for name, (size, dtype) in plan.buffers.items():
+                if name not in self.buffers or self.buffers[name].numel() < size:
+                    self.buffers[name] = torch.zeros(power_of_two(size), dtype=dtype, device=self._device)
+                    self.batches.clear()  # they contain the old address
             if len(self.batches) >= PLANS:
                 self.batches.clear()
             batch = self.batches[plan] = SiteBatch.from_buffer_copy(plan.batch)
-            for name in plan.rooms:
-                setattr(batch, name, self.rooms[name].data_ptr())
+            for name in plan.buffers:
+                setattr(batch, name, self.buffers[name].data_ptr())
         return self.batches[plan]
 
     def mark_counted(self, stream: torch.cuda.Stream | None, beside: torch.cuda.Stream | None) -> int | None:
-        """What follows the counting, which is queued on ``stream``, is to be queued ``beside``: its handle."""
+        """Let ``beside`` wait for the counting, which is queued on ``stream``; the handle of ``beside``, for the later
+        kernels.
+        """
         if not (stream and beside and self._events):
             return None
         self._events[0].record(stream)
@@ -159,15 +164,15 @@ class _Memory:
         return int(beside.cuda_stream)
 
     def mark_done(self, beside: torch.cuda.Stream | None) -> None:
-        """All that uses the memory is queued."""
+        """Everything that uses the memory is queued."""
         if beside and self._events:
             self._events[1].record(beside)
 
 
 def halvings(shared: int) -> int:
-    """How often the range of patterns is halved for a table to fit in ``shared`` bytes.
+    """How often the range of patterns must be halved for a table to fit in ``shared`` bytes.
 
-    CompilationFailed if that is too often.
+    CompilationFailed: more than MOST_HALVINGS times.
     """
     for count in range(MOST_HALVINGS + 1):
         if TABLE >> count <= shared:
@@ -177,16 +182,15 @@ def halvings(shared: int) -> int:
 
 @cache
 def _beside(device: torch.device) -> torch.cuda.Stream:
-    """The stream of a device's counters for what follows the counting; one for all, which share the memory it frees."""
+    """The second stream of a device's counters. All share it, since freed memory is reused only on its own stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class CudaCounter:
     """A `Counter` by compiled kernels; owns their working memory, which every site shares.
 
-    ``most``: outliers kept per group. ``shared``: bytes of shared memory a block may have (default: the device's);
-    ``blocks``: how many count at a time (default: one per multiprocessor). CompilationFailed where they cannot be
-    compiled.
+    ``most``: outliers per group. ``shared``: bytes of shared memory that a block may use (default: the device's);
+    ``blocks``: how many count at a time (default: one per multiprocessor). CompilationFailed: they do not compile.
     """
 
     def __init__(
@@ -199,13 +203,13 @@ class CudaCounter:
         blocks: int | None = None,
     ) -> None:
         if not 1 <= most <= CANDIDATES:
-            raise ValueError(f"the number of outliers kept must lie in 1..{CANDIDATES}")
+            raise ValueError(f"the number of outliers must be in 1..{CANDIDATES}")
         self.encoding, self.most, self.device = encoding, most, device
         self._halvings = halvings(shared_memory(device) if shared is None else shared)
         self._blocks = blocks or multiprocessors(device)
         self._launchers: dict[int, Kernels] = {}
         self._plans: dict[tuple[tuple[SiteLayout, bytes, int], ...], _Plan] = {}
-        self._waiting: defaultdict[int, _Queue] = defaultdict(_Queue)
+        self._pending: defaultdict[int, _Queue] = defaultdict(_Queue)
         self._memories = deque([_Memory(device), _Memory(device)])
         self._layouts: dict[SiteLayout, LayoutTables] = {}
         self._beside = _beside(device) if device.type == "cuda" else None
@@ -213,7 +217,7 @@ class CudaCounter:
         if device.type == "cuda":
             self._index = torch.cuda.current_device() if device.index is None else device.index
         self._probabilities = torch.from_numpy(PROBABILITIES).to(device)
-        self._kernels(KINDS[encoding.name, encoding.torch_dtype])  # so that a failure is told at once
+        self._kernels(KINDS[encoding.name, encoding.torch_dtype])  # now, so that a failure is reported at once
 
     def _kernels(self, kind: int) -> Kernels:
         if kind not in self._launchers:
@@ -245,26 +249,26 @@ class CudaCounter:
             x = x.contiguous()
             stride = channels
         segments = (len(offsets) - 1) * len(into.layout.names)
-        waiting = self._waiting[kind]
-        if len(waiting.sites) == SITES or waiting.segments + segments > SEGMENTS or id(into) in waiting.into:
+        pending = self._pending[kind]
+        if len(pending.sites) == SITES or pending.segments + segments > SEGMENTS or id(into) in pending.into:
             self._count(kind)
-            waiting = self._waiting[kind]
-        waiting.sites.append(_Waiting(into, x, stride if rows > 1 else channels, offsets, first, summaries))
-        waiting.into.add(id(into))
-        waiting.segments += segments
+            pending = self._pending[kind]
+        pending.sites.append(_PendingSite(into, x, stride if rows > 1 else channels, offsets, first, summaries))
+        pending.into.add(id(into))
+        pending.segments += segments
 
     def flush(self, *, partly: bool = False) -> None:
         """As `Counter.flush`."""
-        for kind in list(self._waiting):
-            # As many more might not fit beside them.
-            if not partly or 2 * len(self._waiting[kind].sites) > SITES:
+        for kind in list(self._pending):
+            # As many more might not fit into the same batch.
+            if not partly or 2 * len(self._pending[kind].sites) > SITES:
                 self._count(kind)
         stream = self._stream()
         if not partly and stream and self._beside:
             stream.wait_stream(self._beside)
 
     def _stream(self) -> torch.cuda.Stream | None:
-        """The current one; to ask torch.cuda for it takes as long as to queue two kernels."""
+        """The current stream; torch.cuda.current_stream takes as long as queueing two kernels."""
         if self.device.type != "cuda":
             return None
         raw = torch._C._cuda_getCurrentRawStream(self._index)
@@ -273,18 +277,18 @@ class CudaCounter:
         return self._current
 
     def _count(self, kind: int) -> None:
-        """Queue the counting of what waits of a kind."""
-        waiting = self._waiting.pop(kind).sites
-        if not waiting:
+        """Queue the counting of a kind's pending sites."""
+        pending = self._pending.pop(kind).sites
+        if not pending:
             return
-        plan = self._plan(waiting)
+        plan = self._plan(pending)
         launch = self._kernels(kind).launch
         memory, stream = self._memories[0], self._stream()
         self._memories.rotate()
-        batch = memory.take(plan, stream)
-        memory.reads.append(waiting)
+        batch = memory.acquire(plan, stream)
+        memory.reads.append(pending)
         tops: list[tuple[SiteStatistics, torch.Tensor]] = []
-        for number, (into, x, _, _, first, summaries) in enumerate(waiting):
+        for number, (into, x, _, _, first, summaries) in enumerate(pending):
             counts, top, moments = into.addresses
             if into.calls:
                 tops.append((into, torch.empty_like(into.top)))
@@ -292,7 +296,7 @@ class CudaCounter:
                 top = tops[-1][1].data_ptr()
             states = 0
             if into.layout.d_state:
-                # The outliers are of the rows as counted; the moments are of each group's channels apart.
+                # Outliers refer to the rows as counted; moments are formed over each group's own channels.
                 apart = states_by_channel(x, into.layout.d_state).index_select(1, plan.layouts[number].members)
                 memory.reads.append(apart)
                 states = apart.data_ptr()
@@ -307,15 +311,15 @@ class CudaCounter:
         launch("moments", (plan.jobs, 1), FORMING, arguments, 0, beside)
         launch("finish", (plan.finishing, 1), 256, arguments, 0, beside)
         if tops:
-            with torch.cuda.stream(self._beside):  # nothing else than the current one where there is none
+            with torch.cuda.stream(self._beside):  # the current one if it is None
                 for into, later in tops:
                     into.top.copy_(merged_top(into.top, later))
         memory.mark_done(self._beside)
 
-    def _plan(self, waiting: Sequence[_Waiting]) -> _Plan:
-        key = tuple((one.into.layout, one.offsets.tobytes(), one.stride) for one in waiting)
+    def _plan(self, pending: Sequence[_PendingSite]) -> _Plan:
+        key = tuple((one.into.layout, one.offsets.tobytes(), one.stride) for one in pending)
         if key not in self._plans:
-            made = self._new_plan([(one.into.layout, one.offsets, one.stride) for one in waiting])
+            made = self._new_plan([(one.into.layout, one.offsets, one.stride) for one in pending])
             if len(self._plans) >= PLANS:
                 self._plans.clear()
             self._plans[key] = made
@@ -323,25 +327,25 @@ class CudaCounter:
 
     def _new_plan(self, sites: Sequence[tuple[SiteLayout, Int64, int]]) -> _Plan:
         packing = pack([(layout, offsets) for layout, offsets, _ in sites], self._blocks)
-        items, brought = item_rows(packing, [(layout, stride) for layout, _, stride in sites])
+        items, spill_limits = item_rows(packing, [(layout, stride) for layout, _, stride in sites])
         layouts = [self._layout(layout) for layout, _, _ in sites]
         tables = Tables()
-        of_batch = items, packing.block_first, packing.segment_first, np.cumsum([0, *brought])
-        places = {name: tables.put(values) for name, values in zip(OF_BATCH, of_batch, strict=True)}
+        of_batch = items, packing.block_first, packing.segment_first, np.cumsum([0, *spill_limits])
+        places = {name: tables.append(values) for name, values in zip(OF_BATCH, of_batch, strict=True)}
         shapes, jobs = (Shape * len(sites))(), list[Job]()
         firsts = {name: [0] for name in ("group_first", "summary_first", "finish_first", "job_first")}
         segments = partial = 0
-        known: dict[bytes, tuple[int, int]] = {}  # where offsets and segments lie: most sites of a batch have the same
+        known: dict[bytes, tuple[int, int]] = {}  # by offsets: places of offsets and segments, which most sites share
         for number, ((layout, offsets, stride), of_layout) in enumerate(zip(sites, layouts, strict=True)):
             groups, documents = len(layout.names), len(offsets) - 1
             first_group = firsts["group_first"][-1]
             lengths = offsets.tobytes()
             if lengths not in known:
-                known[lengths] = tables.put(offsets), tables.put(np.stack([offsets[:-1], offsets[1:]], axis=1))
+                known[lengths] = tables.append(offsets), tables.append(np.stack([offsets[:-1], offsets[1:]], axis=1))
             place, whole = known[lengths]
             shapes[number] = Shape(stride, documents, groups, first_group, segments, place, **of_layout.places)
             segments += groups * documents
-            apart = tables.put(moment_segments(layout, offsets)) if layout.d_state else 0
+            apart = tables.append(moment_segments(layout, offsets)) if layout.d_state else 0
             for job in jobs_of(number, layout, stride, whole, apart):
                 job.partial = partial
                 partial += documents * job.groups * job.channels
@@ -360,12 +364,12 @@ class CudaCounter:
         )
         for name, starts in firsts.items():
             array = getattr(batch, name)
-            # A part that is not used begins at the end, where no block is.
+            # Unused parts begin at the end, where there are no blocks.
             array[:] = [*starts, *[starts[-1]] * (len(array) - len(starts))]
         there = to_device(tables, self.device, batch, places, shapes, jobs)
-        rooms = _rooms(len(packing.items), int(brought.sum()), firsts["group_first"][-1], partial)
+        buffers = _buffer_sizes(len(packing.items), int(spill_limits.sum()), firsts["group_first"][-1], partial)
         blocks = (firsts[name][-1] for name in ("group_first", "summary_first", "job_first", "finish_first"))
-        return _Plan(batch, there, layouts, rooms, *blocks)
+        return _Plan(batch, there, layouts, buffers, *blocks)
 
     def _layout(self, layout: SiteLayout) -> LayoutTables:
         if layout not in self._layouts:
@@ -373,8 +377,8 @@ class CudaCounter:
         return self._layouts[layout]
 
 
-def _rooms(items: int, spills: int, groups: int, partial: int) -> dict[str, tuple[int, torch.dtype]]:
-    """The working memory of a batch: elements and type of what its struct points to, by name."""
+def _buffer_sizes(items: int, spills: int, groups: int, partial: int) -> dict[str, tuple[int, torch.dtype]]:
+    """The working memory of a batch: number of elements and dtype of each buffer that its struct points to."""
     return {
         "slots": (items * PATTERNS // 2, torch.int32),
         "ranges": (items * RANGES, torch.int32),
@@ -392,7 +396,7 @@ def _rooms(items: int, spills: int, groups: int, partial: int) -> dict[str, tupl
 
 
 def choose_counter(encoding: Encoding, most: int, device: torch.device) -> Counter:
-    """Compiled kernels on CUDA; plain PyTorch elsewhere, and, after a warning on stderr, where they do not compile."""
+    """Compiled kernels on CUDA, else plain PyTorch; also, after a warning on stderr, if the kernels do not compile."""
     if device.type == "cuda":
         try:
             return CudaCounter(encoding, most, device)

@@ -1,5 +1,6 @@
-// Counting of some sites' activations on CUDA, the sibling of kernels.py: per document and group every 16-bit pattern,
-// amax and quantiles; per group the largest values; per channel the moments. Compiled at run time (cuda_counter.py).
+// Counting of some sites' activations on CUDA, as host/kernels.py on the CPU: per document and group every 16-bit
+// pattern, amax and quantiles; per group the largest values; per channel the moments. Compiled at run time
+// (counter.py).
 //
 // KIND      0 float16, 1 bfloat16, 2 float32 rounded to float16, 3 float32 rounded to bfloat16
 // HALVINGS  how often the range of patterns is halved, one pass each, so that its counters fit in shared memory

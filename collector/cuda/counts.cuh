@@ -1,4 +1,4 @@
-// Counting: of each document and group every pattern, and all of them added to the run's.
+// Counts every pattern of each document and group, and adds them to the run's counts.
 
 #pragma once
 
@@ -12,13 +12,13 @@ __device__ __forceinline__ bool in_pass(u32 pattern, u32 pass) {
 #endif
 }
 
-// Of the counter in the upper half of its word, or in the lower; as a product it needs none of the few predicates.
+// One in the upper or in the lower half of the counter's word. A product, since predicate registers are few.
 __device__ __forceinline__ u32 increment(u32 pattern) { return 1u + (pattern & 1u) * 0xffffu; }
 
 __device__ __forceinline__ u32* counter_of(u32* bins, u32 pattern) { return bins + ((pattern >> 1) & (WORDS - 1)); }
 
-// A counter that has come to 0x8000 or beyond: whoever finds it first takes 0x8000 out and notes it. Until then nothing
-// carries into the neighbour: after a barrier every counter is below 0x8000, and a block adds at most 1024 * 32 = 0x8000
+// A counter has reached 0x8000: the first thread to see it subtracts 0x8000 and records that. No counter overflows into
+// its neighbour before: after a barrier every counter is below 0x8000, and a block adds at most 1024 * 32 = 0x8000
 // before the next.
 __device__ __forceinline__ void spill(const SiteBatch& b, u32* bins, u32 item, u32 pattern) {
     const u32 half = 0x8000u * increment(pattern);
@@ -27,7 +27,7 @@ __device__ __forceinline__ void spill(const SiteBatch& b, u32* bins, u32 item, u
     }
 }
 
-// Whether an add brought a counter there.
+// Whether an addition made a counter reach 0x8000.
 __device__ __forceinline__ bool crossed(u32 before, u32 more) { return (before + more) & ~before & 0x80008000u; }
 
 // Add n of a pattern to its 16-bit counter.
@@ -36,20 +36,21 @@ __device__ __forceinline__ void add(const SiteBatch& b, u32* bins, u32 item, u32
     if (crossed(atomicAdd(counter_of(bins, pattern), more), more)) spill(b, bins, item, pattern);
 }
 
-// What a thread counts between two barriers; of vector k the values from..to, of 4 bits each, are wanted.
+// What a thread counts between two barriers. `ranges` has 8 bits for each vector: the first of its values to count, and
+// the one after the last.
 struct Share {
     uint4 data[VECTORS];
     u32 ranges;
 };
 
-// A walk over the vectors of a rectangle, each thread from its own.
+// Iterates over the vectors of a rectangle, each thread from its own first one.
 struct Walk {
     const char* base;
     i64 row_bytes, width_bytes;
     int row, rows, row_step;
     u32 vector, vectors, vector_step;
 
-    // Loads are the aligned 16 bytes that hold a wanted value; what else is in them is passed over.
+    // Loads the aligned 16 bytes that contain a wanted value; other values in them are skipped.
     __device__ __forceinline__ void next(Share& share) {
         share.ranges = 0;
 #pragma unroll
@@ -73,7 +74,7 @@ struct Walk {
     }
 };
 
-// Count a share in the table `bins`; if HOT, the value `hot` apart from the others.
+// Count a share in the table `bins`; if HOT, the pattern `hot` in a register.
 template <bool HOT>
 __device__ __forceinline__ void count_share(
     const SiteBatch& b, u32* bins, u32 item, u32 pass, const Share& share, u32 hot
@@ -84,15 +85,15 @@ __device__ __forceinline__ void count_share(
     for (int k = 0; k < VECTORS; k++) {
         const u32 from = share.ranges >> (8 * k) & 15u, to = share.ranges >> (8 * k + 4) & 15u;
         if (to - from == PER_VECTOR) {
-            // Adds first, so that they overlap; whether any crossed 0x8000 is asked once.
+            // All additions first, so that they overlap; then one test whether any counter reached 0x8000.
             u32 before[PER_VECTOR], more[PER_VECTOR];
 #pragma unroll
             for (int j = 0; j < PER_VECTOR; j++) {
                 const u32 pattern = pattern_at(share.data[k], j);
                 const bool apart = HOT && pattern == hot, here = !apart && in_pass(pattern, pass);
                 hots += apart;
-                // What is not counted here adds nothing, each lane in a bank of its own: behind a branch for each value
-                // the others would take longer.
+                // A value that is not counted here adds 0, each lane in its own bank: a branch per value would be
+                // slower.
                 more[j] = here ? increment(pattern) : 0;
                 before[j] = atomicAdd(here ? counter_of(bins, pattern) : idle, more[j]);
             }
@@ -121,7 +122,7 @@ __device__ __forceinline__ void count_share(
     }
 }
 
-// Whether every value of a warp's shares is that one; each lane's first is.
+// Whether every value of a warp's shares is `hot`, given that each lane's first one is.
 __device__ __forceinline__ bool all_alike(const Share& share, u32 hot) {
 #if KIND < 2
     const u32 full = 0x80808080u, word = hot | hot << 16;
@@ -137,7 +138,7 @@ __device__ __forceinline__ bool all_alike(const Share& share, u32 hot) {
     return __ballot_sync(FULL, other == 0) == FULL;
 }
 
-const int MANY = 6; // of a warp's 32 first values, so that one value is worth counting apart
+const int MANY = 6; // if so many of a warp's 32 first values are equal, that value is counted in registers
 
 // Count `rows` rows of `width_bytes`, `row_bytes` apart.
 __device__ void count_rectangle(
@@ -156,8 +157,8 @@ __device__ void count_rectangle(
     for (i64 start = 0; start < total; start += step) {
         share = ahead;
         if (start + step < total) walk.next(ahead);
-        // A value that many lanes have would make them queue at one counter: it is counted in registers, and the warp's
-        // share is added at once. Zeros are looked for first.
+        // Lanes with equal values would contend for one counter: such a value is counted in registers and added once
+        // per warp. Zero is tried first.
         const u32 first = pattern_at(share.data[0], 0);
         u32 hot = 0;
         int alike = __popc(__ballot_sync(FULL, first == 0));
@@ -212,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(1024) count_items(const __grid_cons
                 slot[i] = w;
                 u32 sum = (w.x & 0xffffu) + (w.x >> 16) + (w.y & 0xffffu) + (w.y >> 16);
                 sum += (w.z & 0xffffu) + (w.z >> 16) + (w.w & 0xffffu) + (w.w >> 16);
-                // Four neighbours have a range.
+                // Four neighbouring threads have one range.
                 sum += __shfl_xor_sync(FULL, sum, 1);
                 sum += __shfl_xor_sync(FULL, sum, 2);
                 if ((threadIdx.x & 3) == 0) range[i / 4] = sum;
@@ -222,9 +223,9 @@ extern "C" __global__ void __launch_bounds__(1024) count_items(const __grid_cons
     }
 }
 
-const int REDUCED = 2 * 2 * 256; // patterns of a block of `reduce_counts`
+const int REDUCED = 2 * 2 * 256; // patterns per block of `reduce_counts`
 
-// Two words a thread. 64-bit counters: no number of values that fit in a memory overflows them.
+// Two words per thread. 64-bit counters cannot overflow: no memory has that many values.
 extern "C" __global__ void __launch_bounds__(256) reduce_counts(const __grid_constant__ SiteBatch b) {
     const u32 pair = blockIdx.x * blockDim.x + threadIdx.x;
     const int site = part_of(b.group_first, blockIdx.y), group = blockIdx.y - b.group_first[site];
@@ -240,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(256) reduce_counts(const __grid_con
         sum[2] += words.y & 0xffffu;
         sum[3] += words.y >> 16;
     }
-    // Each thread looks at some items' spills, for every word of the block.
+    // Each thread reads the spills of some items and adds those of the block's patterns.
     __shared__ u32 spilled[REDUCED];
     for (int i = threadIdx.x; i < REDUCED; i += blockDim.x) spilled[i] = 0;
     __syncthreads();
@@ -262,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(256) reduce_counts(const __grid_con
         if (total) counts[i] += total;
         all += total;
     }
-    // Eight neighbours have a range.
+    // Eight neighbouring threads have one range.
 #pragma unroll
     for (int step = 1; step < TOGETHER / 4; step *= 2) all += __shfl_xor_sync(FULL, all, step);
     if (threadIdx.x % (TOGETHER / 4) == 0) {

@@ -1,21 +1,21 @@
-// Rows of some tensors, copied to float32. Compiled at run time (gather.py).
+// Copies rows of several tensors, as float32. Compiled at run time (gather.py).
 //
-// PIECES  tensors of a launch at most
-// CHUNK   values of a block
+// PIECES  largest number of tensors per launch
+// CHUNK   values per block
 
 #include "ptx.cuh"
 
-// gather.py has the same members, of 8 bytes each but the last array of int.
+// gather.py declares the same members; each has 8 bytes, except the array of int.
 struct Piece {
     const void* x;    // float16 if `half`, else float32; values of a row contiguous, rows `stride` apart
-    const i64* rows;  // which
+    const i64* rows;  // rows to copy
     i64 stride, width, half;
     float* out;       // (rows, width)
 };
 
 struct Pieces {
     Piece at[PIECES];
-    int first[PIECES + 1]; // where each one's blocks begin; pieces that are not used begin at the end
+    int first[PIECES + 1]; // first block of each piece; unused pieces begin at the end
 };
 
 extern "C" __global__ void __launch_bounds__(256) gather(const __grid_constant__ Pieces pieces) {

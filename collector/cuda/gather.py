@@ -1,4 +1,4 @@
-"""Rows of activations, copied on their device to float32: those of the tokens and states whose raw values are kept."""
+"""Copies the rows of activations whose raw values are stored, as float32, on their device."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from quambase.model.cuda.compiler import CompilationFailed, Kernels
 SOURCE = Path(__file__).with_name("gather.cu")
 
 PIECES = 16
-"""Tensors whose rows one launch copies."""
+"""Largest number of tensors per launch."""
 
 CHUNK = 2048
-"""Values that a block of threads copies."""
+"""Values per block of threads."""
 
 _I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
@@ -34,7 +34,7 @@ class Piece(ctypes.Structure):
 
 
 _PIECE = struct.Struct(f"@{len(Piece._fields_)}q")
-"""As `Piece`, many of which are written."""
+"""The layout of `Piece`, which is faster to write than the structure."""
 
 
 class Pieces(ctypes.Structure):
@@ -44,28 +44,28 @@ class Pieces(ctypes.Structure):
 
 
 class CudaGather:
-    """A `Gather` of one launch for PIECES tensors. CompilationFailed where it cannot be compiled."""
+    """A `Gather` with one launch for PIECES tensors. CompilationFailed: the kernel does not compile."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._kernels = Kernels(SOURCE, ("gather",), {"PIECES": PIECES, "CHUNK": CHUNK}, device)
         self._pieces = Pieces()
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._tensors: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor, rows: torch.Tensor | None) -> None:
-        """As `Gather.add`, but for all rows of a tensor."""
-        assert rows is not None, "where every row is kept, they go to the host"
-        self._waiting.append((x if x.stride(1) == 1 else x.contiguous(), rows))
-        if len(self._waiting) == PIECES:
+        """As `Gather.add`; ``rows`` must not be None."""
+        assert rows is not None, "a gather of every row is on the host"
+        self._pending.append((x if x.stride(1) == 1 else x.contiguous(), rows))
+        if len(self._pending) == PIECES:
             self._copy()
 
     def _copy(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        shapes = [(rows.shape[0], x.shape[1]) for x, rows in waiting]
-        out = torch.empty(sum(count * width for count, width in shapes), device=waiting[0][0].device)
+        pending, self._pending = self._pending, []
+        shapes = [(rows.shape[0], x.shape[1]) for x, rows in pending]
+        out = torch.empty(sum(count * width for count, width in shapes), device=pending[0][0].device)
         address, blocks, firsts = out.data_ptr(), 0, [0]
-        for number, ((x, rows), (count, width)) in enumerate(zip(waiting, shapes, strict=True)):
+        for number, ((x, rows), (count, width)) in enumerate(zip(pending, shapes, strict=True)):
             half = x.dtype == torch.float16
             place = number * _PIECE.size
             _PIECE.pack_into(self._pieces, place, x.data_ptr(), rows.data_ptr(), x.stride(0), width, half, address)
@@ -79,19 +79,19 @@ class CudaGather:
 
     def gathered(self) -> list[torch.Tensor]:
         """As `Gather.gathered`."""
-        if self._waiting:
+        if self._pending:
             self._copy()
         found, self._tensors = self._tensors, []
         return found
 
 
 def choose_gather(device: torch.device, everything: bool) -> Gather:
-    """The compiled kernel on CUDA, plain PyTorch where it does not compile and on the CPU. Where every row is kept, to
-    the host: those of a block fit in no device.
+    """The compiled kernel on CUDA; plain PyTorch on the CPU, and if the kernel does not compile. ``everything``: to the
+    host, since all rows of a block do not fit in a device's memory.
     """
     if device.type == "cuda" and not everything:
         try:
             return CudaGather(device)
-        except CompilationFailed:  # of which the counter, compiled before, has warned
+        except CompilationFailed:  # the counter, compiled before, has warned of it
             return TorchGather(device)
     return TorchGather(torch.device("cpu"))

@@ -1,10 +1,10 @@
-// The moments of every channel, and where the largest values are.
+// Computes the moments of every channel and collects candidates for the largest values.
 
 #pragma once
 
 #include "site_batch.cuh"
 
-// Keep a value as a candidate for its group's largest, if it reaches the threshold.
+// Record a value as a candidate for its group's largest, if it reaches the threshold.
 __device__ void emit(const SiteBatch& b, const Shape& s, int channel, int row, u32 pattern) {
     const u32 magnitude = pattern & (SIGN - 1);
     const int group = s.group_of[channel], place = s.place_of[channel];
@@ -17,7 +17,7 @@ __device__ void emit(const SiteBatch& b, const Shape& s, int channel, int row, u
     candidate[1] = pattern;
 }
 
-// Two neighbouring channels' values as they lie in memory; part i is the value of the i-th.
+// Two neighbouring channels' values as in memory; part(pair, i) is the i-th.
 #if KIND < 2
 typedef u32 Pair;
 __device__ __forceinline__ Pair pair_of(raw first, raw second) { return first | (u32)second << 16; }
@@ -61,9 +61,9 @@ __device__ __forceinline__ Pair greater(Pair a, Pair b) {
 }
 #endif
 
-// A finite value in float64: sign, exponent and mantissa are moved to their places there, subnormal or not, and a product
-// makes up for the exponents' different bias. A conversion would take as long as four such products. (What is not finite
-// becomes some number.)
+// A finite value in float64: sign, exponent and mantissa are shifted to their positions, subnormal or not, and a
+// product corrects the exponent's bias. A conversion would take as long as four such products. (NaN and infinity give
+// some number.)
 __device__ __forceinline__ double exact(Pair pair, int i) {
 #if KIND < 2
     const u32 bits = i ? pair : pair << 16, low = 0, places = 0x7fff0000u;
@@ -75,7 +75,7 @@ __device__ __forceinline__ double exact(Pair pair, int i) {
     return __hiloint2double(high, low) * (KIND == 0 ? 0x1p1008 : 0x1p896);
 }
 
-// Moments of two channels; the sums mean something where low and high are finite.
+// Moments of two channels; the sums are valid only if low and high are finite.
 struct Columns {
     double total[2] = {0, 0}, squares[2] = {0, 0}, magnitudes[2] = {0, 0};
     Pair low, high;
@@ -102,17 +102,17 @@ struct Columns {
     }
 };
 
-const int ALONG = 4;                    // neighbouring channels of a thread
-const int ROWS = KIND < 2 ? 8 : 4;      // that it adds together
-const int STAGES = 3;                   // so many times as many are held or under way
-const int FORMING = 256;                // threads of a block of `moments`
+const int ALONG = 4;                    // neighbouring channels per thread
+const int ROWS = KIND < 2 ? 8 : 4;      // rows that it adds at a time
+const int STAGES = 3;                   // sets of ROWS rows that are in shared memory or being copied
+const int FORMING = 256;                // threads per block of `moments`
 
 struct __align__(ALONG * sizeof(raw)) Quad {
     Pair of[2];
 };
 
-// Begin to bring the values of `channels` of them, zeros beyond; where all come at once, `at` is a multiple of a Quad.
-template <bool AT_ONCE> __device__ __forceinline__ void bring(Quad* to, const raw* at, int channels) {
+// Start copying the values of `channels` channels, zeros beyond. AT_ONCE: in one copy; `at` is aligned to a Quad.
+template <bool AT_ONCE> __device__ __forceinline__ void fetch(Quad* to, const raw* at, int channels) {
     if (AT_ONCE) {
         copy_async<sizeof(Quad)>(to, at);
     } else {
@@ -123,9 +123,9 @@ template <bool AT_ONCE> __device__ __forceinline__ void bring(Quad* to, const ra
     }
 }
 
-// Add rows row, row + height, ... of some channels to their columns, by way of the thread's own places in shared memory,
-// FORMING apart. bounds_of(bound) says beyond what magnitude found(i, row, value) sees a value; it is asked once the first
-// rows are under way.
+// Add rows row, row + height, ... of some channels to their columns, through the thread's own elements of shared
+// memory, FORMING apart. found(i, row, value) is called for magnitudes above bound[i]; bounds_of(bound) sets the
+// bounds, after the first copies have started.
 template <bool AT_ONCE, class Bounds, class Found>
 __device__ __forceinline__ void accumulate(
     const raw* base, i64 stride, int channels, int row, int last, int height, Quad* places, Columns (&columns)[2],
@@ -133,18 +133,19 @@ __device__ __forceinline__ void accumulate(
 ) {
     const i64 step = height * stride;
     const raw* at = base + row * stride;
-    int coming = row; // the first that is not under way yet
-    auto bring_rows = [&](int stage) {
+    int next = row; // the first row that is not being copied yet
+    auto fetch_rows = [&](int stage) {
 #pragma unroll
         for (int k = 0; k < ROWS; k++) {
-            if (coming + k * height < last) bring<AT_ONCE>(places + (stage * ROWS + k) * FORMING, at + k * step, channels);
+            Quad* to = places + (stage * ROWS + k) * FORMING;
+            if (next + k * height < last) fetch<AT_ONCE>(to, at + k * step, channels);
         }
         end_copies();
-        coming += ROWS * height;
+        next += ROWS * height;
         at += ROWS * step;
     };
 #pragma unroll
-    for (int stage = 0; stage < STAGES - 1; stage++) bring_rows(stage);
+    for (int stage = 0; stage < STAGES - 1; stage++) fetch_rows(stage);
     float bound[ALONG];
     bounds_of(bound);
     auto look = [&](int i, int here, const Quad* quad) {
@@ -153,7 +154,7 @@ __device__ __forceinline__ void accumulate(
     };
     int stage = 0;
     for (; row < last; row += ROWS * height) {
-        bring_rows((stage + STAGES - 1) % STAGES);
+        fetch_rows((stage + STAGES - 1) % STAGES);
         wait_for_copies<STAGES - 1>();
         const Quad* quads = places + stage * ROWS * FORMING;
         stage = (stage + 1) % STAGES;
@@ -173,8 +174,8 @@ __device__ __forceinline__ void accumulate(
                 columns[pair].widen(least, largest);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    // So seldom that they are read again: with a test for each value and all that follows it, this took a
-                    // tenth more. Where one is NaN, another may still be beyond.
+                    // Rare, so the rows are read again: testing each value took a tenth longer. If one value is NaN,
+                    // another may still exceed the bound.
                     const int channel = 2 * pair + i;
                     if (!(fmaxf(value_of(largest, i), -value_of(least, i)) <= bound[channel]) && channel < channels) {
 #pragma unroll 1
@@ -199,16 +200,17 @@ __device__ __forceinline__ void accumulate(
     }
 }
 
-// Of each job a block per segment and run of channels, runs of a segment next to each other, as its rows' bytes are: ALONG
-// channels a thread, rows dealt out along the block's other dimension and joined at the end in a fixed order.
+// One block per job, segment and run of channels; a segment's runs are consecutive blocks, since their bytes are
+// adjacent. ALONG channels per thread; rows are divided along the block's other dimension and combined at the end in a
+// fixed order.
 extern "C" __global__ void __launch_bounds__(FORMING, 2) moments(const __grid_constant__ SiteBatch b) {
     struct Sums {
         double wide[3 * ALONG][FORMING];
         Pair lows[2][FORMING], highs[2][FORMING];
     };
-    const int values = STAGES * ROWS * FORMING * sizeof(Quad), sums = sizeof(Sums); // the latter follow the former
-    __shared__ __align__(16) char room[values > sums ? values : sums];
-    auto& [wide, lows, highs] = *(Sums*)room;
+    const int values = STAGES * ROWS * FORMING * sizeof(Quad), sums = sizeof(Sums); // sums reuse the memory of values
+    __shared__ __align__(16) char buffer[values > sums ? values : sums];
+    auto& [wide, lows, highs] = *(Sums*)buffer;
     const int job = part_of(b.job_first, blockIdx.x), block = blockIdx.x - b.job_first[job];
     const Job& j = b.jobs[job];
     const Shape& s = b.shapes[j.site];
@@ -237,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(FORMING, 2) moments(const __grid_co
                 bound[i] = least ? pattern_value(least - 1) : -1.0f;
             }
         };
-        Quad* places = (Quad*)room + threadIdx.x;
+        Quad* places = (Quad*)buffer + threadIdx.x;
         auto found = [&](int i, int row, raw value) { emit(b, s, column + i, row, raw_pattern(value)); };
         if (at_once) accumulate<true>(base, stride, mine, first + ty, last, height, places, columns, bounds_of, found);
         else accumulate<false>(base, stride, mine, first + ty, last, height, places, columns, bounds_of, found);
@@ -267,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(FORMING, 2) moments(const __grid_co
     }
     __syncthreads();
 
-    // A channel a thread, so that neighbours write next to each other.
+    // One channel per thread, so that neighbouring threads write neighbouring words.
     const i64 all = (i64)count * channels;
     const float limit = (float)b.limit;
     for (int place = threadIdx.x; place < across && start + place < channels; place += blockDim.x) {

@@ -1,4 +1,4 @@
-"""How a batch of sites is dealt out to the CUDA counter's blocks: which counts which rows of which group."""
+"""Divides a batch of sites among the CUDA counter's blocks: which block counts which rows of which group."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 FLUSH = 60_000
-"""What an item takes beside its values, in values counted meanwhile: a table to write, its first values to wait for."""
+"""Fixed cost of an item (writing its table, waiting for its first loads), as the number of values counted in that time.
+"""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Items of work, all int32. A segment is one document of one group of one site; they are numbered in that order
-    from the last to the first: document by document of a group, group by group of a site, site by site.
+    """Items of work, all int32. A segment is one document of one group of one site; they are numbered by site, then
+    group, then document.
 
-    items          (items, 4): site, group in it, first row, rows; in the order of segments, and of rows within
+    items          (items, 4): site, group in it, first row, number of rows; in the order of segments, then rows
     block_first    (blocks + 1,) of items: block b counts items block_first[b]:block_first[b + 1]
-    segment_first  (segments + 1,) of items, likewise
+    segment_first  (segments + 1,) of items, in the same way
     """
 
     items: Int32
@@ -33,21 +34,21 @@ class Packing:
 
 
 def pack(sites: Sequence[tuple[SiteLayout, Int64]], blocks: int) -> Packing:
-    """Deal every group's rows of every document out to ``blocks`` blocks of about equal work; sites: layout, and
+    """Divide every group's rows of every document among ``blocks`` blocks of about equal work; sites: layout, and
     offsets (documents + 1,) of rows.
 
-    A block's share is consecutive and is cut at whole rows and where segments meet, so there are fewer than segments +
-    blocks items, whatever the lengths of documents and the widths of groups.
+    A block's share is contiguous and is split between rows and at the ends of segments, so there are fewer than
+    segments + blocks items, whatever the lengths of documents and the widths of groups.
     """
     parts = [_segments(site, layout, offsets) for site, (layout, offsets) in enumerate(sites)]
     site, group, width, start, rows = np.concatenate(parts, axis=1)
     after = np.cumsum(FLUSH + width * rows)  # the work until each segment's end
     before = after - width * rows
-    # Each border lies in the first segment at whose end no row more would bring the work nearer to its share.
+    # Each border is in the first segment at whose end another row would not bring the work nearer to its share.
     shares = after[-1] / blocks * np.arange(1, blocks)
     bordering = np.searchsorted(np.maximum.accumulate(after + width / 2), shares)
     rows_before = np.rint((shares - before[bordering]) / np.maximum(width[bordering], 1)).astype(np.int64)
-    # Rows are numbered through all segments, with a number more after each one's last.
+    # Rows are numbered over all segments, with one extra number after each segment's last row.
     base = np.cumsum([0, *(rows + 1)])
     borders = base[bordering] + rows_before.clip(0, rows[bordering])
     firsts = np.sort(np.concatenate([base[:-1], borders]))
@@ -74,7 +75,8 @@ def _segments(site: int, layout: SiteLayout, offsets: Int64) -> Int64:
 def moment_segments(layout: SiteLayout, offsets: Int64) -> Int32:
     """(moment groups documents, 2): the rows, first and last + 1, whose moments are formed together.
 
-    Where the layout has a d_state, rows are the documents' channels in the layout's order, and each group is apart.
+    If the layout has a d_state, rows are the documents' channels in the layout's order, and each group has its own
+    segments.
     """
     if not layout.d_state:
         return np.stack([offsets[:-1], offsets[1:]], axis=1).astype(np.int32)

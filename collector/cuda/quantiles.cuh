@@ -1,12 +1,12 @@
-// Amax and quantiles of each document, and the threshold of each group's largest values, from the counts.
+// Computes each document's amax and quantiles, and the threshold of each group's largest values, from the counts.
 
 #pragma once
 
 #include "site_batch.cuh"
 
-const int THREADS = SIGN / TOGETHER; // of `summarise`, each of a range of magnitudes
+const int THREADS = SIGN / TOGETHER; // per block of `summarise`, each for one range of magnitudes
 
-// Add to `all` how many spilled values of some items have the `wanted`-th of the ranges of EACH magnitudes.
+// Add to `all` the number of some items' spilled values in the `wanted`-th range of EACH magnitudes.
 template <u32 EACH>
 __device__ __forceinline__ void add_spills(const SiteBatch& b, int first, int last, u32 wanted, u64& all) {
     for (int item = first; item < last; item++) {
@@ -15,7 +15,7 @@ __device__ __forceinline__ void add_spills(const SiteBatch& b, int first, int la
     }
 }
 
-// How many values of a segment have the magnitudes of a range.
+// The number of a segment's values with magnitudes in a range.
 __device__ __forceinline__ u64 in_segment(const SiteBatch& b, int segment, u32 range) {
     const int first = b.segment_first[segment], last = b.segment_first[segment + 1];
     u64 all = 0;
@@ -28,7 +28,7 @@ __device__ __forceinline__ u64 in_segment(const SiteBatch& b, int segment, u32 r
     return all;
 }
 
-// How many values of a segment have one magnitude.
+// The number of a segment's values of one magnitude.
 __device__ __forceinline__ u64 of_magnitude(const SiteBatch& b, int segment, u32 magnitude) {
     const int first = b.segment_first[segment], last = b.segment_first[segment + 1];
     u64 all = 0;
@@ -41,7 +41,7 @@ __device__ __forceinline__ u64 of_magnitude(const SiteBatch& b, int segment, u32
     return all;
 }
 
-// What this lane and those before it in its warp hold.
+// The sum over this lane and those before it in its warp.
 __device__ __forceinline__ u64 upto_lane(u64 mine) {
     const u32 lane = threadIdx.x & 31;
     for (int step = 1; step < 32; step *= 2) {
@@ -58,9 +58,9 @@ __device__ float lerp_torch(float below, float above, float weight) {
     return (float)__dadd_rn((double)above, __dmul_rn((double)__fsub_rn(weight, 1.0f), step));
 }
 
-// Of each site a block per document and group, per document (the whole site, where it is divided), and per group (its
-// threshold). The first thread has the largest magnitudes. How many values every thread and those before it have says which
-// has a wanted rank; a warp each then looks at that one's magnitudes.
+// Per site: one block per document and group, one per document (the whole site, if it is divided), and one per group
+// (its threshold). The first thread has the largest magnitudes. The prefix sums of the threads' counts tell which range
+// contains a wanted rank; then one warp per rank searches that range's magnitudes.
 extern "C" __global__ void __launch_bounds__(THREADS) summarise(const __grid_constant__ SiteBatch b) {
     __shared__ u64 upto[THREADS];
     __shared__ u64 of_warps[32];
@@ -104,15 +104,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) summarise(const __grid_con
     float* out = b.sites[site].summaries + ((i64)document * (groups + 1) + group) * (1 + quantiles);
     if (total == 0) {
         if (of_document) {
-            if (threadIdx.x <= quantiles) out[threadIdx.x] = __uint_as_float(0x7fc00000u);
-            if (groups == 1 && threadIdx.x <= quantiles) out[1 + quantiles + threadIdx.x] = __uint_as_float(0x7fc00000u);
+            const float nan = __uint_as_float(0x7fc00000u);
+            if (threadIdx.x <= quantiles) out[threadIdx.x] = nan;
+            if (groups == 1 && threadIdx.x <= quantiles) out[1 + quantiles + threadIdx.x] = nan;
         } else if (threadIdx.x < 4) {
             b.thresholds[4 * (s.first_group + group) + threadIdx.x] = 0;
         }
         return;
     }
 
-    // target[k]: how many of the largest values reach down to the wanted one.
+    // target[k]: the rank of the wanted value, counted from the largest.
     const int targets = of_document ? 1 + 2 * quantiles : 1;
     if (threadIdx.x == 0) target[0] = of_document ? 1 : (total < b.most ? total : b.most);
     if (of_document && threadIdx.x < quantiles) {
@@ -126,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) summarise(const __grid_con
     __syncthreads();
     if (warp < (u32)targets) {
         const u64 wanted = target[warp] + unfinite;
-        u32 low = finite, high = THREADS - 1; // the first thread that it is reached with
+        u32 low = finite, high = THREADS - 1; // the first thread whose prefix sum reaches it
         while (low < high) {
             const u32 middle = (low + high) / 2;
             if (upto[middle] >= wanted) high = middle;
@@ -145,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) summarise(const __grid_con
         if (lane == __ffs(__ballot_sync(FULL, reached >= wanted)) - 1) {
             answer[warp] = magnitude;
             if (!of_document) {
-                // Too many ties to hold: then only what is larger is emitted, and `finish` looks for the ties in order.
+                // Too many ties to store: only larger values are emitted, and `finish` finds the ties in order.
                 const int ordered = reached - unfinite > CANDIDATES;
                 int* threshold = b.thresholds + 4 * (s.first_group + group);
                 threshold[0] = magnitude;

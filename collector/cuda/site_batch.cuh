@@ -1,4 +1,4 @@
-// What the kernels of a batch of sites are given, and the values that they count.
+// The arguments of the kernels over a batch of sites, and the values that they count.
 
 #pragma once
 
@@ -24,11 +24,11 @@ const int SITES = 16;                               // of a batch at most
 const int TOGETHER = 32;                            // neighbouring patterns whose counts are also summed: a range
 const int RANGES = PATTERNS / TOGETHER;
 
-// Every member of these structs has 8 bytes but those of Item and the arrays of int at the end of SiteBatch; site_batch.py
-// has the same lists. Arrays of int are int32. Groups, segments and items are numbered through the sites of a batch: a
-// segment is a document of a group, number `first_segment + group documents + document`.
+// Every member of these structs has 8 bytes except those of Item and the arrays of int at the end of SiteBatch;
+// site_batch.py has the same lists. Arrays of int are int32. Groups, segments and items are numbered through the sites
+// of a batch: a segment is a document of a group, number `first_segment + group documents + document`.
 
-// What of a site depends on its layout, its documents' lengths and its stride only.
+// The part of a site that depends only on its layout, its documents' lengths and its stride.
 struct Shape {
     i64 stride;                 // of x (rows, channels)
     i64 documents, groups, first_group, first_segment;
@@ -47,25 +47,25 @@ struct __align__(16) Item {
     int low, high;              // the first run
 };
 
-// Whose moments are formed, whose largest values are emitted: a site's rows, or both apart.
+// Values whose moments are formed, or whose largest are emitted, or both.
 struct Job {
     i64 site, states;           // of `site.x`, or, if `states`, of `site.states`
     i64 stride, channels, groups;
     const int* segments;        // (groups documents, 2) first row and last + 1
     i64 lanes;                  // threads along a row, a power of two
     i64 emit, summed;           // whether candidates are emitted, moments are formed
-    i64 partial;                // (groups documents, channels) partial moments of each kind begin at so many
+    i64 partial;                // offset of the partial moments (groups documents, channels) of each kind
 };
 
-// What of a site is another's in every call.
+// The part of a site that differs between calls.
 struct Site {
     const raw* x;
-    const raw* states;          // (mgroups documents channels, d_state), where moments are not of x
+    const raw* states;          // (documents channels, d_state), if the moments are not those of x
     i64 first;                  // number of the first document
     u64* counts;                // (groups, PATTERNS), added to
     float* summaries;           // (documents, groups + 1, 1 + quantiles), written
     i64* top;                   // (groups, most, 5), written: as TOP_FIELDS; magnitude -1 where there are fewer
-    i64* count;                 // (groups channels,) and so on: added to
+    i64* count;                 // (moments of the layout,), as the members below: added to
     i64* nonfinite;
     i64* overflow;
     float* lowest;
@@ -82,12 +82,12 @@ struct SiteBatch {
     const int* block_first;     // (blocks + 1,) of items
     const int* segment_first;   // (segments + 1,) of items
     u32* slots;                 // (items, ALL_WORDS), written: an item's counters
-    u32* ranges;                // (items, RANGES), written: what they add up to, spills apart
-    const int* spill_first;     // (items + 1,) where an item's spills lie: as many as its values could bring
+    u32* ranges;                // (items, RANGES), written: their sums, without spills
+    const int* spill_first;     // (items + 1,) offset of an item's spills: space for as many as its values can cause
     u32* spill_count;           // (items,), written
-    u32* spills;                // written: a pattern each, 0x8000 more of it
+    u32* spills;                // written: a pattern each, which stands for 0x8000 values
     u64* call;                  // (groups, PATTERNS), written: this call's counts
-    u64* call_ranges;           // (groups, RANGES), written: what they add up to
+    u64* call_ranges;           // (groups, RANGES), written: their sums
     int* thresholds;            // (groups, 4), written: the most-th largest magnitude, least one emitted, ties, ordered
     u64* candidates;            // (groups, CANDIDATES, 2) row width + place, pattern
     u32* candidate_count;       // (groups,) zero on entry and on return
@@ -98,13 +98,13 @@ struct SiteBatch {
     i64 quantiles, most, infinity;
     double limit;               // the smallest magnitude that rounds to infinity
     Site sites[SITES];
-    int group_first[SITES + 1];     // where each site's blocks begin: of reduce_counts (in y), of summarise, of finish
+    int group_first[SITES + 1];     // first block of each site: of reduce_counts (in y), of summarise, of finish
     int summary_first[SITES + 1];
     int finish_first[SITES + 1];
-    int job_first[2 * SITES + 1];   // and each job's, of moments
+    int job_first[2 * SITES + 1];   // and of each job: of moments
 };
 
-// Which of the parts of a grid this block is of, and its number there. Parts that are not used begin at the end.
+// The part of the grid that a block belongs to. Unused parts begin at the end.
 __device__ __forceinline__ int part_of(const int* first, int block) {
     int part = 0;
     while (block >= first[part + 1]) part++;
@@ -156,7 +156,7 @@ __device__ __forceinline__ u32 raw_pattern(raw v) {
 #endif
 }
 
-// Of the j-th value, which need not be known when compiled.
+// The pattern of the j-th value; j need not be a compile-time constant.
 __device__ __forceinline__ u32 pattern_at(const uint4& data, int j) {
     const int at = j * sizeof(raw) / 4;
     const u32 word = at < 2 ? (at ? data.y : data.x) : at == 2 ? data.z : data.w;

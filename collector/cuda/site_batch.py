@@ -1,4 +1,4 @@
-"""The structs that a CUDA counter's kernels get (site_batch.cuh), and the tables on the device that they point to."""
+"""The argument structs of the CUDA counter's kernels (site_batch.cuh), and the device tables that they point to."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 SITES = 16
-"""As in the source: sites of a batch at most."""
+"""As in the source: largest number of sites of a batch."""
 
 CANDIDATES = 1024
-"""As in the source: outliers of a group held before they are sorted."""
+"""As in the source: candidates for a group's outliers."""
 
 ALONG = 4
-"""As in the source: channels whose moments one thread forms."""
+"""As in the source: channels per thread of `moments`."""
 
 FORMING = 256
-"""As in the source: threads of a block of `moments`."""
+"""As in the source: threads per block of `moments`."""
 
 REDUCED = 1024
-"""As in the source: patterns of a block of `reduce_counts`."""
+"""As in the source: patterns per block of `reduce_counts`."""
 
 COMBINED = 32
-"""As in the source: channels of a block of `finish`."""
+"""As in the source: channels per block of `finish`."""
 
 RANGES = PATTERNS // 32
-"""As in the source: runs of neighbouring patterns whose counts are summed too."""
+"""As in the source: ranges of neighbouring patterns, whose counts are also summed."""
 
 _I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 OF_LAYOUT = ("runs", "members", "edges", "group_of", "place_of")
-"""Arrays that a `Shape` points to, which are the same whatever the documents."""
+"""Arrays that a `Shape` points to and that depend only on the layout."""
 
 OF_BATCH = ("items", "block_first", "segment_first", "spill_first")
 """Arrays that a `SiteBatch` points to."""
@@ -97,18 +97,18 @@ class SiteBatch(ctypes.Structure):
 
 
 SITE = struct.Struct(f"@{len(Site._fields_)}q")
-"""As `Site`, many of which are written."""
+"""The layout of `Site`, which is faster to write than the structure."""
 
 
 class Tables:
-    """Arrays of int32 one after the other, each at a multiple of 16 bytes, as a struct may need."""
+    """Concatenated arrays of int32, each aligned to 16 bytes, as a struct may need."""
 
     def __init__(self) -> None:
         self.parts: list[Int32] = []
         self.size = 0
 
-    def put(self, values: npt.NDArray[np.integer[Any]]) -> int:
-        """Append an array; where it begins, in bytes."""
+    def append(self, values: npt.NDArray[np.integer[Any]]) -> int:
+        """Append an array; returns its offset in bytes."""
         flat = values.astype(np.int32).ravel()
         padding = -flat.size % 4
         place = self.size
@@ -117,7 +117,7 @@ class Tables:
         return 4 * place
 
     def flat(self, structs: bytes = b"") -> torch.Tensor:
-        """All of them, and ``structs`` behind them, on the host."""
+        """All arrays, then ``structs``, on the host."""
         return torch.from_numpy(np.concatenate([*self.parts, np.frombuffer(structs, np.int32)]))
 
 
@@ -125,8 +125,8 @@ _PADDING = np.zeros(4, np.int32)
 
 
 class LayoutTables:
-    """What of a `Shape` is the same whatever the documents: arrays on the device, their addresses by name (``places``),
-    and one of them, ``members`` (channels,) int32.
+    """The arrays of a `Shape` that depend only on the layout, on the device: their addresses by name (``places``), and
+    one of them, ``members`` (channels,) int32.
     """
 
     def __init__(self, layout: SiteLayout, device: torch.device) -> None:
@@ -137,7 +137,7 @@ class LayoutTables:
         place_of[order] = np.concatenate([np.arange(width) for width in layout.widths])
         tables = Tables()
         arrays = layout.runs[0], order, np.array(layout.edges), group_of, place_of
-        places = [tables.put(array) for array in arrays]
+        places = [tables.append(array) for array in arrays]
         self._there = tables.flat().to(device, non_blocking=True)
         self.places = {name: self._there.data_ptr() + place for name, place in zip(OF_LAYOUT, places, strict=True)}
         first = places[OF_LAYOUT.index("members")] // 4
@@ -155,8 +155,8 @@ def _of_groups(layout: SiteLayout) -> Int64:
 
 
 def item_rows(packing: Packing, sites: Sequence[tuple[SiteLayout, int]]) -> tuple[Int32, Int64]:
-    """(items, 8): the members of the source's Item, of sites' layouts and strides; (items,): how many spills each could
-    bring.
+    """(items, 8): the members of the source's Item, for sites' layouts and strides; (items,): how many spills each can
+    cause at most.
     """
     of_groups = [_of_groups(layout) for layout, _ in sites]
     groups_before = np.cumsum([0, *(len(rows) for rows in of_groups)])
@@ -170,8 +170,8 @@ def item_rows(packing: Packing, sites: Sequence[tuple[SiteLayout, int]]) -> tupl
 
 
 def jobs_of(site: int, layout: SiteLayout, stride: int, segments: int, apart: int) -> list[Job]:
-    """A site's jobs; ``segments``, ``apart``: where its documents' rows lie and, if it has a d_state, its
-    `moment_segments`. Their partial moments are not placed yet.
+    """A site's jobs; ``segments``, ``apart``: places in the tables of its documents' rows and, if it has a d_state, of
+    its `moment_segments`. ``partial`` of the jobs is not set yet.
     """
     found = [_job(site, segments, stride, layout.channels, 1, summed=not layout.d_state)]
     if layout.d_state:
@@ -204,8 +204,8 @@ def to_device(
     shapes: ctypes.Array[Shape],
     jobs: Sequence[Job],
 ) -> torch.Tensor:
-    """Copy tables there, shapes and jobs behind them, int32, and let structs point to where they are, which are told
-    places in ``tables``, in bytes: a batch's arrays in ``places``, by name, the others in themselves.
+    """Copy the tables, shapes and jobs to the device in one int32 transfer, and turn the byte offsets in the structs
+    into device addresses. ``places`` maps an array of the batch to its offset.
     """
     words = (ctypes.sizeof(shapes) + len(jobs) * ctypes.sizeof(Job)) // 4
     there = torch.empty(tables.size + words, dtype=torch.int32, device=device)
@@ -223,10 +223,10 @@ def to_device(
 
 
 def blocks_of(job: Job, documents: int) -> int:
-    """How many blocks of `moments` a job has: each segment's, run of channels after run of channels."""
+    """A job's number of blocks of `moments`: one per segment and run of channels."""
     return int(documents * job.groups * -(-job.channels // (ALONG * job.lanes)))
 
 
 def power_of_two(least: int) -> int:
-    """The smallest that is no less; 1 for 0."""
+    """The smallest power of two that is not below ``least``; 1 for 0."""
     return 1 << max(least - 1, 0).bit_length()

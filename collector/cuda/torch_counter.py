@@ -1,4 +1,4 @@
-"""Counting on any device in plain PyTorch: the fallback where no kernel can be compiled. Exact, and slow."""
+"""Counting on any device in plain PyTorch: the fallback if the kernels do not compile. Exact, and slow."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TorchCounter:
             self._add_moments(wide, offsets, into, 0, layout.moments)
 
     def flush(self, *, partly: bool = False) -> None:
-        """As `Counter.flush`: nothing was put off."""
+        """As `Counter.flush`; nothing is pending."""
 
     def _summary(self, table: torch.Tensor) -> torch.Tensor:
         """(1 + q,): amax and quantiles of one table (PATTERNS,), by torch.quantile's rule (float32 rank and lerp)."""

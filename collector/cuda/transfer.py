@@ -1,4 +1,4 @@
-"""A run's statistics moved between the host and a device."""
+"""Copies a run's statistics between the host and a device."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ STAGED = 1 << 22
 """Bytes that are copied to the host at a time."""
 
 COPYING = 4
-"""Threads that copy them on: to memory that a process has not had yet, one is slower than the bus."""
+"""Threads that copy from pinned memory: one is slower than the bus if the target is newly allocated."""
 
 
 def copied_to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Copies on the host. From a CUDA device by way of pinned memory, into which it writes at the bus's speed; to pin
-    as much memory as a run's counts need would take longer than to copy them.
+    """Copies of tensors on the host. From a CUDA device they pass through small pinned buffers at the bus's speed;
+    pinning all the memory that a run's counts need would take longer than copying them.
     """
     # NumPy asks for huge pages, torch does not.
     found = [torch.from_numpy(np.empty(t.shape, torch.empty(0, dtype=t.dtype).numpy().dtype)) for t in tensors]

@@ -21,13 +21,13 @@ from quambase.collector.statistics import (
 )
 
 NEARBY = 8 << 20
-"""Bytes of float32 values that are read three times before the next are, about."""
+"""About how many bytes of float32 values are processed at a time: three passes read them from a cache."""
 
 
 class HostCounter:
-    """A `Counter` on the CPU; owns the kernel's working tables, which every site shares.
+    """A `Counter` on the CPU; owns the kernel's working tables, which all sites share.
 
-    ``most``: outliers of a group. ``groups``: of a site at most; more are a ValueError.
+    ``most``: outliers per group. ``groups``: largest number of groups of a site.
     """
 
     def __init__(self, encoding: Encoding, most: int, groups: int) -> None:
@@ -44,13 +44,13 @@ class HostCounter:
         self._buffer = torch.empty(0, dtype=encoding.torch_dtype)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """x in the 16-bit type, contiguous, in a buffer used again: fresh memory costs more than the rounding."""
+        """x in the 16-bit type, contiguous, in a reused buffer: allocating memory takes longer than the rounding."""
         if self._buffer.numel() < x.numel():
             self._buffer = torch.empty(x.numel(), dtype=self.encoding.torch_dtype)
         return self._buffer[: x.numel()].view(x.shape).copy_(x)
 
     def add(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
-        """As `Counter.add`, at once. ValueError: more groups than this was made for."""
+        """As `Counter.add`, at once. ValueError: the site has more than ``groups`` groups."""
         d_state = into.layout.d_state
         self.count(into, x, offsets, first, summaries, moments=not d_state)
         if not d_state:
@@ -63,7 +63,7 @@ class HostCounter:
             self._add_moments(mine, np.arange(len(offsets)) * members.size, part)
 
     def flush(self, *, partly: bool = False) -> None:
-        """As `Counter.flush`: nothing was put off."""
+        """As `Counter.flush`; nothing is pending."""
 
     def _add_moments(self, x: torch.Tensor, offsets: Int64, into: Moments) -> None:
         """Add the documents of x (rows, channels) to ``into``."""
@@ -93,12 +93,10 @@ class HostCounter:
         *,
         moments: bool = False,
     ) -> None:
-        """The counts, outliers and summaries of `add`, and, if ``moments``, those of x's channels."""
+        """The counts, outliers and summaries of `add`; the moments of x's channels if ``moments``."""
         workers, groups = self._counts.shape[0], len(into.layout.names)
         if groups > self._counts.shape[1]:  # compiled code would write beyond the tables
-            raise ValueError(
-                f"a site has {groups} groups; expected {self._counts.shape[1]} at most, as this was made for"
-            )
+            raise ValueError(f"a site has {groups} groups; this counter was made for {self._counts.shape[1]} at most")
         counts, top_sizes = self._counts[:, :groups], self._top_sizes[:, :groups]
         for start, stop in self._nearby(offsets, x.shape[1]):
             rows, borders = x[offsets[start] : offsets[stop]], offsets[start : stop + 1] - offsets[start]
@@ -131,8 +129,8 @@ class HostCounter:
         top_sizes[:] = 0
 
     def _nearby(self, offsets: Int64, channels: int) -> Iterator[tuple[int, int]]:
-        """Runs of documents, first to last + 1, whose values stay in a cache until they are rounded, counted and added
-        up; two documents for each worker at least.
+        """Runs of documents, first to last + 1, whose values stay in a cache while they are rounded, counted and
+        summed; at least two documents per worker.
         """
         documents, rows = offsets.size - 1, NEARBY // (4 * channels)
         start = 0

@@ -20,14 +20,15 @@ UInt32 = npt.NDArray[np.uint32]
 
 PATTERNS = 65536
 SIGN = 32768
-"""Patterns below it are non-negative; adding it negates. Magnitudes order as their patterns do."""
+"""Patterns below it are non-negative; adding it negates a value. Magnitudes are ordered as their patterns."""
 
 WIDEST = 2048
-"""Channels per piece of the moments at most: longer runs of a row are read faster, but the accumulators of one piece
-stay in the nearer caches."""
+"""Largest number of channels per piece of the moments: longer runs of a row are read faster, but the accumulators of
+one piece have to fit in the nearer caches.
+"""
 
 FEW = 16384
-"""A document with fewer values in a group is un-counted value by value, not by passing over 65,536 bins."""
+"""With fewer values of a document in a group, its table is cleared value by value, not over all 65,536 bins."""
 
 
 _rank_torch = numba.njit(cache=True)(rank_torch)
@@ -53,7 +54,9 @@ def _insert(
 
 
 @numba.njit(cache=True)
-def _tail(tables: UInt32, highest: int, total: int, magnitudes: Float32, probabilities: Float32, out: Float32) -> None:
+def _amax_and_quantiles(
+    tables: UInt32, highest: int, total: int, magnitudes: Float32, probabilities: Float32, out: Float32
+) -> None:
     """Amax and quantiles of the absolute value of one document, from its counts, by torch.quantile's rule.
 
     tables (groups, PATTERNS), added up; ``highest`` bounds the magnitude patterns present; ``total`` finite values;
@@ -76,7 +79,7 @@ def _tail(tables: UInt32, highest: int, total: int, magnitudes: Float32, probabi
     above = out[0]
     for wanted in range(probabilities.size):
         below_rank, above_rank, weight = _rank_torch(probabilities[wanted], total)
-        # Neighbouring probabilities may need the same upper value, which lies behind us.
+        # Neighbouring probabilities may need the same upper value, which the walk has already passed.
         if above_rank < last_rank:
             while seen < total - above_rank:
                 magnitude -= 1
@@ -113,7 +116,7 @@ def count_documents(
 
     bits          (rows, channels) patterns of float16 or bfloat16 values
     first         number of the first of these documents in its block
-    bounds        (workers + 1,) document numbers: worker w takes documents bounds[w]:bounds[w + 1]
+    bounds        (workers + 1,) document numbers: worker w counts documents bounds[w]:bounds[w + 1]
     runs          (runs, 2) channel numbers: run r is channels runs[r, 0]:runs[r, 1]
     firsts        (groups + 1,) run numbers: group g is runs firsts[g]:firsts[g + 1], ascending
     infinity      pattern of +infinity: patterns above it are NaN
@@ -168,10 +171,12 @@ def count_documents(
                     largest = np.int64(infinity - 1)
                 highest[g] = largest
             for g in range(groups):
-                _tail(
+                _amax_and_quantiles(
                     scratch[worker, g : g + 1], highest[g], finite[g], magnitudes, probabilities, summaries[document, g]
                 )
-            _tail(scratch[worker], highest.max(), finite.sum(), magnitudes, probabilities, summaries[document, groups])
+            _amax_and_quantiles(
+                scratch[worker], highest.max(), finite.sum(), magnitudes, probabilities, summaries[document, groups]
+            )
             for g in range(groups):
                 table = scratch[worker, g]
                 into = counts[worker, g]
@@ -190,7 +195,7 @@ def count_documents(
 
 @numba.njit(inline="always")
 def _smaller(a: np.float32, b: np.float32) -> np.float32:
-    return a if a < b else b  # one machine instruction; Python's min asks more of NaN
+    return a if a < b else b  # one machine instruction, which Python's min is not, because of NaN
 
 
 @numba.njit(inline="always")

@@ -64,7 +64,9 @@ __device__ __forceinline__ void scan_channels(
 #pragma unroll
         for (int k = 0; k < FILLS; k++) {
             const int i = threadIdx.x + k * SCAN_THREADS;
-            if (CELLS % SCAN_THREADS == 0 || i < CELLS) shared[turn][i / (2 * STATES)][i % (2 * STATES)] = in.b_c(b_c[k]);
+            if (CELLS % SCAN_THREADS == 0 || i < CELLS) {
+                shared[turn][i / (2 * STATES)][i % (2 * STATES)] = in.b_c(b_c[k]);
+            }
         }
         float step[SCAN_TOKENS], value[SCAN_TOKENS], gate[SCAN_TOKENS];
 #pragma unroll
@@ -190,7 +192,9 @@ __device__ __forceinline__ void scan_head(
             constexpr int LEFT = JOINED > SPLIT ? JOINED / SPLIT : 1, SAME = JOINED > SPLIT ? 1 : SPLIT / JOINED;
             if (part % SAME == 0) {
 #pragma unroll
-                for (int j = 0; j < LEFT; j++) in.put(first + k, first_channel + mine + j, total[j] + skipped[k][mine + j]);
+                for (int j = 0; j < LEFT; j++) {
+                    in.put(first + k, first_channel + mine + j, total[j] + skipped[k][mine + j]);
+                }
             }
         }
     }

@@ -151,6 +151,4 @@ def _reason(error: Exception) -> str:
         return "the repository has no such file"
     first = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
     # A ValueError means an impossible name, anything else a failed connection.
-    return (
-        first if isinstance(error, ValueError) else f"{first}; repeat the command: it resumes after the last whole file"
-    )
+    return first if isinstance(error, ValueError) else f"{first}; repeat the command: complete files are reused"

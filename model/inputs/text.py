@@ -80,9 +80,9 @@ def read_documents(data: str, limit: int | None = None) -> Iterator[Document]:
 
     ``data``: a .txt (documents separated by blank lines), .jsonl, .json, .parquet or .csv file (column ``text``), also
     .gz, .zst or .xz; ``sample:…``, ``python-docs:…``; ``pile-val``, ``wikitext2``, ``lambada`` or
-    ``hf:REPOSITORY:FILE``. Texts are not changed in any character. A text's cluster is the value of one of
-    CLUSTER_COLUMNS, in ``python-docs:…`` the topic, and else unknown. DataInvalid: missing, unreadable, or without a
-    column of text.
+    ``hf:REPOSITORY:FILE``. Texts are not changed in any character.
+    A text's cluster is the value of one of CLUSTER_COLUMNS, in ``python-docs:…`` the topic, and else unknown.
+    DataInvalid: missing, unreadable, or without a column of text.
     """
     for index, (text, cluster) in enumerate(itertools.islice(_texts(data), limit)):
         _check_size(data, len(text), f"document {index}")

@@ -81,8 +81,8 @@ struct Channels {
     __device__ void put(i64 row, int channel, float value) const { y[row * channels + channel] = as_real(value); }
 };
 
-// u, y (t, e); delta (t, e) without bias; bc (t, 2 STATES) B then C, rows bc_stride apart; z (t, e) rows z_stride apart;
-// the rest as in scan_channels.
+// u, y (t, e); delta (t, e) without bias; bc (t, 2 STATES), B then C, rows bc_stride apart; z (t, e), rows z_stride
+// apart; the rest as in scan_channels.
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS) selective_scan(
     const real* u, const real* delta, const real* bc, i64 bc_stride, const real* z, i64 z_stride, const float* a,
     const float* d, const float* bias, const int* offsets, i64 channels, real* y, float* state
@@ -106,8 +106,8 @@ struct Head {
     __device__ void put(i64 row, i64 column, float value) const { y[row * width + column] = as_real(value); }
 };
 
-// x (t, heads HEADDIM) rows x_stride apart, b and c (t, ngroups STATES) likewise, dt (t, heads) rows dt_stride apart and
-// without bias; y (t, heads HEADDIM); the rest as in scan_head.
+// x (t, heads HEADDIM) rows x_stride apart, b and c (t, ngroups STATES) too; dt (t, heads) without bias, rows dt_stride
+// apart; y (t, heads HEADDIM); the rest as in scan_head.
 extern "C" __global__ void __launch_bounds__(HEADDIM / JOINED * SPLIT) ssd_scan(
     const real* x, const real* b, const real* c, i64 x_stride, const real* dt, i64 dt_stride, const float* a,
     const float* d, const float* bias, const int* offsets, i64 heads, i64 ngroups, real* y, float* state

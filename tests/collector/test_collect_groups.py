@@ -208,7 +208,7 @@ def test_groups_from_a_run_in_either_order(grouped: CollectedRun, plain: Collect
         assert order_of(run)[0] == order_of(grouped)[0]
         heads = [sorted(layer.head_groups) for layer in order_of(run)]
         assert heads == [sorted(layer.head_groups) for layer in order_of(grouped)]
-    with pytest.raises(DatabaseInvalid, match="there is no run nowhere"):
+    with pytest.raises(DatabaseInvalid, match="the database has no run nowhere"):
         run_tiny(model, data, db, groups_from="nowhere")
     lacking = run_tiny(model, data, db, groups="none", sites=[STATE])
     with pytest.raises(DatabaseInvalid, match=f"lacks {X}"):

@@ -274,7 +274,9 @@ def test_a_shard_being_written(first: World, tmp_path: Path) -> None:
 
 def test_the_whole_run_is_not_collected_beside_shards_of_it(first: World, tmp_path: Path) -> None:
     first.collect(tmp_path, shard=Shard(0, 2))
-    with pytest.raises(DatabaseInvalid, match=r"was begun in shards \(0/2\); go on with --shard and `quambase merge`"):
+    with pytest.raises(
+        DatabaseInvalid, match=r"was begun in shards \(0/2\); continue with --shard and `quambase merge`"
+    ):
         first.collect(tmp_path)
 
 
@@ -295,8 +297,11 @@ def copied(world: World, index: int, count: int, to: Path) -> Path:
         ),
         (lambda f: (f / "checkpoint.npz").write_bytes(b"PK"), r"checkpoint.npz was altered or cut short .*; copy"),
         (lambda f: (f / SHARD).write_text("{"), r"shard.json is damaged .*; delete .* and collect the shard again"),
-        (lambda f: change(f, lambda m: m["shard"].update(index=0)), r"was altered: it tells of shard 0/2 of another"),
-        (lambda f: change(f, lambda m: m["manifest"]["identity"].update(seed=9)), "was altered: it tells of shard 1/2"),
+        (lambda f: change(f, lambda m: m["shard"].update(index=0)), r"was altered: it describes shard 0/2 of another"),
+        (
+            lambda f: change(f, lambda m: m["manifest"]["identity"].update(seed=9)),
+            "was altered: it describes shard 1/2",
+        ),
         (
             lambda f: change(f, lambda m: m["manifest"].update(format_version=99)),
             "has format version 99; this quambase reads up to 2: upgrade quambase",

@@ -202,7 +202,7 @@ def test_runs_of_documents_count_as_all_at_once(nearby: int, monkeypatch: pytest
 
 
 def test_a_site_of_more_groups_than_there_are_tables_for_is_refused() -> None:
-    with pytest.raises(ValueError, match="4 groups; expected 3 at most"):
+    with pytest.raises(ValueError, match="4 groups; this counter was made for 3 at most"):
         count(torch.zeros(2, 8), [2], (0, 1, 2, 3, 8))
 
 

@@ -236,8 +236,8 @@ def test_connections_that_always_end_half_way(hub: Hub, tmp_path: Path) -> None:
     hub.cuts = {"big.jsonl": (1000, 99)}
     (cut,) = collect(hub, tmp_path, command)
     assert re.search(
-        r"big.jsonl is not in .* could not be fetched \(peer closed connection .*; repeat the command, files that came "
-        r"whole are kept\); or download",
+        r"big.jsonl is not in .* could not be fetched \(peer closed connection .*; repeat the command: complete files "
+        r"are reused\); or download",
         cut.error,
     )
     assert not (tmp_path / "db").exists()
