@@ -14,14 +14,9 @@ import pyarrow.compute as pc
 from quambase.apply.int8.build import build_model, check_any_scales
 from quambase.apply.int8.group_scales import as_json
 from quambase.apply.int8.model_folder import refuse_foreign_folder, remember, save_model
-from quambase.apply.int8.needed_scales import (
-    DEFAULT_OTHERWISE,
-    check_model,
-    choose_scales,
-    describe,
-    unsafe_sites,
-)
+from quambase.apply.int8.needed_scales import check_model, unsafe_sites
 from quambase.apply.int8.weights import UPSTREAM
+from quambase.apply.scale_choice import DEFAULT_OTHERWISE, choose_scales, describe
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.names import bundled_models
 from quambase.schema.errors import ModelNotFound

@@ -28,16 +28,8 @@ from typing import Any, cast
 
 import torch
 
-from quambase.apply.int8.needed_scales import (
-    DEFAULT_OTHERWISE,
-    Replaced,
-    Scales,
-    checked_scale,
-    choose_scales,
-    clip_safe,
-    describe,
-    missing_scale,
-)
+from quambase.apply.int8.needed_scales import Replaced, Scales, checked_scale, clip_safe, missing_scale
+from quambase.apply.scale_choice import DEFAULT_OTHERWISE, choose_scales, describe
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.files import refuse_foreign_file, replacing

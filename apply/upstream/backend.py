@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from quambase.apply.apply import load_source
-from quambase.apply.int8.needed_scales import DEFAULT_OTHERWISE, Replaced, missing_scale
+from quambase.apply.int8.needed_scales import Replaced, missing_scale
+from quambase.apply.scale_choice import DEFAULT_OTHERWISE
 from quambase.apply.upstream.act_scales import notes_on, on_device, upstream_form
 from quambase.model.block_kinds import kind_of
 from quambase.model.checkpoint import LoadedModel
