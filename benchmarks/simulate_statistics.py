@@ -19,7 +19,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from quambase.apply.evaluation import paired_statistics as statistics
-from quambase.apply.evaluation.comparisons import Difference, Units, judged, ratio_difference, ratio_differences
+from quambase.apply.evaluation.comparisons import (
+    Difference,
+    Units,
+    exponential_difference,
+    judged,
+    ratio_difference,
+    ratio_differences,
+)
 from quambase.apply.evaluation.paired_statistics import (
     EQUIVALENCE_LEVEL,
     LEVEL,
@@ -112,23 +119,21 @@ def stored(path: Path, reference: str = "quamba") -> Documents:
     labels = [label for label in pc.unique(table["strategy"]).to_pylist() if label not in ("float", reference)]
     own = [table.filter(pc.equal(table["strategy"], label)) for label in [reference, *labels]]
     nll, kl = (np.stack([part[name].to_numpy() for part in own], axis=1) for name in ("nll", "kl"))
-    codes = {name: code for code, name in enumerate(pc.unique(own[0]["cluster"]).to_pylist())}
-    clusters = np.array([codes[name] for name in own[0]["cluster"].to_pylist()], np.int64)
-    return Documents(own[0]["tokens"].to_numpy().astype(np.float64), nll, kl, clusters)
+    tokens = own[0]["tokens"].to_numpy().astype(np.float64)
+    # Evaluations from before there were clusters lack the column.
+    names = own[0]["cluster"].to_pylist() if "cluster" in own[0].column_names else [None] * tokens.size
+    return Documents(tokens, nll, kl, Units.of(names).codes)
 
 
 def differences(found: Documents, figure: str) -> list[Difference]:
     """Every strategy's difference from the reference in one figure, as `evaluate` computes them."""
     if figure == "KL":
         return ratio_differences(list(found.kl[:, 1:].T), found.kl[:, 0], found.tokens, 0)
-    mean, shares = linearised(found.nll[:, 0], found.tokens)
-    made = []
-    for column, p_value in zip(found.nll[:, 1:].T, sign_flip_p(found.nll[:, 1:] - found.nll[:, :1], 0), strict=True):
-        other, own = linearised(column, found.tokens)
-        share = np.exp(other) * own - np.exp(mean) * shares
-        value = float(np.exp(other) - np.exp(mean))
-        made.append(Difference(value, student_interval(value, share), float(p_value), standard_error(share)))
-    return made
+    p_values = sign_flip_p(found.nll[:, 1:] - found.nll[:, :1], 0)
+    return [
+        exponential_difference(column, found.nll[:, 0], found.tokens, float(p_value))
+        for column, p_value in zip(found.nll[:, 1:].T, p_values, strict=True)
+    ]
 
 
 def intervals(found: Documents, resamples: int) -> dict[str, Interval | None]:
@@ -278,7 +283,8 @@ def main(path: Path | None, experiments: int) -> None:
         figures["equivalent at the bound"] = wrong_equivalence(population, n, experiments)
         print(f"n = {n}: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in figures.items()), flush=True)
     clustered = population if path else made_up(5000, 10, 0, clustered=True)
-    for n in (12, 24, 36):
+    known = clustered.clusters.max() + 1 < clustered.tokens.size
+    for n in (12, 24, 36) if known else ():
         whole, apart = cluster_coverage(clustered, n, experiments, resamples=300)
         shown = ", ".join(f"{name} {100 * whole[name]:.1f} ({100 * apart[name]:.1f})" for name in whole)
         print(f"{n} clusters, as wholes (by documents): {shown}", flush=True)

@@ -23,7 +23,7 @@ ROWS = 1000
 SHORTEST = 16
 """Least width to which a long text is shortened."""
 
-SHARE = re.compile(r"(^|_)share(_|$)|^beyond_\d+_sigma$|^top1_agreement$|^(token_)?accuracy(_low|_high)?$")
+SHARE = re.compile(r"(^|_)share(_|$)|^beyond_\d+_sigma$|^top1_agreement$|^(flips|(token_)?accuracy)(_low|_high)?$")
 """Names of columns that hold shares of one: people read them as % or, under 0.1 %, as ppm."""
 
 

@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "compare": "quambase.cli.compare:compare",
     "groups": "quambase.cli.compare:groups",
     "results": "quambase.cli.results:results",
+    "diff": "quambase.cli.diff:diff",
     "import": "quambase.cli.collect:import_tensor",
     "merge": "quambase.cli.collect:merge",
     "demo": "quambase.cli.demo:demo",

@@ -31,6 +31,7 @@ from quambase.collector.statistics import ENCODINGS, Float32, Float64, Int64, Si
 from quambase.collector.table_rows import COUNTED, TableGroup, many_keyed_rows, table_groups
 from quambase.model.language_model import LanguageModel, without_tf32
 from quambase.model.operators.differentiable import differentiable_operators, on_gradient
+from quambase.model.operators.torch import CPU
 from quambase.model.packed_batch import Batch
 from quambase.model.weights import ModelWeights
 from quambase.schema.errors import DataInvalid
@@ -44,20 +45,39 @@ PART = 4
 
 
 class SensitivitySums(NamedTuple):
-    """The sums for every group of the observed sites and every float16 pattern, on the host.
+    """What is summed, for every group of the observed sites and every float16 pattern, on the host or on a device.
 
     counts       (groups, PATTERNS) int64: occurrences
     gradient_sq  (groups, PATTERNS) float64: the sum over them of the squared gradient, nats^2 over the value's unit^2
     """
 
+    counts: torch.Tensor
+    gradient_sq: torch.Tensor
+
+    @classmethod
+    def zeros(cls, groups: int, device: torch.device = CPU) -> SensitivitySums:
+        """Of no values."""
+        shape = groups, PATTERNS
+        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for dtype in (torch.int64, torch.float64)))
+
+    def of(self, rows: slice) -> SensitivitySums:
+        """Those of some groups, as views."""
+        return SensitivitySums(self.counts[rows], self.gradient_sq[rows])
+
+
+class PresentSums(NamedTuple):
+    """`SensitivitySums` of the patterns that occur, on the host: their places in the flat arrays, counts and sums."""
+
+    places: Int64
     counts: Int64
     gradient_sq: Float64
 
     @classmethod
-    def zeros(cls, index: SiteIndex) -> SensitivitySums:
-        """Sums over no values."""
-        shape = index.group_count, PATTERNS
-        return cls(np.zeros(shape, np.int64), np.zeros(shape))
+    def of(cls, sums: SensitivitySums) -> PresentSums:
+        """Those of ``sums``."""
+        counts, gradient_sq = (values.view(-1) for values in sums)
+        places = torch.nonzero(counts)[:, 0]
+        return cls(*(part.cpu().numpy() for part in (places, counts[places], gradient_sq[places])))
 
 
 @dataclass(frozen=True)
@@ -138,39 +158,40 @@ def collect_sensitivity(
     for part in missing:
         with progress.piece(len(plan.parts[part]), sizes[part]):
             sums = part_sums(model, plan.parts[part], index, plan.seed)
-            _write(folder / part_file(part), sums)
+            _write(folder / part_file(part), PresentSums.of(sums))
 
 
-def _write(path: Path, sums: SensitivitySums) -> None:
-    """Store the sums of values that occur. A zip file's members have checksums, which NumPy compares on reading."""
-    counts, gradient_sq = (array.reshape(-1) for array in sums)
-    present = np.flatnonzero(counts)
+def _write(path: Path, sums: PresentSums) -> None:
+    """Store sums. A zip file's members have checksums, which NumPy compares on reading."""
+    places, counts, gradient_sq = sums
+    narrow = [values.astype(np.min_scalar_type(int(values.max(initial=0)))) for values in (places, counts)]
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, present=present, counts=counts[present], gradient_sq=gradient_sq[present])
+        np.savez(file, places=narrow[0], counts=narrow[1], gradient_sq=gradient_sq)
 
 
-def _read(path: Path, index: SiteIndex) -> tuple[Int64, Int64, Float64] | None:
-    """Places, counts and sums that `_write` stored; None if they are not there or damaged."""
+def _read(path: Path, index: SiteIndex) -> PresentSums | None:
+    """What `_write` stored; None if it is not there or damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            present, counts, gradient_sq = (arrays[name] for name in ("present", "counts", "gradient_sq"))
+            places, counts, gradient_sq = (arrays[name] for name in PresentSums._fields)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    sound = present.shape == counts.shape == gradient_sq.shape and present.dtype == counts.dtype == np.int64
-    return (present, counts, gradient_sq) if sound and (present < index.group_count * PATTERNS).all() else None
+    sound = places.shape == counts.shape == gradient_sq.shape and places.dtype.kind == counts.dtype.kind == "u"
+    if not sound or not (places < index.group_count * PATTERNS).all():
+        return None
+    return PresentSums(places.astype(np.int64), counts.astype(np.int64), gradient_sq)
 
 
 def total_sums(index: SiteIndex, paths: Sequence[Path]) -> SensitivitySums:
     """The sums of all parts, whose files are ``paths``, added from 0 in their order. DataInvalid: one is damaged."""
-    total = SensitivitySums.zeros(index)
-    counts, gradient_sq = (array.reshape(-1) for array in total)
+    total = SensitivitySums.zeros(index.group_count)
+    counts, gradient_sq = (values.view(-1).numpy() for values in total)
     for path in paths:
         found = _read(path, index)
         if found is None:
             raise DataInvalid(f"{path} is missing or damaged; delete it and run the same collect command again")
-        present, occurrences, sums = found
-        counts[present] += occurrences
-        gradient_sq[present] += sums
+        counts[found.places] += found.counts
+        gradient_sq[found.places] += found.gradient_sq
     return total
 
 
@@ -181,15 +202,14 @@ def part_sums(
 
     DataInvalid: gradients that are not finite.
     """
-    sums = SensitivitySums.zeros(index)
-    groups_of = {key: torch.from_numpy(_group_of(layout)) for key, layout in index.layouts.items()}
+    sums = SensitivitySums.zeros(index.group_count, model.device)
+    groups_of = {key: torch.from_numpy(_group_of(layout)).to(model.device) for key, layout in index.layouts.items()}
 
     def observe(layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
         key = layer, site
         if key not in groups_of:
             return
-        seen, rows = values.detach(), index.groups[key]
-        part = SensitivitySums(sums.counts[rows], sums.gradient_sq[rows])
+        seen, part = values.detach(), sums.of(index.groups[key])
         on_gradient(values, lambda gradient: add_squares(part, seen, gradient, groups_of[key]))
 
     batch = Batch.join([document.tokens for document in documents])
@@ -203,7 +223,7 @@ def part_sums(
     with without_tf32():
         torch.autograd.backward(hidden, gradient)
     for key, rows in index.groups.items():
-        if not np.isfinite(sums.gradient_sq[rows].sum()):
+        if not sums.gradient_sq[rows].sum().isfinite():
             raise DataInvalid(
                 f"gradients at layer {key[0]} {key[1]} are NaN or infinite; collect without --sensitivity, or with "
                 "other texts"
@@ -237,15 +257,16 @@ def _head_gradient(model: LanguageModel, hidden: torch.Tensor, uniform: torch.Te
 
 
 def add_squares(sums: SensitivitySums, values: torch.Tensor, gradient: torch.Tensor, group_of: torch.Tensor) -> None:
-    """Add a site's values (t, c) and their gradients (t, c) to its groups' sums; group_of (c,) is on the host."""
+    """Add a site's values (t, c) and their gradients (t, c) to its groups' sums; group_of (c,). All on one device."""
     half = values.to(torch.float16).contiguous()
     if values.device.type == "cpu":
         patterns = half.numpy().view(np.uint16)
-        add_gradients(patterns, gradient.contiguous().numpy(), group_of.numpy(), sums.counts, sums.gradient_sq)
+        added = (sums.counts.numpy(), sums.gradient_sq.numpy())
+        add_gradients(patterns, gradient.contiguous().numpy(), group_of.numpy(), *added)
         return
-    counts, squares = fixed_point_sums(half, gradient, group_of.to(values.device), len(sums.counts))
-    sums.counts[:] += counts.cpu().numpy()
-    sums.gradient_sq[:] += squares.cpu().numpy()
+    counts, squares = fixed_point_sums(half, gradient, group_of, len(sums.counts))
+    sums.counts.add_(counts)
+    sums.gradient_sq.add_(squares)
 
 
 def fixed_point_sums(
@@ -259,13 +280,12 @@ def fixed_point_sums(
     places = ((half.view(torch.int16).long() & (PATTERNS - 1)) + group_of * PATTERNS).flatten()
     counts = torch.bincount(places, minlength=groups * PATTERNS).view(groups, PATTERNS)
     squares = gradient.double().square().flatten()
-    largest = float(squares.max()) * squares.numel() if squares.numel() else 0.0
-    if not np.isfinite(largest):
-        return counts, torch.full(counts.shape, torch.nan, dtype=torch.float64, device=half.device)
-    unit = np.ldexp(1.0, int(np.frexp(largest)[1]) - 62)
+    # Two to the power that is above all of them together. Computed there, so that nothing waits for the device.
+    units = torch.exp2(62.0 - torch.frexp(squares.max() * squares.numel()).exponent.double())
     whole = torch.zeros(groups * PATTERNS, dtype=torch.int64, device=half.device)
-    whole.index_add_(0, places, torch.round(squares / unit).long())
-    return counts, whole.view(groups, PATTERNS).double() * unit
+    whole.index_add_(0, places, torch.round(squares * units).long())
+    total = whole.view(groups, PATTERNS).double() / units
+    return counts, torch.where(squares.sum().isfinite(), total, torch.nan)
 
 
 @cache
@@ -281,7 +301,7 @@ def _ascending() -> tuple[Float32, Int64]:
 def distinct_values(sums: SensitivitySums, group: int) -> tuple[Float32, Int64, Float64]:
     """The finite values of a group that occur, ascending; their counts; their sums of squares. -0 joins 0."""
     values, order = _ascending()
-    counts, gradient_sq = sums.counts[group].copy(), sums.gradient_sq[group].copy()
+    counts, gradient_sq = (values[group].numpy().copy() for values in sums)
     for array in (counts, gradient_sq):
         array[0] += array[PATTERNS // 2]
     counts, gradient_sq = counts[order], gradient_sq[order]

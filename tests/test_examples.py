@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -41,6 +42,9 @@ def help_examples(command: str) -> list[str]:
 def test_every_example_of_help_runs(session: Path, tmp_path: Path, command: str) -> None:
     folder = tmp_path if command in ALONE else session
     torch.save(torch.randn(8, 6), folder / "activations.pt")
+    for name, right in (("a", 7), ("b", 5)):
+        samples = [{"doc_id": i, "doc": {"id": i}, "acc": float(i < right)} for i in range(12)]
+        (folder / f"samples_{name}.jsonl").write_text("\n".join(map(json.dumps, samples)))
     for line in help_examples(command):
         code, found = run(Example(command, 0, False, line, []), folder)
         assert code == 0, f"{line}\n" + "\n".join(found)

@@ -102,15 +102,14 @@ class Difference:
         found = documents_needed(self.value, self.error, units.count, comparisons)
         if found is None:
             return None
-        if self.exact_pairs:
-            found = max(found, math.ceil(least_discordant(comparisons) / abs(self.value)))
         found = math.ceil(found * units.documents / units.count)
         return found if found <= MOST_NEEDED else None
 
 
 def ratio_difference(first: Float64, second: Float64, weights: Float64, p_value: float) -> Difference:
     """sum(first) / sum(weights) - sum(second) / sum(weights), each (units,), with Student's interval."""
-    value, shares = linearised(first - second, weights)
+    with np.errstate(invalid="ignore"):  # of two infinite values nothing is known: NaN
+        value, shares = linearised(first - second, weights)
     return Difference(value, student_interval(value, shares), p_value, standard_error(shares))
 
 
@@ -118,6 +117,26 @@ def ratio_differences(columns: Sequence[Float64], base: Float64, weights: Float6
     """`ratio_difference` of each column (units,) from ``base``, p by sign flips of units."""
     p_values = sign_flip_p(np.stack([column - base for column in columns], 1), seed)
     return [ratio_difference(column, base, weights, float(p)) for column, p in zip(columns, p_values, strict=True)]
+
+
+def exponential_difference(first: Float64, second: Float64, weights: Float64, p_value: float) -> Difference:
+    """exp(sum(first) / sum(weights)) - exp(sum(second) / sum(weights)), each (units,): two perplexities.
+
+    Its interval is Student's of the linearised difference. p is NaN where a perplexity is not finite.
+    """
+    (value, shares), (base, base_shares) = (exponential(column, weights) for column in (first, second))
+    with np.errstate(invalid="ignore"):  # of two infinite ones nothing is known: NaN
+        difference, own = value - base, shares - base_shares
+    p_value = p_value if math.isfinite(difference) else math.nan
+    return Difference(difference, student_interval(difference, own), p_value, standard_error(own))
+
+
+def exponential(values: Float64, weights: Float64) -> tuple[float, Float64]:
+    """exp(sum(values) / sum(weights)), and each unit's contribution (units,) to its deviation."""
+    mean, shares = linearised(values, weights)
+    with np.errstate(over="ignore", invalid="ignore"):  # an infinite exponential has no shares: they are NaN
+        found = float(np.exp(mean))
+        return found, found * shares
 
 
 def pairs(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:

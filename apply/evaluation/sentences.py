@@ -115,7 +115,7 @@ def round_up(count: int) -> int:
     return math.ceil(count / unit) * unit
 
 
-def _clusters(data: str, documents: int, clusters: int) -> str | None:
+def few_clusters(data: str, documents: int, clusters: int) -> str | None:
     """A remark where documents are counted as if they were independent, though it is known that they are not."""
     if not documents > clusters < FEWEST <= documents:
         return None
@@ -146,7 +146,7 @@ def remarks(summary: pa.Table, bootstrap: int) -> list[str]:
             f"{max(compared.values())} comparisons at most); strategies evaluated one at a time escape the correction"
         )
     sizes = {(row["task"], row["data"]): (row["documents"], row["clusters"]) for row in summary.to_pylist()}
-    found += [line for (_, data), size in sizes.items() if (line := _clusters(data, *size))]
+    found += [line for (_, data), size in sizes.items() if (line := few_clusters(data, *size))]
     for (task, data, name), count in compared.items():
         units = counted_units(*sizes[task, data])
         if not can_reach_a_verdict(units, count):

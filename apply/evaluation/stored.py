@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from quambase.apply.evaluation.summary import summarize
+from quambase.apply.evaluation.summary import KL_DIFFERENCE, summarize
 from quambase.schema.errors import DatabaseInvalid, UnknownName
 from quambase.schema.results import EVALUATION, finished_evaluations, read_evaluation, read_results
 from quambase.schema.sql.answer import PrintsAsTable
@@ -25,10 +25,10 @@ class Evaluation(PrintsAsTable):
     notes: list[str]
 
     def shown(self) -> pa.Table:
-        """Each strategy on each text in one row, with KL and perplexity and their 95 % intervals."""
-        columns = ["data", "task", "strategy", "documents"]
-        figures = [f"{name}{end}" for name in ("kl", "perplexity") for end in ("", "_low", "_high")]
-        return summarize(self.results).select([*columns, *figures])
+        """Each strategy on each text in one row, with its KL, flips and perplexity, and the verdict on its KL."""
+        columns = ["data", "task", "strategy", "documents", "kl", "kl_low", "kl_high", KL_DIFFERENCE]
+        columns += [f"{KL_DIFFERENCE}_verdict", "flips", "perplexity", "perplexity_low", "perplexity_high"]
+        return summarize(self.results).select(columns)
 
 
 def find_evaluation(db: str | Path, evaluation: str | None = None) -> Evaluation:

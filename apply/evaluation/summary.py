@@ -15,6 +15,8 @@ from quambase.apply.evaluation.comparisons import (
     ENDS,
     Difference,
     Units,
+    exponential,
+    exponential_difference,
     judged,
     pairs,
     ratio_differences,
@@ -197,7 +199,7 @@ class _Text:
             "documents": self.documents,
             "clusters": self.units.clusters,
             "tokens": int(tokens),
-            "perplexity": self._perplexity(label)[0],
+            "perplexity": self._perplexity(label),
             "kl": linearised(self.columns[label, "kl"], self.tokens)[0],
             "flips": flipped,
             "top1_agreement": float(self.columns[label, "top1_agreement"].sum() / tokens),
@@ -213,12 +215,8 @@ class _Text:
                 row |= _ends("accuracy", _as_share(student_interval(row["accuracy"], shares)))
         return row
 
-    def _perplexity(self, label: str) -> tuple[float, Float64]:
-        """Perplexity, and each unit's contribution (units,) to its deviation."""
-        mean, shares = linearised(self.columns[label, "nll"], self.per)
-        perplexity = _exp(mean)
-        with np.errstate(invalid="ignore"):  # an infinite perplexity has no shares: they are NaN
-            return perplexity, perplexity * shares
+    def _perplexity(self, label: str) -> float:
+        return exponential(self.columns[label, "nll"], self.per)[0]
 
     def _bootstrap(self, rows: list[dict[str, Any]]) -> None:
         """Add the intervals of perplexity and KL: bootstrap-t, of perplexity on the scale of its logarithm."""
@@ -254,21 +252,18 @@ class _Text:
         base = self.columns[UPSTREAM, "kl"]
         found = ratio_differences([self.columns[label, "kl"] for label in others], base, self.tokens, self.seed)
         return [
-            difference if math.isfinite(self._perplexity(label)[0]) else replace(difference, p_value=math.nan)
+            difference if math.isfinite(self._perplexity(label)) else replace(difference, p_value=math.nan)
             for label, difference in zip(others, found, strict=True)
         ]
 
     def _perplexities(self, reference: str, others: list[str]) -> list[Difference]:
         """Differences of perplexity: linearised intervals, p by sign flips."""
-        base, base_shares = self._perplexity(reference)
-        nll = np.stack([self.columns[label, "nll"] - self.columns[reference, "nll"] for label in others], 1)
-        found = []
-        for label, p_value in zip(others, sign_flip_p(nll, self.seed), strict=True):
-            perplexity, own = self._perplexity(label)
-            value, shares = perplexity - base, own - base_shares
-            p_value = p_value if math.isfinite(value) else math.nan
-            found.append(Difference(value, student_interval(value, shares), float(p_value), standard_error(shares)))
-        return found
+        base = self.columns[reference, "nll"]
+        nll = np.stack([self.columns[label, "nll"] - base for label in others], 1)
+        return [
+            exponential_difference(self.columns[label, "nll"], base, self.per, float(p_value))
+            for label, p_value in zip(others, sign_flip_p(nll, self.seed), strict=True)
+        ]
 
     def _accuracies(self, reference: str, others: list[str]) -> list[Difference]:
         """Differences of accuracy: Newcombe's intervals and McNemar's p, of whole clusters as of other ratios."""
@@ -286,19 +281,14 @@ class _Text:
         if self.task == LAST_WORD and self.units.single:
             interval = newcombe(*pairs(here > 0, there > 0), EQUIVALENCE_LEVEL)
         else:
-            interval = _equivalence_interval(here - there, self.per)
+            value, shares = linearised(here - there, self.per)
+            interval = student_interval(value, shares, EQUIVALENCE_LEVEL)
+            if self.task != LAST_WORD and value == 0 and not shares.any():
+                interval = 0.0, 0.0  # the same likelihoods; the same few answers would prove nothing
         if interval is not None:
             low, high = interval if self.task == LAST_WORD else (_exp(end) - 1 for end in interval)
             interval = 100 * low, 100 * high
         row |= _ends("within", interval) | {"within_verdict": equivalence(interval, (-self.within, self.within))}
-
-
-def _equivalence_interval(difference: Float64, weights: Float64) -> Interval | None:
-    """The interval of a ratio, of which every unit's part is known; the value alone where it does not vary."""
-    value, shares = linearised(difference, weights)
-    if math.isfinite(value) and not shares.any():
-        return value, value
-    return student_interval(value, shares, EQUIVALENCE_LEVEL)
 
 
 def _as_share(interval: Interval | None) -> Interval | None:

@@ -112,9 +112,10 @@ def _ranking(task: str, data: str, rows: list[dict[str, Any]], compared: Familie
             "": "*" if starred else "",
             "strategy": row["strategy"],
             "KL x1000": "-" if floating else _bracketed(row, "kl", 1000.0, digits=3),
-            f"KL to {UPSTREAM}": _short_difference(row, KL_DIFFERENCE, wholes, compared, marked),
-            "flips %": "-" if floating else _flips(row),
         }
+        if UPSTREAM in by_label:
+            line[f"KL to {UPSTREAM}"] = _short_difference(row, KL_DIFFERENCE, wholes, compared, marked)
+        line["flips %"] = "-" if floating else _flips(row)
         if task == LAST_WORD:
             line["last word %"] = f"{100 * row['accuracy']:.3g}"
         else:

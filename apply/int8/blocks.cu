@@ -20,17 +20,20 @@ __device__ __forceinline__ s8 shifted_code(float v, float zero) {
     return (s8)(int)fminf(fmaxf(rounded + zero, -128.0f), 127.0f);
 }
 
-// The code of silu(v) / divisor with the zero point `zero`, half away from zero, saturating. `inverse` is about
-// 1 / divisor: the approximations are off by less than 2e-3 where the quotient is within 255 (2^-17 of it for the
-// exponential of up to -88, 2^-22 for the rest), so only a quotient nearer to a half is computed exactly. Adding 1.5 *
-// 2^23 leaves no fraction bits, so the addition rounds and the code is the sum's last byte: conversions to integers run
-// at a quarter of the speed.
-__device__ __forceinline__ s8 silu_code(float v, float divisor, float inverse, float zero) {
+// The code of silu(v) / divisor, half away from zero, saturating; with the zero point `zero` if SHIFTED. `inverse` is
+// about 1 / divisor: the approximations are off by less than 1e-3 where the quotient is within 130, and by 2e-3 within
+// 255 (2^-17 of it for the exponential of up to -88, 2^-22 for the rest), so only a quotient nearer to a half is computed
+// exactly. Adding 1.5 * 2^23 leaves no fraction bits, so the addition rounds and the code is the sum's last byte:
+// conversions to integers run at a quarter of the speed.
+template <bool SHIFTED> __device__ __forceinline__ s8 silu_code(float v, float divisor, float inverse, float zero) {
     const float about = v * reciprocal(1.0f + power_of_two(-v * LOG2_E)) * inverse;
-    const float shifted = fminf(fmaxf(about, -128.0f - zero), 127.0f - zero) + 12582912.0f;
+    const float low = SHIFTED ? -128.0f - zero : -128.0f, high = SHIFTED ? 127.0f - zero : 127.0f;
+    const float shifted = fminf(fmaxf(about, low), high) + 12582912.0f;
     const float rest = fabsf(about - (shifted - 12582912.0f));
-    if (fabsf(rest - 0.5f) < 1.0f / 256) return shifted_code(silu(v) / divisor, zero);
-    return (s8)__float_as_int(shifted + zero);
+    if (fabsf(rest - 0.5f) < (SHIFTED ? 1.0f / 256 : 1.0f / 512)) {
+        return SHIFTED ? shifted_code(silu(v) / divisor, zero) : half_away(silu(v) / divisor);
+    }
+    return (s8)__float_as_int(SHIFTED ? shifted + zero : shifted);
 }
 
 // Four codes as floats: made unsigned, a byte is the last byte of the float 2^23 + byte.
@@ -77,9 +80,9 @@ const int CONV_ROWS = 8;
 
 // Depthwise causal convolution of codes, SiLU, one rounding, half away from zero, with zeros before each document. One
 // thread per LANES channels and CONV_ROWS rows, which it loads before it starts. x (t, e or more) and out (t, e), rows
-// apart and 4-byte aligned; weight (WIDTH, e) codes, the last row for the current token; scale_wx, bias, scale_out,
-// zero_out (e,); starts (t,) the first row of each row's document.
-extern "C" __global__ void __launch_bounds__(128) conv_silu(
+// apart and 4-byte aligned; weight (WIDTH, e) codes, the last row for the current token; scale_wx, bias, scale_out, and,
+// if SHIFTED, zero_out (e,); starts (t,) the first row of each row's document.
+template <bool SHIFTED> __device__ __forceinline__ void convolve(
     const s8* x, i64 x_stride, const float* weight, const float* scale_wx, const float* bias, const float* scale_out,
     const float* zero_out, const int* starts, i64 rows, i64 channels, s8* out, i64 out_stride
 ) {
@@ -102,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_silu(
         // Rows are padded, so codes beyond the last channel can be read.
         const int at = channel + j < channels ? channel + j : channel;
         scale[j] = scale_wx[at], shift[j] = bias[at], divisor[j] = scale_out[at];
-        inverse[j] = 1.0f / divisor[j], zero[j] = zero_out[at];
+        inverse[j] = 1.0f / divisor[j], zero[j] = SHIFTED ? zero_out[at] : 0.0f;
 #pragma unroll
         for (int k = 0; k < WIDTH; k++) taps[k][j] = weight[k * channels + at];
     }
@@ -124,12 +127,28 @@ extern "C" __global__ void __launch_bounds__(128) conv_silu(
             for (int k = 0; k < WIDTH; k++) {
                 if (WIDTH - 1 - k <= mine[i]) total = fmaf(taps[k][j], window[k][j], total);
             }
-            done[j] = silu_code(scale[j] * total + shift[j], divisor[j], inverse[j], zero[j]);
+            done[j] = silu_code<SHIFTED>(scale[j] * total + shift[j], divisor[j], inverse[j], zero[j]);
         }
         if (first + i < rows) {
             *(char4*)(out + (first + i) * out_stride + channel) = make_char4(done[0], done[1], done[2], done[3]);
         }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(128) conv_silu(
+    const s8* x, i64 x_stride, const float* weight, const float* scale_wx, const float* bias, const float* scale_out,
+    const float* zero_out, const int* starts, i64 rows, i64 channels, s8* out, i64 out_stride
+) {
+    convolve<false>(
+        x, x_stride, weight, scale_wx, bias, scale_out, zero_out, starts, rows, channels, out, out_stride
+    );
+}
+
+extern "C" __global__ void __launch_bounds__(128) conv_silu_shifted(
+    const s8* x, i64 x_stride, const float* weight, const float* scale_wx, const float* bias, const float* scale_out,
+    const float* zero_out, const int* starts, i64 rows, i64 channels, s8* out, i64 out_stride
+) {
+    convolve<true>(x, x_stride, weight, scale_wx, bias, scale_out, zero_out, starts, rows, channels, out, out_stride);
 }
 
 // Writes transformed rows to out (rows, DIM), rows out_stride apart, as codes of factor times the value, half away from
@@ -148,7 +167,7 @@ struct Codes {
 
 #if !HEADS
 
-struct Channels {
+template <bool SHIFTED> struct Channels {
     typedef s8 Raw;
     const s8 *u_start, *delta_start, *bc, *z;
     i64 u_stride, delta_stride, bc_stride, z_stride;
@@ -161,7 +180,7 @@ struct Channels {
     __device__ s8 delta_at(i64 row, int channel) const { return delta_start[row * delta_stride + channel]; }
     __device__ s8 z_at(i64 row, int channel) const { return z[row * z_stride + channel]; }
     __device__ s8 b_c_at(i64 row, int n) const { return bc[row * bc_stride + n]; }
-    __device__ float u(s8 raw) const { return u_scale * ((float)raw - u_zero); }
+    __device__ float u(s8 raw) const { return u_scale * (SHIFTED ? (float)raw - u_zero : (float)raw); }
     __device__ float delta(s8 raw) const { return delta_scale * (float)raw; }
     __device__ float gate(s8 raw) const { return gates[raw + 128]; }
     __device__ float b_c(s8 raw) const { return bc_scale * (float)raw; }
@@ -178,8 +197,21 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS) selective_scan(
     __shared__ float gates[256];
     for (int i = threadIdx.x; i < 256; i += blockDim.x) gates[i] = silu(z_scale * (float)(i - 128));
     __syncthreads();
-    const Channels in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, u_zero, delta_scale,
-                         bc_scale, gates, channels, y};
+    const Channels<false> in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, u_zero,
+                              delta_scale, bc_scale, gates, channels, y};
+    scan_channels(in, a, d, bias, offsets, channels, nullptr);
+}
+
+extern "C" __global__ void __launch_bounds__(SCAN_THREADS) selective_scan_shifted(
+    const s8* u, i64 u_stride, const s8* delta, i64 delta_stride, const s8* bc, i64 bc_stride, const s8* z,
+    i64 z_stride, float u_scale, float u_zero, float delta_scale, float bc_scale, float z_scale, const float* a,
+    const float* d, const float* bias, const int* offsets, i64 channels, u16* y
+) {
+    __shared__ float gates[256];
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) gates[i] = silu(z_scale * (float)(i - 128));
+    __syncthreads();
+    const Channels<true> in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, u_zero,
+                              delta_scale, bc_scale, gates, channels, y};
     scan_channels(in, a, d, bias, offsets, channels, nullptr);
 }
 
@@ -197,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate(
 
 #else
 
-struct Head {
+template <bool SHIFTED> struct Head {
     const s8 *x_at, *b_at, *c_at;
     i64 stride;
     const float *x_scales, *b_scales, *c_scales, *x_zeros, *b_zeros, *c_zeros;
@@ -207,15 +239,18 @@ struct Head {
     i64 width;
     u16* y;
 
+    __device__ float value(s8 code, const float* zeros, i64 column) const {
+        return SHIFTED ? (float)code - zeros[column] : (float)code;
+    }
     __device__ float skipped(i64 row, i64 column) const {
-        return x_scales[column] * ((float)x_at[row * stride + column] - x_zeros[column]);
+        return x_scales[column] * value(x_at[row * stride + column], x_zeros, column);
     }
     __device__ float x(i64 row, i64 column) const { return round_to_half(skipped(row, column)); }
     __device__ float b(i64 row, i64 column) const {
-        return round_to_half(b_scales[column] * ((float)b_at[row * stride + column] - b_zeros[column]));
+        return round_to_half(b_scales[column] * value(b_at[row * stride + column], b_zeros, column));
     }
     __device__ float c(i64 row, i64 column) const {
-        return round_to_half(c_scales[column] * ((float)c_at[row * stride + column] - c_zeros[column]));
+        return round_to_half(c_scales[column] * value(c_at[row * stride + column], c_zeros, column));
     }
     __device__ float dt(i64 row, int head) const { return dt_scale * (float)dt_at[row * dt_stride + head]; }
     __device__ void put(i64 row, i64 column, float value) const { y[row * width + column] = float_to_half(value); }
@@ -231,8 +266,19 @@ extern "C" __global__ void __launch_bounds__(HEADDIM / JOINED * SPLIT) ssd_scan(
     i64 dt_stride, float dt_scale, const float* a, const float* d, const float* bias, const int* offsets, i64 heads,
     i64 ngroups, u16* y
 ) {
-    const Head in = {x, b, c, x_stride, x_scales, b_scales, c_scales, x_zeros, b_zeros, c_zeros, dt, dt_stride,
-                     dt_scale, heads * HEADDIM, y};
+    const Head<false> in = {x, b, c, x_stride, x_scales, b_scales, c_scales, x_zeros, b_zeros, c_zeros, dt, dt_stride,
+                            dt_scale, heads * HEADDIM, y};
+    scan_head(in, a, d, bias, offsets, heads, ngroups, nullptr);
+}
+
+extern "C" __global__ void __launch_bounds__(HEADDIM / JOINED * SPLIT) ssd_scan_shifted(
+    const s8* x, const s8* b, const s8* c, i64 x_stride, const float* x_scales, const float* b_scales,
+    const float* c_scales, const float* x_zeros, const float* b_zeros, const float* c_zeros, const s8* dt,
+    i64 dt_stride, float dt_scale, const float* a, const float* d, const float* bias, const int* offsets, i64 heads,
+    i64 ngroups, u16* y
+) {
+    const Head<true> in = {x, b, c, x_stride, x_scales, b_scales, c_scales, x_zeros, b_zeros, c_zeros, dt, dt_stride,
+                            dt_scale, heads * HEADDIM, y};
     scan_head(in, a, d, bias, offsets, heads, ngroups, nullptr);
 }
 

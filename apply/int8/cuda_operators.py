@@ -78,14 +78,18 @@ class CudaInt8Operators:
         self._odd = torch.tensor(odd_factor(defines["ORDER"]), device=device)
         heads = sizes.headdim is not None
         self._ssd_threads = defines["HEADDIM"] // defines["JOINED"] * defines["SPLIT"]
-        own = ("ssd_scan", "gated_rotate") if heads else ("selective_scan", "rotate")
-        names = ("norm_to_int8", "norm_to_half", "conv_silu", *own)
+        own = (
+            ("ssd_scan", "ssd_scan_shifted", "gated_rotate")
+            if heads
+            else ("selective_scan", "selective_scan_shifted", "rotate")
+        )
+        names = ("norm_to_int8", "norm_to_half", "conv_silu", "conv_silu_shifted", *own)
         # No contraction, so that codes are rounded from the same float32 values as on the CPU.
         self._blocks = Kernels(BLOCKS, names, {"HEADS": int(heads), **defines}, device, ("-fmad=false",))
         if hopper is None:
             hopper = torch.cuda.get_device_capability(device) == (9, 0)
         self._product_block = HOPPER if hopper else OTHERS
-        products = ("product_to_int8", "product_to_half")
+        products = ("product_to_int8", "product_to_int8_less", "product_to_half")
         self._products = Kernels(PRODUCTS, products, {"HOPPER": int(hopper)}, device)
         for name in products:
             self._products.allow_shared(name, self._product_block.shared)
@@ -155,7 +159,8 @@ class CudaInt8Operators:
         """As `Int8Operators.linear_to_int8`."""
         assert not away  # only if one sequence decodes
         out = self._codes(len(x), len(weight.codes))
-        return self._product("product_to_int8", x, weight.codes, first, second, out, offset)
+        name = "product_to_int8" if offset is None else "product_to_int8_less"
+        return self._product(name, x, weight.codes, first, second, out, offset)
 
     def linear_to_half(
         self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
@@ -196,7 +201,7 @@ class CudaInt8Operators:
         scale_wx: torch.Tensor,
         bias: torch.Tensor,
         scale_out: torch.Tensor,
-        zero_out: torch.Tensor,
+        zero_out: torch.Tensor | None,
         batch: PlacedBatch,
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
@@ -205,9 +210,9 @@ class CudaInt8Operators:
         rows, channels = x.shape
         out = self._codes(rows, channels)
         grid = (-(-channels // CONV_CHANNELS), -(-rows // CONV_ROWS))
-        vectors = (taps, scale_wx, bias, scale_out, zero_out)
+        vectors = (taps, scale_wx, bias, scale_out, 0 if zero_out is None else zero_out)
         arguments = (x, x.stride(0), *vectors, batch.starts, rows, channels, out, out.stride(0))
-        self._blocks.launch("conv_silu", grid, 128, arguments)
+        self._blocks.launch("conv_silu" if zero_out is None else "conv_silu_shifted", grid, 128, arguments)
         return out
 
     def selective_scan(
@@ -231,7 +236,8 @@ class CudaInt8Operators:
         factors = (scales.u, float(scales.u_zero), scales.delta, scales.bc, scales.z)
         arguments = (*codes, *factors, a, d, bias, batch.offsets, channels, y)
         grid = (-(-channels // SCAN_THREADS), batch.host.documents)
-        self._blocks.launch("selective_scan", grid, SCAN_THREADS, arguments)
+        name = "selective_scan_shifted" if scales.u_zero else "selective_scan"
+        self._blocks.launch(name, grid, SCAN_THREADS, arguments)
         return y
 
     def rotate(self, y: torch.Tensor, factor: float, wrap: bool) -> torch.Tensor:
@@ -258,9 +264,11 @@ class CudaInt8Operators:
         widths = [self.sizes.d_inner, ngroups * self.sizes.d_state, ngroups * self.sizes.d_state]
         y = torch.empty(rows, widths[0], dtype=torch.float16, device=self.device)
         parts: list[Argument] = [*torch.split(conv_out, widths, dim=1), conv_out.stride(0)]
-        parts += [*torch.split(scales.conv_out, widths), *torch.split(scales.zero, widths)]
+        parts += torch.split(scales.conv_out, widths)
+        parts += [0, 0, 0] if scales.zero is None else torch.split(scales.zero, widths)
         arguments = (*parts, dt, dt.stride(0), scales.dt, a, d, bias, batch.offsets, heads, ngroups, y)
-        self._blocks.launch("ssd_scan", (heads, batch.host.documents), self._ssd_threads, arguments)
+        name = "ssd_scan" if scales.zero is None else "ssd_scan_shifted"
+        self._blocks.launch(name, (heads, batch.host.documents), self._ssd_threads, arguments)
         return y
 
     def gated_rotate(

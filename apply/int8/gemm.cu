@@ -73,13 +73,13 @@ __device__ __forceinline__ void store(u16* at, float left, float right) {
     *(u32*)at = halves;
 }
 
-struct Scaling {
+template <bool OFFSET> struct Scaling {
     const float* first; // one per column, or, if null, first_of_all
     float first_of_all, second;
-    const int* offset; // subtracted from the sums of each column, unless null
+    const int* offset; // if OFFSET, subtracted from the sums of each column
 
     __device__ int sum(int sum, i64 column, i64 columns) const {
-        return offset == nullptr || column >= columns ? sum : sum - offset[column];
+        return OFFSET && column < columns ? sum - offset[column] : sum;
     }
     __device__ float factor(i64 column, i64 columns) const {
         return first == nullptr ? first_of_all : (column < columns ? first[column] : 0.0f);
@@ -88,9 +88,10 @@ struct Scaling {
 
 // Write a warp's sums of eight columns, in the layout of mma and wgmma: rows lane / 4 and lane / 4 + 8, two columns
 // each.
-template <typename T>
+template <typename T, bool OFFSET>
 __device__ __forceinline__ void write_sums(
-    const int* sums, T* tile, int pitch, int row, int column, i64 first_column, i64 columns, const Scaling& scaling
+    const int* sums, T* tile, int pitch, int row, int column, i64 first_column, i64 columns,
+    const Scaling<OFFSET>& scaling
 ) {
     const int lane = threadIdx.x % 32;
     row += lane / 4, column += lane % 4 * 2;
@@ -153,9 +154,9 @@ __device__ __forceinline__ void multiply(int (&sum)[4], const u32 (&a)[4], u32 l
 // out[row, column] = (sum_k a[row, k] b[column, k] * first[column]) * second in float32, rounded once to T. a (rows,
 // depth) rows a_stride apart, b (columns, depth); depth a positive multiple of 16 and every row of a and out 16-byte
 // aligned: a's padding is multiplied by zeros of b. out (rows, columns) rows out_stride apart, padded to 16 bytes.
-template <typename T>
+template <typename T, bool OFFSET>
 __device__ __forceinline__ void product(
-    const s8* a, i64 a_stride, const s8* b, i64 rows, i64 columns, i64 depth, const Scaling scaling, T* out,
+    const s8* a, i64 a_stride, const s8* b, i64 rows, i64 columns, i64 depth, const Scaling<OFFSET> scaling, T* out,
     i64 out_stride
 ) {
     extern __shared__ __align__(1024) u8 shared[];
@@ -257,12 +258,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) product_to_int8(
     const s8* a, i64 a_stride, const s8* b, i64 rows, i64 columns, i64 depth, const float* first, float first_of_all,
     float second, const int* offset, s8* out, i64 out_stride
 ) {
-    product(a, a_stride, b, rows, columns, depth, {first, first_of_all, second, offset}, out, out_stride);
+    const Scaling<false> scaling = {first, first_of_all, second, offset};
+    product(a, a_stride, b, rows, columns, depth, scaling, out, out_stride);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) product_to_int8_less(
+    const s8* a, i64 a_stride, const s8* b, i64 rows, i64 columns, i64 depth, const float* first, float first_of_all,
+    float second, const int* offset, s8* out, i64 out_stride
+) {
+    const Scaling<true> scaling = {first, first_of_all, second, offset};
+    product(a, a_stride, b, rows, columns, depth, scaling, out, out_stride);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) product_to_half(
     const s8* a, i64 a_stride, const s8* b, i64 rows, i64 columns, i64 depth, const float* first, float first_of_all,
     float second, const int* offset, u16* out, i64 out_stride
 ) {
-    product(a, a_stride, b, rows, columns, depth, {first, first_of_all, second, offset}, out, out_stride);
+    const Scaling<false> scaling = {first, first_of_all, second, offset};
+    product(a, a_stride, b, rows, columns, depth, scaling, out, out_stride);
 }

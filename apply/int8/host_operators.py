@@ -99,14 +99,14 @@ class HostInt8Operators:
         scale_wx: torch.Tensor,
         bias: torch.Tensor,
         scale_out: torch.Tensor,
-        zero_out: torch.Tensor,
+        zero_out: torch.Tensor | None,
         batch: PlacedBatch,
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Operators.conv_silu`."""
         out = torch.empty(x.shape, dtype=torch.int8)
         rows, first = whole_rows(x)
-        scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy(), zero_out.numpy())
+        scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy(), _or_zeros(zero_out, bias).numpy())
         kernels.conv_silu_int8(rows, first, *scaled, batch.host.offsets.numpy(), out.numpy())
         if state is not None:
             state.conv = _last_inputs(x, batch, len(taps))
@@ -146,7 +146,7 @@ class HostInt8Operators:
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Operators.ssd_scan`."""
-        values = (conv_out.to(torch.float32) - scales.zero) * scales.conv_out
+        values = _dequantized(conv_out, scales)
         x, b, c = self._split(to_half(values))
         delta = softplus_delta(dt, scales.dt, bias)
         y, last = torch.empty(x.shape), torch.zeros(batch.host.documents, x.shape[1], self.sizes.d_state)
@@ -207,7 +207,7 @@ class HostInt8Decoding(HostInt8Operators):
         scale_wx: torch.Tensor,
         bias: torch.Tensor,
         scale_out: torch.Tensor,
-        zero_out: torch.Tensor,
+        zero_out: torch.Tensor | None,
         batch: PlacedBatch,
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
@@ -215,7 +215,7 @@ class HostInt8Decoding(HostInt8Operators):
         assert state is not None
         out = torch.empty(x.shape, dtype=torch.int8)
         rows, first = whole_rows(x)
-        scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy(), zero_out.numpy())
+        scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy(), _or_zeros(zero_out, bias).numpy())
         kernels.conv_update_int8(rows, first, state.conv.numpy(), *scaled, out.numpy())
         return out
 
@@ -252,7 +252,7 @@ class HostInt8Decoding(HostInt8Operators):
     ) -> torch.Tensor:
         """As `Int8Operators.ssd_scan`; nothing but y is rounded to float16."""
         assert state is not None
-        x, b, c = self._split((conv_out.to(torch.float32) - scales.zero) * scales.conv_out)
+        x, b, c = self._split(_dequantized(conv_out, scales))
         delta = softplus_delta(dt, scales.dt, bias)
         y = torch.empty(x.shape)
         kernels.ssd_update_int8(
@@ -268,6 +268,16 @@ class HostInt8Decoding(HostInt8Operators):
             y.numpy(),
         )
         return to_half(y)
+
+
+def _or_zeros(values: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like) if values is None else values
+
+
+def _dequantized(conv_out: torch.Tensor, scales: SsdScales) -> torch.Tensor:
+    """x, B, C (rows, e + 2gn) of the convolution's codes."""
+    codes = conv_out.to(torch.float32)
+    return (codes if scales.zero is None else codes - scales.zero) * scales.conv_out
 
 
 def _scan_inputs(

@@ -75,8 +75,8 @@ class Mamba1Scales(BlockScales):
 
     conv_in   (e,) weight scale times input scale
     conv_out  (e,)
-    conv_zero  (e,) zero point of the convolution's codes
-    x_proj_offset  (r + 2n,) int32: what that zero point adds to the integer product of x_proj
+    conv_zero  (e,) zero point of the convolution's codes; None without one
+    x_proj_offset  (r + 2n,) int32: what that zero point adds to the integer product of x_proj; None without one
     """
 
     in_proj: Factors
@@ -84,8 +84,8 @@ class Mamba1Scales(BlockScales):
     dt_proj: Factors
     conv_in: torch.Tensor
     conv_out: torch.Tensor
-    conv_zero: torch.Tensor
-    x_proj_offset: torch.Tensor
+    conv_zero: torch.Tensor | None
+    x_proj_offset: torch.Tensor | None
     scan: ScanScales
 
 
@@ -119,8 +119,8 @@ class Int8Mamba1Block(Int8Block):
             dt_proj=_factors(w.dt_proj.scale, dt_b_c, dt, ratio_first=True),
             conv_in=self.operators.vector(torch.full((e,), float(conv_in))),
             conv_out=self.operators.vector(torch.full((e,), u)),
-            conv_zero=self.operators.vector(torch.full((e,), float(zero))),
-            x_proj_offset=self.operators.vector(zero * w.x_proj.codes.sum(1, dtype=torch.int32)),
+            conv_zero=self.operators.vector(torch.full((e,), float(zero))) if zero else None,
+            x_proj_offset=self.operators.vector(zero * w.x_proj.codes.sum(1, dtype=torch.int32)) if zero else None,
             scan=ScanScales(u, dt, dt_b_c, xz, s["ssm_state_act:input"], zero),
             out_proj=half_factors(w.out_proj.scale, s["out_proj:input"]),
             rotation=rotation_factor(e, s["out_proj:input"]),

@@ -138,11 +138,12 @@ class Int8Mamba2Block(Int8Block):
         c, vector = self.config, self.operators.vector
         sites = ("x_conv_out:input", "B_conv_out:input", "C_conv_out:input")
         parts = [scale_of_channels(c, divisions, site, scales[site]) for site in sites]
-        zeros = [zero_point_of_channels(c, divisions, site, scales[site]) for site in sites]
+        zeros = torch.cat([zero_point_of_channels(c, divisions, site, scales[site]) for site in sites])
+        shifted = vector(zeros) if zeros.any() else None
         state = values_of(scales["ssm_state_act:input"])
         by_index = state if state.dim() == 2 else state.unsqueeze(1).repeat(1, c.d_state)
         groups = channel_groups_of(c, divisions, len(state))
-        return SsdScales(vector(torch.cat(parts)), vector(torch.cat(zeros)), dt, vector(by_index), vector(groups))
+        return SsdScales(vector(torch.cat(parts)), shifted, dt, vector(by_index), vector(groups))
 
     def forward(
         self,

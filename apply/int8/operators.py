@@ -48,12 +48,12 @@ class SsdScales:
     """The scales of a Mamba-2 scan's inputs and of its state's codes.
 
     conv_out  (e + 2gn,): of x, B, C by channel
-    zero      (e + 2gn,) float32: their zero points
+    zero      (e + 2gn,) float32: their zero points; None where there are none
     state     (groups, n), and ``groups`` (e,) int64: each channel's
     """
 
     conv_out: torch.Tensor
-    zero: torch.Tensor
+    zero: torch.Tensor | None
     dt: float
     state: torch.Tensor
     groups: torch.Tensor
@@ -152,14 +152,14 @@ class Int8Operators(Protocol):
         scale_wx: torch.Tensor,
         bias: torch.Tensor,
         scale_out: torch.Tensor,
-        zero_out: torch.Tensor,
+        zero_out: torch.Tensor | None,
         batch: PlacedBatch,
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
         """Depthwise causal convolution of codes x (t, c), SiLU, and codes (t, c), half away from zero.
 
         taps (k, c) codes in float32, the last row for the current token; scale_wx, bias (dequantized), scale_out,
-        zero_out (c,) float32. The zero point is added to the rounded quotient.
+        zero_out (c,) float32. The zero point, unless there is none, is added to the rounded quotient.
         """
 
     def selective_scan(

@@ -47,7 +47,7 @@ def bundled_models() -> list[str]:
 
 
 def hub_model(name: str) -> str | None:
-    """The hub id that a model's name stands for; None for a folder or bundled model. ModelNotFound: unknown name."""
+    """The hub id that a model's name stands for; None for a folder or a bundled model. ModelNotFound: no such name."""
     if Path(name).is_dir() or name in bundled_models():
         return None
     if name in SHORT_NAMES:

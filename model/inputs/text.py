@@ -1,4 +1,4 @@
-"""Reads texts: local files, the bundled sample, Python's own reference texts, data sets on the hub."""
+"""Reads texts: local files, the bundled sample, reference texts of the Python installation, data sets on the hub."""
 
 from __future__ import annotations
 

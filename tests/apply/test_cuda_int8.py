@@ -62,8 +62,8 @@ def batches(device: torch.device) -> tuple[PlacedBatch, PlacedBatch]:
     return PlacedBatch.of(batch, torch.device("cpu")), PlacedBatch.of(batch, device)
 
 
-def on(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [tensor.to(device) for tensor in tensors]
+def on(device: torch.device, *tensors: Any) -> list[Any]:
+    return [tensor.to(device) if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
 
 
 @on_cuda
@@ -153,7 +153,7 @@ def test_convolution(channels: int, taps: int, affine: bool, device: torch.devic
     scale_wx = torch.rand(channels, generator=generator) * 2e-4
     bias, scale_out = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) / 60 + 0.01
     zero_out = torch.randint(-128, 100, (channels,), generator=generator).float() * affine
-    vectors = (weight, scale_wx, bias, scale_out, zero_out)
+    vectors: tuple[Any, ...] = (weight, scale_wx, bias, scale_out, zero_out if affine else None)
     sizes = mamba1(channels, taps=taps)
     wanted = HostInt8Operators(sizes).conv_silu(x[:, 4 : 4 + channels], *vectors, batch)
     operators = CudaInt8Operators(device, sizes)
@@ -163,15 +163,16 @@ def test_convolution(channels: int, taps: int, affine: bool, device: torch.devic
     assert len(wanted.unique()) > 100
 
 
+@pytest.mark.parametrize("zero_point", [0, -90])
 @pytest.mark.parametrize(("channels", "states"), [(24, 4), (64, 16), (1536, 16)])
-def test_selective_scan(channels: int, states: int, device: torch.device) -> None:
+def test_selective_scan(channels: int, states: int, zero_point: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(channels)
     batch, moved = batches(device)
     t = sum(LENGTHS)
     u, delta, bc, z = (codes(generator, t, width) for width in (channels, channels, 3 + 2 * states, 2 * channels))
     a = -torch.rand(states, channels, generator=generator) * 8
     d, bias = torch.randn(channels, generator=generator), torch.randn(channels, generator=generator) - 3
-    scales, sizes = ScanScales(0.02, 0.03, 0.01, 0.04, 1.0, u_zero=-90), mamba1(channels, states)
+    scales, sizes = ScanScales(0.02, 0.03, 0.01, 0.04, 1.0, u_zero=zero_point), mamba1(channels, states)
     wanted = HostInt8Operators(sizes).selective_scan(u, delta, bc[:, 3:], z[:, channels:], scales, a, d, bias, batch)
     inputs = [padded(part, device) for part in (u, delta, bc, z)]
     inputs[2], inputs[3] = inputs[2][:, 3:], inputs[3][:, channels:]
@@ -183,7 +184,10 @@ def test_selective_scan(channels: int, states: int, device: torch.device) -> Non
 @pytest.mark.parametrize(
     ("heads", "headdim", "states", "ngroups"), [(4, 8, 4, 2), (6, 64, 128, 1), (4, 64, 64, 2), (3, 8, 6, 1)]
 )
-def test_mamba2s_scan_and_gated_norm(heads: int, headdim: int, states: int, ngroups: int, device: torch.device) -> None:
+@pytest.mark.parametrize("affine", [False, True])
+def test_mamba2s_scan_and_gated_norm(
+    heads: int, headdim: int, states: int, ngroups: int, affine: bool, device: torch.device
+) -> None:
     generator = torch.Generator().manual_seed(heads)
     batch, moved = batches(device)
     t, e, w = sum(LENGTHS), heads * headdim, ngroups * states
@@ -192,10 +196,10 @@ def test_mamba2s_scan_and_gated_norm(heads: int, headdim: int, states: int, ngro
     conv_out, dt, z = codes(generator, t, e + 2 * w), codes(generator, t, heads + 3), codes(generator, t, e + 5)
     conv_scales = torch.rand(e + 2 * w, generator=generator) / 50
     zeros = torch.randint(-128, 100, (e + 2 * w,), generator=generator).float()
-    scales = SsdScales(conv_scales, zeros, 0.03, torch.ones(1, states), torch.zeros(e).long())
+    scales = SsdScales(conv_scales, zeros if affine else None, 0.03, torch.ones(1, states), torch.zeros(e).long())
     a, d, bias = -torch.rand(heads, generator=generator) * 8, *(torch.randn(heads, generator=generator) for _ in "db")
     wanted = here.ssd_scan(conv_out, dt[:, 3:], scales, a, d, bias, batch)
-    moved_scales = replace(scales, conv_out=scales.conv_out.to(device), zero=zeros.to(device))
+    moved_scales = replace(scales, conv_out=conv_scales.to(device), zero=zeros.to(device) if affine else None)
     inputs = (padded(conv_out, device), padded(dt, device)[:, 3:], moved_scales)
     assert close(there.ssd_scan(*inputs, *on(device, a, d, bias), moved), wanted)
     weight = torch.randn(e, generator=generator)

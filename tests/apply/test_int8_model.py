@@ -132,7 +132,7 @@ def test_products_are_scaled_in_upstreams_order(prepared, scales):
     calls = []
     for call in seen.of("linear_to_int8", "linear_to_half"):
         _, weight, first, second, away, *offset = call.arguments
-        assert not any(part.any() for part in offset), "no zero point here"
+        assert offset in ([], [None]), "no zero point here"
         calls.append((weight.scale == first, weight.scale == second))
         assert not away
     ratio_first, weight_first = (False, True), (True, False)

@@ -226,10 +226,12 @@ def test_quamba1s_convolution(contracted: bool, upstream: Upstream, device: torc
         (scales[1] * scales[0]).expand(E).contiguous(),
         bias.float() * scales[2],
         scales[3].expand(E).contiguous(),
-        torch.zeros(E),
+        None,
     )
     wanted = HostInt8Operators(SIZES).conv_silu(x, *vectors, here)
-    ours = CudaInt8Operators(device, SIZES).conv_silu(x.to(device), *(v.to(device) for v in vectors), there)
+    ours = CudaInt8Operators(device, SIZES).conv_silu(
+        x.to(device), *(v if v is None else v.to(device) for v in vectors), there
+    )
     for what, mine in (("CPU", wanted), ("CUDA", ours.cpu())):
         apart = compare(f"convolution, contracted {contracted}, upstream and our {what}", packed(out), mine)
         # A contracted sum is off by 2^-24 of it: one in a million falls on another code. Not contracted, the CUDA ones
@@ -382,10 +384,12 @@ def test_quamba2s_convolution(contracted: bool, upstream: Upstream, device: torc
     parts = [("x", e), ("B", w), ("C", w)]
     scale_wx = torch.cat([(s[f"scale_w{n}"] * s[f"scale_{n}"]).expand(width) for n, width in parts])
     bias_float = bias.float() * torch.cat([s[f"scale_b{n}"].expand(width) for n, width in parts])
-    vectors = (weight.T.float().contiguous(), scale_wx, bias_float, scale_out, torch.zeros(len(scale_out)))
+    vectors = (weight.T.float().contiguous(), scale_wx, bias_float, scale_out, None)
     sizes = OperatorSizes(32, e, states, 4, headdim, ngroups)
     wanted = HostInt8Operators(sizes).conv_silu(x, *vectors, here)
-    ours = CudaInt8Operators(device, sizes).conv_silu(held[0], *(v.to(device) for v in vectors), there)
+    ours = CudaInt8Operators(device, sizes).conv_silu(
+        held[0], *(v if v is None else v.to(device) for v in vectors), there
+    )
     found = torch.cat(outs, dim=1).cpu()
     for what, mine in (("CPU", wanted), ("CUDA", ours.cpu())):
         apart = compare(f"Quamba 2's convolution, contracted {contracted}, upstream and our {what}", found, mine)

@@ -49,14 +49,22 @@ def test_shares_are_percents_or_millionths() -> None:
 
 
 def test_which_columns_are_shares(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["clipped_share_mean", "overflow_share", "beyond_3_sigma", "accuracy_low", "shared", "vs_float"]
+    names = [
+        "clipped_share_mean",
+        "overflow_share",
+        "beyond_3_sigma",
+        "accuracy_low",
+        "flips_high",
+        "shared",
+        "vs_float",
+    ]
     table = pa.table({name: [0.25] for name in names})
     emit(table)
     assert capsys.readouterr().out.splitlines()[-1].split("  ")[-1].strip() == "0.25"
     emit(table, "json")
     assert json.loads(capsys.readouterr().out) == [dict.fromkeys(names, 0.25)]
     emit(table, "markdown")
-    assert capsys.readouterr().out.count("25 %") == 4
+    assert capsys.readouterr().out.count("25 %") == 5
 
 
 def test_texts_are_shortened_first_then_columns_left_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("odd")
     write_tiny_model(root / "tiny")
     write_texts(root / "t.jsonl")
+    (root / "log.jsonl").write_text('{"doc_id": 1, "doc": {}, "acc": 1}')
     np.save(root / "x.npy", np.ones((3, 4), np.float32))
     collect = ["--model", root / "tiny", "--data", root / "t.jsonl", "--db", root / "db"]
     assert invoke("collect", *collect).exit_code == 0
@@ -48,6 +49,7 @@ def base(name: str, world: Path, db: Path) -> list[str | Path]:
         "stats": ["--db", world / "db"],
         "generate": ["--model", world / "tiny", "--out", db, "--tokens", "3"],
         "results": ["--db", world / "db"],
+        "diff": [world / "log.jsonl", world / "log.jsonl"],
         "demo": ["--out", db / "demo"],
     }[name]
 

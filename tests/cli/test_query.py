@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_compare(fabricated_database: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert picture.exists() and f"written: {picture}" in done.stderr
     assert done.stdout.startswith("layer 1 x_proj:input of run run-a\n")
-    assert "least MSE with one INT8 scale: mse (MSE " in done.stderr and "least" not in done.stdout
+    assert re.search(r"least MSE with one INT8 scale: mse(_affine)? \(MSE ", done.stderr) and "least" not in done.stdout
     done = run("compare", *arguments, "--no-picture", "--table", "values", "--value", "3", "--format", "json")
     assert {r["value"] for r in json.loads(done.stdout)} == {3.0}
     assert run("compare", *arguments, "--value", "a").exit_code == 2

@@ -122,6 +122,19 @@ def test_the_reference_of_a_folder_is_part_of_it(world: Path, tmp_path: Path) ->
     assert fresh.id == second.id and fresh.results.equals(second.results)
 
 
+def test_clusters_are_stored_and_decide_the_id(world: Path, tmp_path: Path) -> None:
+    texts = ["w1 w2 w3 w4", "w5 w6 w7", "w8 w9 w1 w2"]
+    ids = {}
+    for name, books in (("none", [None] * 3), ("two", ["a", "a", "b"]), ("three", ["a", "b", "c"])):
+        lines = [json.dumps({"text": text, "book": book}) for text, book in zip(texts, books, strict=True)]
+        (tmp_path / "t.jsonl").write_text("\n".join(lines))
+        for task in ("perplexity", "last-word"):
+            found = run(world, tmp_path, data=tmp_path / "t.jsonl", task=task)
+            ids[name, task] = found.id
+            assert [row["cluster"] for row in found.results.to_pylist() if row["strategy"] == "mse"] == books
+    assert len(set(ids.values())) == 6
+
+
 def test_another_text_of_the_same_name_is_kept_apart(world: Path, tmp_path: Path) -> None:
     for name, texts in (("a", ["w1 w2 w3 w4"] * 3), ("b", ["w5 w6 w7 w8 w9"] * 3)):
         (tmp_path / name).mkdir()

@@ -1,0 +1,1 @@
+"""Two results compared document by document: lm-eval's logs, or stored evaluations. No torch."""
