@@ -78,3 +78,8 @@ def describe(
     """A strategy's name in results: ``mse@x_proj:input/quamba`` with ``at``; ``mse (tensor)`` with a granularity."""
     mix = f"{strategy}@{','.join(at)}/{otherwise}" if at else strategy
     return mix if granularity is None else f"{mix} ({granularity})"
+
+
+def notes_on(table: ScaleTable) -> list[str]:
+    """Notes for users of a table's scales: their run, and the table's own notes."""
+    return [f"scales of run {table.run}", *table.notes]
