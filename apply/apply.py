@@ -14,14 +14,9 @@ import pyarrow.compute as pc
 from quambase.apply.int8.build import build_model, check_any_scales
 from quambase.apply.int8.group_scales import as_json
 from quambase.apply.int8.model_folder import refuse_foreign_folder, remember, save_model
-from quambase.apply.int8.needed_scales import (
-    DEFAULT_OTHERWISE,
-    check_model,
-    choose_scales,
-    describe,
-    unsafe_sites,
-)
+from quambase.apply.int8.needed_scales import check_model, unsafe_sites
 from quambase.apply.int8.weights import UPSTREAM
+from quambase.apply.scale_choice import DEFAULT_OTHERWISE, choose_scales, describe, notes_on
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.names import bundled_models
 from quambase.schema.errors import ModelNotFound
@@ -121,7 +116,7 @@ def apply(
     labels = [strategy, *([otherwise] if at else []), DEFAULT_OTHERWISE]
     rows = _rows_of(table, labels), table.provenance
     save_model(folder, int8, settings, loaded.tokenizer.path, rows)
-    notes = [f"scales of run {table.run}", *table.notes]
+    notes = notes_on(table)
     try:
         remember(db, folder)
     except OSError as error:

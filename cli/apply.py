@@ -139,8 +139,17 @@ def apply(export: Path | None, import_: Path | None, backend: str, **given: Any)
         _build(mix, **given)
 
 
+def _check_names(scales: Path, db: Path, mix: dict[str, Any]) -> None:
+    """Report a wrong label, site or granularity before torch is imported, which takes seconds."""
+    from quambase.apply.scale_choice import choose_scales
+    from quambase.schema.scale_table import read_scales
+
+    choose_scales(read_scales(scales, db), **mix)
+
+
 def _build(mix: dict[str, Any], quantize_lm_head: bool, quantize_embedding: bool, force: bool, **given: Any) -> None:
     """Build quambase's own INT8 model, save it, and say how to go on."""
+    _check_names(given["scales"], given["db"], mix)
     from quambase.apply.apply import apply as run
 
     applied = run(
@@ -165,6 +174,7 @@ def _build(mix: dict[str, Any], quantize_lm_head: bool, quantize_embedding: bool
 
 def _export(scales: Path, export: Path, mix: dict[str, Any], db: Path, force: bool) -> None:
     """Write the scales in upstream's form, and say which gave way to others."""
+    _check_names(scales, db, mix)
     from quambase.apply.upstream.act_scales import export_act_scales
 
     exported = export_act_scales(scales, export, **mix, db=db, force=force)
@@ -176,10 +186,11 @@ def _build_upstream(
     mix: dict[str, Any], out: Path | None, compat: str | None, quantize_lm_head: bool, force: bool, **given: Any
 ) -> None:
     """Build the model with upstream's own package, and say which scales gave way to others."""
-    from quambase.apply.upstream.backend import build_upstream
-
     if out is None or compat is not None:
         raise click.UsageError("--backend quamba needs --out FOLDER, and --compat is not for it")
+    _check_names(given["scales"], given["db"], mix)
+    from quambase.apply.upstream.backend import build_upstream
+
     built = build_upstream(given.pop("scales"), **mix, quantize_lm_head=quantize_lm_head, out=out, **given)
     _tell(built.replaced, built.notes)
     if not quantize_lm_head:

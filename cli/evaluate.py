@@ -208,7 +208,9 @@ def evaluate(
         scales = scales or Path("scales.parquet")
     if picture is not None and not one_at_a_time:
         raise click.UsageError("--picture goes with --one-at-a-time")
-    # Before torch is imported, which takes seconds.
+    # Names are checked before torch is imported, which takes seconds.
+    if scales is not None:
+        _check_names(scales, given["db"], strategies, granularities)
     find_given(given["model"], given["data"])
     if one_at_a_time:
         if folder is not None or floating or len(given["data"]) > 1:
@@ -229,6 +231,14 @@ def evaluate(
     emit_evaluation(evaluation, bootstrap, seed, within, format_, output)
     note(f"stored: {evaluation.folder}")
     next_command(f"quambase results {evaluation.id} --wide", given["db"])
+
+
+def _check_names(scales: Path, db: Path, strategies: tuple[str, ...], granularities: tuple[str, ...]) -> None:
+    """Report a wrong label or granularity; imports no torch."""
+    from quambase.apply.scale_choice import check_choice
+    from quambase.schema.scale_table import read_scales
+
+    check_choice(read_scales(scales, db), strategies, granularities)
 
 
 ROWS_SHOWN = 20

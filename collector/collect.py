@@ -122,15 +122,13 @@ def collect(
 
     Documents are read in file order, truncated to ``seq_len`` tokens, not packed, without a start token; ``batch_size``
     consecutive ones (a block) share a forward pass. The raw activations of ``keep_tokens`` tokens are stored
-    (``"all"``: of every token). ``sites``: only these (default all). The same arguments find the same run, which is
-    returned or resumed.
+    (``"all"``: of all). ``sites``: only these (default all). The same arguments find their run: complete, or to resume.
     ``groups``: ``fixed`` (a Mamba-2's default) or ``quamba2`` sorts a Mamba-2's heads and channels into groups,
     observes the reordered model, and stores the order in the run; ``none`` does not. The channel statistics are those
     of a first pass over ``group_samples`` documents (default 64, for ``quamba2`` all) or of the run ``groups_from``.
     ``sensitivity``: this many evenly spaced documents also go through a backward pass, and the table `sensitivities`
     tells how much the output depends on each value (`quambase.collector.sensitivity`).
-    ``shard``: only its blocks; `quambase.collector.merge.merge` combines all shards. Every shard repeats the first
-    pass.
+    ``shard``: only its blocks; `quambase.collector.merge.merge` combines all shards. Each repeats the first pass.
     ``device``: cpu, cuda, or auto (cuda if there is a device). On the CPU the model runs in float32; on CUDA in
     ``dtype``, by default float16, as upstream runs it, whose activations are counted without rounding.
     ``progress``: shown on stderr, or a function that is called with (documents done, documents in all).

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+_NO_TOKENS = np.empty(0, np.int64)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -25,15 +27,13 @@ class Batch:
     @classmethod
     def pack(cls, documents: Sequence[Sequence[int]]) -> Batch:
         """Concatenate token lists."""
-        lengths = torch.tensor([0, *(len(document) for document in documents)], dtype=torch.int64)
-        tokens = torch.tensor([token for document in documents for token in document], dtype=torch.int64)
-        return cls(tokens, lengths.cumsum(0))
+        return cls.join([np.array(document, np.int64) for document in documents])
 
     @classmethod
     def join(cls, documents: Sequence[npt.NDArray[np.integer[Any]]]) -> Batch:
         """Concatenate arrays of token ids."""
         lengths = torch.tensor([0, *(document.size for document in documents)], dtype=torch.int64)
-        return cls(torch.from_numpy(np.concatenate(documents).astype(np.int64)), lengths.cumsum(0))
+        return cls(torch.from_numpy(np.concatenate([_NO_TOKENS, *documents])), lengths.cumsum(0))
 
     @property
     def documents(self) -> int:

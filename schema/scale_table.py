@@ -66,6 +66,11 @@ class ScaleTable:
         """The strategy labels (``percentile``, ``percentile:0.9999``, ...) in the order of the table."""
         return [str(label) for label in pc.unique(self.table["label"]).to_pylist()]
 
+    def check_label(self, label: str) -> None:
+        """UnknownName, with the nearest names, unless ``label`` is a label of the table or "selected"."""
+        if label != SELECTED and label not in self.labels():
+            raise UnknownName.of("strategy", label, [*self.labels(), SELECTED])
+
     def runs(self) -> list[str]:
         """The run ids the scales were computed from."""
         return [str(run) for run in pc.unique(self.table["run"]).to_pylist()]
@@ -139,8 +144,7 @@ class ScaleTable:
         their one number is no scale. UnknownName for a label the table does not hold; ScalesInvalid for
         several runs.
         """
-        if label != SELECTED and label not in self.labels():
-            raise UnknownName.of("strategy", label, [*self.labels(), SELECTED])
+        self.check_label(label)
         _ = self.run
         rows = self._plain_rows(label)
         rows = rows.filter(pc.equal(rows["group_name"], pa.scalar(WHOLE)))

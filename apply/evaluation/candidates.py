@@ -14,13 +14,8 @@ from quambase.apply.int8.build import build_model, check_any_scales
 from quambase.apply.int8.group_scales import as_json
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.model_folder import SCALES, load_stored, weights_digest
-from quambase.apply.int8.needed_scales import (
-    check_granularity,
-    check_model,
-    describe,
-    loadable_labels,
-    needed_sites,
-)
+from quambase.apply.int8.needed_scales import check_model, loadable_labels, needed_sites
+from quambase.apply.scale_choice import check_granularity, describe
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.sources import is_bundled
 from quambase.schema.errors import DataInvalid, ScalesInvalid

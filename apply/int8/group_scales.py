@@ -20,11 +20,8 @@ ChannelGroups = Sequence[Sequence[torch.Tensor]]
 determine the groups.
 """
 
-BY_CHANNEL_GROUP = ("x_conv_out:input", "ssm_state_act:input")
+X, STATE = BY_CHANNEL_GROUP = ("x_conv_out:input", "ssm_state_act:input")
 """The sites whose scale groups divide the channels of x."""
-
-
-STATE = "ssm_state_act:input"
 
 
 def values_of(scale: Scale) -> torch.Tensor:

@@ -88,6 +88,15 @@ def _sum_of_squares(line: Float32) -> float:
     return total
 
 
+@numba.njit(cache=True)
+def _add_and_measure(x: Float32, line: Float32, eps: np.float32) -> np.float32:
+    """``line += x``, then the reciprocal of its root mean square; x, line (d,)."""
+    for i in range(line.size):
+        line[i] += x[i]
+    mean = np.float32(_sum_of_squares(line) / line.size)
+    return np.float32(_ONE / np.sqrt(np.float32(mean + eps)))
+
+
 @numba.njit(parallel=True, cache=True)
 def add_rms_norm_int8(x: Float32, residual: Float32, eps: np.float32, scale: np.float32, out: Int8) -> None:
     """``residual += x``, then the INT8 code (half to even) of ``residual / rms(residual) / scale``.
@@ -97,10 +106,7 @@ def add_rms_norm_int8(x: Float32, residual: Float32, eps: np.float32, scale: np.
     rows, width = x.shape
     for row in numba.prange(rows):
         line = residual[row]
-        for i in range(width):
-            line[i] += x[row, i]
-        mean = np.float32(_sum_of_squares(line) / width)
-        rstd = np.float32(_ONE / np.sqrt(np.float32(mean + eps)))
+        rstd = _add_and_measure(x[row], line, eps)
         for i in range(width):
             out[row, i] = half_even(np.float32(np.float32(line[i] * rstd) / scale))
 
@@ -111,10 +117,7 @@ def add_rms_norm(x: Float32, residual: Float32, eps: np.float32, out: Float32) -
     rows, width = x.shape
     for row in numba.prange(rows):
         line = residual[row]
-        for i in range(width):
-            line[i] += x[row, i]
-        mean = np.float32(_sum_of_squares(line) / width)
-        rstd = np.float32(_ONE / np.sqrt(np.float32(mean + eps)))
+        rstd = _add_and_measure(x[row], line, eps)
         for i in range(width):
             out[row, i] = line[i] * rstd
 

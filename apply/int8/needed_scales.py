@@ -1,24 +1,20 @@
-"""Chooses the activation scales that an INT8 model reads from a scale table."""
+"""The activation scales that an INT8 model reads, and whether a scale table has them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quambase.apply.int8.arithmetic import float32
 from quambase.model.block import ModelConfig
-from quambase.schema.errors import ScalesInvalid, UnknownName
-from quambase.schema.groups import GRANULARITIES
+from quambase.schema.errors import ScalesInvalid
 from quambase.schema.number_format import INT8, Affine
 from quambase.schema.scale_table import Scale, ScaleTable
 from quambase.schema.sites import AFFINE_SITES, FAMILIES, HEAD_LAYER, WHOLE, find_site, is_model_site, layer_sites
 
 Scales = Mapping[tuple[int, str], Scale]
 """(layer, site) to a positive scale, or to one per scale group if the block reads groups."""
-
-DEFAULT_OTHERWISE = "quamba"
-"""The strategy of the sites that ``at`` does not name: upstream's."""
 
 
 def needed_sites(config: ModelConfig, quantize_lm_head: bool) -> list[tuple[int, str]]:
@@ -76,56 +72,6 @@ def check_model(table: ScaleTable, weights_sha256: str, name: str) -> None:
             f"not to {name} (weights {weights_sha256[:12]}); give that model with --model, "
             f"or collect and analyze {name}"
         )
-
-
-def choose_scales(
-    table: ScaleTable,
-    strategy: str,
-    at: Collection[str] = (),
-    otherwise: str = DEFAULT_OTHERWISE,
-    granularity: str | None = None,
-) -> dict[tuple[int, str], Scale]:
-    """(layer, site) to scale, or to scales per group, at the table's finest granularity up to ``granularity`` (None:
-    any): those of ``strategy``; with ``at``, those of ``strategy`` at these sites and of ``otherwise`` elsewhere.
-
-    UnknownName: an unknown label, site or granularity; ScalesInvalid: a granularity that the table lacks.
-    """
-    level = check_granularity(table, granularity)
-    chosen = table.group_scales_for(strategy, level)
-    if not at:
-        return chosen
-    for name in at:
-        find_site(name, table.model.family)
-    rest = {key: scale for key, scale in table.group_scales_for(otherwise, level).items() if key[1] not in at}
-    return rest | {key: scale for key, scale in chosen.items() if key[1] in at}
-
-
-def check_granularity(table: ScaleTable, granularity: str | None) -> str:
-    """``granularity``, or the table's finest if it is None. UnknownName: not a granularity; ScalesInvalid: the table
-    has no scales of it.
-    """
-    held = table.granularities()
-    if granularity is None:
-        return held[-1]
-    if granularity not in GRANULARITIES:
-        raise UnknownName.of("granularity", granularity, GRANULARITIES)
-    if granularity not in held:
-        raise ScalesInvalid(
-            f"the scale table has no scales by {granularity} (it has {', '.join(held)}); "
-            "analyze a grouped Mamba-2 run with --granularity group"
-        )
-    return granularity
-
-
-def describe(
-    strategy: str,
-    at: Collection[str] = (),
-    otherwise: str = DEFAULT_OTHERWISE,
-    granularity: str | None = None,
-) -> str:
-    """A strategy's name in results: ``mse@x_proj:input/quamba`` with ``at``; ``mse (tensor)`` with a granularity."""
-    mix = f"{strategy}@{','.join(at)}/{otherwise}" if at else strategy
-    return mix if granularity is None else f"{mix} ({granularity})"
 
 
 def loadable_labels(table: ScaleTable, needed: list[tuple[int, str]]) -> tuple[list[str], list[str]]:

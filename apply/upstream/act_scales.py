@@ -28,16 +28,9 @@ from typing import Any, cast
 
 import torch
 
-from quambase.apply.int8.needed_scales import (
-    DEFAULT_OTHERWISE,
-    Replaced,
-    Scales,
-    checked_scale,
-    choose_scales,
-    clip_safe,
-    describe,
-    missing_scale,
-)
+from quambase.apply.int8.group_scales import STATE, X
+from quambase.apply.int8.needed_scales import Replaced, Scales, checked_scale, clip_safe, missing_scale
+from quambase.apply.scale_choice import DEFAULT_OTHERWISE, choose_scales, describe, notes_on
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.files import refuse_foreign_file, replacing
@@ -51,8 +44,6 @@ HeadGroup = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Grouped = list[list[HeadGroup]]
 UpstreamScale = torch.Tensor | Grouped
 
-X = "x_conv_out:input"
-STATE = "ssm_state_act:input"
 BY_SSD = ("B_conv_out:input", "C_conv_out:input")
 
 SAME_AS_INPUT = ("z_act", "x_conv_in", "B_conv_in", "C_conv_in", "dt_act")
@@ -68,11 +59,6 @@ class Exported:
     path: Path
     replaced: list[Replaced]
     notes: list[str]
-
-
-def notes_on(table: ScaleTable) -> list[str]:
-    """Notes for users of a table's scales: their run, and the table's own notes."""
-    return [f"scales of run {table.run}", *table.notes]
 
 
 def export_act_scales(

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from quambase.apply.apply import load_source
-from quambase.apply.int8.needed_scales import DEFAULT_OTHERWISE, Replaced, missing_scale
-from quambase.apply.upstream.act_scales import notes_on, on_device, upstream_form
+from quambase.apply.int8.needed_scales import Replaced, missing_scale
+from quambase.apply.scale_choice import DEFAULT_OTHERWISE, notes_on
+from quambase.apply.upstream.act_scales import on_device, upstream_form
 from quambase.model.block_kinds import kind_of
 from quambase.model.checkpoint import LoadedModel
 from quambase.model.weights import tensors_of

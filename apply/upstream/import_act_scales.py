@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from quambase.apply.int8.group_scales import STATE, X
 from quambase.apply.int8.needed_scales import checked_scale, needed_sites
-from quambase.apply.upstream.act_scales import STATE, X, check_rectangular
+from quambase.apply.upstream.act_scales import check_rectangular
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.tensor_files import read_pytorch
 from quambase.schema import FORMAT_VERSION

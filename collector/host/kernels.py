@@ -54,6 +54,19 @@ def _insert(
 
 
 @numba.njit(cache=True)
+def _walk_down(tables: UInt32, magnitude: int, seen: int, wanted: int) -> tuple[int, int]:
+    """The next smaller magnitude pattern from which on ``wanted`` values are seen, and how many then are.
+
+    tables (groups, PATTERNS), added up; ``seen`` values have a magnitude pattern of at least ``magnitude``.
+    """
+    while seen < wanted:
+        magnitude -= 1
+        for g in range(tables.shape[0]):
+            seen += tables[g, magnitude] + tables[g, magnitude + SIGN]
+    return magnitude, seen
+
+
+@numba.njit(cache=True)
 def _amax_and_quantiles(
     tables: UInt32, highest: int, total: int, magnitudes: Float32, probabilities: Float32, out: Float32
 ) -> None:
@@ -66,31 +79,19 @@ def _amax_and_quantiles(
         for i in range(out.size):
             out[i] = np.nan
         return
-    # Walk down from the largest value. ``seen`` values have a magnitude pattern of at
-    # least ``magnitude``, so the one of ascending rank r is reached when seen >= total - r.
-    magnitude = highest + 1
-    seen = 0
+    # Walk down from the largest value: the one of ascending rank r is reached when seen >= total - r.
     last_rank = total - 1
-    while seen < 1:
-        magnitude -= 1
-        for g in range(tables.shape[0]):
-            seen += tables[g, magnitude] + tables[g, magnitude + SIGN]
+    magnitude, seen = _walk_down(tables, highest + 1, 0, 1)
     out[0] = magnitudes[magnitude]
     above = out[0]
     for wanted in range(probabilities.size):
         below_rank, above_rank, weight = _rank_torch(probabilities[wanted], total)
         # Neighbouring probabilities may need the same upper value, which the walk has already passed.
         if above_rank < last_rank:
-            while seen < total - above_rank:
-                magnitude -= 1
-                for g in range(tables.shape[0]):
-                    seen += tables[g, magnitude] + tables[g, magnitude + SIGN]
+            magnitude, seen = _walk_down(tables, magnitude, seen, total - above_rank)
             above = magnitudes[magnitude]
             last_rank = above_rank
-        while seen < total - below_rank:
-            magnitude -= 1
-            for g in range(tables.shape[0]):
-                seen += tables[g, magnitude] + tables[g, magnitude + SIGN]
+        magnitude, seen = _walk_down(tables, magnitude, seen, total - below_rank)
         below = magnitudes[magnitude]
         out[1 + wanted] = _interpolate_torch(below, above, weight)
 
