@@ -72,8 +72,7 @@ def analyze(
 
     db           database folder
     run          None for the newest complete run, a run id, or ``"all"``
-    strategies   labels such as ``percentile:0.9999``; None for `strategies.DEFAULT_LABELS`, ``all`` for every
-                 one
+    strategies   labels such as ``percentile:0.9999``; None for `strategies.DEFAULT_LABELS`, ``all`` for every one
     granularity  ``tensor``: one scale per site; ``ssd_group``, ``head_group``, ``group``: also one for each SSD
                  group, each head group, each smallest group of a divided site (each includes the coarser ones).
                  None: what the INT8 model reads, ``tensor`` of a Mamba-1 and ``group`` of a Mamba-2
@@ -82,19 +81,16 @@ def analyze(
     target       which INT8 model `selected` is for: ``quambase``'s own, or ``upstream``'s, whose Hadamard quantizer at
                  out_proj:input wraps where ours clamps, so that only scales that clip nothing are selected there
     force        replace ``out`` even if it is no scale table
-    select       what the selected row of a scale group has the least of, among the strategies with one scale that the
-                 target can use: ``effect``, its predicted KL, which needs a run collected with ``sensitivity``; or
-                 ``mse``. None: ``effect`` where the run has sensitivities. A site without them goes by ``mse``
+    select       selected rows have the least ``effect`` (predicted KL, of a run with sensitivities) or ``mse`` among the
+                 scales that the target can use. None: ``effect`` where it is known. A site without goes by ``mse``
 
     Ties go to the larger scale, then to the earlier strategy. Equal statistics give equal bytes.
-    Errors: OutputRefused; DatabaseInvalid where sensitivities are asked for and the run has none; those of `StatsDB`
-    and `parse_labels`.
+    Errors: OutputRefused; DatabaseInvalid (also: no sensitivities); those of `StatsDB` and `parse_labels`.
     """
     out = None if out is None else Path(out)
-    if target not in TARGETS:
-        raise UnknownName.of("target", target, TARGETS)
-    if select is not None and select not in SELECTIONS:
-        raise UnknownName.of("selection", select, SELECTIONS)
+    for kind, word, known in (("target", target, TARGETS), ("selection", select or EFFECT, SELECTIONS)):
+        if word not in known:
+            raise UnknownName.of(kind, word, known)
     choices = parse_labels(list(strategies) if strategies else None)
     if out is not None:
         refuse_foreign_table(out, force=force)
@@ -107,10 +103,8 @@ def analyze(
             manifests = sorted(database.runs, key=lambda manifest: manifest.run)
             notes = [*database.notes, *(line for manifest in manifests for line in _warnings(database, manifest))]
             groups = [(m.run, group) for m in manifests for group in scale_groups(database, m.run, granularity)]
-        sensitive = {run for run, group in groups if group.sensitivity}
         named = "all" not in (strategies or ["all"]) and any(c.strategy.needs_sensitivity for c in choices)
-        if select == EFFECT or named:
-            _refuse_without_sensitivity(manifests, sensitive)
+        sensitive = _sensitive(manifests, groups, asked=select == EFFECT or named)
         # The time of a strategy is proportional to the distinct values of a group.
         works = [group.distribution.values.size for _, group in groups]
         shown.start("analyze", len(groups), sum(works), unit="groups")
@@ -118,8 +112,8 @@ def analyze(
             with shown.piece(1, work, f"layer {group.layer} {group.site}"):
                 rows += group_rows(run_id, group, choices, target, select, run_id in sensitive)
     table = pa.Table.from_pylist(rows, schema=SCALES)
-    chosen_by = select or (EFFECT if sensitive else MSE)
-    provenance = provenance_of(manifests, granularity or "the model's", target, chosen_by)
+    by = select or (EFFECT if sensitive else MSE)
+    provenance = provenance_of(manifests, granularity or "the model's", target, by)
     if out is not None:
         write_scales(out, table, provenance)
     return Analysis(table, provenance, notes, out)
@@ -209,13 +203,15 @@ def scale_columns(
     }
 
 
-def _refuse_without_sensitivity(manifests: list[Manifest], sensitive: set[str]) -> None:
-    """DatabaseInvalid where a run is not among those that have sensitivities."""
-    missing = [manifest.run for manifest in manifests if manifest.run not in sensitive]
-    if missing:
+def _sensitive(manifests: list[Manifest], groups: Sequence[tuple[str, ScaleGroup]], *, asked: bool) -> set[str]:
+    """The runs that have sensitivities. DatabaseInvalid where they are ``asked`` for and a run has none."""
+    found = {run for run, group in groups if group.sensitivity}
+    missing = [manifest.run for manifest in manifests if manifest.run not in found]
+    if asked and missing:
         raise DatabaseInvalid(
             f"run {missing[0]} has no sensitivities, which `effect` needs; collect it again with --sensitivity"
         )
+    return found
 
 
 def _warnings(database: StatsDB, manifest: Manifest) -> list[str]:
