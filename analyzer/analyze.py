@@ -81,7 +81,7 @@ def analyze(
     target       which INT8 model `selected` is for: ``quambase``'s own, or ``upstream``'s, whose Hadamard quantizer at
                  out_proj:input wraps where ours clamps, so that only scales that clip nothing are selected there
     force        replace ``out`` even if it is no scale table
-    select       selected rows have the least ``effect`` (predicted KL, of a run with sensitivities) or ``mse`` among the
+    select       selected rows have the least ``effect`` (predicted KL, of a run with sensitivities) or ``mse`` among
                  scales that the target can use. None: ``effect`` where it is known. A site without goes by ``mse``
 
     Ties go to the larger scale, then to the earlier strategy. Equal statistics give equal bytes.
