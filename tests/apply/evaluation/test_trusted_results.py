@@ -314,7 +314,7 @@ def test_apply_writes_into_no_folder_but_its_own(world: Path, tmp_path: Path) ->
     (notes / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     before = contents(tmp_path)
-    for out, message in ((source, "holds files that are not an INT8"), (other, "no INT8"), (notes, "no INT8")):
+    for out, message in ((source, "holds files that are not an INT8"), (other, "not an INT8"), (notes, "not an INT8")):
         with pytest.raises(OutputRefused, match=message):
             apply(world / "scales.parquet", model=str(source), out=out, db=tmp_path / "db")
     with pytest.raises(OutputRefused, match="is a file; expected a folder"):
