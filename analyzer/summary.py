@@ -151,15 +151,13 @@ SHOWN = 3
 
 def _places(chosen: list[dict[str, Any]], loss: float) -> str:
     """Which sites have most of the predicted loss of what is selected, over the layers; and the scale that has most."""
+    if not loss:
+        return "nothing is predicted to be lost"
     acting = [row for row in chosen if row["layer"] >= 0 and not row["decode_only"]]
     by_site: Counter[str] = Counter()
     for row in acting:
         by_site[row["site"]] += row["predicted_kl"]
-    if not loss:
-        return "nothing is predicted to be lost"
     shares = [f"{site} {100 * kl / loss:.0f} %" for site, kl in by_site.most_common(SHOWN)]
     worst = max(acting, key=lambda row: float(row["predicted_kl"]))
     where = f"layer {worst['layer']} {worst['site']}"
-    return (
-        f"most of it at {', '.join(shares)}; most at one scale: {where}" if loss else "nothing is predicted to be lost"
-    )
+    return f"most of it at {', '.join(shares)}; most at one scale: {where}"

@@ -17,7 +17,13 @@ from timing import table
 from quambase.collector.block_runners import choose_placement
 from quambase.collector.documents import DocumentSet, TokenizedDocument
 from quambase.collector.layouts import site_layouts
-from quambase.collector.sensitivity import SensitivityPlan, acting_sites, collect_sensitivity, part_file, total_sums
+from quambase.collector.sensitivity import (
+    SensitivityPlan,
+    acting_sites,
+    collect_sensitivity,
+    sensitivity_file,
+    total_sums,
+)
 from quambase.model.block import ModelConfig
 from quambase.model.language_model import floating_model
 from quambase.model.mamba1 import MambaConfig
@@ -59,7 +65,7 @@ def main(device: str, large: bool) -> None:
                 start = time.perf_counter()
                 collect_sensitivity(weights, where, plan, index, range(len(plan.parts)), Path(folder), SILENT)
                 seconds["sensitivity"].append(time.perf_counter() - start)
-                files = [Path(folder) / part_file(part) for part in range(len(plan.parts))]
+                files = [Path(folder) / sensitivity_file(part) for part in range(len(plan.parts))]
                 size = sum(path.stat().st_size for path in files)
                 rows = int((total_sums(index, files).counts > 0).sum())
         print(f"\n{config.kind}: {40 * length:,} tokens; {rows:,} rows, files of the parts {size / 1e6:.1f} MB")

@@ -253,6 +253,7 @@ def _sites_alone(
     output: Path | None,
     given: dict[str, Any],
 ) -> None:
+    """`evaluate --one-at-a-time`: print the costliest scales, or all for programs; ``given``: the shared options."""
     from quambase.apply.evaluation.one_at_a_time import one_at_a_time
     from quambase.apply.evaluation.one_at_a_time import picture as draw
     from quambase.schema.files import refuse_foreign_picture

@@ -38,8 +38,8 @@ from quambase.collector.sensitivity import (
     SensitivityPlan,
     acting_sites,
     collect_sensitivity,
-    part_file,
     parts_of,
+    sensitivity_file,
     stored_sensitivities,
 )
 from quambase.collector.shards import (
@@ -292,7 +292,9 @@ def _collect(request: _Request, folder: Path, shard: Shard | None, db: Path, sho
             shown.say("writing the run")
             locate = _locator(request.plan, loaded)
             if shard is None:
-                made = stored_sensitivities(request.run, index, [folder / part_file(part) for part in range(parts)])
+                made = stored_sensitivities(
+                    request.run, index, [folder / sensitivity_file(part) for part in range(parts)]
+                )
                 tables = _write_tables(runner, statistics, folder, request.run, locate, files, made)
             else:
                 tables = _write_shard(runner, statistics, folder, len(mine), locate, files)

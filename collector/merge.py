@@ -21,7 +21,7 @@ from quambase.collector.collect import CollectedRun, existing_run
 from quambase.collector.documents import run_id
 from quambase.collector.layouts import site_layouts
 from quambase.collector.run_folder import every_table, finish_run, versions, write_statistics
-from quambase.collector.sensitivity import acting_sites, part_file, parts_of, stored_sensitivities
+from quambase.collector.sensitivity import acting_sites, parts_of, sensitivity_file, stored_sensitivities
 from quambase.collector.shards import (
     SHARD,
     Shard,
@@ -85,7 +85,8 @@ def merge(
             blocks |= each.manifest.tables
         encoding = ENCODINGS[manifest.identity["activation_dtype"]]
         locate = stored_locator(list(folders.values()))
-        paths = [folders[Shard(i % len(found), len(found))] / part_file(i) for i in range(parts_of(manifest.identity))]
+        parts, count = parts_of(manifest.identity), len(found)
+        paths = [folders[Shard(part % count, count)] / sensitivity_file(part) for part in range(parts)]
         made = stored_sensitivities(name, acting_sites(layouts, manifest.model.family), paths)
         tables = every_table(folder, blocks | write_statistics(folder, name, statistics, encoding, locate, made))
         created = {

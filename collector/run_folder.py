@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from quambase.collector.checkpoint import CHECKPOINT
-from quambase.collector.sensitivity import PARTS
+from quambase.collector.sensitivity import SENSITIVITY
 from quambase.collector.statistics import Encoding, RunStatistics
 from quambase.collector.table_rows import (
     Locate,
@@ -194,13 +194,13 @@ def clear_leftovers(folder: Path) -> None:
 
     Does nothing if there is nothing, if another process holds the lock, or if the folder cannot be written.
     """
-    if any((folder / name).exists() for name in (SHARDS, PARTS, CHECKPOINT, ".lock")):
+    if any((folder / name).exists() for name in (SHARDS, SENSITIVITY, CHECKPOINT, ".lock")):
         with suppress(RunBusy, OSError), locked(folder):
             _clear(folder)
 
 
 def _clear(folder: Path) -> None:
-    for inner in (SHARDS, PARTS):
+    for inner in (SHARDS, SENSITIVITY):
         shutil.rmtree(folder / inner, ignore_errors=True)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     places: Iterable[Path] = (folder, *(folder / table for table in RUN_TABLES))

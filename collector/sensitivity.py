@@ -37,7 +37,7 @@ from quambase.model.weights import ModelWeights
 from quambase.schema.errors import DataInvalid
 from quambase.schema.files import replacing
 from quambase.schema.progress import Progress
-from quambase.schema.sites import Site, SiteKey, find_site
+from quambase.schema.sites import SiteKey, find_site
 from quambase.schema.tables import SENSITIVITIES
 
 PART = 4
@@ -92,7 +92,7 @@ class SensitivityPlan:
         """``wanted`` evenly spaced documents, all if there are fewer. DataInvalid: no site's scale acts in a forward
         pass.
         """
-        if not any(_acts(find_site(name, family)) for name in sites):
+        if not any(find_site(name, family).acts for name in sites):
             raise DataInvalid(
                 "--sensitivity needs a site whose scale the INT8 model reads in a forward pass; --site leaves none"
             )
@@ -109,7 +109,7 @@ class SensitivityPlan:
 
 def acting_sites(layouts: Mapping[SiteKey, SiteLayout], family: str) -> SiteIndex:
     """The sites whose scales a forward pass of the INT8 model reads."""
-    return SiteIndex({key: layout for key, layout in layouts.items() if _acts(find_site(key[1], family))})
+    return SiteIndex({key: layout for key, layout in layouts.items() if find_site(key[1], family).acts})
 
 
 def parts_of(identity: Mapping[str, Any]) -> int:
@@ -117,17 +117,13 @@ def parts_of(identity: Mapping[str, Any]) -> int:
     return -(-int(identity.get("sensitivity", {}).get("documents", 0)) // PART)
 
 
-def _acts(site: Site) -> bool:
-    return site.consumed and not site.decode_only
-
-
-PARTS = "sensitivity"
+SENSITIVITY = "sensitivity"
 """Folder of the parts' files, in an unfinished run or a shard."""
 
 
-def part_file(part: int) -> str:
+def sensitivity_file(part: int) -> str:
     """The file of a part's sums, as a path in the folder of the run or shard."""
-    return f"{PARTS}/part-{part:05d}.npz"
+    return f"{SENSITIVITY}/part-{part:05d}.npz"
 
 
 def collect_sensitivity(
@@ -142,7 +138,7 @@ def collect_sensitivity(
     """Write the sums of the parts ``parts`` of ``plan`` to ``folder``, except those that exist; ``weights`` are
     prepared. DataInvalid: gradients that are not finite.
     """
-    missing = [part for part in parts if _read(folder / part_file(part), index) is None]
+    missing = [part for part in parts if _read(folder / sensitivity_file(part), index) is None]
     if not missing:
         return
     sizes = {part: sum(document.tokens.size for document in plan.parts[part]) for part in parts}
@@ -158,7 +154,7 @@ def collect_sensitivity(
     for part in missing:
         with progress.piece(len(plan.parts[part]), sizes[part]):
             sums = part_sums(model, plan.parts[part], index, plan.seed)
-            _write(folder / part_file(part), PresentSums.of(sums))
+            _write(folder / sensitivity_file(part), PresentSums.of(sums))
 
 
 def _write(path: Path, sums: PresentSums) -> None:
@@ -213,13 +209,13 @@ def part_sums(
         on_gradient(values, lambda gradient: add_squares(part, seen, gradient, groups_of[key]))
 
     batch = Batch.join([document.tokens for document in documents])
-    labels_at = torch.from_numpy(np.concatenate([_uniform(seed, document) for document in documents]))
+    uniform = torch.from_numpy(np.concatenate([_uniform(seed, document) for document in documents]))
     hidden = model.differentiable_hidden(batch, observe)
     with torch.no_grad(), without_tf32():
         gradient = torch.empty_like(hidden)
         for start in range(0, len(hidden), model.operators.head_rows):
             rows = slice(start, start + model.operators.head_rows)
-            gradient[rows] = _head_gradient(model, hidden[rows], labels_at[rows].to(model.device))
+            gradient[rows] = _head_gradient(model, hidden[rows], uniform[rows].to(model.device))
     with without_tf32():
         torch.autograd.backward(hidden, gradient)
     for key, rows in index.groups.items():
@@ -245,8 +241,8 @@ def _uniform(seed: int, document: TokenizedDocument) -> Float64:
 
 
 def _head_gradient(model: LanguageModel, hidden: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The gradient of the log-likelihood's negative at the head's input (t, d), of a label drawn at each token: the
-    first whose cumulative probability exceeds ``uniform`` (t,).
+    """The gradient of minus the log-likelihood at the head's input (t, d), for a label drawn at each token: the first
+    whose cumulative probability exceeds ``uniform`` (t,).
     """
     logits = model.logits(hidden.detach())
     found = torch.softmax(logits.double(), -1)

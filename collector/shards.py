@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.collector.checkpoint import CHECKPOINT
-from quambase.collector.sensitivity import part_file, parts_of
+from quambase.collector.sensitivity import parts_of, sensitivity_file
 from quambase.collector.statistics import Int64, RunStatistics, SiteLayout
 from quambase.collector.table_rows import Locate, Places, table_groups
 from quambase.model.block import ModelConfig
@@ -178,7 +178,7 @@ class ShardManifest:
 def finish_shard(folder: Path, shard: Shard, manifest: Manifest, config: ModelConfig, blocks: int) -> None:
     """Write `shard.json`, which makes the shard complete."""
     parts = shard.blocks(parts_of(manifest.identity))
-    names = [CHECKPOINT, PLACES, *map(sums_file, shard.blocks(blocks)), *map(part_file, parts)]
+    names = [CHECKPOINT, PLACES, *map(sums_file, shard.blocks(blocks)), *map(sensitivity_file, parts)]
     files = {name: file_sha256(folder / name) for name in names}
     content = {
         "shard": asdict(shard),

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.files import ALTERED, check_format_version, file_sha256
-from quambase.schema.tables import MEANINGS, Meaning, read_table
-from quambase.schema.tables import RESULTS as WITHOUT_CLUSTERS
+from quambase.schema.tables import RESULTS, read_table
 
 PERPLEXITY, LAST_WORD = "perplexity", "last-word"
 """Tasks."""
@@ -24,19 +22,8 @@ FLOAT = "float"
 UPSTREAM = "quamba"
 """The label of upstream's own scales, which every strategy is compared with, too."""
 
-_PLACE = WITHOUT_CLUSTERS.get_field_index("sha256") + 1
-
-RESULTS = WITHOUT_CLUSTERS.insert(_PLACE, pa.field("cluster", pa.string()))
-"""The rows of an evaluation. Those stored before documents had clusters lack the column: they are tables.RESULTS."""
-
-MEANING = Meaning(
-    MEANINGS["results"].holds,
-    {
-        **MEANINGS["results"].columns,
-        "cluster": "The book, topic or file that the document is a part of; null: not known, it counts alone.",
-    },
-)
-"""What the view `results` and its columns mean."""
+LATER = {"cluster": None}
+"""Columns that evaluations of earlier versions lack, and what they hold then."""
 
 EVALUATION, RESULTS_FILE = "evaluation.json", "results.parquet"
 """Files of the folder ``results/<evaluation id>``. The first is written last: with it the evaluation is finished."""
@@ -83,18 +70,7 @@ def read_results(folder: Path) -> pa.Table:
     expected = about.get("results_sha256")  # quambase before 0.2 stored none
     if expected is not None and path.exists() and file_sha256(path) != expected:
         raise DatabaseInvalid(f"{path} {ALTERED}; delete {folder} and evaluate again")
-    if _names(path) != WITHOUT_CLUSTERS.names:
-        return read_table(path, RESULTS)
-    table = read_table(path, WITHOUT_CLUSTERS)
-    return table.add_column(_PLACE, RESULTS.field(_PLACE), pa.nulls(table.num_rows, pa.string()))
-
-
-def _names(path: Path) -> list[str]:
-    """The columns of a Parquet file, none where `read_table` says why it cannot be read."""
-    try:
-        return list(pq.read_schema(path).names)
-    except (pa.ArrowInvalid, OSError):
-        return []
+    return read_table(path, RESULTS, LATER)
 
 
 def finished_evaluations(db: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -23,7 +23,7 @@ from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.model_info import ModelInfo
 from quambase.schema.number_format import INT8, Affine
 from quambase.schema.sites import AFFINE_SITES, WHOLE
-from quambase.schema.tables import SCALES, write_table
+from quambase.schema.tables import SCALES, with_later_columns, write_table
 
 METADATA_KEY = b"quambase"
 """Key of the Parquet schema metadata whose value is the provenance, as JSON."""
@@ -228,9 +228,7 @@ def read_scales(path: Path, db: Path | None = None) -> ScaleTable:
         raise ScalesInvalid(f"{path} is not a readable Parquet file ({first}); run `analyze` again") from None
     metadata = table.schema.metadata or {}
     if METADATA_KEY in metadata:
-        for name in set(LATER) - set(table.schema.names):
-            column = pa.array([LATER[name]] * table.num_rows, SCALES.field(name).type)
-            table = table.append_column(name, column)
+        table = with_later_columns(table, SCALES, LATER)
     missing = [name for name in SCALES.names if name not in table.schema.names]
     if missing:
         what = "lacks" if METADATA_KEY in metadata else "is not a scale table: it lacks"

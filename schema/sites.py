@@ -43,6 +43,11 @@ class Site:
     grouped: bool = False
     affine: bool = False
 
+    @property
+    def acts(self) -> bool:
+        """A forward pass of the INT8 model reads this site's scale; the head's only where the head is quantized."""
+        return self.consumed and not self.decode_only
+
     def group_names(self, ngroups: int = 1) -> tuple[str, ...]:
         """The names of its groups in a model of ``ngroups`` SSD groups (Mamba-1 has none, which counts as one)."""
         return tuple(f"g{i}" for i in range(ngroups)) if self.by_ssd and ngroups > 1 else self.groups

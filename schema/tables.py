@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -272,6 +273,11 @@ RESULTS = _table(
     ("data", pa.string(), "Name of the evaluation text."),
     ("document", pa.int32(), "Document number in the evaluation text."),
     ("sha256", pa.string(), "SHA-256 of its text."),
+    (
+        "cluster",
+        pa.string(),
+        "The book, topic or file that the document is a part of; null: not known, it counts alone.",
+    ),
     ("tokens", pa.int32(), "Predicted tokens."),
     ("nll", pa.float64(), "Sum of the negative log-likelihood, nats."),
     ("kl", pa.float64(), "Sum of KL(float || quantized), nats."),
@@ -336,8 +342,20 @@ def write_table(path: Path, name: str, table: pa.Table, schema: pa.Schema) -> No
         writer.write_table(cast_to(table, made))
 
 
-def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """Read a whole Parquet file and check its columns; DatabaseInvalid if it is missing, cut short or another table."""
+def with_later_columns(table: pa.Table, schema: pa.Schema, later: Mapping[str, Any]) -> pa.Table:
+    """``table`` with those columns of ``later`` (name to value) that it lacks, as files of earlier versions do; in the
+    order of ``schema`` if it then has all of its columns and no others.
+    """
+    for name in [name for name in later if name not in table.schema.names]:
+        table = table.append_column(name, pa.array([later[name]] * table.num_rows, schema.field(name).type))
+    return table.select(schema.names) if sorted(table.schema.names) == sorted(schema.names) else table
+
+
+def read_table(path: Path, schema: pa.Schema, later: Mapping[str, Any] | None = None) -> pa.Table:
+    """Read a whole Parquet file and check its columns; ``later``: as `with_later_columns` has it.
+
+    DatabaseInvalid: the file is missing, cut short or another table.
+    """
     try:
         table = pq.read_table(path, partitioning=None)
     except FileNotFoundError:
@@ -345,6 +363,8 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     except (pa.ArrowInvalid, OSError) as error:
         first = str(error).splitlines()[0]
         raise DatabaseInvalid(f"{path} is not a readable Parquet file ({first}); restore it or collect again") from None
+    if later:
+        table = with_later_columns(table, schema, later)
     if table.schema.names != schema.names:
         raise DatabaseInvalid(
             f"{path} has the columns {', '.join(table.schema.names)}; expected {', '.join(schema.names)}"

@@ -18,9 +18,10 @@ from quambase.model.cuda.compiler import CompilationFailed
 from quambase.model.language_model import floating_model
 from quambase.schema.errors import DataInvalid
 from quambase.schema.progress import Progress, remark
-from quambase.schema.results import FLOAT, LAST_WORD, RESULTS
+from quambase.schema.results import FLOAT, LAST_WORD
 from quambase.schema.scale_table import Scale
 from quambase.schema.sites import find_site
+from quambase.schema.tables import RESULTS
 
 
 @contextmanager

@@ -30,8 +30,8 @@ from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import RunBusy
 from quambase.schema.files import file_sha256, local_folder, locked, remove_strays, replacing
 from quambase.schema.progress import Progress, Shown
-from quambase.schema.results import EVALUATION, RESULTS, RESULTS_FILE, next_number, read_results
-from quambase.schema.tables import read_table, write_table
+from quambase.schema.results import EVALUATION, RESULTS_FILE, next_number, read_results
+from quambase.schema.tables import RESULTS, read_table, write_table
 
 BLOCK_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Tokens of one forward pass; part of the evaluation id, since float32 rows depend on the batch."""

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from quambase.apply.apply import load_source
@@ -24,7 +23,6 @@ from quambase.apply.int8.group_scales import channel_maps, scale_of_channels, ze
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.operators.choice import choose_device
 from quambase.model.packed_batch import Batch
-from quambase.schema.errors import ScalesInvalid
 from quambase.schema.files import local_folder
 from quambase.schema.number_format import INT8
 from quambase.schema.progress import Progress, Shown
@@ -96,19 +94,15 @@ def one_at_a_time(
         source = load_source(table, None if model is None else str(model))
         texts = [] if data is None else [str(data)]
         tasks, notes = read_tasks(PERPLEXITY, texts, source, samples or DOCUMENTS, window, db, table.run)
-        measured = _Measurement(
-            floating_model(prepared_for(source.any_weights, table), where, rotated=True), tasks[0].items, table
-        )
+        undisturbed = floating_model(prepared_for(source.any_weights, table), where, rotated=True)
+        measurement, stored = _Measurement(undisturbed, tasks[0].items, table), _stored_figures(table)
         asked = list(_cases(table, strategies))
         shown.start("one at a time", len(asked), len(asked), unit="scales")
         rows: list[dict[str, Any]] = []
         for layer, site, label, scale in asked:
             with shown.piece(1, 1, f"layer {layer} {site}"):
-                figures = _stored_figures(table, layer, site, label)
-                rows.append(
-                    {"layer": layer, "site": site, "strategy": label, "measured_kl": measured.kl(layer, site, scale)}
-                    | figures
-                )
+                measured = {"measured_kl": measurement.kl(layer, site, scale)}
+                rows.append({"layer": layer, "site": site, "strategy": label} | measured | stored[layer, site, label])
     rows.sort(key=lambda row: -row["measured_kl"])
     found = pa.Table.from_pylist(rows, schema=ALONE)
     return Alone(found, _summary(found), [f"{tasks[0].data}: {len(tasks[0].items)} documents", *notes])
@@ -121,24 +115,25 @@ def _cases(table: ScaleTable, strategies: Sequence[str]) -> Iterator[tuple[int, 
     for label in labels:
         for (layer, site), scale in table.group_scales_for(label).items():
             about = find_site(site, family)
-            if about.consumed and not about.decode_only and not about.head:
+            if about.acts and not about.head:
                 yield layer, site, label, scale
 
 
-def _stored_figures(table: ScaleTable, layer: int, site: str, label: str) -> dict[str, float | None]:
-    """The predicted KL and the mean squared error of a site's scales: sums and means over its scale groups."""
-    rows = table.table
-    mine = rows.filter(
-        pc.and_(
-            pc.and_(pc.equal(rows["layer"], layer), pc.equal(rows["site"], site)),
-            pc.and_(pc.equal(rows["label"], label), rows["consumed"]),
-        )
-    ).to_pylist()
-    kl = [row["predicted_kl"] for row in mine]
-    count = sum(row["count"] for row in mine)
+def _stored_figures(table: ScaleTable) -> dict[tuple[int, str, str], dict[str, float | None]]:
+    """The predicted KL and the mean squared error of each (layer, site, label): sum and mean over its scale groups."""
+    groups: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+    names = ["layer", "site", "label", "count", "mse", "predicted_kl"]
+    for row in table.table.filter(table.table["consumed"]).select(names).to_pylist():
+        groups.setdefault((row["layer"], row["site"], row["label"]), []).append(row)
+    return {key: _together(rows) for key, rows in groups.items()}
+
+
+def _together(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    kl = [row["predicted_kl"] for row in rows]
+    count = sum(row["count"] for row in rows)
     return {
-        "predicted_kl": None if not kl or None in kl else math.fsum(kl),
-        "mse": math.fsum(row["mse"] * row["count"] for row in mine) / count if count else None,
+        "predicted_kl": None if None in kl else math.fsum(kl),
+        "mse": math.fsum(row["mse"] * row["count"] for row in rows) / count if count else None,
     }
 
 
@@ -146,8 +141,6 @@ class _Measurement:
     """The undisturbed model on the documents, with which others are compared."""
 
     def __init__(self, model: LanguageModel, items: Sequence[Item], table: ScaleTable) -> None:
-        if not items:
-            raise ScalesInvalid("there is no document to measure on")
         self.model, self.config = model, model.config
         self.divisions = channel_maps(table.model.layer_groups or ()) or [[] for _ in range(model.config.n_layer)]
         sequences = [sequence for item in items for sequence in item.sequences]

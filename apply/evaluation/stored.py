@@ -16,7 +16,7 @@ from quambase.schema.sql.answer import PrintsAsTable
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(PrintsAsTable):
-    """A finished evaluation: ``results`` has the columns of `quambase.schema.results.RESULTS`."""
+    """A finished evaluation: ``results`` has the columns of `quambase.schema.tables.RESULTS`."""
 
     id: str
     folder: Path

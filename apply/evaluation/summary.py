@@ -106,7 +106,7 @@ are identical), and what rests on a number that is not finite."""
 
 
 def summarize(results: pa.Table, *, bootstrap: int = RESAMPLES, seed: int = 0, within: float = WITHIN) -> pa.Table:
-    """Summarise the rows of one evaluation (`quambase.schema.results.RESULTS`) into SUMMARY rows, in their order.
+    """Summarise the rows of one evaluation (`quambase.schema.tables.RESULTS`) into SUMMARY rows, in their order.
 
     bootstrap  resamples for the intervals of perplexity and KL, FEWEST_RESAMPLES to MOST_RESAMPLES; p-values do not
                depend on it

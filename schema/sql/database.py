@@ -25,14 +25,14 @@ from quambase.schema.files import local_folder
 from quambase.schema.groups import GRANULARITIES, TENSOR, united_groups
 from quambase.schema.manifest import Manifest
 from quambase.schema.number_format import INT8
-from quambase.schema.results import EVALUATION, RESULTS, read_results
+from quambase.schema.results import EVALUATION, read_results
 from quambase.schema.runs import runs_table, select_runs
 from quambase.schema.scale_table import read_scales
 from quambase.schema.sites import SITE_NAMES
 from quambase.schema.sql.answer import Answer
 from quambase.schema.sql.queries import named_queries, sql_file
 from quambase.schema.sql.views import comments
-from quambase.schema.tables import DOCUMENT_QUANTILES, RUN_TABLES, SCALES
+from quambase.schema.tables import DOCUMENT_QUANTILES, RESULTS, RUN_TABLES, SCALES
 
 VERIFY_LIMIT_BYTES = 256 << 20
 """Opening a run compares every file's checksum, those of `activations` only up to this size in all; `doctor` compares

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from quambase.schema.results import MEANING as RESULTS_MEANING
 from quambase.schema.tables import KEY_MEANINGS, MEANINGS, Meaning
 
 _SITE_KEY = {name: text for name, text in KEY_MEANINGS.items() if name != "group_name"}
@@ -65,7 +64,7 @@ _COMPUTED = {
     ),
 }
 
-VIEWS: Mapping[str, Meaning] = {**MEANINGS, "results": RESULTS_MEANING, **_COMPUTED}
+VIEWS: Mapping[str, Meaning] = {**MEANINGS, **_COMPUTED}
 """By name: those of stored tables, then those computed from them."""
 
 MACROS = {

@@ -43,10 +43,9 @@ from quambase.schema.errors import CheckpointInvalid, DatabaseInvalid, DataInval
 from quambase.schema.files import file_sha256
 from quambase.schema.manifest import Manifest, TableFile
 from quambase.schema.model_info import ModelInfo, TextInfo
-from quambase.schema.results import RESULTS
 from quambase.schema.scale_table import write_scales
 from quambase.schema.sites import MAMBA1, find_site
-from quambase.schema.tables import DOCUMENTS, SCALES, write_table
+from quambase.schema.tables import DOCUMENTS, RESULTS, SCALES, write_table
 
 WORDS = [f"w{i}" for i in range(CONFIG.vocab_size)]
 

@@ -21,7 +21,7 @@ import quambase.collector.collect as run_module
 from quambase.collector.documents import DocumentSet, TokenizedDocument
 from quambase.collector.layouts import site_layouts
 from quambase.collector.sensitivity import (
-    PARTS,
+    SENSITIVITY,
     SensitivityPlan,
     SensitivitySums,
     acting_sites,
@@ -182,7 +182,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     options = {"batch_size": 2, "keep_tokens": 8, "sensitivity": 6}
     whole = run_tiny(model, data, tmp_path / "whole", **options)
     rows = stored_table(whole.folder, "sensitivities")
-    assert rows.num_rows > 0 and not (whole.folder / PARTS).exists()
+    assert rows.num_rows > 0 and not (whole.folder / SENSITIVITY).exists()
     sites = {site for site in rows["site"].to_pylist()}
     assert sites == {s.name for s in FAMILIES["mamba1"] if s.consumed and not s.decode_only}
     db = tmp_path / "killed"
@@ -193,7 +193,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 
         patch.setattr(run_module, "stored_sensitivities", stop)
         run_tiny(model, data, db, **options)
-    parts = sorted(next(db.glob("runs/*")).glob(f"{PARTS}/*"))
+    parts = sorted(next(db.glob("runs/*")).glob(f"{SENSITIVITY}/*"))
     assert len(parts) == 2
     # One part is missing, of the other a byte is wrong: both are computed again.
     parts[0].unlink()

@@ -19,12 +19,11 @@ from stored_runs import stored_table
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, QueryInvalid, UnknownName
 from quambase.schema.manifest import Manifest
-from quambase.schema.results import RESULTS
 from quambase.schema.runs import list_runs
 from quambase.schema.scale_table import write_scales
 from quambase.schema.sql import database
 from quambase.schema.sql.database import StatsDB
-from quambase.schema.tables import QUANTILES, RUN_TABLES, SCALES
+from quambase.schema.tables import QUANTILES, RESULTS, RUN_TABLES, SCALES
 
 
 @pytest.fixture(scope="module")

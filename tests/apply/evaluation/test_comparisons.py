@@ -35,7 +35,7 @@ from quambase.apply.evaluation.summary_text import rank
 from quambase.cli.evaluate import emit_evaluation
 from quambase.cli.evaluate import evaluate as evaluate_command
 from quambase.schema.errors import DataInvalid
-from quambase.schema.results import RESULTS
+from quambase.schema.tables import RESULTS
 
 
 def changed(table: pa.Table, **columns: Any) -> pa.Table:

@@ -35,7 +35,7 @@ from quambase.apply.evaluation.stored import Evaluation, find_evaluation
 from quambase.apply.evaluation.summary import summarize
 from quambase.cli.main import load_command
 from quambase.schema.errors import DataInvalid
-from quambase.schema.results import RESULTS
+from quambase.schema.tables import RESULTS
 
 A, B = "samples_arc_2026-09-01T10-00-00.123456.jsonl", "samples_arc_2026-09-02T10-00-00.654321.jsonl"
 

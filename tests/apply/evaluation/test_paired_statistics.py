@@ -45,7 +45,7 @@ from quambase.cli.evaluate import emit_evaluation
 from quambase.cli.evaluate import evaluate as evaluate_command
 from quambase.cli.results import results as results_command
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
-from quambase.schema.results import RESULTS
+from quambase.schema.tables import RESULTS
 
 
 def binomial_test(successes: int, total: int) -> Fraction:
