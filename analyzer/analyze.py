@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ import pyarrow as pa
 
 from quambase.analyzer.quantization_error import piecewise_figures, predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
+from quambase.analyzer.sixteen_bit import Kept, choose, frontier
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.analyzer.summary import summarize
-from quambase.schema.errors import DatabaseInvalid, UnknownName
+from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
 from quambase.schema.groups import granularity_of
 from quambase.schema.manifest import Manifest
 from quambase.schema.number_format import INT8, Affine
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.scale_table import (
     EFFECT,
+    KEPT,
     MSE,
     QUAMBASE,
     SELECTIONS,
@@ -45,12 +48,16 @@ class Analysis(PrintsAsTable):
     provenance  as in `quambase.schema.scale_table.ScaleTable`
     notes       what a user should know, one line each: which run it is, NaN, infinities, overflow
     path        the file written, None if none was
+    frontier    the best choices of operators in 16 bit, as `quambase.analyzer.sixteen_bit.frontier` finds them
+    kept        the one of them that the strategy `mixed` of the table makes
     """
 
     table: pa.Table
     provenance: dict[str, Any]
     notes: list[str]
     path: Path | None
+    frontier: list[Kept] = field(default_factory=list)
+    kept: Kept | None = None
 
     def shown(self) -> pa.Table:
         """Each strategy in one row."""
@@ -67,6 +74,8 @@ def analyze(
     target: str = QUAMBASE,
     force: bool = False,
     select: str | None = None,
+    keep: int | None = None,
+    budget: float | None = None,
 ) -> Analysis:
     """Compute every strategy at every scale group and write the scale table.
 
@@ -83,14 +92,19 @@ def analyze(
     force        replace ``out`` even if it is no scale table
     select       selected rows have the least ``effect`` (predicted KL, of a run with sensitivities) or ``mse`` among
                  scales that the target can use. None: ``effect`` where it is known. A site without goes by ``mse``
+    keep         the table also has the strategy `mixed`: the selected scales with at most so many operators in 16 bit,
+                 those whose predicted KL is most (`quambase.analyzer.sixteen_bit`)
+    budget       likewise, with the fewest operators whose predicted KL, nats a token, is then at most this
 
     Ties go to the larger scale, then to the earlier strategy. Equal statistics give equal bytes.
-    Errors: OutputRefused; DatabaseInvalid (also: no sensitivities); those of `StatsDB` and `parse_labels`.
+    Errors: OutputRefused; DatabaseInvalid (also: no sensitivities); DataInvalid (``keep`` or ``budget`` of another
+    target, of several runs, or out of range); those of `StatsDB` and `parse_labels`.
     """
     out = None if out is None else Path(out)
     for kind, word, known in (("target", target, TARGETS), ("selection", select or EFFECT, SELECTIONS)):
         if word not in known:
             raise UnknownName.of(kind, word, known)
+    _check_mixed(keep, budget, target, run)
     choices = parse_labels(list(strategies) if strategies else None)
     if out is not None:
         refuse_foreign_table(out, force=force)
@@ -104,7 +118,8 @@ def analyze(
             notes = [*database.notes, *(line for manifest in manifests for line in _warnings(database, manifest))]
             groups = [(m.run, group) for m in manifests for group in scale_groups(database, m.run, granularity)]
         named = "all" not in (strategies or ["all"]) and any(c.strategy.needs_sensitivity for c in choices)
-        sensitive = _sensitive(manifests, groups, asked=select == EFFECT or named)
+        mixed = keep is not None or budget is not None
+        sensitive = _sensitive(manifests, groups, asked=select == EFFECT or named or mixed)
         # The time of a strategy is proportional to the distinct values of a group.
         works = [group.distribution.values.size for _, group in groups]
         shown.start("analyze", len(groups), sum(works), unit="groups")
@@ -114,9 +129,13 @@ def analyze(
     table = pa.Table.from_pylist(rows, schema=SCALES)
     by = select or (EFFECT if sensitive else MSE)
     provenance = provenance_of(manifests, granularity or "the model's", target, by)
+    found = frontier((row for row in rows if row["selected"]), manifests[0].model.family) if len(manifests) == 1 else []
+    kept = choose(found, keep, budget) if mixed else None
+    if kept is not None:
+        provenance |= {KEPT: [list(operator) for operator in kept.operators]}
     if out is not None:
         write_scales(out, table, provenance)
-    return Analysis(table, provenance, notes, out)
+    return Analysis(table, provenance, notes, out, found, kept)
 
 
 def group_rows(
@@ -203,13 +222,29 @@ def scale_columns(
     }
 
 
+def _check_mixed(keep: int | None, budget: float | None, target: str, run: str | None) -> None:
+    """DataInvalid where the two exclude each other, or nothing can be left in 16 bit."""
+    if keep is None and budget is None:
+        return
+    if keep is not None and budget is not None:
+        raise DataInvalid("keep and budget are both given; give the number of operators in 16 bit, or the loss to meet")
+    if target == UPSTREAM:
+        raise DataInvalid("upstream's INT8 model has no operator in 16 bit; leave out keep and budget, or the target")
+    if run == "all":
+        raise DataInvalid("operators in 16 bit are those of one model; name one run")
+    if keep is not None and keep < 1:
+        raise DataInvalid(f"keep is {keep} operators in 16 bit; expected at least 1")
+    if budget is not None and not (math.isfinite(budget) and budget > 0):
+        raise DataInvalid(f"budget is {budget} nats a token; expected a positive number, such as 0.003")
+
+
 def _sensitive(manifests: list[Manifest], groups: Sequence[tuple[str, ScaleGroup]], *, asked: bool) -> set[str]:
     """The runs that have sensitivities. DatabaseInvalid where they are ``asked`` for and a run has none."""
     found = {run for run, group in groups if group.sensitivity}
     missing = [manifest.run for manifest in manifests if manifest.run not in found]
     if asked and missing:
         raise DatabaseInvalid(
-            f"run {missing[0]} has no sensitivities, which `effect` needs; collect it again with --sensitivity"
+            f"run {missing[0]} has no sensitivities, which predicted effects need; collect it again with --sensitivity"
         )
     return found
 

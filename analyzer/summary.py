@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -31,10 +31,10 @@ def summarize(table: pa.Table) -> pa.Table:
         by_label.setdefault(row["label"], []).append(row)
 
     def summary(label: str, mine: list[dict[str, Any]]) -> dict[str, Any]:
-        acting = [row for row in mine if not row["decode_only"]] or mine
-        known = [row for row in acting if not math.isnan(row["sqnr_db"])]
+        evaluated = [row for row in mine if not row["decode_only"]] or mine
+        known = [row for row in evaluated if not math.isnan(row["sqnr_db"])]
         worst = min(known, key=lambda row: row["sqnr_db"], default=None)
-        clipped = [row["clipped_share"] for row in acting if not math.isnan(row["clipped_share"])]
+        clipped = [row["clipped_share"] for row in evaluated if not math.isnan(row["clipped_share"])]
         return {
             "strategy": label,
             "predicted_kl": predicted_loss(mine),
@@ -77,12 +77,17 @@ SUMMARY = pa.schema(
 """What `summarize` answers."""
 
 
+def acting(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Those of the layers that act in evaluation."""
+    return (row for row in rows if row["layer"] >= 0 and row["consumed"] and not row["decode_only"])
+
+
 def predicted_loss(rows: Iterable[dict[str, Any]]) -> float | None:
-    """The predicted KL of ``rows`` together, one of each scale, nats a token: over those of the layers that act in
-    evaluation. None where one of them has none, or there are none.
+    """The predicted KL of ``rows`` together, one of each scale, nats a token: over those that are `acting`. None where
+    one of them has none, or there are none.
     """
-    acting = [row["predicted_kl"] for row in rows if row["layer"] >= 0 and row["consumed"] and not row["decode_only"]]
-    return None if not acting or None in acting else math.fsum(acting)
+    found = [row["predicted_kl"] for row in acting(rows)]
+    return None if not found or None in found else math.fsum(found)
 
 
 DB_PER_BIT = 20 * math.log10(2)
@@ -153,11 +158,11 @@ def _places(chosen: list[dict[str, Any]], loss: float) -> str:
     """Which sites have most of the predicted loss of what is selected, over the layers; and the scale that has most."""
     if not loss:
         return "nothing is predicted to be lost"
-    acting = [row for row in chosen if row["layer"] >= 0 and not row["decode_only"]]
+    known = list(acting(chosen))
     by_site: Counter[str] = Counter()
-    for row in acting:
+    for row in known:
         by_site[row["site"]] += row["predicted_kl"]
     shares = [f"{site} {100 * kl / loss:.0f} %" for site, kl in by_site.most_common(SHOWN)]
-    worst = max(acting, key=lambda row: float(row["predicted_kl"]))
+    worst = max(known, key=lambda row: float(row["predicted_kl"]))
     where = f"layer {worst['layer']} {worst['site']}"
     return f"most of it at {', '.join(shares)}; most at one scale: {where}"

@@ -21,17 +21,18 @@ from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.names import bundled_models
 from quambase.schema.errors import ModelNotFound
 from quambase.schema.files import local_folder
-from quambase.schema.scale_table import SELECTED, ScaleTable, read_scales
+from quambase.schema.scale_table import MIXED, SELECTED, ScaleTable, read_scales
 
 
 @dataclass(frozen=True)
 class Applied:
-    """Result of `apply`: the model's folder, the strategy's name, the sites where upstream's kernel would wrap, and
-    notes for the user, a line each.
+    """Result of `apply`: the model's folder, the strategy's name, how many operators are in 16 bit, the sites where
+    upstream's kernel would wrap, and notes for the user, a line each.
     """
 
     folder: Path
     strategy: str
+    kept: int
     unsafe: list[tuple[int, str]]
     notes: list[str]
 
@@ -66,7 +67,7 @@ def load_named(name: str, path: str, model: str | Path | None) -> LoadedModel:
 def apply(
     scales: str | Path,
     *,
-    strategy: str = SELECTED,
+    strategy: str | None = None,
     at: Collection[str] = (),
     otherwise: str = DEFAULT_OTHERWISE,
     granularity: str | None = None,
@@ -79,7 +80,8 @@ def apply(
 ) -> Applied:
     """Load one strategy's scales into the INT8 model and write it to ``out`` (default ``db/models/<id>``).
 
-    strategy     a label of the table, or "selected": each site's selected row
+    strategy     a label of the table; "selected": each site's selected row; "mixed": these with the operators in 16 bit
+                 that `analyze` chose. None: mixed if the table has it, else selected
     at           use ``strategy`` only at these sites, and ``otherwise`` at the others
     granularity  the finest division of a Mamba-2's sites to use; None: the table's finest
     compat       None, or "upstream": reproduce its wrapping Hadamard quantizer and its embedding maximum
@@ -91,6 +93,7 @@ def apply(
     if out is not None:
         refuse_foreign_folder(out)
     table = read_scales(Path(scales), db)
+    strategy = strategy or table.default_label
     chosen = choose_scales(table, strategy, at, otherwise, granularity)
     loaded = load_source(table, model)
     used_scales = check_any_scales(loaded.any_weights, table, chosen, quantize_lm_head)
@@ -101,6 +104,7 @@ def apply(
         quantize_lm_head=quantize_lm_head,
         quantize_embedding=quantize_embedding,
         compat=compat,
+        kept=table.kept_for(strategy),
     )
     settings = {
         "strategy": describe(strategy, at, otherwise, granularity),
@@ -111,7 +115,8 @@ def apply(
     }
     switches = [quantize_lm_head, quantize_embedding, compat]
     used = {f"{layer}/{site}": as_json(scale) for (layer, site), scale in used_scales.items()}
-    identity = json.dumps([loaded.weights_sha256, settings["strategy"], switches, used], sort_keys=True)
+    kept = [sorted(int8.kept)] if int8.kept else []
+    identity = json.dumps([loaded.weights_sha256, settings["strategy"], switches, used, *kept], sort_keys=True)
     folder = out or db / "models" / hashlib.sha256(identity.encode()).hexdigest()[:16]
     labels = [strategy, *([otherwise] if at else []), DEFAULT_OTHERWISE]
     rows = _rows_of(table, labels), table.provenance
@@ -122,12 +127,12 @@ def apply(
     except OSError as error:
         notes.append(f"{db} cannot be written ({error.strerror}): `evaluate` needs the folder's name, {folder}")
     unsafe = unsafe_sites(table, used_scales) if compat == UPSTREAM else []
-    return Applied(folder, str(settings["strategy"]), unsafe, notes)
+    return Applied(folder, str(settings["strategy"]), len(int8.kept), unsafe, notes)
 
 
 def _rows_of(table: ScaleTable, labels: Collection[str]) -> pa.Table:
-    """The rows of these labels, and every selected row if "selected" is among them."""
+    """The rows of these labels, and every selected row if "selected" or "mixed" is among them."""
     wanted = pc.is_in(table.table["label"], value_set=pa.array(sorted(labels), pa.string()))
-    if SELECTED in labels:
+    if SELECTED in labels or MIXED in labels:
         wanted = pc.or_(wanted, table.table["selected"])
     return table.table.filter(wanted)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import pyarrow as pa
@@ -26,6 +28,26 @@ from quambase.cli.query import run_option
 from quambase.schema.errors import QuambaseError
 from quambase.schema.groups import GRANULARITIES
 from quambase.schema.scale_table import MSE, QUAMBASE, SELECTIONS, TARGETS, read_scales
+
+
+def _number_after(word: str, example: str, convert: Callable[[str], float]) -> Callable[..., Any]:
+    """A callback that reads ``word=NUMBER``."""
+
+    def read(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+        if value is None:
+            return None
+        name, _, number = value.partition("=")
+        try:
+            if name != word:
+                raise ValueError
+            return convert(number)
+        except ValueError:
+            raise click.BadParameter(
+                f"{value!r}; expected {word}=NUMBER, such as {example}", context, parameter
+            ) from None
+
+    return read
+
 
 analyze_options = options(
     click.option(
@@ -57,6 +79,19 @@ analyze_options = options(
         "[default: effect if the run has sensitivities]",
     ),
     click.option(
+        "--keep",
+        metavar="16bit=N",
+        callback=_number_after("16bit", "16bit=6", int),
+        help="Also make the strategy `mixed`: as selected, with N operators (in_proj, conv_scan, x_proj, out_proj of a "
+        "layer) in 16 bit, those of most predicted effect.",
+    ),
+    click.option(
+        "--budget",
+        metavar="KL=X",
+        callback=_number_after("KL", "KL=0.003", float),
+        help="Likewise, with the fewest operators in 16 bit that bring the predicted loss down to X nats a token.",
+    ),
+    click.option(
         "--out",
         type=click.Path(path_type=Path),
         default=Path("scales.parquet"),
@@ -79,6 +114,8 @@ def analyze(
     granularity: str | None,
     target: str,
     select: str | None,
+    keep: int | None,
+    budget: float | None,
     out: Path,
     list_: bool,
     run: str | None,
@@ -92,15 +129,17 @@ def analyze(
     Example:
       quambase analyze
       quambase analyze --strategy mse --strategy percentile:0.9999 --out two.parquet
+      quambase analyze --budget KL=0.003
     """
     if list_:
         emit(_definitions(), format_, wrap="definition")
         return
     from quambase.analyzer.analyze import analyze as analyze_run
+    from quambase.analyzer.sixteen_bit import sentence
     from quambase.analyzer.summary import selection, summarize
 
     before = _held(out)
-    found = analyze_run(db, run, strategies, granularity, out, True, target, force, select)
+    found = analyze_run(db, run, strategies, granularity, out, True, target, force, select, keep, budget)
     for line in found.notes:
         answer(line)
     summary = summarize(found.table)
@@ -109,6 +148,9 @@ def analyze(
         answer("d: its codes need a decoder, which no INT8 model has")
     for line in selection(found.table, target, by_effect=select != MSE):
         answer(line)
+    mixed = sentence(found.frontier, found.kept)
+    if mixed is not None:
+        answer(mixed)
     note(f"written: {out}")
     answer(f"it holds {found.table.num_rows:,} scales of {summary.num_rows} strategies{before}")
     next_command(f"quambase evaluate --scales {shlex.quote(str(out))}", db)

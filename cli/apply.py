@@ -47,11 +47,10 @@ mix_options = options(
     ),
     click.option(
         "--strategy",
-        default="selected",
-        show_default=True,
         metavar="LABEL",
         shell_complete=complete_labels,
-        help="A strategy of the table, or `selected`: the row marked so at each site.",
+        help="A strategy of the table; `selected`: the row marked so at each site; `mixed`: these, with operators "
+        "in 16 bit. [default: mixed if the table has it, else selected]",
     ),
     click.option(
         "--at",
@@ -139,12 +138,16 @@ def apply(export: Path | None, import_: Path | None, backend: str, **given: Any)
         _build(mix, **given)
 
 
-def _check_names(scales: Path, db: Path, mix: dict[str, Any]) -> None:
-    """Report a wrong label, site or granularity before torch is imported, which takes seconds."""
+def _check_names(scales: Path, db: Path, mix: dict[str, Any], *, upstream: bool = False) -> None:
+    """Report a wrong label, site or granularity before torch is imported, which takes seconds. Names the default
+    strategy in ``mix`` where there is none.
+    """
     from quambase.apply.scale_choice import choose_scales
-    from quambase.schema.scale_table import read_scales
+    from quambase.schema.scale_table import SELECTED, read_scales
 
-    choose_scales(read_scales(scales, db), **mix)
+    table = read_scales(scales, db)
+    mix["strategy"] = mix["strategy"] or (SELECTED if upstream else table.default_label)
+    choose_scales(table, **mix)
 
 
 def _build(mix: dict[str, Any], quantize_lm_head: bool, quantize_embedding: bool, force: bool, **given: Any) -> None:
@@ -167,14 +170,15 @@ def _build(mix: dict[str, Any], quantize_lm_head: bool, quantize_embedding: bool
     quantized = ", ".join(["layers", *(name for name, wanted in parts.items() if wanted)])
     floating = " and ".join(name for name, wanted in parts.items() if not wanted)
     kept = f"; {floating} in float" if floating else ""
-    answer(f"strategy {applied.strategy}: {quantized} in INT8{kept}; model saved in")
+    but = f" but for {applied.kept} operators in 16 bit" if applied.kept else ""
+    answer(f"strategy {applied.strategy}: {quantized} in INT8{but}{kept}; model saved in")
     click.echo(applied.folder)
     next_command("quambase evaluate", given["db"])
 
 
 def _export(scales: Path, export: Path, mix: dict[str, Any], db: Path, force: bool) -> None:
     """Write the scales in upstream's form, and say which gave way to others."""
-    _check_names(scales, db, mix)
+    _check_names(scales, db, mix, upstream=True)
     from quambase.apply.upstream.act_scales import export_act_scales
 
     exported = export_act_scales(scales, export, **mix, db=db, force=force)
@@ -188,7 +192,7 @@ def _build_upstream(
     """Build the model with upstream's own package, and say which scales gave way to others."""
     if out is None or compat is not None:
         raise click.UsageError("--backend quamba needs --out FOLDER, and --compat is not for it")
-    _check_names(given["scales"], given["db"], mix)
+    _check_names(given["scales"], given["db"], mix, upstream=True)
     from quambase.apply.upstream.backend import build_upstream
 
     built = build_upstream(given.pop("scales"), **mix, quantize_lm_head=quantize_lm_head, out=out, **given)

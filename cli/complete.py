@@ -46,13 +46,13 @@ def complete_strategies(ctx: click.Context, param: click.Parameter, incomplete: 
 def complete_labels(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Strategies of the scale table that the command reads."""
     from quambase.schema.errors import QuambaseError
-    from quambase.schema.scale_table import SELECTED, read_scales
+    from quambase.schema.scale_table import MIXED, SELECTED, read_scales
 
     try:
-        labels = read_scales(Path(ctx.params.get("scales") or "scales.parquet")).labels()
+        table = read_scales(Path(ctx.params.get("scales") or "scales.parquet"))
     except QuambaseError:
         return complete_strategies(ctx, param, incomplete)
-    return _beginning(["all", SELECTED, *labels], incomplete)
+    return _beginning(["all", SELECTED, *([MIXED] if table.kept else []), *table.labels()], incomplete)
 
 
 def complete_runs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -79,3 +79,14 @@ class PlacedBatch:
         starts = torch.from_numpy(np.repeat(offsets[:-1].astype(np.int32), np.diff(offsets)))
         parts = (batch.tokens, batch.offsets.to(torch.int32), starts)
         return cls(batch, *(part.to(device, non_blocking=True) for part in parts))
+
+
+def last_rows(values: torch.Tensor, batch: Batch, width: int) -> torch.Tensor:
+    """The last ``width`` rows of each document's (t, channels): (documents, width, channels), zeros where shorter."""
+    window = torch.zeros(batch.documents, width, values.shape[1], dtype=values.dtype, device=values.device)
+    for document in range(batch.documents):
+        rows = batch.rows(document)
+        taken = values[max(rows.start, rows.stop - width) : rows.stop]
+        if taken.shape[0]:
+            window[document, -taken.shape[0] :] = taken
+    return window

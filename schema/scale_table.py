@@ -22,7 +22,7 @@ from quambase.schema.groups import GRANULARITIES, GROUP, granularity_of, group_n
 from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.model_info import ModelInfo
 from quambase.schema.number_format import INT8, Affine
-from quambase.schema.sites import AFFINE_SITES, WHOLE
+from quambase.schema.sites import AFFINE_SITES, OPERATORS, WHOLE
 from quambase.schema.tables import SCALES, with_later_columns, write_table
 
 METADATA_KEY = b"quambase"
@@ -47,14 +47,23 @@ EFFECT, MSE = SELECTIONS = ("effect", "mse")
 SELECTED = "selected"
 """The label that takes each scale group's selected row instead of one strategy."""
 
+MIXED = "mixed"
+"""The label of the selected rows with some operators in 16 bit, of a table made with `analyze --keep` or `--budget`."""
+
+Operator = tuple[int, str]
+"""(layer, one of sites.OPERATORS)."""
+
+KEPT = "kept_16bit"
+"""The key of the provenance with the list of operators that `mixed` leaves in 16 bit, each a pair."""
+
 
 @dataclass(frozen=True)
 class ScaleTable:
     """A valid scale table and where it came from.
 
     table       rows of tables.SCALES
-    provenance  format_version, quambase (its version), granularity, target, and ``runs``: run id to
-                ``{"model": ..., "identity": ..., "data": ...}`` as in the manifests
+    provenance  format_version, quambase (its version), granularity, target, perhaps ``kept_16bit``, and ``runs``: run
+                id to ``{"model": ..., "identity": ..., "data": ...}`` as in the manifests
     notes       what a user should know, a line each
     """
 
@@ -67,9 +76,31 @@ class ScaleTable:
         return [str(label) for label in pc.unique(self.table["label"]).to_pylist()]
 
     def check_label(self, label: str) -> None:
-        """UnknownName, with the nearest names, unless ``label`` is a label of the table or "selected"."""
-        if label != SELECTED and label not in self.labels():
+        """UnknownName, with the nearest names, unless ``label`` is a label of the table, "selected" or "mixed".
+
+        ScalesInvalid: "mixed", and the table leaves no operator in 16 bit.
+        """
+        if label == MIXED and not self.kept:
+            raise ScalesInvalid(
+                "the scale table leaves no operator in 16 bit, so it has no strategy mixed; make one that does with "
+                "`analyze --keep 16bit=N` or `analyze --budget KL=X`"
+            )
+        if label not in (SELECTED, MIXED) and label not in self.labels():
             raise UnknownName.of("strategy", label, [*self.labels(), SELECTED])
+
+    @property
+    def kept(self) -> frozenset[Operator]:
+        """The operators that `mixed` leaves in 16 bit; empty where the table has no such strategy."""
+        return frozenset((int(layer), str(name)) for layer, name in self.provenance.get(KEPT, ()))
+
+    def kept_for(self, label: str) -> frozenset[Operator]:
+        """The operators that the strategy ``label`` leaves in 16 bit."""
+        return self.kept if label == MIXED else frozenset()
+
+    @property
+    def default_label(self) -> str:
+        """The strategy to apply where none is named: "mixed" if the table has it, else "selected"."""
+        return MIXED if self.kept else SELECTED
 
     def runs(self) -> list[str]:
         """The run ids the scales were computed from."""
@@ -140,8 +171,8 @@ class ScaleTable:
     def scales_for(self, label: str) -> dict[tuple[int, str], float | Affine]:
         """(layer, site) to the scale of strategy ``label``, for sites that have one scale (``all``).
 
-        ``selected`` stands for each site's selected row. Rows that need decoding (two segments) are left out:
-        their one number is no scale. UnknownName for a label the table does not hold; ScalesInvalid for
+        ``selected`` and ``mixed`` stand for each site's selected row. Rows that need decoding (two segments) are left
+        out: their one number is no scale. UnknownName for a label the table does not hold; ScalesInvalid for
         several runs.
         """
         self.check_label(label)
@@ -156,7 +187,9 @@ class ScaleTable:
 
     def _plain_rows(self, label: str) -> pa.Table:
         """The rows of ``label`` whose scale is one INT8 multiplication."""
-        chosen = self.table["selected"] if label == SELECTED else pc.equal(self.table["label"], pa.scalar(label))
+        chosen = (
+            self.table["selected"] if label in (SELECTED, MIXED) else pc.equal(self.table["label"], pa.scalar(label))
+        )
         return self.table.filter(pc.and_(chosen, pc.invert(self.table["needs_decode"])))
 
 
@@ -263,6 +296,7 @@ def _provenance(path: Path, text: bytes) -> dict[str, Any]:
             isinstance(about, dict) and all(isinstance(about.get(key, {}), dict) for key in ("model", "identity"))
             for about in provenance["runs"].values()
         )
+        ready = ready and all(isinstance(layer, int) and name in OPERATORS for layer, name in provenance.get(KEPT, []))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         ready = False
     if not ready:

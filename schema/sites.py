@@ -16,6 +16,14 @@ HEAD_LAYER = -1
 WHOLE = "all"
 """The group name of an undivided site, and of the whole of a divided one."""
 
+HEAD = "lm_head"
+"""The operator that reads the head's site."""
+
+IN_PROJ, CONV_SCAN, X_PROJ, OUT_PROJ = OPERATORS = ("in_proj", "conv_scan", "x_proj", "out_proj")
+"""The operators of a block that an INT8 model can leave in 16 bit. conv_scan: convolution and scan, with the gated
+norm of a Mamba-2; x_proj: x_proj and dt_proj, of a Mamba-1.
+"""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -24,7 +32,7 @@ class Site:
     name        upstream's key, ``module:input`` or ``module:output``
     groups      names of its channel slices, in channel order
     by_ssd      divided by SSD group instead: g0, g1, ... of a model that has several
-    consumed    the INT8 model reads this site's scale
+    read_by     the operators of the INT8 model that read its codes: those of OPERATORS, or the head
     grouped     it may read a scale for each SSD group, head group or channel group instead
     decode_only only token-by-token decoding reads it (no effect on perplexity)
     affine      it may read codes with a zero point instead: values after SiLU, which are hardly ever negative
@@ -35,13 +43,18 @@ class Site:
 
     name: str
     groups: tuple[str, ...] = (WHOLE,)
-    consumed: bool = False
+    read_by: tuple[str, ...] = ()
     decode_only: bool = False
     saturates: bool = True
     head: bool = False
     by_ssd: bool = False
     grouped: bool = False
     affine: bool = False
+
+    @property
+    def consumed(self) -> bool:
+        """Whether the INT8 model reads this site's scale."""
+        return bool(self.read_by)
 
     @property
     def acts(self) -> bool:
@@ -57,48 +70,48 @@ STATE_SITES = ("ssm_state_act:input", "ssm_state_act:output")
 """Sites with one (e, n) tensor per document instead of one row per token; their channel is the state index."""
 
 MAMBA1_SITES: tuple[Site, ...] = (
-    Site("in_proj:input", consumed=True),
-    Site("in_proj:output", groups=("x", "z"), consumed=True),
-    Site("x_proj:input", consumed=True, affine=True),
-    Site("x_proj:output", groups=("dt", "B", "C"), consumed=True),
+    Site("in_proj:input", read_by=(IN_PROJ,)),
+    Site("in_proj:output", groups=("x", "z"), read_by=(CONV_SCAN,)),
+    Site("x_proj:input", read_by=(X_PROJ, CONV_SCAN), affine=True),
+    Site("x_proj:output", groups=("dt", "B", "C"), read_by=(X_PROJ, CONV_SCAN)),
     Site("dt_proj:input"),
-    Site("dt_proj:output", consumed=True),
-    Site("ssm_state_act:input", consumed=True, decode_only=True),
+    Site("dt_proj:output", read_by=(CONV_SCAN,)),
+    Site("ssm_state_act:input", read_by=(CONV_SCAN,), decode_only=True),
     Site("ssm_state_act:output"),
-    Site("out_proj:input", consumed=True, saturates=False),
+    Site("out_proj:input", read_by=(OUT_PROJ,), saturates=False),
     Site("out_proj:output"),
-    Site("lm_head:input", consumed=True, head=True),
+    Site("lm_head:input", read_by=(HEAD,), head=True),
     Site("lm_head:output", head=True),
 )
 
 MAMBA2_SITES: tuple[Site, ...] = (
     # Upstream also observes the outputs of identities, which equal their inputs, and reads some of them. A code must be
     # decoded by the scale that made it, so only the input's scale is read here.
-    Site("in_proj:input", consumed=True),
+    Site("in_proj:input", read_by=(IN_PROJ,)),
     Site("in_proj:output", groups=("z", "x", "B", "C", "dt")),
-    Site("z_act:input", consumed=True),
+    Site("z_act:input", read_by=(CONV_SCAN,)),
     Site("z_act:output"),
-    Site("x_conv_in:input", consumed=True),
+    Site("x_conv_in:input", read_by=(CONV_SCAN,)),
     Site("x_conv_in:output"),
-    Site("B_conv_in:input", consumed=True),
+    Site("B_conv_in:input", read_by=(CONV_SCAN,)),
     Site("B_conv_in:output"),
-    Site("C_conv_in:input", consumed=True),
+    Site("C_conv_in:input", read_by=(CONV_SCAN,)),
     Site("C_conv_in:output"),
-    Site("x_conv_out:input", consumed=True, by_ssd=True, grouped=True, affine=True),
+    Site("x_conv_out:input", read_by=(CONV_SCAN,), by_ssd=True, grouped=True, affine=True),
     Site("x_conv_out:output", by_ssd=True),
-    Site("B_conv_out:input", consumed=True, by_ssd=True, grouped=True, affine=True),
+    Site("B_conv_out:input", read_by=(CONV_SCAN,), by_ssd=True, grouped=True, affine=True),
     Site("B_conv_out:output", by_ssd=True),
-    Site("C_conv_out:input", consumed=True, by_ssd=True, grouped=True, affine=True),
+    Site("C_conv_out:input", read_by=(CONV_SCAN,), by_ssd=True, grouped=True, affine=True),
     Site("C_conv_out:output", by_ssd=True),
-    Site("dt_act:input", consumed=True),
+    Site("dt_act:input", read_by=(CONV_SCAN,)),
     Site("dt_act:output"),
-    Site("ssm_state_act:input", consumed=True, decode_only=True, grouped=True),
+    Site("ssm_state_act:input", read_by=(CONV_SCAN,), decode_only=True, grouped=True),
     Site("ssm_state_act:output"),
     Site("ssd_out_act:input"),
     Site("ssd_out_act:output"),
-    Site("out_proj:input", consumed=True, saturates=False),
+    Site("out_proj:input", read_by=(OUT_PROJ,), saturates=False),
     Site("out_proj:output"),
-    Site("lm_head:input", consumed=True, head=True),
+    Site("lm_head:input", read_by=(HEAD,), head=True),
     Site("lm_head:output", head=True),
 )
 

@@ -19,7 +19,7 @@ from quambase.model.language_model import floating_model
 from quambase.schema.errors import DataInvalid
 from quambase.schema.progress import Progress, remark
 from quambase.schema.results import FLOAT, LAST_WORD
-from quambase.schema.scale_table import Scale
+from quambase.schema.scale_table import Operator, Scale
 from quambase.schema.sites import find_site
 from quambase.schema.tables import RESULTS
 
@@ -67,12 +67,12 @@ class BlockScorer:
         self.candidates = candidates
         self.models = models
         self.evaluation = evaluation
-        self.same: dict[tuple[Scale, ...], list[str]] = {}
+        self.same: dict[tuple[frozenset[Operator], tuple[Scale, ...]], list[str]] = {}
         family = candidates.source.family
         for label, model in candidates.models.items():
             scales = model.scales.items()
             read = tuple(scale for (_, site), scale in scales if not find_site(site, family).decode_only)
-            self.same.setdefault(read, []).append(label)
+            self.same.setdefault((model.kept, read), []).append(label)
 
         weights = candidates.source.any_weights
         layers = sum(tensor.numel() for layer in weights.layers for tensor in vars(layer).values())

@@ -10,17 +10,17 @@ from typing import Any
 
 from quambase.apply.apply import load_named, load_source
 from quambase.apply.evaluation.tasks import no_text
-from quambase.apply.int8.build import build_model, check_any_scales
-from quambase.apply.int8.group_scales import as_json
+from quambase.apply.int8.build import build, check_any_scales, leaving_in_16_bit, prepared_for
+from quambase.apply.int8.group_scales import as_json, channel_maps
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.model_folder import SCALES, load_stored, weights_digest
-from quambase.apply.int8.needed_scales import check_model, loadable_labels, needed_sites
+from quambase.apply.int8.needed_scales import Scales, check_model, loadable_labels, needed_sites
 from quambase.apply.scale_choice import check_granularity, describe
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.sources import is_bundled
 from quambase.schema.errors import DataInvalid, ScalesInvalid
 from quambase.schema.results import UPSTREAM
-from quambase.schema.scale_table import SELECTED, read_scales
+from quambase.schema.scale_table import MIXED, SELECTED, read_scales
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,12 @@ class Candidates:
             "tokenizer": self.source.tokenizer_sha256,
             "int8": sorted(weights),
             "models": [
-                [label, model.compat, sorted((*key, as_json(scale)) for key, scale in model.scales.items())]
+                [
+                    label,
+                    model.compat,
+                    sorted((*key, as_json(scale)) for key, scale in model.scales.items()),
+                    *([sorted(model.kept)] if model.kept else []),
+                ]
                 for label, model in self.models.items()
             ],
             "versions": {name: version(name) for name in ("quambase", "torch", "numba", "tokenizers")},
@@ -66,7 +71,10 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
         check_model(table, loaded.weights_sha256, loaded.name)
         needed = needed_sites(loaded.any_weights.config, stored.model.quantized_lm_head)
         if UPSTREAM in loadable_labels(table, needed)[0] and UPSTREAM not in models:
-            models[UPSTREAM] = stored.model.with_scales(table.group_scales_for(UPSTREAM))
+            int8 = stored.model
+            if int8.kept:  # upstream's model has no operator in 16 bit
+                int8 = leaving_in_16_bit(int8, prepared_for(loaded.any_weights, table), ())
+            models[UPSTREAM] = int8.with_scales(table.group_scales_for(UPSTREAM))
     return Candidates(loaded, models, str(path), about.get("run"))
 
 
@@ -104,21 +112,26 @@ def from_scales(
     labels = list(dict.fromkeys(strategies))
     if "all" in labels:
         whole, skipped = loadable_labels(table, needed)
-        labels = [*whole, SELECTED]
-    chosen = {
-        describe(label, granularity=None if level == held[-1] else level): check_any_scales(
-            loaded.any_weights, table, table.group_scales_for(label, level), quantize_lm_head
-        )
-        for level in levels or held[-1:]
-        for label in labels
-    }
-    first = build_model(
-        loaded.any_weights,
-        table,
+        labels = [*whole, SELECTED, *([MIXED] if table.kept else [])]
+    chosen: dict[str, Scales] = {}
+    of_strategy: dict[str, str] = {}
+    for level in levels or held[-1:]:
+        for label in labels:
+            name = describe(label, granularity=None if level == held[-1] else level)
+            scales_of = table.group_scales_for(label, level)
+            chosen[name] = check_any_scales(loaded.any_weights, table, scales_of, quantize_lm_head)
+            of_strategy[name] = label
+    prepared = prepared_for(loaded.any_weights, table)
+    first = build(
+        prepared,
         next(iter(chosen.values())),
+        channel_groups=channel_maps(table.model.layer_groups or ()),
         quantize_lm_head=quantize_lm_head,
         quantize_embedding=quantize_embedding,
         compat=compat,
     )
     models = {label: first.with_scales(found) for label, found in chosen.items()}
+    for label, strategy in of_strategy.items():
+        if strategy == MIXED:
+            models[label] = leaving_in_16_bit(models[label], prepared, table.kept)
     return Candidates(loaded, models, str(scales), table.run, skipped, table.notes)

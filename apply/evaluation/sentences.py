@@ -42,7 +42,7 @@ def sentence(rows: Sequence[Row]) -> str:
     of_upstream = [row["kl"] for row in rows if row["strategy"] == UPSTREAM]
     if of_upstream and best[KL_DIFFERENCE] is not None and of_upstream[0] > 0:
         percent = 100 * best[KL_DIFFERENCE] / of_upstream[0]
-        parts[0] += f", {abs(percent):.2g} % {'less' if percent < 0 else 'more'} than upstream's scales"
+        parts[0] += f", {percents(abs(percent), '')} % {'less' if percent < 0 else 'more'} than upstream's scales"
         parts[0] += _certainty(best, KL_DIFFERENCE)
     by_float = [row for row in rows if row["strategy"] == FLOAT]
     if by_float and best[f"vs_{FLOAT}"] is not None:
@@ -68,7 +68,12 @@ def runner_up(rows: Sequence[Row]) -> str | None:
     if not others:
         return None
     more = 100 * (others[0]["kl"] / ranked[0]["kl"] - 1)
-    return f"{others[0]['strategy']} is next, with {more:.2g} % more KL (a ranking, not a test)"
+    return f"{others[0]['strategy']} is next, with {percents(more, '')} % more KL (a ranking, not a test)"
+
+
+def percents(value: float, sign: str = "+") -> str:
+    """A number of percents or points, signed unless ``sign`` is empty, as short as people read it."""
+    return f"{value:{sign},.0f}" if abs(value) >= 9.95 else f"{value:{sign}.2g}"
 
 
 def _is_finite(row: Row) -> bool:

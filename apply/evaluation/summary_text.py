@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from quambase.apply.evaluation.comparisons import counted_units
 from quambase.apply.evaluation.paired_statistics import FEWEST, LEVEL, NOT_DISTINGUISHABLE, NOT_FINITE, misses_zero
-from quambase.apply.evaluation.sentences import by_kl, runner_up, sentence
+from quambase.apply.evaluation.sentences import by_kl, percents, runner_up, sentence
 from quambase.apply.evaluation.summary import KL_DIFFERENCE, REFERENCES, Families, families
 from quambase.schema.results import FLOAT, LAST_WORD, UPSTREAM
 
@@ -147,7 +147,7 @@ def _short_difference(
     if not math.isfinite(row[name] / whole):
         return NOT_FINITE
     points = name != KL_DIFFERENCE and row["task"] == LAST_WORD
-    shown = _percent(100 * row[name] / whole) + ("" if points else " %")
+    shown = percents(100 * row[name] / whole) + ("" if points else " %")
     if _too_few(row):
         return shown
     words = _marked_verdict(row, name, compared, marked)
@@ -201,11 +201,6 @@ def _footnote(mark: str, comparisons: set[int]) -> str:
     if mark == _MISSES:
         return f"{mark} the interval, of this one difference, misses zero, but p is above {LEVEL} {corrected}"
     return f"{mark} p is {LEVEL} or less {corrected}, but the interval contains zero; a verdict needs both"
-
-
-def _percent(value: float) -> str:
-    """A signed number of percents or points, as short as people read it."""
-    return f"{value:+,.0f}" if abs(value) >= 9.95 else f"{value:+.2g}"
 
 
 def _bracketed(row: dict[str, Any], name: str, factor: float = 1.0, sign: str = "", digits: int = 4) -> str:

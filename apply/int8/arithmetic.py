@@ -83,6 +83,20 @@ class SplitInt8Weight:
         return torch.repeat_interleave(torch.tensor(self.scales), torch.tensor(self.widths))
 
 
+Weight = Int8Weight | SplitInt8Weight | torch.Tensor
+"""A weight of a block; a tensor: one that is not quantized, in float16 or float32."""
+
+
+def weight_values(weight: Weight) -> torch.Tensor:
+    """The weight in float32, dequantized if it is quantized."""
+    if isinstance(weight, torch.Tensor):
+        return weight.to(torch.float32)
+    if isinstance(weight, Int8Weight):
+        return weight.dequantized()
+    rows = weight.row_scales
+    return weight.joined.floats * rows.view(-1, *[1] * (weight.codes.dim() - 1))
+
+
 def quantize_weight(weight: torch.Tensor) -> Int8Weight:
     """Per-tensor symmetric absmax in float16 arithmetic (upstream
     quant_utils.quantize_tensor_per_tensor_absmax).
@@ -149,14 +163,21 @@ def to_half(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float16).to(torch.float32)
 
 
-def dequantize(codes: torch.Tensor, scale: float, zero_point: int = 0) -> torch.Tensor:
-    """``scale * (codes - zero_point)`` in float32, contiguous."""
-    return codes.to(torch.float32, memory_format=torch.contiguous_format).sub_(zero_point).mul_(scale)
+def encoded(x: torch.Tensor, scale: float | torch.Tensor, zero: float | torch.Tensor | None = None) -> torch.Tensor:
+    """round(x / scale) + zero, half to even, clamped to INT8's codes; float32, of x (rows, c) and scale, zero (c,)."""
+    codes = (x.to(torch.float32) / scale).round_()
+    return (codes if zero is None else codes.add_(zero)).clamp_(INT8_MIN, INT8_MAX)
+
+
+def decoded(codes: torch.Tensor, scale: float | torch.Tensor, zero: float | torch.Tensor | None = None) -> torch.Tensor:
+    """(code - zero) * scale in float32, contiguous: (rows, c) of codes (rows, c) and scale, zero (c,)."""
+    values = codes.to(torch.float32, memory_format=torch.contiguous_format)
+    return (values if zero is None else values.sub_(zero)).mul_(scale)
 
 
 def softplus_delta(codes: torch.Tensor, scale: float, bias: torch.Tensor) -> torch.Tensor:
     """``softplus(scale * codes + bias)`` in float32, the identity above 20; codes (t, e), bias (e,)."""
-    return F.softplus(dequantize(codes, scale).add_(bias))
+    return F.softplus(decoded(codes, scale).add_(bias))
 
 
 def float32(value: float) -> float:

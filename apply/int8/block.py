@@ -7,40 +7,74 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
-from quambase.apply.int8.arithmetic import float32
-from quambase.apply.int8.operators import Factors, Int8BlockState, Int8Operators, Multipliers
+from quambase.apply.int8.arithmetic import SplitInt8Weight, Weight, float32
+from quambase.apply.int8.operators import AnyBlockState, Factors, Int8Operators, Multipliers
+from quambase.model.block_kinds import KINDS
 from quambase.model.packed_batch import PlacedBatch
+from quambase.schema.errors import ScalesInvalid
 from quambase.schema.number_format import Affine
 from quambase.schema.scale_table import Scale
 
 
 class Int8BlockWeights(ABC):
-    """One block's weights: each an `Int8Weight`, a `SplitInt8Weight`, or a float16 tensor."""
+    """One block's weights: each an `Int8Weight`, a `SplitInt8Weight`, or a tensor in 16 bit.
+
+    ``fields_of``: of each operator that can stay in 16 bit, the fields with its weights; the first is quantized unless
+    the operator is in 16 bit.
+    """
 
     kind: ClassVar[str]
+    fields_of: ClassVar[Mapping[str, tuple[str, ...]]]
 
     @classmethod
     @abstractmethod
-    def of(cls, config: Any, layer: Any) -> Int8BlockWeights:
+    def quantized(cls, config: Any, layer: Any) -> Int8BlockWeights:
         """Quantize prepared (folded and rotated, `quambase.model.prepare`) weights, rounding as upstream does."""
 
     @classmethod
+    def of(cls, config: Any, layer: Any, kept: Collection[str] = ()) -> Int8BlockWeights:
+        """As `quantized`, but the weights of the operators ``kept`` in float16, or in float32 where the floating-point
+        model has that whatever its dtype.
+
+        ScalesInvalid: the block has no such operator.
+        """
+        wide = KINDS[cls.kind].float32
+        halves: dict[str, torch.Tensor] = {}
+        for operator in kept:
+            if operator not in cls.fields_of:
+                known = ", ".join(cls.fields_of)
+                raise ScalesInvalid(f"a {KINDS[cls.kind].title} block has no operator {operator}; it has {known}")
+            for name in cls.fields_of[operator]:
+                halves[name] = getattr(layer, name).to(torch.float32 if name in wide else torch.float16)
+        return replace(cls.quantized(config, layer), **halves)  # type: ignore[type-var]
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """The operators in 16 bit."""
+        return frozenset(
+            operator for operator, names in self.fields_of.items() if isinstance(getattr(self, names[0]), torch.Tensor)
+        )
+
+    @classmethod
     def widths(cls, config: Any) -> dict[str, tuple[int, ...]]:
-        """For each field that is a `SplitInt8Weight`, the rows of its parts."""
+        """For each field that is a `SplitInt8Weight` if it is quantized, the rows of its parts."""
         return {}
 
 
 @dataclass(frozen=True)
 class BlockScales:
-    """One block's activation scales as its operators read them. ``input``: of the codes that the block reads."""
+    """One block's activation scales as its operators read them.
 
-    input: float
+    input  of the codes that the block reads; None: it reads float16 values, its in_proj is in 16 bit
+    """
+
+    input: float | None
     out_proj: Factors
     rotation: float
     wrap: bool
@@ -49,9 +83,17 @@ class BlockScales:
 class Int8Block(ABC):
     """A block's forward pass, with its weights laid out for operators; the scales of any strategy are an argument."""
 
+    operators: Int8Operators
+
     @abstractmethod
     def __init__(self, config: Any, weights: Any, operators: Int8Operators) -> None:
         """``config`` and ``weights`` are of the block's kind."""
+
+    def matrix(self, weight: Weight) -> Any:
+        """A matrix laid out for the products of codes, or if it is in 16 bit, of float16 values."""
+        if isinstance(weight, torch.Tensor):
+            return self.operators.half_matrix(weight)
+        return self.operators.matrix(weight.joined if isinstance(weight, SplitInt8Weight) else weight)
 
     @abstractmethod
     def lay_out(self, scales: Mapping[str, Scale], divisions: Sequence[torch.Tensor], wrap: bool) -> BlockScales:
@@ -65,20 +107,20 @@ class Int8Block(ABC):
     def forward(
         self,
         ops: Int8Operators,
-        codes: torch.Tensor,
+        x: torch.Tensor,
         scales: Any,
         batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        state: AnyBlockState | None = None,
     ) -> torch.Tensor:
         """The block's contribution to the residual stream, float16 values (t, d), from codes (t, d) of the normalised
-        stream.
+        stream, or from its float16 values if in_proj is in 16 bit.
 
         scales  as `lay_out` returns them
         state   updated if ``ops`` decode, otherwise set to the state after each document
         """
 
     @abstractmethod
-    def new_state(self, sequences: int) -> Int8BlockState:
+    def new_state(self, sequences: int) -> AnyBlockState:
         """The state of ``sequences`` sequences before their first token."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -11,10 +11,10 @@ from quambase.apply.int8.group_scales import ChannelGroups, channel_maps, check_
 from quambase.apply.int8.host_operators import HostInt8Operators
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.needed_scales import Scales
-from quambase.apply.int8.weights import Int8ModelWeights, PlacedWeights, quantize
+from quambase.apply.int8.weights import Int8ModelWeights, PlacedWeights, quantize, with_kept
 from quambase.model.prepare import prepare, reorder
 from quambase.model.weights import ModelWeights
-from quambase.schema.scale_table import ScaleTable
+from quambase.schema.scale_table import Operator, ScaleTable
 
 
 def build(
@@ -25,11 +25,17 @@ def build(
     quantize_lm_head: bool = False,
     quantize_embedding: bool = False,
     compat: str | None = None,
+    kept: Collection[Operator] = (),
 ) -> Int8LanguageModel:
-    """The INT8 model of prepared weights on the CPU. ScalesInvalid as `Int8LanguageModel`."""
+    """The INT8 model of prepared weights on the CPU, with the operators ``kept`` in 16 bit.
+
+    ScalesInvalid as `Int8LanguageModel` and `with_kept`.
+    """
     weights = quantize(
         prepared, quantize_lm_head=quantize_lm_head, quantize_embedding=quantize_embedding, compat=compat
     )
+    if kept:
+        weights = with_kept(weights, prepared, kept)
     return Int8LanguageModel(on_host(weights), scales, channel_groups=channel_groups, compat=compat)
 
 
@@ -55,6 +61,7 @@ def build_model(
     quantize_lm_head: bool = False,
     quantize_embedding: bool = False,
     compat: str | None = None,
+    kept: Collection[Operator] = (),
 ) -> Int8LanguageModel:
     """Quantize what `prepared_for` gives. ScalesInvalid as for the model's class; CheckpointInvalid."""
     return build(
@@ -64,7 +71,18 @@ def build_model(
         quantize_lm_head=quantize_lm_head,
         quantize_embedding=quantize_embedding,
         compat=compat,
+        kept=kept,
     )
+
+
+def leaving_in_16_bit(
+    model: Int8LanguageModel, prepared: ModelWeights, kept: Collection[Operator]
+) -> Int8LanguageModel:
+    """A model on the CPU as `build` makes it of ``prepared``, with the same scales and INT8 weights but for
+    ``kept``.
+    """
+    weights = with_kept(model.weights, prepared, kept)
+    return Int8LanguageModel(on_host(weights), model.scales, channel_groups=model.channel_groups, compat=model.compat)
 
 
 def check_any_scales(weights: ModelWeights, table: ScaleTable, scales: Scales, quantize_lm_head: bool) -> Scales:

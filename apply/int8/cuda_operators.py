@@ -7,12 +7,14 @@ wider tensors. Weights are padded with zeros, so a row's padding does not change
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from quambase.apply.int8.arithmetic import Int8Weight
+from quambase.apply.int8.arithmetic import Int8Weight, decoded, encoded
+from quambase.apply.int8.half_operators import HalfOperators
 from quambase.apply.int8.operators import Int8BlockState, Int8Operators, ScanScales, SsdScales
 from quambase.model.cuda.compiler import Argument, Kernels
 from quambase.model.hadamard import odd_factor
@@ -20,6 +22,7 @@ from quambase.model.operators.cuda import (
     FREE_SHARED,
     ROW_THREADS,
     SCAN_THREADS,
+    CudaOperators,
     kernel_sizes,
     rows_of_block,
     rows_shared,
@@ -172,6 +175,23 @@ class CudaInt8Operators:
     def half_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """As `Int8Operators.half_product`."""
         return F.linear(x, weight)
+
+    @cached_property
+    def half(self) -> HalfOperators:
+        """As `Int8Operators.half`. CompilationFailed."""
+        return HalfOperators(CudaOperators(self.device, torch.float16, self.sizes), decodes=self.decodes)
+
+    def encode(
+        self, x: torch.Tensor, scale: float | torch.Tensor, zero: float | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `Int8Operators.encode`."""
+        return self._codes(*x.shape).copy_(encoded(x, scale, zero))
+
+    def decode(
+        self, codes: torch.Tensor, scale: float | torch.Tensor, zero: float | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `Int8Operators.decode`."""
+        return decoded(codes, scale, zero).to(torch.float16)
 
     def _product(
         self,

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from quambase.apply.int8 import host_kernels as kernels
-from quambase.apply.int8.arithmetic import Int8Weight, dequantize, matmul, softplus_delta, to_half
+from quambase.apply.int8.arithmetic import Int8Weight, decoded, encoded, matmul, softplus_delta, to_half
+from quambase.apply.int8.half_operators import HalfOperators
 from quambase.apply.int8.operators import Int8BlockState, ScanScales, SsdScales
 from quambase.model.exponential import exp
 from quambase.model.hadamard import hadamard
 from quambase.model.operators import host_kernels as float_kernels
-from quambase.model.operators.host import whole_rows
+from quambase.model.operators.host import HostOperators, whole_rows
 from quambase.model.operators.interface import OperatorSizes
 from quambase.model.operators.torch import CPU, gated_rms_norm
-from quambase.model.packed_batch import PlacedBatch
+from quambase.model.packed_batch import PlacedBatch, last_rows
 
 Array = npt.NDArray[np.float32]
 
@@ -92,6 +95,23 @@ class HostInt8Operators:
         """As `Int8Operators.half_product`."""
         return to_half(F.linear(x, weight))
 
+    @cached_property
+    def half(self) -> HalfOperators:
+        """As `Int8Operators.half`."""
+        return HalfOperators(HostOperators(self.sizes.ngroups), decodes=self.decodes)
+
+    def encode(
+        self, x: torch.Tensor, scale: float | torch.Tensor, zero: float | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `Int8Operators.encode`."""
+        return encoded(x, scale, zero).to(torch.int8)
+
+    def decode(
+        self, codes: torch.Tensor, scale: float | torch.Tensor, zero: float | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `Int8Operators.decode`."""
+        return to_half(decoded(codes, scale, zero))
+
     def conv_silu(
         self,
         x: torch.Tensor,
@@ -109,7 +129,7 @@ class HostInt8Operators:
         scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy(), _or_zeros(zero_out, bias).numpy())
         kernels.conv_silu_int8(rows, first, *scaled, batch.host.offsets.numpy(), out.numpy())
         if state is not None:
-            state.conv = _last_inputs(x, batch, len(taps))
+            state.conv = last_rows(x, batch.host, len(taps))
         return out
 
     def selective_scan(
@@ -146,7 +166,7 @@ class HostInt8Operators:
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Operators.ssd_scan`."""
-        values = _dequantized(conv_out, scales)
+        values = decoded(conv_out, scales.conv_out, scales.zero)
         x, b, c = self._split(to_half(values))
         delta = softplus_delta(dt, scales.dt, bias)
         y, last = torch.empty(x.shape), torch.zeros(batch.host.documents, x.shape[1], self.sizes.d_state)
@@ -191,7 +211,7 @@ class HostInt8Operators:
         wrap: bool,
     ) -> torch.Tensor:
         """As `Int8Operators.gated_rotate`."""
-        normed = gated_rms_norm(y, dequantize(z, z_scale), weight, self.sizes.ngroups, eps)
+        normed = gated_rms_norm(y, decoded(z, z_scale), weight, self.sizes.ngroups, eps)
         return self.rotate(to_half(normed), factor, wrap)
 
 
@@ -252,7 +272,7 @@ class HostInt8Decoding(HostInt8Operators):
     ) -> torch.Tensor:
         """As `Int8Operators.ssd_scan`; nothing but y is rounded to float16."""
         assert state is not None
-        x, b, c = self._split(_dequantized(conv_out, scales))
+        x, b, c = self._split(decoded(conv_out, scales.conv_out, scales.zero))
         delta = softplus_delta(dt, scales.dt, bias)
         y = torch.empty(x.shape)
         kernels.ssd_update_int8(
@@ -274,12 +294,6 @@ def _or_zeros(values: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(like) if values is None else values
 
 
-def _dequantized(conv_out: torch.Tensor, scales: SsdScales) -> torch.Tensor:
-    """x, B, C (rows, e + 2gn) of the convolution's codes."""
-    codes = conv_out.to(torch.float32)
-    return (codes if scales.zero is None else codes - scales.zero) * scales.conv_out
-
-
 def _scan_inputs(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -291,24 +305,13 @@ def _scan_inputs(
     bias: torch.Tensor,
 ) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
     """u, delta, A, B, C, D, z of Mamba-1's scan kernels, dequantized to float32."""
-    b, c = torch.split(dequantize(bc, scales.bc), len(a), dim=1)
+    b, c = torch.split(decoded(bc, scales.bc), len(a), dim=1)
     return (
-        dequantize(u, scales.u, scales.u_zero).numpy(),
+        decoded(u, scales.u, scales.u_zero).numpy(),
         softplus_delta(delta, scales.delta, bias).numpy(),
         a.numpy(),
         b.contiguous().numpy(),
         c.contiguous().numpy(),
         d.numpy(),
-        dequantize(z, scales.z).numpy(),
+        decoded(z, scales.z).numpy(),
     )
-
-
-def _last_inputs(inputs: torch.Tensor, batch: PlacedBatch, width: int) -> torch.Tensor:
-    """The last ``width`` rows of each document's (t, channels): (documents, width, channels), zeros where shorter."""
-    window = torch.zeros(batch.host.documents, width, inputs.shape[1], dtype=torch.int8)
-    for document in range(batch.host.documents):
-        rows = batch.host.rows(document)
-        taken = inputs[max(rows.start, rows.stop - width) : rows.stop]
-        if taken.shape[0]:
-            window[document, -taken.shape[0] :] = taken
-    return window

@@ -15,16 +15,17 @@ from quambase.apply.int8.arithmetic import Int8Weight
 from quambase.apply.int8.block import BlockScales, half_factors, whole
 from quambase.apply.int8.group_scales import ChannelGroups, check_scales
 from quambase.apply.int8.needed_scales import Scales
-from quambase.apply.int8.operators import Factors, Int8BlockState, Int8Operators
+from quambase.apply.int8.operators import AnyBlockState, Factors, Int8Operators
 from quambase.apply.int8.weights import UPSTREAM, Int8ModelWeights, PlacedWeights
 from quambase.model.block import ModelConfig
 from quambase.model.packed_batch import Batch, PlacedBatch
+from quambase.schema.errors import ScalesInvalid
 from quambase.schema.progress import tell
-from quambase.schema.scale_table import Scale
+from quambase.schema.scale_table import Operator, Scale
 from quambase.schema.sites import HEAD_LAYER
 
-Int8State = list[Int8BlockState]
-"""The decoding state: one `Int8BlockState` per block."""
+Int8State = list[AnyBlockState]
+"""The decoding state: one `AnyBlockState` per block."""
 
 
 class Int8LanguageModel:
@@ -44,10 +45,14 @@ class Int8LanguageModel:
         """``channel_groups``: per layer the divisions of x into scale groups; not needed for one scale per tensor or
         per SSD group. ``compat``: None, or "upstream".
 
-        ScalesInvalid: ``scales`` lacks a site that the model reads, a scale is not positive, or a site's number of
-        scales is not that of any of its divisions.
+        ScalesInvalid: ``scales`` lacks a site that the model reads, a scale is not positive, a site's number of scales
+        is not that of any of its divisions, or ``compat`` is asked of a model with operators in 16 bit.
         """
         self.placed, self.channel_groups, self.compat = placed, channel_groups, compat
+        if compat is not None and self.kept:
+            raise ScalesInvalid(
+                "upstream's INT8 model has no operator in 16 bit; leave out --compat, or the strategy mixed"
+            )
         self.scales: Mapping[tuple[int, str], Scale] = check_scales(
             scales, self.config, channel_groups, self.quantized_lm_head
         )
@@ -66,6 +71,11 @@ class Int8LanguageModel:
     def quantized_lm_head(self) -> bool:
         """Whether the head multiplies codes."""
         return isinstance(self.weights.lm_head, Int8Weight)
+
+    @property
+    def kept(self) -> frozenset[Operator]:
+        """The operators in 16 bit."""
+        return self.weights.kept
 
     def with_scales(self, scales: Scales) -> Int8LanguageModel:
         """Another strategy on the same INT8 weights and groups; nothing is quantized again."""
@@ -127,8 +137,11 @@ class Int8LanguageModel:
         residual = ops.new_residual(x)
         blocks = self.placed.blocks
         for index, (block, scales) in enumerate(zip(blocks, self.laid_out, strict=True)):
-            codes = ops.add_norm_to_int8(x, residual, eps, scales.input)
-            x = block.forward(ops, codes, scales, placed, None if state is None else state[index])
+            if scales.input is None:
+                normed = ops.add_norm_to_half(x, residual, eps)
+            else:
+                normed = ops.add_norm_to_int8(x, residual, eps, scales.input)
+            x = block.forward(ops, normed, scales, placed, None if state is None else state[index])
             if ops.device.type == "cpu" and not ops.decodes:  # on a device the work is only queued
                 tell((index + 1) / len(blocks))
         if self.quantized_lm_head:

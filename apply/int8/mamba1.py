@@ -11,6 +11,9 @@ Producers and consumers of the codes of each scale:
     out_proj:input     Hadamard quantizer -> out_proj
     lm_head:input      last norm -> lm_head (only with a quantized head)
 
+An operator may be in 16 bit: its weights are float16, and it reads float16 values, unless another operator reads the
+codes of the same site: then it reads those, decoded.
+
 Declared differences from upstream: the Hadamard quantizer saturates (``compat="upstream"`` wraps modulo 256),
 and exp and division are not the GPU's approximations.
 """
@@ -19,11 +22,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from quambase.apply.int8.arithmetic import Int8Weight, float32, quantize_weight, quantize_weight_float32
+from quambase.apply.int8.arithmetic import (
+    Int8Weight,
+    float32,
+    quantize_weight,
+    quantize_weight_float32,
+    weight_values,
+)
 from quambase.apply.int8.block import (
     BlockScales,
     Int8Block,
@@ -34,31 +44,45 @@ from quambase.apply.int8.block import (
     whole,
     zero_point,
 )
-from quambase.apply.int8.operators import Factors, Int8BlockState, Int8Operators, Multipliers, ScanScales
+from quambase.apply.int8.operators import (
+    AnyBlockState,
+    Factors,
+    Int8BlockState,
+    Int8Operators,
+    Multipliers,
+    ScanScales,
+)
 from quambase.model.exponential import exp
 from quambase.model.mamba1 import Mamba1BlockWeights, MambaConfig
+from quambase.model.operators.interface import BlockState
 from quambase.model.packed_batch import PlacedBatch
 from quambase.schema.scale_table import Scale
-from quambase.schema.sites import MAMBA1
+from quambase.schema.sites import CONV_SCAN, IN_PROJ, MAMBA1, OUT_PROJ, X_PROJ
 
 
 @dataclass(frozen=True)
 class Int8Mamba1Weights(Int8BlockWeights):
-    """One block's weights as codes; shapes as in `Mamba1BlockWeights`."""
+    """One block's weights; shapes as in `Mamba1BlockWeights`. A tensor: of an operator in 16 bit."""
 
     kind = MAMBA1
-    in_proj: Int8Weight
-    conv_weight: Int8Weight
-    conv_bias: Int8Weight
-    x_proj: Int8Weight
-    dt_proj: Int8Weight
-    dt_bias: Int8Weight
-    A_log: Int8Weight
-    D: Int8Weight
-    out_proj: Int8Weight
+    fields_of: ClassVar = {
+        IN_PROJ: ("in_proj",),
+        CONV_SCAN: ("conv_weight", "conv_bias", "dt_bias", "A_log", "D"),
+        X_PROJ: ("x_proj", "dt_proj"),
+        OUT_PROJ: ("out_proj",),
+    }
+    in_proj: Int8Weight | torch.Tensor
+    conv_weight: Int8Weight | torch.Tensor
+    conv_bias: Int8Weight | torch.Tensor
+    x_proj: Int8Weight | torch.Tensor
+    dt_proj: Int8Weight | torch.Tensor
+    dt_bias: Int8Weight | torch.Tensor
+    A_log: Int8Weight | torch.Tensor
+    D: Int8Weight | torch.Tensor
+    out_proj: Int8Weight | torch.Tensor
 
     @classmethod
-    def of(cls, config: MambaConfig, layer: Mamba1BlockWeights) -> Int8Mamba1Weights:
+    def quantized(cls, config: MambaConfig, layer: Mamba1BlockWeights) -> Int8Mamba1Weights:
         """Quantize prepared weights: float16 arithmetic, float32 for what upstream keeps in float32."""
         wide = ("dt_bias", "A_log", "D")
         return cls(
@@ -73,6 +97,7 @@ class Int8Mamba1Weights(Int8BlockWeights):
 class Mamba1Scales(BlockScales):
     """As `BlockScales`.
 
+    in_proj_half, dt_proj_half  of products that a convolution and scan in 16 bit read
     conv_in   (e,) weight scale times input scale
     conv_out  (e,)
     conv_zero  (e,) zero point of the convolution's codes; None without one
@@ -80,8 +105,10 @@ class Mamba1Scales(BlockScales):
     """
 
     in_proj: Factors
+    in_proj_half: Factors
     x_proj: Factors
     dt_proj: Factors
+    dt_proj_half: Factors
     conv_in: torch.Tensor
     conv_out: torch.Tensor
     conv_zero: torch.Tensor | None
@@ -94,14 +121,16 @@ class Int8Mamba1Block(Int8Block):
 
     def __init__(self, config: MambaConfig, weights: Int8Mamba1Weights, operators: Int8Operators) -> None:
         """As `Int8Block`."""
-        self.config, self.weights, self.operators = config, weights, operators
-        self.in_proj, self.out_proj = operators.matrix(weights.in_proj), operators.matrix(weights.out_proj)
-        self.x_proj, self.dt_proj = operators.matrix(weights.x_proj), operators.matrix(weights.dt_proj)
-        self.taps = operators.vector(weights.conv_weight.floats.T)  # codes (k, e)
-        self.conv_bias = operators.vector(weights.conv_bias.dequantized())
+        self.config, self.weights, self.operators, self.kept = config, weights, operators, weights.kept
+        self.in_proj, self.out_proj = self.matrix(weights.in_proj), self.matrix(weights.out_proj)
+        self.x_proj, self.dt_proj = self.matrix(weights.x_proj), self.matrix(weights.dt_proj)
+        # (k, e); of an INT8 convolution, codes
+        taps = weights.conv_weight.floats if isinstance(weights.conv_weight, Int8Weight) else weights.conv_weight
+        self.taps = operators.vector(taps.T.to(torch.float32))
+        self.conv_bias = operators.vector(weight_values(weights.conv_bias))
         # A (n, e) = -exp(scale * A_log codes): quantized before the exponential.
-        self.a = operators.vector(-exp(weights.A_log.dequantized().T.contiguous()))
-        self.d, self.dt_bias = (operators.vector(w.dequantized()) for w in (weights.D, weights.dt_bias))
+        self.a = operators.vector(-exp(weight_values(weights.A_log).T.contiguous()))
+        self.d, self.dt_bias = (operators.vector(weight_values(w)) for w in (weights.D, weights.dt_bias))
 
     def lay_out(self, scales: Mapping[str, Scale], divisions: Sequence[torch.Tensor], wrap: bool) -> Mamba1Scales:
         """As `Int8Block.lay_out`."""
@@ -109,20 +138,28 @@ class Int8Mamba1Block(Int8Block):
         names = ("in_proj:input", "in_proj:output", "x_proj:input", "x_proj:output", "dt_proj:output")
         read, xz, u, dt_b_c, dt = (s[name] for name in names)
         zero = zero_point(scales["x_proj:input"])
-        conv_in = np.float32(w.conv_weight.scale) * np.float32(xz)
+        # Of operators in 16 bit, the factors are not used.
+        in_proj, x_proj, dt_proj, out_proj, conv = (
+            weight.scale if isinstance(weight, Int8Weight) else 1.0
+            for weight in (w.in_proj, w.x_proj, w.dt_proj, w.out_proj, w.conv_weight)
+        )
+        conv_in = np.float32(conv) * np.float32(xz)
+        offset = zero * w.x_proj.codes.sum(1, dtype=torch.int32) if zero and isinstance(w.x_proj, Int8Weight) else None
         return Mamba1Scales(
-            input=read,
+            input=None if IN_PROJ in self.kept else read,
             # Upstream's `forward` multiplies by the weight scale first, its `to_seqlen_last`
             # (in_proj, dt_proj) by the ratio first.
-            in_proj=_factors(w.in_proj.scale, read, xz, ratio_first=True),
-            x_proj=_factors(w.x_proj.scale, u, dt_b_c, ratio_first=False),
-            dt_proj=_factors(w.dt_proj.scale, dt_b_c, dt, ratio_first=True),
+            in_proj=_factors(in_proj, read, xz, ratio_first=True),
+            in_proj_half=half_factors(in_proj, read),
+            x_proj=_factors(x_proj, u, dt_b_c, ratio_first=False),
+            dt_proj=_factors(dt_proj, dt_b_c, dt, ratio_first=True),
+            dt_proj_half=half_factors(dt_proj, dt_b_c),
             conv_in=self.operators.vector(torch.full((e,), float(conv_in))),
             conv_out=self.operators.vector(torch.full((e,), u)),
             conv_zero=self.operators.vector(torch.full((e,), float(zero))) if zero else None,
-            x_proj_offset=self.operators.vector(zero * w.x_proj.codes.sum(1, dtype=torch.int32)) if zero else None,
+            x_proj_offset=None if offset is None else self.operators.vector(offset),
             scan=ScanScales(u, dt, dt_b_c, xz, s["ssm_state_act:input"], zero),
-            out_proj=half_factors(w.out_proj.scale, s["out_proj:input"]),
+            out_proj=half_factors(out_proj, s["out_proj:input"]),
             rotation=rotation_factor(e, s["out_proj:input"]),
             wrap=wrap,
         )
@@ -130,24 +167,78 @@ class Int8Mamba1Block(Int8Block):
     def forward(
         self,
         ops: Int8Operators,
-        codes: torch.Tensor,
+        x: torch.Tensor,
         scales: Mamba1Scales,
         batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        state: AnyBlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Block.forward`."""
-        s, e, r = scales, self.config.d_inner, self.config.dt_rank
-        xz = ops.linear_to_int8(codes, self.in_proj, *s.in_proj.of(ops, codes))  # (t, 2e)
-        u = ops.conv_silu(xz[:, :e], self.taps, s.conv_in, self.conv_bias, s.conv_out, s.conv_zero, batch, state)
-        dt_b_c = ops.linear_to_int8(u, self.x_proj, *s.x_proj.of(ops, u), s.x_proj_offset)  # (t, r + 2n)
-        dt = ops.linear_to_int8(dt_b_c[:, :r], self.dt_proj, *s.dt_proj.of(ops, u))
-        y = ops.selective_scan(u, dt, dt_b_c[:, r:], xz[:, e:], s.scan, self.a, self.d, self.dt_bias, batch, state)
-        gated = ops.rotate(y, s.rotation, s.wrap)
-        return ops.linear_to_half(gated, self.out_proj, *s.out_proj.of(ops, gated))
+        scan = self._half_conv_scan if CONV_SCAN in self.kept else self._conv_scan
+        y = scan(ops, x, scales, batch, state)  # (t, e)
+        if OUT_PROJ in self.kept:
+            return ops.half_product(ops.half.hadamard(y), self.out_proj)
+        gated = ops.rotate(y, scales.rotation, scales.wrap)
+        return ops.linear_to_half(gated, self.out_proj, *scales.out_proj.of(ops, gated))
 
-    def new_state(self, sequences: int) -> Int8BlockState:
+    def _conv_scan(
+        self,
+        ops: Int8Operators,
+        x: torch.Tensor,
+        s: Mamba1Scales,
+        batch: PlacedBatch,
+        state: AnyBlockState | None,
+    ) -> torch.Tensor:
+        """The gated output of the scan (t, e), float16 values, by a convolution and scan of codes."""
+        assert state is None or isinstance(state, Int8BlockState)
+        e, r, scan = self.config.d_inner, self.config.dt_rank, s.scan
+        if IN_PROJ in self.kept:
+            xz = ops.encode(ops.half_product(x, self.in_proj), scan.z)  # (t, 2e)
+        else:
+            xz = ops.linear_to_int8(x, self.in_proj, *s.in_proj.of(ops, x))
+        u = ops.conv_silu(xz[:, :e], self.taps, s.conv_in, self.conv_bias, s.conv_out, s.conv_zero, batch, state)
+        if X_PROJ in self.kept:
+            read = ops.decode(u, scan.u, float(scan.u_zero))
+            dt_b_c = ops.encode(ops.half_product(read, self.x_proj), scan.bc)  # (t, r + 2n)
+            dt = ops.encode(ops.half_product(ops.decode(dt_b_c[:, :r], scan.bc), self.dt_proj), scan.delta)
+        else:
+            dt_b_c = ops.linear_to_int8(u, self.x_proj, *s.x_proj.of(ops, u), s.x_proj_offset)
+            dt = ops.linear_to_int8(dt_b_c[:, :r], self.dt_proj, *s.dt_proj.of(ops, u))
+        return ops.selective_scan(u, dt, dt_b_c[:, r:], xz[:, e:], scan, self.a, self.d, self.dt_bias, batch, state)
+
+    def _half_conv_scan(
+        self,
+        ops: Int8Operators,
+        x: torch.Tensor,
+        s: Mamba1Scales,
+        batch: PlacedBatch,
+        state: AnyBlockState | None,
+    ) -> torch.Tensor:
+        """The same by a convolution and scan in 16 bit. They read codes where x_proj makes or reads them."""
+        assert state is None or isinstance(state, BlockState)
+        e, r, scan = self.config.d_inner, self.config.dt_rank, s.scan
+        if IN_PROJ in self.kept:
+            xz = ops.half_product(x, self.in_proj)
+        else:
+            xz = ops.linear_to_half(x, self.in_proj, *s.in_proj_half.of(ops, x))
+        u = ops.half.conv_silu(xz[:, :e], self.taps, self.conv_bias, batch, state)
+        if X_PROJ in self.kept:
+            dt_b_c = ops.half_product(u, self.x_proj)
+            dt = ops.half_product(dt_b_c[:, :r], self.dt_proj)
+        else:
+            zero = float(scan.u_zero)
+            codes = ops.encode(u, scan.u, zero)
+            products = ops.linear_to_int8(codes, self.x_proj, *s.x_proj.of(ops, codes), s.x_proj_offset)
+            dt = ops.linear_to_half(products[:, :r], self.dt_proj, *s.dt_proj_half.of(ops, codes))
+            u, dt_b_c = ops.decode(codes, scan.u, zero), ops.decode(products, scan.bc)
+        return ops.half.selective_scan(u, dt, dt_b_c[:, r:], xz[:, e:], self.a, self.d, self.dt_bias, batch, state)
+
+    def new_state(self, sequences: int) -> AnyBlockState:
         """As `Int8Block.new_state`."""
         c = self.config
+        if CONV_SCAN in self.kept:
+            return BlockState(
+                torch.zeros(sequences, c.d_conv - 1, c.d_inner), torch.zeros(sequences, c.d_inner, c.d_state)
+            )
         return Int8BlockState(
             torch.zeros(sequences, c.d_conv, c.d_inner, dtype=torch.int8),
             torch.zeros(sequences, c.d_state, c.d_inner, dtype=torch.int8),

@@ -11,6 +11,8 @@ Producers and consumers of the codes of each scale:
     out_proj:input                   Hadamard quantizer -> out_proj
     lm_head:input                    last norm -> lm_head (only with a quantized head)
 
+An operator may be in 16 bit, as in `mamba1`.
+
 Declared differences from upstream: those of `mamba1`; and the scan is recurrent in float32. Upstream computes C B^T of
 its chunks (256 tokens) in TF32, which truncates the operands, so the part of y from the same chunk is some 5e-4 too
 small; and it rounds C B^T with its decay, B with its decay, C, and the state between chunks to float16. The cached
@@ -23,10 +25,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from quambase.apply.int8.arithmetic import Int8Weight, SplitInt8Weight, quantize_weight, quantize_weight_float32
+from quambase.apply.int8.arithmetic import (
+    Int8Weight,
+    SplitInt8Weight,
+    quantize_weight,
+    quantize_weight_float32,
+    weight_values,
+)
 from quambase.apply.int8.block import (
     BlockScales,
     Int8Block,
@@ -37,30 +46,45 @@ from quambase.apply.int8.block import (
     whole,
 )
 from quambase.apply.int8.group_scales import channel_groups_of, scale_of_channels, values_of, zero_point_of_channels
-from quambase.apply.int8.operators import Factors, Int8BlockState, Int8Operators, Multipliers, SsdScales
+from quambase.apply.int8.operators import (
+    AnyBlockState,
+    Factors,
+    Int8BlockState,
+    Int8Operators,
+    Multipliers,
+    SsdScales,
+)
 from quambase.model.exponential import exp
 from quambase.model.mamba2 import Mamba2BlockWeights, Mamba2Config
+from quambase.model.operators.interface import BlockState
 from quambase.model.packed_batch import PlacedBatch
 from quambase.schema.scale_table import Scale
-from quambase.schema.sites import MAMBA2
+from quambase.schema.sites import CONV_SCAN, IN_PROJ, MAMBA2, OUT_PROJ
 
 
 @dataclass(frozen=True)
 class Int8Mamba2Weights(Int8BlockWeights):
-    """One block's weights as codes, shapes as in `Mamba2BlockWeights`; dt_bias and gated_norm stay float16."""
+    """One block's weights, shapes as in `Mamba2BlockWeights`. A tensor: of an operator in 16 bit; dt_bias and
+    gated_norm are float16 always.
+    """
 
     kind = MAMBA2
-    in_proj: SplitInt8Weight
-    conv_weight: SplitInt8Weight
-    conv_bias: SplitInt8Weight
-    A_log: Int8Weight
-    D: Int8Weight
-    out_proj: Int8Weight
+    fields_of: ClassVar = {
+        IN_PROJ: ("in_proj",),
+        CONV_SCAN: ("conv_weight", "conv_bias", "A_log", "D"),
+        OUT_PROJ: ("out_proj",),
+    }
+    in_proj: SplitInt8Weight | torch.Tensor
+    conv_weight: SplitInt8Weight | torch.Tensor
+    conv_bias: SplitInt8Weight | torch.Tensor
+    A_log: Int8Weight | torch.Tensor
+    D: Int8Weight | torch.Tensor
+    out_proj: Int8Weight | torch.Tensor
     dt_bias: torch.Tensor
     gated_norm: torch.Tensor
 
     @classmethod
-    def of(cls, config: Mamba2Config, layer: Mamba2BlockWeights) -> Int8Mamba2Weights:
+    def quantized(cls, config: Mamba2Config, layer: Mamba2BlockWeights) -> Int8Mamba2Weights:
         """Quantize prepared weights: float16 arithmetic, but float32 for the convolution and D, as upstream."""
         widths = cls.widths(config)
         return cls(
@@ -86,13 +110,19 @@ class Int8Mamba2Weights(Int8BlockWeights):
 class Mamba2Scales(BlockScales):
     """As `BlockScales`.
 
+    in_proj_half  of a product that a convolution and scan in 16 bit read
+    in_proj_out   (2e + 2gn + h,) the scale of each column of in_proj's output
     conv_in  (e + 2gn,) weight scale times input scale
+    out      the scale of out_proj's input
     """
 
     in_proj: Factors
+    in_proj_half: Factors
+    in_proj_out: torch.Tensor
     z: float
     conv_in: torch.Tensor
     scan: SsdScales
+    out: float
 
 
 class Int8Mamba2Block(Int8Block):
@@ -100,36 +130,46 @@ class Int8Mamba2Block(Int8Block):
 
     def __init__(self, config: Mamba2Config, weights: Int8Mamba2Weights, operators: Int8Operators) -> None:
         """As `Int8Block`."""
-        self.config, self.weights, self.operators = config, weights, operators
-        self.in_proj, self.out_proj = operators.matrix(weights.in_proj.joined), operators.matrix(weights.out_proj)
-        self.taps = operators.vector(weights.conv_weight.joined.floats.T)  # codes (k, e + 2gn)
-        self.conv_bias = operators.vector(weights.conv_bias.joined.floats * weights.conv_bias.row_scales)
+        self.config, self.weights, self.operators, self.kept = config, weights, operators, weights.kept
+        self.in_proj, self.out_proj = self.matrix(weights.in_proj), self.matrix(weights.out_proj)
+        conv = weights.conv_weight
+        taps = conv if isinstance(conv, torch.Tensor) else conv.joined.floats  # of an INT8 convolution, codes
+        self.taps = operators.vector(taps.T.to(torch.float32))  # (k, e + 2gn)
+        self.conv_bias = operators.vector(weight_values(weights.conv_bias))
         # A (h,) = -exp(scale * A_log codes): quantized before the exponential.
-        self.a, self.d = operators.vector(-exp(weights.A_log.dequantized())), operators.vector(weights.D.dequantized())
-        halves = (weights.dt_bias, weights.gated_norm)
-        self.dt_bias, self.gated_norm = (operators.vector(half.to(torch.float32)) for half in halves)
+        self.a = operators.vector(-exp(weight_values(weights.A_log)))
+        others = (weights.D, weights.dt_bias, weights.gated_norm)
+        self.d, self.dt_bias, self.gated_norm = (operators.vector(weight_values(weight)) for weight in others)
 
     def lay_out(self, scales: Mapping[str, Scale], divisions: Sequence[torch.Tensor], wrap: bool) -> Mamba2Scales:
         """As `Int8Block.lay_out`."""
-        c, w, vector = self.config, self.weights, self.operators.vector
+        c, w, vector, one = self.config, self.weights, self.operators.vector, torch.ones(1)
         read, z, *conv, dt = (
             whole(scales[f"{site}:input"])
             for site in ("in_proj", "z_act", "x_conv_in", "B_conv_in", "C_conv_in", "dt_act")
         )
+        widths = {name: torch.tensor(found) for name, found in w.widths(c).items()}
         outputs = torch.tensor([z, *conv, dt], dtype=torch.float64)
+        # Of operators in 16 bit, the factors are not used.
+        of_parts = torch.tensor([1.0] * 5 if isinstance(w.in_proj, torch.Tensor) else w.in_proj.scales)
         # Upstream divides two Python floats, then stores float32.
-        ratios = (torch.tensor(w.in_proj.scales, dtype=torch.float64) / outputs).to(torch.float32)
-        columns = vector(torch.repeat_interleave(ratios, torch.tensor(w.in_proj.widths)))
+        ratios = (of_parts.to(torch.float64) / outputs).to(torch.float32)
+        columns = vector(torch.repeat_interleave(ratios, widths["in_proj"]))
         several = Multipliers(columns, read)
-        conv_in = torch.repeat_interleave(torch.tensor(conv), torch.tensor(w.conv_weight.widths))
+        half = Multipliers(vector(torch.repeat_interleave(of_parts, widths["in_proj"])), read)
+        conv_in = torch.repeat_interleave(torch.tensor(conv), widths["conv_weight"])
+        of_rows = one if isinstance(w.conv_weight, torch.Tensor) else w.conv_weight.row_scales
         out = whole(scales["out_proj:input"])
         return Mamba2Scales(
-            input=read,
+            input=None if IN_PROJ in self.kept else read,
             in_proj=Factors(several, several, Multipliers(columns * read, 1.0, away=True)),
+            in_proj_half=Factors(half, half, half),
+            in_proj_out=vector(torch.repeat_interleave(outputs.to(torch.float32), widths["in_proj"])),
             z=z,
-            conv_in=vector(w.conv_weight.row_scales * conv_in),
+            conv_in=vector(of_rows * conv_in),
             scan=self._scan_scales(scales, divisions, dt),
-            out_proj=half_factors(w.out_proj.scale, out),
+            out=out,
+            out_proj=half_factors(w.out_proj.scale if isinstance(w.out_proj, Int8Weight) else 1.0, out),
             rotation=rotation_factor(c.d_inner, out),
             wrap=wrap,
         )
@@ -148,24 +188,65 @@ class Int8Mamba2Block(Int8Block):
     def forward(
         self,
         ops: Int8Operators,
-        codes: torch.Tensor,
+        x: torch.Tensor,
         scales: Mamba2Scales,
         batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        state: AnyBlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Block.forward`."""
         c, s = self.config, scales
-        projected = ops.linear_to_int8(codes, self.in_proj, *s.in_proj.of(ops, codes))  # (t, 2e + 2gn + h)
+        norm = (self.gated_norm, c.norm_eps)
+        if CONV_SCAN in self.kept:
+            gated = ops.half.gated_norm(*self._half_conv_scan(ops, x, s, batch, state), *norm)
+            if OUT_PROJ not in self.kept:
+                gated = ops.encode(gated, s.out)
+        else:
+            y, z = self._conv_scan(ops, x, s, batch, state)
+            if OUT_PROJ in self.kept:
+                gated = ops.half.gated_norm(y, ops.decode(z, s.z), *norm)
+            else:
+                gated = ops.gated_rotate(y, z, s.z, *norm, s.rotation, s.wrap)
+        if OUT_PROJ in self.kept:
+            return ops.half_product(gated, self.out_proj)
+        return ops.linear_to_half(gated, self.out_proj, *s.out_proj.of(ops, gated))
+
+    def _conv_scan(
+        self, ops: Int8Operators, x: torch.Tensor, s: Mamba2Scales, batch: PlacedBatch, state: AnyBlockState | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scan's output (t, e), float16 values, by a convolution and scan of codes; and codes of z (t, e)."""
+        assert state is None or isinstance(state, Int8BlockState)
+        c = self.config
+        if IN_PROJ in self.kept:
+            projected = ops.encode(ops.half_product(x, self.in_proj), s.in_proj_out)  # (t, 2e + 2gn + h)
+        else:
+            projected = ops.linear_to_int8(x, self.in_proj, *s.in_proj.of(ops, x))
         z, conv_in, dt = torch.split(projected, [c.d_inner, c.conv_width, c.heads], dim=1)
         produced = s.scan.conv_out, s.scan.zero
         conv_out = ops.conv_silu(conv_in, self.taps, s.conv_in, self.conv_bias, *produced, batch, state)
-        y = ops.ssd_scan(conv_out, dt, s.scan, self.a, self.d, self.dt_bias, batch, state)
-        gated = ops.gated_rotate(y, z, s.z, self.gated_norm, c.norm_eps, s.rotation, s.wrap)
-        return ops.linear_to_half(gated, self.out_proj, *s.out_proj.of(ops, gated))
+        return ops.ssd_scan(conv_out, dt, s.scan, self.a, self.d, self.dt_bias, batch, state), z
 
-    def new_state(self, sequences: int) -> Int8BlockState:
+    def _half_conv_scan(
+        self, ops: Int8Operators, x: torch.Tensor, s: Mamba2Scales, batch: PlacedBatch, state: AnyBlockState | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same by a convolution and scan in 16 bit; and z, float16 values."""
+        assert state is None or isinstance(state, BlockState)
+        c = self.config
+        if IN_PROJ in self.kept:
+            projected = ops.half_product(x, self.in_proj)
+        else:
+            projected = ops.linear_to_half(x, self.in_proj, *s.in_proj_half.of(ops, x))
+        z, conv_in, dt = torch.split(projected, [c.d_inner, c.conv_width, c.heads], dim=1)
+        conv_out = ops.half.conv_silu(conv_in, self.taps, self.conv_bias, batch, state)
+        x, b, c_out = torch.split(conv_out, [c.d_inner, c.bc_width, c.bc_width], dim=1)
+        return ops.half.ssd_scan(x, b, c_out, dt, self.a, self.d, self.dt_bias, batch, state), z
+
+    def new_state(self, sequences: int) -> AnyBlockState:
         """As `Int8Block.new_state`."""
         c = self.config
+        if CONV_SCAN in self.kept:
+            return BlockState(
+                torch.zeros(sequences, c.d_conv - 1, c.conv_width), torch.zeros(sequences, c.d_inner, c.d_state)
+            )
         return Int8BlockState(
             torch.zeros(sequences, c.d_conv, c.conv_width, dtype=torch.int8),
             torch.zeros(sequences, c.d_inner, c.d_state, dtype=torch.int8),

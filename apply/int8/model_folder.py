@@ -1,9 +1,10 @@
 """Stores an INT8 model in a folder: tensors, settings, and the origin of its scales.
 
-model.safetensors  int8 weights and their scales, the embedding and head, every activation scale
-config.json        sizes, settings, source model and hashes, strategy
-scales.parquet the rows of the scale table that were used (and upstream's, for comparison) tokenizer.json the source
-model's tokenizer
+model.safetensors  int8 weights and their scales, float16 weights of operators in 16 bit, the embedding and head, every
+                   activation scale
+config.json        sizes, settings, source model and hashes, strategy, operators in 16 bit
+scales.parquet     the rows of the scale table that were used (and upstream's, for comparison)
+tokenizer.json     the source model's tokenizer
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -123,6 +124,7 @@ def save_model(
         "quantize_lm_head": model.quantized_lm_head,
         "quantize_embedding": model.weights.embedding_scales is not None,
         "compat": model.compat,
+        "kept_16bit": [list(operator) for operator in sorted(model.kept)],
         "tensors_sha256": file_sha256(folder / TENSORS),
         **about,
     }
@@ -211,16 +213,24 @@ def _model_of(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Int8La
 def _layer(kind: Int8BlockKind, config: ModelConfig, tensors: dict[str, torch.Tensor], prefix: str) -> Int8BlockWeights:
     """One block's weights, each of its field's type."""
     widths = kind.weights.widths(config)
-    types = {name: found for name, found in get_type_hints(kind.weights).items() if name != "kind"}
     weights: dict[str, Any] = {}
-    for field, found in types.items():
-        name = prefix + field
-        if found is SplitInt8Weight:
+    for field in fields(kind.weights):  # type: ignore[arg-type]
+        name = prefix + field.name
+        if f"{name}.scale" not in tensors:
+            weights[field.name] = _unquantized(tensors, name)
+        elif field.name in widths:
             scales = tuple(tensors[f"{name}.scale"].tolist())
-            weights[field] = SplitInt8Weight(tensors[name], scales, widths[field])
+            weights[field.name] = SplitInt8Weight(tensors[name], scales, widths[field.name])
         else:
-            weights[field] = _whole(tensors, name) if found is Int8Weight else tensors[name]
+            weights[field.name] = _whole(tensors, name)
     return kind.weights(**weights)
+
+
+def _unquantized(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A tensor that has no scale. KeyError: it is codes, whose scale is missing."""
+    if tensors[name].dtype == torch.int8:
+        raise KeyError(f"{name}.scale")
+    return tensors[name]
 
 
 def _scale_of(tensor: torch.Tensor, zero_points: torch.Tensor | None) -> Scale:

@@ -6,6 +6,9 @@ compute in float32 and round a result once. Five operations round to codes: `add
 
 Convolution and scans take a ``state`` or None. Over whole documents they set it to the state after each document;
 operators that decode read and update it.
+
+An operator in 16 bit reads and makes float16 values: `half_product`, and `half`, which has convolution, scans, norm and
+Hadamard transform. `encode` and `decode` stand between it and its neighbours of codes.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from quambase.apply.int8.arithmetic import Int8Weight
+from quambase.apply.int8.half_operators import HalfOperators
+from quambase.model.operators.interface import BlockState
 from quambase.model.packed_batch import PlacedBatch
 
 
@@ -29,6 +34,10 @@ class Int8BlockState:
 
     conv: torch.Tensor
     ssm: torch.Tensor
+
+
+AnyBlockState = Int8BlockState | BlockState
+"""A block's decoding state: in codes, or in floating point if its conv_scan is in 16 bit."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,23 @@ class Int8Operators(Protocol):
 
     def half_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The product (rows, out) of float16 values x (rows, in), rounded to float16."""
+
+    @property
+    def half(self) -> HalfOperators:
+        """The operators in 16 bit, made on first use."""
+
+    def encode(
+        self, x: torch.Tensor, scale: float | torch.Tensor, zero: float | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Codes (rows, c), saturating, half to even, of float16 values x (rows, c), whose rows may be strided.
+
+        scale, zero  one for all, or (c,) float32; the zero point is added to the rounded quotient of float32
+        """
+
+    def decode(
+        self, codes: torch.Tensor, scale: float | torch.Tensor, zero: float | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Float16 values (rows, c), contiguous, of such codes: (code - zero) times scale in float32, then rounded."""
 
     def conv_silu(
         self,

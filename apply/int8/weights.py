@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,6 +14,8 @@ from quambase.apply.int8.block_kinds import int8_kind_of
 from quambase.apply.int8.operators import Int8Operators
 from quambase.model.block import ModelConfig
 from quambase.model.weights import ModelWeights
+from quambase.schema.errors import ScalesInvalid
+from quambase.schema.scale_table import Operator
 
 UPSTREAM = "upstream"
 """The only compatibility mode: upstream's wrapping Hadamard quantizer, and its embedding maximum without abs."""
@@ -32,6 +35,11 @@ class Int8ModelWeights:
     lm_head: torch.Tensor | Int8Weight
     layers: tuple[Int8BlockWeights, ...]
 
+    @property
+    def kept(self) -> frozenset[Operator]:
+        """The operators in 16 bit."""
+        return frozenset((i, operator) for i, layer in enumerate(self.layers) for operator in layer.kept)
+
 
 def quantize(
     prepared: ModelWeights,
@@ -45,8 +53,26 @@ def quantize(
     if quantize_embedding:
         embedding, scales = quantize_rows(prepared.embedding, signed_max=compat == UPSTREAM)
     head = quantize_weight(prepared.lm_head) if quantize_lm_head else prepared.lm_head.to(torch.float16)
-    layers = tuple(int8_kind_of(layer).weights.of(prepared.config, layer) for layer in prepared.layers)
+    layers = tuple(int8_kind_of(layer).weights.quantized(prepared.config, layer) for layer in prepared.layers)
     return Int8ModelWeights(prepared.config, embedding, scales, head, layers)
+
+
+def with_kept(weights: Int8ModelWeights, prepared: ModelWeights, kept: Collection[Operator]) -> Int8ModelWeights:
+    """``weights`` with the operators ``kept`` in 16 bit and no others, made of ``prepared``; layers that have and get
+    none are shared.
+
+    ScalesInvalid: the model has no such operator.
+    """
+    by_layer: dict[int, list[str]] = {i: [] for i, layer in enumerate(weights.layers) if layer.kept}
+    for layer, operator in sorted(kept):
+        by_layer.setdefault(layer, []).append(operator)
+    layers = list(weights.layers)
+    for layer, operators in by_layer.items():
+        if not 0 <= layer < len(layers):
+            raise ScalesInvalid(f"layer {layer} is to be in 16 bit; the model has the layers 0 to {len(layers) - 1}")
+        original = prepared.layers[layer]
+        layers[layer] = int8_kind_of(original).weights.of(prepared.config, original, operators)
+    return replace(weights, layers=tuple(layers))
 
 
 class PlacedWeights:

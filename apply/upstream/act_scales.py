@@ -37,7 +37,7 @@ from quambase.schema.files import refuse_foreign_file, replacing
 from quambase.schema.groups import LayerGroups
 from quambase.schema.model_info import ModelInfo
 from quambase.schema.number_format import Affine
-from quambase.schema.scale_table import SELECTED, Scale, ScaleTable, SymmetricScale, read_scales
+from quambase.schema.scale_table import MIXED, SELECTED, Scale, ScaleTable, SymmetricScale, read_scales
 from quambase.schema.sites import FAMILIES, HEAD_LAYER, MAMBA2, layer_sites
 
 HeadGroup = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -115,6 +115,8 @@ def upstream_form(
     family = model.family
     if family not in FAMILIES:
         raise ScalesInvalid(f"the scale table describes {model.name} (family {family}); expected a Mamba model's")
+    if strategy == MIXED:
+        raise ScalesInvalid("upstream's INT8 model has no operator in 16 bit, as mixed has; name another strategy")
     chosen, replaced = clip_safe(table, choose_scales(table, strategy, at, otherwise, granularity))
     n_layer = model.n_layer
     sites = list(layer_sites(n_layer, family))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from quambase.schema.sites import WHOLE, Site, find_site, is_model_site
+from quambase.schema.sites import WHOLE, find_site, is_model_site
 
 NOTABLE, SEVERE = 3.0, 10.0
 """Ratios of amax to the 99.95 % quantile from which outliers are notable, and severe.
@@ -41,7 +41,9 @@ def outlier_word(ratio: float) -> str:
 
 def reader(site: str, family: str) -> str:
     """Which part of an INT8 model of ``family`` reads the scale of ``site``; an imported tensor counts as evaluated."""
-    known = find_site(site, family) if is_model_site(site, family) else Site(site, consumed=True)
+    if not is_model_site(site, family):
+        return EVALUATED
+    known = find_site(site, family)
     if not known.consumed:
         return UNREAD
     return DECODING if known.decode_only else HEAD if known.head else EVALUATED

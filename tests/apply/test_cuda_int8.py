@@ -19,6 +19,7 @@ import torch
 from cuda_kernels_on_host import cuda_or_host
 from recorded_operators import OPERATORS, TO_CODES, padded
 from test_device_int8 import host_model
+from test_mixed_precision import SUBSETS, mixed
 
 from quambase.analyzer.analyze import analyze
 from quambase.apply.evaluation.evaluate import evaluate
@@ -268,6 +269,19 @@ def test_tiny_models_logits_are_the_hosts(family: str, switches: dict[str, Any],
     found, wanted = model.logits(model.hidden(batch)).float().cpu(), host.logits(host.hidden(batch))
     # A code that goes the other way is followed by others: the models are as close as that leaves them.
     assert (found - wanted).norm() <= 0.02 * wanted.norm()
+
+
+@on_cuda
+@pytest.mark.parametrize(("family", "kept"), SUBSETS)
+def test_models_with_operators_in_16_bit_are_the_hosts(
+    family: str, kept: tuple[str, ...], device: torch.device
+) -> None:
+    host = mixed(family, kept)
+    (model,) = int8_on_cuda({"mixed": host}, device).values()
+    generator = np.random.default_rng(0)
+    batch = Batch.pack([generator.integers(0, 40, length).tolist() for length in LENGTHS])
+    found, wanted = model.logits(model.hidden(batch)).float().cpu(), host.logits(host.hidden(batch))
+    assert (found - wanted).norm() <= 0.02 * wanted.norm()  # as above
 
 
 @on_cuda
