@@ -14,10 +14,7 @@ import numpy.typing as npt
 
 from quambase.analyzer import kernels
 from quambase.schema.distribution import Distribution, Sensitivity
-from quambase.schema.number_format import INT8, Affine
-
-OUTLIER_CODE = 120
-"""Codes beyond this magnitude are the seed's "outlier range" (121..127 and -121..-128)."""
+from quambase.schema.number_format import INT8, OUTLIER_CODE, Affine
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from quambase.analyzer import kernels
 from quambase.analyzer.least_squares import optimal_affine, optimal_scale
-from quambase.analyzer.quantization_error import OUTLIER_CODE
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.upstream_observers import (
     EMA_ALPHA,
@@ -33,7 +32,7 @@ from quambase.analyzer.upstream_observers import (
     quantile_column,
 )
 from quambase.schema.errors import UnknownName
-from quambase.schema.number_format import INT8, Affine
+from quambase.schema.number_format import INT8, OUTLIER_CODE, Affine
 from quambase.schema.sites import MAMBA2
 
 Scale = float | Affine | tuple[float, float]

@@ -102,7 +102,7 @@ def selection(table: pa.Table, target: str = QUAMBASE, *, by_effect: bool = True
     consumed = [row for row in rows if row["consumed"]] or rows
     chosen = [row for row in consumed if row["selected"]]
     if not chosen:
-        return ["nothing is selected: every strategy here needs a decoder, which no INT8 model has"]
+        return ["nothing is selected: every strategy here needs a decoder, and no integer product reads its codes"]
     counts = Counter(row["label"] for row in chosen)
     shares = ", ".join(f"{label} at {count}" for label, count in counts.most_common())
     loss = predicted_loss(chosen)

@@ -27,9 +27,16 @@ def choose_scales(
     """(layer, site) to scale, or to scales per group, at the table's finest granularity up to ``granularity`` (None:
     any): those of ``strategy``; with ``at``, those of ``strategy`` at these sites and of ``otherwise`` elsewhere.
 
-    UnknownName: an unknown label, site or granularity; ScalesInvalid: a granularity that the table lacks.
+    UnknownName: an unknown label, site or granularity; ScalesInvalid: a granularity that the table lacks, or a strategy
+    whose codes have two segments.
     """
     level = check_granularity(table, granularity)
+    for label in (strategy, *([otherwise] if at else ())):
+        if table.needs_decode(label):
+            raise ScalesInvalid(
+                f"{label} has codes of two segments, which no integer product reads; name another strategy, or measure "
+                f"it: evaluate --strategy {label}"
+            )
     chosen = table.group_scales_for(strategy, level)
     if not at:
         return chosen

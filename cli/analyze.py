@@ -145,7 +145,7 @@ def analyze(
     summary = summarize(found.table)
     emit(summary if format_ not in PEOPLE else _for_people(summary), format_)
     if any(summary["needs_decode"].to_pylist()):
-        answer("d: its codes need a decoder, which no INT8 model has")
+        answer("d: its codes need a decoder: `evaluate` measures it, no integer product reads it")
     for line in selection(found.table, target, by_effect=select != MSE):
         answer(line)
     mixed = sentence(found.frontier, found.kept)

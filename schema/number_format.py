@@ -50,3 +50,6 @@ class Affine:
 
 INT8 = NumberFormat("int8", -128, 127)
 """What every scale of this package is for."""
+
+OUTLIER_CODE = 120
+"""Codes beyond this magnitude are the seed's "outlier range" (121..127 and -121..-128)."""

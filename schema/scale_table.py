@@ -35,6 +35,9 @@ state, one for each group and state index."""
 SymmetricScale = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 """A `Scale` without zero points."""
 
+Segments = tuple[tuple[float, ...], ...]
+"""Of two-segment codes, (inner, outer) for each scale group, in channel order."""
+
 LATER: dict[str, Any] = {"predicted_kl": None, "zero_point": 0}
 """Columns that tables of earlier versions lack, and what they hold then."""
 
@@ -150,23 +153,28 @@ class ScaleTable:
         They are in the order of SSD group, head group and channel group; a group with component scales has all of them.
         A site that is divided several ways has its finest division up to ``granularity``. UnknownName: no granularity.
         """
-        if granularity not in GRANULARITIES:
-            raise UnknownName.of("granularity", granularity, GRANULARITIES)
         found: dict[tuple[int, str], Scale] = {**self.scales_for(label)}
-        rows = self._plain_rows(label)
-        finest = GRANULARITIES.index(granularity)
-        by_site: dict[tuple[int, str], dict[int, dict[tuple[int, ...], Any]]] = {}
-        wanted = ("layer", "site", "group_name", "scale", "zero_point", "component_scales")
-        columns = (rows[name].to_pylist() for name in wanted)
-        for layer, site, name, scale, zero_point, components in zip(*columns, strict=True):
-            level = GRANULARITIES.index(granularity_of(name))
-            if is_scale_group(name) and level <= finest:
-                of_group = _with_zero_point(scale, zero_point) if components is None else tuple(components)
-                by_site.setdefault((layer, site), {}).setdefault(level, {})[group_numbers(name)] = of_group
-        for key, levels in by_site.items():
-            groups = levels[max(levels)]
-            found[key] = tuple(groups[numbers] for numbers in sorted(groups))
+        for key, rows in _finest(self._rows_of(label, needs_decode=False), granularity).items():
+            groups: Any = [
+                _with_zero_point(row["scale"], row["zero_point"])
+                if row["component_scales"] is None
+                else tuple(row["component_scales"])
+                for row in rows
+            ]
+            found[key] = tuple(groups)
         return found
+
+    def needs_decode(self, label: str) -> bool:
+        """Whether the codes of ``label`` have two segments. UnknownName: no such label."""
+        self.check_label(label)
+        return label in self.labels() and self._rows_of(label, needs_decode=True).num_rows > 0
+
+    def segments_for(self, label: str, granularity: str = GROUP) -> dict[tuple[int, str], Segments]:
+        """(layer, site) to the scales of a strategy that `needs_decode`, of the groups as in `group_scales_for`."""
+        rows = self._rows_of(label, needs_decode=True)
+        whole = rows.filter(pc.equal(rows["group_name"], pa.scalar(WHOLE))).to_pylist()
+        found = {(row["layer"], row["site"]): [row] for row in whole} | _finest(rows, granularity)
+        return {key: tuple(tuple(row["component_scales"]) for row in of_site) for key, of_site in found.items()}
 
     def scales_for(self, label: str) -> dict[tuple[int, str], float | Affine]:
         """(layer, site) to the scale of strategy ``label``, for sites that have one scale (``all``).
@@ -177,7 +185,7 @@ class ScaleTable:
         """
         self.check_label(label)
         _ = self.run
-        rows = self._plain_rows(label)
+        rows = self._rows_of(label, needs_decode=False)
         rows = rows.filter(pc.equal(rows["group_name"], pa.scalar(WHOLE)))
         columns = (rows[name].to_pylist() for name in ("layer", "site", "scale", "zero_point"))
         return {
@@ -185,12 +193,31 @@ class ScaleTable:
             for layer, site, scale, zero_point in zip(*columns, strict=True)
         }
 
-    def _plain_rows(self, label: str) -> pa.Table:
-        """The rows of ``label`` whose scale is one INT8 multiplication."""
+    def _rows_of(self, label: str, *, needs_decode: bool) -> pa.Table:
+        """The rows of ``label`` whose scale is one INT8 multiplication, or those whose codes need a decoder."""
         chosen = (
             self.table["selected"] if label in (SELECTED, MIXED) else pc.equal(self.table["label"], pa.scalar(label))
         )
-        return self.table.filter(pc.and_(chosen, pc.invert(self.table["needs_decode"])))
+        decoded = self.table["needs_decode"]
+        return self.table.filter(pc.and_(chosen, decoded if needs_decode else pc.invert(decoded)))
+
+
+def _finest(rows: pa.Table, granularity: str) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """By (layer, site) the rows of the finest division up to ``granularity``, in the order of SSD group, head group and
+    channel group. UnknownName: no granularity.
+    """
+    if granularity not in GRANULARITIES:
+        raise UnknownName.of("granularity", granularity, GRANULARITIES)
+    finest = GRANULARITIES.index(granularity)
+    by_site: dict[tuple[int, str], dict[int, dict[tuple[int, ...], dict[str, Any]]]] = {}
+    wanted = ["layer", "site", "group_name", "scale", "zero_point", "component_scales"]
+    for row in rows.select(wanted).to_pylist():
+        name = row["group_name"]
+        level = GRANULARITIES.index(granularity_of(name))
+        if is_scale_group(name) and level <= finest:
+            by_site.setdefault((row["layer"], row["site"]), {}).setdefault(level, {})[group_numbers(name)] = row
+    groups = {key: levels[max(levels)] for key, levels in by_site.items()}
+    return {key: [of_site[numbers] for numbers in sorted(of_site)] for key, of_site in groups.items()}
 
 
 def _with_zero_point(scale: float, zero_point: int | None) -> float | Affine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -10,17 +10,19 @@ from typing import Any
 
 from quambase.apply.apply import load_named, load_source
 from quambase.apply.evaluation.tasks import no_text
-from quambase.apply.int8.build import build, check_any_scales, leaving_in_16_bit, prepared_for
+from quambase.apply.int8.build import AnyInt8Model, check_any_scales, leaving_in_16_bit, on_host, prepared_for
 from quambase.apply.int8.group_scales import as_json, channel_maps
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.model_folder import SCALES, load_stored, weights_digest
-from quambase.apply.int8.needed_scales import Scales, check_model, loadable_labels, needed_sites
+from quambase.apply.int8.needed_scales import check_model, loadable_labels, needed_sites
+from quambase.apply.int8.two_segments import TwoSegmentModel
+from quambase.apply.int8.weights import quantize
 from quambase.apply.scale_choice import check_granularity, describe
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.sources import is_bundled
 from quambase.schema.errors import DataInvalid, ScalesInvalid
 from quambase.schema.results import UPSTREAM
-from quambase.schema.scale_table import MIXED, SELECTED, read_scales
+from quambase.schema.scale_table import MIXED, SELECTED, ScaleTable, read_scales
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Candidates:
     """The models to compare: the float one, and INT8 ones by label, which share their weights."""
 
     source: LoadedModel
-    models: Mapping[str, Int8LanguageModel]
+    models: Mapping[str, AnyInt8Model]
     scales: str
     run: str | None
     skipped: list[str] = field(default_factory=list)
@@ -64,7 +66,7 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
             f"{folder} was made of other weights ({about['weights_sha256'][:12]}) than {loaded.name} has "
             f"({loaded.weights_sha256[:12]}); give the model it was made of with --model"
         )
-    models: dict[str, Int8LanguageModel] = {about["strategy"]: stored.model}
+    models: dict[str, AnyInt8Model] = {about["strategy"]: stored.model}
     path = folder / SCALES
     if path.exists():
         table = read_scales(path)
@@ -91,7 +93,7 @@ def from_model(model: str | None, texts: Sequence[str]) -> Candidates:
 def from_scales(
     scales: Path,
     strategies: Sequence[str],
-    model: str | None,
+    named: str | None,
     quantize_lm_head: bool,
     *,
     quantize_embedding: bool,
@@ -101,37 +103,46 @@ def from_scales(
 ) -> Candidates:
     """Strategies of a scale table at each of ``granularities`` ("all": every one the table has; none: its finest),
     built in memory on one set of INT8 weights. Labels name the granularity where it is not the table's finest.
-    ``db`` is where a table that another tool has edited finds its origin again.
+
+    named  the floating-point model, if it moved
+    db     where a table that another tool has edited finds its origin again
     """
     table = read_scales(scales, db)
     held = table.granularities()
     levels = held if "all" in granularities else [check_granularity(table, level) for level in granularities]
-    loaded = load_source(table, model)
+    loaded = load_source(table, named)
     needed = needed_sites(loaded.any_weights.config, quantize_lm_head)
     skipped: list[str] = []
     labels = list(dict.fromkeys(strategies))
     if "all" in labels:
-        whole, skipped = loadable_labels(table, needed)
-        labels = [*whole, SELECTED, *([MIXED] if table.kept else [])]
-    chosen: dict[str, Scales] = {}
-    of_strategy: dict[str, str] = {}
-    for level in levels or held[-1:]:
-        for label in labels:
-            name = describe(label, granularity=None if level == held[-1] else level)
-            scales_of = table.group_scales_for(label, level)
-            chosen[name] = check_any_scales(loaded.any_weights, table, scales_of, quantize_lm_head)
-            of_strategy[name] = label
-    prepared = prepared_for(loaded.any_weights, table)
-    first = build(
-        prepared,
-        next(iter(chosen.values())),
-        channel_groups=channel_maps(table.model.layer_groups or ()),
-        quantize_lm_head=quantize_lm_head,
-        quantize_embedding=quantize_embedding,
-        compat=compat,
-    )
-    models = {label: first.with_scales(found) for label, found in chosen.items()}
-    for label, strategy in of_strategy.items():
-        if strategy == MIXED:
-            models[label] = leaving_in_16_bit(models[label], prepared, table.kept)
+        whole, partial = loadable_labels(table, needed)
+        decoded = [label for label in partial if compat is None and _has_segments(table, label, needed)]
+        skipped = [label for label in partial if label not in decoded]
+        labels = [*whole, SELECTED, *([MIXED] if table.kept else []), *decoded]
+    asked = [(label, level) for level in levels or held[-1:] for label in labels]
+    chosen = {
+        (label, level): check_any_scales(
+            loaded.any_weights, table, table.group_scales_for(label, level), quantize_lm_head
+        )
+        for label, level in asked
+        if not table.needs_decode(label)
+    }
+    prepared, maps = prepared_for(loaded.any_weights, table), channel_maps(table.model.layer_groups or ())
+    switches = {"quantize_lm_head": quantize_lm_head, "quantize_embedding": quantize_embedding}
+    placed = on_host(quantize(prepared, **switches, compat=compat))
+    models: dict[str, AnyInt8Model] = {}
+    for label, level in asked:
+        name = describe(label, granularity=None if level == held[-1] else level)
+        if (label, level) not in chosen:
+            segments = table.segments_for(label, level)
+            models[name] = TwoSegmentModel(placed.weights, prepared, segments, channel_groups=maps, compat=compat)
+            continue
+        model = Int8LanguageModel(placed, chosen[label, level], channel_groups=maps, compat=compat)
+        kept = table.kept_for(label)
+        models[name] = leaving_in_16_bit(model, prepared, kept) if kept else model
     return Candidates(loaded, models, str(scales), table.run, skipped, table.notes)
+
+
+def _has_segments(table: ScaleTable, label: str, needed: Collection[tuple[int, str]]) -> bool:
+    """Whether the codes of ``label`` have two segments at every needed site."""
+    return table.needs_decode(label) and set(needed) <= table.segments_for(label).keys()

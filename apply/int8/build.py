@@ -11,6 +11,7 @@ from quambase.apply.int8.group_scales import ChannelGroups, channel_maps, check_
 from quambase.apply.int8.host_operators import HostInt8Operators
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.needed_scales import Scales
+from quambase.apply.int8.two_segments import TwoSegmentModel
 from quambase.apply.int8.weights import Int8ModelWeights, PlacedWeights, quantize, with_kept
 from quambase.model.prepare import prepare, reorder
 from quambase.model.weights import ModelWeights
@@ -91,15 +92,22 @@ def check_any_scales(weights: ModelWeights, table: ScaleTable, scales: Scales, q
     return check_scales(scales, weights.config, maps, quantize_lm_head)
 
 
-def int8_on_cuda(models: Mapping[str, Int8LanguageModel], device: torch.device) -> dict[str, Int8LanguageModel]:
+AnyInt8Model = Int8LanguageModel | TwoSegmentModel
+"""What an evaluation compares with the floating-point model."""
+
+
+def int8_on_cuda(models: Mapping[str, AnyInt8Model], device: torch.device) -> dict[str, AnyInt8Model]:
     """Copies of ``models``, which are strategies of one model by label, on a CUDA device, where they share the weights.
 
     CompilationFailed: the kernels do not compile.
     """
-    found: dict[str, Int8LanguageModel] = {}
+    found: dict[str, AnyInt8Model] = {}
     shared: dict[int, PlacedWeights] = {}
     operators: CudaInt8Operators | None = None
     for label, host in models.items():
+        if isinstance(host, TwoSegmentModel):
+            found[label] = host.on(device)
+            continue
         operators = operators or CudaInt8Operators(device, host.config.operator_sizes)
         key = id(host.weights)
         shared[key] = shared.get(key) or PlacedWeights(host.weights, operators)

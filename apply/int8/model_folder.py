@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from quambase.apply.int8.arithmetic import Int8Weight, SplitInt8Weight
 from quambase.apply.int8.block import Int8BlockKind, Int8BlockWeights
 from quambase.apply.int8.block_kinds import BY_FORMAT, int8_kind_of
-from quambase.apply.int8.build import on_host
+from quambase.apply.int8.build import AnyInt8Model, on_host
 from quambase.apply.int8.group_scales import values_of, zero_points_of
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.weights import Int8ModelWeights
@@ -136,17 +136,26 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def weights_digest(model: Int8LanguageModel) -> str:
+def weights_digest(model: AnyInt8Model) -> str:
     """SHA-256 over the names and bytes of all tensors of a model except its activation scales."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(_tensors(model).items()):
-        if not name.startswith(("activation_scales.", "activation_zero_points.")):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    for name, tensor in sorted(_tensors_but_scales(model).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _tensors(model: Int8LanguageModel) -> dict[str, torch.Tensor]:
+    found = _tensors_but_scales(model)
+    for (layer_number, site), value in model.scales.items():
+        values, zero_points = values_of(value), zero_points_of(value)
+        found[f"activation_scales.{layer_number}.{site}"] = values if isinstance(value, tuple) else values[0]
+        if zero_points.any():
+            found[f"activation_zero_points.{layer_number}.{site}"] = zero_points
+    return found
+
+
+def _tensors_but_scales(model: AnyInt8Model) -> dict[str, torch.Tensor]:
     weights = model.weights
     found: dict[str, torch.Tensor] = {"embedding": weights.embedding}
     if weights.embedding_scales is not None:
@@ -161,11 +170,6 @@ def _tensors(model: Int8LanguageModel) -> dict[str, torch.Tensor]:
         found[name] = weight.codes
         scale = weight.scales if isinstance(weight, SplitInt8Weight) else weight.scale
         found[f"{name}.scale"] = torch.tensor(scale, dtype=torch.float32)
-    for (layer_number, site), value in model.scales.items():
-        values, zero_points = values_of(value), zero_points_of(value)
-        found[f"activation_scales.{layer_number}.{site}"] = values if isinstance(value, tuple) else values[0]
-        if zero_points.any():
-            found[f"activation_zero_points.{layer_number}.{site}"] = zero_points
     found |= {f"channel_groups.{i}": torch.stack(list(maps)) for i, maps in enumerate(model.channel_groups)}
     return {name: tensor.contiguous() for name, tensor in found.items()}
 

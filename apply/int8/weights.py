@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from quambase.apply.int8.arithmetic import Int8Weight, quantize_rows, quantize_weight
+from quambase.apply.int8.arithmetic import Int8Weight, quantize_rows, quantize_weight, weight_values
 from quambase.apply.int8.block import Int8Block, Int8BlockWeights
 from quambase.apply.int8.block_kinds import int8_kind_of
 from quambase.apply.int8.operators import Int8Operators
@@ -73,6 +73,18 @@ def with_kept(weights: Int8ModelWeights, prepared: ModelWeights, kept: Collectio
         original = prepared.layers[layer]
         layers[layer] = int8_kind_of(original).weights.of(prepared.config, original, operators)
     return replace(weights, layers=tuple(layers))
+
+
+def dequantized(weights: Int8ModelWeights, prepared: ModelWeights) -> ModelWeights:
+    """Prepared weights with the values of ``weights`` in place of those they were quantized from."""
+    layers = tuple(
+        replace(layer, **{name: weight_values(weight) for name, weight in vars(codes).items()})
+        for layer, codes in zip(prepared.layers, weights.layers, strict=True)
+    )
+    embedding = weights.embedding.to(torch.float32)
+    if weights.embedding_scales is not None:
+        embedding = embedding * weights.embedding_scales.to(torch.float32).unsqueeze(-1)
+    return replace(prepared, embedding=embedding, lm_head=weight_values(weights.lm_head), layers=layers)
 
 
 class PlacedWeights:
