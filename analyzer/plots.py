@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from quambase.analyzer.channel_division import Division
+from quambase.analyzer.convergence import CHANGE, MSE_RATIO, TOLERANCE
 from quambase.schema.distribution import Distribution
 from quambase.schema.pictures import save_picture
 
@@ -52,6 +55,39 @@ def groups_picture(path: Path, title: str, before: Division, after: Division) ->
     for axes, name, division in panels:
         _draw_division(axes, name, division)
     save_picture(figure, path)
+
+
+def convergence_picture(path: Path, title: str, sizes: pa.Table) -> None:
+    """Save two panels against the number of documents, of rows of `quambase.analyzer.convergence.SIZES`: how far each
+    strategy's scales are from those of all documents, and how much more error they make; see `save_picture`.
+    """
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(title)
+    rows = sizes.to_pylist()
+    for number, label in enumerate(dict.fromkeys(row["strategy"] for row in rows)):
+        mine = [row for row in rows if row["strategy"] == label]
+        # Ten colours are told apart; further strategies have another line.
+        style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--", "label": label}
+        _draw_band(left, mine, CHANGE, 0.0, style)
+        _draw_band(right, mine, MSE_RATIO, 1.0, style)
+    left.axhline(TOLERANCE, color="black", linewidth=0.8, linestyle=":")
+    left.set(ylabel="|scale / scale from all - 1|", title=f"movement of the scales (dotted: {100 * TOLERANCE:g} %)")
+    right.set(ylabel="MSE / MSE of the scale from all - 1", title="error on all documents")
+    for axes in (left, right):
+        axes.set(xlabel="documents", xscale="log", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    left.legend(fontsize="small")
+    save_picture(figure, path)
+
+
+def _draw_band(axes: Axes, rows: list[dict[str, Any]], name: str, base: float, style: dict[str, str]) -> None:
+    """The median of a quantity above ``base`` and its band. What is 0 or less has no place on a logarithmic axis."""
+    found = np.array([[row[f"{name}{end}"] for end in ("", "_low", "_high")] for row in rows], np.float64) - base
+    documents = [row["documents"] for row in rows]
+    found[found <= 0] = np.nan
+    axes.plot(documents, found[:, 0], marker=".", linewidth=1.2, **style)  # type: ignore[arg-type]
+    axes.fill_between(documents, found[:, 1], found[:, 2], color=style["color"], alpha=0.12, linewidth=0)
 
 
 def _draw_division(axes: Axes, name: str, division: Division) -> None:

@@ -328,6 +328,9 @@ _ENCODINGS = {
 _STATISTICS = {"counts": ["layer"], "block_counts": ["layer"]}
 """The columns by which row groups are told apart, of the tables where those of the others take long to find."""
 
+_ROW_GROUPS = {"block_counts": 1 << 16}
+"""Rows of a row group, where not as many as the library has by default: one layer of all blocks is read at a time."""
+
 
 def _writer(path: Path, name: str, schema: pa.Schema) -> pq.ParquetWriter:
     words = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_dictionary(f.type)]
@@ -350,7 +353,7 @@ def write_table(path: Path, name: str, table: pa.Table, schema: pa.Schema) -> No
     """Write one Parquet file atomically; ``name``, the table's, chooses how columns are encoded."""
     made = as_made(schema) if name in RUN_TABLES else schema
     with replacing(path) as temporary, _writer(temporary, name, made) as writer:
-        writer.write_table(cast_to(table, made))
+        writer.write_table(cast_to(table, made), row_group_size=_ROW_GROUPS.get(name))
 
 
 def with_later_columns(table: pa.Table, schema: pa.Schema, later: Mapping[str, Any]) -> pa.Table:
