@@ -215,8 +215,8 @@ def summarize(
 
 def _sentence(row: dict[str, Any], documents: int) -> str:
     """The verdict on one strategy."""
-    label, half = row["strategy"], f"from {row['half']} to all"
-    moved = f"{half}: {_percent(row[f'{CHANGE}_high'])}, MSE {100 * (row[f'{MSE_RATIO}_high'] - 1):+.2g} %"
+    label = row["strategy"]
+    moved = f"from {row['half']} to all: {_percent(row[f'{CHANGE}_high'])}"
     if row["verdict"] == CONVERGED:
         return f"{label} moves less than {_percent(TOLERANCE)} beyond {_documents(row['converged_at'])} ({moved})"
     if row["verdict"] == MOVING:

@@ -22,7 +22,7 @@ from quambase.cli.console import (
     options,
     output_options,
 )
-from quambase.cli.formats import emit, format_cell
+from quambase.cli.formats import emit
 from quambase.cli.query import run_option
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ def converge(
     drawn = None if no_picture else picture
     found = find_convergence(db, run, site, layer, strategies, drawn, resamples, seed, True, force)
     if table is None and format_ == "table" and output is None:
-        click.echo(f"{found.title}\n")
+        click.echo(f"{found.title}: from half to all\n")
         emit(_strategies(found))
-        click.echo("\nmove, the 95 % end, from so many documents to all:\n")
+        click.echo("\nthe 95 % end of the move from so many documents to all\n")
         emit(_sizes(found))
     else:
         name = table or "sizes"
@@ -113,7 +113,7 @@ def converge(
 
 
 def _strategies(found: Convergence) -> pa.Table:
-    """The strategies for people: where each converges, and what half of the documents change."""
+    """The strategies for people: where each converges, and how far it moves from half of the documents to all."""
     rows = found.strategies.to_pylist()
     known = any(row["predicted_kl"] is not None for row in rows)
     return pa.Table.from_pylist(
@@ -121,11 +121,9 @@ def _strategies(found: Convergence) -> pa.Table:
             {
                 "strategy": row["strategy"],
                 "enough": "-" if row["converged_at"] is None else str(row["converged_at"]),
-                "half": row["half"],
-                "move": _percent(row["change"]),
-                "5 % to 95 %": f"{_percent(row['change_low'])} to {_percent(row['change_high'])}",
+                "move": f"{_percent(row['change'])} ({100 * row['change_low']:.2g} to {100 * row['change_high']:.2g})",
                 "MSE": _signed(row["mse_ratio"]),
-                **({"KL of half": row["predicted_kl"], "of all": row["predicted_kl_of_all"]} if known else {}),
+                **({"KL": _more(row["predicted_kl"], row["predicted_kl_of_all"])} if known else {}),
                 "worst scale": f"{_percent(row['worst_change'])} {row['worst_layer']} {row['worst_site']}",
             }
             for row in rows
@@ -146,10 +144,15 @@ def _sizes(found: Convergence) -> pa.Table:
 
 
 def _percent(share: float) -> str:
-    """A share in percent, three digits."""
-    return f"{format_cell(100 * share)} %"
+    """A share in percent, two digits."""
+    return f"{100 * share:.2g} %"
 
 
 def _signed(ratio: float) -> str:
     """A ratio as a signed difference in percent."""
     return f"{100 * (ratio - 1):+.2g} %"
+
+
+def _more(kl: float | None, of_all: float | None) -> str:
+    """How much larger a predicted KL is than that of all documents."""
+    return "-" if kl is None or not of_all else _signed(kl / of_all)

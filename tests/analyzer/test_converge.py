@@ -382,7 +382,7 @@ def test_the_command(database: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(quambase, [*arguments, "--picture", str(tmp_path / "c.svg")])
     assert done.exit_code == 0, done.output
     tables, said = done.stdout, done.stderr
-    assert "the median of 13 scales of run" in tables and "move, the 95 % end" in tables
+    assert "the median of 13 scales of run" in tables and "the 95 % end of the move" in tables
     assert max(map(len, tables.splitlines())) <= 100
     assert "absmax has not converged at 9 documents (from 4 to all: " in said
     assert "next: quambase collect --model" in said and f"--db {database}" in said.splitlines()[-1]
