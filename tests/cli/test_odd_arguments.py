@@ -46,6 +46,7 @@ def base(name: str, world: Path, db: Path) -> list[str | Path]:
         "analyze": ["--db", world / "db", "--out", db / "s.parquet", "--strategy", "absmax"],
         "compare": ["--db", world / "db", "--no-picture", "--strategy", "absmax"],
         "groups": ["--db", world / "db", "--no-picture"],
+        "converge": ["--db", world / "db", "--no-picture", "--strategy", "absmax"],
         "stats": ["--db", world / "db"],
         "generate": ["--model", world / "tiny", "--out", db, "--tokens", "3"],
         "results": ["--db", world / "db"],
