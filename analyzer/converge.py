@@ -31,6 +31,9 @@ RESAMPLES = 20
 """Subsamples of each size. A band from 5 % to 95 % of them then leaves out the least and the largest."""
 
 
+MOST_SCALES = 48
+"""A Mamba-2 has several hundred, and at most of them a zero point is searched. Their median is known from fewer."""
+
 WORKERS = 2
 """Scales computed at a time: more would wait for the interpreter, and each holds the parts of one size in memory."""
 
@@ -69,6 +72,7 @@ def converge(
     strategies: Sequence[str] | None = None,
     picture: str | Path | None = None,
     resamples: int = RESAMPLES,
+    most_scales: int = MOST_SCALES,
     seed: int = 0,
     progress: Shown = False,
     force: bool = False,
@@ -79,6 +83,7 @@ def converge(
     strategies   labels; None: the default ones
     picture      file to save a picture to (its suffix says the format); None saves none
     resamples    subsamples without replacement of each size (at least 2), from ``seed``; all where there are fewer
+    most_scales  of more scales only so many are looked at, drawn from ``seed``: a scale takes a second or more
     progress     shown on stderr, or a function that is called with (scales done, scales in all)
     force        replace ``picture`` even if it is no picture of quambase's
 
@@ -93,34 +98,42 @@ def converge(
     variance needs no factor (Shao and Wu 1989, A general theory for jackknife variance estimation). That holds for
     averages and quantiles, not for a maximum, which only grows.
 
-    Errors: UnknownName, OutputRefused, DataInvalid (``resamples``); DatabaseInvalid: fewer than two documents, or no
+    Errors: UnknownName, OutputRefused, DataInvalid (a number too small); DatabaseInvalid: fewer than two documents, or no
     strategy is left.
     """
-    if resamples < 2:
-        raise DataInvalid(f"resamples is {resamples}; expected at least 2, such as {RESAMPLES}")
-    picture = None if picture is None else Path(picture)
+    _check(resamples, most_scales)
     if picture is not None:
-        refuse_foreign_picture(picture, force=force)
+        refuse_foreign_picture(picture := Path(picture), force=force)
     choices = parse_labels(list(strategies) if strategies else None)
     with Progress(progress) as shown, StatsDB(db, run) as database:
         shown.say("reading the distributions")
         if len(database.runs) != 1:
             raise UnknownName(f"{len(database.runs)} runs were chosen; converge looks at one: name it with --run")
         manifest = database.runs[0]
-        groups = _chosen(scale_groups(database, manifest.run), manifest, site, layer)
+        every = _chosen(scale_groups(database, manifest.run), manifest, site, layer)
+        groups = _drawn(every, most_scales, seed)
         plan = _Plan.of(choices, groups, manifest, resamples, seed)
         measured = plan.measure(database, groups, shown)
-        notes = database.notes
     sizes = sizes_table(measured)
     table = strategies_table(measured)
-    title = f"{_where(groups, site, layer)} of run {manifest.run}, {plan.documents} documents"
+    title = f"{_where(groups, every, site, layer)} of run {manifest.run}, {plan.documents} documents"
     words, command = next_step(table, manifest, plan.left_out)
     summary = [*summarize(table, manifest, plan.left_out, resamples, seed), words]
     if picture is not None:
         from quambase.analyzer.plots import convergence_picture  # matplotlib takes half a second to import
 
         convergence_picture(picture, title, sizes)
-    return Convergence(title, table, sizes, summary, command, picture, notes)
+    return Convergence(title, table, sizes, summary, command, picture, database.notes)
+
+
+def _check(resamples: int, most_scales: int) -> None:
+    """DataInvalid where one of the two is too small."""
+    for name, given, least, usual in (
+        ("resamples", resamples, 2, RESAMPLES),
+        ("most_scales", most_scales, 1, MOST_SCALES),
+    ):
+        if given < least:
+            raise DataInvalid(f"{name} is {given}; expected at least {least}, such as {usual}")
 
 
 def _chosen(groups: list[ScaleGroup], manifest: Manifest, site: str | None, layer: int | None) -> list[ScaleGroup]:
@@ -140,10 +153,19 @@ def _chosen(groups: list[ScaleGroup], manifest: Manifest, site: str | None, laye
     return found
 
 
-def _where(groups: list[ScaleGroup], site: str | None, layer: int | None) -> str:
-    """The chosen scales in words."""
+def _drawn(groups: list[ScaleGroup], most: int, seed: int) -> list[ScaleGroup]:
+    """At most ``most`` of ``groups``, drawn from ``seed``, in their order."""
+    if len(groups) <= most:
+        return groups
+    places = np.random.default_rng(seed).choice(len(groups), most, replace=False)
+    return [groups[place] for place in np.sort(places)]
+
+
+def _where(groups: list[ScaleGroup], every: list[ScaleGroup], site: str | None, layer: int | None) -> str:
+    """The chosen scales in words; ``every``: those of which they were drawn."""
     parts = [*([] if layer is None else [f"layer {layer}"]), *([] if site is None else [site])]
-    scales = "one scale" if len(groups) == 1 else f"the median of {len(groups)} scales"
+    drawn = f" drawn from {len(every)}" if len(groups) < len(every) else ""
+    scales = ("one scale" if len(groups) == 1 else f"the median of {len(groups)} scales") + drawn
     return " ".join([*parts, scales]) if not parts else f"{' '.join(parts)}: {scales}"
 
 
@@ -283,8 +305,8 @@ def _nothing_left(manifest: Manifest, left_out: dict[str, list[str]]) -> str:
     """Why no strategy can be computed on a part of the run."""
     if "counts" in left_out:
         return (
-            f"run {manifest.run} holds no counts by block, which {', '.join(left_out['counts'])} would need; collect "
-            "again with --by-block, in several blocks (--batch-size), or ask for absmax, quamba or ema_percentile"
+            f"run {manifest.run} holds no counts of several blocks, which {', '.join(left_out['counts'])} would need; "
+            "collect again with --by-block and a small --batch-size, or ask for absmax, quamba or ema_percentile"
         )
     return (
         f"{', '.join(left_out['sensitivities'])} cannot be judged: a run stores its sensitivities as one sum over "

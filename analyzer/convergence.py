@@ -48,7 +48,7 @@ SIZES = pa.schema(
 )
 """A row per strategy and number of documents (of ``units`` documents or blocks): the median of ``subsamples``, and the
 5 % and 95 % ends of their band. ``change`` and ``mse_ratio`` of a subsample are medians over ``scales``; its
-``predicted_kl`` is the sum over the layers' scales that act in evaluation, null where one of them has none.
+``predicted_kl`` is the sum over those of them in layers that act in evaluation, null where one of these has none.
 """
 
 STRATEGIES = pa.schema(
@@ -198,7 +198,7 @@ def summarize(
     rows = strategies.to_pylist()
     found = [_sentence(row, documents) for row in rows]
     if counts := left_out.get("counts"):
-        found.append(f"not judged: {', '.join(counts)}; they need counts by block: collect again with --by-block")
+        found.append(f"not judged: {', '.join(counts)}; they need counts of several blocks: collect with --by-block")
     if sensitive := left_out.get("sensitivities"):
         found.append(
             f"not judged: {', '.join(sensitive)}; a run stores sensitivities as one sum over their documents: compare "

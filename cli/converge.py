@@ -11,6 +11,7 @@ import pyarrow as pa
 from quambase.cli.compare import picture_options
 from quambase.cli.complete import complete_sites, complete_strategies
 from quambase.cli.console import (
+    COUNT,
     PEOPLE,
     SEED,
     Command,
@@ -49,7 +50,14 @@ converge_options = options(
         show_default=True,
         help="Subsamples of each size, without replacement.",
     ),
-    click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the subsamples."),
+    click.option(
+        "--most-scales",
+        type=COUNT,
+        default=48,
+        show_default=True,
+        help="Of more scales look at so many, drawn from the seed: a scale takes a second or more.",
+    ),
+    click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of what is drawn."),
     picture_options("converge.png"),
     click.option(
         "--table",
@@ -70,6 +78,7 @@ def converge(
     layer: int | None,
     strategies: tuple[str, ...],
     resamples: int,
+    most_scales: int,
     seed: int,
     picture: Path,
     no_picture: bool,
@@ -93,7 +102,7 @@ def converge(
     from quambase.analyzer.converge import converge as find_convergence
 
     drawn = None if no_picture else picture
-    found = find_convergence(db, run, site, layer, strategies, drawn, resamples, seed, True, force)
+    found = find_convergence(db, run, site, layer, strategies, drawn, resamples, most_scales, seed, True, force)
     if table is None and format_ == "table" and output is None:
         click.echo(f"{found.title}: from half to all\n")
         emit(_strategies(found))

@@ -234,16 +234,21 @@ def test_a_run_without_counts_by_block(tmp_path: Path) -> None:
     collect(str(model), 20, data=str(data), db=tmp_path / "db", progress=False)
     found = converge(tmp_path / "db", strategies=["mse", "absmax", "effect"])
     assert found.strategies["strategy"].to_pylist() == ["absmax"]
-    assert "not judged: mse; they need counts by block: collect again with --by-block" in found.summary
+    assert "not judged: mse; they need counts of several blocks: collect with --by-block" in found.summary
     assert any(line.startswith("not judged: effect; a run stores sensitivities as one sum") for line in found.summary)
-    with pytest.raises(
-        DatabaseInvalid, match="holds no counts by block, which mse would need; collect again with --by"
-    ):
+    with pytest.raises(DatabaseInvalid, match="holds no counts of several blocks, which mse would need; collect again"):
         converge(tmp_path / "db", strategies=["mse"])
     with pytest.raises(DatabaseInvalid, match="effect cannot be judged"):
         converge(tmp_path / "db", strategies=["effect"])
     with pytest.raises(DataInvalid, match="resamples is 1; expected at least 2"):
         converge(tmp_path / "db", resamples=1)
+    with pytest.raises(DataInvalid, match="most_scales is 0; expected at least 1"):
+        converge(tmp_path / "db", most_scales=0)
+    several = converge(tmp_path / "db", strategies=["absmax"], most_scales=4, seed=5)
+    assert several.title.startswith("the median of 4 scales drawn from 13 of run ")
+    assert several.sizes["scales"].to_pylist() == [4, 4, 4]
+    others = [converge(tmp_path / "db", strategies=["absmax"], most_scales=4, seed=seed).sizes for seed in (5, 6)]
+    assert others[0].equals(several.sizes) and not others[1].equals(several.sizes)
 
 
 def test_a_run_of_one_document(tmp_path: Path) -> None:
