@@ -98,8 +98,8 @@ def converge(
     variance needs no factor (Shao and Wu 1989, A general theory for jackknife variance estimation). That holds for
     averages and quantiles, not for a maximum, which only grows.
 
-    Errors: UnknownName, OutputRefused, DataInvalid (a number too small); DatabaseInvalid: fewer than two documents, or no
-    strategy is left.
+    Errors: UnknownName, OutputRefused, DataInvalid (too small a number); DatabaseInvalid: fewer than two documents, or
+    no strategy is left.
     """
     _check(resamples, most_scales)
     if picture is not None:
