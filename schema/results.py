@@ -22,7 +22,7 @@ FLOAT = "float"
 UPSTREAM = "quamba"
 """The label of upstream's own scales, which every strategy is compared with, too."""
 
-LATER = {"cluster": None}
+LATER = {"cluster": None, "weight_bits": None}
 """Columns that evaluations of earlier versions lack, and what they hold then."""
 
 EVALUATION, RESULTS_FILE = "evaluation.json", "results.parquet"

@@ -286,6 +286,11 @@ RESULTS = _table(
     ("correct", pa.bool_(), "Last word right; null for other tasks."),
     ("quantize_lm_head", pa.bool_(), "The head was quantized."),
     ("quantize_embedding", pa.bool_(), "The embedding was quantized."),
+    (
+        "weight_bits",
+        pa.int32(),
+        "Bits of the weights of in_proj, x_proj, out_proj; null: the floating-point model, or 8 in an earlier version.",
+    ),
     ("compat_upstream", pa.bool_(), "Upstream's wrap-around was reproduced."),
     key=False,
 )

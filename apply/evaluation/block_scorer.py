@@ -108,6 +108,7 @@ class BlockScorer:
             "data": task.data,
             "quantize_lm_head": model is not None and model.quantized_lm_head,
             "quantize_embedding": model is not None and model.weights.embedding_scales is not None,
+            "weight_bits": None if model is None else model.weights.weight_bits,
             "compat_upstream": model is not None and model.compat is not None,
         }
         columns = {name: [value] * count for name, value in constant.items()} | {

@@ -98,6 +98,7 @@ def from_scales(
     *,
     quantize_embedding: bool,
     compat: str | None,
+    weight_bits: int,
     granularities: Sequence[str] = (),
     db: Path,
 ) -> Candidates:
@@ -129,7 +130,7 @@ def from_scales(
     }
     prepared, maps = prepared_for(loaded.any_weights, table), channel_maps(table.model.layer_groups or ())
     switches = {"quantize_lm_head": quantize_lm_head, "quantize_embedding": quantize_embedding}
-    placed = on_host(quantize(prepared, **switches, compat=compat))
+    placed = on_host(quantize(prepared, **switches, compat=compat, weight_bits=weight_bits))
     models: dict[str, AnyInt8Model] = {}
     for label, level in asked:
         name = describe(label, granularity=None if level == held[-1] else level)
@@ -140,7 +141,11 @@ def from_scales(
         model = Int8LanguageModel(placed, chosen[label, level], channel_groups=maps, compat=compat)
         kept = table.kept_for(label)
         models[name] = leaving_in_16_bit(model, prepared, kept) if kept else model
-    return Candidates(loaded, models, str(scales), table.run, skipped, table.notes)
+    notes = [
+        *table.notes,
+        *([f"weights of in_proj, x_proj and out_proj in {weight_bits} bits"] if weight_bits != 8 else []),
+    ]
+    return Candidates(loaded, models, str(scales), table.run, skipped, notes)
 
 
 def _has_segments(table: ScaleTable, label: str, needed: Collection[tuple[int, str]]) -> bool:

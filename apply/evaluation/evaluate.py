@@ -54,6 +54,7 @@ def evaluate(
     quantize_lm_head: bool = False,
     quantize_embedding: bool = False,
     compat: str | None = None,
+    weight_bits: int = 8,
     db: str | Path = Path("quambase-db"),
     model: str | Path | None = None,
     device: str = "auto",
@@ -69,6 +70,7 @@ def evaluate(
     samples     the first so many documents of each
     task        "perplexity", "last-word" or "both"
     window      tokens; longer documents are cut in non-overlapping windows
+    weight_bits  with ``scales``, as of `quambase.apply.apply.apply`
     device      "auto" (CUDA if there is any), "cpu" or "cuda"; results of either are kept apart
     progress    shown on stderr, or a function that is called with (documents done, documents in all)
     A killed evaluation resumes: the same call finds its finished blocks.
@@ -92,6 +94,7 @@ def evaluate(
                 quantize_lm_head,
                 quantize_embedding=quantize_embedding,
                 compat=compat,
+                weight_bits=weight_bits,
                 granularities=granularities,
                 db=db,
             )
