@@ -110,6 +110,11 @@ def emit_evaluation(
         answer(line)
 
 
+def names_of(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Names without commas: the option may be repeated, or hold several as lm-eval's own `--tasks`."""
+    return tuple(dict.fromkeys(name.strip() for value in values for name in value.split(",") if name.strip()))
+
+
 evaluate_options = options(
     click.option(
         "--scales",
@@ -150,7 +155,7 @@ evaluate_options = options(
         metavar="FILE|NAME",
         help="Text to evaluate on; may be repeated. [default: the bundled texts, for a bundled model]",
     ),
-    click.option("--samples", type=COUNT, help="Only the first so many documents of each text."),
+    click.option("--samples", "--limit", "samples", type=COUNT, help="Only the first so many documents of each text."),
     click.option(
         "--task",
         type=click.Choice(["perplexity", "last-word", "both"]),
@@ -164,6 +169,18 @@ evaluate_options = options(
         default=2048,
         show_default=True,
         help="Tokens; longer documents are cut in non-overlapping windows.",
+    ),
+    click.option(
+        "--tasks",
+        multiple=True,
+        callback=names_of,
+        metavar="NAME[,NAME...]",
+        help="Tasks of lm-eval (lambada_openai, hellaswag) in place of --data and --task; needs the extra `eval`.",
+    ),
+    click.option(
+        "--include-path",
+        type=click.Path(file_okay=False, exists=True, path_type=Path),
+        help="With --tasks, a folder with more tasks of lm-eval (.yaml).",
     ),
     device_option,
     int8_options,
@@ -201,6 +218,7 @@ def evaluate(
     Example:
       quambase evaluate --strategy all --samples 24
       quambase evaluate --strategy mse --strategy quamba --samples 24 --task perplexity
+      quambase evaluate --strategy all --tasks lambada_openai,hellaswag --limit 200
     """
     if sum([folder is not None, scales is not None or bool(strategies or granularities), floating]) > 1:
         raise click.UsageError("give one of MODEL_DIR, --float, and --scales with --strategy")
@@ -208,6 +226,10 @@ def evaluate(
         scales = scales or Path("scales.parquet")
     if picture is not None and not one_at_a_time:
         raise click.UsageError("--picture goes with --one-at-a-time")
+    if given["include_path"] is not None and not given["tasks"]:
+        raise click.UsageError("--include-path goes with --tasks")
+    if given["tasks"] and (given["data"] or given["task"] != "both" or one_at_a_time):
+        raise click.UsageError("--tasks brings its own text: leave out --data, --task and --one-at-a-time")
     # Names are checked before torch is imported, which takes seconds.
     if scales is not None:
         _check_names(scales, given["db"], strategies, granularities)

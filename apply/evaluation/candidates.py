@@ -70,11 +70,11 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
     return Candidates(loaded, models, str(path), about.get("run"))
 
 
-def from_model(model: str | None, texts: Sequence[str]) -> Candidates:
-    """The floating-point model alone. DataInvalid: no model is named, or no text for one that brings none."""
+def from_model(model: str | None, *, needs_text: bool = False) -> Candidates:
+    """The floating-point model alone. DataInvalid: no model is named, or it must bring a text and has none."""
     if model is None:
         raise DataInvalid("no model is named; say which floating-point model to evaluate: --float --model NAME")
-    if not texts and not is_bundled(model):
+    if needs_text and not is_bundled(model):
         raise no_text(model)
     loaded = load_model(model)
     return Candidates(loaded, {}, "", None)
