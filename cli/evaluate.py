@@ -220,23 +220,14 @@ def evaluate(
       quambase evaluate --strategy mse --strategy quamba --samples 24 --task perplexity
       quambase evaluate --strategy all --tasks lambada_openai,hellaswag --limit 200
     """
-    if sum([folder is not None, scales is not None or bool(strategies or granularities), floating]) > 1:
-        raise click.UsageError("give one of MODEL_DIR, --float, and --scales with --strategy")
+    _check_together(folder, scales, strategies or granularities, floating, one_at_a_time, picture, given)
     if strategies or granularities:
         scales = scales or Path("scales.parquet")
-    if picture is not None and not one_at_a_time:
-        raise click.UsageError("--picture goes with --one-at-a-time")
-    if given["include_path"] is not None and not given["tasks"]:
-        raise click.UsageError("--include-path goes with --tasks")
-    if given["tasks"] and (given["data"] or given["task"] != "both" or one_at_a_time):
-        raise click.UsageError("--tasks brings its own text: leave out --data, --task and --one-at-a-time")
     # Names are checked before torch is imported, which takes seconds.
     if scales is not None:
         _check_names(scales, given["db"], strategies, granularities)
     find_given(given["model"], given["data"])
     if one_at_a_time:
-        if folder is not None or floating or len(given["data"]) > 1:
-            raise click.UsageError("--one-at-a-time takes --scales, --strategy and one --data")
         _sites_alone(scales or Path("scales.parquet"), strategies, picture, format_, output, given)
         return
     from quambase.apply.evaluation.evaluate import evaluate as run
@@ -253,6 +244,28 @@ def evaluate(
     emit_evaluation(evaluation, bootstrap, seed, within, format_, output)
     note(f"stored: {evaluation.folder}")
     next_command(f"quambase results {evaluation.id} --wide", given["db"])
+
+
+def _check_together(
+    folder: Path | None,
+    scales: Path | None,
+    of_scales: tuple[str, ...],
+    floating: bool,
+    one_at_a_time: bool,
+    picture: Path | None,
+    given: dict[str, Any],
+) -> None:
+    """Report options that exclude or need each other; ``of_scales``: strategies or granularities."""
+    if sum([folder is not None, scales is not None or bool(of_scales), floating]) > 1:
+        raise click.UsageError("give one of MODEL_DIR, --float, and --scales with --strategy")
+    if picture is not None and not one_at_a_time:
+        raise click.UsageError("--picture goes with --one-at-a-time")
+    if given["tasks"] and (given["data"] or given["task"] != "both" or one_at_a_time):
+        raise click.UsageError("--tasks brings its own text: leave out --data, --task and --one-at-a-time")
+    if one_at_a_time and (folder is not None or floating or len(given["data"]) > 1):
+        raise click.UsageError("--one-at-a-time takes --scales, --strategy and one --data")
+    if given["include_path"] is not None and not given["tasks"]:
+        raise click.UsageError("--include-path goes with --tasks")
 
 
 def _check_names(scales: Path, db: Path, strategies: tuple[str, ...], granularities: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from quambase.apply.evaluation.scoring import Cost, Item, LanguageModel, Score, 
 from quambase.apply.evaluation.tasks import TaskData
 from quambase.apply.int8.build import int8_on_cuda
 from quambase.model.cuda.compiler import CompilationFailed
+from quambase.model.language_model import LanguageModel as FloatingModel
 from quambase.model.language_model import floating_model
 from quambase.schema.errors import DataInvalid
 from quambase.schema.progress import Progress, remark
@@ -39,7 +40,7 @@ class PlacedModels:
     """The models on one device: the float32 one and, by label, the INT8 ones."""
 
     device: torch.device
-    reference: LanguageModel
+    reference: FloatingModel
     int8: Mapping[str, LanguageModel]
 
     @classmethod
@@ -97,16 +98,16 @@ class BlockScorer:
         return pa.concat_tables(tables)
 
     def _table(self, label: str, scored: Score, task: TaskData, items: Sequence[Item]) -> pa.Table:
-        columns = {
+        columns: dict[str, Sequence[Any]] = {
             "document": [item.document for item in items],
             "sha256": [item.sha256 for item in items],
             "cluster": [item.cluster for item in items],
             "tokens": [item.targets for item in items],
-            "nll": scored.nll,
-            "kl": scored.kl,
-            "top1_agreement": scored.top1,
-            "top1_right": scored.right,
-            "correct": scored.correct if task.answered else [None] * len(items),
+            "nll": scored.nll.tolist(),
+            "kl": scored.kl.tolist(),
+            "top1_agreement": scored.top1.tolist(),
+            "top1_right": scored.right.tolist(),
+            "correct": scored.correct.tolist() if task.answered else [None] * len(items),
         }
         return self.table(label, task.task, task.data, columns)
 

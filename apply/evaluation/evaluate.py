@@ -85,19 +85,10 @@ def evaluate(
     with Progress(progress) as shown:
         asked = _lm_eval_tasks(tasks, include_path, samples, texts, task, shown) if tasks else None
         shown.say("loading the model")
-        candidates = _candidates(
-            folder,
-            scales,
-            model,
-            floating=floating,
-            needs_text=not texts and asked is None,
-            strategies=strategies,
-            granularities=granularities,
-            quantize_lm_head=quantize_lm_head,
-            quantize_embedding=quantize_embedding,
-            compat=compat,
-            db=db,
-        )
+        switches = {"quantize_lm_head": quantize_lm_head, "quantize_embedding": quantize_embedding, "compat": compat}
+        of_scales = {"strategies": strategies, "granularities": granularities, **switches}
+        needs_text = not texts and asked is None
+        candidates = _candidates(folder, scales, model, db, of_scales, floating=floating, needs_text=needs_text)
         models = PlacedModels.on(where, candidates, required=device != "auto")
         shown.say("tokenizing")
         if asked is None:
@@ -130,11 +121,11 @@ def _candidates(
     folder: str | Path | None,
     scales: str | Path | None,
     model: str | None,
+    db: Path,
+    of_scales: dict[str, Any],
     *,
     floating: bool,
     needs_text: bool,
-    db: Path,
-    **of_scales: Any,
 ) -> Candidates:
     """The models to compare: as the parameters of `evaluate` say; ``needs_text``: no text was named."""
     if floating:

@@ -28,7 +28,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
 from quambase.apply.evaluation.block_scorer import BlockScorer
-from quambase.apply.evaluation.harness.language_model import Answer, ItemModel, Key, steps_of
+from quambase.apply.evaluation.harness.language_model import Answer, Answers, ItemModel, Key, steps_of
 from quambase.apply.evaluation.scoring import Item
 from quambase.apply.evaluation.tasks import TaskData
 from quambase.model.inputs.tokenizer import Tokenizer
@@ -72,14 +72,15 @@ class RequestData(TaskData):
 class Figures(NamedTuple):
     """What the scorer found for one or more requests; columns of RESULTS."""
 
-    tokens: int | None
-    nll: float | None
-    kl: float | None
-    top1_agreement: int | None
-    top1_right: int | None
+    tokens: int
+    nll: float
+    kl: float
+    top1_agreement: int
+    top1_right: int
 
 
-NO_FIGURES = Figures(None, None, None, None, None)
+LIKELIHOODS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
+"""Kinds of tasks (output_type) whose answers are log-likelihoods."""
 
 
 class LmEvalTasks:
@@ -148,7 +149,7 @@ class LmEvalTasks:
             own = scored.filter(pc.equal(scored["strategy"], label))
             figures[label], answers = _found(own, requests)
             steps = steps_of(candidates, scorer.models, label)
-            model = ItemModel(candidates.source.tokenizer, window, lambda items, answers=answers: answers, steps)
+            model = ItemModel(candidates.source.tokenizer, window, _looked_up(answers), steps)
             progress.say(f"lm-eval: {label}")
             with _quiet():
                 self._seed()
@@ -226,6 +227,11 @@ def _found(scored: pa.Table, requests: Sequence[RequestData]) -> tuple[dict[Key,
     return figures, answers
 
 
+def _looked_up(answers: Mapping[Key, Answer]) -> Answers:
+    """Answers that are known already."""
+    return lambda items: answers
+
+
 def _task_tables(
     name: str,
     task: Any,
@@ -239,25 +245,20 @@ def _task_tables(
         chosen: _right_or_wrong([sample for own in samples.values() for sample in own if sample["filter"] == chosen])
         for chosen in filters
     }
-    wanted = [(chosen, metric) for chosen in filters for metric in judged[chosen]]
-    asks = task.OUTPUT_TYPE != "generate_until"
-    if not wanted and not asks:
+    wanted: list[tuple[str, str | None]] = [(chosen, metric) for chosen in filters for metric in judged[chosen]]
+    known = task.OUTPUT_TYPE in LIKELIHOODS and all(_of_document(task, s, figures[FLOAT]) for s in samples[FLOAT])
+    if not wanted and not known:
         raise DataInvalid(
             f"task {name} has no metric that is 0 or 1 for each document ({', '.join(samples[FLOAT][0]['metrics'])}), "
-            "and no log-likelihoods: nothing about it can be stored; leave it out"
+            "and no log-likelihoods of right answers: nothing about it can be stored; leave it out"
         )
     for chosen, metric in wanted or [(filters[0], None)]:
         parts = [chosen] if len(filters) > 1 and chosen != UNFILTERED else []
         parts += [metric] if metric is not None and len(judged[chosen]) > 1 else []
         for label, own in samples.items():
             rows = sorted((s for s in own if s["filter"] == chosen), key=lambda sample: int(sample["doc_id"]))
-            found = [_of_document(task, sample, figures[label]) for sample in rows] if asks else [NO_FIGURES]
-            if NO_FIGURES in found:
-                found = [NO_FIGURES] * len(rows)
-            columns: dict[str, list[Any]] = {
-                field: list(v) for field, v in zip(Figures._fields, zip(*found, strict=True), strict=True)
-            }
-            columns |= {
+            found = [_of_document(task, sample, figures[label]) if known else None for sample in rows]
+            columns = {field: [one and getattr(one, field) for one in found] for field in Figures._fields} | {
                 "document": [int(sample["doc_id"]) for sample in rows],
                 "sha256": [sample["doc_hash"] for sample in rows],
                 "cluster": [None] * len(rows),
@@ -275,7 +276,7 @@ def _is_binary(value: object) -> bool:
     return isinstance(value, bool | int | float | np.generic) and value in (0, 1)
 
 
-def _of_document(task: Any, sample: Sample, figures: Mapping[Key, Figures]) -> Figures:
+def _of_document(task: Any, sample: Sample, figures: Mapping[Key, Figures]) -> Figures | None:
     """The figures of a document: of its continuation, of the right one of several, of all windows of a text.
 
     None where it is not known which continuation is right.
@@ -283,7 +284,7 @@ def _of_document(task: Any, sample: Sample, figures: Mapping[Key, Figures]) -> F
     asked = sample["arguments"]
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         (text,) = asked[0]
-        windows = []
+        windows: list[Figures] = []
         while (text, len(windows)) in figures:
             windows.append(figures[text, len(windows)])
         return Figures(*(sum(values) for values in zip(*windows, strict=True)))
@@ -293,5 +294,5 @@ def _of_document(task: Any, sample: Sample, figures: Mapping[Key, Figures]) -> F
         if isinstance(right, str) and right in (choices := task.doc_to_choice(sample["doc"])):
             right = choices.index(right)
     if not isinstance(right, int) or not 0 <= right < len(asked):
-        return NO_FIGURES
+        return None
     return figures[tuple(asked[right])]

@@ -94,7 +94,7 @@ doc_to_target: "{{text}}"
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Local tasks and their data, and a scale table of the bundled model; not to be written to."""
     root = tmp_path_factory.mktemp("harness")
-    passages = [json.loads(line)["text"] for line in (SAMPLE / BUNDLED_DATA["sample:last-word"]).open(encoding="utf-8")]
+    passages = [row["text"] for row in lines(SAMPLE / BUNDLED_DATA["sample:last-word"])]
     # Spaces before the last word belong to the continuation; what lies before the text does not matter.
     rows = {
         "words": [{"text": text} for text in [*passages[:40], "a man of  the world", " one of the  most"]],
@@ -102,10 +102,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "choices": [
             {
                 "question": text.rsplit(" ", 1)[0],
-                "choices": [text.rsplit(" ", 1)[1], "the", "of a long time"],
-                "right": 0,
+                "choices": [passages[40 + (n + k - n % 3) % 20].rsplit(" ", 1)[1] for k in range(3)],
+                "right": n % 3,
             }
-            for text in passages[40:60]
+            for n, text in enumerate(passages[40:60])
         ],
         "written": [{"question": text[:40], "answer": " of the"} for text in passages[:12]],
     }
@@ -127,6 +127,11 @@ def run(world: Path, db: Path, *names: str, **options: Any) -> Evaluation:
     return evaluate(tasks=names, include_path=world / "tasks", db=db, device="cpu", **chosen)
 
 
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def of(evaluation: Evaluation, strategy: str, data: str) -> list[dict[str, Any]]:
     table = evaluation.results
     mask = pc.and_(pc.equal(table["strategy"], strategy), pc.equal(table["data"], data))
@@ -136,7 +141,7 @@ def of(evaluation: Evaluation, strategy: str, data: str) -> list[dict[str, Any]]
 class Twin:
     """Answers from the logits of one sequence at a time, by NumPy in float64."""
 
-    def __init__(self, evaluated: QuambaseModel | None = None) -> None:
+    def __init__(self) -> None:
         loaded = load_model(MODEL)
         self.tokenizer, self.model = loaded.tokenizer, loaded.floating()
 
@@ -256,7 +261,7 @@ def test_greedy_text_is_that_of_whole_passes(twin: Twin) -> None:
 def test_choices_are_by_log_likelihood(world: Path, tmp_path: Path, twin: Twin) -> None:
     found = run(world, tmp_path, "choices", strategies=["absmax"])
     assert {row["data"] for row in found.results.to_pylist()} == {"choices:acc", "choices:acc_norm"}
-    rows = [json.loads(line) for line in (world / "choices.jsonl").open()]
+    rows = lines(world / "choices.jsonl")
     encode = twin.tokenizer.encode
     plain, normed = of(found, "float", "choices:acc"), of(found, "float", "choices:acc_norm")
     for row, one, other in zip(rows, plain, normed, strict=True):
@@ -264,16 +269,17 @@ def test_choices_are_by_log_likelihood(world: Path, tmp_path: Path, twin: Twin) 
         context, wholes = encode(row["question"]), [encode(f"{row['question']} {choice}") for choice in row["choices"]]
         log_p = np.array([twin.log_p(whole, len(context))[0] for whole in wholes])
         per_letter = log_p / [len(choice) for choice in row["choices"]]
-        assert one["correct"] == (log_p.argmax() == 0) and other["correct"] == (per_letter.argmax() == 0)
-        assert one["tokens"] == len(wholes[0]) - len(context)
-        assert one["nll"] == pytest.approx(-log_p[0], abs=LOGIT_ERROR * len(wholes[0]))
+        right = row["right"]
+        assert one["correct"] == (log_p.argmax() == right) and other["correct"] == (per_letter.argmax() == right)
+        assert one["tokens"] == len(wholes[right]) - len(context)
+        assert one["nll"] == pytest.approx(-log_p[right], abs=LOGIT_ERROR * len(wholes[right]))
     assert 0 < sum(row["correct"] for row in plain) < 20
     assert all(row["kl"] > 0 for row in of(found, "absmax", "choices:acc"))
 
 
 def test_a_text_without_right_and_wrong(world: Path, tmp_path: Path, twin: Twin) -> None:
     found = run(world, tmp_path, "texts", strategies=["absmax"])
-    rows = [json.loads(line) for line in (world / "texts.jsonl").open()]
+    rows = lines(world / "texts.jsonl")
     for row, stored in zip(rows, of(found, "float", "texts"), strict=True):
         tokens = [0, *twin.tokenizer.encode(row["text"])]
         assert stored["tokens"] == len(tokens) - 1 and stored["correct"] is None
@@ -302,25 +308,29 @@ def test_generated_answers_have_no_kl_and_the_summary_says_so(world: Path, tmp_p
 def test_an_interrupted_evaluation_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(scoring.BLOCK_TOKENS, "cpu", 600)
     whole = run(world, tmp_path / "whole", "choices", "words")
-    calls, real = [], block_scorer.BlockScorer.score
+    scored, real = [], block_scorer.BlockScorer.score
 
-    def dies(self: Any, *arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
+    def dies(self: Any, task: Any, items: Any, progress: Any) -> Any:
+        if len(scored) == 2:
             raise KeyboardInterrupt
-        return real(self, *arguments)
+        scored.append(task.data)
+        return real(self, task, items, progress)
+
+    def counts(self: Any, task: Any, items: Any, progress: Any) -> Any:
+        scored.append(task.data)
+        return real(self, task, items, progress)
 
     monkeypatch.setattr(block_scorer.BlockScorer, "score", dies)
     with pytest.raises(KeyboardInterrupt):
         run(world, tmp_path / "killed", "choices", "words")
-    before = len(calls)
+    monkeypatch.setattr(block_scorer.BlockScorer, "score", counts)
     again = run(world, tmp_path / "killed", "choices", "words")
     assert again.id == whole.id and again.results.equals(whole.results)
+    resumed = len(scored)
     assert run(world, tmp_path / "killed", "choices", "words").results.equals(whole.results)
-    parts = len(calls) - before + 2
-    calls.clear()
+    assert len(scored) == resumed  # finished: nothing is scored
     run(world, tmp_path / "once", "choices", "words")
-    assert parts == len(calls) + 2 - 2 and parts > 5
+    assert len(scored) == 2 * resumed and resumed > 4  # each block was scored once
 
 
 def command(*arguments: str) -> Result:
@@ -395,7 +405,7 @@ def test_lm_evals_own_command_runs_an_int8_model(world: Path, tmp_path: Path) ->
         done = process(world, "lm-eval", *shared, *more)
         assert done.returncode == 0, done.stderr
         (log,) = out.rglob("samples_words_*.jsonl")
-        samples = sorted(map(json.loads, log.open()), key=lambda sample: int(sample["doc_id"]))
+        samples = sorted(lines(log), key=lambda sample: int(sample["doc_id"]))
         # One model is scored alone here, in blocks of the same documents: the same bits.
         assert [(bool(sample["acc"]), sample["perplexity"]) for sample in samples] == expected
         accuracy = sum(right for right, _ in expected) / len(expected)
