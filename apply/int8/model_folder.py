@@ -79,15 +79,19 @@ def refuse_foreign_folder(folder: Path) -> None:
         raise OutputRefused(f"{folder} is a file; expected a folder to write the INT8 model to")
     if not any(folder.iterdir()):
         return
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        ours = isinstance(config, dict) and config.get("family") in BY_FORMAT
-    except (OSError, ValueError, RecursionError):
-        ours = False
-    if not ours:
+    if not is_int8_model(folder):
         raise OutputRefused(
             f"{folder} holds files that are not an INT8 model of quambase; name a new or empty folder with --out"
         )
+
+
+def is_int8_model(folder: Path) -> bool:
+    """Whether ``folder`` has an INT8 model of quambase, finished or not."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("family") in BY_FORMAT
 
 
 def save_model(

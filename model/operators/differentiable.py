@@ -192,8 +192,8 @@ class _Padding:
 def _linear_recurrence(decay: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
     """h[t] = decay[t] h[t - 1] + added[t] from h[-1] = 0, along the first axis, a multiple of RUN; all (l, ...).
 
-    Runs of RUN places are computed side by side as if each began at zero, then each run's last value goes on through the
-    next: RUN + l / RUN steps in turn, instead of l.
+    Runs of RUN places are computed side by side as if each began at zero, then each run's last value goes on through
+    the next: RUN + l / RUN steps in turn, instead of l.
     """
     shape = -1, RUN, *added.shape[1:]
     decays, h = decay.view(shape), added.clone().view(shape)
