@@ -102,7 +102,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "choices": [
             {
                 "question": text.rsplit(" ", 1)[0],
-                "choices": [passages[40 + (n + k - n % 3) % 20].rsplit(" ", 1)[1] for k in range(3)],
+                "choices": [
+                    # One wrong answer is long: its log-likelihood is less, that of each letter is more.
+                    passages[40 + (n + k - n % 3) % 20].rsplit(" ", 1)[1] + " of the world" * (k == (n + 1) % 3)
+                    for k in range(3)
+                ],
                 "right": n % 3,
             }
             for n, text in enumerate(passages[40:60])
@@ -153,6 +157,18 @@ class Twin:
         log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
         follows = np.array(tokens[first:])
         return float(log_p[np.arange(len(follows)), follows].sum()), bool((logits.argmax(1) == follows).all())
+
+    def in_windows(self, tokens: Sequence[int], window: int) -> float:
+        """log p of a text: the first ``window`` tokens after the end-of-text token, then ``window`` at a time, of which
+        those that were predicted before are context.
+        """
+        total, done = 0.0, 0
+        while done < len(tokens):
+            end = min(done + window, len(tokens))
+            sequence = [0, *tokens[:end]] if done == 0 else tokens[end - window - 1 : end]
+            total += self.log_p(sequence, len(sequence) - (end - done))[0]
+            done = end
+        return total
 
 
 @pytest.fixture(scope="module")
@@ -230,14 +246,7 @@ def test_whole_texts_in_windows(twin: Twin) -> None:
     found = model.loglikelihood_rolling(asked(*[(text,) for text in texts]))
     for text, value in zip(texts, found, strict=True):
         tokens = twin.tokenizer.encode(text)
-        expected, done = 0.0, 0
-        while done < len(tokens):
-            end = min(done + 8, len(tokens))
-            start = 0 if done == 0 else end - 9
-            sequence = [0, *tokens[:end]] if done == 0 else tokens[start:end]
-            expected += twin.log_p(sequence, len(sequence) - (end - done))[0]
-            done = end
-        assert value == pytest.approx(expected, abs=LOGIT_ERROR * len(tokens))
+        assert value == pytest.approx(twin.in_windows(tokens, 8), abs=LOGIT_ERROR * len(tokens))
 
 
 def test_greedy_text_is_that_of_whole_passes(twin: Twin) -> None:
@@ -274,16 +283,17 @@ def test_choices_are_by_log_likelihood(world: Path, tmp_path: Path, twin: Twin) 
         assert one["tokens"] == len(wholes[right]) - len(context)
         assert one["nll"] == pytest.approx(-log_p[right], abs=LOGIT_ERROR * len(wholes[right]))
     assert 0 < sum(row["correct"] for row in plain) < 20
+    assert any(one["correct"] != other["correct"] for one, other in zip(plain, normed, strict=True))
     assert all(row["kl"] > 0 for row in of(found, "absmax", "choices:acc"))
 
 
 def test_a_text_without_right_and_wrong(world: Path, tmp_path: Path, twin: Twin) -> None:
-    found = run(world, tmp_path, "texts", strategies=["absmax"])
+    found = run(world, tmp_path, "texts", strategies=["absmax"], window=20)
     rows = lines(world / "texts.jsonl")
     for row, stored in zip(rows, of(found, "float", "texts"), strict=True):
-        tokens = [0, *twin.tokenizer.encode(row["text"])]
-        assert stored["tokens"] == len(tokens) - 1 and stored["correct"] is None
-        assert stored["nll"] == pytest.approx(-twin.log_p(tokens, 1)[0], abs=LOGIT_ERROR * len(tokens))
+        tokens = twin.tokenizer.encode(row["text"])
+        assert stored["tokens"] == len(tokens) > 20 and stored["correct"] is None
+        assert stored["nll"] == pytest.approx(-twin.in_windows(tokens, 20), abs=LOGIT_ERROR * len(tokens))
     summary = summarize(found.results).to_pylist()[0]
     total = sum(row["nll"] for row in of(found, "float", "texts"))
     assert summary["accuracy"] is None and summary["perplexity"] == pytest.approx(np.exp(total / summary["tokens"]))
