@@ -20,8 +20,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
 
     \b
     Example:
-      quambase lm-eval --model quambase --model_args path=mamba-5m,strategy=mse,scales=scales.parquet \\
-          --tasks lambada_openai
+      quambase lm-eval --model quambase --model_args path=mamba-5m,scales=scales.parquet --tasks lambada_openai
     """
     from quambase.apply.evaluation.harness import require_lm_eval
 
