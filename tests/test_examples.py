@@ -33,8 +33,7 @@ def test_every_example_of_a_page_prints_what_is_shown(session: Path, page: str) 
 
 
 HUB = "lambada_openai"
-"""A task whose data set is on the hub; tests/apply/evaluation/test_lm_eval.py runs the same commands with a task of its own.
-"""
+"""A task whose data set is on the hub; tests/apply/evaluation/test_lm_eval.py runs these commands with another task."""
 
 
 def help_examples(command: str) -> list[str]:
