@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from quambase.analyzer.quantization_error import piecewise_figures, predicted_kl
+from quambase.analyzer.quantization_error import predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
 from quambase.analyzer.sixteen_bit import Kept, choose, frontier
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
@@ -34,7 +34,6 @@ from quambase.schema.scale_table import (
     refuse_foreign_table,
     write_scales,
 )
-from quambase.schema.sites import WHOLE, Site, find_site, is_model_site
 from quambase.schema.sql.answer import PrintsAsTable
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import SCALES
@@ -151,11 +150,8 @@ def group_rows(
     A strategy that needs the quantiles of each document has no row for a group for which they are not stored; one for
     runs with sensitivities only if the run is ``sensitive``.
     """
-    known = is_model_site(group.site, group.family)
-    site = find_site(group.site, group.family) if known else Site(group.site)
+    site, consumed = group.point, group.consumed
     key = {"run": run, "layer": group.layer, "site": group.site, "group_name": group.group_name}
-    # The model multiplies most divided sites by one scale; their groups' own scales are for comparison.
-    consumed = site.consumed and (group.innermost if site.grouped else group.group_name == WHOLE)
     rows = [
         {
             **key,
@@ -198,10 +194,7 @@ def scale_columns(
     """
     components = list(scale) if isinstance(scale, tuple) else state_scales
     single = scale[0] if isinstance(scale, tuple) else scale.scale if isinstance(scale, Affine) else scale
-    if isinstance(scale, tuple):
-        figures = piecewise_figures(group.distribution, *scale, group.signal)
-    else:
-        figures = group.figures(scale)
+    figures = group.figures(scale)
     amax = group.distribution.amax
     return {
         "scale": single,

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from quambase.analyzer.quantization_error import Figures, piecewise_codes, piecewise_figures
+from quambase.analyzer.quantization_error import Figures, piecewise_codes
 from quambase.analyzer.scale_groups import ScaleGroup, group_of_values, one_document
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.schema.errors import UnknownName
@@ -99,7 +99,7 @@ def compare(
     else:
         title, chosen, shape, notes = _site_of_run(Path(db), run, site, layer, group)
     scales = {choice.label: choice.scale(chosen) for choice in choices}
-    figures = {label: _figures(chosen, scale) for label, scale in scales.items()}
+    figures = {label: chosen.figures(scale) for label, scale in scales.items()}
     table = _strategies_table(chosen, choices, scales, figures)
     comparison = Comparison(
         title,
@@ -142,12 +142,6 @@ def _shown_scale(scale: Scale) -> float:
     return scale.scale if isinstance(scale, Affine) else scale[0] if isinstance(scale, tuple) else scale
 
 
-def _figures(group: ScaleGroup, scale: Scale) -> Figures:
-    if isinstance(scale, tuple):
-        return piecewise_figures(group.distribution, *scale, group.signal)
-    return group.figures(scale)
-
-
 def _site_of_run(
     db: Path, run: str | None, site: str | None, layer: int | None, group: str
 ) -> tuple[str, ScaleGroup, str, list[str]]:
@@ -185,7 +179,7 @@ def _strategies_table(
     group: ScaleGroup, choices: list[Choice], scales: dict[str, Scale], figures: dict[str, Figures]
 ) -> pa.Table:
     # The change is against absmax even where absmax is not among the strategies compared.
-    reference = group.figures(parse_labels(["absmax"])[0].scale(group)).mse  # type: ignore[arg-type]
+    reference = group.figures(parse_labels(["absmax"])[0].scale(group)).mse
     rows: list[dict[str, Any]] = []
     for choice in choices:
         scale, found = scales[choice.label], figures[choice.label]

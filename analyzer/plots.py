@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from quambase.analyzer.channel_division import Division
+from quambase.analyzer.convergence import CHANGE, MSE_RATIO, TOLERANCE
 from quambase.schema.distribution import Distribution
 from quambase.schema.pictures import save_picture
 
@@ -52,6 +56,44 @@ def groups_picture(path: Path, title: str, before: Division, after: Division) ->
     for axes, name, division in panels:
         _draw_division(axes, name, division)
     save_picture(figure, path)
+
+
+def convergence_picture(path: Path, title: str, sizes: pa.Table) -> None:
+    """Save two panels against the number of documents, of rows of `quambase.analyzer.convergence.SIZES`: how far each
+    strategy's scales are from those of all documents, and how much more error they make; see `save_picture`.
+    """
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True)
+    figure.suptitle(title)
+    rows = sizes.to_pylist()
+    for number, label in enumerate(dict.fromkeys(row["strategy"] for row in rows)):
+        mine = [row for row in rows if row["strategy"] == label]
+        # Ten colours are told apart; further strategies have another line.
+        style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--", "label": label}
+        _draw_band(left, mine, CHANGE, style)
+        _draw_band(right, mine, MSE_RATIO, style)
+    left.axhline(TOLERANCE, color="black", linewidth=0.8, linestyle=":")
+    # A median may be 0, of a maximum that every half has: the line then leaves the picture at the bottom.
+    positive = [row[f"{CHANGE}_high"] for row in rows if row[f"{CHANGE}_high"] > 0]
+    left.set(ylim=(min([*positive, TOLERANCE]) / 10, 2 * max([*positive, TOLERANCE])), yscale="log")
+    left.set(ylabel="|scale / scale from all - 1|", title=f"movement of the scales (dotted: {100 * TOLERANCE:g} %)")
+    right.set(ylabel="MSE / MSE of the scale from all", title="error on all documents")
+    for axes in (left, right):
+        axes.set(xlabel="documents", xscale="log")
+        axes.set_xticks(sorted({row["documents"] for row in rows}))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3, which="both")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    save_picture(figure, path)
+
+
+def _draw_band(axes: Axes, rows: list[dict[str, Any]], name: str, style: dict[str, str]) -> None:
+    """The median of a quantity and its band."""
+    middle, low, high = ([row[f"{name}{end}"] for row in rows] for end in ("", "_low", "_high"))
+    documents = [row["documents"] for row in rows]
+    axes.plot(documents, middle, marker=".", linewidth=1.2, **style)  # type: ignore[arg-type]
+    axes.fill_between(documents, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
 def _draw_division(axes: Axes, name: str, division: Division) -> None:

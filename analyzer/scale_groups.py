@@ -9,11 +9,12 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from quambase.analyzer.quantization_error import Figures, figures, signal_energy
+from quambase.analyzer.least_squares import optimal_scale
+from quambase.analyzer.quantization_error import Figures, figures, piecewise_figures, signal_energy
 from quambase.schema.distribution import Distribution, Sensitivity
 from quambase.schema.groups import GROUP, TENSOR, granularity_of, united_groups
 from quambase.schema.number_format import Affine
-from quambase.schema.sites import MAMBA1, MAMBA2, WHOLE, find_site, is_model_site
+from quambase.schema.sites import MAMBA1, MAMBA2, WHOLE, Site, find_site, is_model_site
 from quambase.schema.sql.database import DocumentSeries, StatsDB
 from quambase.schema.tables import DOCUMENT_QUANTILES
 
@@ -47,13 +48,33 @@ class ScaleGroup:
         """Sum of x^2, float64."""
         return signal_energy(self.distribution)
 
+    @cached_property
+    def least_squares(self) -> float:
+        """The scale of least squared error; several strategies are it at some sites."""
+        return optimal_scale(self.distribution)
+
     @property
     def affine(self) -> bool:
         """Whether the INT8 model can read codes with a zero point here."""
-        return is_model_site(self.site, self.family) and find_site(self.site, self.family).affine
+        return self.point.affine
 
-    def figures(self, scale: float | Affine) -> Figures:
-        """The error of ``scale`` on this group."""
+    @property
+    def point(self) -> Site:
+        """The site, of an imported tensor perhaps one that no model has."""
+        return find_site(self.site, self.family) if is_model_site(self.site, self.family) else Site(self.site)
+
+    @property
+    def consumed(self) -> bool:
+        """Whether the INT8 model reads this group's scale. It multiplies most divided sites by one scale; their groups'
+        own scales are for comparison.
+        """
+        site = self.point
+        return site.consumed and (self.innermost if site.grouped else self.group_name == WHOLE)
+
+    def figures(self, scale: float | Affine | tuple[float, float]) -> Figures:
+        """The error of ``scale`` on this group; two for the two-segment code."""
+        if isinstance(scale, tuple):
+            return piecewise_figures(self.distribution, *scale, self.signal)
         return figures(self.distribution, scale, self.signal)
 
 

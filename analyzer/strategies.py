@@ -66,6 +66,7 @@ class Strategy:
     parameters         its numeric parameters and their defaults, in the order a label gives them
     needs_decode       its codes are no single multiplication: ``function`` returns the scales of two segments
     needs_sensitivity  it is for runs that were collected with --sensitivity
+    from_documents     its scale follows from the statistics of each document that a run stores (`documents`)
     document_quantile  the parameter that names a stored quantile of each document, of which it takes an average
     by_state_index     the scales (n,) of a Mamba-2's state from the largest magnitude at each state index (n,) float32,
                        where they follow from that alone
@@ -76,6 +77,7 @@ class Strategy:
     parameters: dict[str, float]
     needs_decode: bool = False
     needs_sensitivity: bool = False
+    from_documents: bool = False
     document_quantile: str | None = None
     by_state_index: ByStateIndex | None = None
 
@@ -139,6 +141,7 @@ def strategy(
     *,
     needs_decode: bool = False,
     needs_sensitivity: bool = False,
+    from_documents: bool = False,
     document_quantile: str | None = None,
     by_state_index: ByStateIndex | None = None,
 ) -> Callable[[Function], Function]: ...
@@ -209,7 +212,7 @@ def _stored(scale: float) -> float:
     return float(max(np.float32(scale), np.float32(SCALE_FLOOR)))
 
 
-@strategy(by_state_index=lambda amax: [_stored(value / INT8.qmax) for value in amax.tolist()])
+@strategy(from_documents=True, by_state_index=lambda amax: [_stored(value / INT8.qmax) for value in amax.tolist()])
 def absmax(group: ScaleGroup) -> float:
     """max a / 127: nothing clips."""
     return group.distribution.amax / INT8.qmax
@@ -239,14 +242,14 @@ def adaptive_outlier_aware(group: ScaleGroup) -> float:
 @strategy
 def mse(group: ScaleGroup) -> float:
     """The least squared error over all scales (analyzer/least_squares.py); ties to the larger scale."""
-    return optimal_scale(group.distribution)
+    return group.least_squares
 
 
 @strategy(needs_sensitivity=True)
 def effect(group: ScaleGroup) -> float:
     """The least predicted KL to the float model over all scales, of a run with sensitivities; mse at a site without
     (recurrent states, which act in decoding only). Ties to the larger scale."""
-    return optimal_scale(group.distribution if group.sensitivity is None else group.sensitivity.weighted)
+    return mse(group) if group.sensitivity is None else optimal_scale(group.sensitivity.weighted)
 
 
 @strategy
@@ -264,7 +267,9 @@ def effect_affine(group: ScaleGroup) -> float | Affine:
     return optimal_affine(group.sensitivity.weighted)
 
 
-@strategy(by_state_index=lambda amax: [float(minmax_scale_float32(value)) for value in amax[:, None]])
+@strategy(
+    from_documents=True, by_state_index=lambda amax: [float(minmax_scale_float32(value)) for value in amax[:, None]]
+)
 def quamba(group: ScaleGroup) -> float:
     """What upstream computes (`upstream_observers`). Mamba-1: at x_proj:input and ssm_state_act:input a moving average
     (0.01) of each document's 0.9995 quantile over 127, in float32; elsewhere max a / 127 in float16. Mamba-2: max a /
@@ -277,7 +282,7 @@ def quamba(group: ScaleGroup) -> float:
     return float(minmax_scale(group.documents.amax))
 
 
-@strategy(document_quantile="alpha")
+@strategy(from_documents=True, document_quantile="alpha")
 def ema_percentile(group: ScaleGroup, alpha: float = EMA_ALPHA, sigma: float = EMA_SIGMA) -> float:
     """Upstream's moving average of per-document quantiles at every site, with other constants; alpha is one
     that `documents` stores, or 1 for the maximum."""

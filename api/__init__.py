@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quambase.analyzer.analyze import analyze as analyze
+    from quambase.analyzer.converge import converge as converge
     from quambase.apply.evaluation.evaluate import evaluate as evaluate
     from quambase.collector.collect import collect as collect
     from quambase.schema.sql.database import StatsDB as StatsDB
 
-__all__ = ["StatsDB", "__version__", "analyze", "apply", "collect", "evaluate"]
+__all__ = ["StatsDB", "__version__", "analyze", "apply", "collect", "converge", "evaluate"]
 
 __version__ = version("quambase")
 
@@ -31,6 +32,7 @@ _NAMES = {
     "StatsDB": "quambase.schema.sql.database",
     "analyze": "quambase.analyzer.analyze",
     "collect": "quambase.collector.collect",
+    "converge": "quambase.analyzer.converge",
     "evaluate": "quambase.apply.evaluation.evaluate",
 }
 

@@ -97,6 +97,12 @@ collect_options = options(
         f"`analyze` then selects scales by their effect on the output.  [without a number: {SENSITIVITY_DOCUMENTS}]",
     ),
     click.option(
+        "--by-block",
+        is_flag=True,
+        help="Also store the counts of each block of documents by itself: `quambase converge` then judges every "
+        "strategy. A block's counts are nearly as large as the run's; blocks are of --batch-size documents.",
+    ),
+    click.option(
         "--shard",
         metavar="i/N",
         help="Only every N-th block of documents, from block i on (i from 0 to N - 1); see `quambase merge`. "

@@ -27,6 +27,7 @@ COMMANDS: dict[str, str] = {
     "runs": "quambase.cli.query:runs",
     "compare": "quambase.cli.compare:compare",
     "groups": "quambase.cli.compare:groups",
+    "converge": "quambase.cli.converge:converge",
     "lm-eval": "quambase.cli.lm_eval:lm_eval",
     "results": "quambase.cli.results:results",
     "diff": "quambase.cli.diff:diff",

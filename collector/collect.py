@@ -53,7 +53,7 @@ from quambase.collector.shards import (
     write_sums,
 )
 from quambase.collector.statistics import ENCODINGS, Int64, RunStatistics, SiteLayout
-from quambase.collector.table_rows import Locate, Places
+from quambase.collector.table_rows import BlockCounter, Locate, Places
 from quambase.collector.taps import KeptTokens
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.names import data_name
@@ -75,6 +75,9 @@ CHECKPOINT_SECONDS = 10.0
 
 OUTLIERS = 64
 """Largest values stored per group."""
+
+COUNTED_AS = ENCODINGS["float16"]
+"""The 16-bit type of the values that are counted."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,6 +116,7 @@ def collect(
     group_samples: int | None = None,
     groups_from: str | None = None,
     sensitivity: int | None = None,
+    by_block: bool = False,
     shard: Shard | None = None,
     device: str = "auto",
     dtype: str | None = None,
@@ -128,28 +132,28 @@ def collect(
     of a first pass over ``group_samples`` documents (default 64, for ``quamba2`` all) or of the run ``groups_from``.
     ``sensitivity``: this many evenly spaced documents also go through a backward pass, and the table `sensitivities`
     tells how much the output depends on each value (`quambase.collector.sensitivity`).
+    ``by_block``: the counts of each block are stored too, so that `converge` can judge every strategy.
     ``shard``: only its blocks; `quambase.collector.merge.merge` combines all shards. Each repeats the first pass.
-    ``device``: cpu, cuda, or auto (cuda if there is a device). On the CPU the model runs in float32; on CUDA in
-    ``dtype``, by default float16, as upstream runs it, whose activations are counted without rounding.
+    ``device``: cpu, cuda, or auto (cuda if there is one). The CPU runs the model in float32, CUDA in ``dtype``, by
+    default float16, as upstream does; those activations are counted without rounding.
     ``progress``: shown on stderr, or a function that is called with (documents done, documents in all).
     Errors: ModelNotFound, CheckpointInvalid, DataInvalid, DatabaseInvalid, UnknownName, RunBusy, TapNeverFired.
     """
     db, where = local_folder(db), choose_placement(device, dtype)
     for name in sites:
         find_site(name, family="")  # of any family, so that a wrong name is reported before the slow part
+    source = str(data) if data else default_data(str(model))
     with Progress(progress) as shown:
         # 1. The arguments determine the run.
-        source = str(data) if data else default_data(str(model))
         loaded = _load(str(model), tokenizer, source, sites, shown)
         plan = read_document_set(source, loaded.tokenizer, samples, seq_len, progress=shown)
         grouping = choose_grouping(loaded.family, groups, group_samples, groups_from, len(plan.documents))
         observed = [site.name for site in FAMILIES[loaded.family] if not sites or site.name in sites]
         settings = _Settings(samples, seq_len, batch_size, observed, keep_tokens, seed)
         backward = SensitivityPlan.of(plan, sensitivity, observed, loaded.family, seed) if sensitivity else None
-        request = _Request(loaded, source, plan, grouping, backward, where, settings)
+        request = _Request(loaded, source, plan, grouping, backward, by_block, where, settings)
         # 2. The run, or this shard of it, may exist.
-        folder = db / "runs" / request.run
-        if (found := _existing(folder, shard)) is not None:
+        if (found := _existing(folder := db / "runs" / request.run, shard)) is not None:
             return found
         # 3. Otherwise collect it.
         if shard is not None:
@@ -206,6 +210,7 @@ class _Request:
     plan: DocumentSet
     grouping: Grouping | None
     sensitivity: SensitivityPlan | None
+    by_block: bool
     where: Placement
     settings: _Settings
 
@@ -218,12 +223,13 @@ class _Request:
             "tokenizer_sha256": self.loaded.tokenizer_sha256,
             "documents": self.plan.digest(),
             **vars(self.settings),
-            "activation_dtype": "float16",
+            "activation_dtype": COUNTED_AS.name,
             "outliers": OUTLIERS,
             **self.where.identity(),
             "torch": version("torch"),
             **({"groups": self.grouping.identity()} if self.grouping else {}),
             **({"sensitivity": self.sensitivity.identity()} if self.sensitivity else {}),
+            **({"by_block": True} if self.by_block else {}),
         }
 
     @cached_property
@@ -281,7 +287,8 @@ def _collect(request: _Request, folder: Path, shard: Shard | None, db: Path, sho
         runner = new_block_runner(weights, request.where, statistics, outputs)
         clock.lap("prepare")
         with runner:
-            _observe(runner, blocks, mine, done, folder, files, shown)
+            counter = BlockCounter(request.run, statistics.counts.numpy(), COUNTED_AS) if request.by_block else None
+            _observe(runner, blocks, mine, done, folder, files, counter, shown)
             statistics = runner.statistics()
             clock.lap("observe")
             if request.sensitivity:
@@ -316,6 +323,7 @@ def _observe(
     done: int,
     folder: Path,
     files: BlockFiles,
+    counter: BlockCounter | None,
     progress: Progress,
 ) -> None:
     """Run the blocks ``numbers``, except the first ``done`` of them, which the checkpoint contains."""
@@ -326,6 +334,8 @@ def _observe(
     for place in range(done, len(numbers)):
         with progress.piece(documents[place], tokens[place]):
             runner.observe(numbers[place], blocks[numbers[place]])
+            if counter is not None:
+                files.add_counts(numbers[place], counter.rows(numbers[place], runner.statistics()))
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             runner.settle()
             save_checkpoint(folder, place + 1, runner.statistics(), files.written())
@@ -342,7 +352,7 @@ def _write_tables(
     sensitivities: Sequence[Callable[[], pa.Table]],
 ) -> dict[str, TableFile]:
     """Write the tables of a whole run, while its last blocks' rows are still being written; returns all files."""
-    made = write_statistics(folder, run, statistics, ENCODINGS["float16"], locate, sensitivities)
+    made = write_statistics(folder, run, statistics, COUNTED_AS, locate, sensitivities)
     runner.settle()
     return every_table(folder, files.written() | made)
 

@@ -1,7 +1,8 @@
 """A run folder: writes the files of its tables and `run.json`, and removes what only an unfinished run needs.
 
-`documents` and `activations` are written block by block, as folders with a file for each block that has rows. `counts`
-and `sensitivities`, which are large and made at the end, are folders of parts. The other tables are a file each.
+`documents`, `activations` and `block_counts` are written block by block, as folders with a file for each block that has
+rows. `counts` and `sensitivities`, which are large and made at the end, are folders of parts. The other tables are a
+file each.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from quambase.schema.manifest import SHARDS, Manifest, TableFile, table_of
 from quambase.schema.runs import list_runs, sound_manifests
 from quambase.schema.tables import RUN_TABLES, write_table
 
-BLOCK_TABLES = ("documents", "activations")
+BLOCK_TABLES = ("documents", "activations", "block_counts")
 """The tables that are written block by block."""
 
 
@@ -91,7 +92,14 @@ class BlockFiles(AbstractContextManager["BlockFiles"]):
 
         OSError, perhaps of an earlier block.
         """
-        for table, rows in zip(BLOCK_TABLES, (documents, activations), strict=True):
+        self._add(block, {"documents": documents, "activations": activations})
+
+    def add_counts(self, block: int, block_counts: pa.Table) -> None:
+        """As `add`: those of the table `block_counts`."""
+        self._add(block, {"block_counts": block_counts})
+
+    def _add(self, block: int, tables: Mapping[str, pa.Table]) -> None:
+        for table, rows in tables.items():
             if rows.num_rows:
                 file = block_file(table, block)
                 pending = self._pool.submit(write_file, self._folder, file, rows)

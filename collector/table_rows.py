@@ -16,7 +16,7 @@ from quambase.collector.host.kernels import SIGN
 from quambase.collector.statistics import TOP_FIELDS, Encoding, Int64, RunStatistics, SiteIndex, SiteLayout
 from quambase.collector.table_kernels import present_counts, present_sizes, repeat, summarize_sums
 from quambase.schema.sites import WHOLE, SiteKey
-from quambase.schema.tables import CHANNELS, COUNTS, GROUPS, OUTLIERS, QUANTILES, SITE_STATS, as_made
+from quambase.schema.tables import BLOCK_COUNTS, CHANNELS, COUNTS, GROUPS, OUTLIERS, QUANTILES, SITE_STATS, as_made
 
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
@@ -135,19 +135,52 @@ def counts_parts(run: str, statistics: RunStatistics, encoding: Encoding) -> lis
 
     Values ascend from -inf to inf, then NaN; -0 joins 0, all NaN join one.
     """
-    counts, infinity, magnitudes = statistics.counts.numpy(), encoding.infinity, encoding.values()[:SIGN]
+    counts = statistics.counts.numpy()
 
     def part(groups: Sequence[TableGroup]) -> pa.Table:
-        places, rows = np.array([group.row for group in groups]), np.empty(len(groups), np.int64)
-        present_sizes(counts, places, infinity, rows)
-        block = np.empty((3, int(rows.sum())), np.int32)
-        found, values = block[:2].reshape(-1).view(np.int64), block[2].view(np.float32)
-        present_counts(counts, places, infinity, magnitudes, values, found)
+        rows, values, found = _present(counts, groups, encoding)
         columns: dict[str, object] = {"value": values, "count": found}
         return many_keyed_rows(run, _names(groups), rows, columns, COUNTS)
 
     groups = table_groups(statistics.index)
     return [partial(part, groups[start : start + COUNTED]) for start in range(0, len(groups), COUNTED)]
+
+
+def _present(
+    counts: Int64, groups: Sequence[TableGroup], encoding: Encoding
+) -> tuple[Int64, npt.NDArray[np.float32], Int64]:
+    """How many values occur in each of ``groups``; the values, group by group; how often each occurs in ``counts``
+    (groups of the run, PATTERNS).
+    """
+    infinity, magnitudes = encoding.infinity, encoding.values()[:SIGN]
+    places, rows = np.array([group.row for group in groups]), np.empty(len(groups), np.int64)
+    present_sizes(counts, places, infinity, rows)
+    block = np.empty((3, int(rows.sum())), np.int32)
+    found, values = block[:2].reshape(-1).view(np.int64), block[2].view(np.float32)
+    present_counts(counts, places, infinity, magnitudes, values, found)
+    return rows, values, found
+
+
+class BlockCounter:
+    """Makes the rows of `block_counts` of one block after another, from the run's counts before and after each.
+
+    ``counts``: (groups, PATTERNS) int64, those of the blocks before; copied.
+
+    A run is counted in one array, so a block's own counts are the difference. Taking it needs that array twice, and on
+    a device a copy to the host and a wait after each block.
+    """
+
+    def __init__(self, run: str, counts: Int64, encoding: Encoding) -> None:
+        self._run, self._before, self._encoding = run, counts.copy(), encoding
+
+    def rows(self, block: int, statistics: RunStatistics) -> pa.Table:
+        """The rows of the block number ``block``, the last of those in ``statistics``, which are on the host."""
+        counts, groups = statistics.counts.numpy(), table_groups(statistics.index)
+        np.subtract(counts, self._before, out=self._before)
+        rows, values, found = _present(self._before, groups, self._encoding)
+        self._before[:] = counts
+        columns: dict[str, object] = {"block": np.full(values.size, block, np.int32), "value": values, "count": found}
+        return many_keyed_rows(self._run, _names(groups), rows, columns, BLOCK_COUNTS)
 
 
 def channels_rows(run: str, statistics: RunStatistics) -> pa.Table:

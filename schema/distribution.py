@@ -154,6 +154,33 @@ class Distribution:
 
 
 @dataclass(frozen=True)
+class BlockCounts:
+    """How often each distinct finite value of a (scale) group occurred in each block of documents.
+
+    values  (m,) float32, strictly ascending, finite
+    counts  (blocks, m) int64
+    """
+
+    values: Float32
+    counts: Int64
+
+    @classmethod
+    def of_rows(cls, values: Float32, counts: Int64, blocks: npt.NDArray[np.int32], size: int) -> BlockCounts:
+        """From rows of `block_counts` of several groups, (rows,) each, of a run of ``size`` blocks: added up."""
+        finite = np.isfinite(values)
+        found, inverse = np.unique(values[finite], return_inverse=True)
+        summed = np.zeros((size, found.size), np.int64)
+        np.add.at(summed, (blocks[finite], inverse), counts[finite])
+        return cls(found, summed)
+
+    def together(self, blocks: Int64) -> Distribution:
+        """The distribution of some blocks, (n,) their numbers."""
+        counts = self.counts[blocks].sum(0)
+        present = counts > 0
+        return Distribution(self.values[present], counts[present])
+
+
+@dataclass(frozen=True)
 class Sensitivity:
     """How much the model's output depends on the values of a (scale) group, from a few documents.
 

@@ -89,6 +89,15 @@ COUNTS = _table(
     ("count", pa.int64(), "How many times it occurred."),
 )
 
+BLOCK_COUNTS = _table(
+    "block_counts",
+    "The counts of each block of documents by itself (`collect --by-block`; without rows otherwise): they add up to "
+    "counts. Sorted by block, then as counts; -0 is 0, NaN comes last.",
+    ("block", pa.int32(), "Number of the block: so many consecutive documents share a forward pass (--batch-size)."),
+    ("value", pa.float32(), "Activation, rounded to the 16-bit type of the run."),
+    ("count", pa.int64(), "How many times it occurred in the block."),
+)
+
 SENSITIVITIES = _table(
     "sensitivities",
     "How much the model's output depends on each distinct value of a site whose scale the INT8 model reads, from a few "
@@ -309,6 +318,7 @@ RUN_TABLES: dict[str, pa.Schema] = {
     "activations": ACTIVATIONS,
     "groups": GROUPS,
     "sensitivities": SENSITIVITIES,
+    "block_counts": BLOCK_COUNTS,
 }
 """The tables of one run folder: each is a file ``<name>.parquet``, or a folder ``<name>/`` of Parquet files."""
 
@@ -316,6 +326,7 @@ RUN_TABLES: dict[str, pa.Schema] = {
 # few exponents, and those of a float16 model end in zeros.
 _ENCODINGS = {
     "counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"},
+    "block_counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"},
     "sensitivities": {
         "value": "BYTE_STREAM_SPLIT",
         "count": "DELTA_BINARY_PACKED",
@@ -324,8 +335,11 @@ _ENCODINGS = {
     "activations": {"values.list.element": "BYTE_STREAM_SPLIT"},
 }
 
-_STATISTICS = {"counts": ["layer"]}
-"""The columns by which row groups are told apart, of the table where those of the others take long to find."""
+_STATISTICS = {"counts": ["layer"], "block_counts": ["layer"]}
+"""The columns by which row groups are told apart, of the tables where those of the others take long to find."""
+
+_ROW_GROUPS = {"block_counts": 1 << 16}
+"""Rows of a row group, where not as many as the library has by default: one layer of all blocks is read at a time."""
 
 
 def _writer(path: Path, name: str, schema: pa.Schema) -> pq.ParquetWriter:
@@ -349,7 +363,7 @@ def write_table(path: Path, name: str, table: pa.Table, schema: pa.Schema) -> No
     """Write one Parquet file atomically; ``name``, the table's, chooses how columns are encoded."""
     made = as_made(schema) if name in RUN_TABLES else schema
     with replacing(path) as temporary, _writer(temporary, name, made) as writer:
-        writer.write_table(cast_to(table, made))
+        writer.write_table(cast_to(table, made), row_group_size=_ROW_GROUPS.get(name))
 
 
 def with_later_columns(table: pa.Table, schema: pa.Schema, later: Mapping[str, Any]) -> pa.Table:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from quambase.schema.distribution import Distribution, Sensitivity
+from quambase.schema.distribution import BlockCounts, Distribution, Sensitivity
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, QueryInvalid, UnknownName
 from quambase.schema.files import local_folder
 from quambase.schema.groups import GRANULARITIES, TENSOR, united_groups
@@ -213,6 +213,22 @@ class StatsDB:
         for layer, site, name, slices in _united(_segments(table) if tokens else [], granularity):
             mine, squares = (np.concatenate([column[s] for s in slices]) for column in (values, gradient_sq))
             found[layer, site, name] = Sensitivity.of_rows(mine, squares, tokens)
+        return found
+
+    def block_counts(
+        self, run: str, layer: int, blocks: int, granularity: str = TENSOR
+    ) -> dict[tuple[str, str], BlockCounts]:
+        """The counts of each of the ``blocks`` blocks of ``run`` in one layer, by (site, group_name) of the scale
+        groups as `distributions` names them; empty unless the run was collected with ``by_block``.
+        """
+        paths = self._paths(self.manifest(run), "block_counts")
+        dataset = _dataset(paths, RUN_TABLES["block_counts"])
+        table = (dataset.to_table(filter=pc.field("layer") == layer) if paths else dataset).combine_chunks()
+        columns = [table[name].to_numpy() for name in ("value", "count", "block")]
+        found = {}
+        for _, site, name, slices in _united(_segments(table), granularity):
+            values, counts, numbers = (np.concatenate([column[s] for s in slices]) for column in columns)
+            found[site, name] = BlockCounts.of_rows(values, counts, numbers, blocks)
         return found
 
     def documents(self, run: str) -> dict[tuple[int, str, str], DocumentSeries]:

@@ -22,6 +22,7 @@ CREATE VIEW outliers AS SELECT * FROM _outliers;
 CREATE VIEW activations AS SELECT * FROM _activations;
 CREATE VIEW groups AS SELECT * FROM _groups;
 CREATE VIEW sensitivities AS SELECT * FROM _sensitivities;
+CREATE VIEW block_counts AS SELECT * FROM _block_counts;
 
 CREATE VIEW channel_stats AS
 SELECT *, amax / nullif(median(amax) OVER (PARTITION BY run, layer, site), 0) AS ratio

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import reference
 import torch
@@ -20,6 +21,7 @@ from tiny_model import TEXTS, write_texts, write_tiny_model
 from quambase.cli.main import quambase
 from quambase.collector.collect import CollectedRun, collect, parse_keep
 from quambase.collector.import_tensor import import_tensor
+from quambase.collector.run_folder import BLOCK_TABLES
 from quambase.model.checkpoint import load_model
 from quambase.model.hadamard import hadamard
 from quambase.model.prepare import prepare
@@ -47,8 +49,8 @@ def run_tiny(model: Path, data: Path, db: Path, **options: object) -> CollectedR
 
 @pytest.fixture(scope="module")
 def kept(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> CollectedRun:
-    """A run of which every token's activations are kept."""
-    return run_tiny(model, data, tmp_path_factory.mktemp("kept"), keep_tokens="all")
+    """A run of which every token's activations are kept, and the counts of each block."""
+    return run_tiny(model, data, tmp_path_factory.mktemp("kept"), keep_tokens="all", by_block=True)
 
 
 def table(run: CollectedRun, name: str) -> pa.Table:
@@ -73,13 +75,13 @@ def test_manifest_describes_the_documents(kept: CollectedRun) -> None:
     assert kept.manifest.sites == [(layer, site.name) for layer, site in layer_sites(2)]
     kept.manifest.verify(kept.folder)
     single = ["channels", "groups", "outliers", "site_stats"]
-    folders = ["activations", "counts", "documents", "sensitivities"]
+    folders = ["activations", "block_counts", "counts", "documents", "sensitivities"]
     assert sorted([*single, *folders]) == sorted(RUN_TABLES)
     names = [*folders, *(f"{name}.parquet" for name in single), "run.json"]
     assert sorted(p.name for p in kept.folder.iterdir()) == sorted(names)
     assert bytes_of(kept.folder) == {file: entry.sha256 for file, entry in kept.manifest.tables.items()}
     blocks = [f"block-0000{block}.parquet" for block in range(3)]
-    for name, files in {"documents": blocks, "activations": blocks}.items():
+    for name, files in dict.fromkeys(BLOCK_TABLES, blocks).items():
         assert [path.name for path in table_files(kept.folder, name)] == files
         assert kept.manifest.files_of(name) == [f"{name}/{file}" for file in files]
     for name in RUN_TABLES:
@@ -100,6 +102,30 @@ def test_recounting_the_kept_activations_gives_the_counts(kept: CollectedRun) ->
     for key, values in tally.items():
         found = Distribution.of_values(np.concatenate([np.array(v, np.float32) for v in values]))
         assert list(zip(found.values.tolist(), found.counts.tolist(), strict=True)) == stored[key], key
+
+
+def test_each_blocks_counts_are_those_of_its_documents(kept: CollectedRun) -> None:
+    tally: dict[tuple, list] = {}
+    for row in table(kept, "activations").to_pylist():
+        key = (row["document"] // 4, row["layer"], row["site"], row["group_name"])
+        tally.setdefault(key, []).append(np.array(row["values"], np.float32))
+    stored: dict[tuple, list] = {}
+    for row in table(kept, "block_counts").to_pylist():
+        key = (row["block"], row["layer"], row["site"], row["group_name"])
+        stored.setdefault(key, []).append((row["value"], row["count"]))
+    assert tally.keys() == stored.keys() and len(tally) == 3 * 28
+    for key, values in tally.items():
+        found = Distribution.of_values(np.concatenate(values))
+        assert list(zip(found.values.tolist(), found.counts.tolist(), strict=True)) == stored[key], key
+    files = [pq.read_table(path, partitioning=None) for path in table_files(kept.folder, "block_counts")]
+    assert [set(file["block"].to_pylist()) for file in files] == [{0}, {1}, {2}]
+
+
+def test_counts_by_block_change_no_other_table(kept: CollectedRun, model: Path, data: Path, tmp_path: Path) -> None:
+    plain = run_tiny(model, data, tmp_path, keep_tokens="all")
+    assert plain.manifest.run != kept.manifest.run and table(plain, "block_counts").num_rows == 0
+    for name in set(RUN_TABLES) - {"block_counts"}:
+        assert table(plain, name).drop("run").equals(table(kept, name).drop("run")), name
 
 
 def test_values_are_the_prepared_models_one_document_at_a_time(kept: CollectedRun, model: Path, data: Path) -> None:
@@ -231,12 +257,12 @@ def test_only_the_sites_asked_for(model: Path, data: Path, tmp_path: Path) -> No
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     model: Path, data: Path, tmp_path: Path, after: int, checkpoint_seconds: float
 ) -> None:
-    whole = run_tiny(model, data, tmp_path / "whole")
+    whole = run_tiny(model, data, tmp_path / "whole", by_block=True)
     with interrupted(after, checkpoint_seconds):
-        run_tiny(model, data, tmp_path / "cut")
+        run_tiny(model, data, tmp_path / "cut", by_block=True)
     folder = next((tmp_path / "cut" / "runs").iterdir())
     assert not (folder / "run.json").exists()
-    resumed = run_tiny(model, data, tmp_path / "cut")
+    resumed = run_tiny(model, data, tmp_path / "cut", by_block=True)
     assert resumed.folder.name == whole.folder.name
     assert bytes_of(resumed.folder) == bytes_of(whole.folder)
     assert resumed.manifest.tables == whole.manifest.tables

@@ -38,18 +38,14 @@ COUNTS = (1, 2, 3, 7)
 """Numbers of shards tried. The texts make five blocks, so that two of seven shards are empty."""
 
 
-SETTINGS = {"batch_size": 2, "keep_tokens": 8, "sensitivity": 5}
+SETTINGS: dict[str, object] = {"batch_size": 2, "keep_tokens": 8, "sensitivity": 5, "by_block": True}
 
 
 class World:
     """A model, its texts, the unsharded run, and each shard of each count collected once, in a database of its own."""
 
     def __init__(self, root: Path, model: Path, **options: object) -> None:
-        self.root, self.model, self.options = (
-            root,
-            model,
-            {"batch_size": 2, "keep_tokens": 8, "sensitivity": 5} | options,
-        )
+        self.root, self.model, self.options = root, model, SETTINGS | options
         self.data = write_texts(root / "texts.jsonl")
         self.whole = self.collect(root / "whole")
         self.expected = bytes_of(self.whole.folder)
@@ -258,7 +254,7 @@ def test_a_complete_run_is_not_merged_again(first: World, tmp_path: Path) -> Non
             (merged.folder / "checkpoint.npz").write_bytes(b"left over")
             again = merge(tmp_path, sources, **options)
             assert again.existed and again.manifest == merged.manifest and bytes_of(again.folder) == first.expected
-            assert sorted(p.suffix for p in merged.folder.iterdir()) == 4 * [""] + [".json"] + 4 * [".parquet"]
+            assert sorted(p.suffix for p in merged.folder.iterdir()) == 5 * [""] + [".json"] + 4 * [".parquet"]
 
 
 def test_a_shard_being_written(first: World, tmp_path: Path) -> None:
@@ -387,7 +383,7 @@ def test_the_launchers_environment() -> None:
 
 def command(world: World, db: Path) -> list[str]:
     return ["--model", str(world.model), "--data", str(world.data), "--samples", "9", "--seq-len", "32",
-            "--batch-size", "2", "--keep-tokens", "8", "--sensitivity", "5", "--db", str(db)]  # fmt: skip
+            "--batch-size", "2", "--keep-tokens", "8", "--sensitivity", "5", "--by-block", "--db", str(db)]  # fmt: skip
 
 
 def test_the_commands(first: World, tmp_path: Path) -> None:
