@@ -45,6 +45,7 @@ def base(name: str, world: Path, db: Path) -> list[str | Path]:
         "evaluate": ["--float", "--model", world / "tiny", *text, "--db", db],
         "analyze": ["--db", world / "db", "--out", db / "s.parquet", "--strategy", "absmax"],
         "compare": ["--db", world / "db", "--no-picture", "--strategy", "absmax"],
+        "converge": ["--db", world / "db", "--no-picture", "--strategy", "absmax"],
         "groups": ["--db", world / "db", "--no-picture"],
         "stats": ["--db", world / "db"],
         "generate": ["--model", world / "tiny", "--out", db, "--tokens", "3"],
