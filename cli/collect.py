@@ -100,7 +100,7 @@ collect_options = options(
         "--by-block",
         is_flag=True,
         help="Also store the counts of each block of documents by itself: `quambase converge` then judges every "
-        "strategy. A block's counts are nearly as large as the run's; blocks are of --batch-size documents.",
+        "strategy. They are large: each block of --batch-size documents takes half as much space as the run's or more.",
     ),
     click.option(
         "--shard",

@@ -87,7 +87,7 @@ def converge(
 
     \b
     Example:
-      quambase collect --model mamba-5m --samples 64 --batch-size 4 --by-block
+      quambase collect --model mamba-5m --samples 32 --batch-size 2 --by-block
       quambase converge --strategy mse --strategy absmax
     """
     from quambase.analyzer.converge import converge as find_convergence

@@ -131,8 +131,7 @@ def collect(
     observes the reordered model, and stores the order in the run; ``none`` does not. The channel statistics are those
     of a first pass over ``group_samples`` documents (default 64, for ``quamba2`` all) or of the run ``groups_from``.
     ``sensitivity``: this many evenly spaced documents also go through a backward pass, and the table `sensitivities`
-    tells how much the output depends on each value (`quambase.collector.sensitivity`).
-    ``by_block``: the counts of each block are stored too, so that `converge` can judge every strategy.
+    tells how much the output depends on each value. ``by_block``: `block_counts` has the counts of each block.
     ``shard``: only its blocks; `quambase.collector.merge.merge` combines all shards. Each repeats the first pass.
     ``device``: cpu, cuda, or auto (cuda if there is one). The CPU runs the model in float32, CUDA in ``dtype``, by
     default float16, as upstream does; those activations are counted without rounding.

@@ -12,7 +12,7 @@ from executed_docs import PAGES, ROOT, Example, difference, examples, readable, 
 
 from quambase.cli.main import COMMANDS, load_command, quambase
 
-ALONE = ("import", "merge", "groups")
+ALONE = ("import", "merge", "groups", "converge")
 """Commands whose examples make a run of their own, which other commands would then take for the newest."""
 
 

@@ -41,8 +41,8 @@ from quambase.schema.number_format import Affine
 from quambase.schema.sites import layer_sites
 from quambase.schema.sql.database import StatsDB
 
-LENGTHS = (5, 9, 0, 0, 30, 3, 12, 0, 25, 7, 18, 2)
-"""Tokens of the documents: in blocks of two, one block has none and one has one document."""
+LENGTHS = (5, 9, 0, 0, 30, 0, 12, 0, 25, 7, 18, 2)
+"""Tokens of the documents: of six blocks of two, one has no document and two have one."""
 
 NUMBERS = [number for number, length in enumerate(LENGTHS) if length]
 BLOCK_OF = [sorted({number // 2 for number in NUMBERS}).index(number // 2) for number in NUMBERS]
@@ -56,7 +56,7 @@ def some_texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of nine documents in five blocks, with every activation and sensitivities."""
+    """A run of eight documents in five blocks, with every activation and sensitivities."""
     folder = tmp_path_factory.mktemp("converge")
     model, data = write_tiny_model(folder / "tiny"), write_texts(folder / "texts.jsonl", some_texts())
     options = {"data": str(data), "db": folder / "db", "batch_size": 2, "progress": False}
@@ -66,8 +66,8 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(database: Path) -> Convergence:
-    """Every subset of every size: the largest number of them is 126, the halves of nine documents."""
-    return converge(database, strategies=LABELS, resamples=126)
+    """Every subset of every size: the largest number of them is 70, the halves of eight documents."""
+    return converge(database, strategies=LABELS, resamples=70)
 
 
 Values = dict[tuple[int, str], list[np.ndarray]]
@@ -177,7 +177,7 @@ def test_every_subset_recomputed_from_the_raw_values(found: Convergence, databas
     expected = twin_rows(label, unit_of, values, gradients)
     assert [row["units"] for row in rows] == [row["units"] for row in expected]
     for row, wanted in zip(rows, expected, strict=True):
-        assert row["documents"] == round(row["units"] * 9 / (max(unit_of) + 1)) and row["scales"] == len(values)
+        assert row["documents"] == round(row["units"] * 8 / (max(unit_of) + 1)) and row["scales"] == len(values)
         for name, value in wanted.items():
             # A scale may differ by one float32 rounding (2^-24 of it), where the two compute it in another order, and
             # changes are differences of two of them.
@@ -262,12 +262,12 @@ def test_a_mamba2_in_groups(tmp_path: Path) -> None:
     with StatsDB(tmp_path / "db") as opened:
         groups = [key for *key, _ in opened.distributions(run.manifest.run, "group") if key[1] == "x_conv_out:input"]
         (counts,) = [
-            opened.block_counts(run.manifest.run, 0, 9, "group")["x_conv_out:input", key[2]] for key in groups[:1]
+            opened.block_counts(run.manifest.run, 0, 8, "group")["x_conv_out:input", key[2]] for key in groups[:1]
         ]
-    assert len(groups) > 4 and counts.counts.shape[0] == 9
+    assert len(groups) > 4 and counts.counts.shape[0] == 8
     scales = dict(zip(found.strategies["strategy"].to_pylist(), found.strategies["scales"].to_pylist(), strict=True))
     assert scales["percentile:0.9"] == scales["mse_affine"] > 2 * 8
-    assert set(found.strategies["units"].to_pylist()) == {9}
+    assert set(found.strategies["units"].to_pylist()) == {8}
 
 
 # The subsamples.
@@ -384,7 +384,7 @@ def test_the_command(database: Path, tmp_path: Path) -> None:
     tables, said = done.stdout, done.stderr
     assert "the median of 13 scales of run" in tables and "the 95 % end of the move" in tables
     assert max(map(len, tables.splitlines())) <= 100
-    assert "absmax has not converged at 9 documents (from 4 to all: " in said
+    assert "absmax has not converged at 8 documents (from 4 to all: " in said
     assert "next: quambase collect --model" in said and f"--db {database}" in said.splitlines()[-1]
     assert (tmp_path / "c.svg").stat().st_size > 10_000
     for table in ("sizes", "strategies"):
