@@ -27,7 +27,8 @@ from quambase.collector.block_runners import (
 )
 from quambase.collector.documents import TokenizedDocument
 from quambase.collector.layouts import site_layouts
-from quambase.collector.statistics import RunStatistics
+from quambase.collector.statistics import ENCODINGS, RunStatistics
+from quambase.collector.table_rows import BlockCounter
 from quambase.collector.taps import KeptTokens
 from quambase.model.language_model import floating_model
 from quambase.schema.errors import DataInvalid, TapNeverFired, UnknownName
@@ -80,11 +81,12 @@ def planned(first: int) -> list[TokenizedDocument]:
     return [TokenizedDocument(first + 2 * i, f"{i:064}", np.array(d, np.int32)) for i, d in enumerate(DOCUMENTS)]
 
 
-def observed(observer: BlockRunner) -> None:
+def observed(observer: BlockRunner, after: Callable[[int], None] = lambda number: None) -> None:
     with observer:
-        observer.observe(0, planned(3))
-        observer.observe(1, planned(40))
-        observer.observe(2, planned(80)[:2])  # the last block has fewer
+        # The last block has fewer.
+        for number, documents in enumerate((planned(3), planned(40), planned(80)[:2])):
+            observer.observe(number, documents)
+            after(number)
 
 
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
@@ -99,15 +101,18 @@ def test_a_device_observes_what_the_host_does(family: str, everything: bool, mon
     layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family[:6]]])
     kept = KeptTokens(None, None) if everything else KeptTokens({3: np.array([0, 2]), 44: np.array([17])}, {44, 42})
 
-    def run(make: Callable[..., BlockRunner]) -> tuple[RunStatistics, Tables]:
+    def run(make: Callable[..., BlockRunner]) -> tuple[RunStatistics, Tables, list[pa.Table]]:
         tables: Tables = []
         outputs = BlockOutputs("run", kept, lambda *table: tables.append(table))
-        observer = make(model, RunStatistics.empty(layouts, 5), outputs)
-        observed(observer)
-        return observer.statistics(), tables
+        statistics, by_block = RunStatistics.empty(layouts, 5), []
+        observer = make(model, statistics, outputs)
+        counter = BlockCounter("run", statistics.counts.numpy(), ENCODINGS["float16"])
+        observed(observer, lambda number: by_block.append(counter.rows(number, observer.statistics())))
+        return observer.statistics(), tables, by_block
 
-    host, host_tables = run(HostBlockRunner)
-    device, device_tables = run(CudaBlockRunner)
+    host, host_tables, host_counts = run(HostBlockRunner)
+    device, device_tables, device_counts = run(CudaBlockRunner)
+    assert device_counts == host_counts and [len(set(rows["block"].to_pylist())) for rows in host_counts] == [1, 1, 1]
     assert sorted(device_tables, key=lambda part: part[0]) == host_tables and len(host_tables) == 3
     assert host_tables[0][2].num_rows > 0
     nothing = np.zeros(1)
