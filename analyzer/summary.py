@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from quambase.schema.scale_table import QUAMBASE, UPSTREAM
+from quambase.schema.sites import HEAD_LAYER
 
 
 def summarize(table: pa.Table) -> pa.Table:
@@ -145,8 +146,11 @@ def _losses(consumed: list[dict[str, Any]], loss: float) -> str:
     others = []
     for label, name in (("mse", "mse"), ("quamba", "upstream's quamba")):
         other = predicted_loss(row for row in consumed if row["label"] == label)
-        if other:
-            others.append(f"{100 * (loss / other - 1):+.0f} % against {name}, {other:.2g}")
+        if other and (change := round(100 * (loss / other - 1))):
+            others.append(f"{change:+} % against {name}, {other:.2g}")
+    head = next((row["predicted_kl"] for row in consumed if row["selected"] and row["layer"] == HEAD_LAYER), None)
+    if head:
+        others.append(f"a quantized head would add {head:.2g}")
     return "; ".join([f"predicted loss of the activations: {loss:.2g} nats a token", *others])
 
 

@@ -74,6 +74,7 @@ def apply(
     quantize_lm_head: bool = False,
     quantize_embedding: bool = False,
     compat: str | None = None,
+    weight_bits: int = 8,
     db: str | Path = Path("quambase-db"),
     out: str | Path | None = None,
     model: str | Path | None = None,
@@ -85,6 +86,7 @@ def apply(
     at           use ``strategy`` only at these sites, and ``otherwise`` at the others
     granularity  the finest division of a Mamba-2's sites to use; None: the table's finest
     compat       None, or "upstream": reproduce its wrapping Hadamard quantizer and its embedding maximum
+    weight_bits  of in_proj, x_proj and out_proj: 8, or 4 (groups of 128 inputs, rounded to nearest)
     model        the floating-point model, if it is not at the path in the scale table An existing ``out`` must be empty
                  or an INT8 model's folder.
                  Errors: OutputRefused, ScalesInvalid, UnknownName, ModelNotFound, CheckpointInvalid.
@@ -104,6 +106,7 @@ def apply(
         quantize_lm_head=quantize_lm_head,
         quantize_embedding=quantize_embedding,
         compat=compat,
+        weight_bits=weight_bits,
         kept=table.kept_for(strategy),
     )
     settings = {
@@ -113,7 +116,7 @@ def apply(
         "tokenizer_sha256": loaded.tokenizer_sha256,
         "run": table.run,
     }
-    switches = [quantize_lm_head, quantize_embedding, compat]
+    switches = [quantize_lm_head, quantize_embedding, compat, *([weight_bits] if weight_bits != 8 else [])]
     used = {f"{layer}/{site}": as_json(scale) for (layer, site), scale in used_scales.items()}
     kept = [sorted(int8.kept)] if int8.kept else []
     identity = json.dumps([loaded.weights_sha256, settings["strategy"], switches, used, *kept], sort_keys=True)

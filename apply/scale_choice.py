@@ -31,19 +31,23 @@ def choose_scales(
     whose codes have two segments.
     """
     level = check_granularity(table, granularity)
-    for label in (strategy, *([otherwise] if at else ())):
-        if table.needs_decode(label):
-            raise ScalesInvalid(
-                f"{label} has codes of two segments, which no integer product reads; name another strategy, or measure "
-                f"it: evaluate --strategy {label}"
-            )
-    chosen = table.group_scales_for(strategy, level)
+    chosen = _of_codes(table, strategy, level)
     if not at:
         return chosen
     for name in at:
         find_site(name, table.model.family)
-    rest = {key: scale for key, scale in table.group_scales_for(otherwise, level).items() if key[1] not in at}
+    rest = {key: scale for key, scale in _of_codes(table, otherwise, level).items() if key[1] not in at}
     return rest | {key: scale for key, scale in chosen.items() if key[1] in at}
+
+
+def _of_codes(table: ScaleTable, label: str, level: str) -> dict[tuple[int, str], Scale]:
+    """`ScaleTable.group_scales_for`; ScalesInvalid where the codes of ``label`` have two segments."""
+    if table.needs_decode(label):
+        raise ScalesInvalid(
+            f"{label} has codes of two segments, which no integer product reads; name another strategy, or measure it: "
+            f"evaluate --strategy {label}"
+        )
+    return table.group_scales_for(label, level)
 
 
 def check_granularity(table: ScaleTable, granularity: str | None) -> str:

@@ -129,7 +129,6 @@ def analyze(
     Example:
       quambase analyze
       quambase analyze --strategy mse --strategy percentile:0.9999 --out two.parquet
-      quambase analyze --budget KL=0.003
     """
     if list_:
         emit(_definitions(), format_, wrap="definition")

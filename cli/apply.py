@@ -27,6 +27,15 @@ BACKENDS = ("quambase", "quamba")
 int8_options = options(
     click.option("--quantize-lm-head", is_flag=True, help="Quantize the language-model head and its input."),
     click.option("--quantize-embedding", is_flag=True, help="Quantize the embedding, one scale per row."),
+    click.option(
+        "--weights",
+        "weight_bits",
+        type=click.Choice(["8bit", "4bit"]),
+        default="8bit",
+        show_default=True,
+        callback=lambda context, parameter, value: int(value.removesuffix("bit")),
+        help="Weights of in_proj, x_proj and out_proj; 4bit: groups of 128 inputs, rounded to nearest (W4A8).",
+    ),
     click.option("--compat", type=click.Choice(["upstream"]), help="Reproduce upstream's overflow defects too."),
     click.option(
         "--model",
@@ -171,7 +180,8 @@ def _build(mix: dict[str, Any], quantize_lm_head: bool, quantize_embedding: bool
     floating = " and ".join(name for name, wanted in parts.items() if not wanted)
     kept = f"; {floating} in float" if floating else ""
     but = f" but for {applied.kept} operators in 16 bit" if applied.kept else ""
-    answer(f"strategy {applied.strategy}: {quantized} in INT8{but}{kept}; model saved in")
+    bits = "" if given["weight_bits"] == 8 else f" with weights of {given['weight_bits']} bits"
+    answer(f"strategy {applied.strategy}: {quantized} in INT8{bits}{but}{kept}; model saved in")
     click.echo(applied.folder)
     next_command("quambase evaluate", given["db"])
 
@@ -187,11 +197,17 @@ def _export(scales: Path, export: Path, mix: dict[str, Any], db: Path, force: bo
 
 
 def _build_upstream(
-    mix: dict[str, Any], out: Path | None, compat: str | None, quantize_lm_head: bool, force: bool, **given: Any
+    mix: dict[str, Any],
+    out: Path | None,
+    compat: str | None,
+    weight_bits: int,
+    quantize_lm_head: bool,
+    force: bool,
+    **given: Any,
 ) -> None:
     """Build the model with upstream's own package, and say which scales gave way to others."""
-    if out is None or compat is not None:
-        raise click.UsageError("--backend quamba needs --out FOLDER, and --compat is not for it")
+    if out is None or compat is not None or weight_bits != 8:
+        raise click.UsageError("--backend quamba needs --out FOLDER, and --compat and --weights are not for it")
     _check_names(given["scales"], given["db"], mix, upstream=True)
     from quambase.apply.upstream.backend import build_upstream
 

@@ -60,8 +60,9 @@ def steps(samples: int) -> Iterator[tuple[str, list[str]]]:
     """Titles, and the commands under each."""
     few = max(2, samples // 4)
     yield (
-        f"1. Run a Mamba-1 over {samples} texts and keep the exact distribution of every activation.",
-        [f"quambase collect --model mamba-5m --samples {samples}"],
+        f"1. Run a Mamba-1 over {samples} texts and keep the exact distribution of every activation, and over "
+        f"{samples // 2} of them backwards: how much each error matters to the output.",
+        [f"quambase collect --model mamba-5m --samples {samples} --sensitivity {samples // 2}"],
     )
     yield (
         "2. Which sites that an INT8 model reads have outliers?",
@@ -74,11 +75,11 @@ def steps(samples: int) -> Iterator[tuple[str, list[str]]]:
         "3. Every strategy at every site, without the model; then one site in detail, with a picture.",
         ["quambase analyze", "quambase compare --site x_proj:input --layer 3 --value 2 --value 4.5"],
     )
-    yield "4. Build the INT8 model with the least-squares scales.", ["quambase apply --strategy mse"]
+    yield "4. Build the INT8 model with the scales that are predicted to cost least.", ["quambase apply"]
     yield (
         "5. Which strategy wins? Each against the floating-point model and upstream's, on the same texts.",
         [
-            "quambase evaluate --strategy mse --strategy quamba "
+            "quambase evaluate --strategy selected --strategy mse --strategy quamba "
             f"--data sample:evaluation --samples {few} --task perplexity"
         ],
     )

@@ -110,6 +110,11 @@ def emit_evaluation(
         answer(line)
 
 
+def names_of(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Names without commas: the option may be repeated, or hold several as lm-eval's own `--tasks`."""
+    return tuple(dict.fromkeys(name.strip() for value in values for name in value.split(",") if name.strip()))
+
+
 evaluate_options = options(
     click.option(
         "--scales",
@@ -150,7 +155,7 @@ evaluate_options = options(
         metavar="FILE|NAME",
         help="Text to evaluate on; may be repeated. [default: the bundled texts, for a bundled model]",
     ),
-    click.option("--samples", type=COUNT, help="Only the first so many documents of each text."),
+    click.option("--samples", "--limit", "samples", type=COUNT, help="Only the first so many documents of each text."),
     click.option(
         "--task",
         type=click.Choice(["perplexity", "last-word", "both"]),
@@ -164,6 +169,18 @@ evaluate_options = options(
         default=2048,
         show_default=True,
         help="Tokens; longer documents are cut in non-overlapping windows.",
+    ),
+    click.option(
+        "--tasks",
+        multiple=True,
+        callback=names_of,
+        metavar="NAME[,NAME...]",
+        help="Tasks of lm-eval (lambada_openai, hellaswag) in place of --data and --task; needs the extra `eval`.",
+    ),
+    click.option(
+        "--include-path",
+        type=click.Path(file_okay=False, exists=True, path_type=Path),
+        help="With --tasks, a folder with more tasks of lm-eval (.yaml).",
     ),
     device_option,
     int8_options,
@@ -201,20 +218,16 @@ def evaluate(
     Example:
       quambase evaluate --strategy all --samples 24
       quambase evaluate --strategy mse --strategy quamba --samples 24 --task perplexity
+      quambase evaluate --strategy all --tasks lambada_openai,hellaswag --limit 200
     """
-    if sum([folder is not None, scales is not None or bool(strategies or granularities), floating]) > 1:
-        raise click.UsageError("give one of MODEL_DIR, --float, and --scales with --strategy")
+    _check_together(folder, scales, strategies or granularities, floating, one_at_a_time, picture, given)
     if strategies or granularities:
         scales = scales or Path("scales.parquet")
-    if picture is not None and not one_at_a_time:
-        raise click.UsageError("--picture goes with --one-at-a-time")
     # Names are checked before torch is imported, which takes seconds.
     if scales is not None:
         _check_names(scales, given["db"], strategies, granularities)
     find_given(given["model"], given["data"])
     if one_at_a_time:
-        if folder is not None or floating or len(given["data"]) > 1:
-            raise click.UsageError("--one-at-a-time takes --scales, --strategy and one --data")
         _sites_alone(scales or Path("scales.parquet"), strategies, picture, format_, output, given)
         return
     from quambase.apply.evaluation.evaluate import evaluate as run
@@ -231,6 +244,28 @@ def evaluate(
     emit_evaluation(evaluation, bootstrap, seed, within, format_, output)
     note(f"stored: {evaluation.folder}")
     next_command(f"quambase results {evaluation.id} --wide", given["db"])
+
+
+def _check_together(
+    folder: Path | None,
+    scales: Path | None,
+    of_scales: tuple[str, ...],
+    floating: bool,
+    one_at_a_time: bool,
+    picture: Path | None,
+    given: dict[str, Any],
+) -> None:
+    """Report options that exclude or need each other; ``of_scales``: strategies or granularities."""
+    if sum([folder is not None, scales is not None or bool(of_scales), floating]) > 1:
+        raise click.UsageError("give one of MODEL_DIR, --float, and --scales with --strategy")
+    if picture is not None and not one_at_a_time:
+        raise click.UsageError("--picture goes with --one-at-a-time")
+    if given["tasks"] and (given["data"] or given["task"] != "both" or one_at_a_time):
+        raise click.UsageError("--tasks brings its own text: leave out --data, --task and --one-at-a-time")
+    if one_at_a_time and (folder is not None or floating or len(given["data"]) > 1):
+        raise click.UsageError("--one-at-a-time takes --scales, --strategy and one --data")
+    if given["include_path"] is not None and not given["tasks"]:
+        raise click.UsageError("--include-path goes with --tasks")
 
 
 def _check_names(scales: Path, db: Path, strategies: tuple[str, ...], granularities: tuple[str, ...]) -> None:

@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "compare": "quambase.cli.compare:compare",
     "groups": "quambase.cli.compare:groups",
     "converge": "quambase.cli.converge:converge",
+    "lm-eval": "quambase.cli.lm_eval:lm_eval",
     "results": "quambase.cli.results:results",
     "diff": "quambase.cli.diff:diff",
     "import": "quambase.cli.collect:import_tensor",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -47,6 +48,29 @@ def generate(
             current = torch.tensor([text[position] for text in texts[:active]])
     written = {i: text[:length] for i, text, length in zip(order, texts, wanted, strict=True)}
     return [written[i] for i in range(len(order))]
+
+
+class Steps(Protocol):
+    """A model that takes token after token, floating-point or INT8."""
+
+    def new_state(self, sequences: int) -> Any: ...
+
+    def step(self, tokens: torch.Tensor, state: Any) -> torch.Tensor: ...
+
+
+def greedy(model: Steps, prompt: Sequence[int], vocabulary: int | None = None) -> Iterator[int]:
+    """The tokens with which ``model`` continues ``prompt`` (at least one token), each the most likely one, without end.
+
+    One sequence at a time, so that an INT8 model, whose rounding depends on how many there are, always answers alike.
+    ``vocabulary``: ids at and above it (padding rows of the embedding) are never taken.
+    """
+    state = model.new_state(1)
+    for token in prompt:
+        logits = model.step(torch.tensor([token]), state)
+    while True:
+        token = int(logits[0, :vocabulary].argmax())
+        yield token
+        logits = model.step(torch.tensor([token]), state)
 
 
 def _draw(logits: torch.Tensor, top_p: float, generator: torch.Generator) -> torch.Tensor:

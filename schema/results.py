@@ -13,8 +13,8 @@ from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.files import ALTERED, check_format_version, file_sha256
 from quambase.schema.tables import RESULTS, read_table
 
-PERPLEXITY, LAST_WORD = "perplexity", "last-word"
-"""Tasks."""
+PERPLEXITY, LAST_WORD, LM_EVAL = "perplexity", "last-word", "lm-eval"
+"""Tasks. The last stands for every task of lm-eval, whose own name is that of the text."""
 
 FLOAT = "float"
 """The label of the floating-point model, which every strategy is compared with."""
@@ -22,7 +22,7 @@ FLOAT = "float"
 UPSTREAM = "quamba"
 """The label of upstream's own scales, which every strategy is compared with, too."""
 
-LATER = {"cluster": None}
+LATER = {"cluster": None, "weight_bits": None}
 """Columns that evaluations of earlier versions lack, and what they hold then."""
 
 EVALUATION, RESULTS_FILE = "evaluation.json", "results.parquet"

@@ -37,7 +37,9 @@ _MACHINE = re.compile(
     r"|\d{4}-\d\d-\d\d[ T][\d:]+"
 )
 
-_PROGRESS = re.compile(r"^(?:collect|evaluate|analyze|converge|groups|verify|merge|generate|compiling)\b.*: |.* left$")
+_PROGRESS = re.compile(
+    r"^(?:collect|sensitivity|evaluate|analyze|converge|groups|verify|merge|generate|compiling)\b.*: |.* left$"
+)
 
 
 @dataclass

@@ -59,8 +59,8 @@ def test_every_link_leads_to_a_file() -> None:
 
 
 def test_no_unknown_command_is_named() -> None:
-    used = set(re.findall(r"^\$? ?(?:\.venv/bin/)?quambase ([a-z]+)", ALL, flags=re.MULTILINE))
-    used |= set(re.findall(r"`quambase ([a-z]+)", ALL))
+    used = set(re.findall(r"^\$? ?(?:\.venv/bin/)?quambase ([a-z-]+)", ALL, flags=re.MULTILINE))
+    used |= set(re.findall(r"`quambase ([a-z-]+)", ALL))
     assert used and used <= set(COMMANDS)
 
 

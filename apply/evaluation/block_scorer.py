@@ -15,10 +15,11 @@ from quambase.apply.evaluation.scoring import Cost, Item, LanguageModel, Score, 
 from quambase.apply.evaluation.tasks import TaskData
 from quambase.apply.int8.build import int8_on_cuda
 from quambase.model.cuda.compiler import CompilationFailed
+from quambase.model.language_model import LanguageModel as FloatingModel
 from quambase.model.language_model import floating_model
 from quambase.schema.errors import DataInvalid
 from quambase.schema.progress import Progress, remark
-from quambase.schema.results import FLOAT, LAST_WORD
+from quambase.schema.results import FLOAT
 from quambase.schema.scale_table import Operator, Scale
 from quambase.schema.sites import find_site
 from quambase.schema.tables import RESULTS
@@ -39,7 +40,7 @@ class PlacedModels:
     """The models on one device: the float32 one and, by label, the INT8 ones."""
 
     device: torch.device
-    reference: LanguageModel
+    reference: FloatingModel
     int8: Mapping[str, LanguageModel]
 
     @classmethod
@@ -97,28 +98,34 @@ class BlockScorer:
         return pa.concat_tables(tables)
 
     def _table(self, label: str, scored: Score, task: TaskData, items: Sequence[Item]) -> pa.Table:
+        columns: dict[str, Sequence[Any]] = {
+            "document": [item.document for item in items],
+            "sha256": [item.sha256 for item in items],
+            "cluster": [item.cluster for item in items],
+            "tokens": [item.targets for item in items],
+            "nll": scored.nll.tolist(),
+            "kl": scored.kl.tolist(),
+            "top1_agreement": scored.top1.tolist(),
+            "top1_right": scored.right.tolist(),
+            "correct": scored.correct.tolist() if task.answered else [None] * len(items),
+        }
+        return self.table(label, task.task, task.data, columns)
+
+    def table(self, label: str, task: str, data: str, columns: Mapping[str, Sequence[Any]]) -> pa.Table:
+        """Rows (RESULTS) of one strategy on one text: ``columns`` are those that differ from row to row."""
         model = self.candidates.models.get(label)  # none: the floating-point one
-        count = len(items)
         constant: dict[str, Any] = {
             "evaluation": self.evaluation,
             "model": self.candidates.source.name,
             "scales": self.candidates.scales,
             "strategy": label,
-            "task": task.task,
-            "data": task.data,
+            "task": task,
+            "data": data,
             "quantize_lm_head": model is not None and model.quantized_lm_head,
             "quantize_embedding": model is not None and model.weights.embedding_scales is not None,
+            "weight_bits": None if model is None else model.weights.weight_bits,
             "compat_upstream": model is not None and model.compat is not None,
         }
-        columns = {name: [value] * count for name, value in constant.items()} | {
-            "document": [item.document for item in items],
-            "sha256": [item.sha256 for item in items],
-            "cluster": [item.cluster for item in items],
-            "tokens": [item.targets for item in items],
-            "nll": scored.nll,
-            "kl": scored.kl,
-            "top1_agreement": scored.top1,
-            "top1_right": scored.right,
-            "correct": scored.correct if task.task == LAST_WORD else [None] * count,
-        }
-        return pa.table({f.name: pa.array(columns[f.name], f.type) for f in RESULTS}, schema=RESULTS)
+        count = len(columns["document"])
+        whole = {name: [value] * count for name, value in constant.items()} | dict(columns)
+        return pa.table({f.name: pa.array(whole[f.name], f.type) for f in RESULTS}, schema=RESULTS)

@@ -80,11 +80,11 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
     return Candidates(loaded, models, str(path), about.get("run"))
 
 
-def from_model(model: str | None, texts: Sequence[str]) -> Candidates:
-    """The floating-point model alone. DataInvalid: no model is named, or no text for one that brings none."""
+def from_model(model: str | None, *, needs_text: bool = False) -> Candidates:
+    """The floating-point model alone. DataInvalid: no model is named, or it must bring a text and has none."""
     if model is None:
         raise DataInvalid("no model is named; say which floating-point model to evaluate: --float --model NAME")
-    if not texts and not is_bundled(model):
+    if needs_text and not is_bundled(model):
         raise no_text(model)
     loaded = load_model(model)
     return Candidates(loaded, {}, "", None)
@@ -93,24 +93,25 @@ def from_model(model: str | None, texts: Sequence[str]) -> Candidates:
 def from_scales(
     scales: Path,
     strategies: Sequence[str],
-    named: str | None,
+    model: str | None,
     quantize_lm_head: bool,
     *,
     quantize_embedding: bool,
     compat: str | None,
+    weight_bits: int = 8,
     granularities: Sequence[str] = (),
     db: Path,
 ) -> Candidates:
     """Strategies of a scale table at each of ``granularities`` ("all": every one the table has; none: its finest),
     built in memory on one set of INT8 weights. Labels name the granularity where it is not the table's finest.
 
-    named  the floating-point model, if it moved
+    model  the floating-point model, if it moved
     db     where a table that another tool has edited finds its origin again
     """
     table = read_scales(scales, db)
     held = table.granularities()
     levels = held if "all" in granularities else [check_granularity(table, level) for level in granularities]
-    loaded = load_source(table, named)
+    loaded = load_source(table, model)
     needed = needed_sites(loaded.any_weights.config, quantize_lm_head)
     skipped: list[str] = []
     labels = list(dict.fromkeys(strategies))
@@ -129,7 +130,7 @@ def from_scales(
     }
     prepared, maps = prepared_for(loaded.any_weights, table), channel_maps(table.model.layer_groups or ())
     switches = {"quantize_lm_head": quantize_lm_head, "quantize_embedding": quantize_embedding}
-    placed = on_host(quantize(prepared, **switches, compat=compat))
+    placed = on_host(quantize(prepared, **switches, compat=compat, weight_bits=weight_bits))
     models: dict[str, AnyInt8Model] = {}
     for label, level in asked:
         name = describe(label, granularity=None if level == held[-1] else level)
@@ -137,10 +138,14 @@ def from_scales(
             segments = table.segments_for(label, level)
             models[name] = TwoSegmentModel(placed.weights, prepared, segments, channel_groups=maps, compat=compat)
             continue
-        model = Int8LanguageModel(placed, chosen[label, level], channel_groups=maps, compat=compat)
+        int8 = Int8LanguageModel(placed, chosen[label, level], channel_groups=maps, compat=compat)
         kept = table.kept_for(label)
-        models[name] = leaving_in_16_bit(model, prepared, kept) if kept else model
-    return Candidates(loaded, models, str(scales), table.run, skipped, table.notes)
+        models[name] = leaving_in_16_bit(int8, prepared, kept) if kept else int8
+    notes = [
+        *table.notes,
+        *([f"weights of in_proj, x_proj and out_proj in {weight_bits} bits"] if weight_bits != 8 else []),
+    ]
+    return Candidates(loaded, models, str(scales), table.run, skipped, notes)
 
 
 def _has_segments(table: ScaleTable, label: str, needed: Collection[tuple[int, str]]) -> bool:

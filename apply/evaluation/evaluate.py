@@ -9,32 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
 
 from quambase.apply.evaluation.block_scorer import BlockScorer, PlacedModels
 from quambase.apply.evaluation.candidates import Candidates, from_folder, from_model, from_scales
-from quambase.apply.evaluation.scoring import blocks
+from quambase.apply.evaluation.harness import require_lm_eval
+from quambase.apply.evaluation.scoring import BLOCK_TOKENS, blocks
 from quambase.apply.evaluation.stored import Evaluation
 from quambase.apply.evaluation.tasks import TaskData, read_tasks
 from quambase.apply.int8.model_folder import last_applied
-from quambase.model.inputs.names import BUNDLED_DATA
 from quambase.model.inputs.sources import find_given
 from quambase.model.operators.choice import choose_device
 from quambase.schema import FORMAT_VERSION
-from quambase.schema.errors import RunBusy
+from quambase.schema.errors import DataInvalid, RunBusy
 from quambase.schema.files import file_sha256, local_folder, locked, remove_strays, replacing
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.results import EVALUATION, RESULTS_FILE, next_number, read_results
 from quambase.schema.tables import RESULTS, read_table, write_table
 
-BLOCK_TOKENS = {"cpu": 4096, "cuda": 32768}
-"""Tokens of one forward pass; part of the evaluation id, since float32 rows depend on the batch."""
+if TYPE_CHECKING:
+    from quambase.apply.evaluation.harness.tasks import LmEvalTasks
 
 PARTS = "parts"
 """Folder, inside an unfinished evaluation, of the rows of each finished block."""
@@ -51,9 +52,12 @@ def evaluate(
     samples: int | None = None,
     task: str = "both",
     window: int = 2048,
+    tasks: Sequence[str] = (),
+    include_path: str | Path | None = None,
     quantize_lm_head: bool = False,
     quantize_embedding: bool = False,
     compat: str | None = None,
+    weight_bits: int = 8,
     db: str | Path = Path("quambase-db"),
     model: str | Path | None = None,
     device: str = "auto",
@@ -69,6 +73,8 @@ def evaluate(
     samples     the first so many documents of each
     task        "perplexity", "last-word" or "both"
     window      tokens; longer documents are cut in non-overlapping windows
+    tasks       names of lm-eval's tasks, in place of ``data`` and ``task``; ``include_path``: a folder of more tasks
+    weight_bits  with ``scales``, as of `quambase.apply.apply.apply`
     device      "auto" (CUDA if there is any), "cpu" or "cuda"; results of either are kept apart
     progress    shown on stderr, or a function that is called with (documents done, documents in all)
     A killed evaluation resumes: the same call finds its finished blocks.
@@ -79,41 +85,81 @@ def evaluate(
     find_given(model, texts)
     where = choose_device(device)
     with Progress(progress) as shown:
+        asked = _lm_eval_tasks(tasks, include_path, samples, texts, task, shown) if tasks else None
         shown.say("loading the model")
-        if floating:
-            candidates = from_model(model, texts)
-        elif scales is None:
-            candidates = from_folder(Path(folder) if folder else last_applied(db), model)
-        else:
-            candidates = from_scales(
-                Path(scales),
-                strategies,
-                model,
-                quantize_lm_head,
-                quantize_embedding=quantize_embedding,
-                compat=compat,
-                granularities=granularities,
-                db=db,
-            )
+        switches = {"quantize_lm_head": quantize_lm_head, "quantize_embedding": quantize_embedding, "compat": compat}
+        of_scales = {"strategies": strategies, "granularities": granularities, "weight_bits": weight_bits, **switches}
+        needs_text = not texts and asked is None
+        candidates = _candidates(folder, scales, model, db, of_scales, floating=floating, needs_text=needs_text)
         models = PlacedModels.on(where, candidates, required=device != "auto")
         shown.say("tokenizing")
-        tasks, notes = read_tasks(task, texts, candidates.source, samples, window, db, candidates.run)
-        about = _about(candidates, tasks, models.device, window, notes)
-        return _finished(db / "results" / str(about["evaluation"]), about, candidates, models, tasks, shown)
+        if asked is None:
+            read, notes = read_tasks(task, texts, candidates.source, samples, window, db, candidates.run)
+            return _finished(candidates, models, read, window, notes, db, shown)
+        requests = asked.requests(candidates.source.tokenizer, window)
+        judge = partial(asked.document_rows, requests=requests, window=window, progress=shown)
+        return _finished(candidates, models, requests, window, [], db, shown, judge)
+
+
+def _lm_eval_tasks(
+    names: Sequence[str],
+    include_path: str | Path | None,
+    limit: int | None,
+    texts: Sequence[str],
+    task: str,
+    progress: Progress,
+) -> LmEvalTasks:
+    """The tasks of lm-eval by these names. DataInvalid: lm-eval is not installed, or a text or a task is given, too."""
+    if texts or task != "both":
+        raise DataInvalid("lm-eval's tasks bring their own text; leave out --data and --task, or --tasks")
+    require_lm_eval()
+    from quambase.apply.evaluation.harness.tasks import LmEvalTasks
+
+    progress.say("reading lm-eval's tasks")
+    return LmEvalTasks(names, None if include_path is None else Path(include_path), limit)
+
+
+def _candidates(
+    folder: str | Path | None,
+    scales: str | Path | None,
+    model: str | None,
+    db: Path,
+    of_scales: dict[str, Any],
+    *,
+    floating: bool,
+    needs_text: bool,
+) -> Candidates:
+    """The models to compare: as the parameters of `evaluate` say; ``needs_text``: no text was named."""
+    if floating:
+        return from_model(model, needs_text=needs_text)
+    if scales is None:
+        return from_folder(Path(folder) if folder else last_applied(db), model)
+    return from_scales(Path(scales), model=model, db=db, **of_scales)
+
+
+Judge = Callable[[BlockScorer, pa.Table], pa.Table]
+"""Makes the rows of documents of the rows of their requests."""
 
 
 def _finished(
-    target: Path,
-    about: dict[str, Any],
     candidates: Candidates,
     models: PlacedModels,
     tasks: Sequence[TaskData],
+    window: int,
+    notes: Sequence[str],
+    db: Path,
     progress: Progress,
+    judge: Judge | None = None,
 ) -> Evaluation:
-    """The evaluation in folder ``target``: the finished one, or what is missing of it is scored first."""
+    """The finished evaluation, or what is missing of it is scored first; ``judge``: what is scored are requests."""
+    about = _about(candidates, tasks, models.device, window, notes)
+    target = db / "results" / str(about["evaluation"])
     if not (target / EVALUATION).exists():
         with locked(target, f"evaluation {target.name}"):
-            _run_blocks(target, BlockScorer(candidates, models, target.name), tasks, progress)
+            scorer = BlockScorer(candidates, models, target.name)
+            rows = _run_blocks(target, scorer, tasks, progress)
+            rows = rows if judge is None else judge(scorer, rows)
+            write_table(target / RESULTS_FILE, "results", rows, RESULTS)
             _finish(target, about | {"number": next_number(target.parent.parent)})
     _clear(target)
     return Evaluation(target.name, target, read_results(target), about, about["notes"])
@@ -152,17 +198,7 @@ def _about(
         "strategies": list(candidates.models),
         "device": device.type,
         "window": window,
-        "tasks": [
-            {
-                "task": t.task,
-                "data": t.data,
-                "documents": len(t.items),
-                "skipped": t.skipped,
-                "in_calibration_run": t.calibrated,
-                "self_generated": t.data in BUNDLED_DATA,
-            }
-            for t in tasks
-        ],
+        "tasks": [t.about() for t in tasks],
         "notes": _notes(candidates, tasks, device, notes),
     }
 
@@ -171,7 +207,7 @@ def _id(candidates: Candidates, tasks: Sequence[TaskData], device: torch.device,
     """The evaluation's id: a hash of all that determines its rows."""
     identity = {
         **candidates.identity(),
-        "tasks": [[t.task, t.data, [[item.sha256, item.cluster] for item in t.items]] for t in tasks],
+        "tasks": [t.identity() for t in tasks],
         "window": window,
         "block_tokens": BLOCK_TOKENS[device.type],
         "device": device.type,
@@ -192,8 +228,8 @@ def _notes(candidates: Candidates, tasks: Sequence[TaskData], device: torch.devi
     return found
 
 
-def _run_blocks(target: Path, scorer: BlockScorer, tasks: Sequence[TaskData], progress: Progress) -> None:
-    """Score every block that has no part yet, then write the parts' rows as one table."""
+def _run_blocks(target: Path, scorer: BlockScorer, tasks: Sequence[TaskData], progress: Progress) -> pa.Table:
+    """Score every block that has no part yet; the rows (RESULTS) of all parts."""
     size = BLOCK_TOKENS[scorer.models.device.type]
     planned = [(t, block) for t in tasks for block in blocks(t.items, size)]
     paths = [target / PARTS / f"{number:06d}.parquet" for number in range(len(planned))]
@@ -203,6 +239,7 @@ def _run_blocks(target: Path, scorer: BlockScorer, tasks: Sequence[TaskData], pr
         "evaluate",
         sum(len(block) for _, block in planned),
         sum(works),
+        unit=tasks[0].unit,
         done=(
             sum(len(block) for (_, block), done in zip(planned, there, strict=True) if done),
             sum(work for work, done in zip(works, there, strict=True) if done),
@@ -211,5 +248,4 @@ def _run_blocks(target: Path, scorer: BlockScorer, tasks: Sequence[TaskData], pr
     for path, done, (task, block) in zip(paths, there, planned, strict=True):
         if not done:
             write_table(path, "results", scorer.score(task, block, progress), RESULTS)
-    parts = [read_table(path, RESULTS) for path in paths]
-    write_table(target / RESULTS_FILE, "results", pa.concat_tables(parts), RESULTS)
+    return pa.concat_tables([RESULTS.empty_table(), *(read_table(path, RESULTS) for path in paths)])

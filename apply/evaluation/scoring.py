@@ -17,6 +17,9 @@ from quambase.model.packed_batch import Batch
 from quambase.schema.progress import SILENT, Progress, tell
 from quambase.schema.results import FLOAT
 
+BLOCK_TOKENS = {"cpu": 4096, "cuda": 32768}
+"""Tokens of one forward pass; part of the evaluation id, since float32 rows depend on the batch."""
+
 LOGIT_CELLS = 16_000_000
 """Logits held at once (64 MB of float32), whatever the vocabulary."""
 

@@ -17,28 +17,38 @@ from quambase.apply.evaluation.paired_statistics import (
     can_reach_a_verdict,
 )
 from quambase.apply.evaluation.summary import KL_DIFFERENCE, families
-from quambase.schema.results import FLOAT, LAST_WORD, UPSTREAM
+from quambase.schema.results import FLOAT, LAST_WORD, LM_EVAL, UPSTREAM
 
 Row = Mapping[str, Any]
 """A row of SUMMARY."""
 
 
-def by_kl(row: Row) -> float:
-    """What strategies are ranked by."""
+def loss(row: Row) -> float:
+    """What strategies are ranked by, least first: KL; where a text has none, the share that is wrong."""
+    if row["kl"] is None:
+        return 1 - float(row["accuracy"])
     return float(row["kl"]) if math.isfinite(row["kl"]) else math.inf
+
+
+def answers(task: str) -> str:
+    """What is right or wrong in a task."""
+    return "last words" if task == LAST_WORD else "answers"
 
 
 def sentence(rows: Sequence[Row]) -> str:
     """The rows of one text in a sentence: the strategy of the least KL, what it loses, and how certain that is."""
-    ranked = sorted((row for row in rows if row["strategy"] != FLOAT), key=by_kl)
+    ranked = sorted((row for row in rows if row["strategy"] != FLOAT), key=loss)
     if not ranked:
-        return f"{FLOAT} has perplexity {rows[0]['perplexity']:.4g}{_range(rows[0], 'perplexity', '.4g')}"
+        return f"{FLOAT} has {_alone(rows[0])}"
     good = [row for row in ranked if _is_finite(row)]
     if not good:
         return f"{_not_finite(ranked)}: nothing can be ranked"
     best = good[0]
-    alike = [row["strategy"] for row in good if row["kl"] == best["kl"]]  # as `selected`, where it is one strategy
-    parts = [f"{' and '.join(alike)} {'loses' if len(alike) == 1 else 'lose'} {_kl(best)}"]
+    alike = [row["strategy"] for row in good if loss(row) == loss(best)]  # as `selected`, where it is one strategy
+    if best["kl"] is None:
+        parts = [f"{' and '.join(alike)} {'has' if len(alike) == 1 else 'have'} {_right(best)}"]
+    else:
+        parts = [f"{' and '.join(alike)} {'loses' if len(alike) == 1 else 'lose'} {_kl(best)}"]
     of_upstream = [row["kl"] for row in rows if row["strategy"] == UPSTREAM]
     if of_upstream and best[KL_DIFFERENCE] is not None and of_upstream[0] > 0:
         percent = 100 * best[KL_DIFFERENCE] / of_upstream[0]
@@ -46,25 +56,42 @@ def sentence(rows: Sequence[Row]) -> str:
         parts[0] += _certainty(best, KL_DIFFERENCE)
     by_float = [row for row in rows if row["strategy"] == FLOAT]
     if by_float and best[f"vs_{FLOAT}"] is not None:
-        if best["task"] == LAST_WORD:
-            shown = f"last words {100 * best[f'vs_{FLOAT}']:+.2g} points"
+        if best["accuracy"] is not None:
+            shown = f"{answers(best['task'])} {100 * best[f'vs_{FLOAT}']:+.2g} points"
         else:
             shown = f"perplexity {100 * best[f'vs_{FLOAT}'] / by_float[0]['perplexity']:+.2g} %"
         parts.append(shown + _certainty(best, f"vs_{FLOAT}"))
     if best["within_verdict"] is not None:
-        what = "points of float's last words" if best["task"] == LAST_WORD else "% of float's perplexity"
+        right = best["accuracy"] is not None
+        what = f"points of float's {answers(best['task'])}" if right else "% of float's perplexity"
         parts.append(f"within {best['within']:g} {what}: {best['within_verdict']}")
     if counted_units(best["documents"], best["clusters"]) < FEWEST:
         parts.append(f"{best['documents']} documents give values and no verdict: take {FEWEST} or more")
     if bad := [row for row in ranked if not _is_finite(row)]:
         parts.append(_not_finite(bad))
+    if best["kl"] is None:
+        parts.append("no KL, flips or perplexity: they need the log-likelihood of a right answer")
     return "; ".join(parts)
+
+
+def _alone(row: Row) -> str:
+    """What a model has that is compared with none."""
+    right = [_right(row)] if row["task"] == LM_EVAL and row["accuracy"] is not None else []
+    if row["perplexity"] is not None:
+        right.append(f"perplexity {row['perplexity']:.4g}{_range(row, 'perplexity', '.4g')}")
+    return ", ".join(right)
+
+
+def _right(row: Row) -> str:
+    """The share of right answers with its interval."""
+    shown = {name: None if row[name] is None else 100 * row[name] for name in ("accuracy_low", "accuracy_high")}
+    return f"{100 * row['accuracy']:.3g} % of {answers(row['task'])} right{_range(shown, 'accuracy', '.3g')}"
 
 
 def runner_up(rows: Sequence[Row]) -> str | None:
     """Which strategy of one text has the least KL after the best; None where there is no other."""
-    ranked = sorted((row for row in rows if row["strategy"] != FLOAT and _is_finite(row)), key=by_kl)
-    others = [row for row in ranked if row["kl"] > ranked[0]["kl"] > 0]
+    ranked = sorted((row for row in rows if row["strategy"] != FLOAT and _is_finite(row)), key=loss)
+    others = [row for row in ranked if row["kl"] is not None and row["kl"] > ranked[0]["kl"] > 0]
     if not others:
         return None
     more = 100 * (others[0]["kl"] / ranked[0]["kl"] - 1)
@@ -77,7 +104,7 @@ def percents(value: float, sign: str = "+") -> str:
 
 
 def _is_finite(row: Row) -> bool:
-    return math.isfinite(row["kl"]) and math.isfinite(row["perplexity"])
+    return all(row[name] is None or math.isfinite(row[name]) for name in ("kl", "perplexity"))
 
 
 def _not_finite(rows: Sequence[Row]) -> str:

@@ -43,7 +43,7 @@ from quambase.apply.evaluation.paired_statistics import (
     wilson,
 )
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
-from quambase.schema.results import FLOAT, LAST_WORD, UPSTREAM
+from quambase.schema.results import FLOAT, UPSTREAM
 
 REFERENCES = (FLOAT, UPSTREAM)
 """What every strategy is compared with: the floating-point model, and upstream's own scales."""
@@ -91,18 +91,20 @@ SUMMARY = pa.schema(
 kl          KL from the floating-point model, nats per predicted token
 kl_vs_*     difference in kl
 flips       share of predicted tokens whose most likely token is not the floating-point model's (1 - top1_agreement)
-perplexity  exp of the mean nll per predicted token; for last-word per document, as lm-eval has it
-accuracy    share of last words right (null for perplexity)
+perplexity  exp of the mean nll per predicted token; where documents are right or wrong per document, as lm-eval has it
+            for last words
+accuracy    share of documents that are right (null where none is right or wrong)
 token_accuracy  share of predicted tokens that were the most likely one
-vs_*        difference in perplexity (for last-word in accuracy)
+vs_*        difference in perplexity, or in accuracy where documents are right or wrong
 *_p         Holm-corrected over the strategies; *_detectable the smallest difference that gets a verdict with power 0.8;
             *_needed on how many documents the difference seen is such (null beyond MOST_NEEDED)
 *_low, *_high  95 % intervals
-within      the bounds of equivalence, in percent of the floating-point model's perplexity (for last-word in points);
+within      the bounds of equivalence, in percent of the floating-point model's perplexity (of accuracy: in points);
             within_low, within_high: the 90 % interval of the difference in the same unit; within_verdict: yes, no, not
             known
 Null: all but the values below FEWEST units, the intervals of what does not vary (the float model's KL, results that
-are identical), and what rests on a number that is not finite."""
+are identical), what rests on a number that is not finite, and, where a model generates the answers, all that rests on
+log-likelihoods: tokens, kl, flips, perplexity."""
 
 
 def summarize(results: pa.Table, *, bootstrap: int = RESAMPLES, seed: int = 0, within: float = WITHIN) -> pa.Table:
@@ -143,6 +145,10 @@ def families(summary: pa.Table) -> Families:
     return dict(Counter(compared))
 
 
+_LIKELIHOODS = ("nll", "kl", "top1_agreement", "top1_right")
+"""Columns of RESULTS that are null where a model generates its answers."""
+
+
 class _Text:
     """The strategies' columns of one text: sums over each unit, in one order of units."""
 
@@ -150,7 +156,8 @@ class _Text:
         self.task, self.data, self.bootstrap, self.seed, self.within = task, data, bootstrap, seed, within
         self.labels = [str(label) for label in pc.unique(results["strategy"]).to_pylist()]
         self.columns: dict[tuple[str, str], Float64] = {}
-        names = ("nll", "kl", "top1_agreement", "top1_right", *(("correct",) if task == LAST_WORD else ()))
+        self.likelihoods, self.answers = (not results[name].null_count for name in ("nll", "correct"))
+        names = _LIKELIHOODS * self.likelihoods + ("correct",) * self.answers
         tables = {
             label: results.filter(pc.equal(results["strategy"], pa.scalar(label))).sort_by("document")
             for label in self.labels
@@ -168,20 +175,20 @@ class _Text:
         self.documents = self.units.documents
         self.enough = self.units.count >= FEWEST
         # lm-eval's perplexity of last words is per document.
-        self.per = self.units.summed(np.ones(self.documents)) if task == LAST_WORD else self.tokens
+        self.per = self.units.summed(np.ones(self.documents)) if self.answers else self.tokens
 
     def rows(self) -> list[dict[str, Any]]:
         found = {label: self._row(label) for label in self.labels}
-        if self.enough:
+        if self.enough and self.likelihoods:
             self._bootstrap(list(found.values()))
         for reference in REFERENCES:
             others = [label for label in self.labels if label not in (reference, FLOAT)]
             if reference in self.labels and others:
-                if reference == UPSTREAM:
+                if reference == UPSTREAM and self.likelihoods:
                     self._add(found, KL_DIFFERENCE, others, self._kls(others), smaller_is_better=True)
-                compare = self._accuracies if self.task == LAST_WORD else self._perplexities
+                compare = self._accuracies if self.answers else self._perplexities
                 differences = compare(reference, others)
-                self._add(found, f"vs_{reference}", others, differences, smaller_is_better=self.task != LAST_WORD)
+                self._add(found, f"vs_{reference}", others, differences, smaller_is_better=not self.answers)
         if FLOAT in self.labels:
             for label in self.labels:
                 found[label]["within"] = None if label == FLOAT else self.within
@@ -190,14 +197,28 @@ class _Text:
         return list(found.values())
 
     def _row(self, label: str) -> dict[str, Any]:
-        tokens = self.tokens.sum()
-        flipped, flips = linearised(self.tokens - self.columns[label, "top1_agreement"], self.tokens)
         row: dict[str, Any] = {
             "data": self.data,
             "task": self.task,
             "strategy": label,
             "documents": self.documents,
             "clusters": self.units.clusters,
+        }
+        if self.likelihoods:
+            row |= self._of_likelihoods(label)
+        if self.answers:
+            row["accuracy"], shares = linearised(self.columns[label, "correct"], self.per)
+            if self.enough and self.units.single:
+                row |= _ends("accuracy", wilson(int(self.columns[label, "correct"].sum()), self.documents))
+            elif self.enough:
+                row |= _ends("accuracy", _as_share(student_interval(row["accuracy"], shares)))
+        return row
+
+    def _of_likelihoods(self, label: str) -> dict[str, Any]:
+        """The columns that rest on log-likelihoods."""
+        tokens = self.tokens.sum()
+        flipped, flips = linearised(self.tokens - self.columns[label, "top1_agreement"], self.tokens)
+        found: dict[str, Any] = {
             "tokens": int(tokens),
             "perplexity": self._perplexity(label),
             "kl": linearised(self.columns[label, "kl"], self.tokens)[0],
@@ -205,15 +226,7 @@ class _Text:
             "top1_agreement": float(self.columns[label, "top1_agreement"].sum() / tokens),
             "token_accuracy": float(self.columns[label, "top1_right"].sum() / tokens),
         }
-        if self.enough:
-            row |= _ends("flips", _as_share(student_interval(flipped, flips)))
-        if self.task == LAST_WORD:
-            row["accuracy"], shares = linearised(self.columns[label, "correct"], self.per)
-            if self.enough and self.units.single:
-                row |= _ends("accuracy", wilson(int(self.columns[label, "correct"].sum()), self.documents))
-            elif self.enough:
-                row |= _ends("accuracy", _as_share(student_interval(row["accuracy"], shares)))
-        return row
+        return found | (_ends("flips", _as_share(student_interval(flipped, flips))) if self.enough else {})
 
     def _perplexity(self, label: str) -> float:
         return exponential(self.columns[label, "nll"], self.per)[0]
@@ -275,18 +288,18 @@ class _Text:
 
     def _equivalence(self, label: str, row: dict[str, Any]) -> None:
         """Add whether a strategy is as good as the floating-point model, within bounds."""
-        name = "correct" if self.task == LAST_WORD else "nll"
+        name = "correct" if self.answers else "nll"
         here, there = self.columns[label, name], self.columns[FLOAT, name]
         interval: Interval | None
-        if self.task == LAST_WORD and self.units.single:
+        if self.answers and self.units.single:
             interval = newcombe(*pairs(here > 0, there > 0), EQUIVALENCE_LEVEL)
         else:
             value, shares = linearised(here - there, self.per)
             interval = student_interval(value, shares, EQUIVALENCE_LEVEL)
-            if self.task != LAST_WORD and value == 0 and not shares.any():
+            if not self.answers and value == 0 and not shares.any():
                 interval = 0.0, 0.0  # the same likelihoods; the same few answers would prove nothing
         if interval is not None:
-            low, high = interval if self.task == LAST_WORD else (_exp(end) - 1 for end in interval)
+            low, high = interval if self.answers else (_exp(end) - 1 for end in interval)
             interval = 100 * low, 100 * high
         row |= _ends("within", interval) | {"within_verdict": equivalence(interval, (-self.within, self.within))}
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from quambase.apply.evaluation.comparisons import counted_units
 from quambase.apply.evaluation.paired_statistics import FEWEST, LEVEL, NOT_DISTINGUISHABLE, NOT_FINITE, misses_zero
-from quambase.apply.evaluation.sentences import by_kl, percents, runner_up, sentence
+from quambase.apply.evaluation.sentences import loss, percents, runner_up, sentence
 from quambase.apply.evaluation.summary import KL_DIFFERENCE, REFERENCES, Families, families
-from quambase.schema.results import FLOAT, LAST_WORD, UPSTREAM
+from quambase.schema.results import FLOAT, LAST_WORD, LM_EVAL, UPSTREAM
 
 
 class Readable(NamedTuple):
@@ -26,12 +26,13 @@ def readable(summary: pa.Table) -> Readable:
     """SUMMARY as a person reads it: each strategy's figures, and its differences to the references.
 
     Intervals are in brackets, shares in %, KL in thousandths of a nat per token; other differences are of perplexity,
-    or of accuracy in points for last words. A verdict that the interval beside it seems to contradict is marked, and a
-    footnote says why.
+    or of accuracy in points where documents are right or wrong. A verdict that the interval beside it seems to
+    contradict is marked, and a footnote says why.
     """
     rows = summary.to_pylist()
     marked: dict[str, set[int]] = {}
     compared = families(summary)
+    right = _right_column(LM_EVAL if any(row["task"] == LM_EVAL for row in rows) else LAST_WORD)
     differences = [_differences(row, compared, marked) for row in rows if row["strategy"] != FLOAT]
     figures = [
         {
@@ -42,25 +43,30 @@ def readable(summary: pa.Table) -> Readable:
             "KL x1000": _bracketed(row, "kl", 1000.0),
             "flips %": _bracketed(row, "flips", 100.0),
             "perplexity": _bracketed(row, "perplexity"),
-            "next token %": f"{100 * row['token_accuracy']:.2f}",
-            "last word %": _bracketed(row, "accuracy", 100.0),
+            "next token %": "-" if row["token_accuracy"] is None else f"{100 * row['token_accuracy']:.2f}",
+            right: _bracketed(row, "accuracy", 100.0),
         }
         for row in rows
     ]
     return Readable(pa.Table.from_pylist(figures), pa.Table.from_pylist(differences), _footnotes(marked))
 
 
+def _right_column(task: str) -> str:
+    """The heading of the share of right answers."""
+    return "last word %" if task == LAST_WORD else "right %"
+
+
 def _differences(row: dict[str, Any], compared: Families, marked: dict[str, set[int]]) -> dict[str, str]:
     """The line of a strategy's differences."""
-    last_word = row["task"] == LAST_WORD
+    right = row["accuracy"] is not None
     line = {"text": row["data"], "strategy": row["strategy"]}
     for name, to, on in (
         (KL_DIFFERENCE, f"KL x1000 to {UPSTREAM}", "KL"),
         *((f"vs_{reference}", f"to {reference}", reference) for reference in REFERENCES),
     ):
         if name == f"vs_{FLOAT}":
-            line["difference of"] = "accuracy %" if last_word else "perplexity"
-        factor = 1000.0 if name == KL_DIFFERENCE else 100.0 if last_word else 1.0
+            line["difference of"] = "accuracy %" if right else "perplexity"
+        factor = 1000.0 if name == KL_DIFFERENCE else 100.0 if right else 1.0
         line[to] = _bracketed(row, name, factor, sign="+")
         line[f"verdict on {on}"] = _marked_verdict(row, name, compared, marked)
         if name != f"vs_{UPSTREAM}":
@@ -87,8 +93,8 @@ def rank(summary: pa.Table) -> list[Ranking]:
     """SUMMARY text by text: the float model first, then the strategies by KL, least (starred) first.
 
     KL is in thousandths of a nat per token, its difference in % of that of upstream's scales; the last difference is in
-    % of the floating-point model's perplexity, or in points of accuracy for last words. A strategy whose KL is not
-    finite comes last.
+    % of the floating-point model's perplexity, or in points of accuracy. A strategy whose KL is not finite comes last.
+    A text without KL is ranked by accuracy.
     """
     compared = families(summary)
     by_text: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -99,14 +105,14 @@ def rank(summary: pa.Table) -> list[Ranking]:
 
 def _ranking(task: str, data: str, rows: list[dict[str, Any]], compared: Families) -> Ranking:
     by_label = {row["strategy"]: row for row in rows}
-    strategies = sorted((row for row in rows if row["strategy"] != FLOAT), key=by_kl)
+    strategies = sorted((row for row in rows if row["strategy"] != FLOAT), key=loss)
     wholes = {name: by_label.get(label, {}).get(figure) for name, label, figure in _WHOLES}
-    if task == LAST_WORD:
+    if rows[0]["accuracy"] is not None:
         wholes[f"vs_{FLOAT}"] = 1.0
     marked: dict[str, set[int]] = {}
     lines = []
     for row in [*(row for row in rows if row["strategy"] == FLOAT), *strategies]:
-        starred = len(strategies) > 1 and row is strategies[0] and math.isfinite(row["kl"])
+        starred = len(strategies) > 1 and row is strategies[0] and math.isfinite(loss(row))
         floating = row["strategy"] == FLOAT
         line = {
             "": "*" if starred else "",
@@ -116,8 +122,8 @@ def _ranking(task: str, data: str, rows: list[dict[str, Any]], compared: Familie
         if UPSTREAM in by_label:
             line[f"KL to {UPSTREAM}"] = _short_difference(row, KL_DIFFERENCE, wholes, compared, marked)
         line["flips %"] = "-" if floating else _flips(row)
-        if task == LAST_WORD:
-            line["last word %"] = f"{100 * row['accuracy']:.3g}"
+        if row["accuracy"] is not None:
+            line[_right_column(task)] = f"{100 * row['accuracy']:.3g}"
         else:
             line["perplexity"] = f"{row['perplexity']:.4g}"
         line[f"to {FLOAT}"] = _short_difference(row, f"vs_{FLOAT}", wholes, compared, marked)
@@ -128,9 +134,9 @@ def _ranking(task: str, data: str, rows: list[dict[str, Any]], compared: Familie
     words = [sentence(rows)]
     if (next_best := runner_up(rows)) is not None:
         words.append(next_best)
-    return Ranking(
-        task, data, f"{size}, {rows[0]['tokens']:,} tokens", words, pa.Table.from_pylist(lines), _footnotes(marked)
-    )
+    if rows[0]["tokens"] is not None:
+        size += f", {rows[0]['tokens']:,} tokens"
+    return Ranking(task, data, size, words, pa.Table.from_pylist(lines), _footnotes(marked))
 
 
 _WHOLES = ((KL_DIFFERENCE, UPSTREAM, "kl"), (f"vs_{FLOAT}", FLOAT, "perplexity"))
@@ -146,7 +152,7 @@ def _short_difference(
         return "-"
     if not math.isfinite(row[name] / whole):
         return NOT_FINITE
-    points = name != KL_DIFFERENCE and row["task"] == LAST_WORD
+    points = name != KL_DIFFERENCE and row["accuracy"] is not None
     shown = percents(100 * row[name] / whole) + ("" if points else " %")
     if _too_few(row):
         return shown
@@ -156,6 +162,8 @@ def _short_difference(
 
 def _flips(row: dict[str, Any]) -> str:
     """The share of flips in %, with what its interval reaches upwards."""
+    if row["flips"] is None:
+        return "-"
     shown = f"{100 * row['flips']:.3g}"
     return shown if row["flips_high"] is None else f"{shown} ±{100 * (row['flips_high'] - row['flips']):.2g}"
 

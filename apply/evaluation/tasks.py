@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 
@@ -34,6 +35,31 @@ class TaskData:
     items: list[Item]
     skipped: int
     calibrated: int | None
+
+    @property
+    def answered(self) -> bool:
+        """Whether a document, or a request, is right or wrong as a whole."""
+        return self.task != PERPLEXITY
+
+    @property
+    def unit(self) -> str:
+        """What its items are."""
+        return "documents"
+
+    def about(self) -> dict[str, Any]:
+        """What evaluation.json says of it."""
+        return {
+            "task": self.task,
+            "data": self.data,
+            "documents": len(self.items),
+            "skipped": self.skipped,
+            "in_calibration_run": self.calibrated,
+            "self_generated": self.data in BUNDLED_DATA,
+        }
+
+    def identity(self) -> list[Any]:
+        """All that determines its rows besides the models, as JSON."""
+        return [self.task, self.data, [[item.sha256, item.cluster] for item in self.items]]
 
     def notes(self, model: str) -> Iterator[str]:
         """Notes for whoever reads the figures, a line each."""

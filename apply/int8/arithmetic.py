@@ -87,6 +87,13 @@ Weight = Int8Weight | SplitInt8Weight | torch.Tensor
 """A weight of a block; a tensor: one that is not quantized, in float16 or float32."""
 
 
+def scale_of_rows(weight: Weight) -> float | torch.Tensor:
+    """The one scale of a quantized matrix, or (out,) float32 of one that has several; 1 where it is not quantized."""
+    if isinstance(weight, SplitInt8Weight):
+        return weight.row_scales
+    return weight.scale if isinstance(weight, Int8Weight) else 1.0
+
+
 def weight_values(weight: Weight) -> torch.Tensor:
     """The weight in float32, dequantized if it is quantized."""
     if isinstance(weight, torch.Tensor):
@@ -119,6 +126,27 @@ def quantize_weight_float32(weight: torch.Tensor) -> Int8Weight:
     scale = weight.abs().amax().clamp(min=1e-5) * _PER_LEVEL
     codes = torch.round(weight / scale).clamp(INT8_MIN, INT8_MAX).to(torch.int8)
     return Int8Weight(codes, float(scale))
+
+
+WEIGHT_GROUP = 128
+"""Input channels that share a scale of 4-bit weights."""
+
+
+def quantize_weight_4bit(weight: torch.Tensor) -> SplitInt8Weight:
+    """A matrix (out, in) in 4 bits, rounded to nearest, as the int8 codes that a W4A8 product reads, one scale a row.
+
+    Each row's groups of WEIGHT_GROUP inputs have the scale ``2 amax / 15`` and codes -8..7, half to even. The product
+    reads them as int8: ``round(code * group scale / row scale)``, where the row scale maps the row's largest value to
+    127, and the ratio of the scales is rounded to float16. So upstream's W4A8 kernel (Marlin, QQQ) has it.
+    """
+    rows, width = weight.shape
+    groups = F.pad(weight, (0, -width % WEIGHT_GROUP)).view(rows, -1, WEIGHT_GROUP)
+    scales = 2 * groups.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 15
+    codes = torch.round(groups / scales).clamp(-8, 7)
+    of_rows = (codes * scales).abs().amax((1, 2)).clamp(min=1e-5) / INT8_MAX
+    ratios = to_half(scales / of_rows.view(-1, 1, 1))
+    wide = torch.round(codes * ratios).clamp(INT8_MIN, INT8_MAX).to(torch.int8)
+    return SplitInt8Weight(wide.view(rows, -1)[:, :width].contiguous(), tuple(of_rows.tolist()), (1,) * rows)
 
 
 def quantize_rows(weight: torch.Tensor, *, signed_max: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from quambase.apply.int8.arithmetic import SplitInt8Weight, Weight, float32
+from quambase.apply.int8.arithmetic import SplitInt8Weight, Weight, float32, scale_of_rows
 from quambase.apply.int8.operators import AnyBlockState, Factors, Int8Operators, Multipliers
 from quambase.model.block_kinds import KINDS
 from quambase.model.packed_batch import PlacedBatch
@@ -34,11 +34,14 @@ class Int8BlockWeights(ABC):
 
     @classmethod
     @abstractmethod
-    def quantized(cls, config: Any, layer: Any) -> Int8BlockWeights:
-        """Quantize prepared (folded and rotated, `quambase.model.prepare`) weights, rounding as upstream does."""
+    def quantized(cls, config: Any, layer: Any, weight_bits: int = 8) -> Int8BlockWeights:
+        """Quantize prepared (folded and rotated, `quambase.model.prepare`) weights, rounding as upstream does.
+
+        weight_bits  of in_proj, x_proj and out_proj: 8, or 4 (`quantize_weight_4bit`)
+        """
 
     @classmethod
-    def of(cls, config: Any, layer: Any, kept: Collection[str] = ()) -> Int8BlockWeights:
+    def of(cls, config: Any, layer: Any, kept: Collection[str] = (), weight_bits: int = 8) -> Int8BlockWeights:
         """As `quantized`, but the weights of the operators ``kept`` in float16, or in float32 where the floating-point
         model has that whatever its dtype.
 
@@ -52,7 +55,7 @@ class Int8BlockWeights(ABC):
                 raise ScalesInvalid(f"a {KINDS[cls.kind].title} block has no operator {operator}; it has {known}")
             for name in cls.fields_of[operator]:
                 halves[name] = getattr(layer, name).to(torch.float32 if name in wide else torch.float16)
-        return replace(cls.quantized(config, layer), **halves)  # type: ignore[type-var]
+        return replace(cls.quantized(config, layer, weight_bits), **halves)  # type: ignore[type-var]
 
     @property
     def kept(self) -> frozenset[str]:
@@ -88,6 +91,11 @@ class Int8Block(ABC):
     @abstractmethod
     def __init__(self, config: Any, weights: Any, operators: Int8Operators) -> None:
         """``config`` and ``weights`` are of the block's kind."""
+
+    def scale_of(self, weight: Weight) -> float | torch.Tensor:
+        """`scale_of_rows`, on the operators' device."""
+        found = scale_of_rows(weight)
+        return self.operators.vector(found) if isinstance(found, torch.Tensor) else found
 
     def matrix(self, weight: Weight) -> Any:
         """A matrix laid out for the products of codes, or if it is in 16 bit, of float16 values."""
@@ -136,10 +144,14 @@ def zero_point(scale: Scale) -> int:
     return scale.zero_point if isinstance(scale, Affine) else 0
 
 
-def half_factors(weight: float, source: float) -> Factors:
-    """The factors of a product with float16 result: the weight's scale first, then that of the input codes."""
+def half_factors(weight: float | torch.Tensor, source: float) -> Factors:
+    """The factors of a product with float16 result: the weight's scale first, then that of the input codes.
+
+    weight  one scale, or (out,) float32 on the operators' device
+    """
     both = Multipliers(weight, source)
-    return Factors(both, both, Multipliers(float32(weight * source), 1.0))
+    combined = weight * source if isinstance(weight, torch.Tensor) else float32(weight * source)
+    return Factors(both, both, Multipliers(combined, 1.0))
 
 
 def rotation_factor(d_inner: int, scale: float) -> float:

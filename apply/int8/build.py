@@ -26,6 +26,7 @@ def build(
     quantize_lm_head: bool = False,
     quantize_embedding: bool = False,
     compat: str | None = None,
+    weight_bits: int = 8,
     kept: Collection[Operator] = (),
 ) -> Int8LanguageModel:
     """The INT8 model of prepared weights on the CPU, with the operators ``kept`` in 16 bit.
@@ -33,7 +34,11 @@ def build(
     ScalesInvalid as `Int8LanguageModel` and `with_kept`.
     """
     weights = quantize(
-        prepared, quantize_lm_head=quantize_lm_head, quantize_embedding=quantize_embedding, compat=compat
+        prepared,
+        quantize_lm_head=quantize_lm_head,
+        quantize_embedding=quantize_embedding,
+        compat=compat,
+        weight_bits=weight_bits,
     )
     if kept:
         weights = with_kept(weights, prepared, kept)
@@ -62,6 +67,7 @@ def build_model(
     quantize_lm_head: bool = False,
     quantize_embedding: bool = False,
     compat: str | None = None,
+    weight_bits: int = 8,
     kept: Collection[Operator] = (),
 ) -> Int8LanguageModel:
     """Quantize what `prepared_for` gives. ScalesInvalid as for the model's class; CheckpointInvalid."""
@@ -72,6 +78,7 @@ def build_model(
         quantize_lm_head=quantize_lm_head,
         quantize_embedding=quantize_embedding,
         compat=compat,
+        weight_bits=weight_bits,
         kept=kept,
     )
 

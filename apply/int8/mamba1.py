@@ -20,7 +20,7 @@ and exp and division are not the GPU's approximations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -29,8 +29,10 @@ import torch
 
 from quambase.apply.int8.arithmetic import (
     Int8Weight,
+    Weight,
     float32,
     quantize_weight,
+    quantize_weight_4bit,
     quantize_weight_float32,
     weight_values,
 )
@@ -71,26 +73,26 @@ class Int8Mamba1Weights(Int8BlockWeights):
         X_PROJ: ("x_proj", "dt_proj"),
         OUT_PROJ: ("out_proj",),
     }
-    in_proj: Int8Weight | torch.Tensor
+    in_proj: Weight
     conv_weight: Int8Weight | torch.Tensor
     conv_bias: Int8Weight | torch.Tensor
-    x_proj: Int8Weight | torch.Tensor
+    x_proj: Weight
     dt_proj: Int8Weight | torch.Tensor
     dt_bias: Int8Weight | torch.Tensor
     A_log: Int8Weight | torch.Tensor
     D: Int8Weight | torch.Tensor
-    out_proj: Int8Weight | torch.Tensor
+    out_proj: Weight
 
     @classmethod
-    def quantized(cls, config: MambaConfig, layer: Mamba1BlockWeights) -> Int8Mamba1Weights:
+    def quantized(cls, config: MambaConfig, layer: Mamba1BlockWeights, weight_bits: int = 8) -> Int8Mamba1Weights:
         """Quantize prepared weights: float16 arithmetic, float32 for what upstream keeps in float32."""
-        wide = ("dt_bias", "A_log", "D")
-        return cls(
-            **{
-                f.name: (quantize_weight_float32 if f.name in wide else quantize_weight)(getattr(layer, f.name))
-                for f in fields(cls)
-            }
+        how: dict[str, Callable[[torch.Tensor], Weight]] = dict.fromkeys(
+            ("dt_bias", "A_log", "D"), quantize_weight_float32
         )
+        if weight_bits == 4:
+            how |= dict.fromkeys(("in_proj", "x_proj", "out_proj"), quantize_weight_4bit)
+        names = [f.name for f in fields(cls)]
+        return cls(**{name: how.get(name, quantize_weight)(getattr(layer, name)) for name in names})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -139,12 +141,14 @@ class Int8Mamba1Block(Int8Block):
         read, xz, u, dt_b_c, dt = (s[name] for name in names)
         zero = zero_point(scales["x_proj:input"])
         # Of operators in 16 bit, the factors are not used.
-        in_proj, x_proj, dt_proj, out_proj, conv = (
-            weight.scale if isinstance(weight, Int8Weight) else 1.0
-            for weight in (w.in_proj, w.x_proj, w.dt_proj, w.out_proj, w.conv_weight)
+        in_proj, x_proj, dt_proj, out_proj = (
+            self.scale_of(weight) for weight in (w.in_proj, w.x_proj, w.dt_proj, w.out_proj)
         )
+        conv = w.conv_weight.scale if isinstance(w.conv_weight, Int8Weight) else 1.0
         conv_in = np.float32(conv) * np.float32(xz)
-        offset = zero * w.x_proj.codes.sum(1, dtype=torch.int32) if zero and isinstance(w.x_proj, Int8Weight) else None
+        offset = (
+            zero * w.x_proj.codes.sum(1, dtype=torch.int32) if zero and not isinstance(w.x_proj, torch.Tensor) else None
+        )
         return Mamba1Scales(
             input=None if IN_PROJ in self.kept else read,
             # Upstream's `forward` multiplies by the weight scale first, its `to_seqlen_last`
@@ -245,11 +249,15 @@ class Int8Mamba1Block(Int8Block):
         )
 
 
-def _factors(weight: float, source: float, target: float, *, ratio_first: bool) -> Factors:
+def _factors(weight: float | torch.Tensor, source: float, target: float, *, ratio_first: bool) -> Factors:
     """Of a product that becomes codes: the weight's scale, and the ratio of the scales of the codes that it reads and
     makes, as upstream computes it: in float64, then float32.
+
+    weight  one scale, or (out,) float32 on the operators' device, which is then the first factor
     """
     ratio = float32(source / target)
+    if isinstance(weight, torch.Tensor):
+        return Factors(*[Multipliers(weight, ratio)] * 3)
     weight_first = Multipliers(weight, ratio)
     return Factors(
         prefill=Multipliers(ratio, weight) if ratio_first else weight_first,

@@ -32,8 +32,11 @@ import torch
 from quambase.apply.int8.arithmetic import (
     Int8Weight,
     SplitInt8Weight,
+    Weight,
     quantize_weight,
+    quantize_weight_4bit,
     quantize_weight_float32,
+    scale_of_rows,
     weight_values,
 )
 from quambase.apply.int8.block import (
@@ -79,21 +82,23 @@ class Int8Mamba2Weights(Int8BlockWeights):
     conv_bias: SplitInt8Weight | torch.Tensor
     A_log: Int8Weight | torch.Tensor
     D: Int8Weight | torch.Tensor
-    out_proj: Int8Weight | torch.Tensor
+    out_proj: Weight
     dt_bias: torch.Tensor
     gated_norm: torch.Tensor
 
     @classmethod
-    def quantized(cls, config: Mamba2Config, layer: Mamba2BlockWeights) -> Int8Mamba2Weights:
+    def quantized(cls, config: Mamba2Config, layer: Mamba2BlockWeights, weight_bits: int = 8) -> Int8Mamba2Weights:
         """Quantize prepared weights: float16 arithmetic, but float32 for the convolution and D, as upstream."""
         widths = cls.widths(config)
         return cls(
-            in_proj=SplitInt8Weight.of(layer.in_proj, widths["in_proj"], quantize_weight),
+            in_proj=quantize_weight_4bit(layer.in_proj)
+            if weight_bits == 4
+            else SplitInt8Weight.of(layer.in_proj, widths["in_proj"], quantize_weight),
             conv_weight=SplitInt8Weight.of(layer.conv_weight, widths["conv_weight"], quantize_weight_float32),
             conv_bias=SplitInt8Weight.of(layer.conv_bias, widths["conv_bias"], quantize_weight_float32),
             A_log=quantize_weight(layer.A_log),
             D=quantize_weight_float32(layer.D),
-            out_proj=quantize_weight(layer.out_proj),
+            out_proj=(quantize_weight_4bit if weight_bits == 4 else quantize_weight)(layer.out_proj),
             dt_bias=layer.dt_bias.to(torch.float16),
             gated_norm=layer.gated_norm.to(torch.float16),
         )
@@ -149,14 +154,13 @@ class Int8Mamba2Block(Int8Block):
             for site in ("in_proj", "z_act", "x_conv_in", "B_conv_in", "C_conv_in", "dt_act")
         )
         widths = {name: torch.tensor(found) for name, found in w.widths(c).items()}
-        outputs = torch.tensor([z, *conv, dt], dtype=torch.float64)
+        outputs = torch.tensor([z, *conv, dt], dtype=torch.float64).repeat_interleave(widths["in_proj"])
         # Of operators in 16 bit, the factors are not used.
-        of_parts = torch.tensor([1.0] * 5 if isinstance(w.in_proj, torch.Tensor) else w.in_proj.scales)
+        of_in_proj = torch.as_tensor(scale_of_rows(w.in_proj)).expand(len(outputs))
         # Upstream divides two Python floats, then stores float32.
-        ratios = (of_parts.to(torch.float64) / outputs).to(torch.float32)
-        columns = vector(torch.repeat_interleave(ratios, widths["in_proj"]))
+        columns = vector((of_in_proj.to(torch.float64) / outputs).to(torch.float32))
         several = Multipliers(columns, read)
-        half = Multipliers(vector(torch.repeat_interleave(of_parts, widths["in_proj"])), read)
+        half = Multipliers(vector(of_in_proj.to(torch.float32)), read)
         conv_in = torch.repeat_interleave(torch.tensor(conv), widths["conv_weight"])
         of_rows = one if isinstance(w.conv_weight, torch.Tensor) else w.conv_weight.row_scales
         out = whole(scales["out_proj:input"])
@@ -164,12 +168,12 @@ class Int8Mamba2Block(Int8Block):
             input=None if IN_PROJ in self.kept else read,
             in_proj=Factors(several, several, Multipliers(columns * read, 1.0, away=True)),
             in_proj_half=Factors(half, half, half),
-            in_proj_out=vector(torch.repeat_interleave(outputs.to(torch.float32), widths["in_proj"])),
+            in_proj_out=vector(outputs.to(torch.float32)),
             z=z,
             conv_in=vector(of_rows * conv_in),
             scan=self._scan_scales(scales, divisions, dt),
             out=out,
-            out_proj=half_factors(w.out_proj.scale if isinstance(w.out_proj, Int8Weight) else 1.0, out),
+            out_proj=half_factors(self.scale_of(w.out_proj), out),
             rotation=rotation_factor(c.d_inner, out),
             wrap=wrap,
         )

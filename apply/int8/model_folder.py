@@ -79,15 +79,19 @@ def refuse_foreign_folder(folder: Path) -> None:
         raise OutputRefused(f"{folder} is a file; expected a folder to write the INT8 model to")
     if not any(folder.iterdir()):
         return
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        ours = isinstance(config, dict) and config.get("family") in BY_FORMAT
-    except (OSError, ValueError, RecursionError):
-        ours = False
-    if not ours:
+    if not is_int8_model(folder):
         raise OutputRefused(
             f"{folder} holds files that are not an INT8 model of quambase; name a new or empty folder with --out"
         )
+
+
+def is_int8_model(folder: Path) -> bool:
+    """Whether ``folder`` has an INT8 model of quambase, finished or not."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("family") in BY_FORMAT
 
 
 def save_model(
@@ -124,6 +128,7 @@ def save_model(
         "quantize_lm_head": model.quantized_lm_head,
         "quantize_embedding": model.weights.embedding_scales is not None,
         "compat": model.compat,
+        "weight_bits": model.weights.weight_bits,
         "kept_16bit": [list(operator) for operator in sorted(model.kept)],
         "tensors_sha256": file_sha256(folder / TENSORS),
         **about,
@@ -208,7 +213,9 @@ def _model_of(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Int8La
             _, layer, site = name.split(".", 2)
             scales[int(layer), site] = _scale_of(tensor, tensors.get(f"activation_zero_points.{layer}.{site}"))
     layers = tuple(_layer(kind, config, tensors, f"layers.{i}.") for i in range(config.n_layer))
-    weights = Int8ModelWeights(config, tensors["embedding"], tensors.get("embedding.scales"), head, layers)
+    weights = Int8ModelWeights(
+        config, tensors["embedding"], tensors.get("embedding.scales"), head, layers, about.get("weight_bits", 8)
+    )
     grouped = range(config.n_layer if "channel_groups.0" in tensors else 0)
     groups = [list(tensors[f"channel_groups.{i}"]) for i in grouped]
     return Int8LanguageModel(on_host(weights), scales, channel_groups=groups, compat=about["compat"])
@@ -222,9 +229,11 @@ def _layer(kind: Int8BlockKind, config: ModelConfig, tensors: dict[str, torch.Te
         name = prefix + field.name
         if f"{name}.scale" not in tensors:
             weights[field.name] = _unquantized(tensors, name)
-        elif field.name in widths:
+        elif tensors[f"{name}.scale"].dim():
             scales = tuple(tensors[f"{name}.scale"].tolist())
-            weights[field.name] = SplitInt8Weight(tensors[name], scales, widths[field.name])
+            parts = widths.get(field.name, ())
+            parts = parts if len(parts) == len(scales) else (1,) * len(scales)  # one scale a row: weights in 4 bits
+            weights[field.name] = SplitInt8Weight(tensors[name], scales, parts)
         else:
             weights[field.name] = _whole(tensors, name)
     return kind.weights(**weights)

@@ -21,12 +21,17 @@ UPSTREAM = "upstream"
 """The only compatibility mode: upstream's wrapping Hadamard quantizer, and its embedding maximum without abs."""
 
 
+WEIGHT_BITS = (8, 4)
+"""Bits of the weights of in_proj, x_proj and out_proj; all others have 8."""
+
+
 @dataclass(frozen=True)
 class Int8ModelWeights:
     """A whole model.
 
     embedding  (v, d) float16, or int8 codes with ``embedding_scales`` (v,) float16
     lm_head    (v, d) float16, or an Int8Weight
+    weight_bits  of the blocks' projections: 8, or 4
     """
 
     config: ModelConfig
@@ -34,6 +39,7 @@ class Int8ModelWeights:
     embedding_scales: torch.Tensor | None
     lm_head: torch.Tensor | Int8Weight
     layers: tuple[Int8BlockWeights, ...]
+    weight_bits: int = 8
 
     @property
     def kept(self) -> frozenset[Operator]:
@@ -47,14 +53,23 @@ def quantize(
     quantize_lm_head: bool = False,
     quantize_embedding: bool = False,
     compat: str | None = None,
+    weight_bits: int = 8,
 ) -> Int8ModelWeights:
-    """INT8 weights of prepared (folded and rotated, `quambase.model.prepare`) float weights."""
+    """INT8 weights of prepared (folded and rotated, `quambase.model.prepare`) float weights.
+
+    ScalesInvalid: ``weight_bits`` is neither 8 nor 4, or 4 with ``compat``.
+    """
+    if weight_bits not in WEIGHT_BITS or (weight_bits != 8 and compat is not None):
+        known = "8 with --compat" if weight_bits in WEIGHT_BITS else " or ".join(map(str, WEIGHT_BITS))
+        raise ScalesInvalid(f"weights of {weight_bits} bits are asked for; expected {known}")
     embedding, scales = prepared.embedding.to(torch.float16), None
     if quantize_embedding:
         embedding, scales = quantize_rows(prepared.embedding, signed_max=compat == UPSTREAM)
     head = quantize_weight(prepared.lm_head) if quantize_lm_head else prepared.lm_head.to(torch.float16)
-    layers = tuple(int8_kind_of(layer).weights.quantized(prepared.config, layer) for layer in prepared.layers)
-    return Int8ModelWeights(prepared.config, embedding, scales, head, layers)
+    layers = tuple(
+        int8_kind_of(layer).weights.quantized(prepared.config, layer, weight_bits) for layer in prepared.layers
+    )
+    return Int8ModelWeights(prepared.config, embedding, scales, head, layers, weight_bits)
 
 
 def with_kept(weights: Int8ModelWeights, prepared: ModelWeights, kept: Collection[Operator]) -> Int8ModelWeights:
@@ -71,7 +86,7 @@ def with_kept(weights: Int8ModelWeights, prepared: ModelWeights, kept: Collectio
         if not 0 <= layer < len(layers):
             raise ScalesInvalid(f"layer {layer} is to be in 16 bit; the model has the layers 0 to {len(layers) - 1}")
         original = prepared.layers[layer]
-        layers[layer] = int8_kind_of(original).weights.of(prepared.config, original, operators)
+        layers[layer] = int8_kind_of(original).weights.of(prepared.config, original, operators, weights.weight_bits)
     return replace(weights, layers=tuple(layers))
 
 

@@ -23,6 +23,9 @@ from quambase.model.packed_batch import PlacedBatch
 CHUNK = 64
 """Tokens of an SSD scan that are multiplied as one matrix (Dao & Gu 2024, section 6)."""
 
+RUN = 24
+"""Tokens of a Mamba-1's scan that follow one another in a loop; runs of them are computed side by side."""
+
 
 def on_gradient(values: torch.Tensor, receive: Callable[[torch.Tensor], None]) -> None:
     """Call ``receive`` with the gradient of ``values``, of the same shape, during the backward pass.
@@ -95,7 +98,7 @@ class DifferentiableOperators(TorchOperators):
         state: BlockState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
-        padded = _Padding(batch)
+        padded = _Padding(batch, RUN)
         parts = map(padded.pad, (F.softplus(delta + bias), u, bc))
         scanned = padded.packed(checkpoint(_recurrent_scan, *parts, a, use_reentrant=False))
         return (scanned + d * u) * F.silu(z), self._no_states(batch, a.T.shape)
@@ -186,20 +189,33 @@ class _Padding:
         return padded.flatten(0, 1)[self.rows]
 
 
-class _LinearRecurrence(torch.autograd.Function):
-    """h[t] = decay[t] h[t - 1] + added[t] from h[-1] = 0, along the first axis; all (l, ...).
+def _linear_recurrence(decay: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """h[t] = decay[t] h[t - 1] + added[t] from h[-1] = 0, along the first axis, a multiple of RUN; all (l, ...).
 
-    Its adjoint is the same recurrence backwards: g[t] = grad[t] + decay[t + 1] g[t + 1], the gradient of added[t]; that
-    of decay[t] is g[t] h[t - 1].
+    Runs of RUN places are computed side by side as if each began at zero, then each run's last value goes on through
+    the next: RUN + l / RUN steps in turn, instead of l.
+    """
+    shape = -1, RUN, *added.shape[1:]
+    decays, h = decay.view(shape), added.clone().view(shape)
+    since = decays.clone()  # the product of the decays since the run began
+    for t in range(1, RUN):
+        h[:, t].addcmul_(decays[:, t], h[:, t - 1])
+        since[:, t].mul_(since[:, t - 1])
+    carried = torch.zeros_like(h[:, 0])
+    for run in range(1, len(h)):
+        torch.addcmul(h[run - 1, -1], since[run - 1, -1], carried[run - 1], out=carried[run])
+    return h.addcmul_(since, carried[:, None]).view_as(added)
+
+
+class _LinearRecurrence(torch.autograd.Function):
+    """`_linear_recurrence`. Its adjoint is the same recurrence backwards: g[t] = grad[t] + decay[t + 1] g[t + 1], the
+    gradient of added[t]; that of decay[t] is g[t] h[t - 1].
     """
 
     @staticmethod
     def forward(ctx: Any, decay: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
         """h."""
-        h = torch.empty_like(added)
-        h[0] = added[0]
-        for t in range(1, len(h)):
-            torch.addcmul(added[t], decay[t], h[t - 1], out=h[t])
+        h = _linear_recurrence(decay, added)
         ctx.save_for_backward(decay, h)
         return h
 
@@ -207,11 +223,9 @@ class _LinearRecurrence(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of decay and added."""
         decay, h = ctx.saved_tensors
-        (grad,) = gradients
-        g = torch.empty_like(decay)
-        g[-1] = grad[-1]
-        for t in range(len(g) - 2, -1, -1):
-            torch.addcmul(grad[t], decay[t + 1], g[t + 1], out=g[t])
+        later = torch.zeros_like(decay)  # decay[t + 1], last place first
+        later[1:] = decay[1:].flip(0)
+        g = _linear_recurrence(later, gradients[0].flip(0)).flip(0)
         of_decay = torch.empty_like(g)
         of_decay[0] = 0
         torch.mul(g[1:], h[:-1], out=of_decay[1:])
@@ -221,7 +235,7 @@ class _LinearRecurrence(torch.autograd.Function):
 def _recurrent_scan(step: torch.Tensor, u: torch.Tensor, bc: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """sum_n C[n] h[n] (b, l, e) of h[n] = exp(step A[n]) h[n] + step B[n] u.
 
-    step, u (b, l, e); bc (b, l, 2n); a (n, e).
+    step, u (b, l, e); bc (b, l, 2n); a (n, e). l is a multiple of RUN.
     """
     step, u, bc = (part.transpose(0, 1)[..., None, :] for part in (step, u, bc))  # (l, b, 1, ...)
     b, c = bc.transpose(2, 3).chunk(2, dim=2)  # (l, b, n, 1)

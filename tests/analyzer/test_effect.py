@@ -149,6 +149,8 @@ def test_the_summary_adds_the_layers_up(database: Path) -> None:
     assert lines[1].startswith(f"predicted loss of the activations: {loss:.2g} nats a token; ")
     other = predicted_loss(r for r in table.to_pylist() if r["label"] == "quamba")
     assert other and f"{100 * (loss / other - 1):+.0f} % against upstream's quamba, {other:.2g}" in lines[1]
+    (head,) = [r["predicted_kl"] for r in table.to_pylist() if r["selected"] and r["layer"] == -1 and r["consumed"]]
+    assert head > 0 and lines[1].endswith(f"; a quantized head would add {head:.2g}")
     shares = {}
     for r in rows:
         if r["selected"]:

@@ -259,7 +259,8 @@ def _on_host(argument: Any) -> Any:
 @on_cuda
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
 @pytest.mark.parametrize(
-    "switches", [{}, {"quantize_lm_head": True, "quantize_embedding": True}, {"compat": "upstream"}]
+    "switches",
+    [{}, {"quantize_lm_head": True, "quantize_embedding": True}, {"compat": "upstream"}, {"weight_bits": 4}],
 )
 def test_tiny_models_logits_are_the_hosts(family: str, switches: dict[str, Any], device: torch.device) -> None:
     host = host_model(family, **switches)

@@ -13,7 +13,7 @@ from quambase.apply.evaluation.paired_statistics import Float64
 from quambase.apply.evaluation.sentences import few_clusters
 from quambase.apply.evaluation.stored import Evaluation
 from quambase.schema.errors import DataInvalid
-from quambase.schema.results import FLOAT, LAST_WORD, UPSTREAM
+from quambase.schema.results import FLOAT, UPSTREAM
 
 
 def compare_evaluations(a: Evaluation, b: Evaluation, seed: int = 0) -> Compared:
@@ -96,10 +96,11 @@ def _labels(a: list[str], b: list[str], notes: list[str]) -> list[tuple[str, str
 
 
 def _strategy_figures(task: str, data: str, labels: tuple[str, str], a: pa.Table, b: pa.Table) -> Iterator[Figure]:
-    """KL, flips, and perplexity or last words, of a strategy of A and one of B."""
+    """KL, flips, perplexity and accuracy, those of them that both have, of a strategy of A and one of B."""
     clusters = [one or other for one, other in zip(a["cluster"].to_pylist(), b["cluster"].to_pylist(), strict=True)]
     tokens = a["tokens"].cast(pa.float64()).to_numpy()
-    per = np.ones_like(tokens) if task == LAST_WORD else tokens
+    likelihoods, answers = (not (a[name].null_count or b[name].null_count) for name in ("nll", "correct"))
+    per = np.ones_like(tokens) if answers else tokens
 
     def figure(metric: str, kind: str, name: str, weights: Float64, larger_is_better: bool = False) -> Figure:
         one, other = (table[name].cast(pa.float64()).to_numpy() for table in (a, b))
@@ -107,9 +108,10 @@ def _strategy_figures(task: str, data: str, labels: tuple[str, str], a: pa.Table
             one, other = tokens - one, tokens - other
         return Figure(metric, kind, one, other, weights, clusters, larger_is_better, data, task, labels)
 
-    if labels != (FLOAT, FLOAT):
+    if likelihoods and labels != (FLOAT, FLOAT):
         yield figure("kl", RATIO, "kl", tokens)
         yield figure("flips", RATIO, "top1_agreement", tokens)
-    yield figure("perplexity", EXPONENTIAL, "nll", per)
-    if task == LAST_WORD:
+    if likelihoods:
+        yield figure("perplexity", EXPONENTIAL, "nll", per)
+    if answers:
         yield figure("accuracy", SHARE, "correct", per, larger_is_better=True)
