@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,8 @@ import pyarrow as pa
 
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.subsamples import Subsamples
+from quambase.schema.commands import collect_command
 from quambase.schema.manifest import Manifest
-from quambase.schema.sites import FAMILIES
 
 Float64 = npt.NDArray[np.float64]
 
@@ -259,14 +258,5 @@ BLOCKS_WANTED = 16
 
 def _collect(manifest: Manifest, samples: int, data: str | None = None) -> str:
     """The command that collects ``samples`` documents of the same model, with counts by block."""
-    asked, text = manifest.identity, manifest.data
-    block = min(int(asked["block"]), max(1, samples // BLOCKS_WANTED))
-    words = ["quambase", "collect", "--model", manifest.model.path or manifest.model.name]
-    words += ["--data", data or text.path or text.name, "--samples", str(samples), "--by-block"]
-    for option, value, default in (("--batch-size", block, 32), ("--seq-len", asked["seq_len"], 512)):
-        words += [option, str(value)] if value != default else []
-    if len(asked["sites"]) < len(FAMILIES[manifest.model.family]):
-        words += [word for site in asked["sites"] for word in ("--site", site)]
-    if "sensitivity" in asked:
-        words += ["--sensitivity", str(asked["sensitivity"]["documents"])]
-    return shlex.join(words)
+    block = min(int(manifest.identity["block"]), max(1, samples // BLOCKS_WANTED))
+    return collect_command(manifest, samples=samples, data=data, batch_size=block, by_block=True)

@@ -6,9 +6,10 @@
     quambase.analyze()                                 # -> scales.parquet
     quambase.apply("scales.parquet")                   # -> quambase-db/models/<id>/
     print(quambase.evaluate())
+    print(quambase.report())                           # -> report.html
 
 Each function is the command of its name; docs/python.md has examples. The stages are subpackages, such as
-`quambase.schema`; `quambase.apply` is both, a stage that can be called.
+`quambase.schema`; `quambase.apply` and `quambase.report` are both, stages that can be called.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from quambase.collector.collect import collect as collect
     from quambase.schema.sql.database import StatsDB as StatsDB
 
-__all__ = ["StatsDB", "__version__", "analyze", "apply", "collect", "converge", "evaluate"]
+__all__ = ["StatsDB", "__version__", "analyze", "apply", "collect", "converge", "evaluate", "report"]
 
 __version__ = version("quambase")
 
@@ -41,8 +42,8 @@ def __getattr__(name: str) -> Any:
     """Import what a name needs when it is first used: `StatsDB` needs no torch."""
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
-    if name == "apply":
-        return importlib.import_module("quambase.apply")
+    if name in ("apply", "report"):
+        return importlib.import_module(f"quambase.{name}")
     raise AttributeError(f"module 'quambase' has no attribute '{name}'")
 
 

@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "compare": "quambase.cli.compare:compare",
     "groups": "quambase.cli.compare:groups",
     "converge": "quambase.cli.converge:converge",
+    "report": "quambase.cli.report:report",
     "lm-eval": "quambase.cli.lm_eval:lm_eval",
     "results": "quambase.cli.results:results",
     "diff": "quambase.cli.diff:diff",

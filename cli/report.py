@@ -1,0 +1,63 @@
+"""`quambase report`: one HTML page of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from quambase.cli.console import Command, answer, database_option, force_option, next_command, note
+from quambase.cli.query import run_option
+
+
+@click.command(cls=Command)
+@run_option
+@click.option(
+    "--scales",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Scale table. [default: scales.parquet of the database, then of this folder]",
+)
+@click.option("--evaluation", metavar="ID", help="A stored evaluation. [default: the newest of the run]")
+@click.option(
+    "--converge/--no-converge",
+    "converge",
+    default=None,
+    help="Also judge whether the documents are enough. [default: where the run was collected with --by-block]",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="File to write.",
+)
+@database_option
+@force_option
+def report(
+    run: str | None,
+    scales: Path | None,
+    evaluation: str | None,
+    converge: bool | None,
+    out: Path,
+    db: Path,
+    force: bool,
+) -> None:
+    """Write one HTML page of a run: the answer, where it hurts, every site in pictures, the evaluation, provenance.
+
+    It opens in a browser without a server and without a network.
+
+    \b
+    Example:
+      quambase report
+      quambase report --scales scales.parquet --out report.html
+    """
+    from quambase.report.report import report as write
+
+    found = write(db, run, scales, out, evaluation, converge, True, force)
+    for line in found.summary:
+        click.echo(line)
+    for line in found.notes:
+        note(line)
+    note(f"written: {found.path} ({found.size / 1e6:.2g} MB, {found.sites} sites)")
+    answer("it opens by a double-click, also without a network")
+    next_command(found.command)

@@ -1,0 +1,78 @@
+"""What the page opens on: the answer in words, or what is missing to give one, and the next command."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from quambase.analyzer.summary import selection
+from quambase.apply.evaluation.summary_text import Ranking, rank
+from quambase.report.contents import SCALES, Contents
+from quambase.schema.scale_table import EFFECT, QUAMBASE
+
+DATABASE = Path("quambase-db")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer.
+
+    measured   what each evaluated text says, a sentence or two each; empty without an evaluation
+    predicted  what the scale table says; empty without one
+    missing    what is missing for an answer, in words; None where nothing is
+    command    what to do next
+    """
+
+    measured: list[str]
+    predicted: list[str]
+    missing: str | None
+    command: str
+
+    @property
+    def first(self) -> str:
+        """One sentence: the best that is known."""
+        return next(iter([*self.measured, *self.predicted[:1], *([self.missing] if self.missing else [])]))
+
+
+def answer(contents: Contents, ranked: list[Ranking]) -> Answer:
+    """The answer of a page's contents; ``ranked``: the texts of its evaluation."""
+    measured = [f"{text.data}, {text.task}: {line}" for text in ranked for line in text.sentences]
+    scales = contents.scales
+    if scales is None:
+        run = contents.manifest.run
+        return Answer(
+            measured,
+            [],
+            f"There is no scale table of this run: what each strategy does at each site is not known yet, only how "
+            f"far the activations of {contents.manifest.model.name} reach.",
+            f"quambase analyze --run {run}{_at(contents.db)}",
+        )
+    predicted = selection(
+        contents.rows,
+        str(scales.provenance.get("target", QUAMBASE)),
+        by_effect=scales.provenance.get("select", EFFECT) == EFFECT,
+    )
+    table = f" --scales {shlex.quote(str(contents.path))}" if contents.path != SCALES else ""
+    if not measured:
+        missing = "No INT8 model of this run was evaluated: what follows is predicted from the activations, not measured."
+        return Answer([], predicted, missing, f"quambase evaluate --strategy all{table}{_at(contents.db)}")
+    best = best_strategy(ranked)
+    chosen = f" --strategy {shlex.quote(best)}" if best else ""
+    return Answer(measured, predicted, None, f"quambase apply --scales {shlex.quote(str(contents.path))}{chosen}"
+                  f"{_at(contents.db)}")
+
+
+def best_strategy(ranked: list[Ranking]) -> str | None:
+    """The strategy that is starred on the first text; None where none is."""
+    rows = ranked[0].table.to_pylist()
+    return next((str(row["strategy"]) for row in rows if row[""] == "*"), None)
+
+
+def _at(db: Path) -> str:
+    return "" if db == DATABASE else f" --db {shlex.quote(str(db))}"
+
+
+def ranking(contents: Contents) -> list[Ranking]:
+    """The texts of the evaluation, as `quambase results` shows them; none without one."""
+    return [] if contents.summary is None else rank(contents.summary)

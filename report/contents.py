@@ -1,0 +1,148 @@
+"""Gathers what the page shows: one run, its scale table, its newest evaluation, and its convergence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from quambase.analyzer.converge import Convergence, converge
+from quambase.analyzer.pictures.numbers.site_grid import SiteGrid, site_grid
+from quambase.analyzer.pictures.numbers.strategies import StrategyOverSites, strategies_over_sites
+from quambase.apply.evaluation.stored import Evaluation, find_evaluation
+from quambase.apply.evaluation.summary import summarize as summarize_evaluation
+from quambase.report.site_pages import site_pages
+from quambase.schema.errors import DatabaseInvalid, QuambaseError, ScalesInvalid
+from quambase.schema.manifest import Manifest
+from quambase.schema.progress import Progress, Shown
+from quambase.schema.results import finished_evaluations
+from quambase.schema.scale_table import SELECTED, ScaleTable, read_scales
+from quambase.schema.sql.database import StatsDB
+
+SCALES = Path("scales.parquet")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the page shows.
+
+    db          the database folder
+    manifest    of the run
+    path        the scale table's file; None where there is none of the run
+    scales      that table
+    rows        its rows of the run
+    grids       the layer-by-site grid of the selected rows, then of each strategy; without a table only outlier ratios
+    strategies  each strategy over all sites that act in evaluation, the best first
+    evaluation  the newest of the run; None where there is none
+    summary     its rows (`quambase.apply.evaluation.summary.SUMMARY`)
+    convergence of the run; None where it was not judged
+    pages       of each site, as the page's data has it (`quambase.report.site_pages`)
+    notes       what a reader should know, a line each
+    """
+
+    db: Path
+    manifest: Manifest
+    path: Path | None
+    scales: ScaleTable | None
+    rows: pa.Table | None
+    grids: list[SiteGrid]
+    strategies: list[StrategyOverSites]
+    evaluation: Evaluation | None
+    summary: pa.Table | None
+    convergence: Convergence | None
+    pages: list[dict[str, Any]]
+    notes: list[str]
+
+
+def gather(
+    db: Path, run: str | None, given: Path | None, evaluation: str | None, judge: bool | None, progress: Shown
+) -> Contents:
+    """Read everything; arguments as `quambase.report.report.report` has them (``given``: scales, ``judge``: converge).
+    """
+    with Progress(progress) as shown, StatsDB(db, run) as database:
+        shown.say("reading the distributions")
+        if len(database.runs) != 1:
+            raise DatabaseInvalid(f"{len(database.runs)} runs were opened; expected one: name it with --run ID")
+        (manifest,) = database.runs
+        notes: list[str] = []
+        path, scales = _scales_of(db, manifest.run, given, notes)
+        rows = None
+        grids = [site_grid(database, manifest.run)]
+        strategies: list[StrategyOverSites] = []
+        if scales is not None:
+            rows = scales.table.filter(pc.equal(scales.table["run"], pa.scalar(manifest.run)))
+            grids = [site_grid(database, manifest.run, rows, label) for label in _labels(rows)]
+            strategies = strategies_over_sites(database, manifest.run, rows)
+        pages = site_pages(database, manifest, rows, shown)
+        found = _evaluation_of(db, manifest.run, evaluation, notes)
+        if found is not None:
+            shown.say("summarising the evaluation")
+        summary = None if found is None else summarize_evaluation(found.results)
+    convergence = _convergence_of(db, manifest, judge, progress, notes)
+    return Contents(
+        db, manifest, path, scales, rows, grids, strategies, found, summary, convergence, pages, [*notes, *database.notes]
+    )
+
+
+def _labels(rows: pa.Table) -> list[str]:
+    """`SELECTED` where rows are, then every strategy."""
+    chosen = [SELECTED] if pc.any(rows["selected"]).as_py() else []
+    return [*chosen, *map(str, pc.unique(rows["label"]).to_pylist())]
+
+
+def _scales_of(
+    db: Path, run: str, given: Path | None, notes: list[str]
+) -> tuple[Path | None, ScaleTable | None]:
+    """The scale table ``given``, else that of the database or of this folder, where it is of ``run``.
+
+    ScalesInvalid: the one given is damaged or of another run.
+    """
+    found = [given] if given else [path for path in (db / SCALES, SCALES) if path.is_file()]
+    for path in found:
+        try:
+            scales = read_scales(path, db)
+        except QuambaseError as error:
+            if given:
+                raise
+            notes.append(f"{path} is left out: {error}")
+            continue
+        if run in scales.runs():
+            return path, scales
+        other = f"{path} has no scales of run {run}, but of {', '.join(scales.runs())}"
+        if given:
+            raise ScalesInvalid(f"{other}; name that run with --run, or run `analyze --run {run} --out FILE`")
+        notes.append(other)
+    return None, None
+
+
+def _evaluation_of(db: Path, run: str, evaluation: str | None, notes: list[str]) -> Evaluation | None:
+    """The evaluation named, else the newest one of ``run``. UnknownName, DatabaseInvalid: that named is not there."""
+    if evaluation is not None:
+        return find_evaluation(db, evaluation)
+    finished, damaged = finished_evaluations(db)
+    notes += damaged
+    mine = [about for about in finished if about.get("run") == run]
+    if finished and not mine:
+        notes.append(f"no evaluation of run {run}; {len(finished)} of other runs are left out")
+    return find_evaluation(db, str(mine[-1]["evaluation"])) if mine else None
+
+
+def _convergence_of(
+    db: Path, manifest: Manifest, judge: bool | None, progress: Shown, notes: list[str]
+) -> Convergence | None:
+    """Whether the documents are enough, where the run has the counts of its blocks or it is asked for.
+
+    DatabaseInvalid: it is asked for, and the run holds too few documents.
+    """
+    if judge is False or (judge is None and not manifest.identity.get("by_block")):
+        return None
+    try:
+        return converge(db, manifest.run, progress=progress)
+    except DatabaseInvalid as error:
+        if judge:
+            raise
+        notes.append(f"convergence is left out: {error}")
+        return None

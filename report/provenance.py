@@ -1,0 +1,114 @@
+"""Where the numbers come from: model, text, hashes, versions, and the commands that make them again."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from quambase.analyzer.strategies import parse_labels
+from quambase.report.contents import SCALES, Contents
+from quambase.schema.commands import collect_command
+from quambase.schema.manifest import Manifest
+from quambase.schema.scale_table import EFFECT, KEPT, QUAMBASE, ScaleTable
+
+Facts = list[tuple[str, str]]
+"""Names and what they are."""
+
+
+def facts(contents: Contents) -> list[tuple[str, Facts]]:
+    """What is known of the run, the scale table and the evaluation, a heading each."""
+    found = [("Run", _of_run(contents.manifest))]
+    if contents.scales is not None:
+        found.append(("Scale table", _of_scales(contents, contents.scales)))
+    if contents.evaluation is not None:
+        found.append(("Evaluation", _of_evaluation(contents.evaluation.about)))
+    return found
+
+
+def commands(contents: Contents) -> list[str]:
+    """The commands that make the run, the scale table and the evaluation again."""
+    found = [collect_command(contents.manifest)]
+    if contents.scales is not None:
+        found.append(_analyze(contents, contents.scales))
+    if contents.evaluation is not None:
+        found.append(_evaluate(contents, contents.evaluation.about))
+    return found
+
+
+def _of_run(manifest: Manifest) -> Facts:
+    identity, model, text = manifest.identity, manifest.model, manifest.data
+    sizes = ", ".join(f"{name} {value:,}" for name, value in model.sizes.items())
+    read = f"{text.documents:,} documents with {text.tokens:,} tokens"
+    left = [f"{text.empty:,} empty"] * bool(text.empty) + [f"{text.truncated:,} truncated"] * bool(text.truncated)
+    found = [
+        ("run", manifest.run),
+        ("model", f"{model.name} ({model.family}; {sizes})" if sizes else f"{model.name} ({model.family})"),
+        ("text", f"{text.name}: {read}" + (f" ({', '.join(left)})" if left else "")),
+    ]
+    for key, name in (
+        ("weights_sha256", "weights, SHA-256"),
+        ("tokenizer_sha256", "tokenizer, SHA-256"),
+        ("documents", "texts, SHA-256"),
+        ("seq_len", "tokens per document at most"),
+        ("block", "documents per forward pass"),
+        ("activation_dtype", "activations counted as"),
+        ("device", "device"),
+    ):
+        found += [(name, str(identity[key]))] if key in identity else []
+    if "sensitivity" in identity:
+        asked = identity["sensitivity"]
+        found.append(("sensitivities", f"of {asked['documents']} documents, {asked['tokens']:,} tokens"))
+    versions = manifest.created.get("versions", {})
+    if versions:
+        found.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    return found
+
+
+def _of_scales(contents: Contents, scales: ScaleTable) -> Facts:
+    about = scales.provenance
+    kept = [f"layer {layer} {name}" for layer, name in about.get(KEPT, ())]
+    return [
+        ("file", str(contents.path)),
+        ("made by", f"quambase {about.get('quambase', 'of unknown version')}"),
+        ("granularity", str(about.get("granularity"))),
+        ("selected by", f"{about.get('select', EFFECT)}, for {about.get('target', QUAMBASE)}"),
+        ("strategies", ", ".join(scales.labels())),
+        *([("left in 16 bit by mixed", ", ".join(kept))] if kept else []),
+    ]
+
+
+def _of_evaluation(about: dict[str, Any]) -> Facts:
+    texts = [f"{text['data']} ({text['task']}, {text['documents']} documents)" for text in about["tasks"]]
+    known = {key: about[key] for key in ("device", "window", "results_sha256") if key in about}
+    return [
+        ("evaluation", about["evaluation"]),
+        ("strategies", ", ".join(map(str, about["strategies"]))),
+        ("texts", "; ".join(texts)),
+        *((name.replace("_sha256", ", SHA-256"), str(value)) for name, value in known.items()),
+    ]
+
+
+def _analyze(contents: Contents, scales: ScaleTable) -> str:
+    about, labels = scales.provenance, scales.labels()
+    words = ["quambase", "analyze", "--run", contents.manifest.run]
+    sensitive = "sensitivity" in contents.manifest.identity
+    usual = {choice.label for choice in parse_labels(None) if sensitive or not choice.strategy.needs_sensitivity}
+    if set(labels) != usual:
+        words += [word for label in labels for word in ("--strategy", label)]
+    for option, default in (("target", QUAMBASE), ("select", EFFECT)):
+        value = str(about.get(option, default))
+        words += [f"--{option}", value] if value != default else []
+    words += ["--keep", f"16bit={len(scales.kept)}"] if scales.kept else []
+    words += ["--out", str(contents.path)] if contents.path != SCALES else []
+    return shlex.join(words)
+
+
+def _evaluate(contents: Contents, about: dict[str, Any]) -> str:
+    words = ["quambase", "evaluate", "--scales", str(about["scales"])]
+    labels = [] if contents.scales is None else [*contents.scales.labels(), contents.scales.default_label]
+    every = bool(labels) and set(labels) <= set(about["strategies"])
+    words += [word for label in (["all"] if every else about["strategies"]) for word in ("--strategy", str(label))]
+    texts = about["tasks"]
+    words += [word for data in dict.fromkeys(str(text["data"]) for text in texts) for word in ("--data", data)]
+    samples = max((int(text["documents"]) + int(text.get("skipped", 0)) for text in texts), default=0)
+    return shlex.join([*words, "--samples", str(samples)])

@@ -1,0 +1,164 @@
+"""The numbers of each site's page, short enough to lie in the page: five digits, and of the channels a curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from quambase.analyzer.pictures.numbers.channels import Channel, channels_by_reach
+from quambase.analyzer.pictures.numbers.error_curve import error_curve
+from quambase.analyzer.pictures.numbers.histogram import histogram
+from quambase.analyzer.pictures.numbers.largest_tokens import largest_tokens
+from quambase.analyzer.pictures.numbers.marks import marks
+from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
+from quambase.schema.distribution import ratio
+from quambase.schema.manifest import Manifest
+from quambase.schema.progress import Progress
+from quambase.schema.sites import FAMILIES, STATE_SITES, Site
+from quambase.schema.sql.database import StatsDB
+
+POINTS = 48
+"""Of an error curve: its picture is 400 pixels wide."""
+
+RANKS = 160
+"""Of the channels of a site, by reach: a picture shows no more."""
+
+NAMED, TOKENS = 12, 16
+"""Channels and tokens that a site's page lists at most."""
+
+Page = dict[str, Any]
+
+
+def site_pages(database: StatsDB, manifest: Manifest, rows: pa.Table | None, shown: Progress) -> list[Page]:
+    """The page of each site, in model order; ``rows``: of the run's scale table.
+
+    A page: ``layer``, ``site``, ``about`` (a sentence), ``groups``, ``channels``, ``tokens``. A group: ``name``,
+    ``total``, ``amax``, ``q9995``, ``ratio``, ``zeros``, ``histogram`` (``first``, ``counts``), ``curve`` (``scale``,
+    ``mse``, ``kl``, ``least_mse``, ``least_kl``; null where the INT8 model reads no scale) and ``marks``, of each
+    strategy: label, scale, zero point, where it clips, clipped share, MSE, SQNR in dB, predicted KL, whether its codes
+    need a decoder, and whether it is selected.
+    """
+    run = manifest.run
+    of_group = _by_group(rows)
+    groups = scale_groups(database, run)
+    shown.start("report", len(groups), sum(group.distribution.values.size for group in groups), unit="scales")
+    known = {site.name: site for site in FAMILIES.get(manifest.model.family, ())}
+    pages = []
+    for (layer, site), members in groupby(groups, key=lambda group: (group.layer, group.site)):
+        found = []
+        for group in members:
+            with shown.piece(1, group.distribution.values.size, f"layer {layer} {site}"):
+                mine = of_group.get((layer, site, group.group_name), [])
+                found.append(_group(group, mine))
+        pages.append(
+            {
+                "layer": layer,
+                "site": site,
+                "about": _about(known.get(site)),
+                "groups": found,
+                "channels": _channels(channels_by_reach(database, run, layer, site)),
+                "tokens": [
+                    [t.value, t.token, t.context, t.document, t.position, t.channel, t.group_name]
+                    for t in largest_tokens(database, run, layer, site, TOKENS)
+                ],
+            }
+        )
+    return pages
+
+
+def _by_group(rows: pa.Table | None) -> dict[tuple[int, str, str], list[dict[str, Any]]]:
+    found: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+    for row in [] if rows is None else rows.to_pylist():
+        found.setdefault((row["layer"], row["site"], row["group_name"]), []).append(row)
+    return found
+
+
+def _group(group: ScaleGroup, rows: list[dict[str, Any]]) -> Page:
+    counted = histogram(group.distribution)
+    found = marks(rows)
+    q9995 = float(group.distribution.quantile(0.9995)) if counted.total else math.nan
+    amax = float(group.distribution.amax)
+    return {
+        "name": group.group_name,
+        "total": counted.total,
+        "zeros": counted.zeros,
+        "nonfinite": group.distribution.nonfinite,
+        "amax": short(amax),
+        "q9995": short(q9995),
+        "ratio": short(ratio(amax, q9995)),
+        "histogram": {"first": counted.first, "counts": counted.counts.tolist()},
+        "curve": _curve(group, [mark.scale for mark in found]) if group.consumed and amax > 0 else None,
+        "marks": [
+            [
+                mark.label,
+                short(mark.scale),
+                mark.zero_point,
+                short(mark.clips_at),
+                short(mark.clipped_share),
+                short(mark.mse),
+                short(mark.sqnr_db),
+                short(mark.predicted_kl),
+                mark.needs_decode,
+                mark.selected,
+            ]
+            for mark in found
+        ],
+    }
+
+
+def _curve(group: ScaleGroup, scales: Iterable[float]) -> Page:
+    curve = error_curve(group, scales, POINTS)
+    return {
+        "scale": shorts(curve.scales),
+        "mse": shorts(curve.mse),
+        "kl": None if curve.predicted_kl is None else shorts(curve.predicted_kl),
+        "least_mse": short(curve.least_mse_scale),
+        "least_kl": short(curve.least_kl_scale),
+    }
+
+
+def _channels(channels: list[Channel]) -> Page:
+    """``count``; ``ranks`` with ``reach``, spaced evenly in the logarithm; ``named``: the outliers, else the first."""
+    count = len(channels)
+    ranks = np.unique(np.geomspace(1, count, RANKS).round().astype(int)) if count else np.zeros(0, int)
+    outliers = sum(channel.outlier for channel in channels)
+    return {
+        "count": count,
+        "outliers": outliers,
+        "ranks": ranks.tolist(),
+        "reach": [short(channels[rank - 1].amax) for rank in ranks],
+        "named": [[c.channel, c.group_name, short(c.amax), short(c.mean), short(c.ratio)] for c in channels[:NAMED]],
+    }
+
+
+def _about(site: Site | None) -> str:
+    """What the INT8 model does with a site, in a sentence."""
+    if site is None:
+        return "A tensor that was imported."
+    reads = f"Read by {' and '.join(site.read_by)} of the INT8 model" if site.consumed else "Not read by the INT8 model"
+    parts = [reads]
+    if site.decode_only:
+        parts.append("in token-by-token decoding only")
+    if site.affine:
+        parts.append("which may take a zero point here")
+    if not site.saturates:
+        parts.append("upstream's kernel wraps here, so that a scale that clips is safe only in ours")
+    if len(site.groups) > 1:
+        parts.append(f"divided into {', '.join(site.groups)}")
+    state = " Its channels are the indices of the recurrent state, after each document." * (site.name in STATE_SITES)
+    return "; ".join(parts) + "." + state
+
+
+def short(value: float | None) -> float | None:
+    """Five significant digits; None for what JSON has not."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+
+
+def shorts(values: Iterable[float]) -> list[float | None]:
+    """`short` of each."""
+    return [short(float(value)) for value in values]

@@ -1,0 +1,38 @@
+"""The command that made a run, told from its manifest."""
+
+from __future__ import annotations
+
+import shlex
+
+from quambase.schema.manifest import Manifest
+from quambase.schema.sites import FAMILIES
+
+BATCH, LENGTH = 32, 512
+"""What `collect` takes where nothing is said: documents per forward pass, tokens per document."""
+
+
+def collect_command(
+    manifest: Manifest,
+    *,
+    samples: int | None = None,
+    data: str | None = None,
+    batch_size: int | None = None,
+    by_block: bool | None = None,
+) -> str:
+    """The `quambase collect` command of a run, for a shell; what is given takes the place of what the run has."""
+    asked, text = manifest.identity, manifest.data
+    words = ["quambase", "collect", "--model", manifest.model.path or manifest.model.name]
+    words += ["--data", data or text.path or text.name, "--samples", str(samples or asked["samples"])]
+    if by_block or (by_block is None and asked.get("by_block")):
+        words.append("--by-block")
+    for option, value, default in (
+        ("--batch-size", batch_size or int(asked.get("block", BATCH)), BATCH),
+        ("--seq-len", asked.get("seq_len", LENGTH), LENGTH),
+    ):
+        words += [option, str(value)] if value != default else []
+    sites = asked.get("sites", [])
+    if 0 < len(sites) < len(FAMILIES.get(manifest.model.family, ())):
+        words += [word for site in sites for word in ("--site", site)]
+    if "sensitivity" in asked:
+        words += ["--sensitivity", str(asked["sensitivity"]["documents"])]
+    return shlex.join(words)
