@@ -83,7 +83,7 @@ _MAMBA1 = Drawing(
         Tap("lm_head:input", 1235, 300),
         Tap("lm_head:output", 1408, 300),
     ),
-    words=((305, 190, "z"), (305, 82, "x"), (672, 218, "B, C"), (1180, 338, "once, after the last layer")),
+    words=((305, 190, "z"), (298, 54, "x"), (672, 218, "B, C"), (1180, 338, "once, after the last layer")),
 )
 
 _ROWS = (("z_act", 50), ("x_conv_in", 115), ("B_conv_in", 180), ("C_conv_in", 245), ("dt_act", 310))

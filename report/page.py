@@ -25,6 +25,7 @@ from quambase.report.site_pages import short, shorts
 from quambase.schema.errors import QuambaseError
 from quambase.schema.files import MARK
 from quambase.schema.results import FLOAT
+from quambase.schema.sites import WHOLE
 
 SCRIPTS = ("vega", "vega-lite", "vega-embed")
 """The vendored ones, in the order in which they need each other."""
@@ -147,8 +148,9 @@ def _self_generated(contents: Contents) -> set[str]:
 
 
 def _selected(contents: Contents) -> list[dict[str, Any]]:
-    """The selected rows that the INT8 model reads, in the order of the table."""
-    return [] if contents.rows is None else [row for row in contents.rows.to_pylist() if row["selected"]]
+    """The selected row of each site as a whole, in the order of the table; those of parts are in the page's data."""
+    rows = [] if contents.rows is None else contents.rows.to_pylist()
+    return [row for row in rows if row["selected"] and row["group_name"] == WHOLE]
 
 
 def _evaluation(contents: Contents) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The numbers of each site's page, short enough to lie in the page: five digits, and of the channels a curve."""
+"""The numbers of each site's page, short enough to lie in the page: four digits, and of the channels a curve."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
 from quambase.schema.distribution import ratio
 from quambase.schema.manifest import Manifest
 from quambase.schema.progress import Progress
-from quambase.schema.sites import FAMILIES, STATE_SITES, Site
+from quambase.schema.sites import FAMILIES, STATE_SITES, WHOLE, Site
 from quambase.schema.sql.database import StatsDB
 
-POINTS = 48
-"""Of an error curve: its picture is 400 pixels wide."""
+POINTS, BINS = 48, 8
+"""Points of an error curve, whose picture is 400 pixels wide; bins of a histogram to an octave."""
+
+POINTS_OF_PART, BINS_OF_PART = 20, 4
+"""The same of a part of a site: a Mamba-2 has several thousand of them."""
 
 RANKS = 160
 """Of the channels of a site, by reach: a picture shows no more."""
+
+NUMBERS = ("scale", "clips_at", "clipped_share", "mse", "sqnr_db", "predicted_kl")
+"""What is shown of a strategy at a scale group (`quambase.analyzer.pictures.numbers.marks.Mark`)."""
 
 NAMED, TOKENS = 12, 16
 """Channels and tokens that a site's page lists at most."""
@@ -38,10 +44,10 @@ def site_pages(database: StatsDB, manifest: Manifest, rows: pa.Table | None, sho
     """The page of each site, in model order; ``rows``: of the run's scale table.
 
     A page: ``layer``, ``site``, ``about`` (a sentence), ``groups``, ``channels``, ``tokens``. A group: ``name``,
-    ``total``, ``amax``, ``q9995``, ``ratio``, ``zeros``, ``histogram`` (``first``, ``counts``), ``curve`` (``scale``,
-    ``mse``, ``kl``, ``least_mse``, ``least_kl``; null where the INT8 model reads no scale) and ``marks``, of each
-    strategy: label, scale, zero point, where it clips, clipped share, MSE, SQNR in dB, predicted KL, whether its codes
-    need a decoder, and whether it is selected.
+    ``total``, ``zeros``, ``nonfinite``, ``amax``, ``q9995``, ``ratio``, ``histogram`` (``first``, ``bins``,
+    ``counts``: `quambase.analyzer.pictures.numbers.histogram.Histogram`), ``curve`` (``scale``, ``mse``, ``kl``,
+    ``least_mse``, ``least_kl``; null where the INT8 model reads no scale) and ``marks``, columns of
+    `quambase.analyzer.pictures.numbers.marks.Mark`.
     """
     run = manifest.run
     of_group = _by_group(rows)
@@ -79,7 +85,8 @@ def _by_group(rows: pa.Table | None) -> dict[tuple[int, str, str], list[dict[str
 
 
 def _group(group: ScaleGroup, rows: list[dict[str, Any]]) -> Page:
-    counted = histogram(group.distribution)
+    whole = group.group_name == WHOLE
+    counted = histogram(group.distribution, BINS if whole else BINS_OF_PART)
     found = marks(rows)
     q9995 = float(group.distribution.quantile(0.9995)) if counted.total else math.nan
     amax = float(group.distribution.amax)
@@ -91,28 +98,20 @@ def _group(group: ScaleGroup, rows: list[dict[str, Any]]) -> Page:
         "amax": short(amax),
         "q9995": short(q9995),
         "ratio": short(ratio(amax, q9995)),
-        "histogram": {"first": counted.first, "counts": counted.counts.tolist()},
-        "curve": _curve(group, [mark.scale for mark in found]) if group.consumed and amax > 0 else None,
-        "marks": [
-            [
-                mark.label,
-                short(mark.scale),
-                mark.zero_point,
-                short(mark.clips_at),
-                short(mark.clipped_share),
-                short(mark.mse),
-                short(mark.sqnr_db),
-                short(mark.predicted_kl),
-                mark.needs_decode,
-                mark.selected,
-            ]
-            for mark in found
-        ],
+        "histogram": {"first": counted.first, "bins": counted.bins_per_octave, "counts": counted.counts.tolist()},
+        "curve": _curve(group, [mark.scale for mark in found], POINTS if whole else POINTS_OF_PART) if group.consumed and amax > 0 else None,
+        "marks": {
+            "label": [mark.label for mark in found],
+            **{name: shorts(getattr(mark, name) for mark in found) for name in NUMBERS},
+            "zero_point": [mark.zero_point for mark in found],
+            "needs_decode": [mark.needs_decode for mark in found],
+            "selected": [mark.selected for mark in found],
+        },
     }
 
 
-def _curve(group: ScaleGroup, scales: Iterable[float]) -> Page:
-    curve = error_curve(group, scales, POINTS)
+def _curve(group: ScaleGroup, scales: Iterable[float], points: int) -> Page:
+    curve = error_curve(group, scales, points)
     return {
         "scale": shorts(curve.scales),
         "mse": shorts(curve.mse),
@@ -137,28 +136,24 @@ def _channels(channels: list[Channel]) -> Page:
 
 
 def _about(site: Site | None) -> str:
-    """What the INT8 model does with a site, in a sentence."""
+    """What the INT8 model does with a site, in sentences."""
     if site is None:
         return "A tensor that was imported."
     reads = f"Read by {' and '.join(site.read_by)} of the INT8 model" if site.consumed else "Not read by the INT8 model"
-    parts = [reads]
-    if site.decode_only:
-        parts.append("in token-by-token decoding only")
-    if site.affine:
-        parts.append("which may take a zero point here")
-    if not site.saturates:
-        parts.append("upstream's kernel wraps here, so that a scale that clips is safe only in ours")
-    if len(site.groups) > 1:
-        parts.append(f"divided into {', '.join(site.groups)}")
-    state = " Its channels are the indices of the recurrent state, after each document." * (site.name in STATE_SITES)
-    return "; ".join(parts) + "." + state
+    parts = [
+        f"{reads}{', in token-by-token decoding only' * site.decode_only}{', which may take a zero point' * site.affine}",
+        *(["Upstream's kernel wraps here, so that a scale that clips is safe in ours only"] * (not site.saturates)),
+        *([f"Divided into {', '.join(site.groups)}"] * (len(site.groups) > 1)),
+        *(["Its channels are the indices of the recurrent state, after each document"] * (site.name in STATE_SITES)),
+    ]
+    return ". ".join(parts) + "."
 
 
 def short(value: float | None) -> float | None:
-    """Five significant digits; None for what JSON has not."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+    """Four significant digits, one more than is shown; None for what JSON has not."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
 
 
-def shorts(values: Iterable[float]) -> list[float | None]:
+def shorts(values: Iterable[float | None]) -> list[float | None]:
     """`short` of each."""
-    return [short(float(value)) for value in values]
+    return [short(value) for value in values]

@@ -15,9 +15,8 @@
     return;
   }
   const pages = new Map(data.pages.map((page) => [`${page.layer}/${page.site}`, page]));
-  const MARK = ["label", "scale", "zero_point", "clips_at", "clipped_share", "mse", "sqnr_db", "kl", "needs_decode",
-    "selected"];
-  const marksOf = (group) => group.marks.map((row) => Object.fromEntries(MARK.map((name, i) => [name, row[i]])));
+  const marksOf = ({ marks }) => marks.label.map((_, i) =>
+    Object.fromEntries(Object.entries(marks).map(([name, column]) => [name, column[i]])));
 
   // Numbers for people, as the page's own tables have them.
   const number = (value) => {
@@ -31,6 +30,7 @@
     : 0 < Math.abs(value) && Math.abs(value) < 0.001 ? `${number(1e6 * value)} ppm` : `${number(100 * value)} %`;
   const thousandths = (value) => number(value === null ? null : 1000 * value);
   const layerName = (layer) => layer === -1 ? "head" : `layer ${layer}`;
+  const titleOf = (page) => `${page.layer === -1 ? "Head" : `Layer ${page.layer}`}: ${page.site}`;
   const address = (layer, site, group) =>
     `#layer-${layer}/${[site, ...(group ? [group] : [])].map(encodeURIComponent).join("/").replaceAll("%3A", ":")}`;
   const siteOf = (hash) => {
@@ -129,6 +129,9 @@
     return made.view;
   };
 
+  const LINE = 21;  // pixels of a strategy's line
+  const high = (lines) => (specification) => ({ ...specification, height: LINE * lines });
+
   // The heat map.
   const SHADES = { outlier_ratio: 1, predicted_kl: 1, clipped_share: 1, sqnr_db: -1 };  // -1: less is worse
   const numbersOf = (measure, label) =>
@@ -156,7 +159,7 @@
     byId("of-strategy").disabled = measure === "outlier_ratio";
     const whose = measure === "outlier_ratio" ? "" : ` of ${label}`;
     byId("measure-meaning").textContent =
-      `${about.name}${whose}: ${about.meaning}. Each number leads to the page of its site.`;
+      `${about.name[0].toUpperCase()}${about.name.slice(1)}${whose}: ${about.meaning}. Each number leads to the page of its site.`;
     data.layers.forEach((layer, row) => data.sites.forEach((site, column) => {
       const cell = heat.tBodies[0].rows[row].cells[column + 1], link = cell.querySelector("a");
       if (!link) return;
@@ -197,16 +200,16 @@
   const clickable = (view) => view.addEventListener("click", (_, item) => {
     if (item?.datum?.label !== undefined) choose(item.datum.label);
   });
-  const bins = (histogram, total) => {
-    let above = total;
-    const edge = (step) => 2 ** ((histogram.first + step) / 8);
-    const counts = histogram.counts;
+  const SHOWN = 1e5;  // bins so much nearer to 0 than the largest are not drawn
+  const binsOf = (group) => {
+    const { first, bins, counts } = group.histogram;
+    const edge = (step) => 2 ** ((first + step) / bins);
     let beyond = counts.reduce((a, b) => a + b, 0);
     return counts.map((count, step) => {
-      const row = { low: edge(step), high: edge(step + 1), count, above: above > 0 ? beyond / total : 0 };
+      const row = { low: edge(step), high: edge(step + 1), count, above: beyond / group.total };
       beyond -= count;
       return row;
-    }).filter((row) => row.count > 0);
+    }).filter((row) => row.count > 0 && row.low >= group.amax / SHOWN);
   };
   const sentenceOf = (group) => {
     const marks = marksOf(group), best = marks.find((mark) => mark.selected);
@@ -215,7 +218,7 @@
         + `${number(group.q9995)}: a ratio of ${number(group.ratio)}.`;
     const bad = group.nonfinite ? ` ${group.nonfinite.toLocaleString("en")} more are NaN or infinite.` : "";
     if (!best) return clause + bad;
-    const kl = best.kl === null ? "" : `, predicted KL x1000 ${thousandths(best.kl)}`;
+    const kl = best.predicted_kl === null ? "" : `, predicted KL x1000 ${thousandths(best.predicted_kl)}`;
     return `${clause}${bad} Selected: ${best.label}, which clips at ${number(best.clips_at)} `
       + `(${share(best.clipped_share)} of the values), SQNR ${number(best.sqnr_db)} dB${kl}.`;
   };
@@ -234,7 +237,7 @@
         { text: number(mark.scale), value: mark.scale }, { text: String(mark.zero_point), value: mark.zero_point },
         { text: share(mark.clipped_share), value: mark.clipped_share },
         { text: number(mark.sqnr_db), value: mark.sqnr_db }, { text: number(mark.mse), value: mark.mse },
-        { text: thousandths(mark.kl), value: mark.kl }, { text: remarks.join(", ") }];
+        { text: thousandths(mark.predicted_kl), value: mark.predicted_kl }, { text: remarks.join(", ") }];
     }));
     byId("site-strategies-title").textContent =
       marks.length ? "Strategies here" : "Strategies here: none, for want of a scale table (quambase analyze)";
@@ -260,8 +263,12 @@
     const marks = marksOf(group);
     byId("site-words").textContent = sentenceOf(group);
     showMarks(group);
+    const histogram = binsOf(group);
+    const left = group.total - histogram.reduce((sum, row) => sum + row.count, 0);
+    byId("distribution-words").textContent = left === 0 ? ""
+      : `Not drawn: ${left.toLocaleString("en")} values (${share(left / group.total)}) that are 0 or nearer to it.`;
     const drawing = draw(figureIn("site"), {
-      histogram: bins(group.histogram, group.total), marks: marks.filter((mark) => mark.clips_at > 0),
+      histogram, marks: marks.filter((mark) => mark.clips_at > 0),
     });
     views.clear();
     const view = await drawing;
@@ -269,13 +276,13 @@
     views.set("distribution", view);
     const curve = group.curve;
     await drawCurve("curve-mse", curve, curve?.mse, curve?.least_mse, marks, (mark) => mark.mse, "mean squared error");
-    await drawCurve("curve-kl", curve, curve?.kl, curve?.least_kl, marks, (mark) => mark.kl, "predicted KL, nats a token");
+    await drawCurve("curve-kl", curve, curve?.kl, curve?.least_kl, marks, (mark) => mark.predicted_kl, "predicted KL, nats a token");
     choose((marks.find((mark) => mark.selected) ?? marks[0])?.label ?? null);
   };
   const showChannels = async (page) => {
     const { count, outliers, ranks, reach, named } = page.channels;
-    byId("channels-words").textContent = `${count.toLocaleString("en")} channels; `
-      + `${outliers ? outliers.toLocaleString("en") : "none"} reach 5 times as far as the median channel or farther.`;
+    byId("channels-words").textContent = `${outliers ? outliers.toLocaleString("en") : "None"} of `
+      + `${count.toLocaleString("en")} channels ${outliers > 1 ? "reach" : "reaches"} at least 5 times as far as the median.`;
     fill(byId("site-channels"), [{ name: "channel", numeric: true }, { name: "group" },
       { name: "largest |x|", numeric: true }, { name: "over the median", numeric: true }, { name: "mean", numeric: true }],
     named.map(([channel, group, amax, mean, ratio]) => [{ text: String(channel), value: channel }, { text: group },
@@ -331,13 +338,12 @@
       tap.style.removeProperty("--shade");
       if (site === page.site) { tap.classList.add("here"); tap.setAttribute("aria-current", "page"); }
     }
-    copy.querySelector("defs").remove();
     place.replaceChildren(copy);
   };
   const quoted = (text) => /^[\w:.,-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
   const showSite = async ({ page, group }) => {
     const found = page.groups.find((one) => one.name === group) ?? page.groups[0];
-    byId("site-title").textContent = `${layerName(page.layer)}: ${page.site}`;
+    byId("site-title").textContent = titleOf(page);
     byId("site-about").textContent = page.about;
     neighbours(page);
     showDrawing(page);
@@ -358,7 +364,7 @@
     const site = siteOf(location.hash);
     byId("overview").hidden = site !== null;
     byId("site").hidden = site === null;
-    document.title = site ? `${layerName(site.page.layer)} ${site.page.site} · ${data.model}` : overviewTitle;
+    document.title = site ? `${titleOf(site.page)} · ${data.model}` : overviewTitle;
     if (site) {
       const same = shown === site.page;
       shown = site.page;
@@ -380,13 +386,13 @@
       if (figure.dataset.picture === "strategies") {
         const sites = data.strategies.flatMap(([label, rows]) => rows.filter(([, , sqnr]) => sqnr !== null)
           .map(([layer, site, sqnr_db]) => ({ label, layer, site, sqnr_db })));
-        const view = await draw(figure, { sites });
+        const view = await draw(figure, { sites }, high(data.strategies.length));
         view.addEventListener("click", (_, item) => {
           if (item?.datum?.site !== undefined) location.hash = address(item.datum.layer, item.datum.site);
         });
       } else if (figure.dataset.picture === "evaluation") {
         const rows = data.evaluation[Number(figure.dataset.text)].rows.filter((row) => row.kl > 0);
-        if (rows.length) await draw(figure, { strategies: rows }); else figure.hidden = true;
+        if (rows.length) await draw(figure, { strategies: rows }, high(rows.length)); else figure.hidden = true;
       } else if (figure.dataset.picture === "convergence") {
         await draw(figure, { sizes: data.convergence.filter((row) => row.change !== null)
           .map((row) => ({ ...row, change: Math.max(row.change, 0.0003) })) });
@@ -395,6 +401,7 @@
   };
 
   // The table of scales.
+  const MOST = 500;  // rows; a browser lays out thousands slowly
   const showScales = () => {
     const label = byId("scales-of").value, wanted = byId("scales-filter").value.trim().toLowerCase().split(/\s+/);
     const rows = [];
@@ -405,15 +412,16 @@
     }
     byId("scales-words").textContent = label === "selected" ? "The selected scale of each scale group."
       : label === "every strategy" ? "Every strategy at each scale group." : `The scales of ${label}.`;
-    byId("scales-count").textContent = `${rows.length.toLocaleString("en")} scales`;
+    const more = rows.length > MOST ? `, the first ${MOST} shown: filter for others` : "";
+    byId("scales-count").textContent = `${rows.length.toLocaleString("en")} scales${more}`;
     fill(byId("scale-table"), [{ name: "layer", numeric: true }, { name: "site" }, { name: "group" }, { name: "strategy" },
       { name: "scale", numeric: true }, { name: "zero point", numeric: true }, { name: "clipped", numeric: true },
       { name: "SQNR, dB", numeric: true }, { name: "predicted KL x1000", numeric: true }],
-    rows.map(([page, group, mark]) => [{ text: String(page.layer), value: page.layer },
+    rows.slice(0, MOST).map(([page, group, mark]) => [{ text: String(page.layer), value: page.layer },
       { node: element("a", element("bdi", page.site), { href: address(page.layer, page.site, group.name === "all" ? "" : group.name) }) },
       { text: group.name }, { text: mark.label }, { text: number(mark.scale), value: mark.scale },
       { text: String(mark.zero_point), value: mark.zero_point }, { text: share(mark.clipped_share), value: mark.clipped_share },
-      { text: number(mark.sqnr_db), value: mark.sqnr_db }, { text: thousandths(mark.kl), value: mark.kl }]));
+      { text: number(mark.sqnr_db), value: mark.sqnr_db }, { text: thousandths(mark.predicted_kl), value: mark.predicted_kl }]));
   };
 
   const options = (select, labels) => select.replaceChildren(...labels.map((label) => element("option", label, { value: label })));
