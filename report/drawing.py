@@ -90,45 +90,45 @@ _ROWS = (("z_act", 50), ("x_conv_in", 115), ("B_conv_in", 180), ("C_conv_in", 24
 _CONVOLVED = ("x_conv_out", "B_conv_out", "C_conv_out")
 
 _MAMBA2 = Drawing(
-    width=1300,
+    width=1340,
     height=490,
     wires=(
         "M10 180 H330",
         "M330 50 V310",
-        "M330 50 H1225 V395 H450 V430",  # z
-        "M330 115 H970",
-        "M330 180 H970",
-        "M330 245 H970",
-        "M330 310 H970",
-        "M1080 210 H1195 V370 H30 V430 H830",
-        "M1000 330 V352 H1050 V330",  # the state
-        "M890 430 H1250",
+        "M330 50 H1285 V395 H450 V410",  # z
+        "M330 115 H995",
+        "M330 180 H995",
+        "M330 245 H995",
+        "M330 310 H995",
+        "M1105 210 H1255 V370 H30 V430 H880",
+        "M1025 330 V352 H1075 V330",  # the state
+        "M940 430 H1320",
     ),
     boxes=(
         Box(150, 180, 84, 36, ("in_proj",)),
-        Box(665, 180, 74, 166, ("conv,", "SiLU")),
-        Box(1025, 210, 110, 240, ("SSD", "scan")),
+        Box(655, 180, 74, 166, ("conv,", "SiLU")),
+        Box(1050, 210, 110, 240, ("SSD", "scan")),
         Box(450, 430, 124, 40, ("gated norm,", "Hadamard")),
-        Box(660, 430, 84, 36, ("out_proj",)),
-        Box(1080, 430, 84, 36, ("lm_head",)),
+        Box(695, 430, 84, 36, ("out_proj",)),
+        Box(1130, 430, 84, 36, ("lm_head",)),
     ),
     taps=(
         Tap("in_proj:input", 60, 180),
         Tap("in_proj:output", 255, 180),
         *(Tap(f"{name}:input", 400, y) for name, y in _ROWS if name != "dt_act"),
         *(Tap(f"{name}:output", 545, y) for name, y in _ROWS if name != "dt_act"),
-        *(Tap(f"{name}:input", 775, y) for name, (_, y) in zip(_CONVOLVED, _ROWS[1:4], strict=True)),
-        *(Tap(f"{name}:output", 905, y) for name, (_, y) in zip(_CONVOLVED, _ROWS[1:4], strict=True)),
-        Tap("dt_act:input", 775, 310),
-        Tap("dt_act:output", 905, 310),
-        Tap("ssm_state_act:input", 1000, 343, LEFT),
-        Tap("ssm_state_act:output", 1050, 343, RIGHT),
+        *(Tap(f"{name}:input", 768, y) for name, (_, y) in zip(_CONVOLVED, _ROWS[1:4], strict=True)),
+        *(Tap(f"{name}:output", 915, y) for name, (_, y) in zip(_CONVOLVED, _ROWS[1:4], strict=True)),
+        Tap("dt_act:input", 768, 310),
+        Tap("dt_act:output", 915, 310),
+        Tap("ssm_state_act:input", 1025, 343, LEFT),
+        Tap("ssm_state_act:output", 1075, 343, RIGHT),
         Tap("ssd_out_act:input", 110, 430),
         Tap("ssd_out_act:output", 275, 430),
-        Tap("out_proj:input", 560, 430),
-        Tap("out_proj:output", 765, 430),
-        Tap("lm_head:input", 970, 430),
-        Tap("lm_head:output", 1185, 430),
+        Tap("out_proj:input", 590, 430),
+        Tap("out_proj:output", 800, 430),
+        Tap("lm_head:input", 1010, 430),
+        Tap("lm_head:output", 1240, 430),
     ),
     words=(
         (305, 44, "z"),
@@ -136,7 +136,7 @@ _MAMBA2 = Drawing(
         (313, 200, "B"),
         (305, 239, "C"),
         (302, 304, "dt"),
-        (890, 472, "once, after the last layer"),
+        (940, 472, "once, after the last layer"),
     ),
 )
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from quambase.analyzer.pictures.numbers.channels import Channel, channels_by_reach
+from quambase.analyzer.pictures.numbers.channels import Channel, channels_of_every_site
 from quambase.analyzer.pictures.numbers.error_curve import error_curve
 from quambase.analyzer.pictures.numbers.histogram import histogram
-from quambase.analyzer.pictures.numbers.largest_tokens import largest_tokens
+from quambase.analyzer.pictures.numbers.largest_tokens import largest_tokens_of_every_site
 from quambase.analyzer.pictures.numbers.marks import marks
 from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
 from quambase.schema.distribution import ratio
@@ -53,6 +53,7 @@ def site_pages(database: StatsDB, manifest: Manifest, rows: pa.Table | None, sho
     of_group = _by_group(rows)
     groups = scale_groups(database, run)
     shown.start("report", len(groups), sum(group.distribution.values.size for group in groups), unit="scales")
+    channels, tokens = channels_of_every_site(database, run), largest_tokens_of_every_site(database, run, TOKENS)
     known = {site.name: site for site in FAMILIES.get(manifest.model.family, ())}
     pages = []
     for (layer, site), members in groupby(groups, key=lambda group: (group.layer, group.site)):
@@ -67,10 +68,10 @@ def site_pages(database: StatsDB, manifest: Manifest, rows: pa.Table | None, sho
                 "site": site,
                 "about": _about(known.get(site)),
                 "groups": found,
-                "channels": _channels(channels_by_reach(database, run, layer, site)),
+                "channels": _channels(channels.get((layer, site), [])),
                 "tokens": [
                     [t.value, t.token, t.context, t.document, t.position, t.channel, t.group_name]
-                    for t in largest_tokens(database, run, layer, site, TOKENS)
+                    for t in tokens.get((layer, site), [])
                 ],
             }
         )

@@ -168,11 +168,15 @@
       link.setAttribute("aria-label", `${layerName(layer)} ${site}: ${about.name} ${format(value)}`);
       cell.style.setProperty("--shade", shades[row * data.sites.length + column].toFixed(3));
     }));
+    data.sites.forEach((_, column) => {  // a site of which nothing is known has no column
+      const none = data.layers.every((_, row) => values[row * data.sites.length + column] === null);
+      for (const row of heat.rows) row.cells[column + 1].hidden = none;
+    });
     const known = values.filter((value) => value !== null);
     const ends = [Math.min(...known), Math.max(...known)].map(format);
     if (SHADES[measure] < 0) ends.reverse();
     byId("shades-words").textContent = known.length
-      ? `${ends[0]} to ${ends[1]}: darker is worse` : `No site has ${about.name}${whose}.`;
+      ? `${ends[0]} to ${ends[1]}: more blue is worse` : `No site has ${about.name}${whose}.`;
     byId("shades").hidden = false;
     for (const tap of document.querySelectorAll("#answer .block a")) {
       const column = data.sites.indexOf(tap.dataset.site);

@@ -47,19 +47,20 @@ FROM groups
 WHERE layer = $layer AND site = $site AND ($group = 'all' OR group_name = $group);
 
 -- name: channels_by_reach
--- Every channel of a site, the largest absolute value first.
-SELECT channel, group_name, amax, mean, ratio
+-- Every channel of a site (of every site where none is named), the largest absolute value first.
+SELECT layer, site, channel, group_name, amax, mean, ratio
 FROM channel_stats
-WHERE run = $run AND layer = $layer AND site = $site
-ORDER BY amax DESC, group_name, channel;
+WHERE run = $run AND ($site IS NULL OR (layer = $layer AND site = $site))
+ORDER BY layer, site, amax DESC, group_name, channel;
 
 -- name: largest_tokens
--- The largest values of a site and the tokens that made them, the largest first.
+-- The largest values of a site (of every site where none is named) and the tokens that made them, the largest first.
 SELECT *
 FROM outliers
-WHERE run = $run AND layer = $layer AND site = $site
-ORDER BY abs(value) DESC, document, position, channel, group_name
-LIMIT $limit;
+WHERE run = $run AND ($site IS NULL OR (layer = $layer AND site = $site))
+QUALIFY $limit IS NULL
+    OR row_number() OVER (PARTITION BY layer, site ORDER BY abs(value) DESC, document, position, channel, group_name) <= $limit
+ORDER BY layer, site, abs(value) DESC, document, position, channel, group_name;
 
 -- name: whole_sites
 -- The summary of each site as a whole.

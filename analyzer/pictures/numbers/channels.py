@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quambase.schema.sites import SiteKey
 from quambase.schema.sql.database import StatsDB
 
 OUTLIER = 5.0
@@ -33,8 +34,20 @@ class Channel:
 
 def channels_by_reach(database: StatsDB, run: str, layer: int, site: str) -> list[Channel]:
     """Every channel of a site, the farthest first; ties by group and number. Empty where a run has none of the site."""
-    rows = database.query("channels_by_reach", {"run": run, "layer": layer, "site": site}).to_pylist()
-    return [Channel(row["channel"], row["group_name"], row["amax"], _or_nan(row["mean"]), row["ratio"]) for row in rows]
+    return _channels(database, {"run": run, "layer": layer, "site": site}).get((layer, site), [])
+
+
+def channels_of_every_site(database: StatsDB, run: str) -> dict[SiteKey, list[Channel]]:
+    """`channels_by_reach` of every site of a run, from one query."""
+    return _channels(database, {"run": run, "layer": None, "site": None})
+
+
+def _channels(database: StatsDB, wanted: dict[str, object]) -> dict[SiteKey, list[Channel]]:
+    found: dict[SiteKey, list[Channel]] = {}
+    for row in database.query("channels_by_reach", wanted).to_pylist():
+        channel = Channel(row["channel"], row["group_name"], row["amax"], _or_nan(row["mean"]), row["ratio"])
+        found.setdefault((row["layer"], row["site"]), []).append(channel)
+    return found
 
 
 def _or_nan(value: float | None) -> float:

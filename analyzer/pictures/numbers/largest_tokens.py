@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quambase.schema.sites import SiteKey
 from quambase.schema.sql.database import StatsDB
 
 
@@ -29,7 +30,18 @@ def largest_tokens(database: StatsDB, run: str, layer: int, site: str, limit: in
 
     Ties by document, position and channel.
     """
-    wanted = {"run": run, "layer": layer, "site": site, "limit": limit}
+    return _tokens(database, {"run": run, "layer": layer, "site": site, "limit": limit}).get((layer, site), [])
+
+
+def largest_tokens_of_every_site(database: StatsDB, run: str, limit: int | None = None) -> dict[SiteKey, list[LargestToken]]:
+    """`largest_tokens` of every site of a run, from one query."""
+    return _tokens(database, {"run": run, "layer": None, "site": None, "limit": limit})
+
+
+def _tokens(database: StatsDB, wanted: dict[str, object]) -> dict[SiteKey, list[LargestToken]]:
     fields = LargestToken.__dataclass_fields__
-    rows = database.query("largest_tokens", wanted).to_pylist()
-    return [LargestToken(**{name: row[name] for name in fields if name in row}) for row in rows]
+    found: dict[SiteKey, list[LargestToken]] = {}
+    for row in database.query("largest_tokens", wanted).to_pylist():
+        token = LargestToken(**{name: row[name] for name in fields if name in row})
+        found.setdefault((row["layer"], row["site"]), []).append(token)
+    return found
