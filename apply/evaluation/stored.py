@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from quambase.apply.evaluation.summary import KL_DIFFERENCE, summarize
+from quambase.apply.evaluation.summary import summarize
 from quambase.schema.errors import DatabaseInvalid, UnknownName
-from quambase.schema.results import EVALUATION, finished_evaluations, read_evaluation, read_results
+from quambase.schema.results import EVALUATION, KL_DIFFERENCE, finished_evaluations, read_evaluation, read_results
 from quambase.schema.sql.answer import PrintsAsTable
 
 
