@@ -61,6 +61,14 @@ WHERE run = $run AND layer = $layer AND site = $site
 ORDER BY abs(value) DESC, document, position, channel, group_name
 LIMIT $limit;
 
+-- name: scales_of_run
+-- The scale table's rows of a run.
+SELECT * FROM scales WHERE run = $run;
+
+-- name: scales_of_group
+-- The scale table's rows of one scale group.
+SELECT * FROM scales WHERE run = $run AND layer = $layer AND site = $site AND group_name = $group;
+
 -- name: whole_sites
 -- The summary of each site as a whole.
 SELECT layer, site, amax, outlier_ratio, mean, std
