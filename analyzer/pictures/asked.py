@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -30,6 +30,10 @@ class Summarized(Protocol):
     @property
     def id(self) -> str:
         """Its id."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What `quambase.schema.results.read_evaluation` reads: the model and more."""
 
     def summary(self) -> pa.Table:
         """A row for each strategy and text, with intervals (`quambase.apply.evaluation.summary.SUMMARY`)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -69,7 +70,7 @@ class ChannelsPicture:
         for group, marker in zip(groups, "os^Dv" * len(groups), strict=False):
             mine = np.array([c.group_name == group for c in self.channels]) & (amax > 0)
             axes.plot(rank[mine], amax[mine], marker, markersize=2, label=group, linestyle="none")
-        axes.set(xlabel="rank of the channel", ylabel="largest |x|")
+        axes.set(xlabel="rank of the channel (numbers: its index)", ylabel="largest |x|")
         axes.set_xscale("log")
         axes.set_xlim(0.8, max(2, amax.size * 1.2))
         if (amax > 0).any():
@@ -78,14 +79,9 @@ class ChannelsPicture:
             axes.margins(y=0.15)
             frame.logarithmic(axes, "x", "y")
         for place_, channel in zip(rank[:NAMED], self.channels, strict=False):
-            axes.annotate(
-                str(channel.channel),
-                (place_, channel.amax),
-                (0, 4),
-                textcoords="offset points",
-                ha="center",
-                fontsize=6,
-            )
+            beside: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 6}
+            white = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+            axes.annotate(str(channel.channel), (place_, channel.amax), (0, 4), bbox=white, **beside)
         if 1 < len(groups) <= 8:
             frame.legend_outside(figure, axes, columns, title="group")
         return figure

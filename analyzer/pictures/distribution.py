@@ -67,7 +67,7 @@ class DistributionPicture:
     @frame.styled
     def draw(self, columns: int) -> Figure:
         """The histogram, a line at each strategy's clipping point."""
-        figure = new_figure(columns, 2.1 + frame.STEP * (len(self.marks) + 1) / 72)
+        figure = new_figure(columns, 1.9 + 0.3 * columns + frame.STEP * (len(self.marks) + 1) / 72)
         axes = figure.subplots()
         frame.title(figure, f"{self.place} of {self.model}")
         edges, shares = self.histogram.edges, self.histogram.shares
@@ -81,15 +81,11 @@ class DistributionPicture:
         axes.set_xlim(max(edges[0], self.amax / DECADES), reach * 1.3)
         frame.logarithmic(axes, "x", "y")
         look = frame.looks(mark.label for mark in self.marks)
-        frame.staircase(
-            axes,
-            [
-                frame.Mark(
-                    m.clips_at, f"{m.label} {m.clips_at:.3g}, clips {share_text(m.clipped_share)}", look[m.label]
-                )
-                for m in self.marks
-            ],
-        )
+        marks = [
+            frame.Mark(m.clips_at, m.label, f"{m.clips_at:.3g}: clips {share_text(m.clipped_share)}", look[m.label])
+            for m in self.marks
+        ]
+        frame.staircase(axes, marks)
         return figure
 
 

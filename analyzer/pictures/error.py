@@ -77,7 +77,7 @@ class ErrorPicture:
         axes[-1].set_xlabel("scale" + (" (open: with a zero point or two segments)" if own else ""))
         frame.logarithmic(axes[0], "x")
         axes[0].set_xlim(self.curve.scales[0], self.curve.scales[-1])
-        steps = [frame.Mark(m.scale, f"{m.label} {m.scale:.3g}", look[m.label]) for m in self.marks]
+        steps = [frame.Mark(m.scale, m.label, f"{m.scale:.3g}", look[m.label]) for m in self.marks]
         frame.staircase(axes[0], steps, below=list(axes[1:]))
         return figure
 

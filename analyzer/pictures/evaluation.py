@@ -31,6 +31,7 @@ class EvaluationPicture:
     """The numbers of the picture."""
 
     evaluation: str
+    model: str
     texts: list[EvaluatedText]
     labels: list[str]
     notes: list[str]
@@ -49,7 +50,7 @@ class EvaluationPicture:
             if label not in every:
                 raise UnknownName.of("strategy", label, every, where=f"evaluation {asked.evaluation.id}")
         labels = [label for label in every if not asked.strategies or label in asked.strategies]
-        return cls(asked.evaluation.id, texts, labels, [])
+        return cls(asked.evaluation.id, str(asked.evaluation.about["model"]), texts, labels, [])
 
     def table(self) -> pa.Table:
         """A row for each text and strategy."""
@@ -84,7 +85,7 @@ class EvaluationPicture:
         panels = [p for p in PANELS if any(p[1](row) for text in self.texts for row in text.strategies)]
         panels = panels[: 1 if columns == 1 else None]
         figure = new_figure(columns, 0.9 + 0.2 * len(self.labels) + 0.14 * len(self.texts) * (columns == 1))
-        frame.title(figure, f"evaluation {self.evaluation}: 95 % intervals")
+        frame.title(figure, f"{self.model}, evaluation {self.evaluation[:8]}: 95 % intervals")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for each, (name, number, log) in zip(axes, panels, strict=True):
             self._panel(each, number)

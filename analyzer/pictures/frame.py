@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -65,10 +66,11 @@ def title(figure: Figure, text: str) -> None:
 
 
 class Mark(NamedTuple):
-    """A place on the x axis and what stands there."""
+    """A strategy's place on the x axis, and what is said of it there."""
 
     x: float
-    text: str
+    label: str
+    about: str
     look: Look
 
 
@@ -78,9 +80,10 @@ STEP = 8.0
 
 def staircase(axes: Axes, marks: Sequence[Mark], *, below: Sequence[Axes] = ()) -> None:
     """A vertical line for each mark, also in the axes ``below``, and its label above the axes to the left of the line:
-    the farther right, the higher, so that no label meets another label or a line.
+    the farther right, the higher, so that no label meets another label or a line. Marks at one place share a line.
     """
-    for step, mark in enumerate(sorted(marks, key=lambda mark: mark.x)):
+    for step, (_, members) in enumerate(itertools.groupby(sorted(marks, key=lambda m: m.x), key=lambda m: m.x)):
+        mark, *others = members
         height = STEP * (step + 0.7)
         look: dict[str, Any] = {"color": mark.look.color, "linewidth": 0.8}
         for each in (axes, *below):
@@ -90,7 +93,8 @@ def staircase(axes: Axes, marks: Sequence[Mark], *, below: Sequence[Axes] = ()) 
         arrow: dict[str, Any] = {"arrowstyle": "-", "shrinkA": 0, "shrinkB": 0, **look}
         axes.annotate("", xytext=(0, height + 2), arrowprops=arrow, **place)
         text: dict[str, Any] = {"ha": "right", "va": "center", "color": mark.look.color, "fontsize": 6.5}
-        axes.annotate(mark.text, xytext=(-2.5, height), **text, **place)
+        names = ", ".join([mark.label, *(other.label for other in others)])
+        axes.annotate(f"{names} {mark.about}", xytext=(-2.5, height), **text, **place)
 
 
 _DIGITS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")

@@ -35,6 +35,11 @@ NAMES = {
 }
 """The label of each quantity's colours."""
 
+SMALL = (CLIPPED_SHARE, PREDICTED_KL)
+
+MILLIONTHS = "; in the cells: millionths"
+"""The numbers in the cells of SMALL ones would be too long otherwise."""
+
 CELL = 0.21
 """Inches that a cell needs for a number of three digits."""
 
@@ -112,11 +117,12 @@ class HeatmapPicture:
         axes.set_xticks(ticks, [layers[i] for i in ticks])
         axes.set_yticks(range(len(self.grid.sites)), [frame.drawable(site) for site in self.grid.sites])
         axes.set_xlabel("layer")
-        bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.01)
-        bar.set_label(NAMES[self.quantity])
+        bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40 * columns, pad=0.01)
+        numbers = (figure.get_figwidth() - 1.3) / len(layers) >= CELL
+        bar.set_label(NAMES[self.quantity] + (MILLIONTHS if numbers and self.quantity in SMALL else ""))
         if isinstance(image.norm, LogNorm):
             frame.logarithmic(bar.ax, "x")
-        if (figure.get_figwidth() - 1.3) / len(layers) >= CELL:
+        if numbers:
             _numbers(axes, image, values, self.quantity)
         return figure
 
@@ -132,10 +138,24 @@ def _numbers(
     axes: Axes, image: AxesImage, values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], quantity: str
 ) -> None:
     """Each cell's number, dark on light or light on dark."""
-    factor = {CLIPPED_SHARE: 1e6, PREDICTED_KL: 1e6}.get(quantity, 1.0)
+    factor = 1e6 if quantity in SMALL else 1.0
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             red, green, blue, _ = image.to_rgba(np.array([value]))[0]
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            text = f"{value * factor:.2g}" if value * factor < 99.5 else f"{value * factor:.0f}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
+            axes.text(
+                column,
+                row,
+                _digits(value * factor),
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="white" if dark else "black",
+            )
+
+
+def _digits(value: float) -> str:
+    """Two digits, three of a number from 100 on; thousands as 1k."""
+    if value >= 999.5:
+        return f"{value / 1000:.{1 if value < 9950 else 0}f}k"
+    return f"{value:.1f}" if 0.995 <= value < 9.95 else f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"

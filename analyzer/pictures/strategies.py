@@ -69,7 +69,7 @@ class StrategiesPicture:
     def draw(self, columns: int) -> Figure:
         """A line for each strategy: the SQNR at every site with the median, and the predicted KL of all together."""
         known = any(each.predicted_kl for each in self.strategies)
-        figure = new_figure(columns, 0.8 + 0.16 * len(self.strategies))
+        figure = new_figure(columns, 0.95 + 0.16 * len(self.strategies))
         frame.title(figure, f"{self.model}: sites that act in evaluation")
         panels = figure.subplots(1, 2 if known else 1, sharey=True, squeeze=False)[0]
         self._sqnr(panels[0])
@@ -92,17 +92,15 @@ class StrategiesPicture:
             axes.plot(values, np.full(values.size, height), "o", markersize=2, alpha=0.35, color="#0072B2", mew=0)
             if values.size:
                 axes.plot(np.median(values), height, "|", markersize=8, mew=1.4, color="black")
-        axes.set_xlabel("SQNR of each site (dB); bar: median")
+        axes.set_xlabel("SQNR of each site\n(dB); bar: median")
 
     def _loss(self, axes: Axes) -> None:
         for height, each in enumerate(self.strategies):
             if each.predicted_kl:
                 axes.plot(each.predicted_kl, height, "o", color="#D55E00")
-                axes.annotate(
-                    f"{each.predicted_kl:.2g}", (each.predicted_kl, height), (4, 0), textcoords="offset points",
-                    va="center", fontsize=6,
-                )  # fmt: skip
+                text, at = f"{each.predicted_kl:#.2g}", (each.predicted_kl, height)
+                axes.annotate(text, at, (4, 0), textcoords="offset points", va="center", fontsize=6)
         axes.margins(x=0.25)
         axes.set_xscale("log")
         frame.logarithmic(axes, "x")
-        axes.set_xlabel("predicted KL (nats a token)")
+        axes.set_xlabel("predicted KL\n(nats a token)")

@@ -16,6 +16,9 @@ from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.pictures import new_figure
 from quambase.schema.sites import WHOLE
 
+SIGNS = ("#56B4E9", "#E69F00")
+"""Colours of values from 0 on, and of negative ones."""
+
 SHOWN = 16
 """How many are drawn."""
 
@@ -55,8 +58,8 @@ class TokensPicture:
         return [
             f"{self.place}: the largest value, {first.value:.3g}, is made by token {first.token!r} (document "
             f"{first.document}, position {first.position}) in channel {first.channel}",
-            f"the {len(shown)} largest are made by {len({t.token_id for t in shown})} different tokens in "
-            f"{len({t.channel for t in shown})} channels",
+            f"the {len(shown)} largest are made by {_count({t.token_id for t in shown}, 'token')} in "
+            f"{_count({t.channel for t in shown}, 'channel')}",
         ]
 
     @frame.styled
@@ -67,18 +70,25 @@ class TokensPicture:
         frame.title(figure, f"{self.place} of {self.model}")
         axes = figure.subplots()
         heights = range(len(shown))
-        axes.barh(heights, [abs(t.value) for t in shown], color="#56B4E9", height=0.7)
+        axes.barh(heights, [abs(t.value) for t in shown], color=[SIGNS[t.value < 0] for t in shown], height=0.7)
         width = 18 if columns == 1 else 60
         axes.set_yticks(heights, [_text(token, width) for token in shown])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.invert_yaxis()
         axes.set_xlim(0, abs(shown[0].value) or 1)
-        for height, token in zip(heights, shown, strict=True):
-            text = f"{token.value:.3g}, channel {token.channel}, document {token.document}:{token.position}"
-            axes.annotate(text, (0, height), (3, 0), textcoords="offset points", va="center", fontsize=6)
-        axes.set_xlabel("|x|")
+        right = axes.secondary_yaxis("right")
+        right.set_yticks(heights, [f"{t.value:.3g}, channel {t.channel}, {t.document}:{t.position}" for t in shown])
+        right.tick_params(axis="y", length=0, labelsize=6)
+        right.spines["right"].set_visible(False)
+        axes.set_xlabel(
+            "|x| (orange: negative); right: document:position" if columns == 2 else "|x| (orange: negative)"
+        )
         return figure
+
+
+def _count(different: set[int], name: str) -> str:
+    return f"one {name}" if len(different) == 1 else f"{len(different)} different {name}s"
 
 
 def _text(token: LargestToken, width: int) -> str:
