@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,11 @@ from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.channels import OUTLIER, Channel, channels_by_reach
 from quambase.schema.errors import UnknownName
-from quambase.schema.pictures import new_figure
+from quambase.schema.pictures import WIDTHS, new_figure
 from quambase.schema.sites import WHOLE
 
-NAMED = 6
-"""How many channels have their number beside them."""
+NAMED = 12
+"""At most so many channels have their number beside them."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,23 @@ class ChannelsPicture:
             self._thresholds(axes)
             axes.margins(y=0.15)
             frame.logarithmic(axes, "x", "y")
-        for place_, channel in zip(rank[:NAMED], self.channels, strict=False):
-            beside: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 6}
+        for place_, channel in self._named(columns):
+            beside: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 6, "zorder": 1.5}
             white = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
             axes.annotate(str(channel.channel), (place_, channel.amax), (0, 4), bbox=white, **beside)
         if 1 < len(groups) <= 8:
             frame.legend_outside(figure, axes, columns, title="group")
         return figure
+
+    def _named(self, columns: int) -> list[tuple[int, Channel]]:
+        """Ranks and channels of which the number fits beside that before: the farthest ones."""
+        inches = (WIDTHS[columns] - 0.5) / math.log10(max(2, len(self.channels)) * 1.5)  # of a decade
+        found: list[tuple[int, Channel]] = []
+        for rank, channel in enumerate(self.channels[:NAMED], 1):
+            needed = 0.02 + 0.055 * len(str(channel.channel))  # a digit of 6 points is 0.053 inches wide
+            if not found or inches * math.log10(rank / found[-1][0]) >= needed:
+                found.append((rank, channel))
+        return found
 
     def _thresholds(self, axes: Axes) -> None:
         """Lines at the median of the whole site's channels, and at what makes one an outlier."""
@@ -92,7 +103,7 @@ class ChannelsPicture:
         for factor, name in ((1.0, "median"), (OUTLIER, f"{OUTLIER:g} times the median: outlier")):
             if ratio:
                 height = factor * self.channels[0].amax / ratio
-                axes.axhline(height, color="0.4", linewidth=0.7, linestyle="--")
+                axes.axhline(height, color="0.4", linewidth=0.7, linestyle="--", zorder=1)
                 where = (1.0, height), (-2, 2)
                 axes.annotate(
                     name, *where, xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=6

@@ -65,7 +65,7 @@ def _draw_error(axes: Axes, distribution: Distribution, shown: Reconstructions) 
     for label, reconstruct in shown.items():
         error = (values - reconstruct(values))[nonzero]
         mean = np.bincount(place, weights=counts[nonzero] * error**2) / weight
-        drawn = mean > 0
+        drawn = (mean > 0) & (centre > magnitude.max() / 2**OCTAVES)
         style = {"color": look[label].color, "linestyle": look[label].linestyle}
         axes.loglog(centre[drawn], np.sqrt(mean[drawn]), **style)
     axes.set_xlim(magnitude.max() / 2**OCTAVES, magnitude.max() * 1.2)

@@ -73,10 +73,10 @@ def convergence_figure(heading: str, sizes: pa.Table, columns: int = 2) -> Figur
     moved.set_title(f"movement of the scales (dotted: {100 * TOLERANCE:g} %)", loc="left")
     moved.set_ylabel("|scale / scale from all - 1|")
     lost.set_title("error on all documents", loc="left")
-    lost.set_ylabel("MSE / MSE of the scale from all")
+    lost.set_ylabel("MSE / MSE from all")
     for axes in (moved, lost):
         axes.set_xscale("log")
-        axes.set_xticks(sorted({row["documents"] for row in rows}))
+        axes.set_xticks(_apart({row["documents"] for row in rows}))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_locator(NullLocator())
         if axes is lost or columns == 2:
@@ -85,9 +85,18 @@ def convergence_figure(heading: str, sizes: pa.Table, columns: int = 2) -> Figur
     return figure
 
 
+def _apart(numbers: set[int]) -> list[int]:
+    """Those of ``numbers`` that have room for a label, the largest among them."""
+    kept: list[int] = []
+    for number in sorted(numbers, reverse=True):
+        if not kept or kept[-1] >= 1.3 * number:
+            kept.append(number)
+    return kept
+
+
 def _draw_band(axes: Axes, rows: list[dict[str, Any]], name: str, look: Look, label: str) -> None:
     """The median of a quantity and its band."""
     middle, low, high = ([row[f"{name}{end}"] for row in rows] for end in ("", "_low", "_high"))
     documents = [row["documents"] for row in rows]
-    axes.plot(documents, middle, marker=".", label=label, color=look.color, linestyle=look.linestyle)
+    axes.plot(documents, middle, marker=look.marker, label=label, color=look.color, linestyle=look.linestyle)
     axes.fill_between(documents, low, high, color=look.color, alpha=0.1, linewidth=0)

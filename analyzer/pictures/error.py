@@ -73,8 +73,9 @@ class ErrorPicture:
             losses = [np.nan if mark.predicted_kl is None else mark.predicted_kl for mark in self.marks]
             self._curve(axes[1], kl, losses, look)
             axes[1].set_ylabel("predicted KL\n(nats a token)")
-        own = any(_off_the_curve(mark) for mark in self.marks)
-        axes[-1].set_xlabel("scale" + (" (open: with a zero point or two segments)" if own else ""))
+        axes[-1].set_xlabel("scale")
+        if any(_off_the_curve(mark) for mark in self.marks):
+            frame.footnote(figure, "open: with a zero point or two segments")
         frame.logarithmic(axes[0], "x")
         axes[0].set_xlim(self.curve.scales[0], self.curve.scales[-1])
         steps = [frame.Mark(m.scale, m.label, f"{m.scale:.3g}", look[m.label]) for m in self.marks]

@@ -65,6 +65,11 @@ def title(figure: Figure, text: str) -> None:
     figure.suptitle("\n".join(lines), x=0.01, ha="left")
 
 
+def footnote(figure: Figure, text: str) -> None:
+    """Write ``text`` under the picture."""
+    figure.supxlabel(text, fontsize=6, x=0.01, ha="left")
+
+
 class Mark(NamedTuple):
     """A strategy's place on the x axis, and what is said of it there."""
 

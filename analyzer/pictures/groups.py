@@ -64,7 +64,7 @@ def groups_figure(heading: str, before: Division, after: Division, columns: int 
     title(figure, heading)
     shape = (1, 2) if columns == 2 else (2, 1)
     panels = figure.subplots(*shape, sharey=True, sharex=True)
-    for axes, name, division in zip(panels, ("in the model's own order", "sorted"), (before, after), strict=True):
+    for axes, name, division in zip(panels, ("the model's order", "sorted"), (before, after), strict=True):
         _draw_division(axes, name, division)
         if axes is panels[-1] or columns == 2:
             axes.set_xlabel("channels of x, group by group")
@@ -77,10 +77,10 @@ def groups_figure(heading: str, before: Division, after: Division, columns: int 
 def _draw_division(axes: Axes, name: str, division: Division) -> None:
     axes.plot(division.amax, ".", markersize=1.5, color="0.55", label="channel")
     edges = np.cumsum([0, *division.sizes]) - 0.5
-    axes.stairs(division.reach, edges, color="#D55E00", linewidth=1.1, label="its group: 127 steps of its scale")
-    axes.axhline(division.amax.max(), color="#0072B2", linewidth=0.8, linestyle="--", label="one scale for all")
-    axes.set_title(
-        f"{name}: mean step {division.mean_step:.3f} of one scale's, spread {division.spread:.3g}", loc="left"
+    axes.stairs(
+        division.reach, edges, baseline=None, color="#D55E00", linewidth=1.1, label="its group: 127 steps of its scale"
     )
+    axes.axhline(division.amax.max(), color="#0072B2", linewidth=0.8, linestyle="--", label="one scale for all")
+    axes.set_title(f"{name}: mean step {division.mean_step:.3f}, spread {division.spread:.3g}", loc="left")
     if division.amax.max() > 0:
         logarithmic(axes, "y")

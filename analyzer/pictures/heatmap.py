@@ -37,7 +37,7 @@ NAMES = {
 
 SMALL = (CLIPPED_SHARE, PREDICTED_KL)
 
-MILLIONTHS = "; in the cells: millionths"
+MILLIONTHS = "\n(in the cells: millionths)"
 """The numbers in the cells of SMALL ones would be too long otherwise."""
 
 CELL = 0.21
@@ -112,7 +112,7 @@ class HeatmapPicture:
         axes.grid(visible=False)
         image = axes.imshow(values, aspect="auto", norm=_norm(values, self.quantity))
         layers = ["head" if layer == HEAD_LAYER else str(layer) for layer in self.grid.layers]
-        step = 1 if len(layers) <= 12 * columns else 4
+        step = next(step for step in (1, 2, 4, 8, 16, 32) if len(layers) <= 9 * columns * step)
         ticks = [i for i, name in enumerate(layers) if name == "head" or int(name) % step == 0]
         axes.set_xticks(ticks, [layers[i] for i in ticks])
         axes.set_yticks(range(len(self.grid.sites)), [frame.drawable(site) for site in self.grid.sites])

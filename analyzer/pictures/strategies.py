@@ -82,7 +82,7 @@ class StrategiesPicture:
         for axes in panels:
             axes.tick_params(axis="y", length=0)
         if any(each.needs_decode for each in self.strategies):
-            figure.supxlabel("† two segments: its codes need a decoder", fontsize=6, x=0.01, ha="left")
+            frame.footnote(figure, "† two segments: its codes need a decoder")
         return figure
 
     def _sqnr(self, axes: Axes) -> None:

@@ -66,7 +66,7 @@ class TokensPicture:
     def draw(self, columns: int) -> Figure:
         """A bar for each value, its token to the left, where it stands to the right."""
         shown = self.tokens[:SHOWN]
-        figure = new_figure(columns, 0.6 + 0.135 * len(shown))
+        figure = new_figure(columns, 0.75 + 0.135 * len(shown))
         frame.title(figure, f"{self.place} of {self.model}")
         axes = figure.subplots()
         heights = range(len(shown))
@@ -78,12 +78,10 @@ class TokensPicture:
         axes.invert_yaxis()
         axes.set_xlim(0, abs(shown[0].value) or 1)
         right = axes.secondary_yaxis("right")
-        right.set_yticks(heights, [f"{t.value:.3g}, channel {t.channel}, {t.document}:{t.position}" for t in shown])
+        right.set_yticks(heights, [f"{t.value:.3g}, {t.channel}, {t.document}:{t.position}" for t in shown])
         right.tick_params(axis="y", length=0, labelsize=6)
         right.spines["right"].set_visible(False)
-        axes.set_xlabel(
-            "|x| (orange: negative); right: document:position" if columns == 2 else "|x| (orange: negative)"
-        )
+        axes.set_xlabel("|x| (orange: negative)\nright: value, channel, document:position")
         return figure
 
 
