@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quambase.analyzer.analyze import analyze as analyze
     from quambase.analyzer.converge import converge as converge
+    from quambase.analyzer.pictures.plot import plot as plot
     from quambase.apply.evaluation.evaluate import evaluate as evaluate
     from quambase.collector.collect import collect as collect
     from quambase.schema.sql.database import StatsDB as StatsDB
 
-__all__ = ["StatsDB", "__version__", "analyze", "apply", "collect", "converge", "evaluate", "report"]
+__all__ = ["StatsDB", "__version__", "analyze", "apply", "collect", "converge", "evaluate", "plot", "report"]
 
 __version__ = version("quambase")
 
@@ -34,6 +35,7 @@ _NAMES = {
     "analyze": "quambase.analyzer.analyze",
     "collect": "quambase.collector.collect",
     "converge": "quambase.analyzer.converge",
+    "plot": "quambase.analyzer.pictures.plot",
     "evaluate": "quambase.apply.evaluation.evaluate",
 }
 

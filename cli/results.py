@@ -1,4 +1,4 @@
-"""`quambase results`: stored evaluations, without running anything."""
+"""`quambase results` and `quambase report`: what is stored, as tables and as a page, without running a model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ from pathlib import Path
 
 import click
 
-from quambase.cli.console import Command, database_option, next_command, note, output_options
+from quambase.cli.console import (
+    Command,
+    answer,
+    database_option,
+    force_option,
+    next_command,
+    note,
+    output_options,
+    wrapped,
+)
 from quambase.cli.evaluate import emit_evaluation, statistics_options
 from quambase.cli.formats import emit
+from quambase.cli.query import run_option
 
 
 @click.command(cls=Command)
@@ -45,3 +55,56 @@ def results(
     found = find_evaluation(db, evaluation)
     emit_evaluation(found, bootstrap, seed, within, format_, output)
     note(f"stored: {found.folder}")
+
+
+@click.command(cls=Command)
+@run_option
+@click.option(
+    "--scales",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Scale table. [default: scales.parquet of the database, then of this folder]",
+)
+@click.option("--evaluation", metavar="ID", help="A stored evaluation. [default: the newest of the run]")
+@click.option(
+    "--converge/--no-converge",
+    "converge",
+    default=None,
+    help="Also judge whether the documents are enough. [default: where the run was collected with --by-block]",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="File to write.",
+)
+@database_option
+@force_option
+def report(
+    run: str | None,
+    scales: Path | None,
+    evaluation: str | None,
+    converge: bool | None,
+    out: Path,
+    db: Path,
+    force: bool,
+) -> None:
+    """Write one HTML page of a run: the answer, where it hurts, every site in pictures, the evaluation, provenance.
+
+    It opens in a browser without a server and without a network.
+
+    \b
+    Example:
+      quambase report
+      quambase report --scales scales.parquet --out report.html
+    """
+    from quambase.report.report import report as write_report
+
+    found = write_report(db, run, scales, out, evaluation, converge, True, force)
+    for line in found.summary:
+        click.echo(wrapped(line))
+    for line in found.notes:
+        note(line)
+    note(f"written: {found.path} ({found.size / 1e6:.2g} MB, {found.sites} sites)")
+    answer("it opens by a double-click, also without a network")
+    next_command(found.command)

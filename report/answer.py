@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quambase.analyzer.summary import selection
 from quambase.apply.evaluation.summary_text import Ranking, rank
-from quambase.report.contents import SCALES, Contents
+from quambase.report.contents import Contents
 from quambase.schema.scale_table import EFFECT, QUAMBASE
 
 DATABASE = Path("quambase-db")
@@ -29,11 +29,6 @@ class Answer:
     missing: str | None
     command: str
 
-    @property
-    def first(self) -> str:
-        """One sentence: the best that is known."""
-        return next(iter([*self.measured, *self.predicted[:1], *([self.missing] if self.missing else [])]))
-
 
 def answer(contents: Contents, ranked: list[Ranking]) -> Answer:
     """The answer of a page's contents; ``ranked``: the texts of its evaluation."""
@@ -53,14 +48,13 @@ def answer(contents: Contents, ranked: list[Ranking]) -> Answer:
         str(scales.provenance.get("target", QUAMBASE)),
         by_effect=scales.provenance.get("select", EFFECT) == EFFECT,
     )
-    table = f" --scales {shlex.quote(str(contents.path))}" if contents.path != SCALES else ""
+    table = f" --scales {shlex.quote(str(contents.path))}"
     if not measured:
-        missing = "No INT8 model of this run was evaluated: what follows is predicted from the activations, not measured."
-        return Answer([], predicted, missing, f"quambase evaluate --strategy all{table}{_at(contents.db)}")
+        missing = "No INT8 model of this run was evaluated: what follows is predicted, not measured."
+        return Answer([], predicted, missing, f"quambase evaluate{table} --strategy all{_at(contents.db)}")
     best = best_strategy(ranked)
     chosen = f" --strategy {shlex.quote(best)}" if best else ""
-    return Answer(measured, predicted, None, f"quambase apply --scales {shlex.quote(str(contents.path))}{chosen}"
-                  f"{_at(contents.db)}")
+    return Answer(measured, predicted, None, f"quambase apply{table}{chosen}{_at(contents.db)}")
 
 
 def best_strategy(ranked: list[Ranking]) -> str | None:

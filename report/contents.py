@@ -60,8 +60,7 @@ class Contents:
 def gather(
     db: Path, run: str | None, given: Path | None, evaluation: str | None, judge: bool | None, progress: Shown
 ) -> Contents:
-    """Read everything; arguments as `quambase.report.report.report` has them (``given``: scales, ``judge``: converge).
-    """
+    """Read everything: the arguments of `quambase.report.report.report`, ``given`` its scales, ``judge`` its converge."""
     with Progress(progress) as shown, StatsDB(db, run) as database:
         shown.say("reading the distributions")
         if len(database.runs) != 1:
@@ -82,9 +81,8 @@ def gather(
             shown.say("summarising the evaluation")
         summary = None if found is None else summarize_evaluation(found.results)
     convergence = _convergence_of(db, manifest, judge, progress, notes)
-    return Contents(
-        db, manifest, path, scales, rows, grids, strategies, found, summary, convergence, pages, [*notes, *database.notes]
-    )
+    notes += database.notes
+    return Contents(db, manifest, path, scales, rows, grids, strategies, found, summary, convergence, pages, notes)
 
 
 def _labels(rows: pa.Table) -> list[str]:
@@ -93,9 +91,7 @@ def _labels(rows: pa.Table) -> list[str]:
     return [*chosen, *map(str, pc.unique(rows["label"]).to_pylist())]
 
 
-def _scales_of(
-    db: Path, run: str, given: Path | None, notes: list[str]
-) -> tuple[Path | None, ScaleTable | None]:
+def _scales_of(db: Path, run: str, given: Path | None, notes: list[str]) -> tuple[Path | None, ScaleTable | None]:
     """The scale table ``given``, else that of the database or of this folder, where it is of ``run``.
 
     ScalesInvalid: the one given is damaged or of another run.

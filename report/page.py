@@ -34,7 +34,7 @@ PICTURES = ("distribution", "error", "channels", "strategies", "evaluation", "co
 """The Vega-Lite specifications: without data, whose names and columns the descriptions in them give."""
 
 MEASURES = (
-    (PREDICTED_KL, "predicted effect", "KL x1000: thousandths of a nat a token that the errors here are predicted to cost"),
+    (PREDICTED_KL, "predicted effect", "KL x1000, thousandths of a nat a token that the errors here should cost"),
     (OUTLIER_RATIO, "outlier ratio", "the largest |x| over the 99.95 % quantile of |x|"),
     (SQNR, "SQNR", "signal over squared error, dB; 6 dB are one bit"),
     (CLIPPED_SHARE, "clipped share", "the share of values that lie beyond the last code"),
@@ -129,9 +129,9 @@ def worst_layers(grid: SiteGrid) -> dict[str, int]:
 
 
 def _first_layer(grid: SiteGrid, column: int) -> int:
-    """The head's sites are of the head alone."""
-    ratios = grid.outlier_ratio[:, column]
-    return next((layer for layer, ratio in zip(grid.layers, ratios, strict=True) if not math.isnan(ratio)), grid.layers[0])
+    """The first layer that has the site: the head's sites are of the head alone."""
+    known = zip(grid.layers, grid.outlier_ratio[:, column], strict=True)
+    return next((layer for layer, ratio in known if not math.isnan(ratio)), grid.layers[0])
 
 
 def _cells(grid: SiteGrid) -> list[list[str]]:
@@ -232,5 +232,3 @@ def _source_hash(script: str) -> str:
 
 def _text(folder: str, name: str) -> str:
     return (files("quambase.report") / folder / name).read_text(encoding="utf-8")
-
-

@@ -100,7 +100,7 @@ def _group(group: ScaleGroup, rows: list[dict[str, Any]]) -> Page:
         "q9995": short(q9995),
         "ratio": short(ratio(amax, q9995)),
         "histogram": {"first": counted.first, "bins": counted.bins_per_octave, "counts": counted.counts.tolist()},
-        "curve": _curve(group, [mark.scale for mark in found], POINTS if whole else POINTS_OF_PART) if group.consumed and amax > 0 else None,
+        "curve": _curve(group, [mark.scale for mark in found], POINTS if whole else POINTS_OF_PART),
         "marks": {
             "label": [mark.label for mark in found],
             **{name: shorts(getattr(mark, name) for mark in found) for name in NUMBERS},
@@ -111,7 +111,10 @@ def _group(group: ScaleGroup, rows: list[dict[str, Any]]) -> Page:
     }
 
 
-def _curve(group: ScaleGroup, scales: Iterable[float], points: int) -> Page:
+def _curve(group: ScaleGroup, scales: Iterable[float], points: int) -> Page | None:
+    """None where the INT8 model reads no scale, or every value is 0."""
+    if not group.consumed or not group.distribution.amax > 0:
+        return None
     curve = error_curve(group, scales, points)
     return {
         "scale": shorts(curve.scales),
@@ -140,9 +143,11 @@ def _about(site: Site | None) -> str:
     """What the INT8 model does with a site, in sentences."""
     if site is None:
         return "A tensor that was imported."
-    reads = f"Read by {' and '.join(site.read_by)} of the INT8 model" if site.consumed else "Not read by the INT8 model"
+    reads = f"Read by {' and '.join(site.read_by)}" if site.consumed else "Not read"
+    reads += " of the INT8 model" if site.consumed else " by the INT8 model"
+    reads += ", in token-by-token decoding only" * site.decode_only + ", which may take a zero point" * site.affine
     parts = [
-        f"{reads}{', in token-by-token decoding only' * site.decode_only}{', which may take a zero point' * site.affine}",
+        reads,
         *(["Upstream's kernel wraps here, so that a scale that clips is safe in ours only"] * (not site.saturates)),
         *([f"Divided into {', '.join(site.groups)}"] * (len(site.groups) > 1)),
         *(["Its channels are the indices of the recurrent state, after each document"] * (site.name in STATE_SITES)),

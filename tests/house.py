@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("api", "schema", "model", "collector", "analyzer", "apply", "cli")
+STAGES = ("api", "schema", "model", "collector", "analyzer", "apply", "report", "cli")
 SHOWN = 10
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from lowest_versions import lowest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("schema", "model", "collector", "analyzer", "apply", "cli")
+FOLDERS = ("schema", "model", "collector", "analyzer", "apply", "report", "cli")
 
 
 def test_the_wheel_equals_the_tree(tmp_path: Path) -> None:

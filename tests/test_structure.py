@@ -15,8 +15,9 @@ ALLOWED = {
     "collector": {"schema", "model", "collector"},
     "analyzer": {"schema", "analyzer"},
     "apply": {"schema", "model", "apply"},
-    "cli": {"schema", "model", "collector", "analyzer", "apply", "cli"},
-    "api": {"schema", "model", "collector", "analyzer", "apply", "cli"},
+    "report": {"schema", "analyzer", "apply", "report"},
+    "cli": {"schema", "model", "collector", "analyzer", "apply", "report", "cli"},
+    "api": {"schema", "model", "collector", "analyzer", "apply", "report", "cli"},
 }
 FORBIDDEN = {
     "schema": {"torch", "click"},
@@ -24,6 +25,7 @@ FORBIDDEN = {
     "model": {"click"},
     "collector": {"click"},
     "apply": {"click"},
+    "report": {"torch", "click"},
 }
 
 
@@ -56,7 +58,10 @@ def test_the_rule_would_notice() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["--help"], *([name, "--help"] for name in ("sql", "stats", "analyze", "compare", "converge", "results", "diff"))],
+    [
+        ["--help"],
+        *([name, "--help"] for name in ("sql", "stats", "analyze", "compare", "converge", "results", "report", "diff")),
+    ],
 )
 def test_analysis_commands_work_without_torch(command: list[str]) -> None:
     """With torch (and what only the model needs) made unimportable, as on a laptop that never installed it."""

@@ -265,7 +265,9 @@
   };
   const showGroup = async (page, group) => {
     const marks = marksOf(group);
-    byId("site-words").textContent = sentenceOf(group);
+    const parts = page.groups.filter((one) => one.curve).length;
+    byId("site-words").textContent = sentenceOf(group) + (group.curve || !parts ? ""
+      : ` The INT8 model reads a scale for each of ${parts} groups: choose one for its errors.`);
     showMarks(group);
     const histogram = binsOf(group);
     const left = group.total - histogram.reduce((sum, row) => sum + row.count, 0);

@@ -62,6 +62,14 @@ QUALIFY $limit IS NULL
     OR row_number() OVER (PARTITION BY layer, site ORDER BY abs(value) DESC, document, position, channel, group_name) <= $limit
 ORDER BY layer, site, abs(value) DESC, document, position, channel, group_name;
 
+-- name: scales_of_run
+-- The scale table's rows of a run.
+SELECT * FROM scales WHERE run = $run;
+
+-- name: scales_of_group
+-- The scale table's rows of one scale group.
+SELECT * FROM scales WHERE run = $run AND layer = $layer AND site = $site AND group_name = $group;
+
 -- name: whole_sites
 -- The summary of each site as a whole.
 SELECT layer, site, amax, outlier_ratio, mean, std

@@ -8,9 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from quambase.schema.results import FLOAT, UPSTREAM
-
-KL_DIFFERENCE = f"kl_vs_{UPSTREAM}"
+from quambase.schema.results import FLOAT, KL_DIFFERENCE
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ def largest_tokens(database: StatsDB, run: str, layer: int, site: str, limit: in
     return _tokens(database, {"run": run, "layer": layer, "site": site, "limit": limit}).get((layer, site), [])
 
 
-def largest_tokens_of_every_site(database: StatsDB, run: str, limit: int | None = None) -> dict[SiteKey, list[LargestToken]]:
+def largest_tokens_of_every_site(
+    database: StatsDB, run: str, limit: int | None = None
+) -> dict[SiteKey, list[LargestToken]]:
     """`largest_tokens` of every site of a run, from one query."""
     return _tokens(database, {"run": run, "layer": None, "site": None, "limit": limit})
 
