@@ -60,7 +60,7 @@ class Contents:
 def gather(
     db: Path, run: str | None, given: Path | None, evaluation: str | None, judge: bool | None, progress: Shown
 ) -> Contents:
-    """Read everything: the arguments of `quambase.report.report.report`, ``given`` its scales, ``judge`` its converge."""
+    """Read everything: the arguments of `quambase.report.report.report`; ``given``: scales, ``judge``: converge."""
     with Progress(progress) as shown, StatsDB(db, run) as database:
         shown.say("reading the distributions")
         if len(database.runs) != 1:

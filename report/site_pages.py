@@ -117,11 +117,11 @@ def _curve(group: ScaleGroup, scales: Iterable[float], points: int) -> Page | No
         return None
     curve = error_curve(group, scales, points)
     return {
-        "scale": shorts(curve.scales),
+        "scale": shorts(curve.scales, DIGITS_OF_SCALE),
         "mse": shorts(curve.mse),
         "kl": None if curve.predicted_kl is None else shorts(curve.predicted_kl),
-        "least_mse": short(curve.least_mse_scale),
-        "least_kl": short(curve.least_kl_scale),
+        "least_mse": short(curve.least_mse_scale, DIGITS_OF_SCALE),
+        "least_kl": short(curve.least_kl_scale, DIGITS_OF_SCALE),
     }
 
 
@@ -155,11 +155,15 @@ def _about(site: Site | None) -> str:
     return ". ".join(parts) + "."
 
 
-def short(value: float | None) -> float | None:
-    """Four significant digits, one more than is shown; None for what JSON has not."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+DIGITS, DIGITS_OF_SCALE = 4, 7
+"""Significant digits: one more than is shown; of the scales of a curve, which must stay apart, as many as float32 has."""
 
 
-def shorts(values: Iterable[float | None]) -> list[float | None]:
+def short(value: float | None, digits: int = DIGITS) -> float | None:
+    """So many significant digits; None for what JSON has not."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
+
+
+def shorts(values: Iterable[float | None], digits: int = DIGITS) -> list[float | None]:
     """`short` of each."""
-    return [short(value) for value in values]
+    return [short(value, digits) for value in values]

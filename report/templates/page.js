@@ -400,8 +400,11 @@
         const rows = data.evaluation[Number(figure.dataset.text)].rows.filter((row) => row.kl > 0);
         if (rows.length) await draw(figure, { strategies: rows }, high(rows.length)); else figure.hidden = true;
       } else if (figure.dataset.picture === "convergence") {
-        await draw(figure, { sizes: data.convergence.filter((row) => row.change !== null)
-          .map((row) => ({ ...row, change: Math.max(row.change, 0.0003) })) });
+        const sizes = data.convergence.filter((row) => row.change !== null);
+        await draw(figure, { sizes }, (specification) => {
+          specification.facet.sort = [...new Set(sizes.map((row) => row.strategy))];
+          return specification;
+        });
       }
     }
   };
