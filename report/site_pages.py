@@ -156,7 +156,7 @@ def _about(site: Site | None) -> str:
 
 
 DIGITS, DIGITS_OF_SCALE = 4, 7
-"""Significant digits: one more than is shown; of the scales of a curve, which must stay apart, as many as float32 has."""
+"""Significant digits: one more than is shown; of a curve's scales, which must stay apart, as many as float32 has."""
 
 
 def short(value: float | None, digits: int = DIGITS) -> float | None:

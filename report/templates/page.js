@@ -114,6 +114,12 @@
     const place = figure.querySelector(".drawn");
     const specification = change({ ...structuredClone(specifications[figure.dataset.picture]), datasets });
     drawn.get(place)?.finalize();
+    drawn.delete(place);
+    // A layer without rows has no extent, of which Vega would warn.
+    if (specification.layer)
+      specification.layer = specification.layer.filter(({ data: of }) => !of || datasets[of.name].length > 0);
+    figure.hidden = Object.values(datasets).every((rows) => rows.length === 0);
+    if (figure.hidden) return null;
     const made = await vegaEmbed(place, specification, {
       renderer: "svg", ast: true, config, downloadFileName: `quambase-${figure.dataset.picture}`,
       actions: { export: true, source: false, compiled: false, editor: false },
@@ -201,7 +207,7 @@
       row.classList.toggle("chosen", radio.checked);
     }
   };
-  const clickable = (view) => view.addEventListener("click", (_, item) => {
+  const clickable = (view) => view?.addEventListener("click", (_, item) => {
     if (item?.datum?.label !== undefined) choose(item.datum.label);
   });
   const SHOWN = 1e5;  // bins so much nearer to 0 than the largest are not drawn
@@ -261,7 +267,7 @@
       return specification;
     });
     clickable(view);
-    views.set(id, view);
+    if (view) views.set(id, view);
   };
   const showGroup = async (page, group) => {
     const marks = marksOf(group);
@@ -279,7 +285,7 @@
     views.clear();
     const view = await drawing;
     clickable(view);
-    views.set("distribution", view);
+    if (view) views.set("distribution", view);
     const curve = group.curve;
     await drawCurve("curve-mse", curve, curve?.mse, curve?.least_mse, marks, (mark) => mark.mse, "mean squared error");
     await drawCurve("curve-kl", curve, curve?.kl, curve?.least_kl, marks, (mark) => mark.predicted_kl, "predicted KL, nats a token");
@@ -393,12 +399,12 @@
         const sites = data.strategies.flatMap(([label, rows]) => rows.filter(([, , sqnr]) => sqnr !== null)
           .map(([layer, site, sqnr_db]) => ({ label, layer, site, sqnr_db })));
         const view = await draw(figure, { sites }, high(data.strategies.length));
-        view.addEventListener("click", (_, item) => {
+        view?.addEventListener("click", (_, item) => {
           if (item?.datum?.site !== undefined) location.hash = address(item.datum.layer, item.datum.site);
         });
       } else if (figure.dataset.picture === "evaluation") {
         const rows = data.evaluation[Number(figure.dataset.text)].rows.filter((row) => row.kl > 0);
-        if (rows.length) await draw(figure, { strategies: rows }, high(rows.length)); else figure.hidden = true;
+        await draw(figure, { strategies: rows }, high(rows.length));
       } else if (figure.dataset.picture === "convergence") {
         const sizes = data.convergence.filter((row) => row.change !== null);
         await draw(figure, { sizes }, (specification) => {

@@ -54,7 +54,7 @@ def _add_tokens(run: Path) -> None:
     write_table(path, "outliers", pa.Table.from_pylist(rows, schema=OUTLIERS), OUTLIERS)
     manifest = Manifest.load(run)
     tables = manifest.tables | {path.name: TableFile(len(rows), file_sha256(path))}
-    replace(manifest, tables=tables).save(run)
+    replace(manifest, tables=tables, identity=manifest.identity | {"block": 32, "seq_len": 512}).save(run)
 
 
 def _evaluate(database: Path) -> None:
