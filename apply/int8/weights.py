@@ -82,11 +82,11 @@ def with_16_bit(weights: Int8ModelWeights, prepared: ModelWeights, operators: Co
     for layer, operator in sorted(operators):
         by_layer.setdefault(layer, []).append(operator)
     layers = list(weights.layers)
-    for layer, operators in by_layer.items():
+    for layer, names in by_layer.items():
         if not 0 <= layer < len(layers):
             raise ScalesInvalid(f"layer {layer} is to be in 16 bit; the model has the layers 0 to {len(layers) - 1}")
         original = prepared.layers[layer]
-        layers[layer] = int8_kind_of(original).weights.of(prepared.config, original, operators, weights.weight_bits)
+        layers[layer] = int8_kind_of(original).weights.of(prepared.config, original, names, weights.weight_bits)
     return replace(weights, layers=tuple(layers))
 
 
