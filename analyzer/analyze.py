@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from quambase.analyzer.quantization_error import predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
-from quambase.analyzer.sixteen_bit import Kept, choose, frontier
+from quambase.analyzer.sixteen_bit import Mix, choose, frontier
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.analyzer.summary import summarize
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
@@ -23,7 +23,7 @@ from quambase.schema.number_format import INT8, Affine
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.scale_table import (
     EFFECT,
-    KEPT,
+    IN_16_BIT,
     MSE,
     QUAMBASE,
     SELECTIONS,
@@ -48,15 +48,15 @@ class Analysis(PrintsAsTable):
     notes       what a user should know, one line each: which run it is, NaN, infinities, overflow
     path        the file written, None if none was
     frontier    the best choices of operators in 16 bit, as `quambase.analyzer.sixteen_bit.frontier` finds them
-    kept        the one of them that the strategy `mixed` of the table makes
+    mix         the one of them that the strategy `mixed` of the table makes
     """
 
     table: pa.Table
     provenance: dict[str, Any]
     notes: list[str]
     path: Path | None
-    frontier: list[Kept] = field(default_factory=list)
-    kept: Kept | None = None
+    frontier: list[Mix] = field(default_factory=list)
+    mix: Mix | None = None
 
     def shown(self) -> pa.Table:
         """Each strategy in one row."""
@@ -129,12 +129,12 @@ def analyze(
     by = select or (EFFECT if sensitive else MSE)
     provenance = provenance_of(manifests, granularity or "the model's", target, by)
     found = frontier((row for row in rows if row["selected"]), manifests[0].model.family) if len(manifests) == 1 else []
-    kept = choose(found, keep, budget) if mixed else None
-    if kept is not None:
-        provenance |= {KEPT: [list(operator) for operator in kept.operators]}
+    mix = choose(found, keep, budget) if mixed else None
+    if mix is not None:
+        provenance |= {IN_16_BIT: [list(operator) for operator in mix.operators]}
     if out is not None:
         write_scales(out, table, provenance)
-    return Analysis(table, provenance, notes, out, found, kept)
+    return Analysis(table, provenance, notes, out, found, mix)
 
 
 def group_rows(

@@ -16,6 +16,7 @@ from quambase.analyzer.one_site import chosen_group, one_run, place
 from quambase.analyzer.quantization_error import Figures, piecewise_codes
 from quambase.analyzer.scale_groups import ScaleGroup, group_of_values
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
+from quambase.schema.errors import UnknownName
 from quambase.schema.files import refuse_foreign_picture
 from quambase.schema.number_format import INT8, Affine
 from quambase.schema.sites import WHOLE
@@ -85,7 +86,8 @@ def compare(
     synthetic    no database: a tensor of (512, 1536) values from Student's t with 3 degrees of freedom, from ``seed``
     force        replace ``picture`` even if it is no picture of quambase's
 
-    UnknownName: a site, layer, group or strategy that does not exist. OutputRefused.
+    UnknownName: a site, layer, group or strategy that does not exist, or no strategy that needs neither sensitivities
+    nor what the run does not store. OutputRefused.
     """
     picture = None if picture is None else Path(picture)
     if picture is not None:
@@ -99,6 +101,10 @@ def compare(
     else:
         title, chosen, shape, notes = _site_of_run(Path(db), run, site, layer, group)
     choices = [c for c in choices if chosen.documents.quantiles or not c.needs_document_quantiles]
+    if not choices:
+        raise UnknownName(
+            f"{', '.join(strategies or ())}: nothing compare can compute at one site; name another strategy"
+        )
     scales = {choice.label: choice.scale(chosen) for choice in choices}
     figures = {label: chosen.figures(scale) for label, scale in scales.items()}
     table = _strategies_table(chosen, choices, scales, figures)
@@ -114,13 +120,17 @@ def compare(
         notes,
     )
     if picture is not None:
-        from quambase.analyzer.pictures.comparison import comparison_figure  # matplotlib takes half a second to import
-        from quambase.schema.pictures import save_picture
-
-        order = table["strategy"].to_pylist()
-        drawn_by = {label: partial(reconstruct, scale=scales[label]) for label in order}
-        save_picture(comparison_figure(title, chosen.distribution, drawn_by), picture)
+        _draw(comparison, picture)
     return comparison
+
+
+def _draw(comparison: Comparison, path: Path) -> None:
+    from quambase.analyzer.pictures.comparison import comparison_figure  # matplotlib takes half a second to import
+    from quambase.schema.pictures import save_picture
+
+    order = comparison.strategies["strategy"].to_pylist()
+    drawn_by = {label: partial(reconstruct, scale=comparison.scales[label]) for label in order}
+    save_picture(comparison_figure(comparison.title, comparison.group.distribution, drawn_by), path)
 
 
 def reconstruct(values: npt.NDArray[np.float32], scale: Scale) -> npt.NDArray[np.float64]:

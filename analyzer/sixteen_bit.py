@@ -18,14 +18,14 @@ Losses = dict[int, dict[frozenset[str], float]]
 
 
 @dataclass(frozen=True)
-class Kept:
+class Mix:
     """Operators in 16 bit, and the predicted KL of all activations that other operators read, nats a token."""
 
     operators: tuple[Operator, ...]
     loss: float
 
 
-def frontier(rows: Iterable[dict[str, Any]], family: str) -> list[Kept]:
+def frontier(rows: Iterable[dict[str, Any]], family: str) -> list[Mix]:
     """The best choices of operators in 16 bit, none at first: each loses less than all choices of fewer operators.
 
     rows  one of tables.SCALES for each scale: those selected
@@ -38,18 +38,18 @@ def frontier(rows: Iterable[dict[str, Any]], family: str) -> list[Kept]:
     losses = _losses(rows, family)
     if not losses:
         return []
-    best = [Kept((), 0.0)]
+    best = [Mix((), 0.0)]
     for layer, by_readers in sorted(losses.items()):
         best = list(_joined(best, list(_of_layer(layer, by_readers))))
     # A larger set that loses as much is no better.
-    found: list[Kept] = []
-    for kept in best:
-        if not found or kept.loss < found[-1].loss:
-            found.append(kept)
+    found: list[Mix] = []
+    for mix in best:
+        if not found or mix.loss < found[-1].loss:
+            found.append(mix)
     return found
 
 
-def choose(found: list[Kept], keep: int | None, budget: float | None) -> Kept:
+def choose(found: list[Mix], keep: int | None, budget: float | None) -> Mix:
     """The best choice of at most ``keep`` operators, or the smallest that loses no more than ``budget``, nats a token.
 
     DatabaseInvalid: the losses are not known. DataInvalid: there are not so many operators.
@@ -60,12 +60,12 @@ def choose(found: list[Kept], keep: int | None, budget: float | None) -> Kept:
             "collect the run again with --sensitivity"
         )
     if budget is not None:
-        return next(kept for kept in found if kept.loss <= budget)
+        return next(mix for mix in found if mix.loss <= budget)
     assert keep is not None
     most = len(found[-1].operators)
     if keep > most:
         raise DataInvalid(f"--keep 16bit={keep}: with {most} operators in 16 bit nothing is lost; give {most} or fewer")
-    return [kept for kept in found if len(kept.operators) <= keep][-1]
+    return [mix for mix in found if len(mix.operators) <= keep][-1]
 
 
 def _losses(rows: Iterable[dict[str, Any]], family: str) -> Losses:
@@ -82,42 +82,43 @@ def _losses(rows: Iterable[dict[str, Any]], family: str) -> Losses:
     return found
 
 
-def _of_layer(layer: int, losses: dict[frozenset[str], float]) -> Iterator[Kept]:
+def _of_layer(layer: int, losses: dict[frozenset[str], float]) -> Iterator[Mix]:
     """The best sets of 0, 1, ... operators of one layer."""
     names = [name for name in OPERATORS if any(name in readers for readers in losses)]
     for count in range(len(names) + 1):
         sets = [frozenset(chosen) for chosen in itertools.combinations(names, count)]
         left = [math.fsum(loss for readers, loss in losses.items() if not readers <= chosen) for chosen in sets]
         least = min(range(len(sets)), key=left.__getitem__)
-        yield Kept(tuple((layer, name) for name in names if name in sets[least]), left[least])
+        yield Mix(tuple((layer, name) for name in names if name in sets[least]), left[least])
 
 
-def _joined(before: list[Kept], layer: list[Kept]) -> Iterator[Kept]:
+def _joined(before: list[Mix], layer: list[Mix]) -> Iterator[Mix]:
     """The best choices of 0, 1, ... operators of the layers before and this one."""
     for count in range(len(before) + len(layer) - 1):
         pairs = (
             (before[count - inside], layer[inside]) for inside in range(len(layer)) if 0 <= count - inside < len(before)
         )
         first, second = min(pairs, key=lambda pair: pair[0].loss + pair[1].loss)
-        yield Kept(first.operators + second.operators, first.loss + second.loss)
+        yield Mix(first.operators + second.operators, first.loss + second.loss)
 
 
-def sentence(found: list[Kept], kept: Kept | None) -> str | None:
-    """What ``kept`` of the choices ``found`` leaves in 16 bit and what that buys; or, without, where half is gained.
+def sentence(found: list[Mix], mix: Mix | None) -> str | None:
+    """What ``mix`` of the choices ``found`` leaves in 16 bit and what that buys; or, without, where half is gained.
     None where nothing can be gained.
     """
     if len(found) < 2:
         return None
     whole, count = found[0].loss, len(found[-1].operators)
-    if kept is None:
+    if mix is None:
         half = next(each for each in found if each.loss <= whole / 2)
         few = len(half.operators)
         gone = f"half of the predicted loss would be gone with {few} of {count} operators in 16 bit"
         return f"{gone}: analyze --keep 16bit={few}"
-    gain = f"{100 * (1 - kept.loss / whole):.0f} % less" if kept.operators else "so none is needed"
+    if not mix.operators:
+        return f"no operator needs 16 bit: the predicted loss is {mix.loss:.2g} nats a token with all {count} in INT8"
     return (
-        f"mixed leaves {len(kept.operators)} of {count} operators in 16 bit: predicted loss {kept.loss:.2g} nats a "
-        f"token, {gain}: {_in_words(kept.operators)}"
+        f"mixed leaves {len(mix.operators)} of {count} operators in 16 bit: predicted loss {mix.loss:.2g} nats a "
+        f"token, {100 * (1 - mix.loss / whole):.0f} % less: {_in_words(mix.operators)}"
     )
 
 

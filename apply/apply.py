@@ -32,7 +32,7 @@ class Applied:
 
     folder: Path
     strategy: str
-    kept: int
+    operators_in_16_bit: int
     unsafe: list[tuple[int, str]]
     notes: list[str]
 
@@ -107,7 +107,7 @@ def apply(
         quantize_embedding=quantize_embedding,
         compat=compat,
         weight_bits=weight_bits,
-        kept=table.kept_for(strategy),
+        in_16_bit=table.in_16_bit_for(strategy),
     )
     settings = {
         "strategy": describe(strategy, at, otherwise, granularity),
@@ -118,8 +118,8 @@ def apply(
     }
     switches = [quantize_lm_head, quantize_embedding, compat, *([weight_bits] if weight_bits != 8 else [])]
     used = {f"{layer}/{site}": as_json(scale) for (layer, site), scale in used_scales.items()}
-    kept = [sorted(int8.kept)] if int8.kept else []
-    identity = json.dumps([loaded.weights_sha256, settings["strategy"], switches, used, *kept], sort_keys=True)
+    mixed = [sorted(int8.in_16_bit)] if int8.in_16_bit else []
+    identity = json.dumps([loaded.weights_sha256, settings["strategy"], switches, used, *mixed], sort_keys=True)
     folder = out or db / "models" / hashlib.sha256(identity.encode()).hexdigest()[:16]
     labels = [strategy, *([otherwise] if at else []), DEFAULT_OTHERWISE]
     rows = _rows_of(table, labels), table.provenance
@@ -130,7 +130,7 @@ def apply(
     except OSError as error:
         notes.append(f"{db} cannot be written ({error.strerror}): `evaluate` needs the folder's name, {folder}")
     unsafe = unsafe_sites(table, used_scales) if compat == UPSTREAM else []
-    return Applied(folder, str(settings["strategy"]), len(int8.kept), unsafe, notes)
+    return Applied(folder, str(settings["strategy"]), len(int8.in_16_bit), unsafe, notes)
 
 
 def _rows_of(table: ScaleTable, labels: Collection[str]) -> pa.Table:

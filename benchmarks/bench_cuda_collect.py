@@ -80,7 +80,8 @@ def collecting(weights: ModelWeights, family: str, plan: DocumentSet, folder: Pa
 
 def locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:
     """Places of random tokens, which are no words."""
-    return Places(rows, [0] * rows.size, [""] * rows.size, channels)
+    texts = [""] * rows.size
+    return Places(rows, [0] * rows.size, texts, texts, texts, channels)
 
 
 def new_plan(documents: int) -> DocumentSet:

@@ -147,7 +147,7 @@ def analyze(
         answer("d: its codes need a decoder: `evaluate` measures it, no integer product reads it")
     for line in selection(found.table, target, by_effect=select != MSE):
         answer(line)
-    mixed = sentence(found.frontier, found.kept)
+    mixed = sentence(found.frontier, found.mix)
     if mixed is not None:
         answer(mixed)
     note(f"written: {out}")

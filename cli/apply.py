@@ -179,7 +179,7 @@ def _build(mix: dict[str, Any], quantize_lm_head: bool, quantize_embedding: bool
     quantized = ", ".join(["layers", *(name for name, wanted in parts.items() if wanted)])
     floating = " and ".join(name for name, wanted in parts.items() if not wanted)
     kept = f"; {floating} in float" if floating else ""
-    but = f" but for {applied.kept} operators in 16 bit" if applied.kept else ""
+    but = f" but for {applied.operators_in_16_bit} operators in 16 bit" if applied.operators_in_16_bit else ""
     bits = "" if given["weight_bits"] == 8 else f" with weights of {given['weight_bits']} bits"
     answer(f"strategy {applied.strategy}: {quantized} in INT8{bits}{but}{kept}; model saved in")
     click.echo(applied.folder)

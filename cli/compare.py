@@ -29,6 +29,17 @@ def _finite(ctx: click.Context, param: click.Parameter, values: tuple[float, ...
     return values
 
 
+strategies_option = click.option(
+    "--strategy",
+    "strategies",
+    multiple=True,
+    callback=one_each,
+    metavar="LABEL",
+    shell_complete=complete_strategies,
+    help="A strategy; once for each. [default: as analyze]",
+)
+
+
 def picture_options(default: str) -> Callable[[click.decorators.FC], click.decorators.FC]:
     """`--picture`, by default the file ``default``, and `--no-picture`."""
 
@@ -53,15 +64,7 @@ compare_options = options(
     ),
     click.option("--layer", type=int, help="Its layer; -1 is the head. [default: that with the largest outlier ratio]"),
     click.option("--group", default=WHOLE, show_default=True, help="Slice of a divided site: x, z; dt, B, C."),
-    click.option(
-        "--strategy",
-        "strategies",
-        multiple=True,
-        callback=one_each,
-        metavar="LABEL",
-        shell_complete=complete_strategies,
-        help="A strategy; once for each. [default: as analyze]",
-    ),
+    strategies_option,
     click.option(
         "--value",
         "values",

@@ -52,7 +52,7 @@ def complete_labels(ctx: click.Context, param: click.Parameter, incomplete: str)
         table = read_scales(Path(ctx.params.get("scales") or "scales.parquet"))
     except QuambaseError:
         return complete_strategies(ctx, param, incomplete)
-    return _beginning(["all", SELECTED, *([MIXED] if table.kept else []), *table.labels()], incomplete)
+    return _beginning(["all", SELECTED, *([MIXED] if table.in_16_bit else []), *table.labels()], incomplete)
 
 
 def complete_runs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

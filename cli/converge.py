@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import pyarrow as pa
 
-from quambase.cli.compare import picture_options
-from quambase.cli.complete import complete_sites, complete_strategies
+from quambase.cli.compare import picture_options, strategies_option
+from quambase.cli.complete import complete_sites
 from quambase.cli.console import (
     COUNT,
     PEOPLE,
@@ -19,7 +19,6 @@ from quambase.cli.console import (
     database_option,
     next_command,
     note,
-    one_each,
     options,
     output_options,
 )
@@ -34,15 +33,7 @@ TABLES = ("strategies", "sizes")
 converge_options = options(
     click.option("--site", shell_complete=complete_sites, help="Only this site. [default: all that the model reads]"),
     click.option("--layer", type=int, help="Only this layer; -1 is the head. [default: all]"),
-    click.option(
-        "--strategy",
-        "strategies",
-        multiple=True,
-        callback=one_each,
-        metavar="LABEL",
-        shell_complete=complete_strategies,
-        help="A strategy; once for each. [default: as analyze]",
-    ),
+    strategies_option,
     click.option(
         "--resamples",
         type=click.IntRange(2, 10_000),

@@ -264,6 +264,8 @@ def _check_together(
         raise click.UsageError("--tasks brings its own text: leave out --data, --task and --one-at-a-time")
     if one_at_a_time and (folder is not None or floating or len(given["data"]) > 1):
         raise click.UsageError("--one-at-a-time takes --scales, --strategy and one --data")
+    if given["weight_bits"] != 8 and (one_at_a_time or not (scales is not None or of_scales)):
+        raise click.UsageError("--weights goes with --scales or --strategy: it says how they are built")
     if given["include_path"] is not None and not given["tasks"]:
         raise click.UsageError("--include-path goes with --tasks")
 

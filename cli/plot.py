@@ -40,7 +40,7 @@ KINDS = (
 QUANTITIES = ("outlier_ratio", "clipped_share", "sqnr_db", "predicted_kl")
 
 plot_options = options(
-    click.argument("kind", type=click.Choice(KINDS)),
+    click.argument("kind", type=click.Choice(KINDS), metavar="KIND"),
     click.option("--site", shell_complete=complete_sites, help="Site. [default: that of the largest outlier ratio]"),
     click.option("--layer", type=int, help="Its layer; -1 is the head. [default: that of the largest outlier ratio]"),
     click.option("--group", default=WHOLE, show_default=True, help="Slice of a divided site: x, z; dt, B, C."),
@@ -127,21 +127,10 @@ def plot(
     """
     from quambase.analyzer.pictures.plot import plot as plot_picture
 
+    stored = _stored(db, evaluation) if kind == "evaluation" else None
+    path = output or Path(f"{kind}.png")
     found = plot_picture(
-        kind,
-        db,
-        run,
-        site,
-        layer,
-        group,
-        strategies,
-        scales,
-        _stored(db, evaluation) if kind == "evaluation" else None,
-        quantity,
-        int(columns),
-        output or Path(f"{kind}.png"),
-        progress=True,
-        force=force,
+        kind, db, run, site, layer, group, strategies, scales, stored, quantity, int(columns), path, True, force
     )
     if format_ is not None:
         emit(found.table, format_)

@@ -18,6 +18,7 @@ from quambase.collector.checkpoint import load_checkpoint, save_checkpoint
 from quambase.collector.documents import (
     DocumentSet,
     Keep,
+    TextAround,
     TokenizedDocument,
     read_document_set,
     run_id,
@@ -370,8 +371,8 @@ def _write_shard(
 
 
 def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:
-    """Returns the function that tells where a value of `outliers` is: a state's row and column are one flat channel of
-    the last token.
+    """Returns the function that tells where a value of `outliers` is, and the text around it: a state's row and column
+    are one flat channel of the last token.
     """
     tokens = np.concatenate([document.tokens for document in plan.documents])
     sizes, firsts = np.zeros((2, plan.documents[-1].index + 1), np.int64)
@@ -380,6 +381,7 @@ def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:
     firsts[1:] = np.cumsum(sizes)[:-1]
     states = loaded.any_weights.config.d_state
     decoded = cache(lambda token: loaded.tokenizer.decode([token]))
+    texts = TextAround(plan, loaded.tokenizer)
 
     def locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:
         positions, columns = rows, channels
@@ -387,7 +389,8 @@ def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:
             positions = sizes[documents] - 1
             columns = channels * states + rows if layout.d_state else rows * states + channels
         found = tokens[firsts[documents] + positions].tolist()
-        return Places(positions, found, [decoded(token) for token in found], columns)
+        before, after = texts.of(documents, positions)
+        return Places(positions, found, [decoded(token) for token in found], before, after, columns)
 
     return locate
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -122,3 +123,37 @@ def run_id(name: str, identity: dict[str, Any]) -> str:
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     safe = "".join(c if c.isalnum() or c in "-." else "-" for c in name.split("/")[-1])
     return f"{safe}-{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"
+
+
+AROUND = 8
+"""Words before and after a token in the table `outliers`."""
+
+
+class TextAround:
+    """The words before and after tokens of the calibration documents."""
+
+    def __init__(self, plan: DocumentSet, tokenizer: Tokenizer) -> None:
+        self._tokens = {document.index: document.tokens for document in plan.documents}
+        self._tokenizer = tokenizer
+        self._known: dict[tuple[int, int], tuple[str, str]] = {}
+
+    def of(self, documents: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> tuple[list[str], list[str]]:
+        """Text before and after the tokens at ``positions`` (n,) of ``documents`` (n,)."""
+        asked = list(zip(documents.tolist(), positions.tolist(), strict=True))
+        missing = list(dict.fromkeys(place for place in asked if place not in self._known))
+        # A word may be several tokens; four are enough for all but code and names.
+        span = 4 * AROUND
+        parts = []
+        for document, position in missing:
+            tokens = self._tokens[document]
+            parts += [tokens[max(0, position - span) : position], tokens[position + 1 : position + 1 + span]]
+        decoded = self._tokenizer.decode_batch([part.tolist() for part in parts])
+        for number, place in enumerate(missing):
+            before, after = (_words(text) for text in decoded[2 * number : 2 * number + 2])
+            self._known[place] = "".join(before[-AROUND:]), "".join(after[:AROUND])
+        return [self._known[place][0] for place in asked], [self._known[place][1] for place in asked]
+
+
+def _words(text: str) -> list[str]:
+    """``text`` cut before each word."""
+    return re.split(r"(?<=\s)(?=\S)", text)

@@ -169,4 +169,4 @@ def _counted(key: SiteKey, rows: torch.Tensor, documents: int, encoding: Encodin
 def _locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:
     """A `Locate` for tensors, which have no tokens."""
     nothing = [None] * rows.size
-    return Places(rows, nothing, nothing, channels)
+    return Places(rows, nothing, nothing, nothing, nothing, channels)

@@ -38,7 +38,7 @@ _PLACES = pa.schema(
         pa.field("state", pa.bool_()),
         *(pa.field(name, pa.int32()) for name in ("document", "row", "channel")),
         *(pa.field(name, pa.int32()) for name in ("position", "token_id")),
-        pa.field("token", pa.string()),
+        *(pa.field(name, pa.string()) for name in ("token", "before", "after")),
         pa.field("column", pa.int32()),
     ]
 )
@@ -130,7 +130,8 @@ def write_places(folder: Path, statistics: RunStatistics, locate: Locate) -> Non
         top = statistics.outliers(row)
         asked = top[:, 2], top[:, 3], layout.members(g)[top[:, 4]]
         places = locate(layout, *asked)
-        answers = zip(places.positions.tolist(), places.token_ids, places.tokens, places.channels.tolist(), strict=True)
+        texts = places.tokens, places.before, places.after
+        answers = zip(places.positions.tolist(), places.token_ids, *texts, places.channels.tolist(), strict=True)
         for place, answer in zip(zip(*(part.tolist() for part in asked), strict=True), answers, strict=True):
             found.setdefault((layout.state, *place), answer)
     rows = [dict(zip(_PLACES.names, (*key, *answer), strict=True)) for key, answer in found.items()]
@@ -139,17 +140,18 @@ def write_places(folder: Path, statistics: RunStatistics, locate: Locate) -> Non
 
 def stored_locator(folders: Sequence[Path]) -> Locate:
     """A `Locate` of what `write_places` stored in these shards; KeyError for any other place."""
-    found: dict[tuple[bool, int, int, int], tuple[int, int | None, str | None, int]] = {}
+    found: dict[tuple[bool, int, int, int], list[Any]] = {}
     for folder in folders:
         for row in read_table(folder / PLACES, _PLACES).to_pylist():
             state, document, line, channel, *answer = row.values()
-            found[state, document, line, channel] = (answer[0], answer[1], answer[2], answer[3])
+            found[state, document, line, channel] = answer
 
     def locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:
         asked = zip(documents.tolist(), rows.tolist(), channels.tolist(), strict=True)
         answers = [found[layout.state, document, row, channel] for document, row, channel in asked]
-        positions, columns = (np.array([answer[i] for answer in answers], np.int64) for i in (0, 3))
-        return Places(positions, [answer[1] for answer in answers], [answer[2] for answer in answers], columns)
+        positions, columns = (np.array([answer[i] for answer in answers], np.int64) for i in (0, -1))
+        token_ids, tokens, before, after = ([answer[i] for answer in answers] for i in range(1, 5))
+        return Places(positions, token_ids, tokens, before, after, columns)
 
     return locate
 

@@ -216,11 +216,13 @@ def groups_rows(run: str, index: SiteIndex) -> pa.Table:
 
 
 class Places(NamedTuple):
-    """Where values are, as columns of `outliers`: positions (n,), token ids, tokens, channels (n,)."""
+    """Where values are, as columns of `outliers`, (n,) each."""
 
     positions: Int64
     token_ids: Sequence[int | None]
     tokens: Sequence[str | None]
+    before: Sequence[str | None]
+    after: Sequence[str | None]
     channels: Int64
 
 
@@ -242,6 +244,8 @@ def outliers_rows(run: str, statistics: RunStatistics, encoding: Encoding, locat
         "position": np.concatenate([_NOTHING, *(of.positions for of in places)]),
         "token_id": [token_id for of in places for token_id in of.token_ids],
         "token": [token for of in places for token in of.tokens],
+        "before": [text for of in places for text in of.before],
+        "after": [text for of in places for text in of.after],
         "channel": np.concatenate([_NOTHING, *(of.channels for of in places)]),
         "value": encoding.values()[joined[:, 1]],
     }

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from quambase.schema.errors import DatabaseInvalid, UnknownName
 from quambase.schema.manifest import MANIFEST, Manifest
-from quambase.schema.tables import RUN_TABLES, RUNS, read_table
+from quambase.schema.tables import LATER_COLUMNS, RUN_TABLES, RUNS, read_table
 
 
 def list_runs(path: Path) -> tuple[list[Path], list[Path]]:
@@ -66,7 +66,7 @@ def select_runs(path: Path, run: str | None) -> tuple[list[Manifest], list[str]]
 def read_run_table(folder: Path, manifest: Manifest, name: str) -> pa.Table:
     """All rows of a run's table, in order; DatabaseInvalid: a file is missing, cut short or of another table."""
     schema = RUN_TABLES[name]
-    parts = [read_table(folder / file, schema) for file in manifest.files_of(name)]
+    parts = [read_table(folder / file, schema, LATER_COLUMNS.get(name)) for file in manifest.files_of(name)]
     return pa.concat_tables(parts) if parts else schema.empty_table()
 
 

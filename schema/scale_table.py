@@ -56,7 +56,7 @@ MIXED = "mixed"
 Operator = tuple[int, str]
 """(layer, one of sites.OPERATORS)."""
 
-KEPT = "kept_16bit"
+IN_16_BIT = "kept_16bit"
 """The key of the provenance with the list of operators that `mixed` leaves in 16 bit, each a pair."""
 
 
@@ -83,7 +83,7 @@ class ScaleTable:
 
         ScalesInvalid: "mixed", and the table leaves no operator in 16 bit.
         """
-        if label == MIXED and not self.kept:
+        if label == MIXED and not self.in_16_bit:
             raise ScalesInvalid(
                 "the scale table leaves no operator in 16 bit, so it has no strategy mixed; make one that does with "
                 "`analyze --keep 16bit=N` or `analyze --budget KL=X`"
@@ -92,18 +92,18 @@ class ScaleTable:
             raise UnknownName.of("strategy", label, [*self.labels(), SELECTED])
 
     @property
-    def kept(self) -> frozenset[Operator]:
+    def in_16_bit(self) -> frozenset[Operator]:
         """The operators that `mixed` leaves in 16 bit; empty where the table has no such strategy."""
-        return frozenset((int(layer), str(name)) for layer, name in self.provenance.get(KEPT, ()))
+        return frozenset((int(layer), str(name)) for layer, name in self.provenance.get(IN_16_BIT, ()))
 
-    def kept_for(self, label: str) -> frozenset[Operator]:
+    def in_16_bit_for(self, label: str) -> frozenset[Operator]:
         """The operators that the strategy ``label`` leaves in 16 bit."""
-        return self.kept if label == MIXED else frozenset()
+        return self.in_16_bit if label == MIXED else frozenset()
 
     @property
     def default_label(self) -> str:
         """The strategy to apply where none is named: "mixed" if the table has it, else "selected"."""
-        return MIXED if self.kept else SELECTED
+        return MIXED if self.in_16_bit else SELECTED
 
     def runs(self) -> list[str]:
         """The run ids the scales were computed from."""
@@ -323,7 +323,8 @@ def _provenance(path: Path, text: bytes) -> dict[str, Any]:
             isinstance(about, dict) and all(isinstance(about.get(key, {}), dict) for key in ("model", "identity"))
             for about in provenance["runs"].values()
         )
-        ready = ready and all(isinstance(layer, int) and name in OPERATORS for layer, name in provenance.get(KEPT, []))
+        pairs = provenance.get(IN_16_BIT, [])
+        ready = ready and all(isinstance(layer, int) and name in OPERATORS for layer, name in pairs)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         ready = False
     if not ready:

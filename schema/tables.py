@@ -194,6 +194,8 @@ OUTLIERS = _table(
     ("position", pa.int32(), "Position of the token in the document, from 0."),
     ("token_id", pa.int32(), "Token id."),
     ("token", pa.string(), "Token text."),
+    ("before", pa.string(), "The text before the token, eight words at most; null in runs of earlier versions."),
+    ("after", pa.string(), "The text after the token, eight words at most; null in runs of earlier versions."),
     ("channel", pa.int32(), "Channel index within the site."),
     ("value", pa.float32(), "The activation, float32."),
 )
@@ -321,6 +323,9 @@ RUN_TABLES: dict[str, pa.Schema] = {
     "block_counts": BLOCK_COUNTS,
 }
 """The tables of one run folder: each is a file ``<name>.parquet``, or a folder ``<name>/`` of Parquet files."""
+
+LATER_COLUMNS = {"outliers": {"before": None, "after": None}}
+"""The columns that a run of an earlier version lacks, by table, and what they are there."""
 
 # Sorted 16-bit values differ little from their neighbours byte by byte, and most counts are small. Raw activations have
 # few exponents, and those of a float16 model end in zeros.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,9 +17,7 @@ from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.pictures import new_figure
 from quambase.schema.results import FLOAT, UPSTREAM
 
-Figure_ = tuple[str, Callable[[Evaluated], Estimate | None], bool]
-
-PANELS: tuple[Figure_, ...] = (
+PANELS: tuple[tuple[str, Callable[[Evaluated], Estimate | None], bool], ...] = (
     ("KL to the float model\n(nats a token)", lambda row: row.kl, True),
     ("flips: share of tokens with\nanother most likely token", lambda row: row.flips, False),
     ("accuracy", lambda row: row.accuracy, False),
@@ -66,18 +65,20 @@ class EvaluationPicture:
         return pa.Table.from_pylist(rows)
 
     def words(self) -> list[str]:
-        """The best of each text, in a sentence."""
-        found = []
-        for text in self.texts:
-            rows = [row for row in text.strategies if row.strategy in self.labels]
-            if rows:
-                best = rows[0]
-                number = best.kl or best.accuracy
-                of = "KL" if best.kl else "accuracy"
-                value = "" if number is None else f", {of} {_interval(number)}"
-                verdict = f", {best.verdict} than {UPSTREAM}" if best.verdict in ("better", "worse") else ""
-                found.append(f"{text.data}, {text.task}: {best.strategy}{value}{verdict} ({text.documents} documents)")
-        return found
+        """Which strategy is best on most texts, and how good it is on the first of them."""
+        bests = [next((row for row in text.strategies if row.strategy in self.labels), None) for text in self.texts]
+        counted = Counter(best.strategy for best in bests if best is not None)
+        if not counted:
+            return ["no strategy was evaluated"]
+        label, times = counted.most_common(1)[0]
+        text, best = next((t, b) for t, b in zip(self.texts, bests, strict=True) if b and b.strategy == label)
+        number, of = (best.kl, "KL") if best.kl else (best.accuracy, "accuracy")
+        value = "" if number is None else f": {of} {_interval(number)}"
+        verdict = f", {best.verdict} than {UPSTREAM}" if best.verdict in ("better", "worse") else ""
+        return [
+            f"{label} is best on {times} of {len(self.texts)} texts, such as {text.data}, {text.documents} "
+            f"documents{value}{verdict}"
+        ]
 
     @frame.styled
     def draw(self, columns: int) -> Figure:

@@ -24,7 +24,7 @@ from quambase.analyzer.pictures.tokens import TokensPicture
 from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.files import refuse_foreign_picture
 from quambase.schema.pictures import WIDTHS, check_picture_format, save_picture
-from quambase.schema.progress import Shown
+from quambase.schema.progress import Progress, Shown
 from quambase.schema.sites import WHOLE
 from quambase.schema.sql.answer import PrintsAsTable
 
@@ -127,7 +127,7 @@ def plot(
     scales       scale table; None: ``<db>/scales.parquet``, then ``./scales.parquet``
     columns      1 or 2 of a page: 3.35 or 6.9 inches wide
     out          file to save to (png, svg, pdf by its suffix); None saves none
-    progress     of convergence: shown on stderr, or a function that is called with (scales done, scales in all)
+    progress     shown on stderr; or, of convergence, a function that is called with (scales done, scales in all)
     force        replace ``out`` even if it is no picture of quambase's
 
     Errors: UnknownName, DataInvalid (``columns``, no ``evaluation``), DatabaseInvalid, ScalesInvalid (there is no scale
@@ -141,20 +141,11 @@ def plot(
     if path is not None:
         check_picture_format(path)
         refuse_foreign_picture(path, force=force)
-    numbers = KINDS[kind].of(
-        Asked(
-            db=Path(db),
-            run=run,
-            site=site,
-            layer=layer,
-            group=group,
-            strategies=tuple(strategies or ()),
-            scales=None if scales is None else Path(scales),
-            evaluation=evaluation,
-            quantity=quantity,
-            progress=progress,
-        )
-    )
+    labels, table = tuple(strategies or ()), None if scales is None else Path(scales)
+    asked = Asked(Path(db), run, site, layer, group, labels, table, evaluation, quantity, progress)
+    with Progress(progress if kind != "convergence" else False) as shown:  # which shows its own
+        shown.say("reading the distributions")
+        numbers = KINDS[kind].of(asked)
     figure = numbers.draw(columns)
     if path is not None:
         save_picture(figure, path)

@@ -73,7 +73,7 @@ class BlockScorer:
         for label, model in candidates.models.items():
             scales = model.scales.items()
             read = tuple(scale for (_, site), scale in scales if not find_site(site, family).decode_only)
-            self.same.setdefault((model.kept, read), []).append(label)
+            self.same.setdefault((model.in_16_bit, read), []).append(label)
 
         weights = candidates.source.any_weights
         layers = sum(tensor.numel() for layer in weights.layers for tensor in vars(layer).values())

@@ -48,7 +48,7 @@ class Candidates:
                     label,
                     model.compat,
                     sorted((*key, as_json(scale)) for key, scale in model.scales.items()),
-                    *([sorted(model.kept)] if model.kept else []),
+                    *([sorted(model.in_16_bit)] if model.in_16_bit else []),
                 ]
                 for label, model in self.models.items()
             ],
@@ -74,7 +74,7 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
         needed = needed_sites(loaded.any_weights.config, stored.model.quantized_lm_head)
         if UPSTREAM in loadable_labels(table, needed)[0] and UPSTREAM not in models:
             int8 = stored.model
-            if int8.kept:  # upstream's model has no operator in 16 bit
+            if int8.in_16_bit:  # upstream's model has no operator in 16 bit
                 int8 = leaving_in_16_bit(int8, prepared_for(loaded.any_weights, table), ())
             models[UPSTREAM] = int8.with_scales(table.group_scales_for(UPSTREAM))
     return Candidates(loaded, models, str(path), about.get("run"))
@@ -119,7 +119,9 @@ def from_scales(
         whole, partial = loadable_labels(table, needed)
         decoded = [label for label in partial if compat is None and _has_segments(table, label, needed)]
         skipped = [label for label in partial if label not in decoded]
-        labels = [*whole, SELECTED, *([MIXED] if table.kept else []), *decoded]
+        labels = [*whole, SELECTED, *([MIXED] if table.in_16_bit else []), *decoded]
+    if compat is not None and (segmented := [label for label in labels if table.needs_decode(label)]):
+        raise ScalesInvalid(f"upstream's INT8 model has no codes of two segments; leave out --compat or {segmented[0]}")
     asked = [(label, level) for level in levels or held[-1:] for label in labels]
     chosen = {
         (label, level): check_any_scales(
@@ -136,11 +138,11 @@ def from_scales(
         name = describe(label, granularity=None if level == held[-1] else level)
         if (label, level) not in chosen:
             segments = table.segments_for(label, level)
-            models[name] = TwoSegmentModel(placed.weights, prepared, segments, channel_groups=maps, compat=compat)
+            models[name] = TwoSegmentModel(placed.weights, prepared, segments, channel_groups=maps)
             continue
         int8 = Int8LanguageModel(placed, chosen[label, level], channel_groups=maps, compat=compat)
-        kept = table.kept_for(label)
-        models[name] = leaving_in_16_bit(int8, prepared, kept) if kept else int8
+        in_16_bit = table.in_16_bit_for(label)
+        models[name] = leaving_in_16_bit(int8, prepared, in_16_bit) if in_16_bit else int8
     notes = [
         *table.notes,
         *([f"weights of in_proj, x_proj and out_proj in {weight_bits} bits"] if weight_bits != 8 else []),

@@ -18,13 +18,13 @@ from quambase.apply.apply import load_source
 from quambase.apply.evaluation.likelihood import compare, log_probabilities
 from quambase.apply.evaluation.scoring import Item
 from quambase.apply.evaluation.tasks import read_tasks
+from quambase.apply.int8.arithmetic import decoded, encoded
 from quambase.apply.int8.build import prepared_for
 from quambase.apply.int8.group_scales import channel_maps, scale_of_channels, zero_point_of_channels
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.operators.choice import choose_device
 from quambase.model.packed_batch import Batch
 from quambase.schema.files import local_folder
-from quambase.schema.number_format import INT8
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.results import PERPLEXITY
 from quambase.schema.scale_table import Scale, ScaleTable, read_scales
@@ -161,8 +161,7 @@ class _Measurement:
         def change(index: int, name: str, values: torch.Tensor) -> torch.Tensor:
             if (index, name) != (layer, site):
                 return values
-            codes = torch.round(values / steps)
-            return torch.clamp(codes, INT8.qmin - zero, INT8.qmax - zero).mul_(steps).to(values.dtype)
+            return decoded(encoded(values, steps, zero), steps, zero).to(values.dtype)
 
         disturbed = self.model.hidden(self.batch, change=change)
         total = 0.0

@@ -41,15 +41,15 @@ class Int8BlockWeights(ABC):
         """
 
     @classmethod
-    def of(cls, config: Any, layer: Any, kept: Collection[str] = (), weight_bits: int = 8) -> Int8BlockWeights:
-        """As `quantized`, but the weights of the operators ``kept`` in float16, or in float32 where the floating-point
-        model has that whatever its dtype.
+    def of(cls, config: Any, layer: Any, operators: Collection[str] = (), weight_bits: int = 8) -> Int8BlockWeights:
+        """As `quantized`, but the weights of the ``operators`` in float16, or in float32 where the floating-point model
+        has that whatever its dtype.
 
         ScalesInvalid: the block has no such operator.
         """
         wide = KINDS[cls.kind].float32
         halves: dict[str, torch.Tensor] = {}
-        for operator in kept:
+        for operator in operators:
             if operator not in cls.fields_of:
                 known = ", ".join(cls.fields_of)
                 raise ScalesInvalid(f"a {KINDS[cls.kind].title} block has no operator {operator}; it has {known}")
@@ -58,7 +58,7 @@ class Int8BlockWeights(ABC):
         return replace(cls.quantized(config, layer, weight_bits), **halves)  # type: ignore[type-var]
 
     @property
-    def kept(self) -> frozenset[str]:
+    def in_16_bit(self) -> frozenset[str]:
         """The operators in 16 bit."""
         return frozenset(
             operator for operator, names in self.fields_of.items() if isinstance(getattr(self, names[0]), torch.Tensor)

@@ -12,7 +12,7 @@ from quambase.apply.int8.host_operators import HostInt8Operators
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.needed_scales import Scales
 from quambase.apply.int8.two_segments import TwoSegmentModel
-from quambase.apply.int8.weights import Int8ModelWeights, PlacedWeights, quantize, with_kept
+from quambase.apply.int8.weights import Int8ModelWeights, PlacedWeights, quantize, with_16_bit
 from quambase.model.prepare import prepare, reorder
 from quambase.model.weights import ModelWeights
 from quambase.schema.scale_table import Operator, ScaleTable
@@ -27,11 +27,11 @@ def build(
     quantize_embedding: bool = False,
     compat: str | None = None,
     weight_bits: int = 8,
-    kept: Collection[Operator] = (),
+    in_16_bit: Collection[Operator] = (),
 ) -> Int8LanguageModel:
-    """The INT8 model of prepared weights on the CPU, with the operators ``kept`` in 16 bit.
+    """The INT8 model of prepared weights on the CPU, with the operators ``in_16_bit`` in 16 bit.
 
-    ScalesInvalid as `Int8LanguageModel` and `with_kept`.
+    ScalesInvalid as `Int8LanguageModel` and `with_16_bit`.
     """
     weights = quantize(
         prepared,
@@ -40,8 +40,8 @@ def build(
         compat=compat,
         weight_bits=weight_bits,
     )
-    if kept:
-        weights = with_kept(weights, prepared, kept)
+    if in_16_bit:
+        weights = with_16_bit(weights, prepared, in_16_bit)
     return Int8LanguageModel(on_host(weights), scales, channel_groups=channel_groups, compat=compat)
 
 
@@ -68,7 +68,7 @@ def build_model(
     quantize_embedding: bool = False,
     compat: str | None = None,
     weight_bits: int = 8,
-    kept: Collection[Operator] = (),
+    in_16_bit: Collection[Operator] = (),
 ) -> Int8LanguageModel:
     """Quantize what `prepared_for` gives. ScalesInvalid as for the model's class; CheckpointInvalid."""
     return build(
@@ -79,17 +79,17 @@ def build_model(
         quantize_embedding=quantize_embedding,
         compat=compat,
         weight_bits=weight_bits,
-        kept=kept,
+        in_16_bit=in_16_bit,
     )
 
 
 def leaving_in_16_bit(
-    model: Int8LanguageModel, prepared: ModelWeights, kept: Collection[Operator]
+    model: Int8LanguageModel, prepared: ModelWeights, in_16_bit: Collection[Operator]
 ) -> Int8LanguageModel:
     """A model on the CPU as `build` makes it of ``prepared``, with the same scales and INT8 weights but for
-    ``kept``.
+    ``in_16_bit``.
     """
-    weights = with_kept(model.weights, prepared, kept)
+    weights = with_16_bit(model.weights, prepared, in_16_bit)
     return Int8LanguageModel(on_host(weights), model.scales, channel_groups=model.channel_groups, compat=model.compat)
 
 

@@ -49,7 +49,7 @@ class Int8LanguageModel:
         is not that of any of its divisions, or ``compat`` is asked of a model with operators in 16 bit.
         """
         self.placed, self.channel_groups, self.compat = placed, channel_groups, compat
-        if compat is not None and self.kept:
+        if compat is not None and self.in_16_bit:
             raise ScalesInvalid(
                 "upstream's INT8 model has no operator in 16 bit; leave out --compat, or the strategy mixed"
             )
@@ -73,9 +73,9 @@ class Int8LanguageModel:
         return isinstance(self.weights.lm_head, Int8Weight)
 
     @property
-    def kept(self) -> frozenset[Operator]:
+    def in_16_bit(self) -> frozenset[Operator]:
         """The operators in 16 bit."""
-        return self.weights.kept
+        return self.weights.in_16_bit
 
     def with_scales(self, scales: Scales) -> Int8LanguageModel:
         """Another strategy on the same INT8 weights and groups; nothing is quantized again."""

@@ -123,7 +123,7 @@ class Int8Mamba1Block(Int8Block):
 
     def __init__(self, config: MambaConfig, weights: Int8Mamba1Weights, operators: Int8Operators) -> None:
         """As `Int8Block`."""
-        self.config, self.weights, self.operators, self.kept = config, weights, operators, weights.kept
+        self.config, self.weights, self.operators, self.in_16_bit = config, weights, operators, weights.in_16_bit
         self.in_proj, self.out_proj = self.matrix(weights.in_proj), self.matrix(weights.out_proj)
         self.x_proj, self.dt_proj = self.matrix(weights.x_proj), self.matrix(weights.dt_proj)
         # (k, e); of an INT8 convolution, codes
@@ -150,7 +150,7 @@ class Int8Mamba1Block(Int8Block):
             zero * w.x_proj.codes.sum(1, dtype=torch.int32) if zero and not isinstance(w.x_proj, torch.Tensor) else None
         )
         return Mamba1Scales(
-            input=None if IN_PROJ in self.kept else read,
+            input=None if IN_PROJ in self.in_16_bit else read,
             # Upstream's `forward` multiplies by the weight scale first, its `to_seqlen_last`
             # (in_proj, dt_proj) by the ratio first.
             in_proj=_factors(in_proj, read, xz, ratio_first=True),
@@ -177,9 +177,9 @@ class Int8Mamba1Block(Int8Block):
         state: AnyBlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Block.forward`."""
-        scan = self._half_conv_scan if CONV_SCAN in self.kept else self._conv_scan
+        scan = self._half_conv_scan if CONV_SCAN in self.in_16_bit else self._conv_scan
         y = scan(ops, x, scales, batch, state)  # (t, e)
-        if OUT_PROJ in self.kept:
+        if OUT_PROJ in self.in_16_bit:
             return ops.half_product(ops.half.hadamard(y), self.out_proj)
         gated = ops.rotate(y, scales.rotation, scales.wrap)
         return ops.linear_to_half(gated, self.out_proj, *scales.out_proj.of(ops, gated))
@@ -195,12 +195,12 @@ class Int8Mamba1Block(Int8Block):
         """The gated output of the scan (t, e), float16 values, by a convolution and scan of codes."""
         assert state is None or isinstance(state, Int8BlockState)
         e, r, scan = self.config.d_inner, self.config.dt_rank, s.scan
-        if IN_PROJ in self.kept:
+        if IN_PROJ in self.in_16_bit:
             xz = ops.encode(ops.half_product(x, self.in_proj), scan.z)  # (t, 2e)
         else:
             xz = ops.linear_to_int8(x, self.in_proj, *s.in_proj.of(ops, x))
         u = ops.conv_silu(xz[:, :e], self.taps, s.conv_in, self.conv_bias, s.conv_out, s.conv_zero, batch, state)
-        if X_PROJ in self.kept:
+        if X_PROJ in self.in_16_bit:
             read = ops.decode(u, scan.u, float(scan.u_zero))
             dt_b_c = ops.encode(ops.half_product(read, self.x_proj), scan.bc)  # (t, r + 2n)
             dt = ops.encode(ops.half_product(ops.decode(dt_b_c[:, :r], scan.bc), self.dt_proj), scan.delta)
@@ -220,12 +220,12 @@ class Int8Mamba1Block(Int8Block):
         """The same by a convolution and scan in 16 bit. They read codes where x_proj makes or reads them."""
         assert state is None or isinstance(state, BlockState)
         e, r, scan = self.config.d_inner, self.config.dt_rank, s.scan
-        if IN_PROJ in self.kept:
+        if IN_PROJ in self.in_16_bit:
             xz = ops.half_product(x, self.in_proj)
         else:
             xz = ops.linear_to_half(x, self.in_proj, *s.in_proj_half.of(ops, x))
         u = ops.half.conv_silu(xz[:, :e], self.taps, self.conv_bias, batch, state)
-        if X_PROJ in self.kept:
+        if X_PROJ in self.in_16_bit:
             dt_b_c = ops.half_product(u, self.x_proj)
             dt = ops.half_product(dt_b_c[:, :r], self.dt_proj)
         else:
@@ -239,7 +239,7 @@ class Int8Mamba1Block(Int8Block):
     def new_state(self, sequences: int) -> AnyBlockState:
         """As `Int8Block.new_state`."""
         c = self.config
-        if CONV_SCAN in self.kept:
+        if CONV_SCAN in self.in_16_bit:
             return BlockState(
                 torch.zeros(sequences, c.d_conv - 1, c.d_inner), torch.zeros(sequences, c.d_inner, c.d_state)
             )

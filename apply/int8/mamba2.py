@@ -135,7 +135,7 @@ class Int8Mamba2Block(Int8Block):
 
     def __init__(self, config: Mamba2Config, weights: Int8Mamba2Weights, operators: Int8Operators) -> None:
         """As `Int8Block`."""
-        self.config, self.weights, self.operators, self.kept = config, weights, operators, weights.kept
+        self.config, self.weights, self.operators, self.in_16_bit = config, weights, operators, weights.in_16_bit
         self.in_proj, self.out_proj = self.matrix(weights.in_proj), self.matrix(weights.out_proj)
         conv = weights.conv_weight
         taps = conv if isinstance(conv, torch.Tensor) else conv.joined.floats  # of an INT8 convolution, codes
@@ -165,7 +165,7 @@ class Int8Mamba2Block(Int8Block):
         of_rows = one if isinstance(w.conv_weight, torch.Tensor) else w.conv_weight.row_scales
         out = whole(scales["out_proj:input"])
         return Mamba2Scales(
-            input=None if IN_PROJ in self.kept else read,
+            input=None if IN_PROJ in self.in_16_bit else read,
             in_proj=Factors(several, several, Multipliers(columns * read, 1.0, away=True)),
             in_proj_half=Factors(half, half, half),
             in_proj_out=vector(outputs.to(torch.float32)),
@@ -200,17 +200,17 @@ class Int8Mamba2Block(Int8Block):
         """As `Int8Block.forward`."""
         c, s = self.config, scales
         norm = (self.gated_norm, c.norm_eps)
-        if CONV_SCAN in self.kept:
+        if CONV_SCAN in self.in_16_bit:
             gated = ops.half.gated_norm(*self._half_conv_scan(ops, x, s, batch, state), *norm)
-            if OUT_PROJ not in self.kept:
+            if OUT_PROJ not in self.in_16_bit:
                 gated = ops.encode(gated, s.out)
         else:
             y, z = self._conv_scan(ops, x, s, batch, state)
-            if OUT_PROJ in self.kept:
+            if OUT_PROJ in self.in_16_bit:
                 gated = ops.half.gated_norm(y, ops.decode(z, s.z), *norm)
             else:
                 gated = ops.gated_rotate(y, z, s.z, *norm, s.rotation, s.wrap)
-        if OUT_PROJ in self.kept:
+        if OUT_PROJ in self.in_16_bit:
             return ops.half_product(gated, self.out_proj)
         return ops.linear_to_half(gated, self.out_proj, *s.out_proj.of(ops, gated))
 
@@ -220,7 +220,7 @@ class Int8Mamba2Block(Int8Block):
         """The scan's output (t, e), float16 values, by a convolution and scan of codes; and codes of z (t, e)."""
         assert state is None or isinstance(state, Int8BlockState)
         c = self.config
-        if IN_PROJ in self.kept:
+        if IN_PROJ in self.in_16_bit:
             projected = ops.encode(ops.half_product(x, self.in_proj), s.in_proj_out)  # (t, 2e + 2gn + h)
         else:
             projected = ops.linear_to_int8(x, self.in_proj, *s.in_proj.of(ops, x))
@@ -235,7 +235,7 @@ class Int8Mamba2Block(Int8Block):
         """The same by a convolution and scan in 16 bit; and z, float16 values."""
         assert state is None or isinstance(state, BlockState)
         c = self.config
-        if IN_PROJ in self.kept:
+        if IN_PROJ in self.in_16_bit:
             projected = ops.half_product(x, self.in_proj)
         else:
             projected = ops.linear_to_half(x, self.in_proj, *s.in_proj_half.of(ops, x))
@@ -247,7 +247,7 @@ class Int8Mamba2Block(Int8Block):
     def new_state(self, sequences: int) -> AnyBlockState:
         """As `Int8Block.new_state`."""
         c = self.config
-        if CONV_SCAN in self.kept:
+        if CONV_SCAN in self.in_16_bit:
             return BlockState(
                 torch.zeros(sequences, c.d_conv - 1, c.conv_width), torch.zeros(sequences, c.d_inner, c.d_state)
             )

@@ -129,7 +129,7 @@ def save_model(
         "quantize_embedding": model.weights.embedding_scales is not None,
         "compat": model.compat,
         "weight_bits": model.weights.weight_bits,
-        "kept_16bit": [list(operator) for operator in sorted(model.kept)],
+        "kept_16bit": [list(operator) for operator in sorted(model.in_16_bit)],
         "tensors_sha256": file_sha256(folder / TENSORS),
         **about,
     }

@@ -21,7 +21,6 @@ from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.operators.torch import CPU
 from quambase.model.packed_batch import Batch
 from quambase.model.weights import ModelWeights
-from quambase.schema.errors import ScalesInvalid
 from quambase.schema.number_format import INT8, OUTLIER_CODE
 from quambase.schema.scale_table import Operator, Segments
 from quambase.schema.sites import HEAD_LAYER
@@ -49,7 +48,7 @@ class TwoSegmentModel:
     """The model of one strategy; the part of `Int8LanguageModel`'s interface that an evaluation needs."""
 
     compat = None
-    kept: frozenset[Operator] = frozenset()
+    in_16_bit: frozenset[Operator] = frozenset()
 
     def __init__(
         self,
@@ -59,16 +58,11 @@ class TwoSegmentModel:
         *,
         channel_groups: ChannelGroups = (),
         device: torch.device = CPU,
-        compat: str | None = None,
     ) -> None:
         """``weights``: as quantized from ``prepared``. ``channel_groups``: as of `Int8LanguageModel`.
 
-        ScalesInvalid: ``scales`` lacks a site that acts, or ``compat`` is given.
+        ScalesInvalid: ``scales`` lacks a site that acts.
         """
-        if compat is not None:
-            raise ScalesInvalid(
-                "upstream's INT8 model has no codes of two segments; leave out --compat, or this strategy"
-            )
         self.weights, self.prepared, self.channel_groups, self.device = weights, prepared, channel_groups, device
         self.config, self.quantized_lm_head = weights.config, isinstance(weights.lm_head, Int8Weight)
         needed = needed_sites(self.config, self.quantized_lm_head)

@@ -42,9 +42,9 @@ class Int8ModelWeights:
     weight_bits: int = 8
 
     @property
-    def kept(self) -> frozenset[Operator]:
+    def in_16_bit(self) -> frozenset[Operator]:
         """The operators in 16 bit."""
-        return frozenset((i, operator) for i, layer in enumerate(self.layers) for operator in layer.kept)
+        return frozenset((i, operator) for i, layer in enumerate(self.layers) for operator in layer.in_16_bit)
 
 
 def quantize(
@@ -72,21 +72,21 @@ def quantize(
     return Int8ModelWeights(prepared.config, embedding, scales, head, layers, weight_bits)
 
 
-def with_kept(weights: Int8ModelWeights, prepared: ModelWeights, kept: Collection[Operator]) -> Int8ModelWeights:
-    """``weights`` with the operators ``kept`` in 16 bit and no others, made of ``prepared``; layers that have and get
-    none are shared.
+def with_16_bit(weights: Int8ModelWeights, prepared: ModelWeights, operators: Collection[Operator]) -> Int8ModelWeights:
+    """``weights`` with ``operators`` in 16 bit and no others, made of ``prepared``; layers that have and get none are
+    shared.
 
     ScalesInvalid: the model has no such operator.
     """
-    by_layer: dict[int, list[str]] = {i: [] for i, layer in enumerate(weights.layers) if layer.kept}
-    for layer, operator in sorted(kept):
+    by_layer: dict[int, list[str]] = {i: [] for i, layer in enumerate(weights.layers) if layer.in_16_bit}
+    for layer, operator in sorted(operators):
         by_layer.setdefault(layer, []).append(operator)
     layers = list(weights.layers)
-    for layer, operators in by_layer.items():
+    for layer, names in by_layer.items():
         if not 0 <= layer < len(layers):
             raise ScalesInvalid(f"layer {layer} is to be in 16 bit; the model has the layers 0 to {len(layers) - 1}")
         original = prepared.layers[layer]
-        layers[layer] = int8_kind_of(original).weights.of(prepared.config, original, operators, weights.weight_bits)
+        layers[layer] = int8_kind_of(original).weights.of(prepared.config, original, names, weights.weight_bits)
     return replace(weights, layers=tuple(layers))
 
 

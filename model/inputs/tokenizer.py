@@ -76,6 +76,10 @@ class Tokenizer:
         """The text of token ids, special tokens left out."""
         return str(self.inner.decode(ids))
 
+    def decode_batch(self, texts: list[list[int]]) -> list[str]:
+        """The text of each list of token ids, as `decode`."""
+        return [str(text) for text in self.inner.decode_batch(texts)]
+
 
 def raise_if_stopped(error: BaseException) -> None:
     """Raise Ctrl-C and exits again, in a handler that catches everything."""

@@ -153,6 +153,8 @@ class CudaOperators(TorchOperators):
         if state is not None:
             return super().ssd_scan(x, b, c, dt, a, d, bias, batch, state)
         documents, heads = batch.host.documents, len(a)
+        if not x.stride() == b.stride() == c.stride():  # the kernel reads columns of one matrix
+            x, b, c = torch.split(torch.cat([x, b, c], 1), [x.shape[1], b.shape[1], c.shape[1]], 1)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         last = torch.empty(documents, x.shape[1], b.shape[1] // self.ngroups, device=x.device)
         arguments = (x, b, c, x.stride(0), dt, dt.stride(0), a, d, bias, batch.offsets, heads, self.ngroups, y, last)

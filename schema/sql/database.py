@@ -32,7 +32,7 @@ from quambase.schema.sites import SITE_NAMES
 from quambase.schema.sql.answer import Answer
 from quambase.schema.sql.queries import named_queries, sql_file
 from quambase.schema.sql.views import comments
-from quambase.schema.tables import DOCUMENT_QUANTILES, RESULTS, RUN_TABLES, SCALES
+from quambase.schema.tables import DOCUMENT_QUANTILES, LATER_COLUMNS, RESULTS, RUN_TABLES, SCALES, WORDS
 
 VERIFY_LIMIT_BYTES = 256 << 20
 """Opening a run compares every file's checksum, those of `activations` only up to this size in all; `doctor` compares
@@ -283,7 +283,8 @@ class StatsDB:
         present = [path for manifest in self.runs for path in self._paths(manifest, name)]
         for path in present:
             found = pq.read_schema(path).names
-            if found != RUN_TABLES[name].names:
+            later = LATER_COLUMNS.get(name, {})
+            if found not in (RUN_TABLES[name].names, [n for n in RUN_TABLES[name].names if n not in later]):
                 raise DatabaseInvalid(
                     f"{path} has the columns {', '.join(found)}; expected {', '.join(RUN_TABLES[name].names)}"
                 )
@@ -347,8 +348,11 @@ def _words(schema: pa.Schema) -> list[str]:
 def _dataset(paths: list[Path], schema: pa.Schema) -> Any:
     if not paths:
         return schema.empty_table()
-    options = ds.ParquetReadOptions(dictionary_columns=_words(schema))
-    return ds.dataset([str(p) for p in paths], format=ds.ParquetFileFormat(read_options=options))
+    words = _words(schema)
+    options = ds.ParquetReadOptions(dictionary_columns=words)
+    # Columns that a file of an earlier version lacks are null.
+    read = pa.schema([field.with_type(WORDS) if field.name in words else field for field in schema])
+    return ds.dataset([str(p) for p in paths], schema=read, format=ds.ParquetFileFormat(read_options=options))
 
 
 def _segments(table: pa.Table) -> list[tuple[int, str, str, slice]]:

@@ -105,19 +105,22 @@ def test_the_table_has_the_strategy_mixed(tmp_path: Path) -> None:
     make_run(tmp_path / "db", sensitive=True)
     plain = analyze(tmp_path / "db", out=tmp_path / "plain.parquet")
     found = analyze(tmp_path / "db", out=tmp_path / "mixed.parquet", keep=1)
-    assert found.kept is not None and len(found.kept.operators) == 1 and found.kept.loss < plain.frontier[0].loss
+    assert found.mix is not None and len(found.mix.operators) == 1 and found.mix.loss < plain.frontier[0].loss
     table, without = read_scales(tmp_path / "mixed.parquet"), read_scales(tmp_path / "plain.parquet")
     assert repr(table.table.to_pylist()) == repr(without.table.to_pylist())  # NaN of empty groups and all
-    assert without.kept == frozenset() and without.default_label == "selected"
-    assert table.kept == set(found.kept.operators) and table.default_label == MIXED
-    assert table.kept_for("mse") == frozenset() and table.kept_for(MIXED) == table.kept
+    assert without.in_16_bit == frozenset() and without.default_label == "selected"
+    assert table.in_16_bit == set(found.mix.operators) and table.default_label == MIXED
+    assert table.in_16_bit_for("mse") == frozenset() and table.in_16_bit_for(MIXED) == table.in_16_bit
     assert table.group_scales_for(MIXED) == table.group_scales_for("selected")
     with pytest.raises(ScalesInvalid, match="no strategy mixed; make one that does with `analyze --keep 16bit=N`"):
         without.group_scales_for(MIXED)
     met = analyze(tmp_path / "db", out=None, budget=0.999 * plain.frontier[0].loss)
-    assert met.kept == plain.frontier[1]
+    assert met.mix == plain.frontier[1]
     enough = analyze(tmp_path / "db", out=None, budget=2 * plain.frontier[0].loss)
-    assert enough.kept == plain.frontier[0] and "so none is needed" in str(sentence(enough.frontier, enough.kept))
+    loss = f"{plain.frontier[0].loss:.2g}"
+    count = len(plain.frontier[-1].operators)
+    words = f"no operator needs 16 bit: the predicted loss is {loss} nats a token with all {count} in INT8"
+    assert enough.mix == plain.frontier[0] and sentence(enough.frontier, enough.mix) == words
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_the_model_is_its_definition(family: str, kept: tuple[str, ...], shifted
         model = mixed(family, kept, layers)
         if shifted:
             model = with_zero_points(model)
-        assert model.kept == {(layer, name) for layer in layers for name in kept}
+        assert model.in_16_bit == {(layer, name) for layer in layers for name in kept}
         found, wanted = model.hidden(batch), Twin(model).hidden(batch)
         floats = floating_model(prepared_of(family), rotated=True).hidden(batch)
         # Float32 sums in another order round to another code or float16 once in some thousand values, and what a code
@@ -85,7 +85,7 @@ def test_all_in_16_bit_is_the_floating_point_model(family: str) -> None:
     # Float16 keeps 11 bits where codes have 7 of an average value: a sixteenth of the error, and fewer roundings.
     assert (every.hidden(batch) - floats).norm() < int8 / 16
     none = leaving_in_16_bit(every, prepared_of(family), ())
-    assert none.kept == frozenset() and torch.equal(none.hidden(batch), host_model(family).hidden(batch))
+    assert none.in_16_bit == frozenset() and torch.equal(none.hidden(batch), host_model(family).hidden(batch))
 
 
 @pytest.mark.parametrize(("family", "kept"), SUBSETS)
@@ -113,7 +113,8 @@ def test_a_stored_model_is_the_same(family: str, kept: tuple[str, ...], tmp_path
     about = {"strategy": "mixed", "source": {"name": "tiny", "path": "."}, "weights_sha256": "0"}
     save_model(tmp_path, model, about)
     stored = load_stored(tmp_path)
-    assert stored.model.kept == model.kept and stored.about["kept_16bit"] == [[1, name] for name in sorted(kept)]
+    assert stored.model.in_16_bit == model.in_16_bit
+    assert stored.about["kept_16bit"] == [[1, name] for name in sorted(kept)]
     batch = Batch.pack(tiny_int8.documents())
     assert torch.equal(stored.model.hidden(batch), model.hidden(batch))
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
@@ -145,13 +146,13 @@ def test_from_statistics_to_an_evaluation(write: object, tmp_path: Path) -> None
     db, path = tmp_path / "db", tmp_path / "scales.parquet"
     collect(str(model), data=str(data), db=db, samples=9, seq_len=32, progress=False, sensitivity=9)
     found = analyze(db, out=path, keep=3)
-    assert found.kept is not None
+    assert found.mix is not None
     options = {"data": str(data), "samples": 9, "task": "perplexity", "db": db}
     built = evaluate(scales=path, strategies=["all"], **options).results  # type: ignore[arg-type]
     assert {"mixed", "selected", "quamba"} <= set(built["strategy"].to_pylist())
     applied = apply(path, db=db)
     about = json.loads((applied.folder / "config.json").read_text())
-    assert applied.strategy == "mixed" and sorted(map(tuple, about["kept_16bit"])) == sorted(found.kept.operators)
+    assert applied.strategy == "mixed" and sorted(map(tuple, about["kept_16bit"])) == sorted(found.mix.operators)
     stored = evaluate(applied.folder, **options).results  # type: ignore[arg-type]
 
     def nll(results: object, strategy: str) -> list[float]:

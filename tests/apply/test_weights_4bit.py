@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_int8
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mixed_twin import Twin
@@ -24,6 +25,7 @@ from quambase.apply.int8.arithmetic import SplitInt8Weight, quantize_weight_4bit
 from quambase.apply.int8.build import leaving_in_16_bit
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.model_folder import load_stored, save_model
+from quambase.cli.main import load_command
 from quambase.collector.collect import collect
 from quambase.model.packed_batch import Batch
 from quambase.schema.errors import ScalesInvalid
@@ -141,3 +143,9 @@ def test_applied_and_evaluated(write: Any, tmp_path: Path) -> None:
     assert column(stored, "mse", "nll") == column(built, "mse", "nll") != column(eight, "mse", "nll")
     assert set(column(built, "mse", "weight_bits")) == {4} and set(column(eight, "mse", "weight_bits")) == {8}
     assert set(column(built, "float", "weight_bits")) == {None}
+
+
+@pytest.mark.parametrize("others", [["--float", "--model", "mamba-5m"], ["--one-at-a-time"], []])
+def test_what_is_not_built_takes_no_weights(others: list[str]) -> None:
+    done = CliRunner().invoke(load_command("evaluate"), ["--weights", "4bit", *others])
+    assert done.exit_code == 2 and "--weights goes with --scales or --strategy" in done.output

@@ -198,6 +198,10 @@ def test_outliers_name_the_text_that_made_them(kept: CollectedRun, model: Path) 
     for row in outliers:
         tokens = tokenizer.encode(TEXTS[row["document"]])[:32]
         assert row["token_id"] == tokens[row["position"]] and row["token"] == tokenizer.decode([row["token_id"]])
+        # Every token of the tiny model is a word.
+        words = TEXTS[row["document"]].split()[:32]
+        assert row["before"].split() == words[max(0, row["position"] - 8) : row["position"]]
+        assert row["after"].split() == words[row["position"] + 1 : row["position"] + 9]
         values = activations[row["layer"], row["site"], row["group_name"], row["document"], row["position"]]
         assert np.float32(np.float16(values[row["channel"] - starts.get(row["group_name"], 0)])) == row["value"]
     best = rows(kept, "outliers", 1, "out_proj:input")["value"].to_numpy()

@@ -75,7 +75,8 @@ def rows_of_block(block: int) -> tuple[pa.Table, pa.Table]:
 
 def nowhere(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:
     """Places of values of no tokens."""
-    return Places(rows, [0] * rows.size, [""] * rows.size, channels)
+    texts = [""] * rows.size
+    return Places(rows, [0] * rows.size, texts, texts, texts, channels)
 
 
 Files = dict[str, TableFile]

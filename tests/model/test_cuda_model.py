@@ -99,6 +99,9 @@ def test_mamba2s_scan(
     my = torch.split(conv.to(device), [e, w, w], dim=1)
     found = compiled.ssd_scan(*my, dt.to(device)[:, 3:], a.to(device), d.to(device), bias.to(device), there)
     assert close(found[0], y) and close(found[1], state)
+    apart = [part.clone() for part in my]  # no columns of one matrix
+    again = compiled.ssd_scan(*apart, dt.to(device)[:, 3:], a.to(device), d.to(device), bias.to(device), there)
+    assert torch.equal(again[0], found[0]) and torch.equal(again[1], found[1])
 
 
 @pytest.mark.parametrize("dim", [24, 64, 768, 1536, 2560, 4096, 5120, 12288])
@@ -174,3 +177,13 @@ def test_documents_do_not_see_their_neighbours(family: str, dtype: torch.dtype, 
     key = (1, "ssm_state_act:input")
     assert torch.equal(changed[key][:states], together[key][:states])
     assert isinstance(model, LanguageModel)
+
+
+@on_cuda
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+def test_a_changed_site_may_be_a_tensor_of_its_own(family: str, device: torch.device) -> None:
+    """Copies with other strides in place of a site's values: the same bytes."""
+    model = floating_model(tiny_weights(family), device, HALF, rotated=True)
+    batch = Batch.pack(DOCUMENTS)
+    copied = model.hidden(batch, change=lambda layer, name, values: values.clone(memory_format=torch.contiguous_format))
+    assert torch.equal(copied, model.hidden(batch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,13 @@ from stored_runs import stored_table
 
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, QueryInvalid, UnknownName
+from quambase.schema.files import file_sha256
 from quambase.schema.manifest import Manifest
 from quambase.schema.runs import list_runs
 from quambase.schema.scale_table import write_scales
 from quambase.schema.sql import database
 from quambase.schema.sql.database import StatsDB
-from quambase.schema.tables import QUANTILES, RESULTS, RUN_TABLES, SCALES
+from quambase.schema.tables import OUTLIERS, QUANTILES, RESULTS, RUN_TABLES, SCALES
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,23 @@ def test_views_hold_the_rows_of_the_files(db: StatsDB, fabricated_database: Path
         stored = stored_table(fabricated_database / "runs" / "run-a", name)
         rows = [{k: None if v != v else v for k, v in row.items()} for row in stored.to_pylist()]
         assert db.sql(f"select * from {name}").to_pylist() == rows
+
+
+def test_columns_that_came_later_are_null(fabricated_database: Path, tmp_path: Path) -> None:
+    shutil.copytree(fabricated_database, tmp_path / "db")
+    (path,) = tmp_path.glob("db/runs/*/outliers.parquet")
+    whole = OUTLIERS.empty_table().drop_columns(["before", "after"])
+    row = {"run": "run-a", "layer": 0, "site": "s", "group_name": "all", "document": 1, "position": 2}
+    earlier = pa.Table.from_pylist([row | {"token_id": 3, "token": "a", "channel": 4, "value": 5.0}], whole.schema)
+    pq.write_table(earlier, path)
+    manifest = path.parent / "run.json"
+    stated = json.loads(manifest.read_text())
+    stated["tables"][path.name]["sha256"] = file_sha256(path)
+    manifest.write_text(json.dumps(stated))
+    with StatsDB(tmp_path / "db") as db:
+        found = db.sql("select * exclude (before, after) from outliers")
+        assert found.to_pylist() == earlier.to_pylist()
+        assert db.sql("select distinct before, after from outliers").to_pylist() == [{"before": None, "after": None}]
 
 
 def test_site_stats_is_what_sql_computes_from_counts(db: StatsDB) -> None:

@@ -50,7 +50,7 @@ class Twin:
         return half(F.rms_norm(residual, x.shape[1:], None, self.config.norm_eps))
 
     def kept(self, layer: int) -> set[str]:
-        return {name for at, name in self.model.kept if at == layer}
+        return {name for at, name in self.model.in_16_bit if at == layer}
 
     def weight(self, layer: int, name: str) -> Values:
         return weight_values(getattr(self.model.weights.layers[layer], name)).to(torch.float32)
