@@ -9,7 +9,7 @@ from quambase.analyzer.strategies import parse_labels
 from quambase.report.contents import SCALES, Contents
 from quambase.schema.commands import collect_command
 from quambase.schema.manifest import Manifest
-from quambase.schema.scale_table import EFFECT, KEPT, QUAMBASE, ScaleTable
+from quambase.schema.scale_table import EFFECT, IN_16_BIT, QUAMBASE, ScaleTable
 
 Facts = list[tuple[str, str]]
 """Names and what they are."""
@@ -66,14 +66,14 @@ def _of_run(manifest: Manifest) -> Facts:
 
 def _of_scales(contents: Contents, scales: ScaleTable) -> Facts:
     about = scales.provenance
-    kept = [f"layer {layer} {name}" for layer, name in about.get(KEPT, ())]
+    left = [f"layer {layer} {name}" for layer, name in about.get(IN_16_BIT, ())]
     return [
         ("file", str(contents.path)),
         ("made by", f"quambase {about.get('quambase', 'of unknown version')}"),
         ("granularity", str(about.get("granularity"))),
         ("selected by", f"{about.get('select', EFFECT)}, for {about.get('target', QUAMBASE)}"),
         ("strategies", ", ".join(scales.labels())),
-        *([("left in 16 bit by mixed", ", ".join(kept))] if kept else []),
+        *([("left in 16 bit by mixed", ", ".join(left))] if left else []),
     ]
 
 
@@ -98,7 +98,7 @@ def _analyze(contents: Contents, scales: ScaleTable) -> str:
     for option, default in (("target", QUAMBASE), ("select", EFFECT)):
         value = str(about.get(option, default))
         words += [f"--{option}", value] if value != default else []
-    words += ["--keep", f"16bit={len(scales.kept)}"] if scales.kept else []
+    words += ["--keep", f"16bit={len(scales.in_16_bit)}"] if scales.in_16_bit else []
     words += ["--out", str(contents.path)] if contents.path != SCALES else []
     return shlex.join(words)
 

@@ -70,7 +70,7 @@ def site_pages(database: StatsDB, manifest: Manifest, rows: pa.Table | None, sho
                 "groups": found,
                 "channels": _channels(channels.get((layer, site), [])),
                 "tokens": [
-                    [t.value, t.token, t.context, t.document, t.position, t.channel, t.group_name]
+                    [short(t.value), t.token, t.before, t.after, t.document, t.position, t.channel, t.group_name]
                     for t in tokens.get((layer, site), [])
                 ],
             }

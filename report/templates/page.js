@@ -307,22 +307,16 @@
   };
   const visible = (text) => text.replace(/[\p{Cc}\p{Cf}]/gu, (letter) =>
     letter === "\n" ? "⏎" : `\\u${letter.codePointAt(0).toString(16).padStart(4, "0")}`);
-  const inContext = (token, context) => {
+  const inContext = (token, before, after) => {
     const whole = element("span", null, { class: "token" });
-    const at = context === null ? -1 : context.indexOf(token);
-    if (at < 0) {
-      whole.append(element("mark", visible(token)));
-      if (context !== null) whole.append(` (${visible(context)})`);
-      return whole;
-    }
-    whole.append(visible(context.slice(0, at)), element("mark", visible(token)), visible(context.slice(at + token.length)));
+    whole.append(visible(before ?? ""), element("mark", visible(token)), visible(after ?? ""));
     return whole;
   };
   const showTokens = (page) => {
-    fill(byId("site-tokens"), [{ name: "value", numeric: true }, { name: "token" }, { name: "document", numeric: true },
+    fill(byId("site-tokens"), [{ name: "value", numeric: true }, { name: "token, in its text" }, { name: "document", numeric: true },
       { name: "position", numeric: true }, { name: "channel", numeric: true }, { name: "group" }],
-    page.tokens.map(([value, token, context, document_, position, channel, group]) => [
-      { text: number(value), value }, { node: element("bdi", inContext(token, context)) },
+    page.tokens.map(([value, token, before, after, document_, position, channel, group]) => [
+      { text: number(value), value }, { node: element("bdi", inContext(token, before, after)) },
       { text: String(document_), value: document_ }, { text: String(position), value: position },
       { text: String(channel), value: channel }, { text: group }]));
   };

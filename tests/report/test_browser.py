@@ -224,7 +224,9 @@ def test_tokens_of_others_are_text(browser: webdriver.Chrome, address: str) -> N
     assert browser.find_elements(By.CSS_SELECTOR, "img") == []
     shown = texts(browser, "#site-tokens .token")
     assert shown[0] == HOSTILE and len(shown) == len(TOKENS)
-    assert shown[1] == "\\u202egnp.exe\\u2066" and shown[2] == "⏎"  # what would turn the line is written out
+    turning = "\\u202egnp.exe\\u2066"  # what would turn the line is written out
+    assert shown[1] == f"one two {turning} {HOSTILE}" and shown[2] == "⏎"
+    assert texts(browser, "#site-tokens mark")[1] == turning
     assert "broken" not in browser.title.split(" · ")[0]
 
 

@@ -70,6 +70,7 @@ def test_hostile_names_are_text(page: Page) -> None:
     assert HOSTILE not in page.source
     tokens = {(p["layer"], p["site"]): p["tokens"] for p in page.data["pages"]}[0, "x_proj:input"]
     assert [row[1] for row in tokens] == list(TOKENS)
+    assert tokens[1][2:4] == ["one two ", f" {HOSTILE}"] and tokens[0][2:4] == [None, None]
 
 
 def test_its_script_never_reads_data_as_html() -> None:
@@ -244,8 +245,8 @@ def test_a_drawing_has_every_site_once(family: str) -> None:
     drawing = DRAWINGS[family]
     assert sorted(tap.site for tap in drawing.taps) == sorted(site.name for site in FAMILIES[family])
     assert len({(tap.x, tap.y) for tap in drawing.taps}) == len(drawing.taps)
-    for thing in (*drawing.taps, *drawing.boxes):
-        assert 0 < thing.x < drawing.width and 0 < thing.y < drawing.height
+    for x, y in [*((t.x, t.y) for t in drawing.taps), *((b.x, b.y) for b in drawing.boxes)]:
+        assert 0 < x < drawing.width and 0 < y < drawing.height
 
 
 @pytest.mark.parametrize("folder", ["report/vendored", "tests/report/vendored"])

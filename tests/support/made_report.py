@@ -48,6 +48,7 @@ def _add_tokens(run: Path) -> None:
     key = {"run": "run-a", "layer": 0, "site": "x_proj:input", "group_name": "all"}
     rows = [
         {**key, "document": 0, "position": i, "token_id": i, "token": token, "channel": i % 6, "value": 90.0 - i}
+        | ({"before": "one two ", "after": f" {HOSTILE}"} if i == 1 else {"before": None, "after": None})
         for i, token in enumerate(TOKENS)
     ]
     path = run / "outliers.parquet"

@@ -12,7 +12,7 @@ from quambase.schema.sql.database import StatsDB
 class LargestToken:
     """One of the largest values, and which text made it.
 
-    context  the words around the token; None where the run does not have them
+    before, after  the text around the token, eight words at most; None in runs of earlier versions
     """
 
     value: float
@@ -22,7 +22,13 @@ class LargestToken:
     token: str
     channel: int
     group_name: str
-    context: str | None = None
+    before: str | None = None
+    after: str | None = None
+
+    @property
+    def context(self) -> str | None:
+        """The token in the text around it; None in runs of earlier versions."""
+        return None if self.before is None or self.after is None else self.before + self.token + self.after
 
 
 def largest_tokens(database: StatsDB, run: str, layer: int, site: str, limit: int | None = None) -> list[LargestToken]:
@@ -44,6 +50,6 @@ def _tokens(database: StatsDB, wanted: dict[str, object]) -> dict[SiteKey, list[
     fields = LargestToken.__dataclass_fields__
     found: dict[SiteKey, list[LargestToken]] = {}
     for row in database.query("largest_tokens", wanted).to_pylist():
-        token = LargestToken(**{name: row[name] for name in fields if name in row})
+        token = LargestToken(**{name: row[name] for name in fields})
         found.setdefault((row["layer"], row["site"]), []).append(token)
     return found
