@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 from quambase.schema.manifest import Manifest
-from quambase.schema.sites import FAMILIES
+from quambase.schema.sites import FAMILIES, MAMBA2
 
-BATCH, LENGTH = 32, 512
-"""What `collect` takes where nothing is said: documents per forward pass, tokens per document."""
+BATCH, LENGTH, KEPT, SEED = 32, 512, 64, 0
+"""What `collect` takes where nothing is said: documents per forward pass, tokens per document, tokens whose activations
+are kept, the seed of their choice.
+"""
 
 
 def collect_command(
@@ -28,11 +31,24 @@ def collect_command(
     for option, value, default in (
         ("--batch-size", batch_size or int(asked.get("block", BATCH)), BATCH),
         ("--seq-len", asked.get("seq_len", LENGTH), LENGTH),
+        ("--keep-tokens", asked.get("keep_tokens", KEPT), KEPT),
+        ("--seed", asked.get("seed", SEED), SEED),
     ):
         words += [option, str(value)] if value != default else []
     sites = asked.get("sites", [])
     if 0 < len(sites) < len(FAMILIES.get(manifest.model.family, ())):
         words += [word for site in sites for word in ("--site", site)]
+    if manifest.model.family == MAMBA2:
+        words += _grouping(asked.get("groups"))
     if "sensitivity" in asked:
         words += ["--sensitivity", str(asked["sensitivity"]["documents"])]
     return shlex.join(words)
+
+
+def _grouping(groups: dict[str, Any] | None) -> list[str]:
+    """The options that sort a Mamba-2's heads and channels as the run has them."""
+    if groups is None:
+        return ["--groups", "none"]
+    variant = str(groups.get("variant", "fixed"))
+    found = ["--groups", variant] if variant != "fixed" else []
+    return [*found, "--groups-from", str(groups["run"])] if "run" in groups else found
