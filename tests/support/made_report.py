@@ -44,11 +44,12 @@ def make_database(folder: Path, *, name: str = HOSTILE, scales: bool = True, eva
 
 
 def _add_tokens(run: Path) -> None:
-    """Put TOKENS into the table of largest values, at layer 0 x_proj:input."""
-    key = {"run": "run-a", "layer": 0, "site": "x_proj:input", "group_name": "all"}
+    """Put TOKENS into the table of largest values, at layer 0 x_proj:input; farther values in the next layer."""
     rows = [
-        {**key, "document": 0, "position": i, "token_id": i, "token": token, "channel": i % 6, "value": 90.0 - i}
+        {"run": "run-a", "layer": layer, "site": "x_proj:input", "group_name": "all"}
+        | {"document": 0, "position": i, "token_id": i, "token": token, "channel": i % 6, "value": first - i}
         | ({"before": "one two ", "after": f" {HOSTILE}"} if i == 1 else {"before": None, "after": None})
+        for layer, first in ((0, 90.0), (1, 190.0))
         for i, token in enumerate(TOKENS)
     ]
     path = run / "outliers.parquet"
