@@ -10,6 +10,7 @@ from quambase.analyzer.summary import selection
 from quambase.apply.evaluation.summary_text import Ranking, rank
 from quambase.report.contents import Contents
 from quambase.schema.scale_table import EFFECT, QUAMBASE
+from quambase.schema.sites import FAMILIES
 
 DATABASE = Path("quambase-db")
 
@@ -49,6 +50,9 @@ def answer(contents: Contents, ranked: list[Ranking]) -> Answer:
         by_effect=scales.provenance.get("select", EFFECT) == EFFECT,
     )
     table = f" --scales {shlex.quote(str(contents.path))}"
+    if contents.manifest.model.family not in FAMILIES:
+        missing = "This is an imported tensor: there is no model to evaluate, only the error of its codes."
+        return Answer([], predicted, missing, f"quambase compare --run {contents.manifest.run}{_at(contents.db)}")
     if not measured:
         missing = "No INT8 model of this run was evaluated: what follows is predicted, not measured."
         return Answer([], predicted, missing, f"quambase evaluate{table} --strategy all{_at(contents.db)}")

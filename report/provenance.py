@@ -7,7 +7,7 @@ from typing import Any
 
 from quambase.analyzer.strategies import parse_labels
 from quambase.report.contents import SCALES, Contents
-from quambase.schema.commands import collect_command
+from quambase.schema.commands import run_command
 from quambase.schema.manifest import Manifest
 from quambase.schema.scale_table import EFFECT, IN_16_BIT, QUAMBASE, ScaleTable
 
@@ -27,7 +27,7 @@ def facts(contents: Contents) -> list[tuple[str, Facts]]:
 
 def commands(contents: Contents) -> list[str]:
     """The commands that make the run, the scale table and the evaluation again."""
-    found = [collect_command(contents.manifest)]
+    found = [run_command(contents.manifest)]
     if contents.scales is not None:
         found.append(_analyze(contents, contents.scales))
     if contents.evaluation is not None:

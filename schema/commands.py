@@ -14,6 +14,17 @@ are kept, the seed of their choice.
 """
 
 
+def run_command(manifest: Manifest) -> str:
+    """The command that made a run, for a shell: `quambase collect`, or `quambase import` of a saved tensor."""
+    if manifest.model.family in FAMILIES:
+        return collect_command(manifest)
+    asked = manifest.identity
+    words = ["quambase", "import", manifest.model.path or manifest.model.name, "--site", manifest.sites[0][1]]
+    for option, value, default in (("--layer", asked.get("layer", 0), 0), ("--tensor", asked.get("tensor"), None)):
+        words += [option, str(value)] if value != default else []
+    return shlex.join(words)
+
+
 def collect_command(
     manifest: Manifest,
     *,

@@ -309,7 +309,7 @@
     letter === "\n" ? "⏎" : `\\u${letter.codePointAt(0).toString(16).padStart(4, "0")}`);
   const inContext = (token, before, after) => {
     const whole = element("span", null, { class: "token" });
-    whole.append(visible(before ?? ""), element("mark", visible(token)), visible(after ?? ""));
+    whole.append(visible(before ?? ""), element("mark", token === null ? "–" : visible(token)), visible(after ?? ""));
     return whole;
   };
   const showTokens = (page) => {
@@ -317,7 +317,7 @@
       { name: "position", numeric: true }, { name: "channel", numeric: true }, { name: "group" }],
     page.tokens.map(([value, token, before, after, document_, position, channel, group]) => [
       { text: number(value), value }, { node: element("bdi", inContext(token, before, after)) },
-      { text: String(document_), value: document_ }, { text: String(position), value: position },
+      { text: String(document_ ?? "–"), value: document_ }, { text: String(position ?? "–"), value: position },
       { text: String(channel), value: channel }, { text: group }]));
   };
   const neighbours = (page) => {

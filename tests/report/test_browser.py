@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from made_report import HOSTILE, TOKENS, make_database
 
+from quambase.collector.import_tensor import import_tensor
 from quambase.report.report import report
 
 selenium = pytest.importorskip("selenium", reason="no selenium (extra test), so the report is not opened in a browser")
@@ -228,6 +230,18 @@ def test_tokens_of_others_are_text(browser: webdriver.Chrome, address: str) -> N
     assert shown[1] == f"one two {turning} {HOSTILE}" and shown[2] == "⏎"
     assert texts(browser, "#site-tokens mark")[1] == turning
     assert "broken" not in browser.title.split(" · ")[0]
+
+
+def test_an_imported_tensor_has_a_page(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    """It has no tokens, no drawing and a name of its own."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_t(3, (40, 8)).astype(np.float32))
+    import_tensor(tmp_path / "x.npy", "a/b <i>", db=tmp_path / "db")
+    address = report(tmp_path / "db", out=tmp_path / "r.html").path.as_uri()
+    opened(browser, address)
+    click(browser, "#heat a")
+    drawn(browser, "#layer-0/a%2Fb%20%3Ci%3E")
+    assert find(browser, "#site-title").text == "Layer 0: a/b <i>"
+    assert texts(browser, "#site-tokens .token")[:1] == ["–"]
 
 
 def test_by_keyboard_alone(browser: webdriver.Chrome, address: str) -> None:

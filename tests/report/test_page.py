@@ -17,6 +17,7 @@ from made_report import HOSTILE, LABELS, TOKENS, Page, make_database
 from quambase.analyzer.analyze import analyze
 from quambase.analyzer.least_squares import optimal_scale
 from quambase.analyzer.scale_groups import scale_groups
+from quambase.collector.import_tensor import import_tensor
 from quambase.report.drawing import DRAWINGS
 from quambase.report.report import Report, report
 from quambase.schema.errors import DatabaseInvalid, OutputRefused, ScalesInvalid, UnknownName
@@ -220,6 +221,18 @@ def test_what_is_not_of_the_run_is_left_out_or_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="unknown evaluation 'ffff'"):
         report(made, run="run-a", evaluation="ffff", out=tmp_path / "r.html")
     assert "mse loses" in " ".join(report(made, run="run-a", out=tmp_path / "r.html").summary)
+
+
+def test_an_imported_tensor_has_a_page(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_t(3, (40, 8)).astype(np.float32))
+    import_tensor(tmp_path / "x.npy", "a/b <i>", db=tmp_path / "db", layer=2)
+    analyze(tmp_path / "db", out=tmp_path / "db" / "scales.parquet")
+    found = report(tmp_path / "db", out=tmp_path / "r.html")
+    page = Page(found.path)
+    assert "imported tensor" in found.summary[0] and found.command.startswith("quambase compare --run x-")
+    assert "quambase import x.npy --site 'a/b <i>' --layer 2" in page.words()
+    (link,) = [a["href"] for n, a in page.elements if n == "a" and str(a.get("href")).startswith("#layer-")][:1]
+    assert link == "#layer-2/a%2Fb%20%3Ci%3E" and page.data["pages"][0]["site"] == "a/b <i>"
 
 
 def test_a_file_of_others_is_not_replaced(database: Path, tmp_path: Path) -> None:
