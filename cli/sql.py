@@ -94,10 +94,10 @@ def sql(
         found, lines = (database.describe(), []) if text is None else ask(database, text, settings, show_sql)
         for line in lines:
             note(line)
-    if found.num_columns:
-        emit(found.table, format_, output, wrap="comment" if text is None else None)
     if text is not None and text.startswith("@"):
         answer(recipe(text[1:]).question)
+    if found.num_columns:
+        emit(found.table, format_, output, wrap="comment" if text is None else None)
 
 
 def ask(

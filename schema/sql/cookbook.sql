@@ -1,14 +1,15 @@
 -- The cookbook: questions that users ask, `quambase sql @NAME`. docs/cookbook.md shows each with its answer.
 --
 -- A query begins with a line `-- name: NAME`; then its question; then its parameters with their defaults, a line each,
--- which `--set PARAMETER=VALUE` changes.
+-- which `--set PARAMETER=VALUE` changes. The outputs of a block's identities (ssm_state_act, z_act, ...) repeat their
+-- inputs, so lists of sites leave them out.
 
 -- name: outlier-sites
 -- Which sites have the largest outliers?
 -- $limit = 5
 SELECT layer, site, amax, q9995, outlier_ratio, kurtosis
 FROM site_stats
-WHERE group_name = 'all'
+WHERE group_name = 'all' AND site NOT SIMILAR TO '.*(_act|_conv_in|_conv_out):output'
 ORDER BY outlier_ratio DESC NULLS LAST, layer, site
 LIMIT $limit;
 
@@ -91,7 +92,7 @@ FROM clamped;
 -- $limit = 5
 SELECT layer, site, sum(c.count * magnitude ** 2) FILTER (magnitude > q99) / sum(c.count * magnitude ** 2) AS beyond_q99
 FROM absolute_counts AS c JOIN site_stats USING (run, layer, site, group_name)
-WHERE group_name = 'all'
+WHERE group_name = 'all' AND site NOT SIMILAR TO '.*(_act|_conv_in|_conv_out):output'
 GROUP BY layer, site
 ORDER BY beyond_q99 DESC, layer, site
 LIMIT $limit;
@@ -142,7 +143,7 @@ FROM orders GROUP BY layer ORDER BY layer;
 -- $limit = 5
 SELECT layer, site, min(q9995) AS lower, max(q9995) AS higher, max(q9995) / min(q9995) AS ratio
 FROM site_stats
-WHERE group_name = 'all'
+WHERE group_name = 'all' AND site NOT SIMILAR TO '.*(_act|_conv_in|_conv_out):output'
 GROUP BY layer, site
 HAVING count(*) > 1
 ORDER BY ratio DESC NULLS LAST, layer, site
@@ -153,7 +154,8 @@ LIMIT $limit;
 -- $limit = 5
 WITH reach AS (
     SELECT layer, site, max(amax) AS larger, arg_min(run, amax) AS short_run, min(amax) AS smaller
-    FROM site_stats WHERE group_name = 'all' GROUP BY layer, site HAVING count(*) > 1
+    FROM site_stats WHERE group_name = 'all' AND site NOT SIMILAR TO '.*(_act|_conv_in|_conv_out):output'
+    GROUP BY layer, site HAVING count(*) > 1
 )
 SELECT layer, site, larger / 127 AS safe_scale, larger / smaller AS of_the_other_runs,
     sum(count) FILTER (run <> short_run AND magnitude > smaller / 127 * 127.5)
@@ -171,7 +173,7 @@ WITH growing AS (
     SELECT layer, site, row_number() OVER w AS documents, max(amax) OVER w AS so_far,
         max(amax) OVER (PARTITION BY layer, site) AS last, count(*) OVER (PARTITION BY layer, site) AS of
     FROM documents
-    WHERE group_name = 'all'
+    WHERE group_name = 'all' AND site NOT SIMILAR TO '.*(_act|_conv_in|_conv_out):output'
     WINDOW w AS (PARTITION BY layer, site ORDER BY document)
 )
 SELECT layer, site, any_value(of) AS documents, min(documents) FILTER (so_far >= 0.9 * last) AS within_a_tenth,
@@ -242,4 +244,4 @@ SELECT task, data, strategy, count(*) AS documents, 1000 * sum(kl) / sum(tokens)
 FROM results
 WHERE strategy <> 'float'
 GROUP BY ALL
-ORDER BY task, data, kl_x1000;
+ORDER BY task, data, kl_x1000, strategy;
