@@ -6,6 +6,7 @@
     quambase.analyze()                                 # -> scales.parquet
     quambase.apply("scales.parquet")                   # -> quambase-db/models/<id>/
     print(quambase.evaluate())
+    quambase.plot("heatmap", out="heatmap.pdf")        # and eight other pictures
 
 Each function is the command of its name; docs/python.md has examples. The stages are subpackages, such as
 `quambase.schema`; `quambase.apply` is both, a stage that can be called.

@@ -11,7 +11,7 @@ from quambase.schema.sql.database import StatsDB
 class LargestToken:
     """One of the largest values, and which text made it.
 
-    context  the words around the token; None where the run does not have them
+    before, after  the text around the token, eight words at most; None in runs of earlier versions
     """
 
     value: float
@@ -21,7 +21,13 @@ class LargestToken:
     token: str
     channel: int
     group_name: str
-    context: str | None = None
+    before: str | None = None
+    after: str | None = None
+
+    @property
+    def context(self) -> str | None:
+        """The token in the text around it; None in runs of earlier versions."""
+        return None if self.before is None or self.after is None else self.before + self.token + self.after
 
 
 def largest_tokens(database: StatsDB, run: str, layer: int, site: str, limit: int | None = None) -> list[LargestToken]:
@@ -32,4 +38,4 @@ def largest_tokens(database: StatsDB, run: str, layer: int, site: str, limit: in
     wanted = {"run": run, "layer": layer, "site": site, "limit": limit}
     fields = LargestToken.__dataclass_fields__
     rows = database.query("largest_tokens", wanted).to_pylist()
-    return [LargestToken(**{name: row[name] for name in fields if name in row}) for row in rows]
+    return [LargestToken(**{name: row[name] for name in fields}) for row in rows]
