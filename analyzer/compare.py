@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from quambase.analyzer.one_site import chosen_group, one_run, place
 from quambase.analyzer.quantization_error import Figures, piecewise_codes
-from quambase.analyzer.scale_groups import ScaleGroup, group_of_values, one_document
+from quambase.analyzer.scale_groups import ScaleGroup, group_of_values
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.schema.errors import UnknownName
 from quambase.schema.files import refuse_foreign_picture
@@ -85,7 +86,8 @@ def compare(
     synthetic    no database: a tensor of (512, 1536) values from Student's t with 3 degrees of freedom, from ``seed``
     force        replace ``picture`` even if it is no picture of quambase's
 
-    UnknownName: a site, layer, group or strategy that does not exist. OutputRefused.
+    UnknownName: a site, layer, group or strategy that does not exist, or no strategy that needs neither sensitivities
+    nor what the run does not store. OutputRefused.
     """
     picture = None if picture is None else Path(picture)
     if picture is not None:
@@ -98,6 +100,11 @@ def compare(
         chosen, shape = group_of_values(drawn, "synthetic"), " x ".join(map(str, SYNTHETIC_SHAPE))
     else:
         title, chosen, shape, notes = _site_of_run(Path(db), run, site, layer, group)
+    choices = [c for c in choices if chosen.documents.quantiles or not c.needs_document_quantiles]
+    if not choices:
+        raise UnknownName(
+            f"{', '.join(strategies or ())}: nothing compare can compute at one site; name another strategy"
+        )
     scales = {choice.label: choice.scale(chosen) for choice in choices}
     figures = {label: chosen.figures(scale) for label, scale in scales.items()}
     table = _strategies_table(chosen, choices, scales, figures)
@@ -113,12 +120,17 @@ def compare(
         notes,
     )
     if picture is not None:
-        from quambase.analyzer.plots import comparison_picture  # matplotlib takes half a second to import
-
-        order = table["strategy"].to_pylist()
-        drawn_by = {label: partial(reconstruct, scale=scales[label]) for label in order}
-        comparison_picture(picture, title, chosen.distribution, drawn_by)
+        _draw(comparison, picture)
     return comparison
+
+
+def _draw(comparison: Comparison, path: Path) -> None:
+    from quambase.analyzer.pictures.comparison import comparison_figure  # matplotlib takes half a second to import
+    from quambase.schema.pictures import save_picture
+
+    order = comparison.strategies["strategy"].to_pylist()
+    drawn_by = {label: partial(reconstruct, scale=comparison.scales[label]) for label in order}
+    save_picture(comparison_figure(comparison.title, comparison.group.distribution, drawn_by), path)
 
 
 def reconstruct(values: npt.NDArray[np.float32], scale: Scale) -> npt.NDArray[np.float64]:
@@ -146,27 +158,13 @@ def _site_of_run(
     db: Path, run: str | None, site: str | None, layer: int | None, group: str
 ) -> tuple[str, ScaleGroup, str, list[str]]:
     with StatsDB(db, run) as database:
-        if len(database.runs) != 1:
-            raise UnknownName(f"{len(database.runs)} runs were chosen; compare looks at one: name it with --run")
-        manifest = database.runs[0]
-        candidates = database.stats(site, layer, limit=1).to_pylist()
-        if not candidates:
-            raise UnknownName(f"run {manifest.run} holds no site '{site}' in layer {layer}; see `quambase stats`")
-        site, layer = str(candidates[0]["site"]), int(candidates[0]["layer"])
-        found = {
-            name: d for la, s, name, d in database.distributions(manifest.run, "group") if (la, s) == (layer, site)
-        }
-        if group not in found:
-            raise UnknownName.of(f"group of {site}", group, found, where=f"run {manifest.run}")
-        series = database.documents(manifest.run).get((layer, site, group)) or one_document(found[group])
-        wanted = {"layer": layer, "site": site, "group": group}
+        manifest = one_run(database, "compare")
+        chosen = chosen_group(database, site, layer, group)
+        wanted = {"layer": chosen.layer, "site": chosen.site, "group": group}
         channels = database.query("channels_of_group", wanted)["n"].to_pylist()[0]
-    total = found[group].total + found[group].nonfinite
+    total = chosen.distribution.total + chosen.distribution.nonfinite
     shape = f"{total // channels} x {channels}" if channels else str(total)
-    slice_name = "" if group == WHOLE else f", group {group}"
-    title = f"layer {layer} {site}{slice_name} of run {manifest.run}"
-    family = manifest.model.family
-    return title, ScaleGroup(layer, site, group, found[group], series, family), shape, database.notes
+    return f"{place(chosen.layer, chosen.site, group)} of run {manifest.run}", chosen, shape, database.notes
 
 
 def _statistics_table(group: ScaleGroup, shape: str) -> pa.Table:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.analyzer.convergence import Measured, next_step, sizes_table, strategies_table, summarize
+from quambase.analyzer.one_site import one_run
 from quambase.analyzer.quantization_error import predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup, default_granularity, scale_groups
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
@@ -107,9 +108,7 @@ def converge(
     choices = parse_labels(list(strategies) if strategies else None)
     with Progress(progress) as shown, StatsDB(db, run) as database:
         shown.say("reading the distributions")
-        if len(database.runs) != 1:
-            raise UnknownName(f"{len(database.runs)} runs were chosen; converge looks at one: name it with --run")
-        manifest = database.runs[0]
+        manifest = one_run(database, "converge")
         every = _chosen(scale_groups(database, manifest.run), manifest, site, layer)
         groups = _drawn(every, most_scales, seed)
         plan = _Plan.of(choices, groups, manifest, resamples, seed)
@@ -120,9 +119,10 @@ def converge(
     words, command = next_step(table, manifest, plan.left_out)
     summary = [*summarize(table, manifest, plan.left_out, resamples, seed), words]
     if picture is not None:
-        from quambase.analyzer.plots import convergence_picture  # matplotlib takes half a second to import
+        from quambase.analyzer.pictures.convergence import convergence_figure  # matplotlib takes half a second
+        from quambase.schema.pictures import save_picture
 
-        convergence_picture(picture, title, sizes)
+        save_picture(convergence_figure(title, sizes), picture)
     return Convergence(title, table, sizes, summary, command, picture, database.notes)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from quambase.analyzer.channel_division import divide
+from quambase.analyzer.channel_division import Division, divide
+from quambase.analyzer.one_site import one_run, place
 from quambase.schema.errors import DatabaseInvalid, UnknownName
 from quambase.schema.files import refuse_foreign_picture
 from quambase.schema.sql.database import StatsDB
@@ -21,15 +22,19 @@ SITE = "x_conv_out:input"
 class GroupSpread:
     """What `group_spread` found.
 
+    run       its id
     table     a row per layer: groups, spread and mean step (`quambase.analyzer.channel_division.Division`), with heads
               and channels in the model's own order and as sorted, both divided into groups of the same sizes
     layer     the one drawn
+    division  its channels and groups, before and after
     picture   the file saved, None if none was
     notes     which run it is, and what else a user should know
     """
 
+    run: str
     table: pa.Table
     layer: int
+    division: tuple[Division, Division]
     picture: Path | None
     notes: list[str]
 
@@ -54,9 +59,7 @@ def group_spread(
     if picture is not None:
         refuse_foreign_picture(picture, force=force)
     with StatsDB(Path(db), run) as database:
-        if len(database.runs) != 1:
-            raise UnknownName(f"{len(database.runs)} runs were chosen; groups looks at one: name it with --run")
-        manifest = database.runs[0]
+        manifest = one_run(database, "groups")
         layers = manifest.model.layer_groups
         if layers is None:
             raise DatabaseInvalid(
@@ -86,8 +89,8 @@ def group_spread(
     if layer not in range(len(layers)):
         raise UnknownName.of("layer", str(layer), [str(number) for number in range(len(layers))])
     if picture is not None:
-        from quambase.analyzer.plots import groups_picture  # matplotlib takes half a second to import
+        from quambase.analyzer.pictures.groups import groups_figure  # matplotlib takes half a second to import
+        from quambase.schema.pictures import save_picture
 
-        before, after = divisions[layer]
-        groups_picture(picture, f"layer {layer} {SITE} of run {manifest.run}", before, after)
-    return GroupSpread(table, layer, picture, database.notes)
+        save_picture(groups_figure(f"{place(layer, SITE)} of run {manifest.run}", *divisions[layer]), picture)
+    return GroupSpread(manifest.run, table, layer, divisions[layer], picture, database.notes)

@@ -44,10 +44,8 @@ class Figures:
 
     @property
     def sqnr_db(self) -> float:
-        """10 log10(signal / error): infinite without error, NaN without signal."""
-        if self.signal <= 0:
-            return math.nan
-        return 10 * math.log10(self.signal / self.squared_error) if self.squared_error > 0 else math.inf
+        """`sqnr_db` of these values."""
+        return sqnr_db(self.signal, self.squared_error)
 
     @property
     def clipped_share(self) -> float:
@@ -76,6 +74,13 @@ class Figures:
             return math.nan
         share = self.histogram[self.histogram > 0] / self.total
         return float(-(share * np.log2(share)).sum()) + 0.0  # no -0.0 for a single code
+
+
+def sqnr_db(signal: float, squared_error: float) -> float:
+    """Signal to quantization noise: 10 log10(signal / error); infinite without error, NaN without signal."""
+    if math.isnan(squared_error) or not signal > 0:
+        return math.nan
+    return 10 * math.log10(signal / squared_error) if squared_error > 0 else math.inf
 
 
 def _outlier_codes() -> npt.NDArray[np.bool_]:

@@ -6,6 +6,7 @@
     quambase.analyze()                                 # -> scales.parquet
     quambase.apply("scales.parquet")                   # -> quambase-db/models/<id>/
     print(quambase.evaluate())
+    quambase.plot("heatmap", out="heatmap.pdf")        # and eight other pictures
 
 Each function is the command of its name; docs/python.md has examples. The stages are subpackages, such as
 `quambase.schema`; `quambase.apply` is both, a stage that can be called.
@@ -20,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quambase.analyzer.analyze import analyze as analyze
     from quambase.analyzer.converge import converge as converge
+    from quambase.analyzer.pictures.plot import plot as plot
     from quambase.apply.evaluation.evaluate import evaluate as evaluate
     from quambase.collector.collect import collect as collect
     from quambase.schema.sql.database import StatsDB as StatsDB
 
-__all__ = ["StatsDB", "__version__", "analyze", "apply", "collect", "converge", "evaluate"]
+__all__ = ["StatsDB", "__version__", "analyze", "apply", "collect", "converge", "evaluate", "plot"]
 
 __version__ = version("quambase")
 
@@ -33,6 +35,7 @@ _NAMES = {
     "analyze": "quambase.analyzer.analyze",
     "collect": "quambase.collector.collect",
     "converge": "quambase.analyzer.converge",
+    "plot": "quambase.analyzer.pictures.plot",
     "evaluate": "quambase.apply.evaluation.evaluate",
 }
 

@@ -27,6 +27,7 @@ COMMANDS: dict[str, str] = {
     "runs": "quambase.cli.query:runs",
     "compare": "quambase.cli.compare:compare",
     "groups": "quambase.cli.compare:groups",
+    "plot": "quambase.cli.plot:plot",
     "converge": "quambase.cli.converge:converge",
     "lm-eval": "quambase.cli.lm_eval:lm_eval",
     "results": "quambase.cli.results:results",

@@ -1,14 +1,24 @@
-"""Pictures, drawn without a screen and saved so that equal figures give equal files."""
+"""Pictures, drawn without a screen, in one style, and saved so that equal figures give equal files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import matplotlib as mpl
+from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from quambase.schema.errors import QuambaseError
 from quambase.schema.files import MARK, replacing
+
+STYLE = "quambase.schema.quambase"
+"""The style, as `matplotlib.style.use` takes it: ``quambase.mplstyle`` beside this file."""
+
+WIDTHS = {1: 3.35, 2: 6.9}
+"""Inches of a picture over one and two columns of a page."""
 
 # No dates. The mark identifies a picture of ours.
 _METADATA: dict[str, dict[str, str | None]] = {
@@ -18,14 +28,32 @@ _METADATA: dict[str, dict[str, str | None]] = {
 }
 
 
+@contextmanager
+def picture_style() -> Iterator[None]:
+    """Draw in our style, whatever the user's own is. A dollar sign is one: names and tokens are no formulas."""
+    with style.context(STYLE, after_reset=True), mpl.rc_context({"text.parse_math": False}):
+        yield
+
+
+def new_figure(columns: int, height: float) -> Figure:
+    """An empty figure over ``columns`` of a page, ``height`` inches high; call it in `picture_style`."""
+    return Figure(figsize=(WIDTHS[columns], height), layout="constrained")
+
+
+def check_picture_format(path: Path) -> str:
+    """The format that the suffix of ``path`` names. QuambaseError: another than png, svg and pdf."""
+    suffix = path.suffix.lstrip(".").lower()
+    if suffix not in _METADATA:
+        raise QuambaseError(f"a picture cannot be saved as '{path.name}'; expected one of .{', .'.join(_METADATA)}")
+    return suffix
+
+
 def save_picture(figure: Figure, path: Path) -> None:
     """Save the figure, whole or not at all; the suffix of ``path`` chooses the format (png, svg, pdf).
 
     QuambaseError: another suffix.
     """
-    suffix = path.suffix.lstrip(".").lower()
-    if suffix not in _METADATA:
-        raise QuambaseError(f"a picture cannot be saved as '{path.name}'; expected one of .{', .'.join(_METADATA)}")
+    suffix = check_picture_format(path)
     FigureCanvasAgg(figure)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=suffix, dpi=120, metadata=_METADATA[suffix])
+    with picture_style(), replacing(path) as temporary:
+        figure.savefig(temporary, format=suffix, metadata=_METADATA[suffix])

@@ -22,6 +22,11 @@ FLOAT = "float"
 UPSTREAM = "quamba"
 """The label of upstream's own scales, which every strategy is compared with, too."""
 
+KL_DIFFERENCE = f"kl_vs_{UPSTREAM}"
+"""The first figure of a strategy in a summary: how much more KL to the floating-point model it has than upstream's
+scales.
+"""
+
 LATER = {"cluster": None, "weight_bits": None}
 """Columns that evaluations of earlier versions lack, and what they hold then."""
 

@@ -27,7 +27,9 @@ def test_the_names() -> None:
 
 
 def test_what_needs_no_torch_imports_none() -> None:
-    script = "import sys, quambase; quambase.StatsDB; quambase.analyze; assert 'torch' not in sys.modules"
+    script = (
+        "import sys, quambase; quambase.StatsDB; quambase.analyze; quambase.plot; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
     done = subprocess.run([sys.executable, "-m", "quambase", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"quambase, version {version('quambase')}"

@@ -56,7 +56,10 @@ def test_the_rule_would_notice() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["--help"], *([name, "--help"] for name in ("sql", "stats", "analyze", "compare", "converge", "results", "diff"))],
+    [
+        ["--help"],
+        *([name, "--help"] for name in ("sql", "stats", "analyze", "compare", "converge", "plot", "results", "diff")),
+    ],
 )
 def test_analysis_commands_work_without_torch(command: list[str]) -> None:
     """With torch (and what only the model needs) made unimportable, as on a laptop that never installed it."""

@@ -16,8 +16,8 @@ from quambase.apply.evaluation.paired_statistics import (
     STEADY_RESAMPLES,
     can_reach_a_verdict,
 )
-from quambase.apply.evaluation.summary import KL_DIFFERENCE, families
-from quambase.schema.results import FLOAT, LAST_WORD, LM_EVAL, UPSTREAM
+from quambase.apply.evaluation.summary import families
+from quambase.schema.results import FLOAT, KL_DIFFERENCE, LAST_WORD, LM_EVAL, UPSTREAM
 
 Row = Mapping[str, Any]
 """A row of SUMMARY."""

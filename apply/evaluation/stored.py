@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from quambase.apply.evaluation.summary import KL_DIFFERENCE, summarize
+from quambase.apply.evaluation.summary import summarize
 from quambase.schema.errors import DatabaseInvalid, UnknownName
-from quambase.schema.results import EVALUATION, finished_evaluations, read_evaluation, read_results
+from quambase.schema.results import EVALUATION, KL_DIFFERENCE, finished_evaluations, read_evaluation, read_results
 from quambase.schema.sql.answer import PrintsAsTable
 
 
@@ -24,11 +24,15 @@ class Evaluation(PrintsAsTable):
     about: dict[str, Any]
     notes: list[str]
 
+    def summary(self) -> pa.Table:
+        """A row for each strategy and text, with intervals (`quambase.apply.evaluation.summary.SUMMARY`)."""
+        return summarize(self.results)
+
     def shown(self) -> pa.Table:
         """Each strategy on each text in one row, with its KL, flips and perplexity, and the verdict on its KL."""
         columns = ["data", "task", "strategy", "documents", "kl", "kl_low", "kl_high", KL_DIFFERENCE]
         columns += [f"{KL_DIFFERENCE}_verdict", "flips", "perplexity", "perplexity_low", "perplexity_high"]
-        return summarize(self.results).select(columns)
+        return self.summary().select(columns)
 
 
 def find_evaluation(db: str | Path, evaluation: str | None = None) -> Evaluation:

@@ -43,13 +43,10 @@ from quambase.apply.evaluation.paired_statistics import (
     wilson,
 )
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
-from quambase.schema.results import FLOAT, UPSTREAM
+from quambase.schema.results import FLOAT, KL_DIFFERENCE, UPSTREAM
 
 REFERENCES = (FLOAT, UPSTREAM)
 """What every strategy is compared with: the floating-point model, and upstream's own scales."""
-
-KL_DIFFERENCE = f"kl_vs_{UPSTREAM}"
-"""The first figure of a strategy: how much more KL to the floating-point model it has than upstream's scales."""
 
 DIFFERENCES = (KL_DIFFERENCE, *(f"vs_{reference}" for reference in REFERENCES))
 """Columns of differences; each is a family of comparisons of its own, on every text."""

@@ -46,6 +46,36 @@ SELECT sum(len(channels)) AS n
 FROM groups
 WHERE layer = $layer AND site = $site AND ($group = 'all' OR group_name = $group);
 
+-- name: channels_by_reach
+-- Every channel of a site, the largest absolute value first.
+SELECT channel, group_name, amax, mean, ratio
+FROM channel_stats
+WHERE run = $run AND layer = $layer AND site = $site
+ORDER BY amax DESC, group_name, channel;
+
+-- name: largest_tokens
+-- The largest values of a site and the tokens that made them, the largest first.
+SELECT *
+FROM outliers
+WHERE run = $run AND layer = $layer AND site = $site
+ORDER BY abs(value) DESC, document, position, channel, group_name
+LIMIT $limit;
+
+-- name: scales_of_run
+-- The scale table's rows of a run.
+SELECT * FROM scales WHERE run = $run;
+
+-- name: scales_of_group
+-- The scale table's rows of one scale group.
+SELECT * FROM scales WHERE run = $run AND layer = $layer AND site = $site AND group_name = $group;
+
+-- name: whole_sites
+-- The summary of each site as a whole.
+SELECT layer, site, amax, outlier_ratio, mean, std
+FROM site_stats
+WHERE run = $run AND group_name = 'all'
+ORDER BY layer, site;
+
 -- name: sites
 -- The sites of the opened runs.
 SELECT DISTINCT site FROM site_stats;

@@ -1,0 +1,1 @@
+"""Pictures: their numbers (`numbers`, without matplotlib), one small file for each drawing, and their style."""
