@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Analysis(PrintsAsTable):
 def analyze(
     db: str | Path = Path("quambase-db"),
     run: str | None = None,
-    strategies: Sequence[str] | None = None,
+    strategies: Sequence[str | Callable[..., Scale]] | None = None,
     granularity: str | None = None,
     out: str | Path | None = Path("scales.parquet"),
     progress: Shown = False,
@@ -80,7 +80,8 @@ def analyze(
 
     db           database folder
     run          None for the newest complete run, a run id, or ``"all"``
-    strategies   labels such as ``percentile:0.9999``; None for `strategies.DEFAULT_LABELS`, ``all`` for every one
+    strategies   labels such as ``percentile:0.9999``, ``FILE.py:NAME``, and functions; None for
+                 `strategies.DEFAULT_LABELS`, ``all`` for every one
     granularity  ``tensor``: one scale per site; ``ssd_group``, ``head_group``, ``group``: also one for each SSD
                  group, each head group, each smallest group of a divided site (each includes the coarser ones).
                  None: what the INT8 model reads, ``tensor`` of a Mamba-1 and ``group`` of a Mamba-2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from quambase.analyzer import kernels
 from quambase.analyzer.least_squares import optimal_affine, optimal_scale
+from quambase.analyzer.own_strategies import checked, from_entry_point, from_file, installed
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.upstream_observers import (
     EMA_ALPHA,
@@ -31,7 +32,7 @@ from quambase.analyzer.upstream_observers import (
     minmax_scale_float32,
     quantile_column,
 )
-from quambase.schema.errors import UnknownName
+from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.number_format import INT8, OUTLIER_CODE, Affine
 from quambase.schema.sites import MAMBA2
 
@@ -82,6 +83,11 @@ class Strategy:
     by_state_index: ByStateIndex | None = None
 
     @property
+    def own(self) -> bool:
+        """Whether it is a user's, none of quambase."""
+        return not self.function.__module__.startswith("quambase.")
+
+    @property
     def definition(self) -> str:
         """The docstring, on one line."""
         return " ".join((self.function.__doc__ or "").split())
@@ -114,7 +120,11 @@ class Choice:
 
     def scale(self, group: ScaleGroup) -> Scale:
         """The scale of ``group``, as float32 and at least `SCALE_FLOOR`; two for a two-segment strategy."""
-        found = self.strategy.function(group, **self.params)
+        function = self.strategy.function
+        if self.strategy.own:
+            found: Scale = checked(self.label, function, group, **self.params)
+        else:
+            found = function(group, **self.params)
         if isinstance(found, Affine):
             return Affine(_stored(found.scale), found.zero_point) if found.zero_point else _stored(found.scale)
         return (_stored(found[0]), _stored(found[1])) if isinstance(found, tuple) else _stored(found)
@@ -150,25 +160,49 @@ def strategy(
 def strategy(function: Any = None, /, **properties: Any) -> Any:
     """Register a function under its own name; its keyword defaults are its parameters, its docstring the definition.
 
-    ``@strategy``, or with properties of `Strategy` ``@strategy(needs_decode=True)``.
+    ``@strategy``, or with properties of `Strategy` ``@strategy(needs_decode=True)``. A function of a user's replaces an
+    earlier one of that name, so that a notebook's cell can run again.
+
+    DataInvalid: quambase has a strategy of that name, or a parameter has no number as its default.
+
+    >>> from quambase import strategy
+    >>> @strategy
+    ... def near_absmax(group, share=0.9):
+    ...     \"\"\"``share`` of max a / 127.\"\"\"
+    ...     return share * group.distribution.amax / 127
+    >>> STRATEGIES["near_absmax"].parameters
+    {'share': 0.9}
     """
 
     def register(function: Function) -> Function:
         name = function.__name__
-        if name in STRATEGIES:
-            raise ValueError(f"strategy {name} is registered twice")
+        if name in STRATEGIES and not STRATEGIES[name].own:
+            raise DataInvalid(f"quambase has a strategy {name}; give yours another name")
         arguments = list(inspect.signature(function).parameters.values())[1:]
+        for argument in arguments:
+            if not isinstance(argument.default, int | float):
+                raise DataInvalid(f"parameter {argument.name} of strategy {name} has no number as its default")
         STRATEGIES[name] = Strategy(name, function, {a.name: float(a.default) for a in arguments}, **properties)
         return function
 
     return register if function is None else register(function)
 
 
-def parse_label(label: str) -> Choice:
-    """``name`` or ``name:value,value``; UnknownName for an unknown name, too many values or no numbers."""
+def parse_label(label: str | Callable[..., Scale]) -> Choice:
+    """``name`` or ``name:value,value``, of quambase or of another package (entry points `quambase.strategies`);
+    ``FILE.py:NAME``; or a function itself.
+
+    UnknownName: no such name, too many values or no numbers. DataInvalid: another's code fails.
+    """
+    if callable(label):
+        return parse_label(_registered(label))
+    if (given := from_file(label.strip())) is not None:
+        label = _registered(given[0]) + given[1]
     name, colon, text = label.strip().partition(":")
+    if name not in STRATEGIES and name in installed():
+        _registered(from_entry_point(name), name)
     if name not in STRATEGIES:
-        raise UnknownName.of("strategy", name, STRATEGIES)
+        raise UnknownName.of("strategy", name, [*STRATEGIES, *installed()])
     found = STRATEGIES[name]
     values = text.split(",") if colon else []
     try:
@@ -183,6 +217,17 @@ def parse_label(label: str) -> Choice:
     return choice
 
 
+def _registered(function: Callable[..., Scale], name: str | None = None) -> str:
+    """The name under which ``function`` is registered; it is, if it was not."""
+    known = next((found.name for found in STRATEGIES.values() if found.function is function), None)
+    if known is None:
+        strategy(function)
+    known = known or function.__name__
+    if name is not None and known != name:
+        raise DataInvalid(f"the entry point {name} is the function {known}; give them one name")
+    return known
+
+
 _WITHIN = {"alpha": (0.0, 1.0), "ratio": (0.0, 1.0), "sigma": (0.0, 1.0)}
 
 
@@ -195,7 +240,7 @@ def _check_parameters(choice: Choice, label: str) -> None:
         quantile_column(choice.params[choice.strategy.document_quantile])
 
 
-def parse_labels(labels: list[str] | tuple[str, ...] | None) -> list[Choice]:
+def parse_labels(labels: Sequence[str | Callable[..., Scale]] | None) -> list[Choice]:
     """Choices of ``labels`` in order, without repetition; None or none: `DEFAULT_LABELS`; ``all``: every one."""
     choices: dict[str, Choice] = {}
     for label in labels or DEFAULT_LABELS:
@@ -205,7 +250,7 @@ def parse_labels(labels: list[str] | tuple[str, ...] | None) -> list[Choice]:
 
 
 def _every() -> list[str]:
-    return [*DEFAULT_LABELS, *STRATEGIES]
+    return [*DEFAULT_LABELS, *STRATEGIES, *installed()]
 
 
 def _stored(scale: float) -> float:

@@ -2,11 +2,12 @@
 
     import quambase
     run = quambase.collect("mamba-5m", 128)            # -> quambase-db/runs/<run id>/
-    print(quambase.StatsDB("quambase-db").stats())
+    print(quambase.open("quambase-db").stats())
     quambase.analyze()                                 # -> scales.parquet
     quambase.apply("scales.parquet")                   # -> quambase-db/models/<id>/
     print(quambase.evaluate())
     print(quambase.report())                           # -> report.html
+    quambase.plot("heatmap", out="heatmap.pdf")        # and eight other pictures
 
 Each function is the command of its name; docs/python.md has examples. The stages are subpackages, such as
 `quambase.schema`; `quambase.apply` and `quambase.report` are both, stages that can be called.
@@ -21,12 +22,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quambase.analyzer.analyze import analyze as analyze
     from quambase.analyzer.converge import converge as converge
+    from quambase.analyzer.opened import open as open
     from quambase.analyzer.pictures.plot import plot as plot
+    from quambase.analyzer.strategies import strategy as strategy
     from quambase.apply.evaluation.evaluate import evaluate as evaluate
     from quambase.collector.collect import collect as collect
     from quambase.schema.sql.database import StatsDB as StatsDB
 
-__all__ = ["StatsDB", "__version__", "analyze", "apply", "collect", "converge", "evaluate", "plot", "report"]
+__all__ = [
+    "StatsDB",
+    "__version__",
+    "analyze",
+    "apply",
+    "collect",
+    "converge",
+    "evaluate",
+    "open",
+    "plot",
+    "report",
+    "strategy",
+]
 
 __version__ = version("quambase")
 
@@ -35,8 +50,10 @@ _NAMES = {
     "analyze": "quambase.analyzer.analyze",
     "collect": "quambase.collector.collect",
     "converge": "quambase.analyzer.converge",
-    "plot": "quambase.analyzer.pictures.plot",
     "evaluate": "quambase.apply.evaluation.evaluate",
+    "open": "quambase.analyzer.opened",
+    "plot": "quambase.analyzer.pictures.plot",
+    "strategy": "quambase.analyzer.strategies",
 }
 
 

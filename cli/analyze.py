@@ -57,7 +57,8 @@ analyze_options = options(
         metavar="LABEL",
         callback=one_each,
         shell_complete=complete_strategies,
-        help="A strategy, such as mse or percentile:0.9999; once for each; all for every one. [default: see --list]",
+        help="A strategy: mse, percentile:0.9999, your own FILE.py:NAME; once for each; all for every one. "
+        "[default: see --list]",
     ),
     click.option(
         "--granularity",

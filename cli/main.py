@@ -22,7 +22,7 @@ COMMANDS: dict[str, str] = {
     "analyze": "quambase.cli.analyze:analyze",
     "apply": "quambase.cli.apply:apply",
     "evaluate": "quambase.cli.evaluate:evaluate",
-    "sql": "quambase.cli.query:sql",
+    "sql": "quambase.cli.sql:sql",
     "stats": "quambase.cli.query:stats",
     "runs": "quambase.cli.query:runs",
     "compare": "quambase.cli.compare:compare",

@@ -1,19 +1,17 @@
-"""`quambase sql`, `quambase stats` and `quambase doctor`: questions that need no model."""
+"""`quambase stats`, `quambase runs` and `quambase doctor`: questions that need no model."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import click
 
 from quambase.cli.complete import complete_runs, complete_sites
 from quambase.cli.console import COUNT, Command, answer, database_option, note, output_options
 from quambase.cli.formats import emit
-from quambase.schema.errors import QueryInvalid
-from quambase.schema.sql.queries import definitions_for
 from quambase.schema.sql.yardstick import DECODING, EVALUATED, HEAD, outlier_line, reader, worst_site
 
 if TYPE_CHECKING:
@@ -30,79 +28,13 @@ run_option = click.option(
     "--run", shell_complete=complete_runs, help="Run id, its beginning, or all. [default: the newest complete run]"
 )
 
-
 show_sql_option = click.option("--show-sql", is_flag=True, help="Print the SQL that runs, on stderr.")
 
 
-@click.command(cls=Command)
-@click.argument("query", required=False)
-@click.option("-f", "--file", type=click.File(encoding="utf-8"), help="Read the query from a file (- for stdin).")
-@click.option("--schema", is_flag=True, help="List every view, macro and column with its meaning instead.")
-@show_sql_option
-@run_option
-@click.option("--scales", type=click.Path(dir_okay=False, path_type=Path), help="Scale table of the view scales.")
-@click.option("--unsafe", is_flag=True, help="Let the query read and write other files.")
-@database_option
-@output_options
-def sql(
-    query: str | None,
-    file: TextIO | None,
-    schema: bool,
-    show_sql: bool,
-    run: str | None,
-    scales: Path | None,
-    unsafe: bool,
-    db: Path,
-    format_: str,
-    output: Path | None,
-) -> None:
-    """Answer a DuckDB query over the views of a run.
-
-    With --show-sql, the definitions of the views and macros that the query names are printed too.
-
-    \b
-    Example:
-      quambase sql "select layer, site, outlier_ratio from site_stats order by outlier_ratio desc limit 10"
-      quambase sql --schema
-    """
-    if query is not None and not query.strip():
-        raise click.UsageError("the query is empty; expected SQL, such as 'select * from site_stats limit 5'")
-    if schema + (query is not None) + (file is not None) != 1:
-        raise click.UsageError("give one of QUERY, --file and --schema")
-    from quambase.schema.sql.database import StatsDB
-
-    with StatsDB(db, run, unsafe=unsafe, scales=scales, trace=_note_sql if show_sql else None) as database:
-        text = query if file is None else _read(file)
-        if show_sql and text is not None:
-            for statement in definitions_for(text):
-                _note_sql(statement)
-        found = database.describe() if text is None else database.sql(text)
-        for line in _notes_on(database, text):
-            note(line)
-    if found.num_columns:
-        emit(found.table, format_, output, wrap="comment" if text is None else None)
-
-
-def _note_sql(text: str) -> None:
+def note_sql(text: str) -> None:
+    """Print SQL on stderr."""
     for line in text.splitlines():
         note(line)
-
-
-def _read(file: TextIO) -> str:
-    try:
-        return file.read()
-    except UnicodeDecodeError as error:
-        raise QueryInvalid(
-            f"{file.name} is not UTF-8 text ({error.reason} at byte {error.start}); save the query as UTF-8"
-        ) from None
-
-
-def _notes_on(database: StatsDB, text: str | None) -> list[str]:
-    """Notes on the answer to ``text``: which run, and what a view lacks. None for `--schema`."""
-    if text is None:
-        return []
-    scales = database.scales_notes if "scales" in text.lower() else []
-    return [*database.notes, *scales, *(database.results_notes or [])]
 
 
 @click.command(cls=Command)
@@ -131,7 +63,7 @@ def stats(
     """
     from quambase.schema.sql.database import StatsDB
 
-    with StatsDB(db, run, trace=_note_sql if show_sql else None) as database:
+    with StatsDB(db, run, trace=note_sql if show_sql else None) as database:
         found = database.stats(site=site, layer=layer, limit=limit).table
         emit(found, format_, output)
         for line in database.notes:

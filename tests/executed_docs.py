@@ -22,7 +22,10 @@ ROOT = Path(__file__).parent.parent
 # In the order in which they are run, in one folder: later pages use what the README's session made.
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("database", "quamba-checkout", "python", "questions", "mamba2")),
+    *(
+        f"docs/{name}.md"
+        for name in ("cookbook", "pictures", "database", "quamba-checkout", "python", "questions", "mamba2")
+    ),
 )
 
 RELATIVE, ABSOLUTE = 0.1, 0.05

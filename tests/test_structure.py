@@ -60,7 +60,10 @@ def test_the_rule_would_notice() -> None:
     "command",
     [
         ["--help"],
-        *([name, "--help"] for name in ("sql", "stats", "analyze", "compare", "converge", "results", "report", "diff")),
+        *(
+            [name, "--help"]
+            for name in ("sql", "stats", "analyze", "compare", "converge", "plot", "results", "report", "diff")
+        ),
     ],
 )
 def test_analysis_commands_work_without_torch(command: list[str]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,7 @@ from quambase.analyzer.pictures.strategies import StrategiesPicture
 from quambase.analyzer.pictures.tokens import TokensPicture
 from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.files import refuse_foreign_picture
-from quambase.schema.pictures import WIDTHS, check_picture_format, save_picture
+from quambase.schema.pictures import WIDTHS, check_picture_format, picture_style, save_picture
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.sites import WHOLE
 from quambase.schema.sql.answer import PrintsAsTable
@@ -66,6 +69,10 @@ KINDS: dict[str, Kind] = {
 }
 
 
+SCREEN_DPI = 150
+"""Of a picture in a notebook."""
+
+
 @dataclass(frozen=True, repr=False)
 class Picture(PrintsAsTable):
     """What `plot` made.
@@ -89,6 +96,15 @@ class Picture(PrintsAsTable):
     def shown(self) -> pa.Table:
         """The numbers."""
         return self.table
+
+    def _repr_html_(self) -> str:
+        """The picture and what it shows, for a notebook."""
+        stream = io.BytesIO()
+        with picture_style():
+            self.figure.savefig(stream, format="png", dpi=SCREEN_DPI)
+        image = base64.b64encode(stream.getvalue()).decode()
+        words = html.escape(" ".join(self.summary))
+        return f'<img src="data:image/png;base64,{image}" alt="{words}"><p>{words}</p>'
 
 
 def plot(

@@ -22,6 +22,9 @@ SIGNS = ("#56B4E9", "#E69F00")
 SHOWN = 16
 """How many are drawn."""
 
+AROUND = 26
+"""Characters before and after a token, over two columns."""
+
 
 @dataclass(frozen=True)
 class TokensPicture:
@@ -71,8 +74,7 @@ class TokensPicture:
         axes = figure.subplots()
         heights = range(len(shown))
         axes.barh(heights, [abs(t.value) for t in shown], color=[SIGNS[t.value < 0] for t in shown], height=0.7)
-        width = 18 if columns == 1 else 60
-        axes.set_yticks(heights, [_text(token, width) for token in shown])
+        axes.set_yticks(heights, [_text(token, columns) for token in shown])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.invert_yaxis()
@@ -89,7 +91,10 @@ def _count(different: set[int], name: str) -> str:
     return f"one {name}" if len(different) == 1 else f"{len(different)} different {name}s"
 
 
-def _text(token: LargestToken, width: int) -> str:
-    """The token in the words around it, where these are known; its own spaces are shown by the quotes."""
-    text = token.token if token.context is None else token.context
-    return f"'{frame.shortened(frame.drawable(text), width)}'"
+def _text(token: LargestToken, columns: int) -> str:
+    """The token in quotes, which show its own spaces; over two columns in brackets in the text around it."""
+    shown = frame.shortened(frame.drawable(token.token), 18)
+    if columns == 1 or token.before is None or token.after is None:
+        return f"'{shown}'"
+    backwards = frame.shortened(frame.drawable(token.before)[::-1], AROUND)
+    return f"{backwards[::-1]}[{shown}]{frame.shortened(frame.drawable(token.after), AROUND)}"

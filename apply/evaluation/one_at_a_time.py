@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ from quambase.schema.results import PERPLEXITY
 from quambase.schema.scale_table import Scale, ScaleTable, read_scales
 from quambase.schema.sites import find_site
 from quambase.schema.sql.answer import PrintsAsTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DOCUMENTS = 8
 """Documents unless told otherwise: every scale is a forward pass over each of them."""
@@ -225,12 +228,16 @@ def _summary(table: pa.Table) -> list[str]:
 
 def picture(path: Path, table: pa.Table, title: str) -> None:
     """Save predicted against measured KL, a point for each scale, coloured by site; `save_picture`'s errors."""
-    from matplotlib.figure import Figure
-
-    from quambase.schema.pictures import save_picture
+    from quambase.schema.pictures import new_figure, picture_style, save_picture
 
     rows = [row for row in table.to_pylist() if row["predicted_kl"]]
-    figure = Figure(figsize=(6.5, 5), layout="constrained")
+    with picture_style():
+        figure = new_figure(2, 4.5)
+        _draw(figure, rows, title)
+    save_picture(figure, path)
+
+
+def _draw(figure: Figure, rows: list[dict[str, Any]], title: str) -> None:
     axes = figure.subplots()
     axes.set_title(title)
     for site in dict.fromkeys(row["site"] for row in rows):
@@ -241,7 +248,6 @@ def picture(path: Path, table: pa.Table, title: str) -> None:
         axes.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=0)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        figure.legend(loc="outside right upper", frameon=False)
+        figure.legend(loc="outside right upper")
     axes.set_xlabel("predicted KL, nats a token")
     axes.set_ylabel("measured KL of the site alone, nats a token")
-    save_picture(figure, path)

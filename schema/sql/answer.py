@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import html
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
+
+from quambase.schema.errors import DataInvalid
 
 SHOWN = 20
 """How many rows are printed at most: the first half from the start of the table, the rest from its end."""
@@ -13,7 +17,8 @@ SHOWN = 20
 
 class Answer:
     """Rows that answer a query. ``table`` is the `pyarrow.Table`, whose attributes and methods the answer has too:
-    ``answer.to_pylist()``, ``answer["amax"]``, ``answer.num_rows``. pandas, polars and DuckDB take it as it is.
+    ``answer.to_pylist()``, ``answer["amax"]``, ``answer.num_rows``. ``answer.df()`` is a pandas DataFrame,
+    ``answer.pl()`` one of polars; both libraries and DuckDB take the answer as it is, too.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -31,6 +36,21 @@ class Answer:
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
         """Arrow's interface for other libraries."""
         return self.table.__arrow_c_stream__(requested_schema)
+
+    def df(self) -> Any:
+        """A pandas DataFrame. DataInvalid: pandas is not installed."""
+        return self._other("pandas", self.table.to_pandas)
+
+    def pl(self) -> Any:
+        """A polars DataFrame. DataInvalid: polars is not installed."""
+        return self._other("polars", lambda: importlib.import_module("polars").from_arrow(self.table))
+
+    @staticmethod
+    def _other(package: str, convert: Callable[[], Any]) -> Any:
+        try:
+            return convert()
+        except ImportError:
+            raise DataInvalid(f"{package} is not installed; pip install {package}") from None
 
     def __repr__(self) -> str:
         return text_table(self.table)

@@ -173,18 +173,19 @@ def test_an_outlier_channel_is_one(tmp_path: Path) -> None:
     assert [(c.channel, c.amax, c.ratio, c.outlier) for c in found[:2]] == [(2, 5, 5, True), (0, 1, 1, False)]
 
 
-def test_the_largest_tokens_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_tokens_come_first(tmp_path: Path) -> None:
     key = {"run": "run-a", "layer": 1, "site": SITE}
     values = [1.0, -9.0, 3.0, 9.0]
     rows = [
         {**key, "group_name": "B", "document": 4 - i, "position": i, "token_id": i, "token": f"t{i}", "channel": 2}
-        | {"value": value}
+        | {"value": value, "before": None if i == 2 else f"b{i}", "after": f"a{i}"}
         for i, value in enumerate(values)
     ]
     database = StatsDB(make_run(tmp_path).parent.parent, unsafe=True)
     database._connection.register("_outliers", pa.Table.from_pylist(rows, OUTLIERS))
     found = largest_tokens(database, "run-a", 1, SITE)
     assert [(t.value, t.token, t.document) for t in found] == [(9, "t3", 1), (-9, "t1", 3), (3, "t2", 2), (1, "t0", 4)]
+    assert [t.context for t in found] == ["b3t3a3", "b1t1a1", None, "b0t0a0"]
     assert largest_tokens(database, "run-a", 1, SITE, 2) == found[:2]
     assert largest_tokens(database, "run-a", 0, SITE) == []
 

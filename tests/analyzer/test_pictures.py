@@ -295,10 +295,11 @@ def test_hostile_tokens_are_drawn_as_text(db: Path, tmp_path: Path) -> None:
 
 
 def test_the_words_around_a_token_are_shown_where_they_are_known() -> None:
-    token = LargestToken(2.0, 1, 5, 7, " cat", 3, "all", "the black cat sat on")
+    token = LargestToken(2.0, 1, 5, 7, " cat", 3, "all", "long ago and far away the black", " sat on\n")
     picture = TokensPicture("layer 0 s", "m", [token], [])
     figure = picture.draw(2)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["'the black cat sat on'"]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["…go and far away the black[ cat] sat on\\n"]
     assert picture.words()[1] == "the 1 largest are made by one token in one channel"
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from quambase.analyzer import kernels, strategies
 from quambase.analyzer.scale_groups import ScaleGroup, group_of_values
 from quambase.analyzer.strategies import DEFAULT_LABELS, STRATEGIES, parse_label, parse_labels, strategy
-from quambase.schema.errors import UnknownName
+from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.number_format import Affine
 
 VALUES = (np.random.default_rng(5).standard_t(3, 4000) * 2).astype(np.float16)
@@ -147,7 +147,7 @@ def test_registering_a_name_twice_is_an_error() -> None:
     def absmax(group: ScaleGroup) -> float:
         return 1.0
 
-    with pytest.raises(ValueError, match="strategy absmax is registered twice"):
+    with pytest.raises(DataInvalid, match="quambase has a strategy absmax"):
         strategy(absmax)
 
 

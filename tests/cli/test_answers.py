@@ -116,6 +116,7 @@ def database(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         (["doctor"], "all is well"),
         (["runs"], "1 complete; without --run, commands take run-a, the newest"),
         (["compare", "--no-picture"], "least MSE"),
+        (["plot", "channels", "--out", "c.svg"], "written: c.svg"),
         (["analyze", "--out", "s.parquet"], "next: quambase evaluate --scales s.parquet --db db"),
         (["analyze", "--list"], ""),
         (["sql", "--schema"], ""),

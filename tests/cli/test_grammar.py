@@ -73,6 +73,7 @@ def test_names_are_checked_before_torch_is_imported(arguments: list[str], messag
         ("quambase collect --site x_proj:i", {"x_proj:input"}),
         ("quambase analyze --strategy perc", {"percentile", "percentile:0.999", "percentile:0.9999"}),
         ("quambase stats --run run", {"run-a"}),
+        ("quambase plot h", {"heatmap"}),
         ("quambase evaluate --strategy ms", {"mse"}),
     ],
 )

@@ -46,6 +46,7 @@ def base(name: str, world: Path, db: Path) -> list[str | Path]:
         "analyze": ["--db", world / "db", "--out", db / "s.parquet", "--strategy", "absmax"],
         "compare": ["--db", world / "db", "--no-picture", "--strategy", "absmax"],
         "groups": ["--db", world / "db", "--no-picture"],
+        "plot": ["channels", "--db", world / "db", "--out", db / "channels.svg"],
         "converge": ["--db", world / "db", "--no-picture", "--strategy", "absmax"],
         "stats": ["--db", world / "db"],
         "generate": ["--model", world / "tiny", "--out", db, "--tokens", "3"],
@@ -92,6 +93,7 @@ def test_a_database_elsewhere_is_refused_before_any_work(world: Path, tmp_path: 
         ("stats",),
         ("analyze",),
         ("compare",),
+        ("plot", "channels"),
         ("apply", "--scales", world / "s.parquet"),
         ("evaluate", "--float", "--model", world / "tiny", "--data", world / "t.jsonl"),
     ):

@@ -17,6 +17,7 @@ from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
 from quambase.analyzer.analyze import analyze
 from quambase.analyzer.group_spread import group_spread
+from quambase.analyzer.pictures.plot import plot
 from quambase.cli.main import quambase
 from quambase.collector.clustering import layer_groups
 from quambase.collector.collect import CollectedRun, collect
@@ -443,5 +444,17 @@ def test_the_command(model: Path, data: Path, tmp_path: Path) -> None:
     picture = tmp_path / "groups.svg"
     shown = CliRunner().invoke(quambase, ["groups", "--db", str(tmp_path), "--picture", str(picture)])
     assert shown.exit_code == 0 and "mean_step_after" in shown.stdout and picture.exists()
+    drawn = CliRunner().invoke(
+        quambase, ["plot", "groups", "--db", str(tmp_path), "--out", str(picture), "--layer", "0"]
+    )
+    assert drawn.exit_code == 0 and "layer 0: sorting makes the mean step" in drawn.stderr, drawn.output
+    found = plot("groups", tmp_path, layer=0)
+    width = len(found.table) // 2
+    assert found.table["order"].to_pylist() == ["model"] * width + ["sorted"] * width
+    left, right = found.figure.axes
+    for axes, order in ((left, "model"), (right, "sorted")):
+        rows = [row for row in found.table.to_pylist() if row["order"] == order]
+        assert axes.lines[0].get_ydata().tolist() == [row["amax"] for row in rows]  # type: ignore[union-attr]
+        assert all(row["amax"] <= row["group_amax"] for row in rows)
     refused = CliRunner().invoke(quambase, [*arguments, "--groups", "nothing"])
     assert refused.exit_code == 2 and "--groups" in refused.stderr

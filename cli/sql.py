@@ -1,0 +1,141 @@
+"""`quambase sql`: a query, one of the cookbook's, or a shell."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import click
+import pyarrow as pa
+from click.shell_completion import CompletionItem
+
+from quambase.cli.console import Command, answer, database_option, note, output_options
+from quambase.cli.formats import emit
+from quambase.cli.query import note_sql, run_option, show_sql_option
+from quambase.schema.errors import QueryInvalid
+from quambase.schema.sql.queries import cookbook, definitions_for, recipe
+
+if TYPE_CHECKING:
+    from quambase.schema.sql.database import StatsDB
+
+
+def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(f"@{name}") for name in cookbook() if f"@{name}".startswith(incomplete)]
+
+
+@click.command(cls=Command)
+@click.argument("query", required=False, metavar="[QUERY|@NAME]", shell_complete=_complete_recipes)
+@click.option("-f", "--file", type=click.File(encoding="utf-8"), help="Read the query from a file (- for stdin).")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="PARAMETER=VALUE",
+    help="Set a parameter of @NAME; once for each. [default: those that --queries shows]",
+)
+@click.option("--queries", is_flag=True, help="List the cookbook: each @NAME, its question and its parameters.")
+@click.option("--schema", is_flag=True, help="List every view, macro and column with its meaning instead.")
+@show_sql_option
+@run_option
+@click.option("--scales", type=click.Path(dir_okay=False, path_type=Path), help="Scale table of the view scales.")
+@click.option("--unsafe", is_flag=True, help="Let the query read and write other files.")
+@database_option
+@output_options
+def sql(
+    query: str | None,
+    file: TextIO | None,
+    settings: tuple[str, ...],
+    queries: bool,
+    schema: bool,
+    show_sql: bool,
+    run: str | None,
+    scales: Path | None,
+    unsafe: bool,
+    db: Path,
+    format_: str,
+    output: Path | None,
+) -> None:
+    """Answer a DuckDB query over the views of a run, or a query of the cookbook; without one, open a shell.
+
+    A query may come by a pipe, too. With --show-sql, the definitions of the views and macros that the query names are
+    printed.
+
+    \b
+    Example:
+      quambase sql "select layer, site, outlier_ratio from site_stats order by outlier_ratio desc limit 10"
+      quambase sql @outlier-channels --set layer=6
+      quambase sql --queries
+      quambase sql --schema
+    """
+    if query is not None and not query.strip():
+        raise click.UsageError("the query is empty; expected SQL, such as 'select * from site_stats limit 5'")
+    if queries + schema + (query is not None) + (file is not None) > 1:
+        raise click.UsageError("give one of QUERY, --file, --queries and --schema")
+    if settings and not (query or "").startswith("@"):
+        raise click.UsageError("--set goes with a query of the cookbook, @NAME")
+    if queries:
+        emit(cookbook_table(), format_, output, wrap="question")
+        return
+    text = query if file is None else _read(file)
+    shell = text is None and not schema and sys.stdin.isatty()
+    if text is None and not schema and not shell:
+        text = sys.stdin.read()
+        if not text.strip():
+            raise click.UsageError("give a QUERY, @NAME of the cookbook, --file, --queries or --schema")
+    from quambase.schema.sql.database import StatsDB
+
+    with StatsDB(db, run, unsafe=unsafe, scales=scales, trace=note_sql if show_sql else None) as database:
+        if shell:
+            from quambase.cli.sql_shell import Shell
+
+            Shell(database).run()
+            return
+        found, lines = (database.describe(), []) if text is None else ask(database, text, settings, show_sql)
+        for line in lines:
+            note(line)
+    if text is not None and text.startswith("@"):
+        answer(recipe(text[1:]).question)
+    if found.num_columns:
+        emit(found.table, format_, output, wrap="comment" if text is None else None)
+
+
+def ask(
+    database: StatsDB, text: str, settings: tuple[str, ...] = (), show_sql: bool = False
+) -> tuple[pa.Table, list[str]]:
+    """The answer to SQL, or to ``@NAME`` of the cookbook with these parameters; and notes: the run, what a view lacks.
+
+    QueryInvalid, UnknownName.
+    """
+    values = None
+    if text.startswith("@"):
+        found = recipe(text[1:].strip())
+        text, values = found.sql, found.with_values(settings)
+    if show_sql:
+        for statement in definitions_for(text):
+            note_sql(statement)
+    table = database.sql(text, values)
+    scales = database.scales_notes if "scales" in text.lower() else []
+    return table, [*database.notes, *scales, *(database.results_notes or [])]
+
+
+def cookbook_table() -> pa.Table:
+    """The queries of the cookbook: name, question, parameters with their defaults."""
+    rows = [
+        {
+            "name": f"@{each.name}",
+            "question": each.question,
+            "parameters": ", ".join(f"{name}={value}" for name, value in each.parameters.items()),
+        }
+        for each in cookbook().values()
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+def _read(file: TextIO) -> str:
+    try:
+        return file.read()
+    except UnicodeDecodeError as error:
+        raise QueryInvalid(
+            f"{file.name} is not UTF-8 text ({error.reason} at byte {error.start}); save the query as UTF-8"
+        ) from None
