@@ -54,7 +54,7 @@ def show_folder() -> None:
         _next("quambase evaluate --strategy all --samples 24", "which strategy wins; some minutes on two cores")
         return
     click.echo(f"evaluations: {len(mine)} of this run, the last one {mine[-1]['evaluation']}")
-    _next("quambase results", "prints it again")
+    _next("quambase report", "all of it as one page, every site in pictures")
 
 
 def _next(command: str, why: str) -> None:

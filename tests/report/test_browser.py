@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -199,6 +200,13 @@ def test_a_strategy_is_chosen_in_the_table_and_in_the_picture(browser: webdriver
     until(lambda: browser.execute_script(chosen) != "quamba", "a click on a clipping point chooses its strategy")
 
 
+def test_the_least_error_is_marked_on_both_curves(browser: webdriver.Chrome, address: str) -> None:
+    opened(browser, address, TAIL)
+    for curve in ("#curve-mse", "#curve-kl"):
+        assert len(browser.find_elements(By.CSS_SELECTOR, f"{curve} svg.marks path[fill='#0072b2']")) == 1
+        assert "The least, at scale" in find(browser, f"{curve} figcaption").text
+
+
 def test_tables_sort_and_filter(browser: webdriver.Chrome, address: str) -> None:
     opened(browser, address)
     column = "#scale-table tbody td:nth-child(5)"
@@ -242,6 +250,9 @@ def test_an_imported_tensor_has_a_page(browser: webdriver.Chrome, tmp_path: Path
     drawn(browser, "#layer-0/a%2Fb%20%3Ci%3E")
     assert find(browser, "#site-title").text == "Layer 0: a/b <i>"
     assert texts(browser, "#site-tokens .token")[:1] == ["–"]
+    compare, sql = texts(browser, "#site-commands")[0].split("\n")  # safe to paste, whatever the site is called
+    assert shlex.split(compare) == ["quambase", "compare", "--layer", "0", "--site", "a/b <i>"]
+    assert "site = 'a/b <i>'" in shlex.split(sql)[2]
 
 
 def test_by_keyboard_alone(browser: webdriver.Chrome, address: str) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from fabricate import half, make_run, random_activations
 from made_report import HOSTILE, LABELS, TOKENS, Page, make_database
 
 from quambase.analyzer.analyze import analyze
 from quambase.analyzer.least_squares import optimal_scale
 from quambase.analyzer.scale_groups import scale_groups
+from quambase.cli.main import load_command
 from quambase.collector.import_tensor import import_tensor
 from quambase.report.drawing import DRAWINGS
 from quambase.report.report import Report, report
@@ -184,6 +186,17 @@ def test_it_says_where_the_numbers_come_from(page: Page, database: Path) -> None
     assert f"quambase analyze --run run-a {analyzed} --out {database / 'scales.parquet'}" in words
     assert hashlib.sha256(b"run-a").hexdigest() in words and "0123456789abcdef" in words
     assert "elsewhere" not in words  # the host's name stays at home
+
+
+def test_the_command_says_the_answer_and_what_is_next(database: Path, tmp_path: Path) -> None:
+    asked = ["--db", str(database), "--out", str(tmp_path / "r.html")]
+    done = CliRunner().invoke(load_command("report"), asked)
+    assert done.exit_code == 0, done.output
+    assert "mse loses" in done.stdout and max(map(len, done.stdout.splitlines())) <= 100
+    assert re.search(r"written: \S+r\.html \(0\.\d+ MB, 22 sites\)", done.stderr)
+    assert "next: quambase apply --scales" in done.stderr
+    refused = CliRunner().invoke(load_command("report"), [*asked, "--scales", str(tmp_path / "none.parquet")])
+    assert refused.exit_code == 1 and refused.stderr.endswith("run `analyze` to make a scale table\n")
 
 
 def test_the_same_bytes_twice(found: Report, database: Path, tmp_path: Path) -> None:
