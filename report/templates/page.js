@@ -487,8 +487,7 @@
     const site = `'${page.site.replaceAll("'", "''")}'`;
     const query = `select * from outlier_channels where layer = ${page.layer} and site = ${site} order by amax desc`;
     byId("site-commands").textContent =
-      `quambase compare --layer ${page.layer} --site ${quoted(page.site)}\n` +
-      `quambase sql ${quoted(query)}`;
+      `quambase compare --layer ${page.layer} --site ${quoted(page.site)}\n` + `quambase sql ${quoted(query)}`;
     showTokens(page);
     await showGroup(page, found);
     await showChannels(page);
@@ -577,23 +576,21 @@
         { name: "SQNR, dB", numeric: true },
         { name: "predicted KL x1000", numeric: true },
       ],
-      rows
-        .slice(0, MOST)
-        .map(([page, group, mark]) => [
-          { text: String(page.layer), value: page.layer },
-          {
-            node: element("a", element("bdi", page.site), {
-              href: address(page.layer, page.site, group.name === "all" ? "" : group.name),
-            }),
-          },
-          { text: group.name },
-          { text: mark.label },
-          { text: number(mark.scale), value: mark.scale },
-          { text: String(mark.zero_point), value: mark.zero_point },
-          { text: share(mark.clipped_share), value: mark.clipped_share },
-          { text: number(mark.sqnr_db), value: mark.sqnr_db },
-          { text: thousandths(mark.predicted_kl), value: mark.predicted_kl },
-        ]),
+      rows.slice(0, MOST).map(([page, group, mark]) => [
+        { text: String(page.layer), value: page.layer },
+        {
+          node: element("a", element("bdi", page.site), {
+            href: address(page.layer, page.site, group.name === "all" ? "" : group.name),
+          }),
+        },
+        { text: group.name },
+        { text: mark.label },
+        { text: number(mark.scale), value: mark.scale },
+        { text: String(mark.zero_point), value: mark.zero_point },
+        { text: share(mark.clipped_share), value: mark.clipped_share },
+        { text: number(mark.sqnr_db), value: mark.sqnr_db },
+        { text: thousandths(mark.predicted_kl), value: mark.predicted_kl },
+      ]),
     );
   };
 
