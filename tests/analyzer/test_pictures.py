@@ -193,6 +193,11 @@ def test_an_error_curve_goes_through_its_strategies(db: Path) -> None:
     assert "open: with a zero point or two segments" in texts(found.figure)
     assert marks["mse"].scale == numbers.curve.least_mse_scale
     assert f"at {marks['mse'].scale:.3g}" in found.summary[0] and "mse 1" in found.summary[1]
+    usual: Any = plot("error", db, site="x_proj:input", layer=1).numbers
+    assert [mark.label for mark in usual.marks if mark.selected] == ["effect_affine"], "beside the usual ones"
+    assert {mark.label for mark in usual.marks} == {*SHOWN, "effect_affine"}
+    named: Any = plot("error", db, site="x_proj:input", layer=1, strategies=["selected", "sigma"]).numbers
+    assert {mark.label for mark in named.marks} == {"effect_affine", "sigma"}
     plain = make_run(db.parent / "plain", "plain").parent.parent
     bare = drawn("error", plain, site=SITE, layer=1)
     assert len(bare.figure.axes) == 1 and bare.table["predicted_kl"].null_count == bare.table.num_rows
