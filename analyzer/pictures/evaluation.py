@@ -14,7 +14,7 @@ from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.evaluation import Estimate, Evaluated, EvaluatedText, evaluated_texts
 from quambase.schema.errors import DataInvalid, UnknownName
-from quambase.schema.pictures import new_figure
+from quambase.schema.pictures import logarithmic, new_figure
 from quambase.schema.results import FLOAT, UPSTREAM
 
 PANELS: tuple[tuple[str, Callable[[Evaluated], Estimate | None], bool], ...] = (
@@ -93,7 +93,7 @@ class EvaluationPicture:
             each.set_xlabel(name)
             if log:
                 each.set_xscale("log")
-                frame.logarithmic(each, "x")
+                logarithmic(each, "x")
             each.tick_params(axis="y", length=0)
         axes[0].set_yticks(range(len(self.labels)), self.labels)
         axes[0].invert_yaxis()

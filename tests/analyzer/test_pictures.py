@@ -47,7 +47,7 @@ from quambase.schema.errors import (
     UnknownName,
 )
 from quambase.schema.files import file_sha256
-from quambase.schema.pictures import WIDTHS, picture_style, save_picture
+from quambase.schema.pictures import WIDTHS, picture_style, power_text, save_picture
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import OUTLIERS, RUN_TABLES, write_table
 
@@ -131,6 +131,7 @@ def test_every_picture_is_as_wide_as_asked_and_nothing_is_cut_off(db: Path, kind
     assert box.y0 >= -0.01 and box.y1 <= found.figure.get_figheight() + 0.01
     sizes = [text.get_fontsize() for text in found.figure.findobj(Text) if text.get_text()]
     assert min(sizes) >= 6, "legible where it is printed"
+    assert not any("mathdefault" in text for text in texts(found.figure)), "formulas would be shown as written"
     assert found.table.num_rows and 1 <= len(found.summary) <= 2
     assert all(axes.get_xlabel() or axes.get_ylabel() for axes in found.figure.axes)
 
@@ -415,7 +416,7 @@ def test_looks_are_told_apart_and_stay_the_same() -> None:
 
 def test_ticks_are_plain_text() -> None:
     given = (1e-3, 0.01, 0.2, 1.0, 1000.0, 1e4, 2e-5, 0.0, -1.0)
-    assert [*map(frame.power_text, given)] == ["10⁻³", "0.01", "0.2", "1", "1000", "10⁴", "2·10⁻⁵", "", ""]
+    assert [*map(power_text, given)] == ["10⁻³", "0.01", "0.2", "1", "1000", "10⁴", "2·10⁻⁵", "", ""]
 
 
 def test_refusals(db: Path, tmp_path: Path) -> None:
