@@ -59,6 +59,7 @@ class Stored:
     """Stands in for a stored evaluation."""
 
     id: str = "0123456789abcdef"
+    labels: tuple[str, ...] = ("float", "absmax", "mse")
 
     @property
     def about(self) -> dict[str, Any]:
@@ -70,7 +71,8 @@ class Stored:
         sizes = {"task": "perplexity", "documents": 9, "clusters": 3, "tokens": 50, "kl_vs_quamba_verdict": None}
         rows = []
         for data in ("one", "two"):
-            for label, kl in (("float", 0.0), ("absmax", 0.2), ("mse", 0.1)):
+            for label in self.labels:
+                kl = {"float": 0.0, "absmax": 0.2, "mse": 0.1}[label]
                 row = empty | sizes | {"data": data, "strategy": label, "kl": kl, "flips": kl / 2, "kl_low": kl / 2}
                 rows.append(row | {"kl_high": 2 * kl, "kl_vs_quamba_verdict": "better" if label == "mse" else None})
         return pa.Table.from_pylist(rows)
@@ -345,6 +347,8 @@ def test_an_evaluation_has_a_mark_and_an_interval_for_each_text(db: Path) -> Non
         "mse is best on 2 of 2 texts, such as one, 9 documents: KL 0.1 [0.05, 0.2], better than quamba"
     ]
     assert len(drawn("evaluation", db, columns=1).figure.axes) == 1
+    with pytest.raises(DataInvalid, match="the floating-point model alone"):
+        plot("evaluation", db, evaluation=Stored(labels=("float",)))
     with pytest.raises(DataInvalid, match=r"quambase\.evaluate returned"):
         plot("evaluation", db)
     with pytest.raises(UnknownName, match="evaluation 0123"):
