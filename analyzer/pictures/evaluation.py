@@ -51,8 +51,8 @@ class EvaluationPicture:
         labels = [label for label in every if not asked.strategies or label in asked.strategies]
         if not labels:
             raise DataInvalid(
-                f"evaluation {asked.evaluation.id} holds the floating-point model alone; expected one of strategies, as "
-                "`evaluate --strategy all` makes"
+                f"evaluation {asked.evaluation.id} holds the floating-point model alone; expected strategies, too: "
+                "`evaluate --strategy all`"
             )
         return cls(asked.evaluation.id, str(asked.evaluation.about["model"]), texts, labels, [])
 
