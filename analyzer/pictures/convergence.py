@@ -13,8 +13,8 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 from quambase.analyzer.converge import Convergence, converge
 from quambase.analyzer.convergence import CHANGE, MSE_RATIO, TOLERANCE
 from quambase.analyzer.pictures.asked import Asked
-from quambase.analyzer.pictures.frame import Look, legend_outside, logarithmic, looks, styled, title
-from quambase.schema.pictures import new_figure
+from quambase.analyzer.pictures.frame import Look, legend_outside, looks, styled, title
+from quambase.schema.pictures import logarithmic, new_figure
 
 
 @dataclass(frozen=True)
