@@ -24,11 +24,24 @@ if TYPE_CHECKING:
     from quambase.analyzer.opened import open as open
     from quambase.analyzer.pictures.plot import plot as plot
     from quambase.analyzer.strategies import strategy as strategy
+    from quambase.analyzer.sweep import sweep as sweep
     from quambase.apply.evaluation.evaluate import evaluate as evaluate
     from quambase.collector.collect import collect as collect
     from quambase.schema.sql.database import StatsDB as StatsDB
 
-__all__ = ["StatsDB", "__version__", "analyze", "apply", "collect", "converge", "evaluate", "open", "plot", "strategy"]
+__all__ = [
+    "StatsDB",
+    "__version__",
+    "analyze",
+    "apply",
+    "collect",
+    "converge",
+    "evaluate",
+    "open",
+    "plot",
+    "strategy",
+    "sweep",
+]
 
 __version__ = version("quambase")
 
@@ -41,6 +54,7 @@ _NAMES = {
     "open": "quambase.analyzer.opened",
     "plot": "quambase.analyzer.pictures.plot",
     "strategy": "quambase.analyzer.strategies",
+    "sweep": "quambase.analyzer.sweep",
 }
 
 

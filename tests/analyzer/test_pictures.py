@@ -28,7 +28,7 @@ from quambase.analyzer.channel_division import Division
 from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import SHOWN
 from quambase.analyzer.pictures.channels import ChannelsPicture
-from quambase.analyzer.pictures.convergence import _apart
+from quambase.analyzer.pictures.convergence import _apart, convergence_figure
 from quambase.analyzer.pictures.groups import groups_figure
 from quambase.analyzer.pictures.heatmap import _digits
 from quambase.analyzer.pictures.numbers.channels import Channel
@@ -363,6 +363,10 @@ def test_convergence_is_drawn_as_measured(db: Path) -> None:
         rows = [row for row in found.table.to_pylist() if row["strategy"] == label]
         assert list(line.get_xdata()) == [row["documents"] for row in rows]  # type: ignore[arg-type]
         assert list(line.get_ydata()) == [row["change"] for row in rows]  # type: ignore[arg-type]
+    # No movement at all is drawn on the lower edge of the logarithmic axis.
+    still = [row | {"change": 0.0, "change_low": 0.0} for row in found.table.to_pylist()]
+    axes = convergence_figure("still", pa.Table.from_pylist(still, found.table.schema)).axes[0]
+    assert all(list(line.get_ydata()) == [axes.get_ylim()[0]] * len(line.get_ydata()) for line in axes.lines[:2])  # type: ignore[arg-type]
     assert (moved.get_xlabel(), moved.get_yscale()) == ("documents", "log")
     assert _apart({1, 2, 4, 31, 32}) == [32, 4, 2, 1]
 
