@@ -138,6 +138,10 @@ def sweep(
     picture  file of a picture of predicted KL and error against the parameter (png, svg, pdf); None saves none
 
     The other arguments and errors are those of `quambase.analyze`.
+
+    >>> found = quambase.sweep("percentile:0.9..0.999/3", "quambase-db")
+    >>> found.table["alpha"].to_pylist(), found.parameter
+    ([0.9, 0.99, 0.999], 'alpha')
     """
     asked = Sweep.parse(text)
     picture = None if picture is None else Path(picture)
