@@ -97,6 +97,10 @@ def analyze(
     budget       likewise, with the fewest operators whose predicted KL, nats a token, is then at most this
 
     Ties go to the larger scale, then to the earlier strategy. Equal statistics give equal bytes.
+    >>> found = quambase.analyze("quambase-db", strategies=["mse", "percentile:0.9999"], out=None)
+    >>> found.table.column("label").unique().to_pylist()
+    ['mse', 'percentile:0.9999']
+
     Errors: OutputRefused; DatabaseInvalid (also: no sensitivities); DataInvalid (``keep`` or ``budget`` of another
     target, of several runs, or out of range); those of `StatsDB` and `parse_labels`.
     """

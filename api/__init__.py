@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from quambase.analyzer.opened import open as open
     from quambase.analyzer.pictures.plot import plot as plot
     from quambase.analyzer.strategies import strategy as strategy
+    from quambase.analyzer.sweep import sweep as sweep
     from quambase.apply.evaluation.evaluate import evaluate as evaluate
     from quambase.collector.collect import collect as collect
     from quambase.schema.sql.database import StatsDB as StatsDB
@@ -41,6 +42,7 @@ __all__ = [
     "plot",
     "report",
     "strategy",
+    "sweep",
 ]
 
 __version__ = version("quambase")
@@ -54,6 +56,7 @@ _NAMES = {
     "open": "quambase.analyzer.opened",
     "plot": "quambase.analyzer.pictures.plot",
     "strategy": "quambase.analyzer.strategies",
+    "sweep": "quambase.analyzer.sweep",
 }
 
 

@@ -93,12 +93,17 @@ analyze_options = options(
         help="Likewise, with the fewest operators in 16 bit that bring the predicted loss down to X nats a token.",
     ),
     click.option(
-        "--out",
-        type=click.Path(path_type=Path),
-        default=Path("scales.parquet"),
-        show_default=True,
-        help="Scale table to write.",
+        "--sweep",
+        metavar="STRATEGY:LOW..HIGH/COUNT",
+        help="Instead, one parameter over a range (percentile:0.999..0.99999/20): what it costs, which value is best. "
+        "Writes a scale table only with --out.",
     ),
+    click.option(
+        "--picture",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="With --sweep, draw it. [default: sweep.png]",
+    ),
+    click.option("--out", type=click.Path(path_type=Path), help="Scale table to write. [default: scales.parquet]"),
     click.option("--list", "list_", is_flag=True, help="List the strategies and their definitions instead."),
     database_option,
 )
@@ -117,7 +122,9 @@ def analyze(
     select: str | None,
     keep: int | None,
     budget: float | None,
-    out: Path,
+    sweep: str | None,
+    picture: Path | None,
+    out: Path | None,
     list_: bool,
     run: str | None,
     db: Path,
@@ -130,10 +137,20 @@ def analyze(
     Example:
       quambase analyze
       quambase analyze --strategy mse --strategy percentile:0.9999 --out two.parquet
+      quambase analyze --sweep percentile:0.999..0.99999/20
     """
     if list_:
         emit(_definitions(), format_, wrap="definition")
         return
+    if picture is not None and sweep is None:
+        raise click.UsageError("--picture goes with --sweep")
+    if sweep is not None:
+        if strategies or keep is not None or budget is not None:
+            raise click.UsageError("--sweep makes its own strategies: leave out --strategy, --keep and --budget")
+        chosen = {"granularity": granularity, "target": target, "select": select}
+        _sweep(sweep, db, run, out, picture or Path("sweep.png"), format_, force, chosen)
+        return
+    out = out or Path("scales.parquet")
     from quambase.analyzer.analyze import analyze as analyze_run
     from quambase.analyzer.sixteen_bit import sentence
     from quambase.analyzer.summary import selection, summarize
@@ -154,6 +171,49 @@ def analyze(
     note(f"written: {out}")
     answer(f"it holds {found.table.num_rows:,} scales of {summary.num_rows} strategies{before}")
     next_command(f"quambase evaluate --scales {shlex.quote(str(out))}", db)
+
+
+def _sweep(
+    text: str,
+    db: Path,
+    run: str | None,
+    out: Path | None,
+    picture: Path,
+    format_: str,
+    force: bool,
+    chosen: dict[str, Any],
+) -> None:
+    """`analyze --sweep`: a row for each value, which is best, and a picture."""
+    from quambase.analyzer.sweep import sweep
+
+    found = sweep(text, db, run, out, picture, True, force, **chosen)
+    for line in found.analysis.notes:
+        answer(line)
+    emit(found.table if format_ not in PEOPLE else _swept_for_people(found.table), format_)
+    for line in found.summary:
+        answer(line)
+    for path in [found.picture, *([] if out is None else [out])]:
+        note(f"written: {path}")
+    best = found.best["strategy"]
+    next_command(
+        f"quambase analyze --strategy {shlex.quote(best)} --strategy quamba --strategy mse --out best.parquet", db
+    )
+
+
+def _swept_for_people(table: pa.Table) -> pa.Table:
+    """The rows of a sweep."""
+    known = table["predicted_kl"].null_count < table.num_rows
+    rows = [
+        {
+            "strategy": row["strategy"],
+            **({"predicted KL": row["predicted_kl"]} if known else {}),
+            "median dB": row["sqnr_db_median"],
+            "least": row["sqnr_db_least"],
+            "clipped": format_cell(row["clipped_share_mean"], share=True),
+        }
+        for row in table.to_pylist()
+    ]
+    return pa.Table.from_pylist(rows)
 
 
 def _held(out: Path) -> str:

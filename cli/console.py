@@ -180,6 +180,9 @@ def format_option(function: Callable[..., Any]) -> Callable[..., Any]:
         callback=wide,
         help="Show every column, row and text of a table in full. [default: what fits the terminal, or 100 columns]",
     )(function)
+    function = click.option(
+        "--json", "format_", flag_value="json", type=click.Choice(FORMATS), help="The same as --format json."
+    )(function)
     return click.option(
         "--format", "format_", type=click.Choice(FORMATS), default="table", show_default=True, help="Output format."
     )(function)

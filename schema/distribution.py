@@ -87,7 +87,12 @@ class Distribution:
         return np.float32(self.absolute[0][np.searchsorted(self._cumulative, rank, side="right")])
 
     def quantile(self, p: float) -> float:
-        """Quantile of the absolute value as numpy.quantile on float64 data: rank p(n-1), linear; NaN if empty."""
+        """Quantile of the absolute value as numpy.quantile on float64 data: rank p(n-1), linear; NaN if empty.
+
+        >>> import numpy
+        >>> Distribution.of_values(numpy.float32([-4, 1, 2, 3])).quantile(0.5)
+        2.5
+        """
         return self.quantiles([p])[0]
 
     def quantiles(self, ps: Sequence[float]) -> list[float]:

@@ -31,7 +31,13 @@ class NumberFormat:
         return self.qmax + 0.5
 
     def quantize(self, values: npt.ArrayLike, scale: float) -> npt.NDArray[Any]:
-        """The codes of ``values``, in the smallest signed integer type that holds them."""
+        """The codes of ``values``, in the smallest signed integer type that holds them.
+
+        >>> INT8.quantize([-9, 0.05, 0.15, 9], scale=0.1)
+        array([-90,   0,   2,  90], dtype=int8)
+        >>> INT8.quantize([12.7, 12.9], scale=0.1)
+        array([127, 127], dtype=int8)
+        """
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             quotient = np.rint(np.asarray(values, np.float32) / np.float32(scale))
         codes: npt.NDArray[Any] = np.clip(quotient, self.qmin, self.qmax).astype(np.min_scalar_type(self.qmin))

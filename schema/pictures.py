@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from quambase.schema.errors import QuambaseError
 from quambase.schema.files import MARK, replacing
@@ -38,6 +41,34 @@ def picture_style() -> Iterator[None]:
 def new_figure(columns: int, height: float) -> Figure:
     """An empty figure over ``columns`` of a page, ``height`` inches high; call it in `picture_style`."""
     return Figure(figsize=(WIDTHS[columns], height), layout="constrained")
+
+
+_DIGITS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+
+
+def power_text(value: float, _: object = None) -> str:
+    """A tick of a logarithmic axis: 0.1, 1, 10, 100, and beyond these powers such as 10⁻³, as plain text."""
+    if not (value > 0 and math.isfinite(value)):
+        return ""
+    exponent = math.floor(math.log10(value) + 1e-9)
+    if -2 <= exponent <= 3:
+        return f"{value:.4g}"
+    leading = round(value / 10.0**exponent, 6)
+    power = f"10{str(exponent).translate(_DIGITS)}"
+    return power if leading == 1 else f"{leading:g}·{power}"
+
+
+def logarithmic(axes: Axes, *names: str) -> None:
+    """Make the axes x, y of ``names`` logarithmic, with a label at powers of ten, or at 1, 2, 5 where there are few."""
+    for name in names:
+        axis = getattr(axes, f"{name}axis")
+        getattr(axes, f"set_{name}scale")("log")
+        low, high = sorted(axis.get_view_interval())
+        decades = math.log10(high / low) if 0 < low < high else 0
+        subs = (1.0, 2.0, 5.0) if decades < 2.2 else (1.0,)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=8 if len(subs) == 1 else 12))
+        axis.set_major_formatter(FuncFormatter(power_text))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def check_picture_format(path: Path) -> str:

@@ -17,7 +17,7 @@ from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.channels import OUTLIER, Channel, channels_by_reach
 from quambase.schema.errors import UnknownName
-from quambase.schema.pictures import WIDTHS, new_figure
+from quambase.schema.pictures import WIDTHS, logarithmic, new_figure
 from quambase.schema.sites import WHOLE
 
 NAMED = 12
@@ -78,7 +78,7 @@ class ChannelsPicture:
             axes.set_yscale("log")
             self._thresholds(axes)
             axes.margins(y=0.15)
-            frame.logarithmic(axes, "x", "y")
+            logarithmic(axes, "x", "y")
         for place_, channel in self._named(columns):
             beside: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 6, "zorder": 1.5}
             white = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}

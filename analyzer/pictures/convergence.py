@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,8 +14,8 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 from quambase.analyzer.converge import Convergence, converge
 from quambase.analyzer.convergence import CHANGE, MSE_RATIO, TOLERANCE
 from quambase.analyzer.pictures.asked import Asked
-from quambase.analyzer.pictures.frame import Look, legend_outside, logarithmic, looks, styled, title
-from quambase.schema.pictures import new_figure
+from quambase.analyzer.pictures.frame import Look, legend_outside, looks, styled, title
+from quambase.schema.pictures import logarithmic, new_figure
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,15 @@ def convergence_figure(heading: str, sizes: pa.Table, columns: int = 2) -> Figur
     moved, lost = figure.subplots(*shape, sharex=True)
     title(figure, heading)
     look = looks(labels)
+    positive = [row[f"{CHANGE}_high"] for row in rows if row[f"{CHANGE}_high"] > 0]
+    # A median may be 0, of a maximum that every half has: a log axis has no place for it but its lower edge.
+    floor = min([*positive, TOLERANCE]) / 10
     for label in labels:
         mine = [row for row in rows if row["strategy"] == label]
-        _draw_band(moved, mine, CHANGE, look[label], label)
+        _draw_band(moved, mine, CHANGE, look[label], label, floor)
         _draw_band(lost, mine, MSE_RATIO, look[label], label)
     moved.axhline(TOLERANCE, color="black", linewidth=0.8, linestyle=":")
-    # A median may be 0, of a maximum that every half has: the line then leaves the picture at the bottom.
-    positive = [row[f"{CHANGE}_high"] for row in rows if row[f"{CHANGE}_high"] > 0]
-    moved.set(ylim=(min([*positive, TOLERANCE]) / 10, 2 * max([*positive, TOLERANCE])))
+    moved.set(ylim=(floor, 2 * max([*positive, TOLERANCE])))
     logarithmic(moved, "y")
     moved.set_title(f"movement of the scales (dotted: {100 * TOLERANCE:g} %)", loc="left")
     moved.set_ylabel("|scale / scale from all - 1|")
@@ -94,9 +96,11 @@ def _apart(numbers: set[int]) -> list[int]:
     return kept
 
 
-def _draw_band(axes: Axes, rows: list[dict[str, Any]], name: str, look: Look, label: str) -> None:
-    """The median of a quantity and its band."""
-    middle, low, high = ([row[f"{name}{end}"] for row in rows] for end in ("", "_low", "_high"))
+def _draw_band(
+    axes: Axes, rows: list[dict[str, Any]], name: str, look: Look, label: str, floor: float = -np.inf
+) -> None:
+    """The median of a quantity and its band; what is below ``floor`` is drawn there."""
+    middle, low, high = (np.maximum([row[f"{name}{end}"] for row in rows], floor) for end in ("", "_low", "_high"))
     documents = [row["documents"] for row in rows]
     axes.plot(documents, middle, marker=look.marker, label=label, color=look.color, linestyle=look.linestyle)
     axes.fill_between(documents, low, high, color=look.color, alpha=0.1, linewidth=0)

@@ -13,7 +13,7 @@ from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.histogram import Histogram, histogram
 from quambase.analyzer.pictures.numbers.marks import Mark
 from quambase.analyzer.pictures.words import share_text
-from quambase.schema.pictures import new_figure
+from quambase.schema.pictures import logarithmic, new_figure
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class DistributionPicture:
         reach = max(self.amax, *(mark.clips_at for mark in self.marks), 0)
         axes.set(xscale="log", yscale="log", ylim=(shares[shares > 0].min() / 2, shares.max() * 2))
         axes.set_xlim(max(edges[0], self.amax / DECADES), reach * 1.3)
-        frame.logarithmic(axes, "x", "y")
+        logarithmic(axes, "x", "y")
         look = frame.looks(mark.label for mark in self.marks)
         marks = [
             frame.Mark(m.clips_at, m.label, f"{m.clips_at:.3g}: clips {share_text(m.clipped_share)}", look[m.label])

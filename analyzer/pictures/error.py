@@ -15,7 +15,7 @@ from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.error_curve import ErrorCurve, error_curve
 from quambase.analyzer.pictures.numbers.marks import Mark
-from quambase.schema.pictures import new_figure
+from quambase.schema.pictures import logarithmic, new_figure
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ErrorPicture:
         axes[-1].set_xlabel("scale")
         if any(_off_the_curve(mark) for mark in self.marks):
             frame.footnote(figure, "open: with a zero point or two segments")
-        frame.logarithmic(axes[0], "x")
+        logarithmic(axes[0], "x")
         axes[0].set_xlim(self.curve.scales[0], self.curve.scales[-1])
         steps = [frame.Mark(m.scale, m.label, f"{m.scale:.3g}", look[m.label]) for m in self.marks]
         frame.staircase(axes[0], steps, below=list(axes[1:]))
@@ -92,7 +92,7 @@ class ErrorPicture:
                 fill = "white" if _off_the_curve(mark) else look[mark.label].color
                 axes.plot(mark.scale, loss, marker="o", color=look[mark.label].color, markerfacecolor=fill)
         if drawn.any():
-            frame.logarithmic(axes, "y")
+            logarithmic(axes, "y")
 
 
 def _off_the_curve(mark: Mark) -> bool:

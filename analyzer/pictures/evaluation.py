@@ -14,7 +14,7 @@ from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.evaluation import Estimate, Evaluated, EvaluatedText, evaluated_texts
 from quambase.schema.errors import DataInvalid, UnknownName
-from quambase.schema.pictures import new_figure
+from quambase.schema.pictures import logarithmic, new_figure
 from quambase.schema.results import FLOAT, UPSTREAM
 
 PANELS: tuple[tuple[str, Callable[[Evaluated], Estimate | None], bool], ...] = (
@@ -37,7 +37,7 @@ class EvaluationPicture:
 
     @classmethod
     def of(cls, asked: Asked) -> EvaluationPicture:
-        """Read it. DataInvalid: no evaluation was given; UnknownName: it lacks a strategy."""
+        """Read it. DataInvalid: no evaluation was given, or one of no strategy; UnknownName: it lacks a strategy."""
         if asked.evaluation is None:
             raise DataInvalid(
                 "a picture of an evaluation needs one: give what quambase.evaluate returned, or a stored one by "
@@ -49,6 +49,11 @@ class EvaluationPicture:
             if label not in every:
                 raise UnknownName.of("strategy", label, every, where=f"evaluation {asked.evaluation.id}")
         labels = [label for label in every if not asked.strategies or label in asked.strategies]
+        if not labels:
+            raise DataInvalid(
+                f"evaluation {asked.evaluation.id} holds the floating-point model alone; expected strategies, too: "
+                "`evaluate --strategy all`"
+            )
         return cls(asked.evaluation.id, str(asked.evaluation.about["model"]), texts, labels, [])
 
     def table(self) -> pa.Table:
@@ -68,8 +73,6 @@ class EvaluationPicture:
         """Which strategy is best on most texts, and how good it is on the first of them."""
         bests = [next((row for row in text.strategies if row.strategy in self.labels), None) for text in self.texts]
         counted = Counter(best.strategy for best in bests if best is not None)
-        if not counted:
-            return ["no strategy was evaluated"]
         label, times = counted.most_common(1)[0]
         text, best = next((t, b) for t, b in zip(self.texts, bests, strict=True) if b and b.strategy == label)
         number, of = (best.kl, "KL") if best.kl else (best.accuracy, "accuracy")
@@ -93,7 +96,7 @@ class EvaluationPicture:
             each.set_xlabel(name)
             if log:
                 each.set_xscale("log")
-                frame.logarithmic(each, "x")
+                logarithmic(each, "x")
             each.tick_params(axis="y", length=0)
         axes[0].set_yticks(range(len(self.labels)), self.labels)
         axes[0].invert_yaxis()

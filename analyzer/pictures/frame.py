@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, ParamSpec
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple, ParamSpec
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from quambase.analyzer.strategies import DEFAULT_LABELS
 from quambase.schema.pictures import picture_style
@@ -100,34 +98,6 @@ def staircase(axes: Axes, marks: Sequence[Mark], *, below: Sequence[Axes] = ()) 
         text: dict[str, Any] = {"ha": "right", "va": "center", "color": mark.look.color, "fontsize": 6.5}
         names = ", ".join([mark.label, *(other.label for other in others)])
         axes.annotate(f"{names} {mark.about}", xytext=(-2.5, height), **text, **place)
-
-
-_DIGITS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
-
-
-def power_text(value: float, _: object = None) -> str:
-    """A tick of a logarithmic axis: 0.1, 1, 10, 100, and beyond these powers such as 10⁻³, as plain text."""
-    if not (value > 0 and math.isfinite(value)):
-        return ""
-    exponent = math.floor(math.log10(value) + 1e-9)
-    if -2 <= exponent <= 3:
-        return f"{value:.4g}"
-    leading = round(value / 10.0**exponent, 6)
-    power = f"10{str(exponent).translate(_DIGITS)}"
-    return power if leading == 1 else f"{leading:g}·{power}"
-
-
-def logarithmic(axes: Axes, *names: str) -> None:
-    """Make the axes x, y of ``names`` logarithmic, with a label at powers of ten, or at 1, 2, 5 where there are few."""
-    for name in names:
-        axis = getattr(axes, f"{name}axis")
-        getattr(axes, f"set_{name}scale")("log")
-        low, high = sorted(axis.get_view_interval())
-        decades = math.log10(high / low) if 0 < low < high else 0
-        subs = (1.0, 2.0, 5.0) if decades < 2.2 else (1.0,)
-        axis.set_major_locator(LogLocator(subs=subs, numticks=8 if len(subs) == 1 else 12))
-        axis.set_major_formatter(FuncFormatter(power_text))
-        axis.set_minor_formatter(NullFormatter())
 
 
 @functools.cache

@@ -13,8 +13,8 @@ from quambase.analyzer.channel_division import Division
 from quambase.analyzer.group_spread import SITE, GroupSpread, group_spread
 from quambase.analyzer.one_site import place
 from quambase.analyzer.pictures.asked import Asked
-from quambase.analyzer.pictures.frame import logarithmic, styled, title
-from quambase.schema.pictures import new_figure
+from quambase.analyzer.pictures.frame import styled, title
+from quambase.schema.pictures import logarithmic, new_figure
 
 
 @dataclass(frozen=True)

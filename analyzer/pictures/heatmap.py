@@ -23,7 +23,7 @@ from quambase.analyzer.pictures.numbers.site_grid import (
     site_grid,
 )
 from quambase.schema.errors import DatabaseInvalid, UnknownName
-from quambase.schema.pictures import new_figure
+from quambase.schema.pictures import logarithmic, new_figure
 from quambase.schema.scale_table import SELECTED
 from quambase.schema.sites import HEAD_LAYER
 
@@ -121,7 +121,7 @@ class HeatmapPicture:
         numbers = (figure.get_figwidth() - 1.3) / len(layers) >= CELL
         bar.set_label(NAMES[self.quantity] + (MILLIONTHS if numbers and self.quantity in SMALL else ""))
         if isinstance(image.norm, LogNorm):
-            frame.logarithmic(bar.ax, "x")
+            logarithmic(bar.ax, "x")
         if numbers:
             _numbers(axes, image, values, self.quantity)
         return figure

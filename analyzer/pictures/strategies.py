@@ -13,7 +13,7 @@ from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.strategies import StrategyOverSites, strategies_over_sites
 from quambase.schema.errors import UnknownName
-from quambase.schema.pictures import new_figure
+from quambase.schema.pictures import logarithmic, new_figure
 
 
 @dataclass(frozen=True)
@@ -102,5 +102,5 @@ class StrategiesPicture:
                 axes.annotate(text, at, (4, 0), textcoords="offset points", va="center", fontsize=6)
         axes.margins(x=0.25)
         axes.set_xscale("log")
-        frame.logarithmic(axes, "x")
+        logarithmic(axes, "x")
         axes.set_xlabel("predicted KL\n(nats a token)")

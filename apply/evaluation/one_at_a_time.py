@@ -238,6 +238,8 @@ def picture(path: Path, table: pa.Table, title: str) -> None:
 
 
 def _draw(figure: Figure, rows: list[dict[str, Any]], title: str) -> None:
+    from quambase.schema.pictures import logarithmic
+
     axes = figure.subplots()
     axes.set_title(title)
     for site in dict.fromkeys(row["site"] for row in rows):
@@ -246,8 +248,7 @@ def _draw(figure: Figure, rows: list[dict[str, Any]], title: str) -> None:
     if rows:
         low, high = (f(r[k] for r in rows for k in ("predicted_kl", "measured_kl")) for f in (min, max))
         axes.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=0)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        logarithmic(axes, "x", "y")
         figure.legend(loc="outside right upper")
     axes.set_xlabel("predicted KL, nats a token")
     axes.set_ylabel("measured KL of the site alone, nats a token")

@@ -136,6 +136,11 @@ class StatsDB:
         """Answer ``query`` (named parameters as ``$name``); a statement that returns no rows gives no columns.
 
         QueryInvalid: whatever DuckDB refuses, in one line; for an unknown view or column it names the nearest ones.
+
+        >>> db.sql("select count(*) as sites from site_stats where layer = $layer and group_name = 'all'", {"layer": 1})
+        sites
+        -----
+           10
         """
         if self.results_notes is None and "results" in query.lower():
             self._read_results()

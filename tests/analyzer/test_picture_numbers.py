@@ -90,7 +90,9 @@ def test_a_histogram_of_a_large_count_stays_exact() -> None:
 def sensitive_group() -> ScaleGroup:
     random = np.random.default_rng(3)
     group = group_of_values(random.standard_t(3, 4000).astype(np.float32))
-    gradients = random.random(group.distribution.values.size) * group.distribution.counts
+    # Only small values matter to the output: the scale of least effect is then smaller than that of least error.
+    small = np.abs(group.distribution.values) < 2
+    gradients = random.random(group.distribution.values.size) * group.distribution.counts * small
     return dataclasses.replace(group, sensitivity=Sensitivity(group.distribution.values, gradients, 7))
 
 
@@ -110,6 +112,7 @@ def test_an_error_curve_is_what_rounding_every_value_loses() -> None:
     assert found.scales[0] < 1e-3 and found.scales[-1] > 0.9 and (np.diff(found.scales) > 0).all()
     for best, losses in ((found.least_mse_scale, found.mse), (found.least_kl_scale, found.predicted_kl)):
         assert found.scales[losses.argmin()] == best
+    assert found.least_kl_scale < found.least_mse_scale / 2
     plain = error_curve(dataclasses.replace(group, sensitivity=None))
     assert plain.predicted_kl is None and plain.least_kl_scale is None
     assert plain.scales[0] < group.distribution.amax / 127 < plain.scales[-1], "absmax is shown"
@@ -268,10 +271,11 @@ def test_evaluated_texts() -> None:
 
     rows = [row("b", 0.2, kl_low=0.1, kl_high=0.4, kl_vs_quamba_verdict="worse"), row("n", math.nan), row("a", 0.1)]
     rows += [row("float", 0.0), row("x", None, 0.4, data="e"), row("y", None, 0.5, data="e")]
+    rows += [row("float", None, 0.3, data="e")]
     first, second = evaluated_texts(pa.Table.from_pylist(rows))
     assert (first.task, first.data, first.documents, first.clusters, first.tokens) == ("t", "d", 9, 3, 50)
     assert [s.strategy for s in first.strategies] == ["float", "a", "b", "n"]
-    assert [s.strategy for s in second.strategies] == ["y", "x"] and second.strategies[0].kl is None
+    assert [s.strategy for s in second.strategies] == ["float", "y", "x"] and second.strategies[0].kl is None
     b = first.strategies[2]
     assert b.kl is not None and (b.kl.value, b.kl.low, b.kl.high, b.verdict) == (0.2, 0.1, 0.4, "worse")
     assert b.accuracy is None and b.kl_difference is None

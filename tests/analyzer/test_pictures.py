@@ -28,7 +28,7 @@ from quambase.analyzer.channel_division import Division
 from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import SHOWN
 from quambase.analyzer.pictures.channels import ChannelsPicture
-from quambase.analyzer.pictures.convergence import _apart
+from quambase.analyzer.pictures.convergence import _apart, convergence_figure
 from quambase.analyzer.pictures.groups import groups_figure
 from quambase.analyzer.pictures.heatmap import _digits
 from quambase.analyzer.pictures.numbers.channels import Channel
@@ -47,7 +47,7 @@ from quambase.schema.errors import (
     UnknownName,
 )
 from quambase.schema.files import file_sha256
-from quambase.schema.pictures import WIDTHS, picture_style, save_picture
+from quambase.schema.pictures import WIDTHS, picture_style, power_text, save_picture
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import OUTLIERS, RUN_TABLES, write_table
 
@@ -59,6 +59,7 @@ class Stored:
     """Stands in for a stored evaluation."""
 
     id: str = "0123456789abcdef"
+    labels: tuple[str, ...] = ("float", "absmax", "mse")
 
     @property
     def about(self) -> dict[str, Any]:
@@ -70,7 +71,8 @@ class Stored:
         sizes = {"task": "perplexity", "documents": 9, "clusters": 3, "tokens": 50, "kl_vs_quamba_verdict": None}
         rows = []
         for data in ("one", "two"):
-            for label, kl in (("float", 0.0), ("absmax", 0.2), ("mse", 0.1)):
+            for label in self.labels:
+                kl = {"float": 0.0, "absmax": 0.2, "mse": 0.1}[label]
                 row = empty | sizes | {"data": data, "strategy": label, "kl": kl, "flips": kl / 2, "kl_low": kl / 2}
                 rows.append(row | {"kl_high": 2 * kl, "kl_vs_quamba_verdict": "better" if label == "mse" else None})
         return pa.Table.from_pylist(rows)
@@ -131,6 +133,7 @@ def test_every_picture_is_as_wide_as_asked_and_nothing_is_cut_off(db: Path, kind
     assert box.y0 >= -0.01 and box.y1 <= found.figure.get_figheight() + 0.01
     sizes = [text.get_fontsize() for text in found.figure.findobj(Text) if text.get_text()]
     assert min(sizes) >= 6, "legible where it is printed"
+    assert not any("mathdefault" in text for text in texts(found.figure)), "formulas would be shown as written"
     assert found.table.num_rows and 1 <= len(found.summary) <= 2
     assert all(axes.get_xlabel() or axes.get_ylabel() for axes in found.figure.axes)
 
@@ -193,6 +196,11 @@ def test_an_error_curve_goes_through_its_strategies(db: Path) -> None:
     assert "open: with a zero point or two segments" in texts(found.figure)
     assert marks["mse"].scale == numbers.curve.least_mse_scale
     assert f"at {marks['mse'].scale:.3g}" in found.summary[0] and "mse 1" in found.summary[1]
+    usual: Any = plot("error", db, site="x_proj:input", layer=1).numbers
+    assert [mark.label for mark in usual.marks if mark.selected] == ["effect_affine"], "beside the usual ones"
+    assert {mark.label for mark in usual.marks} == {*SHOWN, "effect_affine"}
+    named: Any = plot("error", db, site="x_proj:input", layer=1, strategies=["selected", "sigma"]).numbers
+    assert {mark.label for mark in named.marks} == {"effect_affine", "sigma"}
     plain = make_run(db.parent / "plain", "plain").parent.parent
     bare = drawn("error", plain, site=SITE, layer=1)
     assert len(bare.figure.axes) == 1 and bare.table["predicted_kl"].null_count == bare.table.num_rows
@@ -287,7 +295,8 @@ def test_hostile_tokens_are_drawn_as_text(db: Path, tmp_path: Path) -> None:
     assert len({to_hex(bar.get_facecolor()) for bar in axes.patches}) == 2, "the negative one has another colour"
     assert [t.get_text() for t in axes.child_axes[0].get_yticklabels()][:2] == ["-9, 2, 3:7", "5, 2, 3:7"]
     svg = (tmp_path / "t.svg").read_text()
-    assert "$x^2$" in svg and "<script>" not in svg and "&lt;script&gt;" in svg
+    assert re.search(r"<text [^>]*>'\$x\^2\$'</text>", svg), "no formula"
+    assert "<script>" not in svg and "&lt;script&gt;" in svg
     with pytest.raises(DatabaseInvalid, match="stores no tokens of layer 0"):
         plot("tokens", db, site=SITE, layer=0)
     with pytest.raises(DatabaseInvalid, match="group C"):
@@ -338,6 +347,8 @@ def test_an_evaluation_has_a_mark_and_an_interval_for_each_text(db: Path) -> Non
         "mse is best on 2 of 2 texts, such as one, 9 documents: KL 0.1 [0.05, 0.2], better than quamba"
     ]
     assert len(drawn("evaluation", db, columns=1).figure.axes) == 1
+    with pytest.raises(DataInvalid, match="the floating-point model alone"):
+        plot("evaluation", db, evaluation=Stored(labels=("float",)))
     with pytest.raises(DataInvalid, match=r"quambase\.evaluate returned"):
         plot("evaluation", db)
     with pytest.raises(UnknownName, match="evaluation 0123"):
@@ -352,6 +363,10 @@ def test_convergence_is_drawn_as_measured(db: Path) -> None:
         rows = [row for row in found.table.to_pylist() if row["strategy"] == label]
         assert list(line.get_xdata()) == [row["documents"] for row in rows]  # type: ignore[arg-type]
         assert list(line.get_ydata()) == [row["change"] for row in rows]  # type: ignore[arg-type]
+    # No movement at all is drawn on the lower edge of the logarithmic axis.
+    still = [row | {"change": 0.0, "change_low": 0.0} for row in found.table.to_pylist()]
+    axes = convergence_figure("still", pa.Table.from_pylist(still, found.table.schema)).axes[0]
+    assert all(list(line.get_ydata()) == [axes.get_ylim()[0]] * len(line.get_ydata()) for line in axes.lines[:2])  # type: ignore[arg-type]
     assert (moved.get_xlabel(), moved.get_yscale()) == ("documents", "log")
     assert _apart({1, 2, 4, 31, 32}) == [32, 4, 2, 1]
 
@@ -409,7 +424,7 @@ def test_looks_are_told_apart_and_stay_the_same() -> None:
 
 def test_ticks_are_plain_text() -> None:
     given = (1e-3, 0.01, 0.2, 1.0, 1000.0, 1e4, 2e-5, 0.0, -1.0)
-    assert [*map(frame.power_text, given)] == ["10⁻³", "0.01", "0.2", "1", "1000", "10⁴", "2·10⁻⁵", "", ""]
+    assert [*map(power_text, given)] == ["10⁻³", "0.01", "0.2", "1", "1000", "10⁴", "2·10⁻⁵", "", ""]
 
 
 def test_refusals(db: Path, tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def test_the_command(world: dict[str, Path], tmp_path: Path) -> None:
     done = run.invoke(quambase, [*map(str, common), "--one-at-a-time", "--samples", "4", "--picture", str(picture)])
     assert done.exit_code == 0, done.stderr
     assert done.stdout.startswith("predicted against measured KL of ") and "<svg" in picture.read_text()
+    assert "mathdefault" not in picture.read_text()
     family = read_scales(world["scales"]).model.family
     done = run.invoke(quambase, [*map(str, common), "--one-at-a-time", "--strategy", "absmax", "--format", "json"])
     rows = json.loads(done.stdout)
