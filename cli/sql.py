@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -14,6 +16,7 @@ from quambase.cli.console import Command, answer, database_option, note, output_
 from quambase.cli.formats import emit
 from quambase.cli.query import note_sql, run_option, show_sql_option
 from quambase.schema.errors import QueryInvalid
+from quambase.schema.progress import Progress
 from quambase.schema.sql.queries import cookbook, definitions_for, recipe
 
 if TYPE_CHECKING:
@@ -114,9 +117,27 @@ def ask(
     if show_sql:
         for statement in definitions_for(text):
             note_sql(statement)
-    table = database.sql(text, values)
+    with _watched() as watch:
+        table = database.sql(text, values, watch)
     scales = database.scales_notes if "scales" in text.lower() else []
     return table, [*database.notes, *scales, *(database.results_notes or [])]
+
+
+@contextmanager
+def _watched() -> Iterator[Callable[[float], None]]:
+    """A function that shows how much of a query is done, from its first call on."""
+    shown: Progress | None = None
+    with ExitStack() as stack:
+
+        def tell(share: float) -> None:
+            nonlocal shown
+            if shown is None:
+                shown = stack.enter_context(Progress(True))
+                shown.start("query", 100, 1, unit="%")
+                stack.enter_context(shown.piece(100, 1))
+            shown.tell(share)
+
+        yield tell
 
 
 def cookbook_table() -> pa.Table:

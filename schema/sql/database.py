@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +39,14 @@ VERIFY_LIMIT_BYTES = 256 << 20
 every one.
 """
 
+_COUNTS_PROGRESS = (
+    "SET enable_progress_bar = true",
+    "SET enable_progress_bar_print = false",
+    "SET progress_bar_time = 0",
+)
+"""Without a bar DuckDB does not count how much of a query is done."""
+
+
 _LOCKDOWN = (
     "SET temp_directory = ''",
     "SET python_enable_replacements = false",
@@ -65,6 +73,10 @@ class DocumentSeries:
     def united(cls, parts: Sequence[Self]) -> Self:
         """Several groups of one site as one: the largest amax of each document. Their quantiles do not combine."""
         return cls(parts[0].documents, np.max([part.amax for part in parts], axis=0), {})
+
+
+WATCHED_AFTER, WATCHED_EVERY = 2.0, 0.2
+"""Seconds until the progress of a query is told, and from one time to the next."""
 
 
 class StatsDB:
@@ -110,7 +122,7 @@ class StatsDB:
         self._connection.register("_results", RESULTS.empty_table())
         self._connection.register("_number_format", pa.table({"qmin": [INT8.qmin], "qmax": [INT8.qmax]}))
         self._connection.execute(sql_file("views.sql") + "\n".join(comments()))
-        for statement in () if unsafe else _LOCKDOWN:
+        for statement in (*_COUNTS_PROGRESS, *(() if unsafe else _LOCKDOWN)):
             self._connection.execute(statement)
 
     def __enter__(self) -> Self:
@@ -132,8 +144,15 @@ class StatsDB:
     def __repr__(self) -> str:
         return f"StatsDB({str(self.path)!r}): {self.notes[0]}"
 
-    def sql(self, query: str, params: Mapping[str, object] | None = None) -> Answer:
+    def sql(
+        self,
+        query: str,
+        params: Mapping[str, object] | None = None,
+        watch: Callable[[float], None] | None = None,
+    ) -> Answer:
         """Answer ``query`` (named parameters as ``$name``); a statement that returns no rows gives no columns.
+
+        watch  called after WATCHED_AFTER seconds and often from then on with the share that is done, from 0 to 1
 
         QueryInvalid: whatever DuckDB refuses, in one line; for an unknown view or column it names the nearest ones.
 
@@ -147,13 +166,15 @@ class StatsDB:
         if self._trace:
             self._trace("".join([query, *(f"\n-- ${name} = {value!r}" for name, value in (params or {}).items())]))
         try:
-            return Answer(self._interruptible(query, params))
+            return Answer(self._interruptible(query, params, watch))
         except duckdb.Error as error:
             raise QueryInvalid(self._explain(str(error))) from None
         except (pa.ArrowException, OSError) as error:
             raise DatabaseInvalid(f"a table could not be read ({str(error).splitlines()[0]}); try `doctor`") from None
 
-    def _interruptible(self, query: str, params: Mapping[str, object] | None) -> pa.Table:
+    def _interruptible(
+        self, query: str, params: Mapping[str, object] | None, watch: Callable[[float], None] | None
+    ) -> pa.Table:
         """Run ``query`` in another thread, so that Ctrl-C reaches this one and stops the query at once."""
 
         def answer() -> pa.Table:
@@ -163,6 +184,11 @@ class StatsDB:
         with ThreadPoolExecutor(1) as thread:
             answered = thread.submit(answer)
             try:
+                wait([answered], WATCHED_AFTER if watch else None)
+                while watch and not answered.done():
+                    # DuckDB gives percents, or -1 where it cannot tell.
+                    watch(min(1.0, max(0.0, self._connection.query_progress() / 100)))
+                    wait([answered], WATCHED_EVERY)
                 return answered.result()
             except KeyboardInterrupt:
                 self._connection.interrupt()

@@ -443,3 +443,22 @@ def test_stats_are_sorted_by_outlier_ratio(db: StatsDB) -> None:
         db.stats(site="x_proj")
     with pytest.raises(UnknownName, match="unknown layer '7' in run run-a; known: -1, 0, 1"):
         db.stats(layer=7)
+
+
+def test_a_long_query_tells_how_much_is_done(fabricated_database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "WATCHED_AFTER", 0.05)
+    monkeypatch.setattr(database, "WATCHED_EVERY", 0.02)
+    told: list[float] = []
+    query = "select count(*) as n from range(60000) as a, range(20000) as b where (a.range * b.range) % 7 = 3"
+    with StatsDB(fabricated_database) as db:
+        assert db.sql(query, watch=told.append)["n"].to_pylist() == [_products(60000, 20000)]
+        quick: list[float] = []
+        db.sql("select 1", watch=quick.append)
+    assert len(told) > 1 and told == sorted(told) and 0 <= told[0] and max(told) <= 1 and not quick
+
+
+def _products(first: int, second: int) -> int:
+    """How many pairs below ``first`` and ``second`` have a product that is 3 modulo 7."""
+    ones = [len(range(r, first, 7)) for r in range(7)]
+    others = [len(range(r, second, 7)) for r in range(7)]
+    return sum(ones[a] * others[b] for a in range(7) for b in range(7) if a * b % 7 == 3)
