@@ -127,15 +127,17 @@ def ask(
 def _watched() -> Iterator[Callable[[float], None]]:
     """A function that shows how much of a query is done, from its first call on."""
     shown: Progress | None = None
+    first = 0.0
     with ExitStack() as stack:
 
         def tell(share: float) -> None:
-            nonlocal shown
+            nonlocal shown, first
             if shown is None:
-                shown = stack.enter_context(Progress(True))
-                shown.start("query", 100, 1, unit="%")
-                stack.enter_context(shown.piece(100, 1))
-            shown.tell(share)
+                shown, first = stack.enter_context(Progress(True)), min(share, 0.99)
+                # The rate is measured from here on.
+                shown.start("query", 100, 1, unit="percent", done=(100 * first, first))
+                stack.enter_context(shown.piece(100 * (1 - first), 1 - first))
+            shown.tell(max(0.0, share - first) / (1 - first))
 
         yield tell
 
