@@ -83,8 +83,9 @@ def steps(samples: int) -> Iterator[tuple[str, list[str]]]:
             f"--data sample:evaluation --samples {few} --task perplexity"
         ],
     )
+    yield "6. One page of the run, to look at and to send: it needs no network.", ["quambase report"]
     yield (
-        "6. A Mamba-2, at its scan's input: heads and channels sorted into groups, and what a scale for each buys.",
+        "7. A Mamba-2, at its scan's input: heads and channels sorted into groups, and what a scale for each buys.",
         [
             f"quambase collect --model mamba2-8m --samples {few} --site x_conv_out:input --db mamba2-db",
             "quambase analyze --db mamba2-db --strategy mse --strategy quamba --out mamba2.parquet",
@@ -102,6 +103,7 @@ ENDING = """\
   compare.png               one site: original against reconstruction, error by magnitude
   quambase-db/models/*/     the INT8 model: safetensors, config, the scales it holds
   quambase-db/results/*/    every document's result: compare strategies again without running them
+  report.html               the answer, every site in pictures, the tables: open it in a browser
   mamba2-db/, mamba2.parquet    the same of a Mamba-2
 Next, there:
   quambase evaluate --strategy all    every strategy on every bundled text; some minutes on two cores
