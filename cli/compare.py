@@ -29,15 +29,17 @@ def _finite(ctx: click.Context, param: click.Parameter, values: tuple[float, ...
     return values
 
 
-strategies_option = click.option(
-    "--strategy",
-    "strategies",
-    multiple=True,
-    callback=one_each,
-    metavar="LABEL",
-    shell_complete=complete_strategies,
-    help="A strategy; once for each. [default: as analyze]",
-)
+def strategies_option(default: str = "as analyze") -> Callable[[click.decorators.FC], click.decorators.FC]:
+    """`--strategy`, repeated; ``default``: which ones without it, in words."""
+    return click.option(
+        "--strategy",
+        "strategies",
+        multiple=True,
+        callback=one_each,
+        metavar="LABEL",
+        shell_complete=complete_strategies,
+        help=f"A strategy; once for each. [default: {default}]",
+    )
 
 
 def picture_options(default: str) -> Callable[[click.decorators.FC], click.decorators.FC]:
@@ -64,7 +66,7 @@ compare_options = options(
     ),
     click.option("--layer", type=int, help="Its layer; -1 is the head. [default: that with the largest outlier ratio]"),
     click.option("--group", default=WHOLE, show_default=True, help="Slice of a divided site: x, z; dt, B, C."),
-    strategies_option,
+    strategies_option(),
     click.option(
         "--value",
         "values",

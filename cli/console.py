@@ -167,6 +167,11 @@ def force_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--force", is_flag=True, help="Replace an output file that quambase did not write.")(function)
 
 
+json_option = click.option(
+    "--json", "format_", flag_value="json", type=click.Choice(FORMATS), help="The same as --format json."
+)
+
+
 def format_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--format` and `--wide` of a command that prints a table to stdout alone."""
 
@@ -180,9 +185,7 @@ def format_option(function: Callable[..., Any]) -> Callable[..., Any]:
         callback=wide,
         help="Show every column, row and text of a table in full. [default: what fits the terminal, or 100 columns]",
     )(function)
-    function = click.option(
-        "--json", "format_", flag_value="json", type=click.Choice(FORMATS), help="The same as --format json."
-    )(function)
+    function = json_option(function)
     return click.option(
         "--format", "format_", type=click.Choice(FORMATS), default="table", show_default=True, help="Output format."
     )(function)

@@ -33,7 +33,7 @@ TABLES = ("strategies", "sizes")
 converge_options = options(
     click.option("--site", shell_complete=complete_sites, help="Only this site. [default: all that the model reads]"),
     click.option("--layer", type=int, help="Only this layer; -1 is the head. [default: all]"),
-    strategies_option,
+    strategies_option(),
     click.option(
         "--resamples",
         type=click.IntRange(2, 10_000),

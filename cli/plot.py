@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from quambase.cli.complete import complete_sites, complete_strategies
+from quambase.cli.compare import strategies_option
+from quambase.cli.complete import complete_sites
 from quambase.cli.console import (
     FORMATS,
     Command,
     answer,
     database_option,
     force_option,
+    json_option,
     note,
-    one_each,
     options,
 )
 from quambase.cli.formats import emit
@@ -44,15 +45,7 @@ plot_options = options(
     click.option("--site", shell_complete=complete_sites, help="Site. [default: that of the largest outlier ratio]"),
     click.option("--layer", type=int, help="Its layer; -1 is the head. [default: that of the largest outlier ratio]"),
     click.option("--group", default=WHOLE, show_default=True, help="Slice of a divided site: x, z; dt, B, C."),
-    click.option(
-        "--strategy",
-        "strategies",
-        multiple=True,
-        callback=one_each,
-        metavar="LABEL",
-        shell_complete=complete_strategies,
-        help="A strategy; once for each. [default: some well-known ones and the selected one, or all there are]",
-    ),
+    strategies_option("some well-known ones and the selected one, or all there are"),
     click.option(
         "--scales",
         type=click.Path(dir_okay=False, path_type=Path),
@@ -82,6 +75,7 @@ plot_options = options(
     click.option(
         "--format", "format_", type=click.Choice(FORMATS), help="Print the numbers drawn, too, in this format."
     ),
+    json_option,
     force_option,
     database_option,
 )
