@@ -91,7 +91,33 @@
     if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
     return a.localeCompare(b, "en", { numeric: true });
   };
+  // A field over the table that leaves the rows with all of its words; the table of scales has its own.
+  const filters = new Map();
+  const filterable = (table) => {
+    const known = filters.get(table);
+    if (known) known.value = "";
+    if (known || table.id === "scale-table") return;
+    const place = table.closest(".wide"),
+      input = element("input", null, { type: "search", autocomplete: "off", spellcheck: "false" }),
+      label = element("label", "Filter "),
+      form = element("form", null, { class: "filter" }),
+      named = place.getAttribute("aria-label") ?? byId(place.getAttribute("aria-labelledby")).textContent;
+    input.setAttribute("aria-label", `Filter: ${named}`);
+    label.append(input);
+    form.append(label);
+    form.addEventListener("submit", (event) => event.preventDefault());
+    input.addEventListener("input", () => {
+      const words = input.value.trim().toLowerCase().split(/\s+/);
+      for (const row of table.tBodies[0].rows) {
+        const text = row.textContent.toLowerCase();
+        row.hidden = !words.every((word) => text.includes(word));
+      }
+    });
+    place.before(form);
+    filters.set(table, input);
+  };
   const sortable = (table) => {
+    filterable(table);
     [...table.tHead.rows[0].cells].forEach((cell, place) => {
       const button = element("button", null, { type: "button" });
       button.append(...cell.childNodes);

@@ -227,6 +227,23 @@ def test_tables_sort_and_filter(browser: webdriver.Chrome, address: str) -> None
     names = texts(browser, strategies)
     click(browser, "#strategies table thead button")
     assert texts(browser, strategies) == sorted(names, key=str.lower)
+    find(browser, "#strategies form.filter input").send_keys("MSE")
+    left = texts(browser, "#strategies table tbody tr:not([hidden]) th")
+    assert left == [name for name in sorted(names, key=str.lower) if "mse" in name.lower()] != []
+
+
+def test_the_tables_of_a_site_filter_and_forget_it_at_the_next(browser: webdriver.Chrome, address: str) -> None:
+    opened(browser, address, TAIL)
+    left = "#site-marks tbody tr:not([hidden]) th"
+    every = texts(browser, left)
+    fields = browser.find_elements(By.CSS_SELECTOR, "#site form.filter input")
+    assert len(fields) == 3, "strategies, channels, tokens"
+    fields[0].send_keys("absmax")
+    assert texts(browser, left) == ["absmax"] and len(every) > 1
+    elsewhere = TAIL.replace("layer-0", "layer-1")
+    browser.execute_script("location.hash = arguments[0]", elsewhere)
+    drawn(browser, elsewhere)
+    assert len(texts(browser, left)) > 1 and fields[0].get_attribute("value") == ""
 
 
 def test_tokens_of_others_are_text(browser: webdriver.Chrome, address: str) -> None:
