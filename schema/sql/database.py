@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -122,7 +123,10 @@ class StatsDB:
         self._connection.register("_results", RESULTS.empty_table())
         self._connection.register("_number_format", pa.table({"qmin": [INT8.qmin], "qmax": [INT8.qmax]}))
         self._connection.execute(sql_file("views.sql") + "\n".join(comments()))
-        for statement in (*_COUNTS_PROGRESS, *(() if unsafe else _LOCKDOWN)):
+        with suppress(duckdb.Error):  # a notebook without ipywidgets has no bar, and no share is told
+            for statement in _COUNTS_PROGRESS:
+                self._connection.execute(statement)
+        for statement in () if unsafe else _LOCKDOWN:
             self._connection.execute(statement)
 
     def __enter__(self) -> Self:
