@@ -19,7 +19,7 @@ from quambase.analyzer.summary import summarize
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
 from quambase.schema.groups import granularity_of
 from quambase.schema.manifest import Manifest
-from quambase.schema.number_format import INT8, Affine
+from quambase.schema.number_format import INT8, multipliers, zero_point_of
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.scale_table import (
     EFFECT,
@@ -198,12 +198,12 @@ def scale_columns(
     index. The figures are those of the one scale, since a state is counted by group and not by index.
     """
     components = list(scale) if isinstance(scale, tuple) else state_scales
-    single = scale[0] if isinstance(scale, tuple) else scale.scale if isinstance(scale, Affine) else scale
+    single = multipliers(scale)[0]
     figures = group.figures(scale)
     amax = group.distribution.amax
     return {
         "scale": single,
-        "zero_point": scale.zero_point if isinstance(scale, Affine) else 0,
+        "zero_point": zero_point_of(scale),
         "component_scales": components,
         "qmin": INT8.qmin,
         "qmax": INT8.qmax,

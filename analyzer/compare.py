@@ -18,7 +18,7 @@ from quambase.analyzer.scale_groups import ScaleGroup, group_of_values
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.schema.errors import UnknownName
 from quambase.schema.files import refuse_foreign_picture
-from quambase.schema.number_format import INT8, Affine
+from quambase.schema.number_format import INT8, Affine, multipliers
 from quambase.schema.sites import WHOLE
 from quambase.schema.sql.answer import PrintsAsTable
 from quambase.schema.sql.database import StatsDB
@@ -149,11 +149,6 @@ def _coded(values: npt.NDArray[np.float32], scale: Scale) -> tuple[npt.NDArray[n
     return codes, codes * np.float64(scale)
 
 
-def _shown_scale(scale: Scale) -> float:
-    """The scale, of two segments the inner one's."""
-    return scale.scale if isinstance(scale, Affine) else scale[0] if isinstance(scale, tuple) else scale
-
-
 def _site_of_run(
     db: Path, run: str | None, site: str | None, layer: int | None, group: str
 ) -> tuple[str, ScaleGroup, str, list[str]]:
@@ -186,7 +181,7 @@ def _strategies_table(
         rows.append(
             {
                 "strategy": choice.label,
-                "scale": _shown_scale(scale),
+                "scale": multipliers(scale)[0],
                 "mse": found.mse,
                 "mse_change_percent": change,
                 "worth": change is not None and change < WORTH_PERCENT,

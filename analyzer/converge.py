@@ -22,7 +22,7 @@ from quambase.schema.distribution import BlockCounts
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
 from quambase.schema.files import refuse_foreign_picture
 from quambase.schema.manifest import Manifest
-from quambase.schema.number_format import Affine
+from quambase.schema.number_format import multipliers
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.sites import WHOLE
 from quambase.schema.sql.answer import PrintsAsTable
@@ -293,12 +293,8 @@ class _Losses:
 
 def change(scale: Scale, whole: Scale) -> float:
     """|scale / whole - 1|; of two segments the larger one. Zero points are not compared."""
-    pairs = zip(_numbers(scale), _numbers(whole), strict=True)
+    pairs = zip(multipliers(scale), multipliers(whole), strict=True)
     return max(abs(one / other - 1) for one, other in pairs)
-
-
-def _numbers(scale: Scale) -> tuple[float, ...]:
-    return scale if isinstance(scale, tuple) else (scale.scale,) if isinstance(scale, Affine) else (scale,)
 
 
 def _nothing_left(manifest: Manifest, left_out: dict[str, list[str]]) -> str:

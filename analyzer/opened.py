@@ -14,7 +14,7 @@ from quambase.analyzer.one_site import chosen_group, one_run, place
 from quambase.analyzer.quantization_error import predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.strategies import Scale, parse_label, parse_labels
-from quambase.schema.number_format import Affine
+from quambase.schema.number_format import multipliers, zero_point_of
 from quambase.schema.sites import WHOLE
 from quambase.schema.sql.answer import Answer, PrintsAsTable
 from quambase.schema.sql.database import StatsDB
@@ -119,10 +119,9 @@ class Site:
         """What ``scale``, a number or a strategy's label, does to the values."""
         found = self.scale(scale) if isinstance(scale, str) or callable(scale) else scale
         figures, sensitivity = self.values.figures(found), self.values.sensitivity
-        single = found[0] if isinstance(found, tuple) else found.scale if isinstance(found, Affine) else found
         return ScaleError(
-            float(single),
-            found.zero_point if isinstance(found, Affine) else 0,
+            float(multipliers(found)[0]),
+            zero_point_of(found),
             figures.clipped_share,
             figures.mse,
             figures.sqnr_db,

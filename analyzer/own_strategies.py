@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from quambase.schema.errors import DataInvalid, UnknownName
-from quambase.schema.number_format import INT8, Affine
+from quambase.schema.number_format import INT8, multipliers, zero_point_of
 
-GROUP = "quambase.strategies"
+ENTRY_POINTS = "quambase.strategies"
 """The entry points' group: their names are those of strategies, their objects the functions."""
 
 _FILE = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)(?P<values>:.*)?", re.S)
@@ -56,7 +56,7 @@ def _module(path: Path) -> Any:
 @cache
 def installed() -> dict[str, EntryPoint]:
     """The entry points of other packages, by the strategy's name."""
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
 
 
 def from_entry_point(name: str) -> Callable[..., Any]:
@@ -80,13 +80,11 @@ def checked(name: str, function: Callable[..., Any], *arguments: Any, **paramete
         found = function(*arguments, **parameters)
     except Exception as error:  # whatever a user's code raises
         raise DataInvalid(f"strategy {name} fails: {_described(error)}; mend its function") from error
-    numbers = found if isinstance(found, tuple) else [found.scale if isinstance(found, Affine) else found]
     try:
-        right = all(math.isfinite(number) and number >= 0 for number in numbers)
+        right = all(math.isfinite(number) and number >= 0 for number in multipliers(found))
     except TypeError:
         right = False
-    zero = found.zero_point if isinstance(found, Affine) else 0
-    if not right or not INT8.qmin <= zero <= INT8.qmax:
+    if not right or not INT8.qmin <= zero_point_of(found) <= INT8.qmax:
         raise DataInvalid(f"strategy {name} returns {found!r}; expected a scale: a finite number, not below zero")
     return found
 

@@ -11,15 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from matplotlib.figure import Figure
 
 from quambase.analyzer.analyze import Analysis, analyze
-from quambase.analyzer.pictures.frame import styled, title
 from quambase.analyzer.strategies import Choice, parse_label
 from quambase.analyzer.summary import summarize
 from quambase.schema.errors import DataInvalid
 from quambase.schema.files import refuse_foreign_picture
-from quambase.schema.pictures import check_picture_format, logarithmic, new_figure, save_picture
 from quambase.schema.progress import Shown
 from quambase.schema.sql.answer import PrintsAsTable
 
@@ -112,10 +109,7 @@ class Swept(PrintsAsTable):
     def best(self) -> dict[str, Any]:
         """The row of the least predicted loss; in a run without sensitivities, of the least error."""
         rows = self.table.to_pylist()
-        known = [row for row in rows if row["predicted_kl"] is not None]
-        if known:
-            return min(known, key=lambda row: row["predicted_kl"])
-        return max(rows, key=lambda row: -math.inf if row["sqnr_db_median"] is None else row["sqnr_db_median"])
+        return _least_loss(rows) or _least_error(rows) or rows[0]
 
     def shown(self) -> pa.Table:
         """A row for each value."""
@@ -146,6 +140,8 @@ def sweep(
     asked = Sweep.parse(text)
     picture = None if picture is None else Path(picture)
     if picture is not None:
+        from quambase.schema.pictures import check_picture_format  # matplotlib takes half a second to import
+
         check_picture_format(picture)
         refuse_foreign_picture(picture, force=force)
     labels = [choice.label for choice in asked.choices]
@@ -156,28 +152,40 @@ def sweep(
     rows = [{asked.parameter: value} | {name: by_label[label][name] for name in kept} for value, label in pairs]
     table = pa.Table.from_pylist(rows)
     if picture is not None:
-        save_picture(_figure(asked, rows), picture)
+        from quambase.analyzer.pictures.sweep import sweep_figure
+        from quambase.schema.pictures import save_picture
+
+        save_picture(
+            sweep_figure(asked.choices[0].strategy.name, asked.parameter, rows, falling=asked.falling), picture
+        )
     return Swept(asked.parameter, table, _words(asked, rows), found, picture)
+
+
+def _least_loss(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of the least predicted loss; None where none is known."""
+    known = [row for row in rows if row["predicted_kl"] is not None]
+    return min(known, key=lambda row: row["predicted_kl"], default=None)
+
+
+def _least_error(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row whose median scale has the largest SQNR; None where none is known."""
+    known = [row for row in rows if row["sqnr_db_median"] is not None]
+    return max(known, key=lambda row: row["sqnr_db_median"], default=None)
 
 
 def _words(asked: Sweep, rows: Sequence[dict[str, Any]]) -> list[str]:
     """Which value is best, by the predicted loss where it is known, and by the median error."""
-    lines = []
-    known = [row for row in rows if row["predicted_kl"] is not None]
-    if known:
-        best = min(known, key=lambda row: row["predicted_kl"])
-        worst = max(known, key=lambda row: row["predicted_kl"])
+    name, lines = asked.parameter, []
+    if (best := _least_loss(rows)) is not None:
+        worst = max((row for row in rows if row["predicted_kl"] is not None), key=lambda row: row["predicted_kl"])
         lines.append(
-            f"least predicted loss at {asked.parameter} = {best[asked.parameter]:.6g}: "
-            f"{best['predicted_kl']:.2g} nats a token; most at {worst[asked.parameter]:.6g}: "
-            f"{worst['predicted_kl']:.2g}{_at_an_end(asked, best)}"
+            f"least predicted loss at {name} = {best[name]:.6g}: {best['predicted_kl']:.2g} nats a token; most at "
+            f"{worst[name]:.6g}: {worst['predicted_kl']:.2g}{_at_an_end(asked, best)}"
         )
-    measured = [row for row in rows if row["sqnr_db_median"] is not None]
-    if measured:
-        best = max(measured, key=lambda row: row["sqnr_db_median"])
+    if (best := _least_error(rows)) is not None:
         lines.append(
-            f"least error of the median scale at {asked.parameter} = {best[asked.parameter]:.6g}: "
-            f"{best['sqnr_db_median']:.3g} dB{_at_an_end(asked, best)}"
+            f"least error of the median scale at {name} = {best[name]:.6g}: {best['sqnr_db_median']:.3g} dB"
+            f"{_at_an_end(asked, best)}"
         )
     return lines
 
@@ -185,31 +193,3 @@ def _words(asked: Sweep, rows: Sequence[dict[str, Any]]) -> list[str]:
 def _at_an_end(asked: Sweep, best: dict[str, Any]) -> str:
     ends = asked.values[0], asked.values[-1]
     return "; that is an end of the range: widen it" if best[asked.parameter] in ends else ""
-
-
-@styled
-def _figure(asked: Sweep, rows: Sequence[dict[str, Any]]) -> Figure:
-    """Predicted KL and the error of the median scale against the parameter."""
-    known = rows[0]["predicted_kl"] is not None
-    figure = new_figure(1, 3.4 if known else 2.2)
-    title(
-        figure, f"{asked.choices[0].strategy.name}: {asked.parameter} from {asked.values[0]:g} to {asked.values[-1]:g}"
-    )
-    panels = figure.subplots(2 if known else 1, 1, sharex=True, squeeze=False)[:, 0]
-    names = [*(["predicted_kl"] if known else []), "sqnr_db_median"]
-    words = {"predicted_kl": "predicted KL\n(nats a token)", "sqnr_db_median": "SQNR of the\nmedian scale (dB)"}
-    best = {"predicted_kl": min, "sqnr_db_median": max}
-    x = [1 - value if asked.falling else value for value in asked.values]
-    for axes, name in zip(panels, names, strict=True):
-        drawn = [(at, row[name]) for at, row in zip(x, rows, strict=True) if row[name] is not None]
-        axes.plot(*zip(*drawn, strict=True), marker="o", color="#0072B2")
-        place = best[name](drawn, key=lambda pair: pair[1])
-        axes.plot(*place, marker="o", markersize=8, markerfacecolor="none", color="#D55E00")
-        axes.set_ylabel(words[name])
-    last = panels[-1]
-    if asked.falling or asked.values[-1] >= 10 * asked.values[0]:
-        logarithmic(last, "x")
-    last.set_xlabel(f"1 - {asked.parameter}" if asked.falling else asked.parameter)
-    if asked.falling:
-        last.invert_xaxis()
-    return figure

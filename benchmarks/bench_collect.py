@@ -22,6 +22,7 @@ from quambase.model.checkpoint import load_model
 from quambase.model.inputs.names import BUNDLED, bundled_models
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.mamba1 import MambaConfig
+from quambase.model.mamba2 import Mamba2Config
 from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.weights import random_weights, tensors_of
@@ -29,10 +30,11 @@ from quambase.model.weights import random_weights, tensors_of
 SEQ_LEN, BLOCK = 512, 32
 
 
-def write_130m(folder: Path) -> Path:
-    """A model of mamba-130m's shape with random weights and the bundled tokenizer."""
-    raw = {"d_model": 768, "n_layer": 24, "vocab_size": 50277, "ssm_cfg": {}, "pad_vocab_size_multiple": 8}
-    weights = random_weights(MambaConfig.from_mamba_ssm(raw))
+def write_130m(folder: Path, *, mamba2: bool = False) -> Path:
+    """A model of mamba-130m's shape, or of mamba2-130m's, with random weights and the bundled tokenizer."""
+    ssm, multiple = ({"layer": "Mamba2"}, 16) if mamba2 else ({}, 8)
+    raw = {"d_model": 768, "n_layer": 24, "vocab_size": 50277, "ssm_cfg": ssm, "pad_vocab_size_multiple": multiple}
+    weights = random_weights((Mamba2Config if mamba2 else MambaConfig).from_mamba_ssm(raw))
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(raw))
     save_file({k: v.contiguous().clone() for k, v in tensors_of(weights).items()}, folder / "model.safetensors")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-import shlex
 import shutil
 import sys
 import textwrap
@@ -15,10 +14,10 @@ from typing import Any
 
 import click
 
+from quambase.schema.commands import DATABASE, of_database
 from quambase.schema.errors import QuambaseError
 from quambase.schema.files import refuse_foreign_file
 
-DATABASE = Path("quambase-db")
 """The default database folder."""
 
 FORMATS = ("table", "json", "csv", "parquet", "markdown")
@@ -112,8 +111,7 @@ def answer(message: str) -> None:
 
 def next_command(command: str, db: Path | None = None) -> None:
     """Print the next command, with `--db` unless that is the default."""
-    place = "" if db is None or db == DATABASE else f" --db {shlex.quote(str(db))}"
-    click.echo(printable(f"next: {command}{place}"), err=True)
+    click.echo(printable(f"next: {command}{of_database(db)}"), err=True)
 
 
 def one_each(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:

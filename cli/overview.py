@@ -8,12 +8,13 @@ import click
 
 from quambase.cli.console import note
 from quambase.cli.formats import emit
+from quambase.schema.commands import DATABASE
 from quambase.schema.errors import DatabaseInvalid, QuambaseError
 from quambase.schema.results import finished_evaluations
 from quambase.schema.runs import list_runs, overview
 from quambase.schema.scale_table import read_scales
 
-DATABASE, SCALES = Path("quambase-db"), Path("scales.parquet")
+SCALES = Path("scales.parquet")
 
 
 def show_folder() -> None:

@@ -80,7 +80,7 @@ def sql(
     if queries:
         emit(cookbook_table(), format_, output, wrap="question")
         return
-    text = query if file is None else _read(file)
+    text = query.strip() if query is not None else None if file is None else _read(file)
     shell = text is None and not schema and sys.stdin.isatty()
     if text is None and not schema and not shell:
         text = sys.stdin.read()
@@ -95,7 +95,7 @@ def sql(
             Shell(database).run()
             return
         found, lines = (database.describe(), []) if text is None else ask(database, text, settings, show_sql)
-        for line in lines:
+        for line in [*([] if text is None else database.notes), *lines]:
             note(line)
     if text is not None and text.startswith("@"):
         answer(recipe(text[1:]).question)
@@ -106,7 +106,7 @@ def sql(
 def ask(
     database: StatsDB, text: str, settings: tuple[str, ...] = (), show_sql: bool = False
 ) -> tuple[pa.Table, list[str]]:
-    """The answer to SQL, or to ``@NAME`` of the cookbook with these parameters; and notes: the run, what a view lacks.
+    """The answer to SQL, or to ``@NAME`` of the cookbook with these parameters; and notes on what a view lacks.
 
     QueryInvalid, UnknownName.
     """
@@ -120,7 +120,7 @@ def ask(
     with _watched() as watch:
         table = database.sql(text, values, watch)
     scales = database.scales_notes if "scales" in text.lower() else []
-    return table, [*database.notes, *scales, *(database.results_notes or [])]
+    return table, [*scales, *(database.results_notes or [])]
 
 
 @contextmanager

@@ -89,7 +89,9 @@ class Shell:
                 click.echo(HELP)
             else:
                 name, *settings = statement.split() if statement.startswith("@") else [statement]
-                found, _ = ask(self.database, name, tuple(settings))
+                found, lines = ask(self.database, name, tuple(settings))
+                for line in lines:
+                    note(line)
                 if found.num_columns:
                     emit(found.table, "table")
         except QuambaseError as error:

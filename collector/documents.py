@@ -1,4 +1,4 @@
-"""Plans a run before its first forward pass: documents, blocks, sampled tokens, the run id."""
+"""The documents of a run: read before its first forward pass, sampled tokens, the run id, the text around a token."""
 
 from __future__ import annotations
 

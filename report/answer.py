@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 
 from quambase.analyzer.summary import selection
 from quambase.apply.evaluation.summary_text import Ranking, rank
 from quambase.report.contents import Contents
+from quambase.schema.commands import of_database
 from quambase.schema.scale_table import EFFECT, QUAMBASE
 from quambase.schema.sites import FAMILIES
-
-DATABASE = Path("quambase-db")
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def answer(contents: Contents, ranked: list[Ranking]) -> Answer:
             [],
             f"There is no scale table of this run: what each strategy does at each site is not known yet, only how "
             f"far the activations of {contents.manifest.model.name} reach.",
-            f"quambase analyze --run {run}{_at(contents.db)}",
+            f"quambase analyze --run {run}{of_database(contents.db)}",
         )
     predicted = selection(
         contents.rows,
@@ -52,23 +50,21 @@ def answer(contents: Contents, ranked: list[Ranking]) -> Answer:
     table = f" --scales {shlex.quote(str(contents.path))}"
     if contents.manifest.model.family not in FAMILIES:
         missing = "This is an imported tensor: there is no model to evaluate, only the error of its codes."
-        return Answer([], predicted, missing, f"quambase compare --run {contents.manifest.run}{_at(contents.db)}")
+        return Answer(
+            [], predicted, missing, f"quambase compare --run {contents.manifest.run}{of_database(contents.db)}"
+        )
     if not measured:
         missing = "No INT8 model of this run was evaluated: what follows is predicted, not measured."
-        return Answer([], predicted, missing, f"quambase evaluate{table} --strategy all{_at(contents.db)}")
+        return Answer([], predicted, missing, f"quambase evaluate{table} --strategy all{of_database(contents.db)}")
     best = best_strategy(ranked)
     chosen = f" --strategy {shlex.quote(best)}" if best else ""
-    return Answer(measured, predicted, None, f"quambase apply{table}{chosen}{_at(contents.db)}")
+    return Answer(measured, predicted, None, f"quambase apply{table}{chosen}{of_database(contents.db)}")
 
 
 def best_strategy(ranked: list[Ranking]) -> str | None:
     """The strategy that is starred on the first text; None where none is."""
     rows = ranked[0].table.to_pylist()
     return next((str(row["strategy"]) for row in rows if row[""] == "*"), None)
-
-
-def _at(db: Path) -> str:
-    return "" if db == DATABASE else f" --db {shlex.quote(str(db))}"
 
 
 def ranking(contents: Contents) -> list[Ranking]:

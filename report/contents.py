@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quambase.analyzer.converge import Convergence, converge
+from quambase.analyzer.one_site import one_run
 from quambase.analyzer.pictures.numbers.site_grid import SiteGrid, site_grid
 from quambase.analyzer.pictures.numbers.strategies import StrategyOverSites, strategies_over_sites
 from quambase.apply.evaluation.stored import Evaluation, find_evaluation
-from quambase.apply.evaluation.summary import summarize as summarize_evaluation
 from quambase.report.site_pages import site_pages
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, ScalesInvalid
 from quambase.schema.manifest import Manifest
@@ -63,9 +63,7 @@ def gather(
     """Read everything: the arguments of `quambase.report.report.report`; ``given``: scales, ``judge``: converge."""
     with Progress(progress) as shown, StatsDB(db, run) as database:
         shown.say("reading the distributions")
-        if len(database.runs) != 1:
-            raise DatabaseInvalid(f"{len(database.runs)} runs were opened; expected one: name it with --run ID")
-        (manifest,) = database.runs
+        manifest = one_run(database, "report")
         notes: list[str] = []
         path, scales = _scales_of(db, manifest.run, given, notes)
         rows = None
@@ -79,7 +77,7 @@ def gather(
         found = _evaluation_of(db, manifest.run, evaluation, notes)
         if found is not None:
             shown.say("summarising the evaluation")
-        summary = None if found is None else summarize_evaluation(found.results)
+        summary = None if found is None else found.summary()
     convergence = _convergence_of(db, manifest, judge, progress, notes)
     notes += database.notes
     return Contents(db, manifest, path, scales, rows, grids, strategies, found, summary, convergence, pages, notes)

@@ -59,7 +59,7 @@ def report(
     force       replace ``out`` even if it is no report of quambase's
 
     The same run, scale table and evaluation give the same bytes.
-    Errors: OutputRefused; ScalesInvalid; UnknownName; DatabaseInvalid (no run, several runs, a damaged file).
+    Errors: OutputRefused; ScalesInvalid; UnknownName (also: several runs); DatabaseInvalid (no run, a damaged file).
     """
     out = Path(out)
     refuse_foreign_file(out, _ours, "report", force=force)

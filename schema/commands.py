@@ -1,8 +1,9 @@
-"""The command that made a run, told from its manifest."""
+"""Commands to print: the one that made a run, told from its manifest, and where a command finds its database."""
 
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from quambase.schema.manifest import Manifest
@@ -12,6 +13,15 @@ BATCH, LENGTH, KEPT, SEED = 32, 512, 64, 0
 """What `collect` takes where nothing is said: documents per forward pass, tokens per document, tokens whose activations
 are kept, the seed of their choice.
 """
+
+
+DATABASE = Path("quambase-db")
+"""The database of a command that names none."""
+
+
+def of_database(db: Path | None) -> str:
+    """What a command adds to name ``db``, for a shell; nothing where it is the default or None."""
+    return "" if db is None or db == DATABASE else f" --db {shlex.quote(str(db))}"
 
 
 def run_command(manifest: Manifest) -> str:

@@ -54,6 +54,16 @@ class Affine:
     zero_point: int
 
 
+def multipliers(scale: float | Affine | tuple[float, float]) -> tuple[float, ...]:
+    """What codes are multiplied by: one number, or of two segments the inner one's and the outer one's."""
+    return scale if isinstance(scale, tuple) else (scale.scale,) if isinstance(scale, Affine) else (scale,)
+
+
+def zero_point_of(scale: float | Affine | tuple[float, float]) -> int:
+    """The code of 0."""
+    return scale.zero_point if isinstance(scale, Affine) else 0
+
+
 INT8 = NumberFormat("int8", -128, 127)
 """What every scale of this package is for."""
 

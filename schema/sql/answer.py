@@ -39,14 +39,14 @@ class Answer:
 
     def df(self) -> Any:
         """A pandas DataFrame. DataInvalid: pandas is not installed."""
-        return self._other("pandas", self.table.to_pandas)
+        return self._as("pandas", self.table.to_pandas)
 
     def pl(self) -> Any:
         """A polars DataFrame. DataInvalid: polars is not installed."""
-        return self._other("polars", lambda: importlib.import_module("polars").from_arrow(self.table))
+        return self._as("polars", lambda: importlib.import_module("polars").from_arrow(self.table))
 
     @staticmethod
-    def _other(package: str, convert: Callable[[], Any]) -> Any:
+    def _as(package: str, convert: Callable[[], Any]) -> Any:
         try:
             return convert()
         except ImportError:

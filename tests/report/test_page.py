@@ -22,7 +22,7 @@ from quambase.cli.main import load_command
 from quambase.collector.import_tensor import import_tensor
 from quambase.report.drawing import DRAWINGS
 from quambase.report.report import Report, report
-from quambase.schema.errors import DatabaseInvalid, OutputRefused, ScalesInvalid, UnknownName
+from quambase.schema.errors import OutputRefused, ScalesInvalid, UnknownName
 from quambase.schema.scale_table import read_scales
 from quambase.schema.sites import FAMILIES
 from quambase.schema.sql.database import StatsDB
@@ -229,7 +229,7 @@ def test_what_is_not_of_the_run_is_left_out_or_refused(tmp_path: Path) -> None:
     assert any("no evaluation of run run-b" in line for line in found.notes)
     with pytest.raises(ScalesInvalid, match="has no scales of run run-b, but of run-a; name that run with --run"):
         report(made, scales=made / "scales.parquet", out=tmp_path / "r.html")
-    with pytest.raises(DatabaseInvalid, match="2 runs were opened; expected one: name it with --run ID"):
+    with pytest.raises(UnknownName, match="2 runs were chosen; report looks at one: name it with --run"):
         report(made, run="all", out=tmp_path / "r.html")
     with pytest.raises(UnknownName, match="unknown evaluation 'ffff'"):
         report(made, run="run-a", evaluation="ffff", out=tmp_path / "r.html")
