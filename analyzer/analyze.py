@@ -175,17 +175,24 @@ def group_rows(
         if (group.documents.quantiles or not choice.needs_document_quantiles)
         and (sensitive or not choice.strategy.needs_sensitivity)
     ]
+    select_least(rows, target, select)
+    return rows
+
+
+def select_least(rows: list[dict[str, Any]], target: str = QUAMBASE, select: str | None = None) -> None:
+    """Mark as selected the row of least loss among the rows of tables.SCALES of one scale group; ``target`` and
+    ``select`` as in `analyze`. None where every strategy needs a decoder.
+    """
     eligible = [
         i
         for i, row in enumerate(rows)
         if not row["needs_decode"] and (target != UPSTREAM or (row["clip_safe"] and not row["zero_point"]))
     ]
     if eligible:
-        by_effect = group.sensitivity is not None and select != MSE
+        by_effect = select != MSE and all(rows[i]["predicted_kl"] is not None for i in eligible)
         # The error of an empty group is NaN: no strategy is better there, the first is as good as any.
         errors = {i: float(np.nan_to_num(rows[i]["predicted_kl" if by_effect else "mse"])) for i in eligible}
         rows[min(eligible, key=lambda i: (errors[i], -rows[i]["scale"], i))]["selected"] = True
-    return rows
 
 
 def scale_columns(

@@ -20,6 +20,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quambase.analyzer.adopt import adopt as adopt
     from quambase.analyzer.analyze import analyze as analyze
     from quambase.analyzer.converge import converge as converge
     from quambase.analyzer.opened import open as open
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "StatsDB",
     "__version__",
+    "adopt",
     "analyze",
     "apply",
     "collect",
@@ -49,6 +51,7 @@ __version__ = version("quambase")
 
 _NAMES = {
     "StatsDB": "quambase.schema.sql.database",
+    "adopt": "quambase.analyzer.adopt",
     "analyze": "quambase.analyzer.analyze",
     "collect": "quambase.collector.collect",
     "converge": "quambase.analyzer.converge",

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from quambase.apply.int8.build import build_model, check_any_scales
 from quambase.apply.int8.group_scales import as_json
-from quambase.apply.int8.model_folder import refuse_foreign_folder, remember, save_model
+from quambase.apply.int8.model_folder import refuse_foreign_folder, save_model
 from quambase.apply.int8.needed_scales import check_model, unsafe_sites
 from quambase.apply.int8.weights import UPSTREAM
 from quambase.apply.scale_choice import DEFAULT_OTHERWISE, choose_scales, describe, notes_on
@@ -21,6 +21,7 @@ from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.names import bundled_models
 from quambase.schema.errors import ModelNotFound
 from quambase.schema.files import local_folder
+from quambase.schema.int8_models import remember
 from quambase.schema.scale_table import MIXED, SELECTED, ScaleTable, read_scales
 
 
@@ -94,7 +95,7 @@ def apply(
     db, out = local_folder(db), None if out is None else Path(out)
     if out is not None:
         refuse_foreign_folder(out)
-    table = read_scales(Path(scales), db)
+    table = read_scales(Path(scales))
     strategy = strategy or table.default_label
     chosen = choose_scales(table, strategy, at, otherwise, granularity)
     loaded = load_source(table, model)

@@ -160,7 +160,7 @@ def analyze(
     for line in found.notes:
         answer(line)
     summary = summarize(found.table)
-    emit(summary if format_ not in PEOPLE else _for_people(summary), format_)
+    emit(summary if format_ not in PEOPLE else strategies_for_people(summary), format_)
     if any(summary["needs_decode"].to_pylist()):
         answer("d: its codes need a decoder: `evaluate` measures it, no integer product reads it")
     for line in selection(found.table, target, by_effect=select != MSE):
@@ -225,7 +225,7 @@ def _held(out: Path) -> str:
     return f"; it replaced {len(held.labels())} strategies of run {', '.join(held.runs())}"
 
 
-def _for_people(summary: pa.Table) -> pa.Table:
+def strategies_for_people(summary: pa.Table) -> pa.Table:
     """The summary of strategies for people: the best one starred, those that need a decoder marked d."""
     known = any(kl is not None for kl in summary["predicted_kl"].to_pylist())
     rows = [

@@ -140,28 +140,28 @@ def apply(export: Path | None, import_: Path | None, backend: str, **given: Any)
     if import_ is not None:
         _import(import_, given["model"], given["out"], given["force"])
     elif export is not None:
-        _export(given["scales"], export, mix, given["db"], given["force"])
+        _export(given["scales"], export, mix, given["force"])
     elif backend != BACKENDS[0]:
         _build_upstream(mix, **given)
     else:
         _build(mix, **given)
 
 
-def _check_names(scales: Path, db: Path, mix: dict[str, Any], *, upstream: bool = False) -> None:
+def _check_names(scales: Path, mix: dict[str, Any], *, upstream: bool = False) -> None:
     """Report a wrong label, site or granularity before torch is imported, which takes seconds. Names the default
     strategy in ``mix`` where there is none.
     """
     from quambase.apply.scale_choice import choose_scales
     from quambase.schema.scale_table import SELECTED, read_scales
 
-    table = read_scales(scales, db)
+    table = read_scales(scales)
     mix["strategy"] = mix["strategy"] or (SELECTED if upstream else table.default_label)
     choose_scales(table, **mix)
 
 
 def _build(mix: dict[str, Any], quantize_lm_head: bool, quantize_embedding: bool, force: bool, **given: Any) -> None:
     """Build quambase's own INT8 model, save it, and say how to go on."""
-    _check_names(given["scales"], given["db"], mix)
+    _check_names(given["scales"], mix)
     from quambase.apply.apply import apply as run
 
     applied = run(
@@ -186,12 +186,12 @@ def _build(mix: dict[str, Any], quantize_lm_head: bool, quantize_embedding: bool
     next_command("quambase evaluate", given["db"])
 
 
-def _export(scales: Path, export: Path, mix: dict[str, Any], db: Path, force: bool) -> None:
+def _export(scales: Path, export: Path, mix: dict[str, Any], force: bool) -> None:
     """Write the scales in upstream's form, and say which gave way to others."""
-    _check_names(scales, db, mix, upstream=True)
+    _check_names(scales, mix, upstream=True)
     from quambase.apply.upstream.act_scales import export_act_scales
 
-    exported = export_act_scales(scales, export, **mix, db=db, force=force)
+    exported = export_act_scales(scales, export, **mix, force=force)
     _tell(exported.replaced, exported.notes)
     click.echo(exported.path)
 
@@ -208,7 +208,8 @@ def _build_upstream(
     """Build the model with upstream's own package, and say which scales gave way to others."""
     if out is None or compat is not None or weight_bits != 8:
         raise click.UsageError("--backend quamba needs --out FOLDER, and --compat and --weights are not for it")
-    _check_names(given["scales"], given["db"], mix, upstream=True)
+    _check_names(given["scales"], mix, upstream=True)
+    del given["db"]
     from quambase.apply.upstream.backend import build_upstream
 
     built = build_upstream(given.pop("scales"), **mix, quantize_lm_head=quantize_lm_head, out=out, **given)

@@ -225,7 +225,7 @@ def evaluate(
         scales = scales or Path("scales.parquet")
     # Names are checked before torch is imported, which takes seconds.
     if scales is not None:
-        _check_names(scales, given["db"], strategies, granularities)
+        _check_names(scales, strategies, granularities)
     find_given(given["model"], given["data"])
     if one_at_a_time:
         _sites_alone(scales or Path("scales.parquet"), strategies, picture, format_, output, given)
@@ -270,12 +270,12 @@ def _check_together(
         raise click.UsageError("--include-path goes with --tasks")
 
 
-def _check_names(scales: Path, db: Path, strategies: tuple[str, ...], granularities: tuple[str, ...]) -> None:
+def _check_names(scales: Path, strategies: tuple[str, ...], granularities: tuple[str, ...]) -> None:
     """Report a wrong label or granularity; imports no torch."""
     from quambase.apply.scale_choice import check_choice
     from quambase.schema.scale_table import read_scales
 
-    check_choice(read_scales(scales, db), strategies, granularities)
+    check_choice(read_scales(scales), strategies, granularities)
 
 
 ROWS_SHOWN = 20

@@ -20,6 +20,7 @@ from quambase.schema.errors import UnknownName
 COMMANDS: dict[str, str] = {
     "collect": "quambase.cli.collect:collect",
     "analyze": "quambase.cli.analyze:analyze",
+    "adopt": "quambase.cli.adopt:adopt",
     "apply": "quambase.cli.apply:apply",
     "evaluate": "quambase.cli.evaluate:evaluate",
     "sql": "quambase.cli.sql:sql",

@@ -116,7 +116,7 @@ def runs(db: Path, format_: str, output: Path | None) -> None:
 @database_option
 @output_options
 def doctor(db: Path, format_: str, output: Path | None) -> None:
-    """Check every run's files against their checksums, and its values; exit code 1 if anything is bad.
+    """Check every file that is read again against its checksum, and values; exit code 1 if anything is bad.
 
     \b
     Example:
@@ -129,9 +129,8 @@ def doctor(db: Path, format_: str, output: Path | None) -> None:
     bad = [row for row in report.to_pylist() if row["status"] == BAD]
     if bad:
         answer(
-            f"{len(bad)} of {report.num_rows} checks are bad, first: {bad[0]['check']} {bad[0]['subject']}; where a "
-            "file is damaged, remove its folder and run its command again; where a value is not finite, look at "
-            "the model"
+            f"{len(bad)} of {report.num_rows} checks are bad, first: {bad[0]['check']} {bad[0]['subject']}; each line "
+            "says what to do; where a value is not finite, look at the model"
         )
         sys.exit(1)
     notes = report["status"].to_pylist().count("note")

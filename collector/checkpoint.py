@@ -15,7 +15,8 @@ import torch
 from quambase.collector.statistics import Moments, RunStatistics, SiteLayout
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.files import replacing
-from quambase.schema.manifest import TableFile, table_files
+from quambase.schema.json_files import as_type
+from quambase.schema.manifest import FileName, TableFile
 from quambase.schema.sites import SiteKey
 
 CHECKPOINT = "checkpoint.npz"
@@ -62,7 +63,9 @@ def load_checkpoint(folder: Path, layouts: Mapping[SiteKey, SiteLayout], most: i
                 getattr(statistics.moments, field.name).copy_(torch.from_numpy(arrays[field.name]))
             for key, source in json.loads(str(arrays["shared"])):
                 statistics.index.share(tuple(key), tuple(source))
-            files = table_files(json.loads(str(arrays["files"])))
+            listed = json.loads(str(arrays["files"]))
+            advice = f"delete the folder {folder} and run the same command again"
+            files = as_type(listed, dict[FileName, TableFile], path, DatabaseInvalid, advice)
             return Checkpoint(int(arrays["blocks"]), statistics, files)
     except (OSError, ValueError, KeyError, IndexError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0]

@@ -50,6 +50,7 @@ from quambase.collector.shards import (
     load_shard,
     refuse_beside_shards,
     shard_folder,
+    verify_shard,
     write_places,
     write_sums,
 )
@@ -96,9 +97,13 @@ class CollectedRun(PrintsAsTable):
 
 
 def existing_run(folder: Path) -> CollectedRun:
-    """The complete run in ``folder``, after removing what a killed process left there. DatabaseInvalid."""
+    """The complete run in ``folder``, after removing what a killed process left there. DatabaseInvalid: a file is
+    missing, was cut short or altered.
+    """
     clear_leftovers(folder)
-    return CollectedRun(folder, Manifest.load(folder), existed=True)
+    manifest = Manifest.load(folder)
+    manifest.verify(folder)
+    return CollectedRun(folder, manifest, existed=True)
 
 
 def collect(
@@ -186,7 +191,9 @@ def _existing(folder: Path, shard: Shard | None) -> CollectedRun | None:
     of_shard = shard_folder(folder, shard)
     if not (of_shard / SHARD).exists():
         return None
-    return CollectedRun(of_shard, load_shard(of_shard).manifest, existed=True, shard=shard)
+    found = load_shard(of_shard)
+    verify_shard(of_shard, found)
+    return CollectedRun(of_shard, found.manifest, existed=True, shard=shard)
 
 
 @dataclass(frozen=True)

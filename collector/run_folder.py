@@ -34,8 +34,9 @@ from quambase.collector.table_rows import (
     outliers_rows,
     site_stats_maker,
 )
+from quambase.schema.checksums import file_damage, file_sha256
 from quambase.schema.errors import DatabaseInvalid, RunBusy
-from quambase.schema.files import file_damage, file_sha256, locked, remove_strays
+from quambase.schema.files import locked, remove_strays
 from quambase.schema.manifest import SHARDS, Manifest, TableFile, table_of
 from quambase.schema.runs import list_runs, sound_manifests
 from quambase.schema.tables import RUN_TABLES, write_table

@@ -7,13 +7,14 @@ last; `quambase.collector.merge.merge` needs nothing else, no model and no text.
 
 from __future__ import annotations
 
-import json
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -25,8 +26,10 @@ from quambase.collector.table_rows import Locate, Places, table_groups
 from quambase.model.block import ModelConfig
 from quambase.model.block_kinds import KINDS
 from quambase.schema import RUN_FORMAT_VERSION
+from quambase.schema.checksums import ALTERED, PLACEHOLDER, add_checksum, check_own, file_damage, file_sha256
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
-from quambase.schema.files import check_format_version, file_damage, file_sha256, replacing
+from quambase.schema.files import replacing
+from quambase.schema.json_files import Sha256, Size, as_type, read_json, write_json
 from quambase.schema.manifest import SHARDS, Manifest
 from quambase.schema.tables import read_table, write_table
 
@@ -112,14 +115,23 @@ def sums_file(block: int) -> str:
 
 
 def write_sums(folder: Path, block: int, sums: npt.NDArray[np.float64]) -> None:
-    """Store one block's `quambase.collector.statistics.BlockStatistics.sums`, (2, channels of all sites)."""
-    with replacing(folder / sums_file(block)) as temporary, temporary.open("wb") as file:
-        np.save(file, sums, allow_pickle=False)
+    """Store one block's `quambase.collector.statistics.BlockStatistics.sums`, (2, channels of all sites), followed by
+    the file's checksum.
+    """
+    with replacing(folder / sums_file(block)) as temporary:
+        with temporary.open("wb") as file:
+            np.save(file, sums, allow_pickle=False)
+            file.write(PLACEHOLDER.encode())
+        add_checksum(temporary)
 
 
 def read_sums(folder: Path, block: int) -> npt.NDArray[np.float64]:
-    """Read what `write_sums` wrote."""
-    found: npt.NDArray[np.float64] = np.load(folder / sums_file(block), allow_pickle=False)
+    """Read what `write_sums` wrote. DatabaseInvalid: it was altered."""
+    path = folder / sums_file(block)
+    content = path.read_bytes()
+    if check_own(content) == "wrong":
+        raise DatabaseInvalid(f"{path} {ALTERED}; delete {folder} and collect the shard again")
+    found: npt.NDArray[np.float64] = np.load(io.BytesIO(content), allow_pickle=False)
     return found
 
 
@@ -169,8 +181,8 @@ class ShardManifest:
     shard: Shard
     manifest: Manifest
     config: dict[str, Any]
-    blocks: int
-    files: dict[str, str]
+    blocks: Size
+    files: dict[str, Sha256]
 
     def model_config(self) -> ModelConfig:
         """The model's sizes."""
@@ -178,8 +190,10 @@ class ShardManifest:
 
 
 def finish_shard(folder: Path, shard: Shard, manifest: Manifest, config: ModelConfig, blocks: int) -> None:
-    """Write `shard.json`, which makes the shard complete."""
+    """Write `shard.json`, which makes the shard complete. DatabaseInvalid: a block's sums were altered."""
     parts = shard.blocks(parts_of(manifest.identity))
+    for block in shard.blocks(blocks):
+        read_sums(folder, block)  # whose checksums below are those of the files as they are now
     names = [CHECKPOINT, PLACES, *map(sums_file, shard.blocks(blocks)), *map(sensitivity_file, parts)]
     files = {name: file_sha256(folder / name) for name in names}
     content = {
@@ -189,33 +203,41 @@ def finish_shard(folder: Path, shard: Shard, manifest: Manifest, config: ModelCo
         "blocks": blocks,
         "files": files,
     }
-    with replacing(folder / SHARD) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / SHARD, content)
+
+
+class _Stored(msgspec.Struct):
+    """The entries of `shard.json`."""
+
+    shard: Shard
+    manifest: dict[str, Any]
+    config: dict[str, Any]
+    blocks: Size
+    files: dict[Annotated[str, msgspec.Meta(pattern=r"^[\w-]+(/[\w-]+)?\.\w+\Z")], Sha256]
 
 
 def load_shard(folder: Path) -> ShardManifest:
-    """Read ``folder/shard.json``. DatabaseInvalid: missing (the shard is unfinished), not JSON, another format."""
-    path = folder / SHARD
+    """Read ``folder/shard.json``. DatabaseInvalid: missing (the shard is unfinished), damaged, altered, another
+    format.
+    """
+    path, advice = folder / SHARD, f"delete {folder} and collect the shard again"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        manifest = raw["manifest"]
-        version = check_format_version(path, manifest["format_version"], RUN_FORMAT_VERSION)
-        if version < RUN_FORMAT_VERSION:
-            raise DatabaseInvalid(
-                f"{path} has format version {version}, of an earlier quambase, and shards of version "
-                f"{RUN_FORMAT_VERSION} can be merged; delete {folder} and collect the shard again"
-            )
-        return ShardManifest(
-            Shard(**raw["shard"]), Manifest.from_json(manifest, version), raw["config"], raw["blocks"], raw["files"]
-        )
+        raw = as_type(read_json(path, DatabaseInvalid, advice), _Stored, path, DatabaseInvalid, advice)
     except FileNotFoundError:
         raise DatabaseInvalid(
             f"{folder} is unfinished (no {SHARD}); run its collect command again to resume it"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    manifest = Manifest.from_json(raw.manifest, path, advice)
+    if manifest.format_version < RUN_FORMAT_VERSION:
         raise DatabaseInvalid(
-            f"{path} is damaged ({type(error).__name__}: {error}); delete {folder} and collect the shard again"
-        ) from None
+            f"{path} has format version {manifest.format_version}, of an earlier quambase, and shards of version "
+            f"{RUN_FORMAT_VERSION} can be merged; delete {folder} and collect the shard again"
+        )
+    config = KINDS.get(manifest.model.family)
+    if config is None:
+        raise DatabaseInvalid(f"{path} tells of a model of kind {manifest.model.family}; {advice}")
+    as_type(raw.config, config.config, path, DatabaseInvalid, advice)
+    return ShardManifest(raw.shard, manifest, raw.config, raw.blocks, raw.files)
 
 
 def verify_shard(folder: Path, found: ShardManifest) -> None:

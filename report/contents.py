@@ -97,7 +97,7 @@ def _scales_of(db: Path, run: str, given: Path | None, notes: list[str]) -> tupl
     found = [given] if given else [path for path in (db / SCALES, SCALES) if path.is_file()]
     for path in found:
         try:
-            scales = read_scales(path, db)
+            scales = read_scales(path)
         except QuambaseError as error:
             if given:
                 raise

@@ -29,8 +29,12 @@ d_model, ``e`` d_inner, ``n`` d_state, ``r`` dt_rank, ``v`` vocabulary, ``k`` co
 width.
 """
 
-FORMAT_VERSION = 1
-"""Version of scale tables, evaluations and INT8 model folders; readers refuse newer ones."""
+FORMAT_VERSION = 2
+"""Version of scale tables, evaluations and INT8 model folders; readers refuse newer ones. Since version 2 each file
+carries its own checksum, so that one without was written by another tool.
+"""
+
+CHECKED_SINCE = 2
 
 RUN_FORMAT_VERSION = 2
 """Version of run folders and shards. In version 1 every table was a single file; readers read both."""

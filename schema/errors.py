@@ -6,6 +6,12 @@ import difflib
 from collections.abc import Iterable
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, printable and at most 200 characters; the error's type if it has no text."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return "".join(c if c.isprintable() else "?" for c in lines[0])[:200]
+
+
 class QuambaseError(Exception):
     """Base of every error that a user can act on; the command line prints it as one line."""
 

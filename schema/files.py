@@ -1,10 +1,9 @@
-"""Files: written whole or not at all, never over what is not ours, one writer at a time; checksums and versions."""
+"""Files: written whole or not at all, never over what is not ours, one writer at a time; format versions."""
 
 from __future__ import annotations
 
 import fcntl
 import glob
-import hashlib
 import os
 import re
 import shutil
@@ -19,8 +18,6 @@ MARK = "quambase"
 """What files of ours carry in their metadata."""
 
 FORCE_HINT = "name another file, or replace it with --force"
-
-ALTERED = "was altered or cut short since it was written (its checksum differs)"
 
 
 def local_folder(folder: str | Path) -> Path:
@@ -155,22 +152,6 @@ def _lies_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def file_damage(path: Path, sha256: str) -> str | None:
-    """What is wrong with a file that had this SHA-256 when it was written: "is missing" or ALTERED; None if nothing."""
-    if not path.exists():
-        return "is missing"
-    return None if file_sha256(path) == sha256 else ALTERED
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from quambase.schema.errors import DatabaseInvalid
+from quambase.schema.json_files import Size
 from quambase.schema.sites import WHOLE
 
 TENSOR, SSD_GROUP, HEAD_GROUP, GROUP = GRANULARITIES = ("tensor", "ssd_group", "head_group", "group")
@@ -84,10 +85,10 @@ class LayerGroups:
     DatabaseInvalid where these are no permutations or the sizes do not add up.
     """
 
-    head_index: tuple[int, ...]
-    head_groups: tuple[tuple[int, ...], ...]
-    channel_index: tuple[int, ...]
-    channel_group: tuple[tuple[tuple[int, ...], ...], ...]
+    head_index: tuple[Size, ...]
+    head_groups: tuple[tuple[Size, ...], ...]
+    channel_index: tuple[Size, ...]
+    channel_group: tuple[tuple[tuple[Size, ...], ...], ...]
 
     def __post_init__(self) -> None:
         heads, channels = len(self.head_index), len(self.channel_index)

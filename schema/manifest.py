@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+import msgspec
 
 from quambase.schema import RUN_FORMAT_VERSION
+from quambase.schema.checksums import file_damage
 from quambase.schema.errors import DatabaseInvalid
-from quambase.schema.files import check_format_version, file_damage, replacing
+from quambase.schema.files import check_format_version
+from quambase.schema.json_files import Count, Sha256, Size, as_type, read_json, write_json
 from quambase.schema.model_info import ModelInfo, TextInfo
 
 MANIFEST = "run.json"
@@ -24,8 +26,8 @@ SHARDS = "shards"
 class TableFile:
     """One Parquet file of a run: its rows and the SHA-256 of its bytes."""
 
-    rows: int
-    sha256: str
+    rows: Count
+    sha256: Sha256
 
 
 def table_of(file: str) -> str:
@@ -35,14 +37,33 @@ def table_of(file: str) -> str:
     return PurePosixPath(file).parts[0].removesuffix(".parquet")
 
 
-_FILE = re.compile(r"\w+(/[\w-]+)?\.parquet")
+FileName = Annotated[str, msgspec.Meta(pattern=r"^\w+(/[\w-]+)?\.parquet\Z")]
+"""The path of a table's file in its run folder, never out of it."""
 
 
-def table_files(raw: dict[str, Any]) -> dict[str, TableFile]:
-    """What a manifest's JSON says of its tables. ValueError: an entry of another form, a path out of the run folder."""
-    if strange := [name for name in raw if not _FILE.fullmatch(name)]:
-        raise ValueError(f"{strange[0]} is no file of a table")
-    return {name: TableFile(_typed(entry, "rows", int), _typed(entry, "sha256", str)) for name, entry in raw.items()}
+class _Backward(TypedDict):
+    documents: Count
+    tokens: Count
+
+
+class _KnownIdentity(TypedDict, total=False):
+    """The entries of an identity that are read again."""
+
+    weights_sha256: str
+    samples: Count
+    seq_len: Count
+    block: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+    sites: list[str]
+    activation_dtype: str
+    outliers: Size
+    sensitivity: _Backward
+    by_block: bool
+
+
+class _KnownCreated(TypedDict, total=False):
+    number: Count
+    started: str
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -65,7 +86,7 @@ class Manifest:
     identity: dict[str, Any]
     model: ModelInfo
     data: TextInfo
-    tables: dict[str, TableFile]
+    tables: dict[FileName, TableFile]
     sites: list[tuple[int, str]]
     created: dict[str, Any] = field(default_factory=dict)
     format_version: int = RUN_FORMAT_VERSION
@@ -74,17 +95,15 @@ class Manifest:
         """What orders a database's runs, oldest first: the number it gave the run when the run was complete; among
         equal numbers (runs copied together) when the run began, then its id. Never the time of a file.
         """
-        number = self.created.get("number")
-        return number if isinstance(number, int) else 0, str(self.created.get("started", "")), self.run
+        return self.created.get("number", 0), self.created.get("started", ""), self.run
 
     def files_of(self, table: str) -> list[str]:
         """The files of a table, in the order of its rows; none if the run has no such table."""
         return [file for file in self.tables if table_of(file) == table]
 
     def save(self, folder: Path) -> None:
-        """Write ``folder/run.json`` atomically."""
-        with replacing(folder / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write ``folder/run.json`` atomically, with its checksum."""
+        write_json(folder / MANIFEST, self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """As `run.json` stores it."""
@@ -93,40 +112,31 @@ class Manifest:
         return {f.name: getattr(self, f.name) for f in fields(self)} | typed | plain
 
     @classmethod
-    def from_json(cls, raw: dict[str, Any], version: int) -> Manifest:
-        """What `to_json` gave. ValueError, TypeError or KeyError: something is missing or of another type."""
-        return cls(
-            run=_typed(raw, "run", str),
-            identity=_typed(raw, "identity", dict),
-            model=ModelInfo.from_json(_typed(raw, "model", dict)),
-            data=TextInfo.from_json(_typed(raw, "data", dict)),
-            tables=table_files(_typed(raw, "tables", dict)),
-            sites=[(int(layer), str(site)) for layer, site in _typed(raw, "sites", list)],
-            created=_typed(raw, "created", dict),
-            format_version=version,
-        )
+    def from_json(cls, raw: dict[str, Any], path: Path, advice: str) -> Manifest:
+        """What `to_json` gave, of the file ``path``. DatabaseInvalid, whose line ends in ``advice``: a newer format,
+        something is missing or of another type.
+        """
+        check_format_version(path, raw.get("format_version"), RUN_FORMAT_VERSION)
+        model = raw.get("model")
+        for key, known in (("identity", _KnownIdentity), ("created", _KnownCreated)):
+            as_type({key: raw.get(key)}, dict[str, known], path, DatabaseInvalid, advice)  # type: ignore[valid-type]
+        nested = raw | {"model": ModelInfo.nested(model)} if isinstance(model, dict) else raw
+        return as_type(nested, cls, path, DatabaseInvalid, advice)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read ``folder/run.json``. DatabaseInvalid: missing (unfinished run), not JSON, or a newer format."""
+        """Read ``folder/run.json``. DatabaseInvalid: missing (unfinished run), damaged or altered, of another run or a
+        newer format.
+        """
         path = folder / MANIFEST
+        advice = "restore it, or delete the run folder and collect again"
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path, DatabaseInvalid, advice, RUN_FORMAT_VERSION)
         except FileNotFoundError:
             raise DatabaseInvalid(
                 f"run {folder.name} is unfinished (no {MANIFEST}); run the same collect command again to resume it"
             ) from None
-        except (ValueError, RecursionError) as error:
-            raise DatabaseInvalid(f"{path} is not valid JSON ({error}); restore it or collect again") from None
-        found_version = raw.get("format_version") if isinstance(raw, dict) else None
-        version = check_format_version(path, found_version, RUN_FORMAT_VERSION)
-        missing = {f.name for f in fields(cls)} - raw.keys()
-        if missing:
-            raise DatabaseInvalid(f"{path} lacks {', '.join(sorted(missing))}; restore it or collect again")
-        try:
-            found = cls.from_json(raw, version)
-        except (ValueError, TypeError, KeyError) as error:
-            raise DatabaseInvalid(f"{path} is damaged ({error}); restore it or collect again") from None
+        found = cls.from_json(raw, path, advice)
         # Names of files are made of it: another run's would be read in its place.
         if found.run != folder.name:
             raise DatabaseInvalid(f"{path} tells of run {found.run}, not of {folder.name}; rename or restore it")
@@ -144,10 +154,3 @@ class Manifest:
                 raise DatabaseInvalid(
                     f"{folder / name} {damage}; restore it or delete the run folder and collect again"
                 )
-
-
-def _typed(raw: Any, key: str, kind: type) -> Any:
-    """``raw[key]``; ValueError unless ``raw`` is a dict that has it and it is a ``kind``."""
-    if not isinstance(raw, dict) or not isinstance(raw.get(key), kind):
-        raise ValueError(f"its {key} is no {kind.__name__}")
-    return raw[key]

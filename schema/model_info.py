@@ -8,9 +8,13 @@ from typing import Any
 
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.groups import LayerGroups
+from quambase.schema.json_files import Count, Size
 
 SIZES = ("n_layer", "d_model", "d_inner", "d_state", "dt_rank", "headdim", "ngroups", "vocab_size")
 """Names of a model's sizes; a family has some of them."""
+
+MOST_LAYERS = 10_000
+"""Largest accepted number of layers: tables and files have rows for each."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,13 @@ class ModelInfo:
     name: str
     family: str
     path: str | None = None
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, Size] = field(default_factory=dict)
     groups: SortedGroups | None = None
-    shape: tuple[int, ...] | None = None
+    shape: tuple[Size, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.sizes.get("n_layer", 1) <= MOST_LAYERS:
+            raise ValueError(f"a model of {self.sizes['n_layer']} layers; expected 1 to {MOST_LAYERS:,}")
 
     @property
     def n_layer(self) -> int:
@@ -81,22 +89,15 @@ class ModelInfo:
             ),
         }
 
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> ModelInfo:
-        """What `to_json` gave. ValueError, TypeError or KeyError: something is missing or of another type."""
-        stored = raw.get("groups")
-        groups = None
-        if stored is not None:
+    @staticmethod
+    def nested(raw: dict[str, Any]) -> dict[str, Any]:
+        """What `to_json` gave, under the names of the fields, for `quambase.schema.json_files.as_type`."""
+        found: dict[str, Any] = {name: raw[name] for name in ("name", "family", "path", "shape") if name in raw}
+        found["sizes"] = {name: raw[name] for name in SIZES if raw.get(name) is not None}
+        if isinstance(stored := raw.get("groups"), dict):
             settings = {name: value for name, value in stored.items() if name != "layers"}
-            groups = SortedGroups(settings, tuple(LayerGroups.from_json(layer) for layer in stored["layers"]))
-        return cls(
-            name=_typed(raw, "name", str),
-            family=_typed(raw, "family", str),
-            path=None if raw.get("path") is None else _typed(raw, "path", str),
-            sizes={name: _typed(raw, name, int) for name in SIZES if raw.get(name) is not None},
-            groups=groups,
-            shape=None if raw.get("shape") is None else tuple(int(size) for size in raw["shape"]),
-        )
+            found["groups"] = {"settings": settings, "layers": stored.get("layers")}
+        return found
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,12 @@ class TextInfo:
     """
 
     name: str
-    documents: int
-    tokens: int
+    documents: Count
+    tokens: Count
     path: str | None = None
-    read: int | None = None
-    empty: int = 0
-    truncated: int = 0
+    read: Count | None = None
+    empty: Count = 0
+    truncated: Count = 0
 
     def to_json(self) -> dict[str, Any]:
         """As manifests and provenances store it."""
@@ -131,21 +132,3 @@ class TextInfo:
             "truncated": self.truncated,
             "tokens": self.tokens,
         }
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> TextInfo:
-        """What `to_json` gave. ValueError: something is missing or of another type."""
-        return cls(
-            name=_typed(raw, "name", str),
-            path=None if raw.get("path") is None else _typed(raw, "path", str),
-            read=None if raw.get("read") is None else _typed(raw, "read", int),
-            **{name: _typed(raw, name, int) for name in ("documents", "empty", "truncated", "tokens")},
-        )
-
-
-def _typed(raw: Mapping[str, Any], key: str, kind: type) -> Any:
-    """``raw[key]``; ValueError unless it is a ``kind`` (a bool is no int)."""
-    value = raw.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"its {key} is no {kind.__name__}")
-    return value

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import pyarrow as pa
 
-from quambase.schema import FORMAT_VERSION
+from quambase.schema import CHECKED_SINCE, FORMAT_VERSION
+from quambase.schema.checksums import ALTERED, file_sha256
 from quambase.schema.errors import DatabaseInvalid
-from quambase.schema.files import ALTERED, check_format_version, file_sha256
+from quambase.schema.json_files import Count, Sha256, as_type, read_json
 from quambase.schema.tables import RESULTS, read_table
 
 PERPLEXITY, LAST_WORD, LM_EVAL = "perplexity", "last-word", "lm-eval"
@@ -33,38 +33,42 @@ LATER = {"cluster": None, "weight_bits": None}
 EVALUATION, RESULTS_FILE = "evaluation.json", "results.parquet"
 """Files of the folder ``results/<evaluation id>``. The first is written last: with it the evaluation is finished."""
 
-_EXPECTED: dict[str, type | tuple[type, ...]] = {
-    "evaluation": str,
-    "model": str,
-    "scales": str,
-    "strategies": list,
-    "tasks": list,
-    "notes": list,
-}
+ADVICE = "delete its folder and evaluate again"
+
+
+class _Task(TypedDict, total=False):
+    task: Required[str]
+    data: Required[str]
+    documents: Required[Count]
+
+
+class _About(TypedDict, total=False):
+    """The entries of evaluation.json that are read again."""
+
+    evaluation: Required[str]
+    model: Required[str]
+    scales: Required[str]
+    strategies: Required[list[str]]
+    tasks: Required[list[_Task]]
+    notes: Required[list[str]]
+    run: str | None
+    device: str
+    number: Count
+    results_sha256: Sha256
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """What ``folder/evaluation.json`` says; DatabaseInvalid: missing, damaged, another folder's, a newer format."""
+    """What ``folder/evaluation.json`` says; DatabaseInvalid: missing, damaged, altered, another folder's, a newer
+    format.
+    """
     path = folder / EVALUATION
-    advice = f"delete {folder} and evaluate again"
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path, DatabaseInvalid, ADVICE, FORMAT_VERSION, CHECKED_SINCE)
     except FileNotFoundError:
         raise DatabaseInvalid(f"{folder} holds no finished evaluation; run its command again to finish it") from None
-    except (ValueError, RecursionError) as error:
-        raise DatabaseInvalid(f"{path} is not valid JSON ({error}); {advice}") from None
-    if not isinstance(about, dict):
-        raise DatabaseInvalid(f"{path} holds no JSON object; {advice}")
-    check_format_version(path, about.get("format_version"), FORMAT_VERSION)
-    wrong = [key for key, kind in _EXPECTED.items() if not isinstance(about.get(key), kind)]
-    if not wrong and not all(
-        isinstance(task, dict) and {"task", "data", "documents"} <= task.keys() for task in about["tasks"]
-    ):
-        wrong = ["tasks"]
-    if wrong:
-        raise DatabaseInvalid(f"{path} lacks {', '.join(wrong)} or has it in another form; {advice}")
+    as_type(about, _About, path, DatabaseInvalid, ADVICE)
     if about["evaluation"] != folder.name:
-        raise DatabaseInvalid(f"{path} tells of evaluation {about['evaluation']}, not of {folder.name}; {advice}")
+        raise DatabaseInvalid(f"{path} tells of evaluation {about['evaluation']}, not of {folder.name}; {ADVICE}")
     return about
 
 
@@ -74,7 +78,7 @@ def read_results(folder: Path) -> pa.Table:
     path = folder / RESULTS_FILE
     expected = about.get("results_sha256")  # quambase before 0.2 stored none
     if expected is not None and path.exists() and file_sha256(path) != expected:
-        raise DatabaseInvalid(f"{path} {ALTERED}; delete {folder} and evaluate again")
+        raise DatabaseInvalid(f"{path} {ALTERED}; {ADVICE}")
     return read_table(path, RESULTS, LATER)
 
 
@@ -99,5 +103,4 @@ def next_number(db: Path) -> int:
 
 
 def _age(about: dict[str, Any]) -> tuple[int, str]:
-    number = about.get("number")
-    return number if isinstance(number, int) else 0, str(about["evaluation"])
+    return about.get("number", 0), about["evaluation"]

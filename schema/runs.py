@@ -64,8 +64,9 @@ def select_runs(path: Path, run: str | None) -> tuple[list[Manifest], list[str]]
 
 
 def read_run_table(folder: Path, manifest: Manifest, name: str) -> pa.Table:
-    """All rows of a run's table, in order; DatabaseInvalid: a file is missing, cut short or of another table."""
+    """All rows of a run's table, in order; DatabaseInvalid: a file is missing, altered or of another table."""
     schema = RUN_TABLES[name]
+    manifest.verify(folder, manifest.files_of(name))
     parts = [read_table(folder / file, schema, LATER_COLUMNS.get(name)) for file in manifest.files_of(name)]
     return pa.concat_tables(parts) if parts else schema.empty_table()
 

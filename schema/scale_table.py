@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import math
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from quambase.schema import FORMAT_VERSION
-from quambase.schema.errors import OutputRefused, ScalesInvalid, UnknownName
+from quambase.schema import CHECKED_SINCE, FORMAT_VERSION
+from quambase.schema.errors import OutputRefused, ScalesInvalid, UnknownName, first_line
 from quambase.schema.files import FORCE_HINT, check_format_version, refuse_foreign_file
 from quambase.schema.groups import GRANULARITIES, GROUP, granularity_of, group_numbers, is_scale_group
-from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.json_files import as_type
+from quambase.schema.manifest import Manifest
 from quambase.schema.model_info import ModelInfo
 from quambase.schema.number_format import INT8, Affine
 from quambase.schema.sites import AFFINE_SITES, OPERATORS, WHOLE
-from quambase.schema.tables import SCALES, with_later_columns, write_table
+from quambase.schema.tables import SCALES, open_table, with_later_columns, write_table
 
 METADATA_KEY = b"quambase"
 """Key of the Parquet schema metadata whose value is the provenance, as JSON."""
@@ -60,6 +63,10 @@ IN_16_BIT = "kept_16bit"
 """The key of the provenance with the list of operators that `mixed` leaves in 16 bit, each a pair."""
 
 
+ADOPTED = "adopted"
+"""The key of the provenance with the name of the edited file that `quambase.analyzer.adopt` took."""
+
+
 @dataclass(frozen=True)
 class ScaleTable:
     """A valid scale table and where it came from.
@@ -67,12 +74,16 @@ class ScaleTable:
     table       rows of tables.SCALES
     provenance  format_version, quambase (its version), granularity, target, perhaps ``kept_16bit``, and ``runs``: run
                 id to ``{"model": ..., "identity": ..., "data": ...}`` as in the manifests
-    notes       what a user should know, a line each
     """
 
     table: pa.Table
     provenance: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know, a line each."""
+        adopted = self.provenance.get(ADOPTED)
+        return [] if adopted is None else [f"the scale table was edited: adopted from {adopted}"]
 
     def labels(self) -> list[str]:
         """The strategy labels (``percentile``, ``percentile:0.9999``, ...) in the order of the table."""
@@ -123,10 +134,8 @@ class ScaleTable:
     @cached_property
     def model(self) -> ModelInfo:
         """The model of the one run; ScalesInvalid if the provenance does not describe one."""
-        try:
-            return ModelInfo.from_json(self._origin["model"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ScalesInvalid(f"the scale table describes its model wrongly ({error}); run `analyze` again") from None
+        raw = ModelInfo.nested(self._origin["model"])
+        return as_type(raw, ModelInfo, Path("the scale table"), ScalesInvalid, "run `analyze` again")
 
     @property
     def weights_sha256(self) -> str | None:
@@ -250,13 +259,15 @@ def provenance_of(manifests: Iterable[Manifest], granularity: str, target: str, 
 def refuse_foreign_table(path: Path, *, force: bool = False) -> None:
     """OutputRefused if a new table at ``path`` would replace something else than a scale table of ours."""
 
-    def ours(path: Path) -> bool:
-        try:
-            return METADATA_KEY in (pq.read_schema(path).metadata or {})
-        except (pa.ArrowException, OSError):
-            return False
+    refuse_foreign_file(path, is_scale_table, "scale table", force=force)
 
-    refuse_foreign_file(path, ours, "scale table", force=force)
+
+def is_scale_table(path: Path) -> bool:
+    """Whether the file at ``path`` is a scale table of ours, perhaps edited."""
+    try:
+        return METADATA_KEY in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def refuse_fewer_labels(path: Path, labels: Sequence[str]) -> None:
@@ -272,118 +283,119 @@ def refuse_fewer_labels(path: Path, labels: Sequence[str]) -> None:
         )
 
 
-def read_scales(path: Path, db: Path | None = None) -> ScaleTable:
-    """Read and check a scale table.
+def read_scales(path: Path) -> ScaleTable:
+    """Read and check a scale table that quambase wrote.
 
-    db   the database in which the runs of a table are looked up if another tool wrote it and dropped its provenance
-    ScalesInvalid: no such file, not a scale table, a newer format, missing columns, two rows for one scale, or a scale
-    that is not positive and finite.
+    ScalesInvalid: no such file, not a scale table, written or changed by another tool (`quambase.analyzer.adopt` takes
+    those), a newer format, missing columns, two rows for one scale, or a scale that is not positive and finite.
     """
+    advice = "run `analyze` again"
     try:
-        table = pq.read_table(path, partitioning=None)
+        table, own = open_table(path, ScalesInvalid, advice)
     except FileNotFoundError:
         raise ScalesInvalid(f"{path} does not exist; run `analyze` to make a scale table") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise ScalesInvalid(f"{path} is not a readable Parquet file ({first}); run `analyze` again") from None
     metadata = table.schema.metadata or {}
     if METADATA_KEY in metadata:
         table = with_later_columns(table, SCALES, LATER)
     missing = [name for name in SCALES.names if name not in table.schema.names]
+    edited = f"if you edited it, `quambase adopt {shlex.quote(str(path))}` checks it and takes it, else {advice}"
     if missing:
         what = "lacks" if METADATA_KEY in metadata else "is not a scale table: it lacks"
-        raise ScalesInvalid(f"{path} {what} the columns {', '.join(missing)}; make one with `analyze`")
+        raise ScalesInvalid(f"{path} {what} the columns {', '.join(missing)}; {edited}")
+    if METADATA_KEY in metadata:
+        provenance = read_provenance(path, metadata[METADATA_KEY])
+        if own == "wrong" or (own == "none" and provenance["format_version"] >= CHECKED_SINCE):
+            raise ScalesInvalid(f"{path} was changed since quambase wrote it (its checksum differs); {edited}")
+    else:
+        raise ScalesInvalid(f"{path} names no origin, as if another tool had written it; {edited}")
     try:
         table = table.select(SCALES.names).cast(SCALES)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ScalesInvalid(f"{path} holds columns of other types ({first}); run `analyze` again") from None
-    notes: list[str] = []
-    if METADATA_KEY in metadata:
-        provenance = _provenance(path, metadata[METADATA_KEY])
-    else:
-        provenance, line = _provenance_from(path, table, db)
-        notes = [line]
-    _check_positive(path, table)
-    _check_zero_points(path, table)
-    _check_single(path, table)
-    scales = ScaleTable(table, provenance, notes)
+    except (pa.ArrowException, ValueError) as error:
+        raise ScalesInvalid(f"{path} holds columns of other types ({first_line(error)}); {edited}") from None
+    if faults := scale_faults(table):
+        others = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise ScalesInvalid(f"{path}: {faults[0]}{others}; {advice}")
+    scales = ScaleTable(table, provenance)
     strangers = set(scales.runs()) - set(provenance["runs"])
     if strangers:
-        raise ScalesInvalid(f"{path} has rows of run {min(strangers)}, unknown to its provenance; run `analyze` again")
+        raise ScalesInvalid(f"{path} has rows of run {min(strangers)}, unknown to its provenance; {advice}")
     return scales
 
 
-def _provenance(path: Path, text: bytes) -> dict[str, Any]:
-    """The provenance that the file carries."""
+class _Origin(TypedDict, total=False):
+    model: Required[dict[str, Any]]
+    identity: Required[dict[str, Any]]
+    data: dict[str, Any]
+
+
+class _Provenance(TypedDict, total=False):
+    """The entries of a provenance that are read again."""
+
+    format_version: Required[int]
+    granularity: str
+    target: str
+    select: str
+    runs: Required[dict[str, _Origin]]
+    kept_16bit: list[tuple[int, str]]
+    adopted: str
+
+
+def read_provenance(path: Path, text: bytes) -> dict[str, Any]:
+    """The provenance that the scale table ``path`` carries. ScalesInvalid: damaged, or a newer format."""
+    advice = "run `analyze` again"
     try:
-        provenance = json.loads(text)
-        found_version = provenance["format_version"]
-        ready = isinstance(found_version, int) and all(
-            isinstance(about, dict) and all(isinstance(about.get(key, {}), dict) for key in ("model", "identity"))
-            for about in provenance["runs"].values()
-        )
-        pairs = provenance.get(IN_16_BIT, [])
-        ready = ready and all(isinstance(layer, int) and name in OPERATORS for layer, name in pairs)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        ready = False
-    if not ready:
-        raise ScalesInvalid(f"the provenance of {path} is damaged; run `analyze` again")
-    check_format_version(path, found_version, FORMAT_VERSION, ScalesInvalid)
-    found: dict[str, Any] = provenance
+        found: dict[str, Any] = json.loads(text)
+        as_type(found, _Provenance, path, ScalesInvalid, advice)
+        if strange := [name for _, name in found.get(IN_16_BIT, ()) if name not in OPERATORS]:
+            raise ValueError(f"no operator is called {strange[0]}")
+    except (ValueError, RecursionError, ScalesInvalid):
+        raise ScalesInvalid(f"the provenance of {path} is damaged; {advice}") from None
+    check_format_version(path, found["format_version"], FORMAT_VERSION, ScalesInvalid)
     return found
 
 
-def _provenance_from(path: Path, table: pa.Table, db: Path | None) -> tuple[dict[str, Any], str]:
-    """The provenance of a table that another tool stripped of it, from its runs in ``db``; and a line that says so."""
-    runs = sorted({str(run) for run in pc.unique(table["run"]).to_pylist()})
-    manifests = []
-    for run in runs:
-        folder = (db or Path()) / "runs" / run
-        if db is None or Path(run).name != run or not (folder / MANIFEST).exists():
-            raise ScalesInvalid(
-                f"{path} names no origin, as if another tool had written it, and run {run} is not in "
-                f"{db or 'a database'}, where it could be looked up; name the database that holds it with --db"
-            )
-        manifests.append(Manifest.load(folder))
-    lost = f"{path} was written by another tool, which left its origin out: it is taken from run {', '.join(runs)}"
-    return provenance_of(manifests, *["the table's"] * 3), f"{lost} in {db}"
+def scale_faults(table: pa.Table) -> list[str]:
+    """What is wrong with rows of tables.SCALES, a line each: two rows for one scale, a zero point that is no code or
+    stands where nothing reads one, a scale that is not positive and finite.
+    """
+    return [*_not_positive(table), *_zero_points(table), *_doubled(table)]
 
 
-def _check_single(path: Path, table: pa.Table) -> None:
-    """ScalesInvalid where two rows speak of one scale, or two rows of one scale group are selected."""
+def _doubled(table: pa.Table) -> Iterator[str]:
     group = ["run", "layer", "site", "group_name"]
     for rows, keys in ((table, [*group, "label"]), (table.filter(table["selected"]), group)):
         counted = rows.group_by(keys).aggregate([([], "count_all")])
-        double = counted.filter(pc.greater(counted["count_all"], 1))
-        if double.num_rows:
-            row = double.slice(0, 1).to_pylist()[0]
+        for row in counted.filter(pc.greater(counted["count_all"], 1)).to_pylist():
             what = f"rows of {row['label']}" if "label" in row else "selected rows"
-            raise ScalesInvalid(
-                f"{path} has {row['count_all']} {what} for one scale, that of layer {row['layer']} {row['site']} "
-                f"({row['group_name']}); keep one"
+            yield (
+                f"it has {row['count_all']} {what} for one scale, that of layer {row['layer']} {row['site']} "
+                f"({row['group_name']}), keep one"
             )
 
 
-def _check_zero_points(path: Path, table: pa.Table) -> None:
-    """ScalesInvalid where a zero point is no code, or stands at a site where nothing reads one."""
+def _zero_points(table: pa.Table) -> Iterator[str]:
     found = table.filter(pc.not_equal(pc.fill_null(table["zero_point"], 0), 0))
     for row in found.select(["layer", "site", "zero_point", "label"]).to_pylist():
         readable = row["site"] in AFFINE_SITES
         if not readable or not INT8.qmin <= row["zero_point"] <= INT8.qmax:
             expected = f"{INT8.qmin} to {INT8.qmax}" if readable else "0, since no INT8 model reads one there"
             where = f"layer {row['layer']} {row['site']} ({row['label']})"
-            raise ScalesInvalid(f"{path}: zero point {row['zero_point']} at {where}; expected {expected}")
+            yield f"zero point {row['zero_point']} at {where}, expected {expected}"
 
 
-def _check_positive(path: Path, table: pa.Table) -> None:
+def _not_positive(table: pa.Table) -> Iterator[str]:
     scales = np.asarray(table["scale"].to_numpy(zero_copy_only=False), np.float64)  # null becomes NaN
     with np.errstate(invalid="ignore"):
         bad = np.flatnonzero(~(np.isfinite(scales) & (scales > 0)))
-    if bad.size:
-        row = table.slice(int(bad[0]), 1).to_pylist()[0]
-        others = f", nor are {bad.size - 1} others" if bad.size > 1 else ""
-        where = f"layer {row['layer']} {row['site']} ({row['group_name']}, {row['label']})"
-        raise ScalesInvalid(
-            f"{path}: scale {row['scale']} at {where} is not positive and finite{others}; run `analyze` again"
+    components = [
+        i
+        for i, parts in enumerate(table["component_scales"].to_pylist())
+        if parts is not None and not (parts and all(p is not None and math.isfinite(p) and p > 0 for p in parts))
+    ]
+    for i in sorted({*bad.tolist(), *components}):
+        row = table.slice(i, 1).to_pylist()[0]
+        what = f"scale {row['scale']}" if i in set(bad.tolist()) else f"component scales {row['component_scales']}"
+        yield (
+            f"{what} at layer {row['layer']} {row['site']} ({row['group_name']}, {row['label']}) is not positive and "
+            "finite"
         )

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from quambase.schema.errors import DatabaseInvalid
+from quambase.schema.checksums import ALTERED, CHECKSUM, PLACEHOLDER, OwnChecksum, add_checksum, check_own
+from quambase.schema.errors import DatabaseInvalid, QuambaseError, first_line
 from quambase.schema.files import replacing
 
 
@@ -365,10 +366,17 @@ def _writer(path: Path, name: str, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def write_table(path: Path, name: str, table: pa.Table, schema: pa.Schema) -> None:
-    """Write one Parquet file atomically; ``name``, the table's, chooses how columns are encoded."""
+    """Write one Parquet file atomically; ``name``, the table's, chooses how columns are encoded. A file carries its own
+    checksum, except those of RUN_TABLES, of which `run.json` has one.
+    """
     made = as_made(schema) if name in RUN_TABLES else schema
-    with replacing(path) as temporary, _writer(temporary, name, made) as writer:
-        writer.write_table(cast_to(table, made), row_group_size=_ROW_GROUPS.get(name))
+    with replacing(path) as temporary:
+        with _writer(temporary, name, made) as writer:
+            writer.write_table(cast_to(table, made), row_group_size=_ROW_GROUPS.get(name))
+            if name not in RUN_TABLES:
+                writer.add_key_value_metadata({CHECKSUM: PLACEHOLDER})
+        if name not in RUN_TABLES:
+            add_checksum(temporary)
 
 
 def with_later_columns(table: pa.Table, schema: pa.Schema, later: Mapping[str, Any]) -> pa.Table:
@@ -380,22 +388,48 @@ def with_later_columns(table: pa.Table, schema: pa.Schema, later: Mapping[str, A
     return table.select(schema.names) if sorted(table.schema.names) == sorted(schema.names) else table
 
 
+MOST_BYTES = 8 << 30
+"""Largest accepted size of a table that is read whole, in bytes as its file states it, uncompressed."""
+
+
+def open_table(path: Path, error: type[QuambaseError], advice: str) -> tuple[pa.Table, OwnChecksum]:
+    """A whole Parquet file and whether its own checksum is right. FileNotFoundError.
+
+    ``error``, whose line ends in ``advice``: no regular file, not Parquet, or too large for this machine.
+    """
+    if path.exists() and not path.is_file():
+        raise error(f"{path} is not a regular file; {advice}")
+    content = path.read_bytes()
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        about = file.metadata
+        size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        if max(size, about.num_rows) > MOST_BYTES:
+            raise error(f"{path} states a size of {size:,} bytes; expected at most {MOST_BYTES:,}: {advice}")
+        return file.read(), check_own(content)
+    except (pa.ArrowException, OSError, ValueError) as wrong:  # ValueError: names that are not UTF-8
+        raise error(f"{path} is not a readable Parquet file ({first_line(wrong)}); {advice}") from None
+
+
 def read_table(path: Path, schema: pa.Schema, later: Mapping[str, Any] | None = None) -> pa.Table:
     """Read a whole Parquet file and check its columns; ``later``: as `with_later_columns` has it.
 
-    DatabaseInvalid: the file is missing, cut short or another table.
+    DatabaseInvalid: the file is missing, cut short, altered or another table.
     """
+    advice = "restore it or make it again"
     try:
-        table = pq.read_table(path, partitioning=None)
+        table, own = open_table(path, DatabaseInvalid, advice)
     except FileNotFoundError:
-        raise DatabaseInvalid(f"{path} is missing; collect again or restore it from a copy") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise DatabaseInvalid(f"{path} is not a readable Parquet file ({first}); restore it or collect again") from None
+        raise DatabaseInvalid(f"{path} is missing; {advice}") from None
+    if own == "wrong":
+        raise DatabaseInvalid(f"{path} {ALTERED}; {advice}")
     if later:
         table = with_later_columns(table, schema, later)
     if table.schema.names != schema.names:
         raise DatabaseInvalid(
             f"{path} has the columns {', '.join(table.schema.names)}; expected {', '.join(schema.names)}"
         )
-    return table
+    try:
+        return table.cast(schema)
+    except (pa.ArrowException, ValueError) as wrong:
+        raise DatabaseInvalid(f"{path} holds columns of other types ({first_line(wrong)}); {advice}") from None

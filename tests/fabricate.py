@@ -8,13 +8,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.schema import RUN_FORMAT_VERSION
+from quambase.schema.checksums import file_sha256
 from quambase.schema.distribution import Distribution
-from quambase.schema.files import file_sha256
 from quambase.schema.manifest import Manifest, TableFile
 from quambase.schema.model_info import ModelInfo, TextInfo
 from quambase.schema.sites import STATE_SITES, WHOLE, Site, layer_sites
@@ -128,8 +129,8 @@ def make_run(
         run=run,
         identity={"weights_sha256": hashlib.sha256(run.encode()).hexdigest(), "samples": 6}
         | ({"sensitivity": {"documents": 6, "tokens": sum(TOKENS)}} if sensitive else {}),
-        model=ModelInfo.from_json(shape | model),
-        data=TextInfo.from_json(data),
+        model=msgspec.convert(ModelInfo.nested(shape | model), ModelInfo),
+        data=msgspec.convert(data, TextInfo),
         tables=tables,
         sites=list(activations),
         created={"host": "elsewhere", "number": number},

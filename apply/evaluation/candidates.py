@@ -13,7 +13,7 @@ from quambase.apply.evaluation.tasks import no_text
 from quambase.apply.int8.build import AnyInt8Model, check_any_scales, leaving_in_16_bit, on_host, prepared_for
 from quambase.apply.int8.group_scales import as_json, channel_maps
 from quambase.apply.int8.language_model import Int8LanguageModel
-from quambase.apply.int8.model_folder import SCALES, load_stored, weights_digest
+from quambase.apply.int8.model_folder import load_stored, weights_digest
 from quambase.apply.int8.needed_scales import check_model, loadable_labels, needed_sites
 from quambase.apply.int8.two_segments import TwoSegmentModel
 from quambase.apply.int8.weights import quantize
@@ -21,6 +21,7 @@ from quambase.apply.scale_choice import check_granularity, describe
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.sources import is_bundled
 from quambase.schema.errors import DataInvalid, ScalesInvalid
+from quambase.schema.int8_models import SCALES
 from quambase.schema.results import UPSTREAM
 from quambase.schema.scale_table import MIXED, SELECTED, ScaleTable, read_scales
 
@@ -100,15 +101,13 @@ def from_scales(
     compat: str | None,
     weight_bits: int = 8,
     granularities: Sequence[str] = (),
-    db: Path,
 ) -> Candidates:
     """Strategies of a scale table at each of ``granularities`` ("all": every one the table has; none: its finest),
     built in memory on one set of INT8 weights. Labels name the granularity where it is not the table's finest.
 
     model  the floating-point model, if it moved
-    db     where a table that another tool has edited finds its origin again
     """
-    table = read_scales(scales, db)
+    table = read_scales(scales)
     held = table.granularities()
     levels = held if "all" in granularities else [check_granularity(table, level) for level in granularities]
     loaded = load_source(table, model)

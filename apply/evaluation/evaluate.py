@@ -24,12 +24,14 @@ from quambase.apply.evaluation.harness import require_lm_eval
 from quambase.apply.evaluation.scoring import BLOCK_TOKENS, blocks
 from quambase.apply.evaluation.stored import Evaluation
 from quambase.apply.evaluation.tasks import TaskData, read_tasks
-from quambase.apply.int8.model_folder import last_applied
 from quambase.model.inputs.sources import find_given
 from quambase.model.operators.choice import choose_device
 from quambase.schema import FORMAT_VERSION
-from quambase.schema.errors import DataInvalid, RunBusy
-from quambase.schema.files import file_sha256, local_folder, locked, remove_strays, replacing
+from quambase.schema.checksums import file_sha256
+from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy
+from quambase.schema.files import local_folder, locked, remove_strays
+from quambase.schema.int8_models import last_applied
+from quambase.schema.json_files import write_json
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.results import EVALUATION, RESULTS_FILE, next_number, read_results
 from quambase.schema.tables import RESULTS, read_table, write_table
@@ -134,7 +136,7 @@ def _candidates(
         return from_model(model, needs_text=needs_text)
     if scales is None:
         return from_folder(Path(folder) if folder else last_applied(db), model)
-    return from_scales(Path(scales), model=model, db=db, **of_scales)
+    return from_scales(Path(scales), model=model, **of_scales)
 
 
 Judge = Callable[[BlockScorer, pa.Table], pa.Table]
@@ -167,9 +169,7 @@ def _finished(
 
 def _finish(target: Path, about: dict[str, Any]) -> None:
     """Write evaluation.json, which makes the evaluation finished."""
-    content = about | {"results_sha256": file_sha256(target / RESULTS_FILE)}
-    with replacing(target / EVALUATION) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(target / EVALUATION, about | {"results_sha256": file_sha256(target / RESULTS_FILE)})
 
 
 def _clear(target: Path) -> None:
@@ -228,12 +228,21 @@ def _notes(candidates: Candidates, tasks: Sequence[TaskData], device: torch.devi
     return found
 
 
+def _is_sound(part: Path) -> bool:
+    """Whether a block's rows are there as they were written; if not, the block is scored again."""
+    try:
+        read_table(part, RESULTS)
+    except DatabaseInvalid:
+        return False
+    return True
+
+
 def _run_blocks(target: Path, scorer: BlockScorer, tasks: Sequence[TaskData], progress: Progress) -> pa.Table:
     """Score every block that has no part yet; the rows (RESULTS) of all parts."""
     size = BLOCK_TOKENS[scorer.models.device.type]
     planned = [(t, block) for t in tasks for block in blocks(t.items, size)]
     paths = [target / PARTS / f"{number:06d}.parquet" for number in range(len(planned))]
-    there = [path.exists() for path in paths]
+    there = [_is_sound(path) for path in paths]
     works = [scorer.work(block) for _, block in planned]
     progress.start(
         "evaluate",

@@ -93,7 +93,7 @@ def one_at_a_time(
     db, where = local_folder(db), choose_device(device)
     with Progress(progress) as shown:
         shown.say("loading the model")
-        table = read_scales(Path(scales), db)
+        table = read_scales(Path(scales))
         source = load_source(table, None if model is None else str(model))
         texts = [] if data is None else [str(data)]
         tasks, notes = read_tasks(PERPLEXITY, texts, source, samples or DOCUMENTS, window, db, table.run)

@@ -34,31 +34,13 @@ from quambase.apply.int8.weights import Int8ModelWeights
 from quambase.model.block import ModelConfig
 from quambase.model.block_kinds import KINDS
 from quambase.schema import FORMAT_VERSION
-from quambase.schema.errors import CheckpointInvalid, OutputRefused
-from quambase.schema.files import check_format_version, file_sha256, replacing
+from quambase.schema.checksums import file_sha256
+from quambase.schema.errors import CheckpointInvalid, OutputRefused, first_line
+from quambase.schema.files import replacing
+from quambase.schema.int8_models import AGAIN, CONFIG, SCALES, TENSORS, TOKENIZER, UNFINISHED, check_files, read_about
+from quambase.schema.json_files import as_type, write_json
 from quambase.schema.number_format import Affine
 from quambase.schema.scale_table import Scale, write_scales
-
-CONFIG, TENSORS, SCALES, TOKENIZER = "config.json", "model.safetensors", "scales.parquet", "tokenizer.json"
-
-LAST = "last.txt"
-"""File in the database's ``models`` folder with the path of the last applied model, relative if it is inside that
-folder.
-"""
-
-UNFINISHED = "unfinished"
-"""Key in config.json while the model is being written."""
-
-_EXPECTED: dict[str, type] = {
-    "sizes": dict,
-    "source": dict,
-    "strategy": str,
-    "weights_sha256": str,
-    "tensors_sha256": str,
-    "quantize_lm_head": bool,
-    "quantize_embedding": bool,
-}
-"""Keys of a finished model's config.json and their types, besides family and ``compat``."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +90,7 @@ def save_model(
              safetensors reports as an error of its own.
     """
     family = int8_kind_of(model.config).format
-    _write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, "family": family, UNFINISHED: True})
+    write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, "family": family, UNFINISHED: True})
     with replacing(folder / TENSORS) as temporary:
         try:
             save_file(_tensors(model), temporary)
@@ -116,6 +98,8 @@ def save_model(
             number = re.search(r"os error (\d+)", str(error))
             code = int(number[1]) if number else errno.EIO
             raise OSError(code, os.strerror(code), str(folder / TENSORS)) from None
+    for name in (TOKENIZER, SCALES):
+        (folder / name).unlink(missing_ok=True)  # of an earlier model in this folder
     if tokenizer is not None:
         with replacing(folder / TOKENIZER) as temporary:
             shutil.copyfile(tokenizer, temporary)
@@ -131,14 +115,10 @@ def save_model(
         "weight_bits": model.weights.weight_bits,
         "kept_16bit": [list(operator) for operator in sorted(model.in_16_bit)],
         "tensors_sha256": file_sha256(folder / TENSORS),
+        "files": {name: file_sha256(folder / name) for name in (TOKENIZER, SCALES) if (folder / name).exists()},
         **about,
     }
-    _write_json(folder / CONFIG, config)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config)
 
 
 def weights_digest(model: AnyInt8Model) -> str:
@@ -186,26 +166,23 @@ def load_stored(folder: Path) -> StoredModel:
     altered.
     """
     about = read_about(folder)
+    if about["family"] not in BY_FORMAT:
+        raise CheckpointInvalid(f"{folder} is no {' or '.join(BY_FORMAT)} model; make one with `apply`")
+    as_type(about.get("sizes"), _config_class(about), folder / CONFIG, CheckpointInvalid, AGAIN)
+    check_files(folder, about)
     path = folder / TENSORS
     try:
-        digest = file_sha256(path)
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (FileNotFoundError, SafetensorError) as error:
-        first = str(error).splitlines()[0]
-        raise CheckpointInvalid(f"{path} cannot be read ({first}); run `apply` again") from None
-    if digest != about["tensors_sha256"]:
-        raise CheckpointInvalid(f"{path} was altered since `apply` wrote it (its checksum differs); run `apply` again")
-    try:
         model = _model_of(about, tensors)
-    except (KeyError, TypeError) as error:
-        raise CheckpointInvalid(f"{folder} lacks {error}; run `apply` again") from None
-    return StoredModel(folder, model, about, digest)
+    except (SafetensorError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise CheckpointInvalid(f"{path} is not a whole INT8 model ({first_line(error)}); {AGAIN}") from None
+    return StoredModel(folder, model, about, about["tensors_sha256"])
 
 
 def _model_of(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Int8LanguageModel:
     kind = BY_FORMAT[about["family"]]
-    config = KINDS[kind.name].config(**about["sizes"])
+    config = _config_class(about)(**about["sizes"])
     head = _whole(tensors, "lm_head") if about["quantize_lm_head"] else tensors["lm_head"]
     scales: dict[tuple[int, str], Scale] = {}
     for name, tensor in tensors.items():
@@ -260,43 +237,5 @@ def _whole(tensors: dict[str, torch.Tensor], name: str) -> Int8Weight:
     return Int8Weight(tensors[name], float(tensors[f"{name}.scale"]))
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """``folder/config.json``; CheckpointInvalid if it is missing, another family or a newer format."""
-    path = folder / CONFIG
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointInvalid(f"{folder} holds no INT8 model (no {CONFIG}); make one with `apply`") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointInvalid(f"{path} is not valid JSON ({error}); run `apply` again") from None
-    if not isinstance(about, dict) or about.get("family") not in BY_FORMAT:
-        raise CheckpointInvalid(f"{folder} is no {' or '.join(BY_FORMAT)} model; make one with `apply`")
-    if UNFINISHED in about:
-        raise CheckpointInvalid(f"{folder} is unfinished: `apply` was stopped while it wrote it; run `apply` again")
-    check_format_version(path, about.get("format_version"), FORMAT_VERSION, CheckpointInvalid)
-    wrong = [key for key, kind in _EXPECTED.items() if not isinstance(about.get(key), kind)]
-    if not wrong and not {"name", "path"} <= about["source"].keys():
-        wrong = ["source"]
-    if wrong:
-        raise CheckpointInvalid(f"{path} lacks {', '.join(wrong)} or has it in another form; run `apply` again")
-    return about
-
-
-def remember(db: Path, folder: Path) -> None:
-    """Record ``folder`` as the model applied last in this database."""
-    models = (db / "models").resolve()
-    absolute = folder.resolve()
-    # A relative path stays valid if the database is moved.
-    stored = absolute.relative_to(models) if absolute.is_relative_to(models) else absolute
-    with replacing(models / LAST) as temporary:
-        temporary.write_bytes(os.fsencode(stored) + b"\n")
-
-
-def last_applied(db: Path) -> Path:
-    """The model applied last; CheckpointInvalid if there is none."""
-    path = db / "models" / LAST
-    if not path.exists():
-        raise CheckpointInvalid(
-            f"no model was applied in {db} yet; run `apply`, name a model folder, or give --scales FILE"
-        )
-    return path.parent / Path(os.fsdecode(path.read_bytes().rstrip(b"\n")))
+def _config_class(about: dict[str, Any]) -> type[ModelConfig]:
+    return KINDS[BY_FORMAT[about["family"]].name].config

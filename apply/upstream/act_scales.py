@@ -69,13 +69,12 @@ def export_act_scales(
     at: Collection[str] = (),
     otherwise: str = DEFAULT_OTHERWISE,
     granularity: str | None = None,
-    db: Path | None = None,
     force: bool = False,
 ) -> Exported:
     """Write one strategy's scales (``at`` some sites, ``otherwise``'s elsewhere) to ``out`` as upstream has them.
 
-    Scales of a coarser ``granularity`` than upstream's form are repeated. ``db``: as in `read_scales`. ``force``:
-    replace ``out`` even if it is not such an export. Equal scales give equal bytes.
+    Scales of a coarser ``granularity`` than upstream's form are repeated. ``force``: replace ``out`` even if it is not
+    such an export. Equal scales give equal bytes.
 
     Upstream's Hadamard quantizer at out_proj:input wraps where ours clamps: scales that clip there are replaced
     (`quambase.apply.int8.needed_scales.clip_safe`).
@@ -84,7 +83,7 @@ def export_act_scales(
     upstream has no form for the groups.
     """
     refuse_foreign_file(out, _is_export, "export of scales", force=force)
-    table = read_scales(scales, db)
+    table = read_scales(scales)
     content, replaced = upstream_form(table, strategy, at, otherwise, granularity)
     buffer = io.BytesIO()
     torch.save(content, buffer)  # not to a path, whose name would be written into the file

@@ -82,7 +82,6 @@ def build_upstream(
     quantize_embedding: bool = False,
     model: str | None = None,
     out: Path | None = None,
-    db: Path | None = None,
 ) -> Built:
     """Upstream's W8A8 model with one strategy's scales, on the GPU; also saved to ``out`` if that is given.
 
@@ -99,7 +98,7 @@ def build_upstream(
     if not torch.cuda.is_available():
         raise BackendUnavailable(f"upstream's kernels need a CUDA GPU and there is none; {ADVICE}")
     check_gemm(linears.W8A8B16O16Linear, CUDA)
-    table = read_scales(scales, db)
+    table = read_scales(scales)
     form, replaced = upstream_form(table, strategy, at, otherwise, granularity)
     content = on_device(form, CUDA)
     if quantize_lm_head and "lm_head:input" not in content["act_scales"][HEAD_LAYER]:

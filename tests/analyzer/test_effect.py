@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from quambase.cli.main import quambase
 from quambase.schema.distribution import Distribution, Sensitivity
 from quambase.schema.errors import DatabaseInvalid, ScalesInvalid, UnknownName
 from quambase.schema.number_format import Affine
-from quambase.schema.scale_table import METADATA_KEY, read_scales
+from quambase.schema.scale_table import METADATA_KEY, read_scales, write_scales
 from quambase.schema.sql.database import StatsDB
 
 RUN = "run-s"
@@ -178,7 +179,8 @@ def test_a_scale_table_of_an_earlier_version_is_read(fabricated_database: Path, 
     made_table = analyze(fabricated_database, strategies=["mse"], out=path).table
     stored = pq.read_table(path)
     earlier = stored.drop_columns(["predicted_kl", "zero_point"])
-    pq.write_table(earlier.replace_schema_metadata({METADATA_KEY: stored.schema.metadata[METADATA_KEY]}), path)
+    about = json.loads(stored.schema.metadata[METADATA_KEY]) | {"format_version": 1}
+    pq.write_table(earlier.replace_schema_metadata({METADATA_KEY: json.dumps(about)}), path)
     assert str(read_scales(path).table.to_pylist()) == str(made_table.to_pylist())  # as text, NaN equals NaN
 
 
@@ -236,11 +238,12 @@ def test_zero_points_of_a_table_are_checked(fabricated_database: Path, tmp_path:
     analyze(fabricated_database, strategies=["mse"], out=path)
     stored = pq.read_table(path)
     for site, zero_point, message in (
-        ("out_proj:input", 5, "zero point 5 at layer 0 out_proj:input .mse.; expected 0"),
-        ("x_proj:input", 200, "zero point 200 at layer 0 x_proj:input .mse.; expected -128 to 127"),
+        ("out_proj:input", 5, "zero point 5 at layer 0 out_proj:input .mse., expected 0"),
+        ("x_proj:input", 200, "zero point 200 at layer 0 x_proj:input .mse., expected -128 to 127"),
     ):
         changed = [zero_point if (row["layer"], row["site"]) == (0, site) else 0 for row in stored.to_pylist()]
         column = stored.schema.get_field_index("zero_point")
-        pq.write_table(stored.set_column(column, stored.schema.field(column), pa.array(changed, pa.int16())), path)
+        edited = stored.set_column(column, stored.schema.field(column), pa.array(changed, pa.int16()))
+        write_scales(path, edited, json.loads(stored.schema.metadata[METADATA_KEY]))
         with pytest.raises(ScalesInvalid, match=message):
             read_scales(path)

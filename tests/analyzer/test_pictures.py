@@ -38,6 +38,7 @@ from quambase.analyzer.pictures.plot import KINDS, Picture, plot
 from quambase.analyzer.pictures.tokens import TokensPicture
 from quambase.cli import plot as command
 from quambase.cli.main import quambase as cli
+from quambase.schema.checksums import file_sha256
 from quambase.schema.errors import (
     DatabaseInvalid,
     DataInvalid,
@@ -46,7 +47,6 @@ from quambase.schema.errors import (
     ScalesInvalid,
     UnknownName,
 )
-from quambase.schema.files import file_sha256
 from quambase.schema.pictures import WIDTHS, picture_style, power_text, save_picture
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import OUTLIERS, RUN_TABLES, write_table

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from fabricate import make_run
@@ -19,7 +18,7 @@ from quambase.analyzer.analyze import analyze
 from quambase.analyzer.sixteen_bit import choose, frontier, sentence
 from quambase.cli.main import load_command
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, ScalesInvalid
-from quambase.schema.scale_table import MIXED, read_scales
+from quambase.schema.scale_table import MIXED, read_scales, write_scales
 from quambase.schema.sites import FAMILIES, OPERATORS, find_site
 
 ACTING = {family: [site.name for site in sites if site.acts and not site.head] for family, sites in FAMILIES.items()}
@@ -164,7 +163,6 @@ def test_a_damaged_list_is_refused(tmp_path: Path) -> None:
     found = analyze(tmp_path / "db", out=None, keep=1)
     path = tmp_path / "s.parquet"
     for wrong in ([[0, "convolution"]], [["0", "in_proj"]], [[0]], 3):
-        metadata = json.dumps({**found.provenance, "kept_16bit": wrong}).encode()
-        pq.write_table(found.table.replace_schema_metadata({b"quambase": metadata}), path)
+        write_scales(path, found.table, {**found.provenance, "kept_16bit": wrong})
         with pytest.raises(ScalesInvalid, match="is damaged"):
             read_scales(path)

@@ -26,8 +26,7 @@ from quambase.apply.evaluation.evaluate import evaluate
 from quambase.apply.evaluation.stored import find_evaluation, list_evaluations
 from quambase.apply.evaluation.tasks import TaskData
 from quambase.apply.int8.build import build
-from quambase.apply.int8.model_folder import CONFIG as CONFIG_FILE
-from quambase.apply.int8.model_folder import TENSORS, last_applied, load_stored, save_model
+from quambase.apply.int8.model_folder import load_stored, save_model
 from quambase.cli.apply import apply as apply_command
 from quambase.cli.evaluate import evaluate as evaluate_command
 from quambase.cli.main import load_command
@@ -39,8 +38,10 @@ from quambase.model.inputs.text import read_documents
 from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.weights import tensors_of
+from quambase.schema.checksums import file_sha256
 from quambase.schema.errors import CheckpointInvalid, DatabaseInvalid, DataInvalid, RunBusy, ScalesInvalid, UnknownName
-from quambase.schema.files import file_sha256
+from quambase.schema.int8_models import CONFIG as CONFIG_FILE
+from quambase.schema.int8_models import TENSORS, last_applied
 from quambase.schema.manifest import Manifest, TableFile
 from quambase.schema.model_info import ModelInfo, TextInfo
 from quambase.schema.scale_table import write_scales

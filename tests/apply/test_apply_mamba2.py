@@ -22,7 +22,7 @@ from quambase.apply.evaluation.evaluate import evaluate
 from quambase.apply.evaluation.stored import find_evaluation, list_evaluations
 from quambase.apply.int8.build import build
 from quambase.apply.int8.group_scales import channel_maps
-from quambase.apply.int8.model_folder import TENSORS, load_stored, save_model
+from quambase.apply.int8.model_folder import load_stored, save_model
 from quambase.cli.apply import apply as apply_command
 from quambase.cli.evaluate import evaluate as evaluate_command
 from quambase.model.checkpoint import load_model
@@ -31,6 +31,7 @@ from quambase.model.prepare import prepare, reorder
 from quambase.model.weights import tensors_of
 from quambase.schema.errors import ScalesInvalid, UnknownName
 from quambase.schema.groups import LayerGroups
+from quambase.schema.int8_models import TENSORS
 from quambase.schema.scale_table import read_scales, write_scales
 from quambase.schema.sites import MAMBA2
 from quambase.schema.tables import SCALES

@@ -25,9 +25,9 @@ from quambase.collector.documents import TokenizedDocument
 from quambase.collector.run_folder import BlockFiles, every_table, finish_run, in_order, write_statistics
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Int64, RunStatistics, SiteLayout, SiteStatistics
 from quambase.collector.table_rows import Places, keyed_rows
+from quambase.schema.checksums import file_sha256
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid
-from quambase.schema.files import file_sha256
 from quambase.schema.manifest import Manifest, TableFile, table_of
 from quambase.schema.model_info import ModelInfo, TextInfo
 from quambase.schema.tables import ACTIVATIONS, CHANNELS, COUNTS, DOCUMENTS, RUN_TABLES, as_made, read_table

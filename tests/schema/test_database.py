@@ -17,10 +17,10 @@ import pytest
 from fabricate import NUMBERS, half, make_run, random_activations
 from stored_runs import stored_table
 
+from quambase.schema.checksums import file_sha256
 from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, QueryInvalid, UnknownName
-from quambase.schema.files import file_sha256
-from quambase.schema.manifest import Manifest
+from quambase.schema.manifest import Manifest, TableFile
 from quambase.schema.runs import list_runs
 from quambase.schema.scale_table import write_scales
 from quambase.schema.sql import database
@@ -72,10 +72,9 @@ def test_columns_that_came_later_are_null(fabricated_database: Path, tmp_path: P
     row = {"run": "run-a", "layer": 0, "site": "s", "group_name": "all", "document": 1, "position": 2}
     earlier = pa.Table.from_pylist([row | {"token_id": 3, "token": "a", "channel": 4, "value": 5.0}], whole.schema)
     pq.write_table(earlier, path)
-    manifest = path.parent / "run.json"
-    stated = json.loads(manifest.read_text())
-    stated["tables"][path.name]["sha256"] = file_sha256(path)
-    manifest.write_text(json.dumps(stated))
+    stated = Manifest.load(path.parent)
+    stated.tables[path.name] = TableFile(1, file_sha256(path))
+    stated.save(path.parent)
     with StatsDB(tmp_path / "db") as db:
         found = db.sql("select * exclude (before, after) from outliers")
         assert found.to_pylist() == earlier.to_pylist()
@@ -314,7 +313,7 @@ def test_scales_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path, "r", {(0, "in_proj:input"): random_activations()[0, "in_proj:input"]})
     assert StatsDB(tmp_path).sql("select * from scales").num_rows == 0
-    provenance = {"format_version": 1, "runs": {"r": {}, "other": {}}}
+    provenance = {"format_version": 1, "runs": {key: {"model": {}, "identity": {}} for key in ("r", "other")}}
     write_scales(Path("scales.parquet"), pa.concat_tables([scale_rows("r"), scale_rows("other")]), provenance)
     assert StatsDB(tmp_path).sql("select run, scale from scales").to_pylist() == [{"run": "r", "scale": 0.5}]
     write_scales(Path("scales.parquet"), scale_rows("other"), provenance)

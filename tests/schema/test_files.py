@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from quambase.schema.checksums import file_damage, file_sha256
 from quambase.schema.errors import OutputRefused
 from quambase.schema.files import (
-    file_damage,
-    file_sha256,
     link_or_copy,
     refuse_foreign_file,
     refuse_foreign_picture,

@@ -125,7 +125,7 @@ def test_the_table_of_a_file(file: str, table: str) -> None:
 def test_a_file_out_of_the_run_folder_is_refused(tmp_path: Path, name: str) -> None:
     folder = make_run(tmp_path, "r", {(0, "in_proj:input"): random_activations()[0, "in_proj:input"]})
     manifest = Manifest.load(folder)
-    manifest.tables[name] = TableFile(1, "0")
+    manifest.tables[name] = TableFile(1, "0" * 64)
     manifest.save(folder)
-    with pytest.raises(DatabaseInvalid, match=r"run.json is damaged \(.* is no file of a table\)"):
+    with pytest.raises(DatabaseInvalid, match=r"run.json is damaged \(Expected `str` matching .* in `\$\.tables`\)"):
         Manifest.load(folder)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from fabricate import make_run, random_activations
 
 from quambase.analyzer.analyze import analyze
-from quambase.schema.files import file_sha256
+from quambase.schema.checksums import file_sha256
 from quambase.schema.manifest import Manifest, TableFile
 from quambase.schema.results import EVALUATION, RESULTS_FILE
 from quambase.schema.tables import OUTLIERS, RESULTS, write_table

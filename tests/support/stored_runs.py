@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from quambase.schema.files import file_sha256
+from quambase.schema.checksums import file_sha256
 from quambase.schema.manifest import Manifest, TableFile
 from quambase.schema.tables import RUN_TABLES, write_table
 

@@ -188,7 +188,6 @@ class QuambaseModel(ItemModel):
         model: str | None = None,
         device: str | None = None,
         max_length: int = WINDOW,
-        db: str | Path = Path("quambase-db"),
         batch_size: object = None,
         max_batch_size: object = None,
     ) -> None:
@@ -196,7 +195,7 @@ class QuambaseModel(ItemModel):
 
         path        an INT8 model's folder, or a floating-point model: bundled name, folder, short name or hub id
         scales      a scale table: the INT8 model of one of its strategies is built in memory, on ``path``'s weights
-        strategy, granularity, quantize_lm_head, quantize_embedding, compat, weight_bits, db
+        strategy, granularity, quantize_lm_head, quantize_embedding, compat, weight_bits
                     with ``scales``, as `quambase.apply`
         model       the floating-point model of an INT8 folder, where it has moved
         device      "auto" (CUDA if there is any), "cpu" or "cuda"; lm-eval's default, "cuda:0", is "auto"
@@ -220,7 +219,6 @@ class QuambaseModel(ItemModel):
                 compat=compat,
                 weight_bits=int(weight_bits),
                 granularities=[granularity] if granularity else [],
-                db=Path(db),
             )
         where = "auto" if device in (None, LM_EVAL_DEVICE) else str(device)
         models = PlacedModels.on(choose_device(where), candidates, required=where != "auto")

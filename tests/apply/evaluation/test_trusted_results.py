@@ -23,7 +23,7 @@ from quambase.apply.apply import apply
 from quambase.apply.evaluation import candidates as candidates_module
 from quambase.apply.evaluation.evaluate import evaluate
 from quambase.apply.evaluation.stored import find_evaluation, list_evaluations
-from quambase.apply.int8.model_folder import CONFIG, LAST, SCALES, TENSORS, TOKENIZER, last_applied, load_stored
+from quambase.apply.int8.model_folder import load_stored
 from quambase.cli.main import load_command
 from quambase.collector.collect import collect
 from quambase.schema.errors import (
@@ -34,6 +34,7 @@ from quambase.schema.errors import (
     QuambaseError,
     ScalesInvalid,
 )
+from quambase.schema.int8_models import CONFIG, LAST, SCALES, TENSORS, TOKENIZER, last_applied
 from quambase.schema.scale_table import ScaleTable, read_scales, write_scales
 from quambase.schema.sql.database import StatsDB
 

@@ -1,0 +1,66 @@
+"""Checksums: of a file, stored elsewhere; and of a file's other bytes, stored in the file itself.
+
+A writer leaves PLACEHOLDER in a file, in JSON as the value of a key or in a Parquet file's metadata, and calls
+`add_checksum`, which puts the SHA-256 of the whole file, with the placeholder in it, in the placeholder's place. So
+one changed bit anywhere in the file is found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Literal
+
+CHECKSUM = "quambase-sha256"
+"""The key under which JSON and Parquet files of ours carry their own checksum."""
+
+PLACEHOLDER = f"{CHECKSUM}:{'0' * 64}"
+
+_STORED = re.compile(rf"{CHECKSUM}:([0-9a-f]{{64}})".encode())
+
+OwnChecksum = Literal["right", "wrong", "none"]
+"""Whether the checksum that a file's bytes contain is theirs; "none": there is none, as in the file of another tool or
+of an earlier version.
+"""
+
+ALTERED = "was altered or cut short since it was written (its checksum differs)"
+
+
+def add_checksum(path: Path) -> None:
+    """Replace the last PLACEHOLDER in a file by the file's checksum. ValueError: there is none. OSError."""
+    content = path.read_bytes()
+    place = content.rfind(PLACEHOLDER.encode())
+    if place < 0:
+        raise ValueError(f"{path} has no place for its checksum")
+    with path.open("rb+") as file:
+        file.seek(place + len(CHECKSUM) + 1)
+        file.write(hashlib.sha256(content).hexdigest().encode())
+
+
+def check_own(content: bytes) -> OwnChecksum:
+    """Compare the checksum that a file's bytes contain with theirs."""
+    stored = list(_STORED.finditer(content))
+    if not stored:
+        return "none"
+    start, stop = stored[-1].span(1)
+    digest = hashlib.sha256(content[:start])
+    digest.update(b"0" * (stop - start))
+    digest.update(content[stop:])
+    return "right" if digest.hexdigest().encode() == stored[-1][1] else "wrong"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_damage(path: Path, sha256: str) -> str | None:
+    """What is wrong with a file that had this SHA-256 when it was written: "is missing" or ALTERED; None if nothing."""
+    if not path.exists():
+        return "is missing"
+    return None if file_sha256(path) == sha256 else ALTERED
