@@ -27,12 +27,20 @@ SHARE = re.compile(r"(^|_)share(_|$)|^beyond_\d+_sigma$|^top1_agreement$|^(flips
 """Names of columns that hold shares of one: people read them as % or, under 0.1 %, as ppm."""
 
 
-def emit(table: pa.Table, format_: str = "table", output: Path | None = None, *, wrap: str | None = None) -> None:
+def emit(
+    table: pa.Table,
+    format_: str = "table",
+    output: Path | None = None,
+    *,
+    wrap: str | None = None,
+    rows: int | None = None,
+) -> None:
     """Print ``table`` to stdout, or write it to ``output`` at once, in one of FORMATS.
 
     Format ``table`` fits the width of the terminal, 100 columns where there is none, and shows ROWS rows at most: long
     texts are shortened, the last columns left out, and a line to stderr says so. ``--wide`` shows all. No other format
-    is cut. ``wrap`` names a column whose texts are broken into lines instead of shortened.
+    is cut. ``wrap`` names a column whose texts are broken into lines instead of shortened. ``rows``:
+    how many there are, if the table holds only the first.
     """
     notes: list[str] = []
     if format_ == "csv":
@@ -45,7 +53,7 @@ def emit(table: pa.Table, format_: str = "table", output: Path | None = None, *,
         elif format_ == "markdown":
             text = _markdown(table)
         else:
-            text, notes = _plain(table, line_width(), wrap)
+            text, notes = _plain(table, line_width(), wrap, rows or table.num_rows)
         content = (text + "\n").encode()
     if output:
         with replacing(output) as temporary:
@@ -112,11 +120,11 @@ def _numeric(table: pa.Table) -> list[bool]:
     ]
 
 
-def _plain(table: pa.Table, width: int | None, wrap: str | None = None) -> tuple[str, list[str]]:
+def _plain(table: pa.Table, width: int | None, wrap: str | None, rows: int) -> tuple[str, list[str]]:
     """The lines of a table in ``width`` columns (None: no limit), and a line that says what is left out."""
     notes, names, right = [], list(table.schema.names), _numeric(table)
-    if width is not None and table.num_rows > ROWS:
-        left = table.num_rows - ROWS
+    if width is not None and rows > ROWS:
+        left = rows - ROWS
         notes.append(f"… {left:,} more rows: --wide shows all, and --format csv, json and parquet hold every row")
         table = table.slice(0, ROWS)
     cells = _cells(table)

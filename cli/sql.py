@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,19 +14,31 @@ import click
 import pyarrow as pa
 from click.shell_completion import CompletionItem
 
-from quambase.cli.console import Command, answer, database_option, note, output_options
-from quambase.cli.formats import emit
+from quambase.cli.console import Command, answer, database_option, line_width, note, output_options
+from quambase.cli.formats import ROWS, emit
 from quambase.cli.query import note_sql, run_option, show_sql_option
 from quambase.schema.errors import QueryInvalid
 from quambase.schema.progress import Progress
 from quambase.schema.sql.queries import cookbook, definitions_for, recipe
 
 if TYPE_CHECKING:
+    from quambase.schema.sql.answer import Answer
     from quambase.schema.sql.database import StatsDB
 
 
 def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     return [CompletionItem(f"@{name}") for name in cookbook() if f"@{name}".startswith(incomplete)]
+
+
+def _memory(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """``4GB``, ``500 MB`` in bytes."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB)", value.strip(), re.IGNORECASE)
+    size = 0 if found is None else int(float(found[1]) * {"mb": 10**6, "gb": 10**9}[found[2].lower()])
+    if not 10**7 <= size < 2**50:
+        raise click.BadParameter(f"{value!r}; expected at least 10 MB, such as 500MB or 4GB", ctx, param)
+    return size
 
 
 @click.command(cls=Command)
@@ -42,7 +56,16 @@ def _complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: st
 @show_sql_option
 @run_option
 @click.option("--scales", type=click.Path(dir_okay=False, path_type=Path), help="Scale table of the view scales.")
-@click.option("--unsafe", is_flag=True, help="Let the query read and write other files.")
+@click.option(
+    "--unsafe", is_flag=True, help="Let the query read and write other files, attach databases and load extensions."
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=_memory,
+    help="Memory that the query may take, such as 4GB. [default: half of the machine's]",
+)
+@click.option("--timeout", metavar="SECONDS", type=click.FloatRange(0, min_open=True), help="Time that it may take.")
 @database_option
 @output_options
 def sql(
@@ -55,6 +78,8 @@ def sql(
     run: str | None,
     scales: Path | None,
     unsafe: bool,
+    memory: int | None,
+    timeout: float | None,
     db: Path,
     format_: str,
     output: Path | None,
@@ -87,40 +112,65 @@ def sql(
         if not text.strip():
             raise click.UsageError("give a QUERY, @NAME of the cookbook, --file, --queries or --schema")
     from quambase.schema.sql.database import StatsDB
+    from quambase.schema.sql.limits import Limits
 
-    with StatsDB(db, run, unsafe=unsafe, scales=scales, trace=note_sql if show_sql else None) as database:
+    limits = Limits(seconds=timeout) if memory is None else Limits(memory, timeout)
+    trace = note_sql if show_sql else None
+    with StatsDB(db, run, unsafe=unsafe, scales=scales, trace=trace, limits=limits) as database:
         if shell:
             from quambase.cli.sql_shell import Shell
 
             Shell(database).run()
             return
-        found, lines = (database.describe(), []) if text is None else ask(database, text, settings, show_sql)
+        # People see the first rows of a table; the others are only counted.
+        most = ROWS if format_ == "table" and output is None and line_width() is not None else None
+        with _ended_at_once(database):
+            found, lines = (database.describe(), []) if text is None else ask(database, text, settings, show_sql, most)
         for line in [*([] if text is None else database.notes), *lines]:
             note(line)
     if text is not None and text.startswith("@"):
         answer(recipe(text[1:]).question)
     if found.num_columns:
-        emit(found.table, format_, output, wrap="comment" if text is None else None)
+        emit(found.table, format_, output, wrap="comment" if text is None else None, rows=found.rows)
 
 
 def ask(
-    database: StatsDB, text: str, settings: tuple[str, ...] = (), show_sql: bool = False
-) -> tuple[pa.Table, list[str]]:
+    database: StatsDB,
+    text: str,
+    settings: tuple[str, ...] = (),
+    show_sql: bool = False,
+    most: int | None = None,
+) -> tuple[Answer, list[str]]:
     """The answer to SQL, or to ``@NAME`` of the cookbook with these parameters; and notes on what a view lacks.
+
+    most  only so many rows are kept, all are counted
 
     QueryInvalid, UnknownName.
     """
     values = None
     if text.startswith("@"):
-        found = recipe(text[1:].strip())
-        text, values = found.sql, found.with_values(settings)
+        asked = recipe(text[1:].strip())
+        text, values = asked.sql, asked.with_values(settings)
     if show_sql:
         for statement in definitions_for(text):
             note_sql(statement)
     with _watched() as watch:
-        table = database.sql(text, values, watch)
+        found = database.sql(text, values, watch, most)
     scales = database.scales_notes if "scales" in text.lower() else []
-    return table, [*scales, *(database.results_notes or [])]
+    return found, [*scales, *(database.results_notes or [])]
+
+
+@contextmanager
+def _ended_at_once(database: StatsDB) -> Iterator[None]:
+    """End the process without waiting where a query that is stopped goes on, as one inside a function of DuckDB does."""
+    try:
+        yield
+    except (QueryInvalid, KeyboardInterrupt) as error:
+        if database.left_behind:
+            click.echo(f"error: {error or 'interrupted'}", err=True)
+            sys.stderr.flush()
+            os._exit(1)
+        raise
 
 
 @contextmanager

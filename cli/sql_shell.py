@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quambase.cli.console import note
-from quambase.cli.formats import emit
+from quambase.cli.formats import ROWS, emit
 from quambase.cli.sql import ask, cookbook_table
 from quambase.schema.errors import QuambaseError
 from quambase.schema.sql.queries import cookbook
@@ -89,11 +89,11 @@ class Shell:
                 click.echo(HELP)
             else:
                 name, *settings = statement.split() if statement.startswith("@") else [statement]
-                found, lines = ask(self.database, name, tuple(settings))
+                found, lines = ask(self.database, name, tuple(settings), most=ROWS)
                 for line in lines:
                     note(line)
                 if found.num_columns:
-                    emit(found.table, "table")
+                    emit(found.table, "table", rows=found.rows)
         except QuambaseError as error:
             note(f"error: {error}")
         except KeyboardInterrupt:

@@ -55,7 +55,9 @@ def read_about(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         family = read_json(path, CheckpointInvalid, AGAIN).get("family")
-        if not isinstance(family, str):  # another program's, which has no version of ours
+        if not (
+            isinstance(family, str) and family.startswith("quamba")
+        ):  # another program's, which has no version of ours
             raise CheckpointInvalid(f"{folder} is no INT8 model of quambase; make one with `apply`")
         about = read_json(path, CheckpointInvalid, AGAIN, FORMAT_VERSION, CHECKED_SINCE)
     except FileNotFoundError:

@@ -18,11 +18,13 @@ SHOWN = 20
 class Answer:
     """Rows that answer a query. ``table`` is the `pyarrow.Table`, whose attributes and methods the answer has too:
     ``answer.to_pylist()``, ``answer["amax"]``, ``answer.num_rows``. ``answer.df()`` is a pandas DataFrame,
-    ``answer.pl()`` one of polars; both libraries and DuckDB take the answer as it is, too.
+    ``answer.pl()`` one of polars; both libraries and DuckDB take the answer as it is, too. ``rows``: how many the query
+    has, of which the table may hold only the first.
     """
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, rows: int | None = None) -> None:
         self.table = table
+        self.rows: int = table.num_rows if rows is None else rows
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.table, name)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from quambase.schema.runs import runs_table, select_runs
 from quambase.schema.scale_table import read_scales
 from quambase.schema.sites import SITE_NAMES
 from quambase.schema.sql.answer import Answer
+from quambase.schema.sql.limits import Limits, Watch, out_of_memory
 from quambase.schema.sql.queries import named_queries, sql_file
 from quambase.schema.sql.views import comments
 from quambase.schema.tables import DOCUMENT_QUANTILES, LATER_COLUMNS, RESULTS, RUN_TABLES, SCALES, WORDS
@@ -76,8 +78,26 @@ class DocumentSeries:
         return cls(parts[0].documents, np.max([part.amax for part in parts], axis=0), {})
 
 
-WATCHED_AFTER, WATCHED_EVERY = 2.0, 0.2
-"""Seconds until the progress of a query is told, and from one time to the next."""
+TOLD_AFTER, WATCHED_EVERY = 2.0, 0.05
+"""Seconds until the progress of a query is told, and from one look at it to the next."""
+
+
+STOPPED_WITHIN = 0.5
+"""Seconds in which a query that is interrupted must end, or it is left to itself."""
+
+
+def _in_a_thread(function: Callable[[], Answer]) -> Future[Answer]:
+    """Call ``function`` in a thread that does not keep the process alive."""
+    found: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(function())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found
 
 
 class StatsDB:
@@ -90,6 +110,7 @@ class StatsDB:
     trace   called with the text of every query before it runs, its parameters in a comment
     scales  scale table for the view `scales`; None takes ``<path>/scales.parquet``, then
             ``./scales.parquet``, and leaves the view empty where there is none or it belongs to other runs
+    limits  what a query may take; None: `Limits`'s own
 
     DatabaseInvalid: no folder, no complete run, a file missing or not as written, a newer format.
     UnknownName: no such run.
@@ -105,8 +126,11 @@ class StatsDB:
         unsafe: bool = False,
         scales: Path | None = None,
         trace: Callable[[str], None] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.path = local_folder(path)
+        self.limits = limits or Limits()
+        self.left_behind = False  # a query that could not be stopped
         self._trace = trace
         self.runs, self.notes = select_runs(self.path, run)
         self.scales_notes: list[str] = []
@@ -126,6 +150,7 @@ class StatsDB:
         with suppress(duckdb.Error):  # a notebook without ipywidgets has no bar, and no share is told
             for statement in _COUNTS_PROGRESS:
                 self._connection.execute(statement)
+        self._connection.execute(f"SET memory_limit = '{self.limits.memory // 1024} KiB'")
         for statement in () if unsafe else _LOCKDOWN:
             self._connection.execute(statement)
 
@@ -139,7 +164,8 @@ class StatsDB:
 
     def close(self) -> None:
         """Close the connection and the files."""
-        self._connection.close()
+        if not self.left_behind:  # closing would wait for the query
+            self._connection.close()
 
     def folder(self, run: str) -> Path:
         """The folder of a run."""
@@ -153,12 +179,15 @@ class StatsDB:
         query: str,
         params: Mapping[str, object] | None = None,
         watch: Callable[[float], None] | None = None,
+        most: int | None = None,
     ) -> Answer:
         """Answer ``query`` (named parameters as ``$name``); a statement that returns no rows gives no columns.
 
-        watch  called after WATCHED_AFTER seconds and often from then on with the share that is done, from 0 to 1
+        watch  called after TOLD_AFTER seconds and often from then on with the share that is done, from 0 to 1
+        most   only so many rows are kept; `Answer.rows` counts all
 
         QueryInvalid: whatever DuckDB refuses, in one line; for an unknown view or column it names the nearest ones.
+        Also a query that takes more than `limits`.
 
         >>> db.sql("select count(*) as sites from site_stats where layer = $layer and group_name = 'all'", {"layer": 1})
         sites
@@ -170,33 +199,50 @@ class StatsDB:
         if self._trace:
             self._trace("".join([query, *(f"\n-- ${name} = {value!r}" for name, value in (params or {}).items())]))
         try:
-            return Answer(self._interruptible(query, params, watch))
+            return self._interruptible(query, params, watch, most)
+        except duckdb.OutOfMemoryException:
+            raise out_of_memory(self.limits) from None
+        except MemoryError:
+            raise out_of_memory(self.limits) from None
         except duckdb.Error as error:
             raise QueryInvalid(self._explain(str(error))) from None
         except (pa.ArrowException, OSError) as error:
             raise DatabaseInvalid(f"a table could not be read ({str(error).splitlines()[0]}); try `doctor`") from None
 
     def _interruptible(
-        self, query: str, params: Mapping[str, object] | None, watch: Callable[[float], None] | None
-    ) -> pa.Table:
+        self,
+        query: str,
+        params: Mapping[str, object] | None,
+        watch: Callable[[float], None] | None,
+        most: int | None,
+    ) -> Answer:
         """Run ``query`` in another thread, so that Ctrl-C reaches this one and stops the query at once."""
 
-        def answer() -> pa.Table:
+        def answer() -> Answer:
             relation = self._connection.sql(query, params=dict(params) if params else None)
-            return pa.table({}) if relation is None else _plain_integers(_to_arrow(relation))
+            if relation is None:
+                return Answer(pa.table({}))
+            table, rows = _to_arrow(relation, most)
+            return Answer(_plain_integers(table), rows)
 
-        with ThreadPoolExecutor(1) as thread:
-            answered = thread.submit(answer)
-            try:
-                wait([answered], WATCHED_AFTER if watch else None)
-                while watch and not answered.done():
+        taken = Watch(self.limits)
+        answered = _in_a_thread(answer)
+        try:
+            while wait([answered], WATCHED_EVERY).not_done:
+                taken.check()
+                if watch and taken.seconds > TOLD_AFTER:
                     # DuckDB gives percents, or -1 where it cannot tell.
                     watch(min(1.0, max(0.0, self._connection.query_progress() / 100)))
-                    wait([answered], WATCHED_EVERY)
-                return answered.result()
-            except KeyboardInterrupt:
+            return answered.result()
+        except (KeyboardInterrupt, QueryInvalid):
+            # A query that has not begun yet does not notice: it is told until it ends. Some functions of DuckDB never
+            # notice; what runs them is left behind.
+            stopped = Watch(Limits())
+            while not answered.done() and stopped.seconds < STOPPED_WITHIN:
                 self._connection.interrupt()
-                raise
+                wait([answered], WATCHED_EVERY)
+            self.left_behind = not answered.done()
+            raise
 
     def query(self, name: str, params: Mapping[str, object] | None = None) -> Answer:
         """Answer a named query of queries.sql."""
@@ -439,20 +485,28 @@ _AS_TEXT = re.compile(r"DATE|TIME|INTERVAL|UNION|BIT|BLOB")
 """Types with values that Python, CSV or Parquet cannot hold (infinite dates, intervals): they are answered as text."""
 
 
-def _to_arrow(relation: duckdb.DuckDBPyRelation) -> pa.Table:
-    """The rows as Arrow. Repeated column names become ``name_1``, ``name_2``, as in DuckDB's own tables."""
+def _to_arrow(relation: duckdb.DuckDBPyRelation, most: int | None) -> tuple[pa.Table, int]:
+    """The rows as Arrow, ``most`` at most, and how many there are. Repeated column names become ``name_1``, ``name_2``,
+    as in DuckDB's own tables.
+    """
     names: list[str] = []
     for name in relation.columns:
         others = (f"{name}_{i}" for i in itertools.count(1))
         names.append(name if name not in names else next(n for n in others if n not in {*names, *relation.columns}))
     places = [f"c{i}" for i in range(len(names))]
     texts = [bool(_AS_TEXT.search(str(kind))) for kind in relation.types]
+    asked: Any = relation
     if any(texts):
         chosen = ", ".join(f"{p}::VARCHAR" if text else p for p, text in zip(places, texts, strict=True))
-        query = f"SELECT {chosen} FROM asked AS t({', '.join(places)})"
-        found: Any = relation.query("asked", query)
-        return found.to_arrow_table().rename_columns(names)
-    return relation.to_arrow_table().rename_columns(names)
+        asked = relation.query("asked", f"SELECT {chosen} FROM asked AS t({', '.join(places)})")
+    if most is None:
+        whole = asked.to_arrow_table()
+        return whole.rename_columns(names), whole.num_rows
+    found = asked.limit(most + 1).to_arrow_table().rename_columns(names)
+    if found.num_rows <= most:
+        return found, found.num_rows
+    counted: Any = relation.aggregate("count(*) AS n")
+    return found.slice(0, most), counted.to_arrow_table()["n"][0].as_py()
 
 
 def _plain_integers(table: pa.Table) -> pa.Table:

@@ -44,7 +44,7 @@ from quambase.schema.int8_models import CONFIG as CONFIG_FILE
 from quambase.schema.int8_models import TENSORS, last_applied
 from quambase.schema.manifest import Manifest, TableFile
 from quambase.schema.model_info import ModelInfo, TextInfo
-from quambase.schema.scale_table import write_scales
+from quambase.schema.scale_table import METADATA_KEY, write_scales
 from quambase.schema.sites import MAMBA1, find_site
 from quambase.schema.tables import DOCUMENTS, RESULTS, SCALES, write_table
 
@@ -182,10 +182,10 @@ def test_a_damaged_model_folder_is_refused(world: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointInvalid, match="altered"):
         load_stored(folder)
     (folder / TENSORS).write_bytes(content[:100])
-    with pytest.raises(CheckpointInvalid, match="cannot be read"):
+    with pytest.raises(CheckpointInvalid, match="altered or cut short"):
         load_stored(folder)
     (folder / CONFIG_FILE).write_text('{"family": "mamba"}')
-    with pytest.raises(CheckpointInvalid, match="no quamba1-w8a8 or quamba2-w8a8 model"):
+    with pytest.raises(CheckpointInvalid, match="is no INT8 model of quambase"):
         load_stored(folder)
     (folder / CONFIG_FILE).unlink()
     with pytest.raises(CheckpointInvalid, match="no INT8 model"):
@@ -403,7 +403,7 @@ def test_a_label_with_a_comma_reaches_the_evaluation(world: Any, tmp_path: Path)
     names = pa.array([label if name == "tight" else name for name in table["label"].to_pylist()], pa.string())
     (tmp_path / "here").mkdir()
     renamed = table.set_column(table.schema.get_field_index("label"), "label", names)
-    pq.write_table(renamed.replace_schema_metadata(table.schema.metadata), tmp_path / "here" / "scales.parquet")
+    write_scales(tmp_path / "here" / "scales.parquet", renamed, json.loads(table.schema.metadata[METADATA_KEY]))
     options = ("--data", str(world / "text.jsonl"), "--task", "perplexity", "--format", "json")
     with contextlib.chdir(tmp_path / "here"):
         apply("scales.parquet", strategy="absmax")

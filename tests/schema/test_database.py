@@ -445,7 +445,7 @@ def test_stats_are_sorted_by_outlier_ratio(db: StatsDB) -> None:
 
 
 def test_a_long_query_tells_how_much_is_done(fabricated_database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "WATCHED_AFTER", 0.05)
+    monkeypatch.setattr(database, "TOLD_AFTER", 0.05)
     monkeypatch.setattr(database, "WATCHED_EVERY", 0.02)
     told: list[float] = []
     query = "select count(*) as n from range(60000) as a, range(20000) as b where (a.range * b.range) % 7 = 3"

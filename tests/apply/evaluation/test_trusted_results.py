@@ -18,6 +18,7 @@ import torch
 from click.testing import CliRunner
 from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
+from quambase.analyzer.adopt import adopt
 from quambase.analyzer.analyze import analyze
 from quambase.apply.apply import apply
 from quambase.apply.evaluation import candidates as candidates_module
@@ -26,6 +27,7 @@ from quambase.apply.evaluation.stored import find_evaluation, list_evaluations
 from quambase.apply.int8.model_folder import load_stored
 from quambase.cli.main import load_command
 from quambase.collector.collect import collect
+from quambase.schema.checksums import file_sha256
 from quambase.schema.errors import (
     CheckpointInvalid,
     DatabaseInvalid,
@@ -34,7 +36,8 @@ from quambase.schema.errors import (
     QuambaseError,
     ScalesInvalid,
 )
-from quambase.schema.int8_models import CONFIG, LAST, SCALES, TENSORS, TOKENIZER, last_applied
+from quambase.schema.int8_models import CONFIG, LAST, SCALES, TENSORS, TOKENIZER, last_applied, read_about
+from quambase.schema.json_files import write_json
 from quambase.schema.scale_table import ScaleTable, read_scales, write_scales
 from quambase.schema.sql.database import StatsDB
 
@@ -111,7 +114,12 @@ def test_what_decides_the_numbers_decides_the_id(world: Path, tmp_path: Path, mo
 def test_the_reference_of_a_folder_is_part_of_it(world: Path, tmp_path: Path) -> None:
     applied = apply(world / "scales.parquet", strategy="mse", db=tmp_path)
     first = run(world, tmp_path, folder=applied.folder)
-    write_scaled(applied.folder / SCALES, read_scales(applied.folder / SCALES), {"quamba": 4})
+    scales = write_scaled(applied.folder / SCALES, read_scales(applied.folder / SCALES), {"quamba": 4})
+    with pytest.raises(CheckpointInvalid, match=r"scales\.parquet was altered"):
+        run(world, tmp_path, folder=applied.folder)
+    about = read_about(applied.folder)
+    about["files"][SCALES] = file_sha256(scales)
+    write_json(applied.folder / CONFIG, about)
     second = run(world, tmp_path, folder=applied.folder)
     assert second.id != first.id
 
@@ -381,15 +389,15 @@ def test_an_export_is_the_same_bytes_each_time(world: Path, tmp_path: Path) -> N
 def test_a_table_that_another_tool_wrote_finds_its_origin_in_the_database(world: Path, tmp_path: Path) -> None:
     plain = pq.read_table(world / "scales.parquet").replace_schema_metadata(None)
     pq.write_table(plain, tmp_path / "edited.parquet")
-    applied = apply(tmp_path / "edited.parquet", strategy="mse", db=world / "db", out=tmp_path / "m")
+    with pytest.raises(ScalesInvalid, match=r"names no origin, .* `quambase adopt .*edited\.parquet` checks it"):
+        apply(tmp_path / "edited.parquet", strategy="mse", db=world / "db")
+    adopt(tmp_path / "edited.parquet", world / "db", out=tmp_path / "adopted.parquet")
+    applied = apply(tmp_path / "adopted.parquet", strategy="mse", db=world / "db", out=tmp_path / "m")
     run = pq.read_table(world / "scales.parquet")["run"][0].as_py()
-    assert applied.notes[0] == f"scales of run {run}" and "was written by another tool" in applied.notes[1]
-    assert len(applied.notes) == 2
+    assert applied.notes == [f"scales of run {run}", "the scale table was edited: adopted from edited.parquet"]
     assert (tmp_path / "m" / TENSORS).read_bytes() == (
         apply(world / "scales.parquet", strategy="mse", db=tmp_path / "db", out=tmp_path / "n").folder / TENSORS
     ).read_bytes()
-    with pytest.raises(ScalesInvalid, match=r"names no origin, .* name the database that holds it with --db"):
-        apply(tmp_path / "edited.parquet", strategy="mse", db=tmp_path / "db")
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -399,10 +407,12 @@ def test_two_rows_for_one_scale_are_refused_in_either_order(world: Path, tmp_pat
     mine = mine if mine.num_rows else table.filter(pa.compute.field("label") == "mse")
     row = mine.slice(0, 1)
     doubled = row.set_column(row.schema.get_field_index("scale"), "scale", pa.array([9.0], pa.float32()))
-    joined = pa.concat_tables([doubled, table][::order]).replace_schema_metadata(table.schema.metadata)
-    pq.write_table(joined, tmp_path / "double.parquet")
+    joined = pa.concat_tables([doubled, table][::order])
+    write_scales(tmp_path / "double.parquet", joined, read_scales(world / "scales.parquet").provenance)
     with pytest.raises(ScalesInvalid, match=r"has 2 rows of mse for one scale, that of layer 0 "):
         read_scales(tmp_path / "double.parquet")
+    with pytest.raises(ScalesInvalid, match=r"has 2 rows of mse for one scale, that of layer 0 .*; mend the table"):
+        adopt(tmp_path / "double.parquet", world / "db")
 
 
 def test_last_txt_of_any_bytes(tmp_path: Path) -> None:
