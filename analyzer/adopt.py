@@ -217,13 +217,10 @@ def _completed(row: dict[str, Any], group: ScaleGroup) -> dict[str, Any]:
     if not _is_scale(scale) or any(not _is_scale(part) for part in components or ()):
         blank = {"scale": scale, "zero_point": row["zero_point"], "component_scales": components}
         return {name: None for name in SCALES.names} | key | fixed | blank
-    if row["needs_decode"]:
-        step: Any = tuple(components or (scale, scale))[:2]
-        columns = scale_columns(group, step if len(step) == 2 else scale)
-    else:
-        step = Affine(scale, row["zero_point"]) if row["zero_point"] else scale
-        columns = scale_columns(group, step, group.point.saturates, components)
-    return key | fixed | columns
+    step: Any = Affine(scale, row["zero_point"]) if row["zero_point"] else scale
+    if row["needs_decode"] and len(components or ()) == 2:
+        step, components = tuple(components), None
+    return key | fixed | scale_columns(group, step, group.point.saturates, components)
 
 
 def _is_scale(value: float | None) -> bool:

@@ -162,12 +162,12 @@ def ask(
 
 @contextmanager
 def _ended_at_once(database: StatsDB) -> Iterator[None]:
-    """End the process without waiting where a query that is stopped goes on, as one inside a function of DuckDB does."""
+    """End the process without waiting where a stopped query goes on, as one inside a function of DuckDB does."""
     try:
         yield
     except (QueryInvalid, KeyboardInterrupt) as error:
         if database.left_behind:
-            click.echo(f"error: {error or 'interrupted'}", err=True)
+            click.echo(f"error: {str(error) or 'interrupted'}", err=True)
             sys.stderr.flush()
             os._exit(1)
         raise

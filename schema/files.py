@@ -171,6 +171,6 @@ def check_format_version(path: Path, found: object, newest: int, error: type[Qua
     """``found``, the format version that the file ``path`` names; ``error`` if it is newer than ``newest``, the newest
     that this quambase reads, or no number.
     """
-    if not isinstance(found, int) or found > newest:
+    if not isinstance(found, int) or isinstance(found, bool) or found > newest:
         raise error(f"{path} has format version {found}; this quambase reads up to {newest}: upgrade quambase")
     return found

@@ -125,7 +125,7 @@ def test_shards_of_one_database_are_removed_with_the_merge(first: World, tmp_pat
     for index in (2, 0, 1):
         found = first.collect(tmp_path, shard=Shard(index, 3))
         assert found.folder.parent.name == "shards" and not (found.folder.parent.parent / "run.json").exists()
-    detail = examine(tmp_path).to_pylist()[-2]["detail"]
+    detail = next(row["detail"] for row in examine(tmp_path).to_pylist() if row["check"] == "run")
     assert "shards begun: 0/3, 1/3, 2/3; `quambase merge` joins them" in detail
     assert first.collect(tmp_path, shard=Shard(1, 3)).existed
     merged = merge(tmp_path)

@@ -1,0 +1,166 @@
+"""A file's own checksum: every changed bit of a file is found, JSON and Parquet alike."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from quambase.schema.checksums import CHECKSUM, PLACEHOLDER, add_checksum, check_own
+from quambase.schema.errors import DatabaseInvalid
+from quambase.schema.json_files import Count, Sha256, Size, as_type, read_json, write_json
+from quambase.schema.tables import RESULTS, read_table, write_table
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def results_file(path: Path) -> Path:
+    row = dict.fromkeys(RESULTS.names) | {"evaluation": "e", "nll": 1.5}
+    write_table(path, "results", pa.Table.from_pylist([row] * 40, schema=RESULTS), RESULTS)
+    return path
+
+
+@given(st.binary(max_size=300), st.binary(max_size=300))
+def test_the_checksum_is_that_of_the_file_with_zeros_in_its_place(
+    tmp_path_factory: pytest.TempPathFactory, before: bytes, after: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("own") / "file"
+    whole = before + PLACEHOLDER.encode() + after
+    path.write_bytes(whole)
+    assert check_own(whole) == "wrong"  # not yet the right one
+    add_checksum(path)
+    expected = f"{CHECKSUM}:{hashlib.sha256(whole).hexdigest()}".encode()
+    assert path.read_bytes() == before + expected + after
+    assert check_own(path.read_bytes()) == "right"
+
+
+def test_no_place_for_a_checksum(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"nothing")
+    assert check_own(b"nothing") == "none"
+    with pytest.raises(ValueError, match="no place for its checksum"):
+        add_checksum(tmp_path / "file")
+
+
+@given(st.dictionaries(st.text(max_size=8), VALUES, max_size=6))
+@settings(suppress_health_check=[HealthCheck.too_slow])
+def test_json_comes_back(tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]) -> None:
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    content.pop(CHECKSUM, None)
+    write_json(path, content)
+    assert read_json(path, DatabaseInvalid, "advice") == content
+
+
+def test_half_of_a_surrogate_pair_is_stored(tmp_path: Path) -> None:
+    """As the path of a model that is not UTF-8 has it."""
+    write_json(tmp_path / "a.json", {"path": "a\udcff"})
+    assert read_json(tmp_path / "a.json", DatabaseInvalid, "") == {"path": "a\udcff"}
+
+
+def test_every_bit_of_a_json_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"format_version": 2, "name": "é", "scales": [0.5, 1e-9], "flag": True})
+    content = path.read_bytes()
+    for place in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        with pytest.raises(
+            DatabaseInvalid, match=r"a\.json .*; do this|a\.json has format version .*: upgrade quambase"
+        ):
+            read_json(path, DatabaseInvalid, "do this", 2, checked_since=2)
+
+
+def test_every_byte_of_a_parquet_file(tmp_path: Path) -> None:
+    path = results_file(tmp_path / "a.parquet")
+    assert read_table(path, RESULTS).num_rows == 40
+    content = path.read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        if check_own(bytes(changed)) == "none":  # the mark itself: whoever needs a checksum misses it
+            assert content.rfind(f"{CHECKSUM}:".encode()) <= place < content.rfind(f"{CHECKSUM}:".encode()) + 80
+            continue
+        with pytest.raises(DatabaseInvalid, match=r"a\.parquet .*; restore it or make it again$"):
+            read_table(path, RESULTS)
+    for length in range(0, len(content), 97):
+        path.write_bytes(content[:length])
+        with pytest.raises(DatabaseInvalid, match="not a readable Parquet file"):
+            read_table(path, RESULTS)
+
+
+def test_equal_tables_are_equal_bytes(tmp_path: Path) -> None:
+    assert results_file(tmp_path / "a.parquet").read_bytes() == results_file(tmp_path / "b.parquet").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not valid JSON"),
+        (b"{", "is not valid JSON"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON"),
+        (b'"\xff"', "is not valid JSON"),
+        (b"[1]", "holds no JSON object"),
+        (b'{"format_version": 3}', "has format version 3; this quambase reads up to 2: upgrade"),
+        (b'{"format_version": true}', "has format version True"),
+        (b'{"format_version": 2}', "was altered or cut short"),
+        (b'{"format_version": 1, "quambase-sha256": "quambase-sha256:' + b"0" * 64 + b'"}', "was altered or cut short"),
+    ],
+)
+def test_what_is_no_json_of_ours(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(DatabaseInvalid, match=message) as caught:
+        read_json(path, DatabaseInvalid, "do this", 2, checked_since=2)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(path))
+
+
+def test_a_file_of_an_earlier_version_has_no_checksum(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"format_version": 1}')
+    assert read_json(tmp_path / "a.json", DatabaseInvalid, "", 2, checked_since=2) == {"format_version": 1}
+
+
+def test_a_folder_or_a_pipe_is_no_file(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(DatabaseInvalid, match="is not a regular file"):
+            read_json(path, DatabaseInvalid, "")
+        with pytest.raises(DatabaseInvalid, match="is not a regular file"):
+            read_table(path, RESULTS)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none", DatabaseInvalid, "")
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind"),
+    [
+        ("1", int),
+        (True, int),
+        (1.5, int),
+        (-1, Count),
+        (2**63, Count),
+        (2**31, Size),
+        ("a" * 63, Sha256),
+        ("A" * 64, Sha256),
+        ("a" * 64 + "\n", Sha256),
+        ({"a": 1}, dict[str, str]),
+        (None, str),
+    ],
+)
+def test_values_of_other_types(raw: object, kind: Any) -> None:
+    with pytest.raises(DatabaseInvalid, match=r"^x is damaged \(.*\); do this$"):
+        as_type(raw, kind, Path("x"), DatabaseInvalid, "do this")
+    assert msgspec.convert("a" * 64, Sha256) == "a" * 64
