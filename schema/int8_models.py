@@ -92,8 +92,10 @@ def last_applied(db: Path) -> Path:
     otherwise = "run `apply`, name a model folder, or give --scales FILE"
     if not path.is_file():
         raise CheckpointInvalid(f"no model was applied in {db} yet; {otherwise}")
-    content = path.read_bytes()
-    if check_own(content) == "wrong":
+    content, mark = path.read_bytes(), f"\n{CHECKSUM}".encode()
+    own = check_own(content)
+    earlier = own == "none" and mark not in content and content.endswith(b"\n")  # a version that wrote the path alone
+    if own != "right" and not earlier:
         raise CheckpointInvalid(f"{path} {ALTERED}; {otherwise}")
-    name = content.rpartition(b"\n" + CHECKSUM.encode())[0] or content.rstrip(b"\n")  # earlier versions: the path alone
+    name = content.removesuffix(b"\n") if earlier else content.rpartition(mark)[0]
     return path.parent / Path(os.fsdecode(name.replace(b"\0", b"?")))

@@ -48,7 +48,7 @@ def database(tmp_path: Path) -> Path:
 
 
 def found(db: Path) -> dict[tuple[str, str], tuple[str, str]]:
-    with contextlib.chdir(db):  # no scale table of this folder
+    with contextlib.chdir(db.parent):  # where no scale table is
         rows = examine(db).to_pylist()
     return {(row["check"], row["subject"]): (row["status"], row["detail"]) for row in rows if row["check"] != "version"}
 
