@@ -94,10 +94,10 @@ def _asked_too_much(error: BaseException | None) -> bool:
 
 
 def _where(error: BaseException) -> str:
-    """The error's type and the last line of ours that it passed."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "/fuzz/" not in frame.filename and "site-packages" not in frame.filename]
-    last = (ours or list(frames) or [None])[-1]
+    """The error's type and the last line of quambase that it passed."""
+    frames = list(traceback.extract_tb(error.__traceback__))
+    ours = [frame for frame in frames if "/quambase/" in frame.filename]
+    last = (ours or frames or [None])[-1]
     place = f"{Path(last.filename).name}:{last.lineno}" if last else "?"
     return f"{type(error).__name__} at {place}"
 
@@ -112,9 +112,8 @@ def unclear(line: str, path: Path) -> str | None:
     if not line.strip():
         return "empty"
     if not line.isprintable():
-        odd = next(c for c in line if not c.isprintable())
-        return f"holds {odd!a}"
-    return f"has {len(line)} characters" if len(line) > LONGEST_LINE else None
+        return "not printable"
+    return "too long" if len(line) > LONGEST_LINE else None
 
 
 def judge(read: Callable[[Path], object], path: Path, expected: object, seconds: float, memory: int) -> Verdict:
