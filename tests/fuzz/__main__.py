@@ -44,7 +44,9 @@ def shown(rows: Sequence[dict[str, object]], style: str) -> str:
     names = [name.split()[0] for name in COLUMNS]
     widths = [max(len(row[i]) for row in [names, *cells]) for i in range(len(COLUMNS))]
     lines = [
-        " ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        " ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in [names, *cells]
     ]
     return "\n".join(lines)
@@ -65,7 +67,11 @@ class Shown:
         left = (self.inputs - counts.total) / rate if rate else 0
         found = sum(counts.times.values())
         end = "\r" if sys.stderr.isatty() else "\n"
-        print(f"{counts.total:,} of {self.inputs:,} inputs, {rate:,.0f}/s, {left:,.0f} s left, {found} findings", end=end, file=sys.stderr)
+        print(
+            f"{counts.total:,} of {self.inputs:,} inputs, {rate:,.0f}/s, {left:,.0f} s left, {found} findings",
+            end=end,
+            file=sys.stderr,
+        )
 
 
 def faults(counts: Counts, seed: int, made: Path, story: bool) -> list[str]:
@@ -86,6 +92,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="only this reader; once for each")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long, with what was tried")
     parser.add_argument("--seconds", type=float, default=10.0, help="a longer reading counts as a hang")
     parser.add_argument("--seeds", type=Path, help="folder of the real files; made anew if it is not there")
     parser.add_argument("--only", type=int, help="repeat this input of the one --target, with its traceback")
@@ -106,7 +113,8 @@ def main() -> int:
         print(f"{found.seed.file.name}, changed as {found.kind}, {len(found.data):,} bytes: {verdict.outcome}")
         print(verdict.story or verdict.where)
         return int(verdict.outcome in FINDINGS)
-    counts = run(made, names, asked.inputs, asked.seed, jobs=asked.jobs, limits=limits, tell=Shown(asked.inputs).tell)
+    options = {"jobs": asked.jobs, "limits": limits, "minutes": asked.minutes, "tell": Shown(asked.inputs).tell}
+    counts = run(made, names, asked.inputs, asked.seed, **options)
     print(shown(table(counts), asked.format))
     print("\n".join(faults(counts, asked.seed, made, asked.story)), file=sys.stderr)
     return int(bool(counts.times))

@@ -5,11 +5,30 @@ from __future__ import annotations
 from random import Random
 
 INTEGERS = tuple(
-    sorted({sign * (2**power + step) for power in (0, 7, 8, 15, 16, 24, 31, 32, 47, 62, 63, 64) for step in (-1, 0, 1) for sign in (1, -1)})
+    sorted(
+        {
+            sign * (2**power + step)
+            for power in (0, 7, 8, 15, 16, 24, 31, 32, 47, 62, 63, 64)
+            for step in (-1, 0, 1)
+            for sign in (1, -1)
+        }
+    )
 )
 """Numbers at which integer types end."""
 
-TEXTS = (b"\x00", b"\n", b"\r\n\r\n", b'"', b"{", b"[", b",", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\x1b[31m")
+TEXTS = (
+    b"\x00",
+    b"\n",
+    b"\r\n\r\n",
+    b'"',
+    b"{",
+    b"[",
+    b",",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\xed\xa0\x80",
+    b"\x1b[31m",
+)
 
 
 def boundary(random: Random) -> bytes:
@@ -40,7 +59,13 @@ def change_once(random: Random, data: bytes, other: bytes) -> bytes:
     if kind == 7:
         elsewhere = random.randrange(len(data) + 1)
         low, high = sorted((place, elsewhere))
-        return data[:low] + data[high : high + size] + data[low + size : high] + data[low : low + size] + data[high + size :]
+        return (
+            data[:low]
+            + data[high : high + size]
+            + data[low + size : high]
+            + data[low : low + size]
+            + data[high + size :]
+        )
     if kind == 8:
         start = random.randrange(len(other) + 1)
         return data[:place] + other[start:]

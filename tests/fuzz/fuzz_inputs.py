@@ -18,7 +18,7 @@ from fuzz_targets import Seed, Target
 
 Change = Callable[[Random, bytes], bytes]
 
-BOMB_SHARE = 1 / 500
+BOMB_SHARE = 1 / 2000
 """Share of a target's inputs that are bombs: each takes seconds to make and to read."""
 
 
@@ -41,13 +41,22 @@ def change_tokenizer(random: Random, data: bytes) -> bytes:
     vocabulary = raw["model"]["vocab"]
     kind = random.randrange(7)
     if kind == 0:
-        vocabulary[random.choice(list(vocabulary))] = random.choice((63, 64, 65, 10**9, 2**32 - 1, 2**32, -1, 1.5, None))
+        vocabulary[random.choice(list(vocabulary))] = random.choice(
+            (63, 64, 65, 10**9, 2**32 - 1, 2**32, -1, 1.5, None)
+        )
     elif kind == 1:
-        token = {"id": random.choice((3, 60, 63, 64, 10**9, 2**32 - 1)), "content": random.choice(("w1", "[PAD]", "", "\x1b[31m", "x" * 900))}
+        token = {
+            "id": random.choice((3, 60, 63, 64, 10**9, 2**32 - 1)),
+            "content": random.choice(("w1", "[PAD]", "", "\x1b[31m", "x" * 900)),
+        }
         flags = {name: random.random() < 0.5 for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         raw["added_tokens"] = [token | flags] * random.choice((1, 2))
     elif kind == 2:
-        step = {"type": "Replace", "pattern": {"String": random.choice(("w", "", "a"))}, "content": "w" * random.choice((2, 40))}
+        step = {
+            "type": "Replace",
+            "pattern": {"String": random.choice(("w", "", "a"))},
+            "content": "w" * random.choice((2, 40)),
+        }
         raw["normalizer"] = {"type": "Sequence", "normalizers": [step] * random.choice((1, 2, 3, 6))}
     elif kind == 3:
         patterns = ("(w+)+$", "(?:a|a)*b", "\\p{L}+", "(", "", "((w*)*)*x", "(?=w)")
@@ -73,13 +82,34 @@ def change_tokenizer(random: Random, data: bytes) -> bytes:
             "prepend_scheme": "always",
         }
     elif kind == 5:
-        model = {"type": random.choice(("BPE", "Unigram", "WordPiece", "WordLevel")), "unk_token": random.choice(("?", "no", None))}
-        model |= {"merges": random.choice(([], ["w 1"], [["w", "1"]], ["a"])), "unk_id": random.choice((0, 5, 10**9, None))}
+        model = {
+            "type": random.choice(("BPE", "Unigram", "WordPiece", "WordLevel")),
+            "unk_token": random.choice(("?", "no", None)),
+        }
+        model |= {
+            "merges": random.choice(([], ["w 1"], [["w", "1"]], ["a"])),
+            "unk_id": random.choice((0, 5, 10**9, None)),
+        }
         model |= {"vocab": random.choice((vocabulary, [["w", -1.0], ["?", 0.0]], {}, [])), "byte_fallback": True}
-        raw["model"] = model | {"continuing_subword_prefix": "##", "max_input_chars_per_word": random.choice((100, 0, 10**12))}
+        raw["model"] = model | {
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": random.choice((100, 0, 10**12)),
+        }
     else:
-        raw["truncation"] = {"max_length": random.choice((0, 1, 10**12)), "strategy": "LongestFirst", "stride": random.choice((0, 5)), "direction": "Right"}
-        raw["padding"] = {"strategy": {"Fixed": random.choice((1, 10**9))}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "?"}
+        raw["truncation"] = {
+            "max_length": random.choice((0, 1, 10**12)),
+            "strategy": "LongestFirst",
+            "stride": random.choice((0, 5)),
+            "direction": "Right",
+        }
+        raw["padding"] = {
+            "strategy": {"Fixed": random.choice((1, 10**9))},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "?",
+        }
     return json.dumps(raw).encode()
 
 
@@ -129,5 +159,3 @@ def make_input(target: Target, seeds: list[Seed], contents: list[bytes], seed: i
     if kind != "bytes" and random.random() < 0.05:
         changed = change_bytes(random, changed)
     return Input(place, chosen, kind, changed)
-
-

@@ -24,7 +24,20 @@ DEPTH = 5000
 DIGITS = 5000
 """Digits of a long number: Python does not convert more than 4,300."""
 
-STRINGS = ("", "x", "1", "NaN", "../x", "/etc/passwd", "x" * 70_000, "a\nb", "\x1b[31mred\x1b[0m", "\x00", "\u202e", "é😀")
+STRINGS = (
+    "",
+    "x",
+    "1",
+    "NaN",
+    "../x",
+    "/etc/passwd",
+    "x" * 70_000,
+    "a\nb",
+    "\x1b[31mred\x1b[0m",
+    "\x00",
+    "\u202e",
+    "é😀",
+)
 
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 255, 65_536, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53 + 1, 2**63 - 1, 2**63),

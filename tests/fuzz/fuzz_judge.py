@@ -87,7 +87,7 @@ def _asked_too_much(error: BaseException | None) -> bool:
         seen.add(id(error))
         if isinstance(error, MemoryError):
             return True
-        if not isinstance(error, QuambaseError) and _ALLOCATION.search(str(error)[:1000]):
+        if not isinstance(error, QuambaseError) and _ALLOCATION.search(str(error).partition("\n")[0]):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -25,6 +26,9 @@ from fuzz_targets import SEEDS, TARGETS, Seed, Target
 
 ADDRESS_SPACE = 3 << 30
 """Bytes that a worker may ask for beyond what it has after its imports."""
+
+ROUND = 50_000
+"""Inputs of a round over all targets."""
 
 EXAMPLES = 3
 """Inputs kept of each fault."""
@@ -122,7 +126,7 @@ def work_folder() -> Path:
 def _worker(
     made: Path, work: Path, tasks: Sequence[tuple[str, range]], seed: int, limits: Limits, state: Any, pipe: Connection
 ) -> None:
-    """Judge inputs; ``state``: the place in ``tasks``, the number, the time it began; then counts by target and outcome."""
+    """Judge inputs; ``state``: the place in ``tasks``, the number, the time it began; then counts by task and outcome."""
     log = os.open(work / "stderr", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 2)
     os.environ.pop("RUST_BACKTRACE", None)  # of panics that are caught
@@ -137,6 +141,7 @@ def _worker(
         for number in numbers:
             state[0], state[1], state[2] = place, number, time.monotonic()
             made_input = bench.make(seed, number)
+            state[2] = time.monotonic()  # making a bomb takes seconds
             verdict = bench.judge(made_input)
             state[3 + place * len(OUTCOMES) + OUTCOMES.index(verdict.outcome)] += 1
             if verdict.outcome in FINDINGS:
@@ -174,7 +179,9 @@ class _Job:
         with contextlib.suppress(EOFError):
             while self.pipe.poll():
                 found.append(self.pipe.recv())
-        if self.process.is_alive() and time.monotonic() - self.state[2] > self.limits.patience + 60 * (self.state[0] < 0):
+        if self.process.is_alive() and time.monotonic() - self.state[2] > self.limits.patience + 60 * (
+            self.state[0] < 0
+        ):
             self.process.kill()
             self.process.join()
             found.append(self._lost(HANG, "did not answer a signal"))
@@ -231,24 +238,36 @@ def run(
     *,
     jobs: int = 1,
     limits: Limits | None = None,
+    minutes: float = float("inf"),
     tell: Callable[[Counts], None] = lambda counts: None,
 ) -> Counts:
-    """Give about ``inputs`` inputs to the targets ``names``; ``tell`` is called with the counts now and then."""
+    """Give about ``inputs`` inputs to the targets ``names``, in rounds, so that those stopped after ``minutes`` have
+    seen every target; ``tell`` is called with the counts now and then.
+    """
     limits = limits or Limits()
     numbers = shares(names, inputs)
+    rounds = -(-inputs // ROUND)
+    tasks = [
+        (name, numbers[name] * each // rounds, numbers[name] * (each + 1) // rounds)
+        for each in range(rounds)
+        for name in names
+    ]
+    of_tasks = [name for name, _, _ in tasks]
     running = [
-        _Job(made, names, [range(job, numbers[name], jobs) for name in names], seed, limits) for job in range(jobs)
+        _Job(made, of_tasks, [range(start + job, stop, jobs) for _, start, stop in tasks], seed, limits)
+        for job in range(jobs)
     ]
     counts = Counts({name: dict.fromkeys(OUTCOMES, 0) for name in names})
+    end = time.monotonic() + minutes * 60
     try:
-        while not all(job.done for job in running):
+        while not all(job.done for job in running) and time.monotonic() < end:
             wait_for([job.pipe for job in running if not job.done] + [job.process.sentinel for job in running], 0.5)
             for job in running:
                 for fault in job.received() if not job.done else []:
                     counts.add(fault)
-            for place, name in enumerate(names):
-                for i, outcome in enumerate(OUTCOMES):
-                    counts.tried[name][outcome] = sum(int(job.state[3 + place * len(OUTCOMES) + i]) for job in running)
+            counts.tried = {name: dict.fromkeys(OUTCOMES, 0) for name in names}
+            for (place, name), (i, outcome) in itertools.product(enumerate(of_tasks), enumerate(OUTCOMES)):
+                counts.tried[name][outcome] += sum(int(job.state[3 + place * len(OUTCOMES) + i]) for job in running)
             tell(counts)
     finally:
         for job in running:

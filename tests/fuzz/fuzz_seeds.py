@@ -50,7 +50,13 @@ def _models(folder: Path) -> None:
     write_tiny_mamba2(folder / "mamba2")
     tensors = load_file(first / "model.safetensors")
     raw = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4}
-    raw |= {"conv_kernel": 4, "intermediate_size": 32, "time_step_rank": 1, "layer_norm_epsilon": 1e-5, "use_bias": False}
+    raw |= {
+        "conv_kernel": 4,
+        "intermediate_size": 32,
+        "time_step_rank": 1,
+        "layer_norm_epsilon": 1e-5,
+        "use_bias": False,
+    }
     other = folder / "mamba1-hf"
     other.mkdir()
     (other / "config.json").write_text(json.dumps(raw))
@@ -86,7 +92,9 @@ def _texts(folder: Path) -> None:
     (folder / "rows.csv").write_text("text,topic\n" + "\n".join(lines) + "\n")
     (folder / "bars.csv").write_text("text|n\na b|1\nc d|2\n")
     pq.write_table(pa.Table.from_pylist(ROWS), folder / "rows.parquet")
-    words = pa.table({"text": pa.array(["a b", None, "c", "a b"]).dictionary_encode(), "n": [1.5, 2.0, None, float("nan")]})
+    words = pa.table(
+        {"text": pa.array(["a b", None, "c", "a b"]).dictionary_encode(), "n": [1.5, 2.0, None, float("nan")]}
+    )
     pq.write_table(words, folder / "words.parquet", compression="snappy")
     for ending in (".gz", ".xz", ".zst"):
         for name in ("rows.jsonl", "rows.txt", "rows.csv"):
