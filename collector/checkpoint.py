@@ -92,6 +92,6 @@ def _of(arrays: Mapping[str, Array], name: str, like: Array) -> Array:
     return found
 
 
-def _check(right: bool | np.bool_, what: str) -> None:
+def _check(right: object, what: str) -> None:
     if not right:
         raise ValueError(f"its {what} are not those of this run")

@@ -1,4 +1,4 @@
-"""``python tests/fuzz --inputs 1000000 --seed 1 --jobs 2``: damaged files for every reader, and a table of what came of them.
+"""``python tests/fuzz --inputs 1000000 --seed 1 --jobs 2``: damaged files for every reader, and what came of them.
 
 ``--target NAME --only NUMBER`` repeats one input and shows what the reader raised; ``--write FILE`` keeps its bytes.
 """

@@ -1,4 +1,4 @@
-"""Changes files that hold others: safetensors, .npy, archives (.npz and what torch.save writes), Parquet, packed files."""
+"""Changes files that hold others: safetensors, .npy, archives (.npz, what torch.save writes), Parquet, packed texts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import lzma
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -117,7 +118,9 @@ def _packed(entries: list[tuple[str, bytes, int]]) -> bytes:
         for name, content, method in entries:
             information = zipfile.ZipInfo(name)
             information.compress_type = method
-            archive.writestr(information, content)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a doubled name
+                archive.writestr(information, content)
     return buffer.getvalue()
 
 

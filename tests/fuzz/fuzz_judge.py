@@ -20,7 +20,7 @@ REFUSED, SAME, OTHER = "refused", "no effect", "other content"
 TRACEBACK, HANG, MEMORY, CRASH, UNPRINTABLE = "traceback", "hang", "memory", "crash", "unclear line"
 OUTCOMES = (REFUSED, SAME, OTHER, TRACEBACK, HANG, MEMORY, CRASH, UNPRINTABLE)
 FINDINGS = (TRACEBACK, HANG, MEMORY, CRASH, UNPRINTABLE)
-"""Outcomes that are faults of a reader. "unclear line": an error that is no single, printable line of a length to read."""
+"""Outcomes that are faults of a reader. "unclear line": an error that is no single printable line, or a long one."""
 
 LONGEST_LINE = 500
 """Characters of an error, without the file's path."""

@@ -22,7 +22,10 @@ from typing import Any
 import torch
 from fuzz_inputs import Input, make_input
 from fuzz_judge import CRASH, FINDINGS, HANG, OUTCOMES, SAME, Verdict, judge, limit_address_space
+from fuzz_planted import PLANTED
 from fuzz_targets import SEEDS, TARGETS, Seed, Target
+
+ALL = TARGETS | PLANTED
 
 ADDRESS_SPACE = 3 << 30
 """Bytes that a worker may ask for beyond what it has after its imports."""
@@ -36,13 +39,10 @@ EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds for an input, after which it counts as a hang; a worker that does not even notice is ended later."""
+    """Seconds for an input, after which it counts as a hang, and until a deaf worker is ended."""
 
     seconds: float = 10.0
-
-    @property
-    def patience(self) -> float:
-        return 3 * self.seconds + 20
+    patience: float = 50.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def work_folder() -> Path:
 def _worker(
     made: Path, work: Path, tasks: Sequence[tuple[str, range]], seed: int, limits: Limits, state: Any, pipe: Connection
 ) -> None:
-    """Judge inputs; ``state``: the place in ``tasks``, the number, the time it began; then counts by task and outcome."""
+    """Judge inputs; ``state``: the place in ``tasks``, the number, its beginning; then counts by task and outcome."""
     log = os.open(work / "stderr", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 2)
     os.environ.pop("RUST_BACKTRACE", None)  # of panics that are caught
@@ -137,7 +137,7 @@ def _worker(
     for place, (name, numbers) in enumerate(tasks):
         if not numbers:
             continue
-        bench = Bench(TARGETS[name], made, work / name.replace(" ", "-"), limits)
+        bench = Bench(ALL[name], made, work / name.replace(" ", "-"), limits)
         for number in numbers:
             state[0], state[1], state[2] = place, number, time.monotonic()
             made_input = bench.make(seed, number)
@@ -147,7 +147,7 @@ def _worker(
             if verdict.outcome in FINDINGS:
                 pipe.send(Fault(name, verdict.outcome, verdict.where, number, made_input.kind, verdict.story))
         shutil.rmtree(work / name.replace(" ", "-"))
-    state[0] = len(tasks)
+    state[0], state[2] = len(tasks), float("inf")
     pipe.close()
 
 
@@ -226,8 +226,8 @@ def _signal(code: int | None) -> str:
 
 def shares(names: Sequence[str], inputs: int) -> dict[str, int]:
     """``inputs`` divided among targets by their shares, at least one each."""
-    whole = sum(TARGETS[name].share for name in names)
-    return {name: max(1, round(inputs * TARGETS[name].share / whole)) for name in names}
+    whole = sum(ALL[name].share for name in names)
+    return {name: max(1, round(inputs * ALL[name].share / whole)) for name in names}
 
 
 def run(
@@ -280,7 +280,7 @@ def repeat(made: Path, name: str, seed: int, number: int, limits: Limits) -> tup
     SEEDS.append(made)
     work = work_folder()
     try:
-        bench = Bench(TARGETS[name], made, work / "one", limits)
+        bench = Bench(ALL[name], made, work / "one", limits)
         found = bench.make(seed, number)
         return found, bench.judge(found)
     finally:

@@ -1,4 +1,4 @@
-"""Makes the real files that inputs are changed from: tiny models, texts, tensors, a run, its scales, models, evaluation."""
+"""Makes the real files that inputs are changed from: models, texts, tensors, a run, its scales, its evaluation."""
 
 from __future__ import annotations
 
