@@ -289,13 +289,13 @@ TARGETS = {
         ),
         Target("places", _within("*-shards", "runs/*/shards/*/places.parquet", *TABLE), _places, share=0.2),
         Target("sums", _within("*-shards", "runs/*/shards/*/sums/*.npy", "npy", "npy", "bytes"), _sums),
-        Target("doctor", _within("*-db", "r*/**/*.*", "json", "bytes"), _doctor, share=0.005),
+        Target("doctor", _within("*-db", "r*/**/*.*", "bytes"), _doctor, share=0.005),
     )
 }
 
 EXPECTED_BY_OTHERS: frozenset[str] = frozenset(
     {
-        *("scales", "scale answers", "run tables", "places", "evaluation", "evaluation part"),
+        *("scales", "scale answers", "run.json", "run tables", "places", "evaluation", "evaluation part"),
         *("int8 config", "int8 scales", "last.txt", "shard.json", "sums"),
     }
 )

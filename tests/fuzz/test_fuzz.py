@@ -1,4 +1,4 @@
-"""No damaged file of any kind ends in a traceback, a hang or a crash; and the harness finds such faults if there are."""
+"""No damaged file of any kind ends in a traceback, a hang or a crash; and the harness finds such faults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fuzz_targets import EXPECTED_BY_OTHERS, TARGETS
 from quambase.schema.errors import DataInvalid
 
 SEED = 20_261
-INPUTS = 6_000
+INPUTS = 5_000
 """Inputs of all targets together, some hundreds each."""
 
 PLANTED_SEED = 58
