@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 
 from quambase.collector.statistics import Moments, RunStatistics, SiteLayout
+from quambase.model.inputs.array_files import Array, read_npz
+from quambase.model.inputs.files import first_line
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.files import replacing
-from quambase.schema.json_files import as_type
 from quambase.schema.manifest import FileName, TableFile
 from quambase.schema.sites import SiteKey
 
@@ -56,19 +57,43 @@ def load_checkpoint(folder: Path, layouts: Mapping[SiteKey, SiteLayout], most: i
     if not path.exists():
         return Checkpoint(0, statistics, {})
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            statistics.counts.numpy().reshape(-1)[arrays["present"]] = arrays["counts"]
-            statistics.top.copy_(torch.from_numpy(arrays["top"]))
-            for field in fields(Moments):
-                getattr(statistics.moments, field.name).copy_(torch.from_numpy(arrays[field.name]))
-            for key, source in json.loads(str(arrays["shared"])):
-                statistics.index.share(tuple(key), tuple(source))
-            listed = json.loads(str(arrays["files"]))
-            advice = f"delete the folder {folder} and run the same command again"
-            files = as_type(listed, dict[FileName, TableFile], path, DatabaseInvalid, advice)
-            return Checkpoint(int(arrays["blocks"]), statistics, files)
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0]
+        return _filled(statistics, read_npz(path))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, msgspec.ValidationError) as error:
         raise DatabaseInvalid(
-            f"{path} is damaged ({reason}); delete the folder {folder} and run the same command again"
+            f"{path} is damaged ({first_line(error)}); delete the folder {folder} and run the same command again"
         ) from None
+
+
+def _filled(statistics: RunStatistics, arrays: Mapping[str, Array]) -> Checkpoint:
+    """The checkpoint of what `save_checkpoint` stored; fills ``statistics``, which are empty. ValueError, KeyError,
+    TypeError, RecursionError, msgspec.ValidationError: something is missing, of another shape or of another type.
+    """
+    counts, present = statistics.counts.numpy().reshape(-1), arrays["present"]
+    _check(present.dtype.kind == "u" and present.ndim == 1 and (present < counts.size).all(), "places of counts")
+    counts[present] = _of(arrays, "counts", np.zeros(present.size, np.int64))
+    parts = {"top": statistics.top} | {field.name: getattr(statistics.moments, field.name) for field in fields(Moments)}
+    for name, part in parts.items():
+        part.copy_(torch.from_numpy(_of(arrays, name, part.numpy())))
+    texts = {name: arrays[name] for name in ("shared", "files")}
+    _check(all(text.dtype.kind == "U" and text.ndim == 0 for text in texts.values()), "texts")
+    known = statistics.index.layouts.keys()
+    for key, source in json.loads(str(texts["shared"])):
+        _check(isinstance(key, list) and isinstance(source, list), "sites")
+        _check({tuple(key), tuple(source)} <= known, "sites")
+        statistics.index.share(tuple(key), tuple(source))
+    blocks = _of(arrays, "blocks", np.array(0))
+    _check(blocks >= 0, "blocks")
+    files = msgspec.convert(json.loads(str(texts["files"])), dict[FileName, TableFile])
+    return Checkpoint(int(blocks), statistics, files)
+
+
+def _of(arrays: Mapping[str, Array], name: str, like: Array) -> Array:
+    """The array of this name. ValueError unless it has the shape and the type of ``like``."""
+    found = arrays[name]
+    _check(found.shape == like.shape and found.dtype == like.dtype, name)
+    return found
+
+
+def _check(right: object, what: str) -> None:
+    if not right:
+        raise ValueError(f"its {what} are not those of this run")

@@ -13,7 +13,6 @@ order of the parts, whether one process collected them or several shards.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -29,6 +28,7 @@ from quambase.collector.documents import DocumentSet, TokenizedDocument
 from quambase.collector.host.kernels import PATTERNS, add_gradients
 from quambase.collector.statistics import ENCODINGS, Float32, Float64, Int64, SiteIndex, SiteLayout
 from quambase.collector.table_rows import COUNTED, TableGroup, many_keyed_rows, table_groups
+from quambase.model.inputs.array_files import read_npz
 from quambase.model.language_model import LanguageModel, without_tf32
 from quambase.model.operators.differentiable import differentiable_operators, on_gradient
 from quambase.model.operators.torch import CPU
@@ -158,7 +158,7 @@ def collect_sensitivity(
 
 
 def _write(path: Path, sums: PresentSums) -> None:
-    """Store sums. A zip file's members have checksums, which NumPy compares on reading."""
+    """Store sums. A zip file's members have checksums, which are compared on reading."""
     places, counts, gradient_sq = sums
     narrow = [values.astype(np.min_scalar_type(int(values.max(initial=0)))) for values in (places, counts)]
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -168,11 +168,12 @@ def _write(path: Path, sums: PresentSums) -> None:
 def _read(path: Path, index: SiteIndex) -> PresentSums | None:
     """What `_write` stored; None if it is not there or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            places, counts, gradient_sq = (arrays[name] for name in PresentSums._fields)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays = read_npz(path)
+        places, counts, gradient_sq = (arrays[name] for name in PresentSums._fields)
+    except (OSError, ValueError, KeyError):
         return None
     sound = places.shape == counts.shape == gradient_sq.shape and places.dtype.kind == counts.dtype.kind == "u"
+    sound = sound and gradient_sq.dtype == np.float64 and places.ndim == 1
     if not sound or not (places < index.group_count * PATTERNS).all():
         return None
     return PresentSums(places.astype(np.int64), counts.astype(np.int64), gradient_sq)

@@ -96,9 +96,11 @@ def _is_export(path: Path) -> bool:
     """Whether `export_act_scales` wrote the file: a PyTorch zip archive whose pickle contains the name act_scales."""
     try:
         with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            return any(b"act_scales" in archive.read(name) for name in pickles)
-    except (zipfile.BadZipFile, OSError):
+            entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
+            # torch.save does not compress; what another program packed is not ours, however large it is.
+            stored = [entry for entry in entries if entry.compress_type == zipfile.ZIP_STORED]
+            return any(b"act_scales" in archive.read(entry) for entry in stored)
+    except Exception:  # a damaged archive raises BadZipFile, RuntimeError, NotImplementedError, EOFError and others
         return False
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import pickletools
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import safe_open
@@ -67,9 +71,10 @@ def _check_archive(path: Path, invalid: type[QuambaseError]) -> None:
     """Refuse compressed archives. torch.save stores without compression, so the contents are never larger than the
     file; an archive that claims more could exhaust memory.
     """
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            _check_numbers(path)
+            return
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except Exception as error:  # BadZipFile, or whatever a damaged directory causes
@@ -77,6 +82,36 @@ def _check_archive(path: Path, invalid: type[QuambaseError]) -> None:
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise invalid(f"{path} is a compressed archive; expected what torch.save writes: save it again")
+
+
+def _check_numbers(path: Path) -> None:
+    """ValueError: a pickle of torch.save's older format has a number far beyond the file's size. torch asks for memory
+    for as many values before it reads one.
+    """
+    most = max(path.stat().st_size, 1 << 20)
+    with path.open("rb") as file, contextlib.suppress(_NoPickle):
+        for _ in range(5):  # torch's mark, its version, the system, the tensors, their order; then their values
+            for number in _numbers(file):
+                if abs(number) > most and number != _MARK:
+                    raise ValueError("it claims more values than it has bytes")
+
+
+_MARK = 0x1950A86A20F9469CFC6C
+"""The first value of a file in the older format of torch.save."""
+
+
+class _NoPickle(Exception):
+    """What is read is no pickle."""
+
+
+def _numbers(file: IO[bytes]) -> Iterator[int]:
+    """The integers that the pickle at the file's position holds."""
+    try:
+        for _, argument, _ in pickletools.genops(file):
+            if isinstance(argument, int):
+                yield argument
+    except Exception:  # a damaged pickle raises ValueError, UnicodeDecodeError, struct.error and others
+        raise _NoPickle from None
 
 
 def _unreadable(path: Path, error: BaseException | str, invalid: type[QuambaseError]) -> QuambaseError:

@@ -43,8 +43,11 @@ not exhaust memory.
 PIECE = 1 << 20
 """Bytes of a line that are read at a time."""
 
-PARQUET_ROWS = 16
+PARQUET_ROWS = 4
 """Rows of a Parquet file that are decoded at a time: each may have a text of the largest size."""
+
+MOST_UNPACKED = 1000
+"""Characters of text for each byte of a file, above LONGEST in all: no text of people is packed as closely."""
 
 HEAD = 1000
 """JSON rows that are searched for the text column."""
@@ -147,7 +150,21 @@ def _file_texts(path: Path) -> Iterator[Row]:
         raise DataInvalid(f"{path.name} is of unknown kind; expected {KINDS}")
     if path.stat().st_size:
         check_file(path, DataInvalid)
-    return _READERS[kind](path)
+    return _not_unpacked(path, _READERS[kind](path))
+
+
+def _not_unpacked(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    """The same rows. DataInvalid: they are far more text than the file can hold, so it is made to exhaust a machine."""
+    size, most = 0, max(LONGEST, MOST_UNPACKED * path.stat().st_size)
+    for text, cluster in rows:
+        size += len(text)
+        if size > most:
+            raise _unpacks(path)
+        yield text, cluster
+
+
+def _unpacks(path: Path) -> DataInvalid:
+    return DataInvalid(f"{path} unpacks to more than {MOST_UNPACKED:,} times its size; expected texts, check it")
 
 
 def _plain_texts(path: Path) -> Iterator[Row]:
@@ -211,11 +228,20 @@ def _parquet_texts(path: Path) -> Iterator[Row]:
                 and name != field.name
                 and not pa.types.is_nested(schema.field(name).type)
             ]
+            _check_row_groups(path, table.metadata)
             for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[field.name, *origins]):
                 for row in batch.to_pylist():
                     yield row[field.name] or "", _cluster({name: row[name] for name in origins})
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataInvalid(f"{path} cannot be read as parquet ({first_line(error)}); {mend(path, 'check it')}") from None
+
+
+def _check_row_groups(path: Path, footer: pq.FileMetaData) -> None:
+    """DataInvalid: by its footer, a column unpacks to far more than the file can hold. A page is unpacked whole."""
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.total_uncompressed_size > max(LONGEST, MOST_UNPACKED * column.total_compressed_size):
+                raise _unpacks(path)
 
 
 def _json_texts(path: Path) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,6 +82,31 @@ class Tokenizer:
         return [str(text) for text in self.inner.decode_batch(texts)]
 
 
+MOST_GROWTH = 64
+"""Times that the replacements of a tokenizer.json may lengthen a text; those in use do so threefold at most."""
+
+
+def _growth(raw: object) -> int:
+    """How many times longer the replacements of a tokenizer.json can make a text: a product over all of them."""
+    product = 1
+    waiting = [raw]
+    while waiting and product <= MOST_GROWTH:
+        step = waiting.pop()
+        if isinstance(step, list):
+            waiting += step
+        elif isinstance(step, dict):
+            waiting += [step[key] for key in ("normalizer", "decoder", *_SEQUENCES) if key in step]
+            if step.get("type") == "Replace" and isinstance(content := step.get("content"), str):
+                pattern = step.get("pattern")
+                fixed = pattern.get("String") if isinstance(pattern, dict) else None
+                # An expression, or nothing, may match at every character and leave it.
+                product *= max(1, -(-len(content) // len(fixed))) if fixed else 1 + len(content)
+    return product
+
+
+_SEQUENCES = ("normalizers", "decoders")
+
+
 def raise_if_stopped(error: BaseException) -> None:
     """Raise Ctrl-C and exits again, in a handler that catches everything."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -92,7 +118,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     check_file(path, CheckpointInvalid, LARGEST_FILE)
     try:
         content = path.read_bytes()
-        inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        text = content.decode("utf-8")
+        if _growth(json.loads(text)) > MOST_GROWTH:
+            raise ValueError(f"its replacements make a text more than {MOST_GROWTH} times as long")
+        inner = tokenizers.Tokenizer.from_str(text)
     except BaseException as error:  # the library raises bare Exceptions, and panics that are not even those
         raise_if_stopped(error)
         raise CheckpointInvalid(
