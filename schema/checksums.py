@@ -29,13 +29,15 @@ ALTERED = "was altered or cut short since it was written (its checksum differs)"
 
 def add_checksum(path: Path) -> None:
     """Replace the last PLACEHOLDER in a file by the file's checksum. ValueError: there is none. OSError."""
-    content = path.read_bytes()
-    place = content.rfind(PLACEHOLDER.encode())
-    if place < 0:
-        raise ValueError(f"{path} has no place for its checksum")
-    with path.open("rb+") as file:
-        file.seek(place + len(CHECKSUM) + 1)
-        file.write(hashlib.sha256(content).hexdigest().encode())
+    path.write_bytes(with_checksum(path.read_bytes()))
+
+
+def with_checksum(content: bytes) -> bytes:
+    """A file's bytes with its checksum in place of the last PLACEHOLDER. ValueError: there is none."""
+    before, mark, after = content.rpartition(PLACEHOLDER.encode())
+    if not mark:
+        raise ValueError("the file has no place for its checksum")
+    return b"".join([before, f"{CHECKSUM}:{hashlib.sha256(content).hexdigest()}".encode(), after])
 
 
 def check_own(content: bytes) -> OwnChecksum:

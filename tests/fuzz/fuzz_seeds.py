@@ -16,6 +16,8 @@ from fuzz_containers import packed
 from safetensors.torch import load_file, save_file
 from tiny_model import TEXTS, write_texts, write_tiny_mamba2, write_tiny_model
 
+from quambase.schema.checksums import CHECKSUM
+from quambase.schema.json_files import write_json
 from quambase.analyzer.analyze import analyze
 from quambase.apply.apply import apply
 from quambase.apply.evaluation.evaluate import evaluate
@@ -148,4 +150,5 @@ def _settle(path: Path) -> None:
             created = holder["created"]
             holder["created"] = {key: value for key, value in created.items() if isinstance(value, int)}
             holder["created"] |= {"started": "2026-01-01T00:00:00Z"}
-    path.write_text(json.dumps(raw))
+    raw.pop(CHECKSUM)
+    write_json(path, raw)

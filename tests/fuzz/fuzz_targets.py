@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from quambase.apply.int8.model_folder import last_applied, load_stored, read_about
+from quambase.apply.int8.model_folder import load_stored
 from quambase.apply.upstream.import_act_scales import import_act_scales
 from quambase.collector.checkpoint import load_checkpoint
 from quambase.collector.import_tensor import read_tensor
@@ -28,6 +28,7 @@ from quambase.model.inputs.text import read_documents
 from quambase.model.inputs.tokenizer import load_tokenizer
 from quambase.model.weights import weights_digest
 from quambase.schema.doctor import examine
+from quambase.schema.int8_models import last_applied, read_about
 from quambase.schema.manifest import Manifest, table_of
 from quambase.schema.results import read_evaluation, read_results
 from quambase.schema.scale_table import read_scales

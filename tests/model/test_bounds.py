@@ -1,4 +1,4 @@
-"""What is read is bounded by the size of its file: archives, arrays, tokenizers and texts that claim more are not read."""
+"""What is read is bounded by the size of its file: archives, arrays, tokenizers and texts that claim more."""
 
 from __future__ import annotations
 
