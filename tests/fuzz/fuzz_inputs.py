@@ -82,7 +82,7 @@ def change_tokenizer(random: Random, data: bytes) -> bytes:
             "prepend_scheme": "always",
         }
     elif kind == 5:
-        model = {
+        model: dict[str, Any] = {
             "type": random.choice(("BPE", "Unigram", "WordPiece", "WordLevel")),
             "unk_token": random.choice(("?", "no", None)),
         }

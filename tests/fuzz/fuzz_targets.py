@@ -191,7 +191,8 @@ def _sensitivity(path: Path) -> object:
 
 
 def _places(path: Path) -> object:
-    return stored_locator([path.parent]) and None
+    stored_locator([path.parent])
+    return None
 
 
 def _sums(path: Path) -> object:
