@@ -13,6 +13,7 @@ from typing import Any
 import fuzz_containers as containers
 import pyarrow as pa
 from fuzz_bytes import change_bytes
+from fuzz_checksums import forged
 from fuzz_json import change_json, change_json_lines
 from fuzz_targets import Seed, Target
 
@@ -82,7 +83,7 @@ def change_tokenizer(random: Random, data: bytes) -> bytes:
             "prepend_scheme": "always",
         }
     elif kind == 5:
-        model = {
+        model: dict[str, Any] = {
             "type": random.choice(("BPE", "Unigram", "WordPiece", "WordLevel")),
             "unk_token": random.choice(("?", "no", None)),
         }
@@ -158,4 +159,4 @@ def make_input(target: Target, seeds: list[Seed], contents: list[bytes], seed: i
     changed = KINDS[kind](random, data)
     if kind != "bytes" and random.random() < 0.05:
         changed = change_bytes(random, changed)
-    return Input(place, chosen, kind, changed)
+    return Input(place, chosen, kind, forged(changed) if target.forged else changed)

@@ -97,7 +97,7 @@ def _where(error: BaseException) -> str:
     """The error's type and the last line of quambase that it passed."""
     frames = list(traceback.extract_tb(error.__traceback__))
     ours = [frame for frame in frames if "/quambase/" in frame.filename]
-    last = (ours or frames or [None])[-1]
+    last = [None, *frames, *ours][-1]
     place = f"{Path(last.filename).name}:{last.lineno}" if last else "?"
     return f"{type(error).__name__} at {place}"
 

@@ -16,14 +16,14 @@ from fuzz_containers import packed
 from safetensors.torch import load_file, save_file
 from tiny_model import TEXTS, write_texts, write_tiny_mamba2, write_tiny_model
 
-from quambase.schema.checksums import CHECKSUM
-from quambase.schema.json_files import write_json
 from quambase.analyzer.analyze import analyze
 from quambase.apply.apply import apply
 from quambase.apply.evaluation.evaluate import evaluate
 from quambase.apply.upstream.act_scales import export_act_scales
 from quambase.collector.collect import collect
 from quambase.collector.shards import Shard
+from quambase.schema.checksums import CHECKSUM
+from quambase.schema.json_files import write_json
 
 ROWS = [{"text": text, "topic": f"t{i % 3}"} for i, text in enumerate([*TEXTS, "été 😀\nzwei", 'a "quoted", text'])]
 

@@ -1,4 +1,4 @@
-"""What is read is bounded by the size of its file: archives, arrays, tokenizers and texts that claim more."""
+"""What is read is bounded by the file's size: archives, arrays, tokenizers and texts that claim more are refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_an_array_that_claims_other_bytes_is_refused(shape: str) -> None:
     assert old in content
     new = content.replace(old, f"'shape': {shape}, }}".encode())
     new = new[:8] + (len(new) - 10 - 48).to_bytes(2, "little") + new[10:]
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(ValueError):
         array_of(new)
 
 
