@@ -135,7 +135,7 @@ def _read(file: Path) -> tuple[pa.Table, dict[str, Any]]:
         if file.suffix.lower() == ".csv":
             table = pyarrow.csv.read_csv(file)
         else:
-            table, _ = open_table(file, ScalesInvalid, advice)
+            table, _ = open_table(file, ScalesInvalid, advice, edited=True)
     except FileNotFoundError:
         raise ScalesInvalid(f"{file} does not exist; {advice}") from None
     except (pa.ArrowException, ValueError) as error:

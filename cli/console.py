@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from quambase.schema.commands import DATABASE, of_database
-from quambase.schema.errors import QuambaseError
+from quambase.schema.errors import QuambaseError, printable
 from quambase.schema.files import refuse_foreign_file
 
 """The default database folder."""
@@ -203,8 +203,3 @@ def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, output=output, **({"force": force} if takes_force else {}), **kwargs)
 
     return wrapped
-
-
-def printable(text: str) -> str:
-    """``text`` with control characters, which a terminal would obey, written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -14,8 +14,7 @@ import torch
 
 from quambase.collector.statistics import Moments, RunStatistics, SiteLayout
 from quambase.model.inputs.array_files import Array, read_npz
-from quambase.model.inputs.files import first_line
-from quambase.schema.errors import DatabaseInvalid
+from quambase.schema.errors import DatabaseInvalid, first_line
 from quambase.schema.files import replacing
 from quambase.schema.manifest import FileName, TableFile
 from quambase.schema.sites import SiteKey

@@ -23,11 +23,11 @@ from quambase.collector.statistics import (
     SiteLayout,
 )
 from quambase.collector.table_rows import Places, keyed_rows
-from quambase.model.inputs.files import check_file, first_line
+from quambase.model.inputs.files import check_file
 from quambase.model.inputs.tensor_files import plain_tensor, read_pytorch, read_safetensors
 from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.checksums import file_sha256
-from quambase.schema.errors import TensorFileInvalid
+from quambase.schema.errors import TensorFileInvalid, first_line
 from quambase.schema.files import local_folder, locked
 from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.model_info import ModelInfo, TextInfo

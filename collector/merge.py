@@ -75,7 +75,7 @@ def merge(
     with locked(folder):
         if (folder / MANIFEST).exists():  # another process has merged it since
             return existing_run(folder)
-        sizes = found[min(found)].model_config()
+        sizes = found[min(found)].config
         layouts = site_layouts(sizes, manifest.identity["sites"], manifest.model.layer_groups)
         statistics = _fold(name, found, folders, layouts, progress)
         blocks: dict[str, TableFile] = {}

@@ -7,7 +7,6 @@ last; `quambase.collector.merge.merge` needs nothing else, no model and no text.
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,10 +24,11 @@ from quambase.collector.statistics import Int64, RunStatistics, SiteLayout
 from quambase.collector.table_rows import Locate, Places, table_groups
 from quambase.model.block import ModelConfig
 from quambase.model.block_kinds import KINDS
+from quambase.model.inputs.array_files import array_of
 from quambase.schema import RUN_FORMAT_VERSION
-from quambase.schema.checksums import ALTERED, PLACEHOLDER, add_checksum, check_own, file_damage, file_sha256
-from quambase.schema.errors import DatabaseInvalid, DataInvalid
-from quambase.schema.files import replacing
+from quambase.schema.checksums import ALTERED, CHECKSUM, PLACEHOLDER, add_checksum, check_own, file_damage, file_sha256
+from quambase.schema.errors import DatabaseInvalid, DataInvalid, first_line
+from quambase.schema.files import read_regular, replacing
 from quambase.schema.json_files import Sha256, Size, as_type, read_json, write_json
 from quambase.schema.manifest import SHARDS, Manifest
 from quambase.schema.tables import read_table, write_table
@@ -109,6 +109,10 @@ def refuse_beside_shards(run_folder: Path) -> None:
         )
 
 
+LARGEST_SUMS = 1 << 30
+"""Largest accepted file of sums, in bytes: two numbers for each channel of each site."""
+
+
 def sums_file(block: int) -> str:
     """The file of a block's sums, as a path in the shard's folder."""
     return f"sums/block-{block:05d}.npy"
@@ -126,12 +130,19 @@ def write_sums(folder: Path, block: int, sums: npt.NDArray[np.float64]) -> None:
 
 
 def read_sums(folder: Path, block: int) -> npt.NDArray[np.float64]:
-    """Read what `write_sums` wrote. DatabaseInvalid: it was altered."""
-    path = folder / sums_file(block)
-    content = path.read_bytes()
-    if check_own(content) == "wrong":
-        raise DatabaseInvalid(f"{path} {ALTERED}; delete {folder} and collect the shard again")
-    found: npt.NDArray[np.float64] = np.load(io.BytesIO(content), allow_pickle=False)
+    """Read what `write_sums` wrote. DatabaseInvalid: it is missing or was altered."""
+    path, advice = folder / sums_file(block), f"delete {folder} and collect the shard again"
+    try:
+        content = read_regular(path, DatabaseInvalid, advice, LARGEST_SUMS)
+        if check_own(content) != "right":
+            raise DatabaseInvalid(f"{path} {ALTERED}; {advice}")
+        found = array_of(content[: content.rfind(CHECKSUM.encode())])
+        if found.dtype != np.float64 or found.ndim != 2:
+            raise ValueError(f"an array of {found.dtype} in {found.ndim} dimensions")
+    except FileNotFoundError:
+        raise DatabaseInvalid(f"{path} is missing; {advice}") from None
+    except ValueError as error:
+        raise DatabaseInvalid(f"{path} is damaged ({first_line(error)}); {advice}") from None
     return found
 
 
@@ -173,20 +184,16 @@ class ShardManifest:
     """What `shard.json` says.
 
     manifest  the run's, as in the later `run.json`, except ``tables`` and ``created``, which are this shard's
-    config    the fields of the model's configuration
+    config    the model's sizes
     blocks    how many blocks the whole run has
     files     every other file of the shard and its SHA-256
     """
 
     shard: Shard
     manifest: Manifest
-    config: dict[str, Any]
+    config: ModelConfig
     blocks: Size
     files: dict[str, Sha256]
-
-    def model_config(self) -> ModelConfig:
-        """The model's sizes."""
-        return KINDS[self.manifest.model.family].config(**self.config)
 
 
 def finish_shard(folder: Path, shard: Shard, manifest: Manifest, config: ModelConfig, blocks: int) -> None:
@@ -236,8 +243,8 @@ def load_shard(folder: Path) -> ShardManifest:
     config = KINDS.get(manifest.model.family)
     if config is None:
         raise DatabaseInvalid(f"{path} tells of a model of kind {manifest.model.family}; {advice}")
-    as_type(raw.config, config.config, path, DatabaseInvalid, advice)
-    return ShardManifest(raw.shard, manifest, raw.config, raw.blocks, raw.files)
+    sizes = as_type(raw.config, config.config, path, DatabaseInvalid, advice)
+    return ShardManifest(raw.shard, manifest, sizes, raw.blocks, raw.files)
 
 
 def verify_shard(folder: Path, found: ShardManifest) -> None:

@@ -30,11 +30,10 @@ width.
 """
 
 FORMAT_VERSION = 2
-"""Version of scale tables, evaluations and INT8 model folders; readers refuse newer ones. Since version 2 each file
-carries its own checksum, so that one without was written by another tool.
-"""
+"""Version of scale tables, evaluations and INT8 model folders; readers refuse newer ones."""
 
 CHECKED_SINCE = 2
+"""The first of these versions of which every file carries its own checksum."""
 
 RUN_FORMAT_VERSION = 2
 """Version of run folders and shards. In version 1 every table was a single file; readers read both."""

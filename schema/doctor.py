@@ -21,7 +21,7 @@ from quambase.schema.results import EVALUATION, read_results
 from quambase.schema.runs import list_runs
 from quambase.schema.scale_table import read_scales
 from quambase.schema.sql.database import StatsDB
-from quambase.schema.tables import open_table
+from quambase.schema.tables import RESULTS, read_table
 
 PACKAGES = ("quambase", "torch", "numpy", "pyarrow", "duckdb", "numba", "tokenizers", "safetensors", "mamba-ssm")
 
@@ -122,7 +122,7 @@ def _unfinished_evaluation(folder: Path) -> str:
     damaged = 0
     for part in parts:
         try:
-            damaged += open_table(part, DatabaseInvalid, "")[1] != "right"
+            read_table(part, RESULTS, checked=True)
         except DatabaseInvalid:
             damaged += 1
     again = f", of which {damaged} are damaged and will be scored again" if damaged else ""

@@ -12,8 +12,23 @@ def first_line(error: BaseException) -> str:
     return "".join(c if c.isprintable() else "?" for c in lines[0])[:200]
 
 
+def printable(text: str) -> str:
+    """``text`` with control characters, which a terminal would obey, written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+LONGEST_MESSAGE = 1000
+"""Characters of an error; a hostile file can hold names of any length."""
+
+
 class QuambaseError(Exception):
-    """Base of every error that a user can act on; the command line prints it as one line."""
+    """Base of every error that a user can act on. Its text is one printable line, whatever it quotes."""
+
+    def __init__(self, message: str) -> None:
+        line = printable(" ".join(message.split()))
+        if len(line) > LONGEST_MESSAGE:  # its end says what to do
+            line = f"{line[: LONGEST_MESSAGE // 2]} … {line[3 - LONGEST_MESSAGE // 2 :]}"
+        super().__init__(line)
 
 
 class ModelNotFound(QuambaseError):

@@ -7,12 +7,13 @@ import glob
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quambase.schema.errors import DatabaseInvalid, OutputRefused, QuambaseError, RunBusy
+from quambase.schema.errors import DatabaseInvalid, OutputRefused, QuambaseError, RunBusy, first_line
 
 MARK = "quambase"
 """What files of ours carry in their metadata."""
@@ -154,6 +155,24 @@ def _lies_at(descriptor: int, path: Path) -> bool:
         return False
 
 
+def read_regular(path: Path, error: type[QuambaseError], advice: str, most: int) -> bytes:
+    """The bytes of a regular file; links are followed. FileNotFoundError.
+
+    ``error``, whose line ends in ``advice``: a folder, a device or a pipe, more than ``most`` bytes, or not readable.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise error(f"{path} is not a regular file; {advice}")
+        if found.st_size > most:
+            raise error(f"{path} has {found.st_size:,} bytes; expected at most {most:,}: {advice}")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as wrong:  # ValueError: a NUL in the path
+        raise error(f"{path} cannot be read ({first_line(wrong)}); {advice}") from None
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Give the file ``source`` the second name ``target``, or copy it where the file system cannot do that; what lies
     at ``target`` is replaced. OSError.
@@ -172,5 +191,6 @@ def check_format_version(path: Path, found: object, newest: int, error: type[Qua
     that this quambase reads, or no number.
     """
     if not isinstance(found, int) or isinstance(found, bool) or found > newest:
-        raise error(f"{path} has format version {found}; this quambase reads up to {newest}: upgrade quambase")
+        shown = str(found) if len(str(found)) <= 20 else f"{str(found)[:20]}…"
+        raise error(f"{path} has format version {shown}; this quambase reads up to {newest}: upgrade quambase")
     return found

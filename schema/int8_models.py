@@ -12,7 +12,7 @@ from typing import Any, Literal, Required, TypedDict
 from quambase.schema import CHECKED_SINCE, FORMAT_VERSION
 from quambase.schema.checksums import ALTERED, CHECKSUM, PLACEHOLDER, add_checksum, check_own, file_damage
 from quambase.schema.errors import CheckpointInvalid
-from quambase.schema.files import replacing
+from quambase.schema.files import read_regular, replacing
 from quambase.schema.json_files import Sha256, as_type, read_json
 
 CONFIG, TENSORS, SCALES, TOKENIZER = "config.json", "model.safetensors", "scales.parquet", "tokenizer.json"
@@ -90,9 +90,10 @@ def last_applied(db: Path) -> Path:
     """The model applied last; CheckpointInvalid if there is none, or its record is damaged."""
     path = db / "models" / LAST
     otherwise = "run `apply`, name a model folder, or give --scales FILE"
-    if not path.is_file():
-        raise CheckpointInvalid(f"no model was applied in {db} yet; {otherwise}")
-    content, mark = path.read_bytes(), f"\n{CHECKSUM}".encode()
+    try:
+        content, mark = read_regular(path, CheckpointInvalid, otherwise, 1 << 16), f"\n{CHECKSUM}".encode()
+    except FileNotFoundError:
+        raise CheckpointInvalid(f"no model was applied in {db} yet; {otherwise}") from None
     own = check_own(content)
     earlier = own == "none" and mark not in content and content.endswith(b"\n")  # a version that wrote the path alone
     if own != "right" and not earlier:

@@ -14,9 +14,12 @@ import msgspec
 
 from quambase.schema.checksums import ALTERED, CHECKSUM, PLACEHOLDER, add_checksum, check_own
 from quambase.schema.errors import QuambaseError, first_line
-from quambase.schema.files import check_format_version, replacing
+from quambase.schema.files import check_format_version, read_regular, replacing
 
 T = TypeVar("T")
+
+CHECKED = "checked"
+"""The key that says that the file has a checksum, as those of earlier versions have not."""
 
 LARGEST = 256 << 20
 """Largest accepted JSON file in bytes: the manifest of the largest sorted model has a few million."""
@@ -33,7 +36,7 @@ Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` and its checksum, atomically. OSError."""
     with replacing(path) as temporary:
-        whole = {**content, CHECKSUM: PLACEHOLDER}
+        whole = {**content, CHECKED: True, CHECKSUM: PLACEHOLDER}
         text = json.dumps(whole, indent=1, ensure_ascii=False)
         if any("\ud800" <= c <= "\udfff" for c in text):  # a path that is not UTF-8
             text = json.dumps(whole, indent=1)
@@ -48,13 +51,9 @@ def read_json(
 
     error          another file, damaged or altered; its line ends in ``advice``, what to do
     newest         the newest ``format_version`` that this quambase reads; None: the file has none at its top
-    checked_since  the first ``format_version`` of which every file has a checksum; 0: none
+    checked_since  the first version of which every file has a checksum; 0: one that has CHECKED has it
     """
-    if path.exists() and not path.is_file():
-        raise error(f"{path} is not a regular file; {advice}")
-    if path.stat().st_size > LARGEST:
-        raise error(f"{path} has {path.stat().st_size:,} bytes; expected at most {LARGEST:,}: {advice}")
-    content = path.read_bytes()
+    content = read_regular(path, error, advice, LARGEST)
     try:
         found = json.loads(content.decode("utf-8"))
     except RecursionError:
@@ -65,9 +64,10 @@ def read_json(
         raise error(f"{path} holds no JSON object; {advice}")
     version = 0 if newest is None else check_format_version(path, found.get("format_version"), newest, error)
     own = check_own(content)
-    if own == "wrong" or (own == "none" and 0 < checked_since <= version):
+    if own == "wrong" or (own == "none" and (CHECKED in found or 0 < checked_since <= version)):
         raise error(f"{path} {ALTERED}; {advice}")
-    found.pop(CHECKSUM, None)
+    for key in (CHECKED, CHECKSUM):
+        found.pop(key, None)
     return found
 
 
@@ -75,5 +75,5 @@ def as_type(raw: object, kind: type[T], path: Path, error: type[QuambaseError], 
     """``raw``, read from the file ``path``, as a ``kind``; ``error``: something is missing or of another type."""
     try:
         return msgspec.convert(raw, kind)
-    except (msgspec.ValidationError, RecursionError, OverflowError) as wrong:
+    except (msgspec.ValidationError, ValueError, RecursionError, OverflowError) as wrong:  # half a surrogate, too
         raise error(f"{path} is damaged ({first_line(wrong)}); {advice}") from None

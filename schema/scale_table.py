@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from quambase.schema import CHECKED_SINCE, FORMAT_VERSION
+from quambase.schema.checksums import ALTERED
 from quambase.schema.errors import OutputRefused, ScalesInvalid, UnknownName, first_line
 from quambase.schema.files import FORCE_HINT, check_format_version, refuse_foreign_file
 from quambase.schema.groups import GRANULARITIES, GROUP, granularity_of, group_numbers, is_scale_group
@@ -290,22 +291,22 @@ def read_scales(path: Path) -> ScaleTable:
     those), a newer format, missing columns, two rows for one scale, or a scale that is not positive and finite.
     """
     advice = "run `analyze` again"
+    edited = f"if you edited it, `quambase adopt {shlex.quote(str(path))}` checks it and takes it, else {advice}"
     try:
-        table, own = open_table(path, ScalesInvalid, advice)
+        table, own = open_table(path, ScalesInvalid, edited)
     except FileNotFoundError:
         raise ScalesInvalid(f"{path} does not exist; run `analyze` to make a scale table") from None
     metadata = table.schema.metadata or {}
     if METADATA_KEY in metadata:
         table = with_later_columns(table, SCALES, LATER)
     missing = [name for name in SCALES.names if name not in table.schema.names]
-    edited = f"if you edited it, `quambase adopt {shlex.quote(str(path))}` checks it and takes it, else {advice}"
     if missing:
         what = "lacks" if METADATA_KEY in metadata else "is not a scale table: it lacks"
         raise ScalesInvalid(f"{path} {what} the columns {', '.join(missing)}; {edited}")
     if METADATA_KEY in metadata:
         provenance = read_provenance(path, metadata[METADATA_KEY])
-        if own == "wrong" or (own == "none" and provenance["format_version"] >= CHECKED_SINCE):
-            raise ScalesInvalid(f"{path} was changed since quambase wrote it (its checksum differs); {edited}")
+        if own == "none" and provenance["format_version"] >= CHECKED_SINCE:
+            raise ScalesInvalid(f"{path} {ALTERED}; {edited}")
     else:
         raise ScalesInvalid(f"{path} names no origin, as if another tool had written it; {edited}")
     try:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from quambase.schema.checksums import ALTERED, CHECKSUM, PLACEHOLDER, OwnChecksum, add_checksum, check_own
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, first_line
-from quambase.schema.files import replacing
+from quambase.schema.files import read_regular, replacing
 
 
 @dataclass(frozen=True)
@@ -392,27 +392,39 @@ MOST_BYTES = 8 << 30
 """Largest accepted size of a table that is read whole, in bytes as its file states it, uncompressed."""
 
 
-def open_table(path: Path, error: type[QuambaseError], advice: str) -> tuple[pa.Table, OwnChecksum]:
+def open_table(
+    path: Path, error: type[QuambaseError], advice: str, *, edited: bool = False
+) -> tuple[pa.Table, OwnChecksum]:
     """A whole Parquet file and whether its own checksum is right. FileNotFoundError.
 
-    ``error``, whose line ends in ``advice``: no regular file, not Parquet, or too large for this machine.
+    edited  read the file also if its checksum is wrong: a person has changed it
+
+    ``error``, whose line ends in ``advice``: no regular file, altered, not Parquet, or too large for this machine.
     """
-    if path.exists() and not path.is_file():
-        raise error(f"{path} is not a regular file; {advice}")
-    content = path.read_bytes()
+    content = read_regular(path, error, advice, MOST_BYTES)
+    own = check_own(content)
+    if own == "wrong" and not edited:  # before Arrow sees it: some damage makes it end the process
+        raise error(f"{path} {ALTERED}; {advice}")
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
         about = file.metadata
         size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
         if max(size, about.num_rows) > MOST_BYTES:
             raise error(f"{path} states a size of {size:,} bytes; expected at most {MOST_BYTES:,}: {advice}")
-        return file.read(), check_own(content)
+        table = file.read()
+        table.validate(full=True)  # texts may not be UTF-8
+        return table, own
     except (pa.ArrowException, OSError, ValueError) as wrong:  # ValueError: names that are not UTF-8
         raise error(f"{path} is not a readable Parquet file ({first_line(wrong)}); {advice}") from None
 
 
-def read_table(path: Path, schema: pa.Schema, later: Mapping[str, Any] | None = None) -> pa.Table:
-    """Read a whole Parquet file and check its columns; ``later``: as `with_later_columns` has it.
+def read_table(
+    path: Path, schema: pa.Schema, later: Mapping[str, Any] | None = None, *, checked: bool = False
+) -> pa.Table:
+    """Read a whole Parquet file and check its columns.
+
+    later    as `with_later_columns` has it
+    checked  the file must have a checksum of its own; otherwise it is compared only if there is one
 
     DatabaseInvalid: the file is missing, cut short, altered or another table.
     """
@@ -421,7 +433,7 @@ def read_table(path: Path, schema: pa.Schema, later: Mapping[str, Any] | None = 
         table, own = open_table(path, DatabaseInvalid, advice)
     except FileNotFoundError:
         raise DatabaseInvalid(f"{path} is missing; {advice}") from None
-    if own == "wrong":
+    if checked and own != "right":
         raise DatabaseInvalid(f"{path} {ALTERED}; {advice}")
     if later:
         table = with_later_columns(table, schema, later)

@@ -34,7 +34,7 @@ from quambase.schema.int8_models import last_applied
 from quambase.schema.json_files import write_json
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.results import EVALUATION, RESULTS_FILE, next_number, read_results
-from quambase.schema.tables import RESULTS, open_table, read_table, write_table
+from quambase.schema.tables import RESULTS, read_table, write_table
 
 if TYPE_CHECKING:
     from quambase.apply.evaluation.harness.tasks import LmEvalTasks
@@ -231,9 +231,10 @@ def _notes(candidates: Candidates, tasks: Sequence[TaskData], device: torch.devi
 def _is_sound(part: Path) -> bool:
     """Whether a block's rows are there as they were written; if not, the block is scored again."""
     try:
-        return open_table(part, DatabaseInvalid, "")[1] == "right"
-    except (DatabaseInvalid, FileNotFoundError):
+        read_table(part, RESULTS, checked=True)
+    except DatabaseInvalid:
         return False
+    return True
 
 
 def _run_blocks(target: Path, scorer: BlockScorer, tasks: Sequence[TaskData], progress: Progress) -> pa.Table:
@@ -256,4 +257,4 @@ def _run_blocks(target: Path, scorer: BlockScorer, tasks: Sequence[TaskData], pr
     for path, done, (task, block) in zip(paths, there, planned, strict=True):
         if not done:
             write_table(path, "results", scorer.score(task, block, progress), RESULTS)
-    return pa.concat_tables([RESULTS.empty_table(), *(read_table(path, RESULTS) for path in paths)])
+    return pa.concat_tables([RESULTS.empty_table(), *(read_table(path, RESULTS, checked=True) for path in paths)])

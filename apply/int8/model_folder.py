@@ -168,21 +168,20 @@ def load_stored(folder: Path) -> StoredModel:
     about = read_about(folder)
     if about["family"] not in BY_FORMAT:
         raise CheckpointInvalid(f"{folder} is no {' or '.join(BY_FORMAT)} model; make one with `apply`")
-    as_type(about.get("sizes"), _config_class(about), folder / CONFIG, CheckpointInvalid, AGAIN)
+    config = as_type(about.get("sizes"), _config_class(about), folder / CONFIG, CheckpointInvalid, AGAIN)
     check_files(folder, about)
     path = folder / TENSORS
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        model = _model_of(about, tensors)
+        model = _model_of(about, config, tensors)
     except (SafetensorError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise CheckpointInvalid(f"{path} is not a whole INT8 model ({first_line(error)}); {AGAIN}") from None
     return StoredModel(folder, model, about, about["tensors_sha256"])
 
 
-def _model_of(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Int8LanguageModel:
+def _model_of(about: dict[str, Any], config: ModelConfig, tensors: dict[str, torch.Tensor]) -> Int8LanguageModel:
     kind = BY_FORMAT[about["family"]]
-    config = _config_class(about)(**about["sizes"])
     head = _whole(tensors, "lm_head") if about["quantize_lm_head"] else tensors["lm_head"]
     scales: dict[tuple[int, str], Scale] = {}
     for name, tensor in tensors.items():

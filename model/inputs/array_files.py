@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quambase.model.inputs.files import first_line
+from quambase.schema.errors import first_line
 
 Array = npt.NDArray[Any]
 

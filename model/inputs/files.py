@@ -34,9 +34,3 @@ def check_file(path: Path, invalid: type[QuambaseError], most: int | None = None
         raise invalid(f"{path} is empty; {mend(path)}")
     if most is not None and size > most:
         raise invalid(f"{path} has {size:,} bytes; expected at most {most:,}: {mend(path)}")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's error, printable and at most 200 characters; the error's type if it has no text."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return "".join(c if c.isprintable() else "?" for c in lines[0])[:200]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quambase.model.inputs.files import check_file, first_line
+from quambase.model.inputs.files import check_file
 from quambase.model.inputs.hub import mend
 from quambase.model.inputs.tensor_files import QUANTIZED
-from quambase.schema.errors import CheckpointInvalid
+from quambase.schema.errors import CheckpointInvalid, first_line
 
 LONGEST_JSON = 64 << 20
 """Largest accepted JSON file in bytes; the index of the largest models has a few million."""

@@ -13,9 +13,9 @@ from typing import IO
 import torch
 from safetensors import safe_open
 
-from quambase.model.inputs.files import check_file, first_line
+from quambase.model.inputs.files import check_file
 from quambase.model.inputs.hub import mend
-from quambase.schema.errors import QuambaseError
+from quambase.schema.errors import QuambaseError, first_line
 
 QUANTIZED = "the checkpoint is quantized already; give the original in float16, bfloat16 or float32"
 

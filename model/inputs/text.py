@@ -22,11 +22,11 @@ from typing import IO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from quambase.model.inputs.files import check_file, first_line
+from quambase.model.inputs.files import check_file
 from quambase.model.inputs.hub import mend
 from quambase.model.inputs.names import BUNDLED_DATA, PYTHON_DOCS, SAMPLE
 from quambase.model.inputs.sources import find_text
-from quambase.schema.errors import DataInvalid
+from quambase.schema.errors import DataInvalid, first_line
 
 PASSAGE = 1500
 """Characters after which a topic of the language reference is split at the next blank line."""

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import tokenizers
 
-from quambase.model.inputs.files import check_file, first_line
+from quambase.model.inputs.files import check_file
 from quambase.model.inputs.hub import mend
 from quambase.model.inputs.settings import shown
-from quambase.schema.errors import CheckpointInvalid, DataInvalid
+from quambase.schema.errors import CheckpointInvalid, DataInvalid, first_line
 
 LARGEST_FILE = 256 << 20
 """Bytes of a tokenizer.json at most: those of the largest vocabularies have 35 million."""

@@ -22,7 +22,7 @@ OUTCOMES = (REFUSED, SAME, OTHER, TRACEBACK, HANG, MEMORY, CRASH, UNPRINTABLE)
 FINDINGS = (TRACEBACK, HANG, MEMORY, CRASH, UNPRINTABLE)
 """Outcomes that are faults of a reader. "unclear line": an error that is no single printable line, or a long one."""
 
-LONGEST_LINE = 500
+LONGEST_LINE = 1000
 """Characters of an error, without the file's path."""
 
 

@@ -145,7 +145,7 @@ def _results(path: Path) -> object:
 
 
 def _part(path: Path) -> object:
-    return read_table(path, RESULTS)
+    return read_table(path, RESULTS, checked=True)
 
 
 def _int8(path: Path) -> object:
@@ -160,7 +160,7 @@ def _last(path: Path) -> object:
 
 def _shard(path: Path) -> object:
     found = load_shard(path.parent)
-    return str(found), str(found.model_config())
+    return str(found), str(found.config)
 
 
 @cache
@@ -168,7 +168,7 @@ def _index(name: str) -> tuple[dict, SiteIndex]:
     """Where a shard's statistics lie."""
     path = next((SEEDS[-1] / f"{name}-shards").glob("runs/*/shards/*/shard.json"))
     found = load_shard(path.parent)
-    layouts = site_layouts(found.model_config(), found.manifest.identity["sites"], found.manifest.model.layer_groups)
+    layouts = site_layouts(found.config, found.manifest.identity["sites"], found.manifest.model.layer_groups)
     return layouts, SiteIndex(layouts)
 
 

@@ -101,9 +101,9 @@ def test_the_harness_tells_every_outcome(tmp_path: Path) -> None:
     assert outcome(path, hangs, seconds=0.3) == HANG
     assert outcome(path, lambda path: len(bytearray(200 << 20))) == MEMORY
     assert outcome(path, raises(MemoryError())) == outcome(path, hidden) == MEMORY
-    for line in ("", "two\nlines", "\x1b[31mred", "half \ud800", "x" * 501):
+    for line in ("", "two\nlines", "\x1b[31mred", "half \ud800", "x" * 1001):
         assert outcome(path, raises(DataInvalid(line))) == UNPRINTABLE
-    assert outcome(path, raises(DataInvalid(f"{path} is odd" + "." * 480))) == REFUSED  # a path counts little
+    assert outcome(path, raises(DataInvalid(f"{path} is odd" + "." * 900))) == REFUSED  # a path counts little
     with pytest.raises(KeyboardInterrupt):
         outcome(path, raises(KeyboardInterrupt()))
 

@@ -77,7 +77,7 @@ def test_every_bit_of_a_json_file(tmp_path: Path) -> None:
         with pytest.raises(
             DatabaseInvalid, match=r"a\.json .*; do this|a\.json has format version .*: upgrade quambase"
         ):
-            read_json(path, DatabaseInvalid, "do this", 2, checked_since=2)
+            read_json(path, DatabaseInvalid, "do this", 2)
 
 
 def test_every_byte_of_a_parquet_file(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_equal_tables_are_equal_bytes(tmp_path: Path) -> None:
         (b"[1]", "holds no JSON object"),
         (b'{"format_version": 3}', "has format version 3; this quambase reads up to 2: upgrade"),
         (b'{"format_version": true}', "has format version True"),
-        (b'{"format_version": 2}', "was altered or cut short"),
+        (b'{"format_version": 2, "checked": true}', "was altered or cut short"),
         (b'{"format_version": 1, "quambase-sha256": "quambase-sha256:' + b"0" * 64 + b'"}', "was altered or cut short"),
     ],
 )
@@ -122,13 +122,13 @@ def test_what_is_no_json_of_ours(tmp_path: Path, content: bytes, message: str) -
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(DatabaseInvalid, match=message) as caught:
-        read_json(path, DatabaseInvalid, "do this", 2, checked_since=2)
+        read_json(path, DatabaseInvalid, "do this", 2)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(path))
 
 
 def test_a_file_of_an_earlier_version_has_no_checksum(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"format_version": 1}')
-    assert read_json(tmp_path / "a.json", DatabaseInvalid, "", 2, checked_since=2) == {"format_version": 1}
+    assert read_json(tmp_path / "a.json", DatabaseInvalid, "", 2) == {"format_version": 1}
 
 
 def test_a_folder_or_a_pipe_is_no_file(tmp_path: Path) -> None:
