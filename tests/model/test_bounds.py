@@ -89,6 +89,18 @@ def test_a_pickle_cannot_ask_for_more_values_than_the_file_has(tmp_path: Path) -
         read_pytorch(path, TensorFileInvalid)
 
 
+def test_a_pickle_cannot_ask_for_a_text_longer_than_the_file(tmp_path: Path) -> None:
+    """Python's pickle takes memory for a text before it reads it."""
+    buffer = io.BytesIO()
+    torch.save({"name": torch.zeros(3)}, buffer, _use_new_zipfile_serialization=False)
+    text = b"X\x04\x00\x00\x00name"
+    assert text in buffer.getvalue()
+    path = tmp_path / "a.pt"
+    path.write_bytes(buffer.getvalue().replace(text, b"X\xf0\xff\xff\xffname"))
+    with pytest.raises(TensorFileInvalid, match="claims more bytes than it has"):
+        read_pytorch(path, TensorFileInvalid)
+
+
 def test_an_archive_over_several_disks_is_one_line(tmp_path: Path) -> None:
     """Python's own test for an archive raises for it."""
     path = tmp_path / "a.pt"
