@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import pickle
 import pickletools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import torch
 from safetensors import safe_open
@@ -85,11 +86,16 @@ def _check_archive(path: Path, invalid: type[QuambaseError]) -> None:
 
 
 def _check_numbers(path: Path) -> None:
-    """ValueError: a pickle of torch.save's older format has a number far beyond the file's size. torch asks for memory
-    for as many values before it reads one.
+    """ValueError: a pickle of torch.save's older format has a number far beyond the file's size, or a text longer than
+    what is left of it. torch asks for memory for as many values before it reads one.
     """
     most = max(path.stat().st_size, 1 << 20)
-    with path.open("rb") as file, contextlib.suppress(_NoPickle):
+    with (
+        path.open("rb") as opened,
+        # Reads what is there; an open file would first take memory for all that is asked for.
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file,
+        contextlib.suppress(_NoPickle),
+    ):
         for _ in range(5):  # torch's mark, its version, the system, the tensors, their order; then their values
             for number in _numbers(file):
                 if abs(number) > most and number != _MARK:
@@ -104,13 +110,15 @@ class _NoPickle(Exception):
     """What is read is no pickle."""
 
 
-def _numbers(file: IO[bytes]) -> Iterator[int]:
-    """The integers that the pickle at the file's position holds."""
+def _numbers(file: mmap.mmap) -> Iterator[int]:
+    """The integers that the pickle at the file's position holds. ValueError: a text in it is longer than the file."""
     try:
-        for _, argument, _ in pickletools.genops(file):
+        for _, argument, _ in pickletools.genops(cast(IO[bytes], file)):
             if isinstance(argument, int):
                 yield argument
-    except Exception:  # a damaged pickle raises ValueError, UnicodeDecodeError, struct.error and others
+    except Exception as error:  # a damaged pickle raises ValueError, UnicodeDecodeError, struct.error and others
+        if str(error).endswith("remain"):
+            raise ValueError("it claims more bytes than it has") from None
         raise _NoPickle from None
 
 
