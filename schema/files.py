@@ -66,6 +66,11 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
         remove_strays(path.parent, path.name)
+    except OSError as error:
+        named = error.filename2 or error.filename
+        if error.errno is None or (named is not None and folder not in str(named)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # not the temporary name, or none at all
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:

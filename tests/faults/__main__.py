@@ -1,4 +1,6 @@
-"""``python tests/faults [--command NAME] [--every K]``: disturb the commands at every call, or every K-th; a table."""
+"""``python tests/faults [--command NAME] [--every K]``: disturb the commands at every call, or every K-th; a table.
+
+A command is run in a folder of its own with a tiny model, thousands of times; all take an hour or two."""
 
 from __future__ import annotations
 
@@ -18,22 +20,24 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Let each change of a file fail, a command at a time.")
     parser.add_argument("--command", action="append", choices=list(COMMANDS), help="only this one; once for each")
     parser.add_argument("--every", type=int, default=1, help="try every K-th call only")
-    parser.add_argument("--first", type=int, default=1, help="from this one on")
+    parser.add_argument("--sample", type=int, help="instead, so many calls of each command, each in one way")
+    parser.add_argument("--careless", action="store_true", help="plant a fault: files are written in their places")
     parser.add_argument("--show", type=int, default=20, help="describe so many of the faults that were found")
     return parser.parse_args()
 
 
 def main() -> int:
     """Exit code 1 if anything was found."""
-    from faults.attempts import Disturbed, table
+    from faults.attempts import Disturbed, Folders, table
     from faults.commands import COMMANDS
     from faults.disturbed import prepare_process
 
-    given, around = arguments(), Path(os.environ["FAULTS_FOLDER"])
-    prepare_process()
-    outcomes = []
+    given = arguments()
+    prepare_process(given.careless)
+    folders, outcomes = Folders(Path(os.environ["FAULTS_FOLDER"])), []
     for name in given.command or COMMANDS:
-        for outcome in Disturbed(name, COMMANDS[name], around).outcomes(given.every, given.first):
+        disturbed = Disturbed(name, COMMANDS[name], folders)
+        for outcome in disturbed.sample(given.sample) if given.sample else disturbed.every(given.every):
             outcomes.append(outcome)
             print(table(outcomes).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(outcomes))

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,13 +86,17 @@ class Case:
         shutil.copytree(content, self.folder, symlinks=True)
         (self.folder / "tmp").mkdir(exist_ok=True)
 
-    def warm(self, words: Sequence[str]) -> None:
-        """Run ``quambase WORDS`` in the folder in this process, so that its children find compiled what it needs."""
+    def run_here(self, words: Sequence[str]) -> None:
+        """Run ``quambase WORDS`` in the folder in this process, so that its children find compiled what it needs.
+        RuntimeError: it fails.
+        """
         here = Path.cwd()
         os.chdir(self.folder)
         with (self.around / "stdout").open("w") as file, redirect_stdout(file), redirect_stderr(file):
-            _call(words)
+            code = _call(words)
         os.chdir(here)
+        if code:
+            raise RuntimeError(f"{' '.join(words)} fails undisturbed:\n{(self.around / 'stdout').read_text()}")
 
     def run(self, words: Sequence[str], fault: Fault = Fault(), seconds: float = 120) -> Ended:
         """Run ``quambase WORDS`` in the folder, in a child; -9 is the code of one that did not end in time, too."""
@@ -140,8 +144,18 @@ def _call(words: Sequence[str]) -> int:
     return code
 
 
-def prepare_process() -> None:
-    """Import every command, and stop the clock: what a manifest tells of times is then the same every time."""
+@contextmanager
+def in_place(path: Path) -> Iterator[Path]:
+    """What `quambase.schema.files.replacing` must not be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield path
+
+
+def prepare_process(careless: bool = False) -> None:
+    """Import every command, and stop the clock: what a manifest tells of times is then the same every time.
+
+    careless  files are written in their places: a planted fault
+    """
     import quambase.collector.collect as collect
     from quambase.cli.main import COMMANDS, load_command
 
@@ -150,3 +164,7 @@ def prepare_process() -> None:
     collect.CHECKPOINT_SECONDS = -1.0  # a checkpoint after every block
     for name in ("time", "monotonic", "perf_counter"):
         setattr(time, name, lambda: 1.8e9)
+    if careless:
+        for module in [module for name, module in sys.modules.items() if name.startswith("quambase.")]:
+            if hasattr(module, "replacing"):
+                module.replacing = in_place  # type: ignore[attr-defined]
