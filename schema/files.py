@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Whatever the writer leaves beside the temporary file goes with it. What killed processes left of earlier attempts at
     ``path`` is removed too. A link is followed. A device or a pipe is written to, not replaced. OSError.
     """
-    path = path.resolve() if path.is_symlink() else path
+    # Before links are followed: /dev/stdout is one to a pipe, which has no path.
     if path.exists() and not path.is_file() and not path.is_dir():
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / path.name
@@ -53,6 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
             with temporary.open("rb") as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target)
         return
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     lock = _locked_folder(Path(folder))  # tells `remove_strays` of other processes that this one is alive
