@@ -17,7 +17,12 @@ from pathlib import Path
 from faults.commands import Command, make_inputs
 from faults.disturbed import KILL, KINDS, Case, Ended, Fault
 
-COMPLETE = {"runs/*": "run.json", "runs/*/shards/*": "shard.json", "results/*": "evaluation.json", "models/*": "config.json"}
+COMPLETE = {
+    "runs/*": "run.json",
+    "runs/*/shards/*": "shard.json",
+    "results/*": "evaluation.json",
+    "models/*": "config.json",
+}
 """Folders of a database, and the file that says that one of them is complete."""
 
 Tree = Mapping[str, bytes | None]
@@ -172,7 +177,10 @@ def judged(ended: Ended, fault: Fault) -> str:
 
 def table(outcomes: list[Outcome]) -> str:
     """The outcomes, a line each."""
-    good, bad = ("line", "harmless", "killed"), ("traceback", "no line", "no remedy", "wrong bytes", "strays", "cannot go on")
+    good, bad = (
+        ("line", "harmless", "killed"),
+        ("traceback", "no line", "no remedy", "wrong bytes", "strays", "cannot go on"),
+    )
     columns = ("calls", "tried", *good, *bad)
     lines = [f"{'command':22}{'fault':20}" + "".join(f"{name:>{len(name) + 2}}" for name in columns)]
     for each in outcomes:

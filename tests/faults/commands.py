@@ -33,9 +33,7 @@ COMMANDS = {
     "collect --shard": Command((*GROUPED, "--shard", "1/2")),
     "collect --sensitivity": Command((*MAMBA1, *SENSITIVE)),
     "collect --by-block": Command((*MAMBA1, "--by-block")),
-    "merge": Command(
-        ("merge",), ((*GROUPED, *SENSITIVE, "--shard", "0/2"), (*GROUPED, *SENSITIVE, "--shard", "1/2"))
-    ),
+    "merge": Command(("merge",), ((*GROUPED, *SENSITIVE, "--shard", "0/2"), (*GROUPED, *SENSITIVE, "--shard", "1/2"))),
     "import": Command(("import", "tensor.npy", "--site", "x_proj:input")),
     "analyze": Command(ANALYZE, (MAMBA1,)),
     "analyze again": Command(ANALYZE, (MAMBA1, ("analyze", "--strategy", "absmax"))),

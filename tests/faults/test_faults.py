@@ -47,7 +47,9 @@ def test_what_is_wrong_under_a_right_name() -> None:
     assert wrong_files({"out": b"", "kept": b"old"}, before, expected) == ["out"], "an empty file is a wrong one"
     assert wrong_files({"kept": b"ol"}, before, expected) == ["kept"]
     half = {RUN: None, f"{RUN}/x.parquet": b""}
-    assert incomplete(half) == [f"{RUN}/"] and wrong_files(half, before, expected) == [], "an unfinished run may have it"
+    assert incomplete(half) == [f"{RUN}/"] and wrong_files(half, before, expected) == [], (
+        "an unfinished run may have it"
+    )
     assert wrong_files(half | {f"{RUN}/run.json": b"{}"}, before, expected) == [f"{RUN}/x.parquet"]
     marked = {MODEL: None, f"{MODEL}/config.json": b'{"family": "x", "unfinished": true}'}
     assert incomplete(marked) == [f"{MODEL}/"]
