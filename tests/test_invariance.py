@@ -1,5 +1,5 @@
 """What a command writes hangs on its input alone: not on threads, locale, time zone, hash seed, umask, where it was
-started or how a path was typed, how often it was killed, or how it was divided.
+started or how a path was typed, whether it was killed, or divided.
 
 Every way is one chain of commands in processes of their own; all files of the chain are compared, byte by byte. What
 may differ is TIMES in run.json: when a run was collected, how long its parts took, and a shard's or a merge's times; the
@@ -42,9 +42,11 @@ if killed:
         if len(calls) == killed:
             os.kill(os.getpid(), signal.SIGKILL)
     BlockFiles.add = dying
-base = ["collect", "--model", model, "--data", text, "--samples", "9", "--batch-size", "2", "--keep-tokens", "4", "--db", db]
+base = ["collect", "--model", model, "--data", text, "--db", db]
+base += ["--samples", "9", "--batch-size", "2", "--keep-tokens", "4"]
 shards = [int(shard) for shard in sys.argv[6].split(",") if shard]
-commands = [[*base, "--shard", f"{shard}/{len(shards)}"] for shard in shards] + [["merge", "--db", db]] if shards else [base]
+commands = [[*base, "--shard", f"{shard}/{len(shards)}"] for shard in shards] or [base]
+commands += [["merge", "--db", db]] if shards else []
 if len(sys.argv) == 7:
     scales = f"{out}/scales.parquet"
     given = ["--scales", scales, "--db", db]

@@ -1,4 +1,4 @@
-"""A sample of `python tests/faults`: no full disk, error or kill at any write makes a command lie or break its output."""
+"""A sample of `python tests/faults`: no full disk, error or kill at a write breaks an output."""
 
 from __future__ import annotations
 
