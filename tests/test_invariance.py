@@ -2,7 +2,7 @@
 started or how a path was typed, whether it was killed, or divided.
 
 Every way is one chain of commands in processes of their own; all files of the chain are compared, byte by byte. What
-may differ is TIMES in run.json: when a run was collected, how long its parts took, and a shard's or a merge's times; the
+may differ is TIMES in run.json: when a run was collected, how long parts took, and a shard's or a merge's times; the
 machine and the versions there are the same here. And report.html shows the scale table and the database in its commands
 as they were typed.
 """
