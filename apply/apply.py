@@ -28,7 +28,7 @@ from quambase.schema.scale_table import MIXED, SELECTED, ScaleTable, read_scales
 @dataclass(frozen=True)
 class Applied:
     """Result of `apply`: the model's folder, the strategy's name, how many operators are in 16 bit, the sites where
-    upstream's kernel would wrap, and notes for the user, a line each.
+    upstream's kernel would wrap, notes for the user, a line each, and whether the database remembers the model.
     """
 
     folder: Path
@@ -36,6 +36,7 @@ class Applied:
     operators_in_16_bit: int
     unsafe: list[tuple[int, str]]
     notes: list[str]
+    remembered: bool
 
 
 def load_source(table: ScaleTable, model: str | Path | None) -> LoadedModel:
@@ -125,13 +126,14 @@ def apply(
     labels = [strategy, *([otherwise] if at else []), DEFAULT_OTHERWISE]
     rows = _rows_of(table, labels), table.provenance
     save_model(folder, int8, settings, loaded.tokenizer.path, rows)
-    notes = notes_on(table)
+    notes, remembered = notes_on(table), True
     try:
         remember(db, folder)
     except OSError as error:
+        remembered = False
         notes.append(f"{db} cannot be written ({error.strerror}): `evaluate` needs the folder's name, {folder}")
     unsafe = unsafe_sites(table, used_scales) if compat == UPSTREAM else []
-    return Applied(folder, str(settings["strategy"]), len(int8.in_16_bit), unsafe, notes)
+    return Applied(folder, str(settings["strategy"]), len(int8.in_16_bit), unsafe, notes, remembered)
 
 
 def _rows_of(table: ScaleTable, labels: Collection[str]) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,8 @@ def _build(mix: dict[str, Any], quantize_lm_head: bool, quantize_embedding: bool
     bits = "" if given["weight_bits"] == 8 else f" with weights of {given['weight_bits']} bits"
     answer(f"strategy {applied.strategy}: {quantized} in INT8{bits}{but}{kept}; model saved in")
     click.echo(applied.folder)
-    next_command("quambase evaluate", given["db"])
+    named = "" if applied.remembered else f" {shlex.quote(str(applied.folder))}"
+    next_command(f"quambase evaluate{named}", given["db"])
 
 
 def _export(scales: Path, export: Path, mix: dict[str, Any], force: bool) -> None:

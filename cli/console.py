@@ -71,7 +71,8 @@ def fail(message: str) -> None:
 
 def describe_os_error(error: OSError) -> str:
     """One line for an operating-system error, with what to do about the common ones."""
-    what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    file = error.filename2 or error.filename  # of a copy or a rename, the second is the one that is written
+    what = f"{error.strerror or error}" + (f": {file}" if file else "")
     if error.errno == 28:
         return f"{what}; free some space and run the same command again: finished parts are kept"
     return what
@@ -165,8 +166,26 @@ def force_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--force", is_flag=True, help="Replace an output file that quambase did not write.")(function)
 
 
+_JSON = "quambase.json"
+
+
+def _note_json(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    ctx.meta[_JSON] = value
+
+
+def json_or_given(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Callback of `--format`: json where `--json` is given, otherwise the given value."""
+    return "json" if ctx.meta.get(_JSON) else value
+
+
+# A parameter of its own: click before 8.3 finds no default for two options that share one.
 json_option = click.option(
-    "--json", "format_", flag_value="json", type=click.Choice(FORMATS), help="The same as --format json."
+    "--json",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_note_json,
+    help="The same as --format json.",
 )
 
 
@@ -185,7 +204,13 @@ def format_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
     function = json_option(function)
     return click.option(
-        "--format", "format_", type=click.Choice(FORMATS), default="table", show_default=True, help="Output format."
+        "--format",
+        "format_",
+        type=click.Choice(FORMATS),
+        default="table",
+        show_default=True,
+        callback=json_or_given,
+        help="Output format.",
     )(function)
 
 

@@ -16,6 +16,7 @@ from quambase.cli.console import (
     database_option,
     force_option,
     json_option,
+    json_or_given,
     note,
     options,
 )
@@ -73,7 +74,11 @@ plot_options = options(
         help="Where to save it (png, svg, pdf). [default: KIND.png]",
     ),
     click.option(
-        "--format", "format_", type=click.Choice(FORMATS), help="Print the numbers drawn, too, in this format."
+        "--format",
+        "format_",
+        type=click.Choice(FORMATS),
+        callback=json_or_given,
+        help="Print the numbers drawn, too, in this format.",
     ),
     json_option,
     force_option,

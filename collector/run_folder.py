@@ -184,8 +184,13 @@ def in_order(files: Mapping[str, TableFile]) -> dict[str, TableFile]:
 
 def finish_run(folder: Path, manifest: Manifest) -> Manifest:
     """Number the run, write `run.json`, which completes it, and remove what only an unfinished run needs. Returns the
-    manifest as written.
+    manifest as written. DatabaseInvalid: a file of it was removed meanwhile.
     """
+    if missing := [file for file in manifest.tables if not (folder / file).exists()]:
+        raise DatabaseInvalid(
+            f"{folder / missing[0]} was removed while the run was written; run the same command again, and leave the "
+            "database alone meanwhile"
+        )
     before, _ = sound_manifests(list_runs(folder.parent.parent)[0])
     number = 1 + (before[0].age()[0] if before else 0)
     numbered = replace(manifest, created={"number": number, **manifest.created})

@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Whatever the writer leaves beside the temporary file goes with it. What killed processes left of earlier attempts at
     ``path`` is removed too. A link is followed. A device or a pipe is written to, not replaced. OSError.
     """
-    path = path.resolve() if path.is_symlink() else path
+    # Before links are followed: /dev/stdout is one to a pipe, which has no path.
     if path.exists() and not path.is_file() and not path.is_dir():
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / path.name
@@ -51,6 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
             with temporary.open("rb") as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target)
         return
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     lock = _locked_folder(Path(folder))  # tells `remove_strays` of other processes that this one is alive
@@ -64,6 +65,11 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
         remove_strays(path.parent, path.name)
+    except OSError as error:
+        named = error.filename2 or error.filename
+        if error.errno is None or (named is not None and folder not in str(named)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # not the temporary name, or none at all
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib as mpl
@@ -82,9 +83,13 @@ def check_picture_format(path: Path) -> str:
 def save_picture(figure: Figure, path: Path) -> None:
     """Save the figure, whole or not at all; the suffix of ``path`` chooses the format (png, svg, pdf).
 
-    QuambaseError: another suffix.
+    QuambaseError: another suffix. OSError.
     """
     suffix = check_picture_format(path)
     FigureCanvasAgg(figure)
-    with picture_style(), replacing(path) as temporary:
-        figure.savefig(temporary, format=suffix, metadata=_METADATA[suffix])
+    # Drawn in memory: on a full disk matplotlib's writer of PDF ends in an AttributeError of its own.
+    drawn = BytesIO()
+    with picture_style():
+        figure.savefig(drawn, format=suffix, metadata=_METADATA[suffix])
+    with replacing(path) as temporary:
+        temporary.write_bytes(drawn.getvalue())

@@ -78,7 +78,7 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
             if int8.in_16_bit:  # upstream's model has no operator in 16 bit
                 int8 = leaving_in_16_bit(int8, prepared_for(loaded.any_weights, table), ())
             models[UPSTREAM] = int8.with_scales(table.group_scales_for(UPSTREAM))
-    return Candidates(loaded, models, str(path), about.get("run"))
+    return Candidates(loaded, models, str(path.resolve()), about.get("run"))
 
 
 def from_model(model: str | None, *, needs_text: bool = False) -> Candidates:
@@ -146,7 +146,7 @@ def from_scales(
         *table.notes,
         *([f"weights of in_proj, x_proj and out_proj in {weight_bits} bits"] if weight_bits != 8 else []),
     ]
-    return Candidates(loaded, models, str(scales), table.run, skipped, notes)
+    return Candidates(loaded, models, str(scales.resolve()), table.run, skipped, notes)
 
 
 def _has_segments(table: ScaleTable, label: str, needed: Collection[tuple[int, str]]) -> bool:

@@ -72,6 +72,37 @@ def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path: Path) -> None:
     assert read == [b"all of it"] and stat.S_ISFIFO(path.stat().st_mode)
 
 
+def test_a_pipe_of_the_process_is_written_to(tmp_path: Path) -> None:
+    """As /dev/stdout and the shell's ``>(command)`` are: links to what has no path."""
+    reading, writing = os.pipe()
+    with replacing(Path(f"/dev/fd/{writing}")) as temporary:
+        temporary.write_bytes(b"all of it")
+    os.close(writing)
+    with os.fdopen(reading, "rb") as file:
+        assert file.read() == b"all of it"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can make a device")
+def test_a_device_stays_a_device(tmp_path: Path) -> None:
+    path = tmp_path / "null"
+    os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"x")
+    assert stat.S_ISCHR(path.stat().st_mode) and names(tmp_path) == ["null"]
+
+
+def test_a_disk_error_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as met, replacing(tmp_path / "a") as temporary:
+        raise OSError(28, "No space left on device", str(tmp_path / "source"), None, str(temporary))
+    assert met.value.errno == 28 and met.value.filename == str(tmp_path / "a") and met.value.filename2 is None
+    with pytest.raises(OSError, match="No space") as met, replacing(tmp_path / "a"):
+        raise OSError(28, "No space left on device")
+    assert met.value.filename == str(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="source"), replacing(tmp_path / "a"):
+        (tmp_path / "source").read_bytes()  # that of another file keeps its name
+    assert names(tmp_path) == []
+
+
 def test_what_a_killed_process_left_goes_with_the_next_success(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys, pathlib\n"
