@@ -164,5 +164,5 @@ def test_from_statistics_to_an_evaluation(write: object, tmp_path: Path) -> None
         assert nll(stored, strategy) == nll(built, strategy) and nll(built, strategy)
     assert nll(built, "mixed") != nll(built, "selected")
     with pytest.raises(ScalesInvalid, match="has no operator in 16 bit, as mixed has; name another strategy"):
-        export_act_scales(path, tmp_path / "act_scales.pt", strategy="mixed", db=db)
+        export_act_scales(path, tmp_path / "act_scales.pt", strategy="mixed")
     assert apply(path, strategy="selected", db=db).folder != applied.folder
