@@ -16,6 +16,7 @@ from quambase.apply.int8.group_scales import STATE, X
 from quambase.apply.int8.needed_scales import checked_scale, needed_sites
 from quambase.apply.upstream.act_scales import check_rectangular
 from quambase.model.checkpoint import LoadedModel, load_model
+from quambase.model.inputs.files import first_line
 from quambase.model.inputs.tensor_files import read_pytorch
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.checksums import file_sha256
@@ -98,7 +99,8 @@ def _origin(path: Path, content: dict[str, Any], loaded: LoadedModel) -> dict[st
     try:
         origin: dict[str, Any] = json.loads(content["quambase"])
         weights, format_version = origin["weights_sha256"], int(origin["format_version"])
-    except (ValueError, TypeError, KeyError):
+        weights = None if weights is None else first_line(ValueError(weights))  # printable
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise ScalesInvalid(f"the provenance in {path} is damaged; export it again") from None
     check_format_version(path, format_version, FORMAT_VERSION, ScalesInvalid)
     if weights is not None and weights != loaded.weights_sha256:
@@ -122,7 +124,9 @@ def _groups(path: Path, content: dict[str, Any], loaded: LoadedModel) -> list[La
             raise ValueError("as many tensors as layers are expected")
         groups = [LayerGroups.from_json({key: tensors[i] for key, tensors in plain.items()}) for i in range(n_layer)]
     except (AttributeError, KeyError, TypeError, ValueError, DatabaseInvalid) as error:
-        raise ScalesInvalid(f"the reorder_params in {path} are not upstream's ({error}); save them again") from None
+        raise ScalesInvalid(
+            f"the reorder_params in {path} are not upstream's ({first_line(error)}); save them again"
+        ) from None
     for layer, found in enumerate(groups):
         check_rectangular(found, layer)
         sizes = (len(found.head_index), len(found.channel_index), len(found.head_groups))
@@ -153,8 +157,10 @@ def _rows(
     for place, found in enumerate(scales):
         layer = HEAD_LAYER if place == config.n_layer else place
         for site, value in found.items():
-            if not is_model_site(site, family):
-                raise ScalesInvalid(f"{path} has a scale at {site}, which is no site of a {family} model")
+            if not isinstance(site, str) or not is_model_site(site, family):
+                raise ScalesInvalid(
+                    f"{path} has a scale at {first_line(ValueError(site))}, which is no site of a {family} model"
+                )
             for row in _site_rows(path, layer, site, value, groups, config.d_state):
                 yield layer, site, row
 
@@ -193,7 +199,9 @@ def _site_rows(
                     raise ValueError(f"{tensor.numel()} scales for {len(widths)} channel groups")
                 values += checked(tensor)
     except (TypeError, ValueError, AttributeError) as error:
-        raise ScalesInvalid(f"{path}: layer {layer} {site} has not the groups of reorder_params ({error})") from None
+        raise ScalesInvalid(
+            f"{path}: layer {layer} {site} has not the groups of reorder_params ({first_line(error)})"
+        ) from None
     mine = [values[start : start + per_group] for start in range(0, len(values), per_group)]
     by_index = any(len(set(of_group)) > 1 for of_group in mine)
     for group, of_group in zip(layout.groups(), mine, strict=True):
