@@ -16,11 +16,10 @@ from quambase.apply.int8.group_scales import STATE, X
 from quambase.apply.int8.needed_scales import checked_scale, needed_sites
 from quambase.apply.upstream.act_scales import check_rectangular
 from quambase.model.checkpoint import LoadedModel, load_model
-from quambase.model.inputs.files import first_line
 from quambase.model.inputs.tensor_files import read_pytorch
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.checksums import file_sha256
-from quambase.schema.errors import DatabaseInvalid, ScalesInvalid
+from quambase.schema.errors import DatabaseInvalid, ScalesInvalid, first_line
 from quambase.schema.files import check_format_version
 from quambase.schema.groups import GROUP, TENSOR, LayerGroups, granularity_of
 from quambase.schema.scale_table import refuse_foreign_table, write_scales

@@ -11,7 +11,7 @@ from pathlib import Path
 from fuzz_judge import CRASH, HANG, MEMORY, TRACEBACK, UNPRINTABLE
 from fuzz_targets import Seed, Target
 
-from quambase.schema.errors import DataInvalid
+from quambase.schema.errors import QuambaseError
 
 FAULTS = (CRASH, HANG, "hang of native code", MEMORY, TRACEBACK, UNPRINTABLE)
 
@@ -20,6 +20,17 @@ def planted(data: bytes) -> str | None:
     """The fault with which this input is met; the unchanged file has none."""
     place = hashlib.sha256(data).digest()[0] % 48
     return FAULTS[place] if place < len(FAULTS) else None
+
+
+class Unclear(QuambaseError):
+    """An error whose text is as it is given."""
+
+    def __str__(self) -> str:
+        return str(self.text)
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
 
 
 def _read(path: Path) -> object:
@@ -38,7 +49,7 @@ def _read(path: Path) -> object:
     if fault == TRACEBACK:
         raise KeyError("vocab_size")
     if fault == UNPRINTABLE:
-        raise DataInvalid("two\nlines")
+        raise Unclear("two\nlines")
     return data
 
 
