@@ -79,6 +79,13 @@ class ModelConfig(ABC):
     d_state: int
     d_conv: int
 
+    def __post_init__(self) -> None:
+        sizes = {
+            name: getattr(self, name) for name in ("d_model", "n_layer", "vocab_size", "d_inner", "d_state", "d_conv")
+        }
+        if wrong := [f"{name} = {size}" for name, size in sizes.items() if size < 1]:
+            raise CheckpointInvalid(f"config.json implies {wrong[0]}; expected at least 1")
+
     @property
     @abstractmethod
     def norm_eps(self) -> float:

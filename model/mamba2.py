@@ -47,7 +47,8 @@ class Mamba2Config(ModelConfig):
     norm_eps: float = NORM_EPS
 
     def __post_init__(self) -> None:
-        if self.d_inner % self.headdim or self.heads % self.ngroups:
+        super().__post_init__()
+        if min(self.headdim, self.ngroups) < 1 or self.d_inner % self.headdim or self.heads % self.ngroups:
             raise CheckpointInvalid(
                 f"config.json implies {self.d_inner} channels in heads of {self.headdim} and {self.ngroups} groups of "
                 "heads; expected whole heads, as many in each group"

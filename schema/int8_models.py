@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal, Required, TypedDict
+from typing import Annotated, Any, Literal, Required, TypedDict
+
+from msgspec import Meta
 
 from quambase.schema import CHECKED_SINCE, FORMAT_VERSION
 from quambase.schema.checksums import ALTERED, CHECKSUM, PLACEHOLDER, add_checksum, check_own, file_damage
@@ -45,7 +47,7 @@ class _About(TypedDict, total=False):
     compat: str | None
     weight_bits: Literal[4, 8]
     kept_16bit: list[tuple[int, str]]
-    files: dict[str, Sha256]
+    files: dict[Annotated[str, Meta(pattern=r"^[a-z]{1,40}\.[a-z]{1,40}\Z")], Sha256]
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 def check_files(folder: Path, about: dict[str, Any]) -> None:
     """CheckpointInvalid names the first file of the model that is missing, was cut short or altered."""
     for name, sha256 in {TENSORS: about["tensors_sha256"], **about.get("files", {})}.items():
-        if damage := file_damage(folder / Path(name).name, sha256):
+        if damage := file_damage(folder / name, sha256):
             raise CheckpointInvalid(f"{folder / name} {damage}; {AGAIN}")
 
 

@@ -75,5 +75,7 @@ def as_type(raw: object, kind: type[T], path: Path, error: type[QuambaseError], 
     """``raw``, read from the file ``path``, as a ``kind``; ``error``: something is missing or of another type."""
     try:
         return msgspec.convert(raw, kind)
+    except QuambaseError as wrong:  # of a type that checks itself
+        raise error(f"{path} is damaged ({wrong}); {advice}") from None
     except (msgspec.ValidationError, ValueError, RecursionError, OverflowError) as wrong:  # half a surrogate, too
         raise error(f"{path} is damaged ({first_line(wrong)}); {advice}") from None

@@ -82,7 +82,7 @@ TOLD_AFTER, WATCHED_EVERY = 2.0, 0.05
 """Seconds until the progress of a query is told, and from one look at it to the next."""
 
 
-STOPPED_WITHIN = 0.5
+STOPPED_WITHIN = 0.25
 """Seconds in which a query that is interrupted must end, or it is left to itself."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from fuzz_inputs import Input, make_input
-from fuzz_judge import CRASH, FINDINGS, HANG, OUTCOMES, SAME, Verdict, judge, limit_address_space
+from fuzz_judge import CRASH, FINDINGS, HANG, MEMORY, OUTCOMES, SAME, Verdict, judge, limit_address_space
 from fuzz_planted import PLANTED
 from fuzz_targets import SEEDS, TARGETS, Seed, Target
 
@@ -143,6 +144,9 @@ def _worker(
             made_input = bench.make(seed, number)
             state[2] = time.monotonic()  # making a bomb takes seconds
             verdict = bench.judge(made_input)
+            if verdict.outcome == MEMORY:  # once more, without what earlier inputs left in this process
+                gc.collect()
+                verdict = bench.judge(made_input)
             state[3 + place * len(OUTCOMES) + OUTCOMES.index(verdict.outcome)] += 1
             if verdict.outcome in FINDINGS:
                 pipe.send(Fault(name, verdict.outcome, verdict.where, number, made_input.kind, verdict.story))
