@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -47,6 +46,7 @@ from quambase.schema.errors import (
     ScalesInvalid,
     UnknownName,
 )
+from quambase.schema.manifest import Manifest, TableFile
 from quambase.schema.pictures import WIDTHS, picture_style, power_text, save_picture
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import OUTLIERS, RUN_TABLES, write_table
@@ -86,10 +86,10 @@ def db(tmp_path_factory: pytest.TempPathFactory) -> Path:
     key = {"run": "run-a", "layer": 1, "site": SITE, "group_name": "B", "document": 3, "position": 7}
     rows = [key | {"token_id": i, "token": t, "channel": 2, "value": v} for i, (t, v) in enumerate(TOKENS)]
     write_table(run / "outliers.parquet", "outliers", pa.Table.from_pylist(rows, OUTLIERS), RUN_TABLES["outliers"])
-    manifest = json.loads((run / "run.json").read_text())
-    manifest["tables"]["outliers.parquet"] |= {"sha256": file_sha256(run / "outliers.parquet"), "rows": len(TOKENS)}
-    manifest["identity"] |= {"block": 3, "seq_len": 512, "sites": []}  # of which converge says how to collect more
-    (run / "run.json").write_text(json.dumps(manifest))
+    manifest = Manifest.load(run)
+    manifest.tables["outliers.parquet"] = TableFile(len(TOKENS), file_sha256(run / "outliers.parquet"))
+    manifest.identity.update(block=3, seq_len=512, sites=[])  # of which converge says how to collect more
+    manifest.save(run)
     labels = ["absmax", "mse", "quamba", "effect", "percentile", "outlier_piecewise", "effect_affine"]
     analyze(folder, strategies=labels, out=folder / "scales.parquet")
     return folder

@@ -49,6 +49,7 @@ def base(name: str, world: Path, db: Path) -> list[str | Path]:
         "plot": ["channels", "--db", world / "db", "--out", db / "channels.svg"],
         "converge": ["--db", world / "db", "--no-picture", "--strategy", "absmax"],
         "stats": ["--db", world / "db"],
+        "sql": ["select 1", "--db", world / "db"],
         "generate": ["--model", world / "tiny", "--out", db, "--tokens", "3"],
         "results": ["--db", world / "db"],
         "diff": [world / "log.jsonl", world / "log.jsonl"],

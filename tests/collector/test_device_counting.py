@@ -194,7 +194,7 @@ def test_blocks_fold_as_on_the_host_and_go_through_a_checkpoint(tmp_path: Path, 
     cases = [next(c for c in CASES if c.name == name) for name in ("float16 groups", "float32 states")]
     layouts = {(1, "b"): cases[1].layout, (0, "a"): cases[0].layout}
     layouts |= {(0, "c"): cases[0].layout} if shared else {}
-    files = {"documents/block-00000.parquet": TableFile(3, "0")}
+    files = {"documents/block-00000.parquet": TableFile(3, "0".ljust(64, "0"))}
     device, host = new_statistics(layouts, MOST, CPU), RunStatistics.empty(layouts, MOST)
     of_host = BlockStatistics(host)
     for number in range(2):
