@@ -354,7 +354,7 @@ NESTED = [[(torch.tensor(4), torch.tensor([8]), torch.tensor([0.5]))] for _ in r
         (
             MAMBA1,
             {"act_scales": layers_of(MAMBA1), "quambase": '{"format_version": 9, "weights_sha256": null}'},
-            "has format version 9; this quambase reads up to 1",
+            "has format version 9; this quambase reads up to 2",
         ),
     ],
 )

@@ -134,10 +134,10 @@ def _worker(
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     SEEDS.append(made)
-    limit_address_space(ADDRESS_SPACE)
     for place, (name, numbers) in enumerate(tasks):
         if not numbers:
             continue
+        limit_address_space(ADDRESS_SPACE)  # beyond what earlier targets left
         bench = Bench(ALL[name], made, work / name.replace(" ", "-"), limits)
         for number in numbers:
             state[0], state[1], state[2] = place, number, time.monotonic()
@@ -146,6 +146,7 @@ def _worker(
             verdict = bench.judge(made_input)
             if verdict.outcome == MEMORY:  # once more, without what earlier inputs left in this process
                 gc.collect()
+                limit_address_space(ADDRESS_SPACE)
                 verdict = bench.judge(made_input)
             state[3 + place * len(OUTCOMES) + OUTCOMES.index(verdict.outcome)] += 1
             if verdict.outcome in FINDINGS:
