@@ -41,7 +41,7 @@ def adopt(file: Path, out: Path | None, run: str | None, db: Path, format_: str,
 
     \b
     Example:
-      quambase sql -f csv "select layer, site, scale * 1.1 as scale from scales where label = 'mse'" --out mine.csv
+      quambase sql --format csv "select layer, site, scale from scales where label = 'mse'" --out mine.csv
       quambase adopt mine.csv
     """
     from quambase.analyzer.adopt import adopt as take

@@ -41,7 +41,7 @@ _MACHINE = re.compile(
 )
 
 _PROGRESS = re.compile(
-    r"^(?:collect|sensitivity|evaluate|analyze|converge|groups|verify|merge|generate|compiling)\b.*: |.* left$"
+    r"^(?:collect|sensitivity|evaluate|analyze|converge|groups|verify|merge|generate|query|compiling)\b.*: |.* left$"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable
@@ -107,6 +108,23 @@ def _growth(raw: object) -> int:
 _SEQUENCES = ("normalizers", "decoders")
 
 
+def _check_maps(raw: object) -> None:
+    """ValueError where a precompiled map of characters states a table larger than the map: the library asks for memory
+    of the stated size. Its first four bytes are that size.
+    """
+    waiting = [raw]
+    while waiting:
+        step = waiting.pop()
+        if isinstance(step, dict):
+            waiting += step.values()
+            if isinstance(packed := step.get("precompiled_charsmap"), str):
+                content = base64.b64decode(packed)
+                if int.from_bytes(content[:4], "little") > max(0, len(content) - 4):
+                    raise ValueError("a precompiled_charsmap states a table larger than itself")
+        elif isinstance(step, list):
+            waiting += [one for one in step if isinstance(one, dict | list)]
+
+
 def raise_if_stopped(error: BaseException) -> None:
     """Raise Ctrl-C and exits again, in a handler that catches everything."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -119,7 +137,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         content = path.read_bytes()
         text = content.decode("utf-8")
-        if _growth(json.loads(text)) > MOST_GROWTH:
+        raw = json.loads(text)
+        _check_maps(raw)
+        if _growth(raw) > MOST_GROWTH:
             raise ValueError(f"its replacements make a text more than {MOST_GROWTH} times as long")
         inner = tokenizers.Tokenizer.from_str(text)
     except BaseException as error:  # the library raises bare Exceptions, and panics that are not even those

@@ -176,3 +176,15 @@ def test_a_text_packed_well_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     texts = [f"{i} {i * i} words of text" * 40 for i in range(5000)]
     pq.write_table(pa.table({"text": texts}), path, compression="zstd")
     assert [document.text for document in read_documents(str(path))] == texts
+
+
+@pytest.mark.parametrize("place", ["normalizer", "sequence"])
+def test_a_precompiled_map_cannot_ask_for_more_than_it_holds(tmp_path: Path, place: str) -> None:
+    """The library asked for 8 GB at four bytes of 255 and ended the process."""
+    write_tiny_model(tmp_path / "m")
+    raw = json.loads((tmp_path / "m" / "tokenizer.json").read_text())
+    step = {"type": "Precompiled", "precompiled_charsmap": "/////wAAAA=="}
+    raw["normalizer"] = step if place == "normalizer" else {"type": "Sequence", "normalizers": [step]}
+    (tmp_path / "t.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointInvalid, match="a precompiled_charsmap states a table larger than itself"):
+        load_tokenizer(tmp_path / "t.json")
