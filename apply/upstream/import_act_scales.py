@@ -98,13 +98,12 @@ def _origin(path: Path, content: dict[str, Any], loaded: LoadedModel) -> dict[st
     try:
         origin: dict[str, Any] = json.loads(content["quambase"])
         weights, format_version = origin["weights_sha256"], int(origin["format_version"])
-        weights = None if weights is None else first_line(ValueError(weights))  # printable
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise ScalesInvalid(f"the provenance in {path} is damaged; export it again") from None
     check_format_version(path, format_version, FORMAT_VERSION, ScalesInvalid)
     if weights is not None and weights != loaded.weights_sha256:
         raise ScalesInvalid(
-            f"{path} has scales of other weights ({weights[:12]}) than {loaded.name} ({loaded.weights_sha256[:12]}); "
+            f"{path} has scales of other weights ({str(weights)[:12]}) than {loaded.name} ({loaded.weights_sha256[:12]}); "
             "give their model with --model"
         )
     return origin
@@ -157,9 +156,7 @@ def _rows(
         layer = HEAD_LAYER if place == config.n_layer else place
         for site, value in found.items():
             if not isinstance(site, str) or not is_model_site(site, family):
-                raise ScalesInvalid(
-                    f"{path} has a scale at {first_line(ValueError(site))}, which is no site of a {family} model"
-                )
+                raise ScalesInvalid(f"{path} has a scale at {site}, which is no site of a {family} model")
             for row in _site_rows(path, layer, site, value, groups, config.d_state):
                 yield layer, site, row
 

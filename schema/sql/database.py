@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -200,9 +201,7 @@ class StatsDB:
             self._trace("".join([query, *(f"\n-- ${name} = {value!r}" for name, value in (params or {}).items())]))
         try:
             return self._interruptible(query, params, watch, most)
-        except duckdb.OutOfMemoryException:
-            raise out_of_memory(self.limits) from None
-        except MemoryError:
+        except (duckdb.OutOfMemoryException, MemoryError):
             raise out_of_memory(self.limits) from None
         except duckdb.Error as error:
             raise QueryInvalid(self._explain(str(error))) from None
@@ -237,8 +236,8 @@ class StatsDB:
         except (KeyboardInterrupt, QueryInvalid):
             # A query that has not begun yet does not notice: it is told until it ends. Some functions of DuckDB never
             # notice; what runs them is left behind.
-            stopped = Watch(Limits())
-            while not answered.done() and stopped.seconds < STOPPED_WITHIN:
+            stopped = time.monotonic()
+            while not answered.done() and time.monotonic() - stopped < STOPPED_WITHIN:
                 self._connection.interrupt()
                 wait([answered], WATCHED_EVERY)
             self.left_behind = not answered.done()
