@@ -103,8 +103,8 @@ def _origin(path: Path, content: dict[str, Any], loaded: LoadedModel) -> dict[st
     check_format_version(path, format_version, FORMAT_VERSION, ScalesInvalid)
     if weights is not None and weights != loaded.weights_sha256:
         raise ScalesInvalid(
-            f"{path} has scales of other weights ({str(weights)[:12]}) than {loaded.name} ({loaded.weights_sha256[:12]}); "
-            "give their model with --model"
+            f"{path} has scales of other weights ({str(weights)[:12]}) than {loaded.name} "
+            f"({loaded.weights_sha256[:12]}); give their model with --model"
         )
     return origin
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 QUERIES = {
     "count of 10^12": "select count(*) from range(1000000000000)",
@@ -43,7 +43,11 @@ def ask(db: Path, query: str, *options: str, interrupt_after: float | None = Non
     command = [sys.executable, "-m", "quambase", "sql", "--db", str(db), *options, query]
     begun = time.monotonic()
     signalled, peak = None, 0
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    # A job in the background of a shell ignores SIGINT, and so would what it starts.
+    streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(
+        command, **streams, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ) as process:
         while process.poll() is None:
             time.sleep(0.01)
             try:
