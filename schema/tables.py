@@ -411,7 +411,8 @@ def open_table(
         size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
         if max(size, about.num_rows) > MOST_BYTES:
             raise error(f"{path} states a size of {size:,} bytes; expected at most {MOST_BYTES:,}: {advice}")
-        table = file.read()
+        # In this thread: one of Arrow's that still holds `content` when Python ends aborts the process.
+        table = file.read(use_threads=False)
         table.validate(full=True)  # texts may not be UTF-8
         return table, own
     except (pa.ArrowException, OSError, ValueError) as wrong:  # ValueError: names that are not UTF-8

@@ -12,6 +12,7 @@ import itertools
 import json
 import lzma
 import math
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -214,7 +215,8 @@ def _csv_texts(path: Path) -> Iterator[Row]:
 def _parquet_texts(path: Path) -> Iterator[Row]:
     """The text column of a Parquet file, a few rows at a time."""
     try:
-        with path.open("rb") as file:
+        # Not a Python file: a thread of Arrow's that still holds one when Python ends aborts the process.
+        with pa.OSFile(os.fsencode(path)) as file:
             table = pq.ParquetFile(file)
             schema = table.schema_arrow
             field = schema.field(_column(path, schema.names))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -170,3 +173,24 @@ def test_an_error_is_one_printable_line() -> None:
     assert str(DatabaseInvalid("a\nb \x1b[31mred\ud800")) == r"a b \x1b[31mred\ud800"
     long = str(DatabaseInvalid("begins " + "x" * 90_000 + "; do this"))
     assert len(long) == 1000 and long.startswith("begins") and long.endswith("; do this")
+
+
+# Read in one thread -------------------------------------------------------------------------------
+
+THREADS = """
+import os, sys
+from pathlib import Path
+from quambase.schema.errors import DatabaseInvalid
+from quambase.schema.tables import open_table
+before = len(os.listdir("/proc/self/task"))
+table, _ = open_table(Path(sys.argv[1]), DatabaseInvalid, "")
+assert table.num_rows and len(os.listdir("/proc/self/task")) == before
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
+def test_a_table_is_read_without_threads_of_arrow(tmp_path: Path) -> None:
+    """One that still held the file's bytes when Python ended aborted the process, one time in thirty."""
+    file = tmp_path / "t.parquet"
+    pq.write_table(pa.table({f"column {i}": range(200) for i in range(12)}), file)
+    subprocess.run([sys.executable, "-c", THREADS, str(file)], check=True)
