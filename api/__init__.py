@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from quambase.analyzer.strategies import strategy as strategy
     from quambase.analyzer.sweep import sweep as sweep
     from quambase.apply.evaluation.evaluate import evaluate as evaluate
+    from quambase.apply.generate import generate as generate
     from quambase.collector.collect import collect as collect
     from quambase.schema.sql.database import StatsDB as StatsDB
 
@@ -40,6 +41,7 @@ __all__ = [
     "collect",
     "converge",
     "evaluate",
+    "generate",
     "open",
     "plot",
     "report",
@@ -56,6 +58,7 @@ _NAMES = {
     "collect": "quambase.collector.collect",
     "converge": "quambase.analyzer.converge",
     "evaluate": "quambase.apply.evaluation.evaluate",
+    "generate": "quambase.apply.generate",
     "open": "quambase.analyzer.opened",
     "plot": "quambase.analyzer.pictures.plot",
     "strategy": "quambase.analyzer.strategies",

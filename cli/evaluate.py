@@ -35,6 +35,7 @@ from quambase.cli.console import (
 from quambase.cli.formats import emit
 from quambase.model.inputs.sources import find_given
 from quambase.schema.groups import GRANULARITIES
+from quambase.schema.results import DECODE, PREFILL, PROMPT_TOKENS
 
 if TYPE_CHECKING:
     from quambase.apply.evaluation.stored import Evaluation
@@ -106,8 +107,24 @@ def emit_evaluation(
             emit(text.table, format_)
             for footnote in text.footnotes:
                 click.echo(f"\n{wrapped(footnote)}")
+    _emit_decoded(found, shown)
     for line in [*found.notes, *remarks(summary, bootstrap)]:
         answer(line)
+
+
+def _emit_decoded(found: Evaluation, shown: bool) -> None:
+    """Of an evaluation by decoding: what decoding adds, in words and, for people, by tokens decoded."""
+    from quambase.apply.evaluation.decode_summary import by_position, sentences, table
+
+    rows = by_position(found.results).to_pylist()
+    texts = dict.fromkeys(row["data"] for row in rows)
+    for data in texts:
+        mine = [row for row in rows if row["data"] == data]
+        if shown:
+            click.echo(f"\n{data}, by tokens decoded one by one after the prompt:")
+            emit(table(mine), "table")
+        for line in sentences(mine):
+            click.echo(wrapped(f"{data}: {line}" if len(texts) > 1 else line), err=not shown)
 
 
 def names_of(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -171,6 +188,20 @@ evaluate_options = options(
         help="Tokens; longer documents are cut in non-overlapping windows.",
     ),
     click.option(
+        "--mode",
+        type=click.Choice([PREFILL, DECODE]),
+        default=PREFILL,
+        show_default=True,
+        help="Read each text in one forward pass, or token by token after a prompt, from the cached INT8 state.",
+    ),
+    click.option(
+        "--prompt-tokens",
+        type=COUNT,
+        default=PROMPT_TOKENS,
+        show_default=True,
+        help="With --mode decode, tokens that are prefilled; all that follow are decoded and scored.",
+    ),
+    click.option(
         "--tasks",
         multiple=True,
         callback=names_of,
@@ -218,6 +249,7 @@ def evaluate(
     Example:
       quambase evaluate --strategy all --samples 24
       quambase evaluate --strategy mse --strategy quamba --samples 24 --task perplexity
+      quambase evaluate --strategy mse --strategy quamba --samples 24 --mode decode
       quambase evaluate --strategy all --tasks lambada_openai,hellaswag --limit 200
     """
     _check_together(folder, scales, strategies or granularities, floating, one_at_a_time, picture, given)
@@ -262,6 +294,11 @@ def _check_together(
         raise click.UsageError("--picture goes with --one-at-a-time")
     if given["tasks"] and (given["data"] or given["task"] != "both" or one_at_a_time):
         raise click.UsageError("--tasks brings its own text: leave out --data, --task and --one-at-a-time")
+    if given["mode"] == DECODE and (given["tasks"] or given["task"] != "both" or one_at_a_time or floating):
+        raise click.UsageError(
+            "--mode decode scores all that follows a prompt by INT8 models: leave out --task, --tasks, --float and "
+            "--one-at-a-time"
+        )
     if one_at_a_time and (folder is not None or floating or len(given["data"]) > 1):
         raise click.UsageError("--one-at-a-time takes --scales, --strategy and one --data")
     if given["weight_bits"] != 8 and (one_at_a_time or not (scales is not None or of_scales)):

@@ -53,22 +53,35 @@ def generate(
 class Steps(Protocol):
     """A model that takes token after token, floating-point or INT8."""
 
-    def new_state(self, sequences: int) -> Any: ...
+    def after_prompt(self, prompt: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Logits (1, v) and the state of one sequence after ``prompt`` (tokens,)."""
 
     def step(self, tokens: torch.Tensor, state: Any) -> torch.Tensor: ...
 
 
-def greedy(model: Steps, prompt: Sequence[int], vocabulary: int | None = None) -> Iterator[int]:
-    """The tokens with which ``model`` continues ``prompt`` (at least one token), each the most likely one, without end.
+def continued(
+    model: Steps,
+    prompt: Sequence[int],
+    *,
+    vocabulary: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """The tokens with which ``model`` continues ``prompt`` (at least one token), without end.
+
+    temperature  0: each is the most likely one; otherwise drawn as `generate` draws, with ``top_p`` and ``seed``
+    vocabulary   ids at and above it (padding rows of the embedding) are never taken
 
     One sequence at a time, so that an INT8 model, whose rounding depends on how many there are, always answers alike.
-    ``vocabulary``: ids at and above it (padding rows of the embedding) are never taken.
     """
-    state = model.new_state(1)
-    for token in prompt:
-        logits = model.step(torch.tensor([token]), state)
+    generator = torch.Generator().manual_seed(seed)
+    logits, state = model.after_prompt(torch.tensor(prompt))
     while True:
-        token = int(logits[0, :vocabulary].argmax())
+        if temperature == 0:
+            token = int(logits[0, :vocabulary].argmax())
+        else:
+            token = int(_draw(logits[:, :vocabulary].float().cpu() / temperature, top_p, generator))
         yield token
         logits = model.step(torch.tensor([token]), state)
 

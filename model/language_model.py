@@ -96,6 +96,13 @@ class LanguageModel:
         with without_tf32():
             return self.logits(self._normalised(PlacedBatch.of(batch, self.device), state))
 
+    def after_prompt(self, prompt: torch.Tensor) -> tuple[torch.Tensor, State]:
+        """Logits (1, v) and the state of one sequence after ``prompt`` (tokens,), one token or more, fed one by one."""
+        state = self.new_state(1)
+        for token in prompt.tolist():
+            logits = self.step(torch.tensor([token]), state)
+        return logits, state
+
     def new_state(self, sequences: int) -> State:
         """The state of ``sequences`` sequences before their first token."""
         return [block.new_state(sequences) for block in self.blocks]

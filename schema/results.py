@@ -16,6 +16,13 @@ from quambase.schema.tables import RESULTS, read_table
 PERPLEXITY, LAST_WORD, LM_EVAL = "perplexity", "last-word", "lm-eval"
 """Tasks. The last stands for every task of lm-eval, whose own name is that of the text."""
 
+PREFILL, DECODE = "prefill", "decode"
+"""Tasks of the same predictions, those after a prompt: by one forward pass, and token by token from the cached state.
+"""
+
+PROMPT_TOKENS = 16
+"""Tokens of a prompt by default: few, since what follows is scored."""
+
 FLOAT = "float"
 """The label of the floating-point model, which every strategy is compared with."""
 
@@ -27,7 +34,7 @@ KL_DIFFERENCE = f"kl_vs_{UPSTREAM}"
 scales.
 """
 
-LATER = {"cluster": None, "weight_bits": None}
+LATER = {"cluster": None, "weight_bits": None, "positions": None}
 """Columns that evaluations of earlier versions lack, and what they hold then."""
 
 EVALUATION, RESULTS_FILE = "evaluation.json", "results.parquet"

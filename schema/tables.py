@@ -274,6 +274,20 @@ SCALES = _table(
     ),
 )
 
+POSITION = pa.struct(
+    [
+        pa.field("decoded_from", pa.int32(), nullable=False),
+        pa.field("decoded_to", pa.int32(), nullable=False),
+        pa.field("tokens", pa.int32(), nullable=False),
+        pa.field("nll", pa.float64(), nullable=False),
+        pa.field("kl", pa.float64(), nullable=False),
+        pa.field("top1_agreement", pa.int32(), nullable=False),
+    ]
+)
+"""Of one document: the predicted tokens, and sums over them, whose prediction followed ``decoded_from`` to
+``decoded_to`` tokens decoded one by one after the prompt. 0: the prediction of the prompt's last token.
+"""
+
 RESULTS = _table(
     "results",
     "Evaluations: one row per document and strategy; nll and kl are sums over the predicted tokens, in nats.",
@@ -281,7 +295,11 @@ RESULTS = _table(
     ("model", pa.string(), "Model evaluated."),
     ("scales", pa.string(), "Scale table used."),
     ("strategy", pa.string(), "Strategy label; float is the floating-point model."),
-    ("task", pa.string(), "What was measured: perplexity, last-word, or lm-eval for a task of lm-eval."),
+    (
+        "task",
+        pa.string(),
+        "What was measured: perplexity, last-word, decode or prefill (both by --mode decode), lm-eval for its tasks.",
+    ),
     ("data", pa.string(), "Name of the evaluation text; of lm-eval the task, its filter and metric if it has several."),
     ("document", pa.int32(), "Document number in the evaluation text."),
     ("sha256", pa.string(), "SHA-256 of its text; for lm-eval its doc_hash."),
@@ -309,6 +327,11 @@ RESULTS = _table(
         "Bits of the weights of in_proj, x_proj, out_proj; null: the floating-point model, or 8 in an earlier version.",
     ),
     ("compat_upstream", pa.bool_(), "Upstream's wrap-around was reproduced."),
+    (
+        "positions",
+        pa.list_(POSITION),
+        "The same sums by how many tokens were decoded before the prediction; null unless that was measured.",
+    ),
     key=False,
 )
 

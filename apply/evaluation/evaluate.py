@@ -21,7 +21,7 @@ import torch
 from quambase.apply.evaluation.block_scorer import BlockScorer, PlacedModels
 from quambase.apply.evaluation.candidates import Candidates, from_folder, from_model, from_scales
 from quambase.apply.evaluation.harness import require_lm_eval
-from quambase.apply.evaluation.scoring import BLOCK_TOKENS, blocks
+from quambase.apply.evaluation.scoring import BLOCK_TOKENS, DECODED_TOKENS, blocks
 from quambase.apply.evaluation.stored import Evaluation
 from quambase.apply.evaluation.tasks import TaskData, read_tasks
 from quambase.model.inputs.sources import find_given
@@ -33,7 +33,7 @@ from quambase.schema.files import local_folder, locked, remove_strays
 from quambase.schema.int8_models import last_applied
 from quambase.schema.json_files import write_json
 from quambase.schema.progress import Progress, Shown
-from quambase.schema.results import EVALUATION, RESULTS_FILE, next_number, read_results
+from quambase.schema.results import DECODE, EVALUATION, PREFILL, PROMPT_TOKENS, RESULTS_FILE, next_number, read_results
 from quambase.schema.tables import RESULTS, read_table, write_table
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def evaluate(
     samples: int | None = None,
     task: str = "both",
     window: int = 2048,
+    mode: str = PREFILL,
+    prompt_tokens: int = PROMPT_TOKENS,
     tasks: Sequence[str] = (),
     include_path: str | Path | None = None,
     quantize_lm_head: bool = False,
@@ -75,6 +77,8 @@ def evaluate(
     samples     the first so many documents of each
     task        "perplexity", "last-word" or "both"
     window      tokens; longer documents are cut in non-overlapping windows
+    mode        "prefill": every text in one forward pass; "decode": what follows a prompt of ``prompt_tokens`` token by
+                token, each prediction from the cached state, and, to compare, in one forward pass
     tasks       names of lm-eval's tasks, in place of ``data`` and ``task``; ``include_path``: a folder of more tasks
     weight_bits  with ``scales``, as of `quambase.apply.apply.apply`
     device      "auto" (CUDA if there is any), "cpu" or "cuda"; results of either are kept apart
@@ -87,6 +91,10 @@ def evaluate(
     find_given(model, texts)
     where = choose_device(device)
     with Progress(progress) as shown:
+        if mode == DECODE:
+            if tasks or task != "both":
+                raise DataInvalid("--mode decode scores all that follows a prompt; leave out --task and --tasks")
+            task = DECODE
         asked = _lm_eval_tasks(tasks, include_path, samples, texts, task, shown) if tasks else None
         shown.say("loading the model")
         switches = {"quantize_lm_head": quantize_lm_head, "quantize_embedding": quantize_embedding, "compat": compat}
@@ -96,7 +104,8 @@ def evaluate(
         models = PlacedModels.on(where, candidates, required=device != "auto")
         shown.say("tokenizing")
         if asked is None:
-            read, notes = read_tasks(task, texts, candidates.source, samples, window, db, candidates.run)
+            prompt = prompt_tokens if mode == DECODE else None
+            read, notes = read_tasks(task, texts, candidates.source, samples, window, db, candidates.run, prompt)
             return _finished(candidates, models, read, window, notes, db, shown)
         requests = asked.requests(candidates.source.tokenizer, window)
         judge = partial(asked.document_rows, requests=requests, window=window, progress=shown)
@@ -209,7 +218,7 @@ def _id(candidates: Candidates, tasks: Sequence[TaskData], device: torch.device,
         **candidates.identity(),
         "tasks": [t.identity() for t in tasks],
         "window": window,
-        "block_tokens": BLOCK_TOKENS[device.type],
+        "block_tokens": [*dict.fromkeys(_block_tokens(t, device) for t in tasks)],
         "device": device.type,
         "format_version": FORMAT_VERSION,
     }
@@ -220,7 +229,7 @@ def _notes(candidates: Candidates, tasks: Sequence[TaskData], device: torch.devi
     """Notes for whoever reads the figures, a line each."""
     found = [f"scales of run {candidates.run}"] if candidates.run else []
     found += [*candidates.notes, *notes]
-    found += [note for t in tasks for note in t.notes(candidates.source.name)]
+    found += dict.fromkeys(note for t in tasks for note in t.notes(candidates.source.name))
     if device.type == "cuda":
         found.append(f"run on {torch.cuda.get_device_name(device)}; the CPU's results are kept apart")
     if candidates.skipped:
@@ -237,13 +246,16 @@ def _is_sound(part: Path) -> bool:
     return True
 
 
+def _block_tokens(task: TaskData, device: torch.device) -> int:
+    return (DECODED_TOKENS if task.decodes else BLOCK_TOKENS)[device.type]
+
+
 def _run_blocks(target: Path, scorer: BlockScorer, tasks: Sequence[TaskData], progress: Progress) -> pa.Table:
     """Score every block that has no part yet; the rows (RESULTS) of all parts."""
-    size = BLOCK_TOKENS[scorer.models.device.type]
-    planned = [(t, block) for t in tasks for block in blocks(t.items, size)]
+    planned = [(t, block) for t in tasks for block in blocks(t.items, _block_tokens(t, scorer.models.device))]
     paths = [target / PARTS / f"{number:06d}.parquet" for number in range(len(planned))]
     there = [_is_sound(path) for path in paths]
-    works = [scorer.work(block) for _, block in planned]
+    works = [scorer.work(t, block) for t, block in planned]
     progress.start(
         "evaluate",
         sum(len(block) for _, block in planned),

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from quambase.apply.evaluation.likelihood import compare, log_probabilities
+from quambase.apply.evaluation.positions import by_position
 from quambase.model.inputs.text import Document
 from quambase.model.inputs.tokenizer import Tokenizer
 from quambase.model.packed_batch import Batch
@@ -19,6 +20,9 @@ from quambase.schema.results import FLOAT
 
 BLOCK_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Tokens of one forward pass; part of the evaluation id, since float32 rows depend on the batch."""
+
+DECODED_TOKENS = {"cpu": 32768, "cuda": 262144}
+"""The same where texts are decoded: a step reads all weights, so many sequences are fed side by side."""
 
 LOGIT_CELLS = 16_000_000
 """Logits held at once (64 MB of float32), whatever the vocabulary."""
@@ -40,7 +44,7 @@ class Item:
     """One document to score.
 
     sequences   token lists that share no state
-    first       the first predicted place of every sequence (1, or where the last word begins)
+    first       the first predicted place of every sequence (1, after a prompt, or where the last word begins)
     cluster     the book, topic or file that the document is a part of, if known
     """
 
@@ -69,6 +73,7 @@ class Score:
     top1      (documents,) int64: predictions whose most likely token is the floating-point model's
     right     (documents,) int64: predictions whose most likely token is the one that follows
     correct   (documents,) bool: every predicted token was the most likely one
+    positions  for each document rows of `quambase.schema.tables.POSITION`, counted from the item's first prediction
     """
 
     nll: npt.NDArray[np.float64]
@@ -76,21 +81,22 @@ class Score:
     top1: npt.NDArray[np.int64]
     right: npt.NDArray[np.int64]
     correct: npt.NDArray[np.bool_]
+    positions: list[list[dict[str, float]]]
 
 
-def perplexity_items(documents: Sequence[Document], tokenizer: Tokenizer, window: int) -> list[Item]:
-    """Every document cut in non-overlapping windows of ``window`` tokens, whose first tokens are not
+def perplexity_items(documents: Sequence[Document], tokenizer: Tokenizer, window: int, first: int = 1) -> list[Item]:
+    """Every document cut in non-overlapping windows of ``window`` tokens, whose ``first`` first tokens are not
     predicted.
 
-    Documents that leave nothing to predict (fewer than two tokens) are left out.
+    Windows, and documents, that leave nothing to predict are left out.
     """
     items = []
     encoded = tokenizer.encode_batch([document.text for document in documents])
     for document, tokens in zip(documents, encoded, strict=True):
         pieces = (tokens[start : start + window] for start in range(0, len(tokens), window))
-        sequences = tuple(piece for piece in pieces if len(piece) > 1)
+        sequences = tuple(piece for piece in pieces if len(piece) > first)
         if sequences:
-            items.append(Item(document.index, document.sha256, sequences, cluster=document.cluster))
+            items.append(Item(document.index, document.sha256, sequences, first, document.cluster))
     return items
 
 
@@ -168,6 +174,7 @@ def score(
     )
     following = batch.tokens[rows + 1]
     owner = np.repeat(np.arange(len(items)), [item.targets for item in items])
+    after = np.concatenate([np.arange(len(sequence) - item.first) for item in items for sequence in item.sequences])
 
     runs = len(models) + 1
     units = len(items) / (cost.of(items) * runs)
@@ -199,7 +206,7 @@ def score(
     nlls, kls, tops = (figures.cpu().numpy() for figures in (nll, kl, top))
     right = following.numpy()
     return {
-        label: _per_document(nlls[i], kls[i], tops[i] == tops[0], tops[i] == right, owner, len(items))
+        label: _per_document(nlls[i], kls[i], tops[i] == tops[0], tops[i] == right, owner, after, len(items))
         for i, label in enumerate([FLOAT, *models])
     }
 
@@ -210,6 +217,7 @@ def _per_document(
     agrees: npt.NDArray[np.bool_],
     right: npt.NDArray[np.bool_],
     owner: npt.NDArray[np.int64],
+    after: npt.NDArray[np.int64],
     documents: int,
 ) -> Score:
     return Score(
@@ -218,6 +226,7 @@ def _per_document(
         np.bincount(owner[agrees], minlength=documents),
         np.bincount(owner[right], minlength=documents),
         np.bincount(owner[~right], minlength=documents) == 0,
+        by_position(nll, kl, agrees, owner, after, documents),
     )
 
 

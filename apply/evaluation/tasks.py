@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from quambase.model.inputs.names import BUNDLED_DATA, SAMPLE_AUTHORS, data_name
 from quambase.model.inputs.text import read_documents
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
 from quambase.schema.manifest import MANIFEST, Manifest
-from quambase.schema.results import LAST_WORD, PERPLEXITY
+from quambase.schema.results import DECODE, LAST_WORD, PERPLEXITY, PREFILL
 from quambase.schema.runs import read_run_table
 
 BUNDLED_TASKS = (
@@ -28,18 +28,27 @@ BUNDLED_TASKS = (
 
 @dataclass(frozen=True)
 class TaskData:
-    """One task's documents; how many had nothing to predict and how many the calibration run held."""
+    """One task's documents; how many had nothing to predict and how many the calibration run held.
+
+    prompt  the tokens of a sequence that are not predicted, if figures are kept by position after them
+    """
 
     task: str
     data: str
     items: list[Item]
     skipped: int
     calibrated: int | None
+    prompt: int | None = field(default=None, kw_only=True)
 
     @property
     def answered(self) -> bool:
         """Whether a document, or a request, is right or wrong as a whole."""
-        return self.task != PERPLEXITY
+        return self.task not in (PERPLEXITY, PREFILL, DECODE)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether INT8 models take what follows the prompt token by token."""
+        return self.task == DECODE
 
     @property
     def unit(self) -> str:
@@ -55,11 +64,12 @@ class TaskData:
             "skipped": self.skipped,
             "in_calibration_run": self.calibrated,
             "self_generated": self.data in BUNDLED_DATA,
-        }
+        } | ({} if self.prompt is None else {"prompt": self.prompt})
 
     def identity(self) -> list[Any]:
         """All that determines its rows besides the models, as JSON."""
-        return [self.task, self.data, [[item.sha256, item.cluster] for item in self.items]]
+        about = [self.task, self.data, [[item.sha256, item.cluster] for item in self.items]]
+        return about if self.prompt is None else [*about, self.prompt]
 
     def notes(self, model: str) -> Iterator[str]:
         """Notes for whoever reads the figures, a line each."""
@@ -70,7 +80,7 @@ class TaskData:
                 f"warning: {self.data}: {self.calibrated} of {len(self.items)} documents were in the "
                 "calibration run; figures on them flatter the scales"
             )
-        if self.data in BUNDLED_DATA and self.task == PERPLEXITY:
+        if self.data in BUNDLED_DATA and not self.answered:
             authors = " and ".join(SAMPLE_AUTHORS)
             if model in SAMPLE_AUTHORS:
                 yield f"{self.data} was written by {authors}: perplexity there is low by construction"
@@ -86,10 +96,12 @@ def read_tasks(
     window: int,
     db: Path,
     run: str | None,
+    prompt: int | None = None,
 ) -> tuple[list[TaskData], list[str]]:
     """Read and tokenize the documents of every task; then what a user should know, a line each.
 
     run  the calibration run in ``db`` whose documents the texts may share
+    prompt  tokens of each prompt; None: nothing is decoded
     The other parameters are those of `quambase.apply.evaluation.evaluate.evaluate`.
 
     DataInvalid: no ``texts`` for a model that brings none, or nothing to predict in any document of one.
@@ -99,12 +111,17 @@ def read_tasks(
     found = []
     for name, text in _plan(source, task, texts):
         documents = list(read_documents(text, samples))
-        make = last_word_items if name == LAST_WORD else perplexity_items
-        items = make(documents, source.tokenizer, window)
+        if name == LAST_WORD:
+            items = last_word_items(documents, source.tokenizer, window)
+        else:
+            items = perplexity_items(documents, source.tokenizer, window, prompt or 1)
         if not items:
-            raise DataInvalid(f"{text}: none of its {len(documents)} documents has a target for {name}")
+            after = "" if prompt is None else f" after a prompt of {prompt} tokens (--prompt-tokens)"
+            raise DataInvalid(f"{text}: none of its {len(documents)} documents has a target for {name}{after}")
         calibrated = None if known is None else sum(item.sha256 in known for item in items)
-        found.append(TaskData(name, labels.get(text, text), items, len(documents) - len(items), calibrated))
+        found.append(
+            TaskData(name, labels.get(text, text), items, len(documents) - len(items), calibrated, prompt=prompt)
+        )
     return found, notes
 
 
@@ -122,12 +139,13 @@ def _calibration_hashes(db: Path, run: str | None) -> tuple[frozenset[str] | Non
 
 def _plan(source: LoadedModel, task: str, texts: Sequence[str]) -> list[tuple[str, str]]:
     """(task, text) pairs to evaluate."""
-    names = (PERPLEXITY, LAST_WORD) if task == "both" else (task,)
-    if texts:
-        return [(name, text) for text in texts for name in names]
-    if not source.bundled:
-        raise no_text(source.name)
-    return [(name, text) for name, text in BUNDLED_TASKS if name in names]
+    if texts or source.bundled:
+        of_texts = [(name, text) for text in texts for name in (PERPLEXITY, LAST_WORD)] or BUNDLED_TASKS
+        if task == DECODE:
+            unscored = [text for name, text in of_texts if name == PERPLEXITY]
+            return [(name, text) for text in unscored for name in (DECODE, PREFILL)]
+        return [(name, text) for name, text in of_texts if task in ("both", name)]
+    raise no_text(source.name)
 
 
 def no_text(model: str) -> DataInvalid:

@@ -97,6 +97,14 @@ class Int8LanguageModel:
         return self._run(batch, self.placed.operators, state), state
 
     @torch.inference_mode()
+    def after_prompt(self, prompt: torch.Tensor) -> tuple[torch.Tensor, Int8State]:
+        """Logits (1, v) and the state of one sequence after ``prompt`` (tokens,), at least one token, read in one pass:
+        its state is rounded once.
+        """
+        hidden, state = self.prefill(Batch(prompt, torch.tensor([0, len(prompt)])))
+        return self.logits(hidden[-1:]), state
+
+    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (rows, v) of rows of `hidden`: float16 values, on the CPU in float32."""
         return self._logits(hidden, self.placed.operators)
@@ -108,9 +116,14 @@ class Int8LanguageModel:
         As upstream, the state is rounded to codes after every token. The products of a single sequence (b = 1) are
         multiplied by one combined factor, those of several sequences by two factors in turn.
         """
-        operators = self.placed.operators.decoding()
+        return self._logits(self.step_hidden(tokens, state), self.placed.operators.decoding())
+
+    @torch.inference_mode()
+    def step_hidden(self, tokens: torch.Tensor, state: Int8State) -> torch.Tensor:
+        """As `step`, but the input of lm_head (b, d), as `hidden` has it."""
         # Each sequence is a document of one token.
-        return self._logits(self._run(Batch(tokens, torch.arange(len(tokens) + 1)), operators, state), operators)
+        batch = Batch(tokens, torch.arange(len(tokens) + 1))
+        return self._run(batch, self.placed.operators.decoding(), state)
 
     def new_state(self, sequences: int) -> Int8State:
         """The state of ``sequences`` sequences before their first token."""

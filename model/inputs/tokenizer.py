@@ -20,6 +20,10 @@ LARGEST_FILE = 256 << 20
 """Bytes of a tokenizer.json at most: those of the largest vocabularies have 35 million."""
 
 
+END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+"""Names of the token that ends a text, in the order in which a vocabulary is searched for them."""
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A `tokenizers` tokenizer that adds nothing (no BOS) to a text. ``rows``: of the embedding, if known; a text with
@@ -36,6 +40,12 @@ class Tokenizer:
         """One more than the largest token id that has a row."""
         vocabulary = self.inner.get_vocab(with_added_tokens=True).values()
         return 1 + max((i for i in vocabulary if i < self.rows), default=-1)
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The token that ends a text; None: it has none of END_OF_TEXT."""
+        found = (self.inner.token_to_id(name) for name in END_OF_TEXT)
+        return next((int(token) for token in found if token is not None), None)
 
     def for_rows(self, rows: int) -> Tokenizer:
         """The same tokenizer for an embedding of ``rows`` rows. CheckpointInvalid: the vocabulary has larger ids.

@@ -64,6 +64,21 @@ _COMPUTED = {
     ),
 }
 
+_results = MEANINGS["results"]
+_COMPUTED |= {
+    "results": Meaning(_results.holds, {name: text for name, text in _results.columns.items() if name != "positions"}),
+    "results_by_position": Meaning(
+        "Evaluations with `--mode decode`: the same sums by how many tokens were decoded before the prediction.",
+        {
+            **_same("results", "evaluation", "strategy", "task", "data", "document", "cluster"),
+            "decoded_from": "Fewest tokens that were decoded one by one, after the prompt, before the prediction.",
+            "decoded_to": "Most of them; 0: the prediction of the prompt's last token.",
+            "tokens": "Predicted tokens.",
+            **_same("results", "nll", "kl", "top1_agreement"),
+        },
+    ),
+}
+
 VIEWS: Mapping[str, Meaning] = {**MEANINGS, **_COMPUTED}
 """By name: those of stored tables, then those computed from them."""
 

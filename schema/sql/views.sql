@@ -57,7 +57,12 @@ WITH pooled AS (
 SELECT *, 10 * log10(nullif(tensor_mse, 0) / nullif(mse, 0)) AS gain_db
 FROM pooled JOIN whole USING (run, layer, site, label);
 
-CREATE VIEW results AS SELECT * FROM _results;
+CREATE VIEW results AS SELECT * EXCLUDE positions FROM _results;
+
+CREATE VIEW results_by_position AS
+SELECT evaluation, strategy, task, data, document, cluster, position.decoded_from, position.decoded_to, position.tokens,
+    position.nll, position.kl, position.top1_agreement
+FROM (SELECT *, unnest(positions) AS position FROM _results WHERE positions IS NOT NULL);
 
 -- Absolute values and how often each occurred, per group and for the whole of each site; finite values only.
 CREATE VIEW absolute_counts AS

@@ -18,12 +18,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
 from quambase.apply.evaluation.block_scorer import PlacedModels
-from quambase.apply.evaluation.candidates import Candidates, from_folder, from_model, from_scales
+from quambase.apply.evaluation.candidates import from_folder, from_model, from_scales
 from quambase.apply.evaluation.scoring import BLOCK_TOKENS, Item, LanguageModel, blocks, score
-from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.model_folder import is_int8_model
-from quambase.model.generate import Steps, greedy
-from quambase.model.inputs.tokenizer import Tokenizer
+from quambase.model.generate import Steps, continued
+from quambase.model.inputs.tokenizer import END_OF_TEXT, Tokenizer
 from quambase.model.operators.choice import choose_device
 from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.results import FLOAT
@@ -34,9 +33,6 @@ WINDOW = 2048
 
 NEW_TOKENS = 256
 """Tokens that are generated at most where the task names no number: lm-eval's own default."""
-
-END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
-"""Names of the token that ends a text, in the order in which a vocabulary is searched for them."""
 
 LM_EVAL_DEVICE = "cuda:0"
 """What lm-eval's command line passes where no device is named, on a machine without CUDA, too."""
@@ -76,9 +72,8 @@ class ItemModel(TemplateLM):  # type: ignore[misc]
 
         DataInvalid: the tokenizer has none.
         """
-        for name in END_OF_TEXT:
-            if (found := self.text_tokenizer.inner.token_to_id(name)) is not None:
-                return int(found)
+        if (found := self.text_tokenizer.end_of_text) is not None:
+            return found
         raise DataInvalid(
             f"tokenizer {self.text_tokenizer.path} has no token that ends a text ({', '.join(END_OF_TEXT)}), and this "
             "task needs one; take a task whose documents have a context and a continuation"
@@ -147,7 +142,7 @@ class ItemModel(TemplateLM):  # type: ignore[misc]
         end = self.eot_token_id
         prompt = self.tok_encode(context)[-(self.max_length - longest) :] or [end]
         written: list[int] = []
-        for token in itertools.islice(greedy(steps, prompt, self.text_tokenizer.ids), longest):
+        for token in itertools.islice(continued(steps, prompt, vocabulary=self.text_tokenizer.ids), longest):
             if token == end:
                 break
             written.append(token)
@@ -224,7 +219,7 @@ class QuambaseModel(ItemModel):
         models = PlacedModels.on(choose_device(where), candidates, required=where != "auto")
         label = next(iter(candidates.models), FLOAT)
         scored = models.reference if label == FLOAT else models.int8[label]
-        steps = steps_of(candidates, models, label)
+        steps = models.steps(label)
         super().__init__(candidates.source.tokenizer, int(max_length), answers_of(scored, models.device), steps)
         self._device = models.device
         self.about = {"path": name, "scales": candidates.scales, "strategy": label, "device": models.device.type}
@@ -255,11 +250,3 @@ class QuambaseModel(ItemModel):
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes of the model into its results."""
         return self.about
-
-
-def steps_of(candidates: Candidates, models: PlacedModels, label: str) -> Steps | None:
-    """The model of ``label`` for decoding; None for one that cannot: INT8 on CUDA, codes of two segments."""
-    if label == FLOAT:
-        return models.reference
-    model = candidates.models[label]
-    return model if models.device.type == "cpu" and isinstance(model, Int8LanguageModel) else None

@@ -28,7 +28,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
 from quambase.apply.evaluation.block_scorer import BlockScorer
-from quambase.apply.evaluation.harness.language_model import Answer, Answers, ItemModel, Key, steps_of
+from quambase.apply.evaluation.harness.language_model import Answer, Answers, ItemModel, Key
 from quambase.apply.evaluation.scoring import Item
 from quambase.apply.evaluation.tasks import TaskData
 from quambase.model.inputs.tokenizer import Tokenizer
@@ -148,7 +148,7 @@ class LmEvalTasks:
         for label in (FLOAT, *candidates.models):
             own = scored.filter(pc.equal(scored["strategy"], label))
             figures[label], answers = _found(own, requests)
-            steps = steps_of(candidates, scorer.models, label)
+            steps = scorer.models.steps(label)
             model = ItemModel(candidates.source.tokenizer, window, _looked_up(answers), steps)
             progress.say(f"lm-eval: {label}")
             with _quiet():
