@@ -202,6 +202,15 @@ evaluate_options = options(
         help="With --mode decode, tokens that are prefilled; all that follow are decoded and scored.",
     ),
     click.option(
+        "--state",
+        "states",
+        multiple=True,
+        callback=one_each,
+        metavar="FORMAT",
+        help="With --mode decode, each strategy also with the cached state in this format, such as int8:channel, "
+        "int8:feedback, fp8:channel:stochastic, float16; once for each (docs/state.md).",
+    ),
+    click.option(
         "--tasks",
         multiple=True,
         callback=names_of,
@@ -294,6 +303,8 @@ def _check_together(
         raise click.UsageError("--picture goes with --one-at-a-time")
     if given["tasks"] and (given["data"] or given["task"] != "both" or one_at_a_time):
         raise click.UsageError("--tasks brings its own text: leave out --data, --task and --one-at-a-time")
+    if given["states"] and given["mode"] != DECODE:
+        raise click.UsageError("--state goes with --mode decode: a forward pass over a text keeps the state in float32")
     if given["mode"] == DECODE and (given["tasks"] or given["task"] != "both" or one_at_a_time or floating):
         raise click.UsageError(
             "--mode decode scores all that follows a prompt by INT8 models: leave out --task, --tasks, --float and "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from quambase.apply.int8.group_scales import as_json, channel_maps
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.model_folder import load_stored, weights_digest
 from quambase.apply.int8.needed_scales import check_model, loadable_labels, needed_sites
+from quambase.apply.int8.state_formats import StateFormat
 from quambase.apply.int8.two_segments import TwoSegmentModel
 from quambase.apply.int8.weights import quantize
 from quambase.apply.scale_choice import check_granularity, describe
@@ -37,6 +38,18 @@ class Candidates:
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def with_states(self, formats: Sequence[str]) -> Candidates:
+        """Each strategy also with the state in each of ``formats``, labelled ``LABEL, state FORMAT``.
+
+        DataInvalid: no such format. Codes of two segments have no state.
+        """
+        parsed = [StateFormat.parse(text) for text in formats]
+        models = dict(self.models)
+        for label, model in self.models.items():
+            if isinstance(model, Int8LanguageModel):
+                models |= {f"{label}, state {form}": model.with_state(form) for form in parsed}
+        return replace(self, models=models)
+
     def identity(self) -> dict[str, Any]:
         """Everything that determines the models' outputs, as JSON: weights, scales, arithmetic, tokenizer, versions."""
         weights = {weights_digest(model) for model in {id(m.weights): m for m in self.models.values()}.values()}
@@ -50,6 +63,7 @@ class Candidates:
                     model.compat,
                     sorted((*key, as_json(scale)) for key, scale in model.scales.items()),
                     *([sorted(model.in_16_bit)] if model.in_16_bit else []),
+                    *([str(model.state_format)] if model.state_format else []),
                 ]
                 for label, model in self.models.items()
             ],

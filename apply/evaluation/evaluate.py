@@ -56,6 +56,7 @@ def evaluate(
     window: int = 2048,
     mode: str = PREFILL,
     prompt_tokens: int = PROMPT_TOKENS,
+    states: Sequence[str] = (),
     tasks: Sequence[str] = (),
     include_path: str | Path | None = None,
     quantize_lm_head: bool = False,
@@ -79,6 +80,8 @@ def evaluate(
     window      tokens; longer documents are cut in non-overlapping windows
     mode        "prefill": every text in one forward pass; "decode": what follows a prompt of ``prompt_tokens`` token by
                 token, each prediction from the cached state, and, to compare, in one forward pass
+    states      with ``mode="decode"``: each strategy also with the cached state in each of these formats
+                (`quambase.apply.int8.state_formats`), simulated
     tasks       names of lm-eval's tasks, in place of ``data`` and ``task``; ``include_path``: a folder of more tasks
     weight_bits  with ``scales``, as of `quambase.apply.apply.apply`
     device      "auto" (CUDA if there is any), "cpu" or "cuda"; results of either are kept apart
@@ -95,12 +98,15 @@ def evaluate(
             if tasks or task != "both":
                 raise DataInvalid("--mode decode scores all that follows a prompt; leave out --task and --tasks")
             task = DECODE
+        elif states:
+            raise DataInvalid("formats of the state act in decoding only: say --mode decode, or leave out --state")
         asked = _lm_eval_tasks(tasks, include_path, samples, texts, task, shown) if tasks else None
         shown.say("loading the model")
         switches = {"quantize_lm_head": quantize_lm_head, "quantize_embedding": quantize_embedding, "compat": compat}
         of_scales = {"strategies": strategies, "granularities": granularities, "weight_bits": weight_bits, **switches}
         needs_text = not texts and asked is None
         candidates = _candidates(folder, scales, model, db, of_scales, floating=floating, needs_text=needs_text)
+        candidates = candidates.with_states(states)
         models = PlacedModels.on(where, candidates, required=device != "auto")
         shown.say("tokenizing")
         if asked is None:

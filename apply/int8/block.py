@@ -15,6 +15,7 @@ import torch
 
 from quambase.apply.int8.arithmetic import SplitInt8Weight, Weight, float32, scale_of_rows
 from quambase.apply.int8.operators import AnyBlockState, Factors, Int8Operators, Multipliers
+from quambase.apply.int8.state_formats import StateLayout
 from quambase.model.block_kinds import KINDS
 from quambase.model.packed_batch import PlacedBatch
 from quambase.schema.errors import ScalesInvalid
@@ -126,6 +127,10 @@ class Int8Block(ABC):
         scales  as `lay_out` returns them
         state   updated if ``ops`` decode, otherwise set to the state after each document
         """
+
+    @abstractmethod
+    def state_layout(self, scales: Any) -> StateLayout:
+        """How the state is laid out; ``scales`` as `lay_out` returns them."""
 
     @abstractmethod
     def new_state(self, sequences: int) -> AnyBlockState:

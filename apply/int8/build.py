@@ -90,7 +90,7 @@ def leaving_in_16_bit(
     ``in_16_bit``.
     """
     weights = with_16_bit(model.weights, prepared, in_16_bit)
-    return Int8LanguageModel(on_host(weights), model.scales, channel_groups=model.channel_groups, compat=model.compat)
+    return model.on(on_host(weights))
 
 
 def check_any_scales(weights: ModelWeights, table: ScaleTable, scales: Scales, quantize_lm_head: bool) -> Scales:

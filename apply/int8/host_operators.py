@@ -13,6 +13,7 @@ from quambase.apply.int8 import host_kernels as kernels
 from quambase.apply.int8.arithmetic import Int8Weight, decoded, encoded, matmul, softplus_delta, to_half
 from quambase.apply.int8.half_operators import HalfOperators
 from quambase.apply.int8.operators import Int8BlockState, ScanScales, SsdScales
+from quambase.apply.int8.state_formats import SimulatedState
 from quambase.model.exponential import exp
 from quambase.model.hadamard import hadamard
 from quambase.model.operators import host_kernels as float_kernels
@@ -149,7 +150,9 @@ class HostInt8Operators:
         y, last = torch.empty(u.shape), torch.zeros(batch.host.documents, *a.shape)
         inputs = _scan_inputs(u, delta, bc, z, scales, a, d, bias)
         float_kernels.selective_scan(*inputs, batch.host.offsets.numpy(), y.numpy(), last.numpy())
-        if state is not None:
+        if isinstance(state, SimulatedState):
+            state.keep(last)
+        elif state is not None:
             state.ssm = torch.empty(last.shape, dtype=torch.int8)
             kernels.state_to_int8(last.numpy(), np.float32(scales.state), state.ssm.numpy())
         return to_half(y)
@@ -182,7 +185,9 @@ class HostInt8Operators:
             last.numpy(),
         )
         y += values[:, : x.shape[1]] * torch.repeat_interleave(d, x.shape[1] // len(d))
-        if state is not None:
+        if isinstance(state, SimulatedState):
+            state.keep(to_half(last))
+        elif state is not None:
             state.ssm = torch.empty(last.shape, dtype=torch.int8)
             arguments = (to_half(last).numpy(), scales.state.numpy(), scales.groups.numpy())
             kernels.state_groups_to_int8(*arguments, state.ssm.numpy())
@@ -256,6 +261,11 @@ class HostInt8Decoding(HostInt8Operators):
         assert state is not None
         y = torch.empty(u.shape)
         inputs = _scan_inputs(u, delta, bc, z, scales, a, d, bias)
+        if isinstance(state, SimulatedState):
+            ssm = state.ssm.clone(memory_format=torch.contiguous_format)
+            float_kernels.selective_scan(*inputs, batch.host.offsets.numpy(), y.numpy(), ssm.numpy())
+            state.keep(ssm)
+            return to_half(y)
         kernels.scan_update_int8(*inputs, np.float32(scales.state), state.ssm.numpy(), y.numpy())
         return to_half(y)
 
@@ -275,13 +285,15 @@ class HostInt8Decoding(HostInt8Operators):
         x, b, c = self._split(decoded(conv_out, scales.conv_out, scales.zero))
         delta = softplus_delta(dt, scales.dt, bias)
         y = torch.empty(x.shape)
+        decay = exp(delta * a)
+        inputs = x.numpy(), delta.numpy(), decay.numpy(), b.numpy(), c.numpy(), d.numpy()
+        if isinstance(state, SimulatedState):
+            ssm = state.ssm.clone(memory_format=torch.contiguous_format)
+            float_kernels.ssd_scan(*inputs, batch.host.offsets.numpy(), y.numpy(), ssm.numpy())
+            state.keep(ssm)
+            return to_half(y)
         kernels.ssd_update_int8(
-            x.numpy(),
-            delta.numpy(),
-            exp(delta * a).numpy(),
-            b.numpy(),
-            c.numpy(),
-            d.numpy(),
+            *inputs,
             scales.state.numpy(),
             scales.groups.numpy(),
             state.ssm.numpy(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ from quambase.apply.int8.arithmetic import Int8Weight
 from quambase.apply.int8.block import BlockScales, half_factors, whole
 from quambase.apply.int8.group_scales import ChannelGroups, check_scales
 from quambase.apply.int8.needed_scales import Scales
-from quambase.apply.int8.operators import AnyBlockState, Factors, Int8Operators
+from quambase.apply.int8.operators import AnyBlockState, Factors, Int8BlockState, Int8Operators
+from quambase.apply.int8.state_formats import SimulatedState, StateFormat, StateLayout
 from quambase.apply.int8.weights import UPSTREAM, Int8ModelWeights, PlacedWeights
 from quambase.model.block import ModelConfig
 from quambase.model.packed_batch import Batch, PlacedBatch
@@ -41,14 +43,17 @@ class Int8LanguageModel:
         *,
         channel_groups: ChannelGroups = (),
         compat: str | None = None,
+        state_format: StateFormat | None = None,
     ) -> None:
         """``channel_groups``: per layer the divisions of x into scale groups; not needed for one scale per tensor or
-        per SSD group. ``compat``: None, or "upstream".
+        per SSD group. ``compat``: None, or "upstream". ``state_format``: of the state between decoded tokens,
+        simulated; None: INT8 with the table's scales, as codes.
 
         ScalesInvalid: ``scales`` lacks a site that the model reads, a scale is not positive, a site's number of scales
         is not that of any of its divisions, or ``compat`` is asked of a model with operators in 16 bit.
         """
         self.placed, self.channel_groups, self.compat = placed, channel_groups, compat
+        self.state_format = state_format
         if compat is not None and self.in_16_bit:
             raise ScalesInvalid(
                 "upstream's INT8 model has no operator in 16 bit; leave out --compat, or the strategy mixed"
@@ -79,11 +84,20 @@ class Int8LanguageModel:
 
     def with_scales(self, scales: Scales) -> Int8LanguageModel:
         """Another strategy on the same INT8 weights and groups; nothing is quantized again."""
-        return Int8LanguageModel(self.placed, scales, channel_groups=self.channel_groups, compat=self.compat)
+        return self._changed(scales=scales)
+
+    def with_state(self, state_format: StateFormat) -> Int8LanguageModel:
+        """The same strategy with another format of the state."""
+        return self._changed(state_format=state_format)
 
     def on(self, placed: PlacedWeights) -> Int8LanguageModel:
         """The same strategy on another copy of the same weights."""
-        return Int8LanguageModel(placed, self.scales, channel_groups=self.channel_groups, compat=self.compat)
+        return self._changed(placed=placed)
+
+    def _changed(self, **changes: Any) -> Int8LanguageModel:
+        """A model of the same arguments but for ``changes``."""
+        own = {name: getattr(self, name) for name in ("placed", "scales", "channel_groups", "compat", "state_format")}
+        return Int8LanguageModel(**(own | changes))
 
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> torch.Tensor:
@@ -127,7 +141,21 @@ class Int8LanguageModel:
 
     def new_state(self, sequences: int) -> Int8State:
         """The state of ``sequences`` sequences before their first token."""
-        return [block.new_state(sequences) for block in self.placed.blocks]
+        found = [block.new_state(sequences) for block in self.placed.blocks]
+        if self.state_format is None:
+            return found
+        generator = torch.Generator(self.placed.operators.device).manual_seed(0)
+        return [
+            self._simulated(state, block.state_layout(scales), generator)
+            for state, block, scales in zip(found, self.placed.blocks, self.laid_out, strict=True)
+        ]
+
+    def _simulated(self, state: AnyBlockState, layout: StateLayout, generator: torch.Generator) -> AnyBlockState:
+        """The state in the format; itself if its convolution and scan are in 16 bit."""
+        if not isinstance(state, Int8BlockState) or self.state_format is None:
+            return state
+        zeros = torch.zeros(state.ssm.shape, device=state.ssm.device)
+        return SimulatedState(state.conv, zeros, layout, self.state_format, generator)
 
     @cached_property
     def laid_out(self) -> list[BlockScales]:

@@ -54,6 +54,7 @@ from quambase.apply.int8.operators import (
     Multipliers,
     ScanScales,
 )
+from quambase.apply.int8.state_formats import StateLayout
 from quambase.model.exponential import exp
 from quambase.model.mamba1 import Mamba1BlockWeights, MambaConfig
 from quambase.model.operators.interface import BlockState
@@ -235,6 +236,10 @@ class Int8Mamba1Block(Int8Block):
             dt = ops.linear_to_half(products[:, :r], self.dt_proj, *s.dt_proj_half.of(ops, codes))
             u, dt_b_c = ops.decode(codes, scan.u, zero), ops.decode(products, scan.bc)
         return ops.half.selective_scan(u, dt, dt_b_c[:, r:], xz[:, e:], self.a, self.d, self.dt_bias, batch, state)
+
+    def state_layout(self, scales: Mamba1Scales) -> StateLayout:
+        """As `Int8Block.state_layout`; the state is (b, n, e)."""
+        return StateLayout(torch.tensor(scales.scan.state, device=self.operators.device), channels=2)
 
     def new_state(self, sequences: int) -> AnyBlockState:
         """As `Int8Block.new_state`."""

@@ -57,6 +57,7 @@ from quambase.apply.int8.operators import (
     Multipliers,
     SsdScales,
 )
+from quambase.apply.int8.state_formats import StateLayout
 from quambase.model.exponential import exp
 from quambase.model.mamba2 import Mamba2BlockWeights, Mamba2Config
 from quambase.model.operators.interface import BlockState
@@ -243,6 +244,10 @@ class Int8Mamba2Block(Int8Block):
         conv_out = ops.half.conv_silu(conv_in, self.taps, self.conv_bias, batch, state)
         x, b, c_out = torch.split(conv_out, [c.d_inner, c.bc_width, c.bc_width], dim=1)
         return ops.half.ssd_scan(x, b, c_out, dt, self.a, self.d, self.dt_bias, batch, state), z
+
+    def state_layout(self, scales: Mamba2Scales) -> StateLayout:
+        """As `Int8Block.state_layout`; the state is (b, e, n)."""
+        return StateLayout(scales.scan.state[scales.scan.groups], channels=1, heads=self.config.heads)
 
     def new_state(self, sequences: int) -> AnyBlockState:
         """As `Int8Block.new_state`."""

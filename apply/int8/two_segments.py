@@ -70,6 +70,9 @@ class TwoSegmentModel:
             raise missing_scale(missing, needed)
         self.scales: dict[tuple[int, str], Segments] = {key: scales[key] for key in needed}
 
+    state_format = None
+    """No kernel decodes such codes."""
+
     def on(self, device: torch.device) -> TwoSegmentModel:
         """The same strategy on ``device``."""
         return TwoSegmentModel(
