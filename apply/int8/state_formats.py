@@ -197,7 +197,7 @@ class SimulatedState(Int8BlockState):
         largest = self.format.grid.largest
         if self.format.scales == TABLE:
             # A table's scale maps code 127 to its largest value.
-            self.scales = (self.layout.table * (GRIDS["int8"].largest / largest)).expand_as(values)
+            self.scales = (self.layout.table * GRIDS["int8"].largest / largest).expand_as(values)
         elif self.scales is None or self.age >= self.format.every:
             found = self.layout.largest(values.abs(), self.format.scales) / largest
             self.scales, self.age = torch.where(found > 0, found, 1.0), 0
