@@ -7,7 +7,7 @@
     quambase.apply("scales.parquet")                   # -> quambase-db/models/<id>/
     print(quambase.evaluate())
     print(quambase.report())                           # -> report.html
-    quambase.plot("heatmap", out="heatmap.pdf")        # and eight other pictures
+    quambase.plot("heatmap", out="heatmap.pdf")        # and nine other pictures
 
 Each function is the command of its name; docs/python.md has examples. The stages are subpackages, such as
 `quambase.schema`; `quambase.apply` and `quambase.report` are both, stages that can be called.

@@ -114,9 +114,9 @@ def emit_evaluation(
 
 def _emit_decoded(found: Evaluation, shown: bool) -> None:
     """Of an evaluation by decoding: what decoding adds, in words and, for people, by tokens decoded."""
-    from quambase.apply.evaluation.decode_summary import by_position, sentences, table
+    from quambase.apply.evaluation.decode_summary import sentences, table
 
-    rows = by_position(found.results).to_pylist()
+    rows = found.by_position().to_pylist()
     texts = dict.fromkeys(row["data"] for row in rows)
     for data in texts:
         mine = [row for row in rows if row["data"] == data]

@@ -37,6 +37,7 @@ KINDS = (
     "strategies",
     "convergence",
     "evaluation",
+    "decoding",
     "groups",
 )
 QUANTITIES = ("outlier_ratio", "clipped_share", "sqnr_db", "predicted_kl")
@@ -117,6 +118,7 @@ def plot(
     strategies    the strategies of a scale table over all sites
     convergence   is the calibration set large enough? As quambase converge
     evaluation    what each strategy loses on each text, with intervals
+    decoding      KL against the number of tokens decoded, of evaluate --mode decode
     groups        what sorting did to the scale groups of a Mamba-2
 
     \b
@@ -126,7 +128,7 @@ def plot(
     """
     from quambase.analyzer.pictures.plot import plot as plot_picture
 
-    stored = _stored(db, evaluation) if kind == "evaluation" else None
+    stored = _stored(db, evaluation) if kind in ("evaluation", "decoding") else None
     path = output or Path(f"{kind}.png")
     found = plot_picture(
         kind, db, run, site, layer, group, strategies, scales, stored, quantity, int(columns), path, True, force

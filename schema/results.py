@@ -20,6 +20,9 @@ PREFILL, DECODE = "prefill", "decode"
 """Tasks of the same predictions, those after a prompt: by one forward pass, and token by token from the cached state.
 """
 
+STATE = ", state "
+"""Between a strategy's label and the format in which its state is cached, where that is not the kernels' own."""
+
 PROMPT_TOKENS = 16
 """Tokens of a prompt by default: few, since what follows is scored."""
 

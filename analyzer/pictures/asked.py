@@ -38,6 +38,9 @@ class Summarized(Protocol):
     def summary(self) -> pa.Table:
         """A row for each strategy and text, with intervals (`quambase.apply.evaluation.summary.SUMMARY`)."""
 
+    def by_position(self) -> pa.Table:
+        """Rows of `quambase.apply.evaluation.decode_summary.BY_POSITION`; none if nothing was decoded."""
+
 
 @dataclass(frozen=True)
 class Asked:

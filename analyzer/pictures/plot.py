@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from quambase.analyzer.pictures.asked import Asked, Summarized
 from quambase.analyzer.pictures.channels import ChannelsPicture
 from quambase.analyzer.pictures.convergence import ConvergencePicture
+from quambase.analyzer.pictures.decoding import DecodingPicture
 from quambase.analyzer.pictures.distribution import DistributionPicture
 from quambase.analyzer.pictures.error import ErrorPicture
 from quambase.analyzer.pictures.evaluation import EvaluationPicture
@@ -65,6 +66,7 @@ KINDS: dict[str, Kind] = {
     "strategies": StrategiesPicture,
     "convergence": ConvergencePicture,
     "evaluation": EvaluationPicture,
+    "decoding": DecodingPicture,
     "groups": GroupsPicture,
 }
 

@@ -84,6 +84,8 @@ class BlockScorer:
         self.same: dict[tuple[frozenset[Operator], tuple[Scale, ...]], list[str]] = {}
         family = candidates.source.family
         for label, model in candidates.models.items():
+            if model.state_format is not None:  # acts in decoding only
+                continue
             scales = model.scales.items()
             read = tuple(scale for (_, site), scale in scales if not find_site(site, family).decode_only)
             self.same.setdefault((model.in_16_bit, read), []).append(label)

@@ -23,7 +23,7 @@ from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.sources import is_bundled
 from quambase.schema.errors import DataInvalid, ScalesInvalid
 from quambase.schema.int8_models import SCALES
-from quambase.schema.results import UPSTREAM
+from quambase.schema.results import STATE, UPSTREAM
 from quambase.schema.scale_table import MIXED, SELECTED, ScaleTable, read_scales
 
 
@@ -39,7 +39,7 @@ class Candidates:
     notes: list[str] = field(default_factory=list)
 
     def with_states(self, formats: Sequence[str]) -> Candidates:
-        """Each strategy also with the state in each of ``formats``, labelled ``LABEL, state FORMAT``.
+        """Each strategy also with the state in each of ``formats``, labelled ``LABEL, state FORMAT`` (STATE).
 
         DataInvalid: no such format. Codes of two segments have no state.
         """
@@ -47,7 +47,7 @@ class Candidates:
         models = dict(self.models)
         for label, model in self.models.items():
             if isinstance(model, Int8LanguageModel):
-                models |= {f"{label}, state {form}": model.with_state(form) for form in parsed}
+                models |= {f"{label}{STATE}{form}": model.with_state(form) for form in parsed}
         return replace(self, models=models)
 
     def identity(self) -> dict[str, Any]:

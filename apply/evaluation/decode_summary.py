@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from quambase.apply.evaluation.comparisons import Units
 from quambase.apply.evaluation.paired_statistics import FEWEST, Float64, linearised, student_interval
-from quambase.schema.results import DECODE, FLOAT, PREFILL
+from quambase.schema.results import DECODE, FLOAT, PREFILL, STATE
 
 BY_POSITION = pa.schema(
     [
@@ -52,12 +52,19 @@ def by_position(results: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(rows, BY_POSITION)
 
 
+def base_of(strategy: str) -> str:
+    """The strategy whose prefill that of ``strategy`` is: a format of the state acts in decoding only."""
+    return strategy.partition(STATE)[0]
+
+
 def _of_strategy(results: pa.Table, data: str, strategy: str) -> list[dict[str, Any]]:
     """The rows of one strategy on one text."""
-    own = pc.and_(pc.equal(results["data"], data), pc.equal(results["strategy"], strategy))
+    own = results.filter(pc.equal(results["data"], data))
     decode, prefill = (
-        results.filter(pc.and_(own, pc.equal(results["task"], task))).sort_by("document").to_pylist()
-        for task in (DECODE, PREFILL)
+        own.filter(pc.and_(pc.equal(own["strategy"], label), pc.equal(own["task"], task)))
+        .sort_by("document")
+        .to_pylist()
+        for task, label in ((DECODE, strategy), (PREFILL, base_of(strategy)))
     )
     units = Units.of([document["cluster"] for document in decode])
     keys = dict.fromkeys((p["decoded_from"], p["decoded_to"]) for d in decode for p in d["positions"])
@@ -144,15 +151,16 @@ def _range(row: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """KL in thousandths by tokens decoded, for people: a line for decoding and one for prefill of each strategy, least
-    KL of decoding first. A column is named after the most tokens of its bucket.
+    """KL in thousandths by tokens decoded, for people, least first: a line for decoding with each strategy (and format
+    of the state), and one for each strategy's prefill. A column is named after the most tokens of its bucket.
     """
     wholes = sorted((row for row in rows if row["decoded_from"] is None), key=lambda row: row["kl"])
     ends = sorted({row["decoded_to"] for row in rows if row["decoded_to"] is not None})[-BUCKETS_SHOWN:]
-    lines = []
+    lines: dict[str, tuple[float, dict[str, str]]] = {}
     for whole in wholes:
-        own = {row["decoded_to"]: row for row in rows if row["strategy"] == whole["strategy"]}
-        for how, name in (("decode", "kl"), ("prefill", "prefill_kl")):
+        strategy = whole["strategy"]
+        own = {row["decoded_to"]: row for row in rows if row["strategy"] == strategy}
+        for name, label in (("kl", f"{strategy}, decode"), ("prefill_kl", f"{base_of(strategy)}, prefill")):
             cells = {f"{end:,}": f"{1000 * own[end][name]:.3g}" if end in own else "-" for end in ends}
-            lines.append({"KL x1000": f"{whole['strategy']}, {how}", "all": f"{1000 * whole[name]:.3g}"} | cells)
-    return pa.Table.from_pylist(lines)
+            lines[label] = whole[name], {"KL x1000": label, "all": f"{1000 * whole[name]:.3g}"} | cells
+    return pa.Table.from_pylist([line for _, line in sorted(lines.values(), key=lambda found: found[0])])

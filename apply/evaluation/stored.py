@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from quambase.apply.evaluation.decode_summary import by_position
 from quambase.apply.evaluation.summary import summarize
 from quambase.schema.errors import DatabaseInvalid, UnknownName
 from quambase.schema.results import EVALUATION, KL_DIFFERENCE, finished_evaluations, read_evaluation, read_results
@@ -27,6 +28,12 @@ class Evaluation(PrintsAsTable):
     def summary(self) -> pa.Table:
         """A row for each strategy and text, with intervals (`quambase.apply.evaluation.summary.SUMMARY`)."""
         return summarize(self.results)
+
+    def by_position(self) -> pa.Table:
+        """KL by how many tokens were decoded (`quambase.apply.evaluation.decode_summary.BY_POSITION`); no rows if none
+        were.
+        """
+        return by_position(self.results)
 
     def shown(self) -> pa.Table:
         """Each strategy on each text in one row, with its KL, flips and perplexity, and the verdict on its KL."""

@@ -65,6 +65,16 @@ class Stored:
     def about(self) -> dict[str, Any]:
         return {"model": "fabricated"}
 
+    def by_position(self) -> pa.Table:
+        rows: list[dict[str, Any]] = []
+        for strategy, factor in (("mse", 2.0), ("absmax", 1.0), ("absmax, state int8:channel", 0.5)):
+            for low, high in [(None, None), (0, 0), (1, 8), (9, 16), (17, 32)]:
+                kl = factor * (high or 8)
+                place: dict[str, Any] = {"data": "one", "strategy": strategy, "decoded_from": low, "decoded_to": high}
+                rows.append(place | {"kl": kl, "kl_low": kl / 2 if low != 17 else None, "kl_high": 2 * kl})
+                rows[-1]["prefill_kl"] = {"mse": 0.1}.get(strategy, 0.2)
+        return pa.Table.from_pylist(rows + [row | {"data": "two"} for row in rows])
+
     def summary(self) -> pa.Table:
         names = ("kl", "perplexity", "flips", "accuracy", "kl_vs_quamba")
         empty = {f"{name}{end}": None for name in names for end in ("", "_low", "_high")}
@@ -99,7 +109,7 @@ TOKENS = [("$x^2$", -9.0), ("\n\x1b[31m", 5.0), ("漢\U00020000", 4.0), ("</text
 
 
 def drawn(kind: str, db: Path, **asked: Any) -> Picture:
-    found = plot(kind, db, evaluation=Stored() if kind == "evaluation" else None, **asked)
+    found = plot(kind, db, evaluation=Stored() if kind in ("evaluation", "decoding") else None, **asked)
     FigureCanvasAgg(found.figure).draw()
     return found
 
@@ -117,6 +127,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "strategies": {},
     "convergence": {"strategies": ["absmax", "quamba"]},
     "evaluation": {},
+    "decoding": {},
 }
 """All but groups, which are of a sorted Mamba-2: tests/collector/test_collect_groups.py."""
 
@@ -353,6 +364,25 @@ def test_an_evaluation_has_a_mark_and_an_interval_for_each_text(db: Path) -> Non
         plot("evaluation", db)
     with pytest.raises(UnknownName, match="evaluation 0123"):
         plot("evaluation", db, evaluation=Stored(), strategies=["quambaa"])
+
+
+def test_decoding_has_a_line_for_each_strategy_and_one_for_each_prefill(db: Path) -> None:
+    found = drawn("decoding", db, columns=2)
+    (axes,) = found.figure.axes
+    lines = {str(line.get_label()): line for line in axes.lines}
+    assert list(lines)[:2] == ["prefill", "mse"] and len(axes.lines) == 5  # formats of the state share a prefill
+    assert np.array_equal(lines["absmax"].get_xdata(), [8, 16, 32]), "the prompt's own prediction is left out"
+    assert np.array_equal(lines["absmax, state int8:channel"].get_ydata(), [4, 8, 16])
+    assert found.summary == [
+        "absmax, state int8:channel has the least KL by decoding, 4 nats a token, prefill 0.2; 4 at 1 to 8 tokens "
+        "decoded, 16 at 17 to 32"
+    ]
+    assert found.notes == ["of 2 texts, one is drawn"]
+    assert set(drawn("decoding", db, strategies=["mse"]).table["strategy"].to_pylist()) == {"mse"}
+    with pytest.raises(UnknownName, match="did you mean mse"):
+        plot("decoding", db, evaluation=Stored(), strategies=["msee"])
+    with pytest.raises(DataInvalid, match=r"quambase\.evaluate returned"):
+        plot("decoding", db)
 
 
 def test_convergence_is_drawn_as_measured(db: Path) -> None:
