@@ -129,7 +129,7 @@ class HostInt8Operators:
         scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy(), _or_zeros(zero_out, bias).numpy())
         kernels.conv_silu_int8(rows, first, *scaled, batch.host.offsets.numpy(), out.numpy())
         if state is not None:
-            state.conv = last_rows(x, batch.host, len(taps))
+            state.conv = last_rows(x, batch, len(taps))
         return out
 
     def selective_scan(

@@ -36,6 +36,10 @@ class Int8BlockState:
     conv: torch.Tensor
     ssm: torch.Tensor
 
+    def first(self, sequences: int) -> Int8BlockState:
+        """The state of the first ``sequences`` of them."""
+        return Int8BlockState(self.conv[:sequences], self.ssm[:sequences])
+
 
 AnyBlockState = Int8BlockState | BlockState
 """A block's decoding state: in codes, or in floating point if its conv_scan is in 16 bit."""
