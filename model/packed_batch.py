@@ -81,7 +81,8 @@ class PlacedBatch:
         offsets = batch.offsets.numpy()
         starts = torch.from_numpy(np.repeat(offsets[:-1].astype(np.int32), np.diff(offsets)))
         parts = (batch.tokens, batch.offsets.to(torch.int32), starts)
-        return cls(batch, *(part.to(device, non_blocking=True) for part in parts))
+        tokens, offsets_there, starts_there = (part.to(device, non_blocking=True) for part in parts)
+        return cls(batch, tokens, offsets_there, starts_there)
 
     @classmethod
     def next_tokens(cls, tokens: torch.Tensor, device: torch.device) -> PlacedBatch:

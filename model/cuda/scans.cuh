@@ -112,14 +112,17 @@ __device__ __forceinline__ void step_channels(
     const i64 row = blockIdx.y;
     const float step = softplus(in.delta(in.delta_at(row, channel)) + bias[channel]);
     const float u = in.u(in.u_at(row, channel));
-    float total = 0.0f;
+    float h[STATES], total = 0.0f; // all are read before one is written, so that no load waits for a store
+#pragma unroll
+    for (int n = 0; n < STATES; n++) h[n] = state.at(row, channel, n);
 #pragma unroll
     for (int n = 0; n < STATES; n++) {
         const float drive = in.b_c(in.b_c_at(row, n)) * step * u;
-        const float now = state.at(row, channel, n) * expf(a[n * channels + channel] * step) + drive;
-        state.put(row, channel, n, now);
-        total += now * in.b_c(in.b_c_at(row, STATES + n));
+        h[n] = h[n] * expf(a[n * channels + channel] * step) + drive;
+        total += h[n] * in.b_c(in.b_c_at(row, STATES + n));
     }
+#pragma unroll
+    for (int n = 0; n < STATES; n++) state.put(row, channel, n, h[n]);
     in.put(row, channel, (total + u * d[channel]) * in.gate(in.z_at(row, channel)));
 }
 
@@ -253,28 +256,32 @@ __device__ __forceinline__ void step_head(
     const int lane = threadIdx.x % 32, head = (int)(first / HEADDIM);
     const i64 first_state = head * ngroups / heads * STATES;
     const float step = softplus(in.dt(row, head) + bias[head]), decay = expf(step * a[head]), skip = d[head];
-    float b[OWN], c[OWN];
+    float b[OWN], c[OWN], x[STEP_CHANNELS], h[STEP_CHANNELS][OWN]; // all are read before one is written, as above
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
-        const bool mine = lane + i * 32 < STATES;
-        b[i] = mine ? in.b(row, first_state + lane + i * 32) * step : 0.0f;
-        c[i] = mine ? in.c(row, first_state + lane + i * 32) : 0.0f;
+        const int n = lane + i * 32;
+        const bool mine = n < STATES;
+        b[i] = mine ? in.b(row, first_state + n) * step : 0.0f;
+        c[i] = mine ? in.c(row, first_state + n) : 0.0f;
+#pragma unroll
+        for (int j = 0; j < STEP_CHANNELS; j++) h[j][i] = mine ? state.at(row, first + j, n) : 0.0f;
     }
 #pragma unroll
+    for (int j = 0; j < STEP_CHANNELS; j++) x[j] = in.x(row, first + j);
+#pragma unroll
     for (int j = 0; j < STEP_CHANNELS; j++) {
-        const float x = in.x(row, first + j);
         float total = 0.0f;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            const int n = lane + i * 32;
-            if (n < STATES) {
-                const float now = state.at(row, first + j, n) * decay + b[i] * x;
-                state.put(row, first + j, n, now);
-                total += now * c[i];
-            }
+            h[j][i] = h[j][i] * decay + b[i] * x[j];
+            total += h[j][i] * c[i];
+        }
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            if (lane + i * 32 < STATES) state.put(row, first + j, lane + i * 32, h[j][i]);
         }
 #pragma unroll
         for (int offset = 16; offset; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
-        if (lane == 0) in.put(row, first + j, total + x * skip);
+        if (lane == 0) in.put(row, first + j, total + x[j] * skip);
     }
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from quambase.model.cuda.compiler import Kernels
+from quambase.model.cuda.compiler import Argument, Kernels
 from quambase.model.hadamard import odd_factor, odd_order
 from quambase.model.operators.interface import BlockState, OperatorSizes
 from quambase.model.operators.torch import TorchOperators
@@ -154,8 +154,8 @@ class CudaOperators(TorchOperators):
         arguments = (u.contiguous(), delta.contiguous(), bc, bc.stride(0), z, z.stride(0), a, d, bias)
         grid = (-(-channels // SCAN_THREADS), documents)
         if state is not None:
-            step = (*arguments, channels, y, state.ssm, *state.ssm.stride())
-            self._kernels.launch("scan_step", grid, SCAN_THREADS, step)
+            kept: list[Argument] = [channels, y, state.ssm, *state.ssm.stride()]
+            self._kernels.launch("scan_step", grid, SCAN_THREADS, [*arguments, *kept])
             return y, state.ssm
         last = torch.empty(documents, channels, len(a), device=u.device)
         rest = (batch.offsets, channels, y, last)
@@ -181,9 +181,9 @@ class CudaOperators(TorchOperators):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         arguments = (x, b, c, x.stride(0), dt, dt.stride(0), a, d, bias)
         if state is not None:
-            step = (*arguments, heads, self.ngroups, y, state.ssm, *state.ssm.stride())
+            kept: list[Argument] = [heads, self.ngroups, y, state.ssm, *state.ssm.stride()]
             grid = (step_blocks(x.shape[1], self._headdim), documents)
-            self._kernels.launch("ssd_step", grid, STEP_THREADS, step)
+            self._kernels.launch("ssd_step", grid, STEP_THREADS, [*arguments, *kept])
             return y, state.ssm
         last = torch.empty(documents, x.shape[1], b.shape[1] // self.ngroups, device=x.device)
         rest = (batch.offsets, heads, self.ngroups, y, last)

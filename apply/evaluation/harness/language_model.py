@@ -18,7 +18,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
 from quambase.apply.evaluation.block_scorer import PlacedModels
-from quambase.apply.evaluation.candidates import Candidates, from_folder, from_model, from_scales
+from quambase.apply.evaluation.candidates import from_folder, from_model, from_scales
 from quambase.apply.evaluation.scoring import BLOCK_TOKENS, Item, LanguageModel, blocks, score
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.model_folder import is_int8_model
@@ -124,9 +124,8 @@ class ItemModel(TemplateLM):  # type: ignore[misc]
         """Greedy continuations, each up to the first of its stop texts. DataInvalid: sampling is asked for."""
         if self.steps is None:
             raise DataInvalid(
-                "INT8 models generate on the CPU alone, and outlier_piecewise not at all: say --device cpu (for "
-                "lm_eval: device=cpu), or take tasks of log-likelihoods (output_type loglikelihood, "
-                "loglikelihood_rolling, multiple_choice)"
+                "an INT8 model of outlier_piecewise does not generate; take another strategy, or tasks of "
+                "log-likelihoods (output_type loglikelihood, loglikelihood_rolling, multiple_choice)"
             )
         return [self._generated(self.steps, *request.args) for request in requests]
 
@@ -224,7 +223,7 @@ class QuambaseModel(ItemModel):
         models = PlacedModels.on(choose_device(where), candidates, required=where != "auto")
         label = next(iter(candidates.models), FLOAT)
         scored = models.reference if label == FLOAT else models.int8[label]
-        steps = steps_of(candidates, models, label)
+        steps = steps_of(models, label)
         super().__init__(candidates.source.tokenizer, int(max_length), answers_of(scored, models.device), steps)
         self._device = models.device
         self.about = {"path": name, "scales": candidates.scales, "strategy": label, "device": models.device.type}
@@ -257,9 +256,9 @@ class QuambaseModel(ItemModel):
         return self.about
 
 
-def steps_of(candidates: Candidates, models: PlacedModels, label: str) -> Steps | None:
-    """The model of ``label`` for decoding; None for one that cannot: INT8 on CUDA, codes of two segments."""
+def steps_of(models: PlacedModels, label: str) -> Steps | None:
+    """The model of ``label`` for decoding; None for one that cannot: codes of two segments."""
     if label == FLOAT:
         return models.reference
-    model = candidates.models[label]
-    return model if models.device.type == "cpu" and isinstance(model, Int8LanguageModel) else None
+    model = models.int8[label]
+    return model if isinstance(model, Int8LanguageModel) else None

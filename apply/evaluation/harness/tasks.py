@@ -148,7 +148,7 @@ class LmEvalTasks:
         for label in (FLOAT, *candidates.models):
             own = scored.filter(pc.equal(scored["strategy"], label))
             figures[label], answers = _found(own, requests)
-            steps = steps_of(candidates, scorer.models, label)
+            steps = steps_of(scorer.models, label)
             model = ItemModel(candidates.source.tokenizer, window, _looked_up(answers), steps)
             progress.say(f"lm-eval: {label}")
             with _quiet():
