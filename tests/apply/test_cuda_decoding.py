@@ -43,6 +43,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     if found.type == "cpu":
         monkeypatch.setattr(floating_operators, "Kernels", HostKernels)
         monkeypatch.setattr(CudaInt8Operators, "_product", plain_product)
+        monkeypatch.setattr(CudaInt8Operators, "half_product", plain_half_product)
     return found
 
 
@@ -63,6 +64,11 @@ def plain_product(
     sums = x.int() @ weight[:, : x.shape[1]].int().T - (0 if offset is None else offset)
     value = sums.float() * first * second
     return out.copy_(value.round().clamp(-128, 127) if out.dtype == torch.int8 else value)
+
+
+def plain_half_product(self: CudaInt8Operators, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """With sums in float32, as a device has them; PyTorch's on the CPU are in float16."""
+    return (x.float() @ weight.float().T).half()
 
 
 def next_tokens(sequences: int, device: torch.device) -> PlacedBatch:
@@ -210,16 +216,14 @@ def decoded(model: Int8LanguageModel, texts: np.ndarray) -> tuple[torch.Tensor, 
 
 def assert_near(found: torch.Tensor, wanted: torch.Tensor, mine: Int8State, theirs: Int8State) -> None:
     # A code that goes the other way is followed by others, in later layers and tokens: the models are as close as that
-    # leaves them, at most one code of a state in twenty.
+    # leaves them. (CUDA's gated norm in 16 bit rounds before its Hadamard transform, too: there a code in forty differs.)
     assert (found - wanted).norm() <= 0.02 * wanted.norm()
     for ours, host in zip(mine, theirs, strict=True):
         for values, expected in ((ours.conv, host.conv), (ours.ssm, host.ssm)):
-            assert values.shape == expected.shape
+            assert values.shape == expected.shape and (values.dtype == torch.int8) == (expected.dtype == torch.int8)
             apart = (values.cpu().float() - expected.float()).abs()
-            if values.dtype == torch.int8:
-                assert float((apart > 0).float().mean()) <= 0.05 and apart.max() <= 3
-            else:
-                assert apart.norm() <= 0.02 * expected.float().norm()
+            assert apart.norm() <= 0.02 * expected.float().norm()
+            assert values.dtype != torch.int8 or float((apart > 0).float().mean()) <= 0.04
 
 
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
