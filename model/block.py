@@ -172,7 +172,8 @@ class Block(ABC):
         """The block's contribution (t, d) to the residual stream, from the normalised stream (t, d); ``show`` receives
         every site.
 
-        ``state``: of the sequences whose next tokens are the batch's documents, one token each; updated in place.
+        ``state``: if ``batch`` decodes, of the sequences whose next tokens are its documents; updated in place.
+        Otherwise set to the state after each document.
         ``change``: receives every site that an INT8 model quantizes, before anything reads its values.
         """
 

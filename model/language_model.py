@@ -83,6 +83,13 @@ class LanguageModel:
         return out
 
     @torch.inference_mode()
+    def prefill(self, batch: Batch) -> tuple[torch.Tensor, State]:
+        """`hidden`, and the state after each document, from which `step` continues."""
+        state = self.new_state(batch.documents)
+        with without_tf32():
+            return self._normalised(PlacedBatch.of(batch, self.device), state), state
+
+    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (rows, v) of normalised hidden states (rows, d)."""
         with without_tf32():
@@ -91,17 +98,13 @@ class LanguageModel:
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor, state: State) -> torch.Tensor:
         """Feed one token to each sequence: tokens (b,) int64, ``state`` is updated in place; logits (b, v)."""
-        # Each sequence is a document of one token.
-        batch = Batch(tokens, torch.arange(len(tokens) + 1))
         with without_tf32():
-            return self.logits(self._normalised(PlacedBatch.of(batch, self.device), state))
+            return self.logits(self._normalised(PlacedBatch.next_tokens(tokens, self.device), state))
 
     def after_prompt(self, prompt: torch.Tensor) -> tuple[torch.Tensor, State]:
-        """Logits (1, v) and the state of one sequence after ``prompt`` (tokens,), one token or more, fed one by one."""
-        state = self.new_state(1)
-        for token in prompt.tolist():
-            logits = self.step(torch.tensor([token]), state)
-        return logits, state
+        """Logits (1, v) and the state of one sequence after ``prompt`` (tokens,), one token or more."""
+        hidden, state = self.prefill(Batch(prompt, torch.tensor([0, len(prompt)])))
+        return self.logits(hidden[-1:]), state
 
     def new_state(self, sequences: int) -> State:
         """The state of ``sequences`` sequences before their first token."""
@@ -124,7 +127,7 @@ class LanguageModel:
             show = None if tap is None else _of_layer(tap, index, documents)
             changes = unchanged if change is None else partial(change, index)
             x = block.forward(normalised, batch, None if state is None else state[index], show, changes)
-            if self.device.type == "cpu" and state is None:  # on a device the work is only queued
+            if self.device.type == "cpu" and not batch.decodes:  # on a device the work is only queued
                 tell((index + 1) / (len(self.blocks) + bool(tap)))
         return add_norm(x, residual, self.norm_f, config.norm_eps)
 

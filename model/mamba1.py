@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from quambase.model.block import Block, BlockKind, BlockWeights, Change, Draw, ModelConfig, Show, unchanged
 from quambase.model.exponential import exp
 from quambase.model.inputs.settings import NORM_EPS, Settings, check_hugging_face, check_mamba_ssm, padded_vocabulary
-from quambase.model.operators.interface import BlockState, Operators, OperatorSizes
-from quambase.model.packed_batch import PlacedBatch
+from quambase.model.operators.interface import BlockState, Operators, OperatorSizes, by_state_index
+from quambase.model.packed_batch import PlacedBatch, last_rows
 from quambase.schema.sites import MAMBA1
 
 
@@ -162,13 +162,16 @@ class Mamba1Block(Block):
     ) -> torch.Tensor:
         """As `Block.forward`."""
         ops, e, r = self.operators, self.config.d_inner, self.config.dt_rank
+        before = state if batch.decodes else None
         normalised = change("in_proj:input", normalised)
         xz = change("in_proj:output", F.linear(normalised, self.in_proj))  # (t, 2e)
-        u = change("x_proj:input", ops.conv_silu(xz[:, :e], self.conv_weight, self.conv_bias, batch, state))
+        u = change("x_proj:input", ops.conv_silu(xz[:, :e], self.conv_weight, self.conv_bias, batch, before))
         dt_b_c = change("x_proj:output", F.linear(u, self.x_proj))  # (t, r + 2n)
         dt = dt_b_c[:, :r]
         delta = change("dt_proj:output", F.linear(dt, self.dt_proj))  # (t, e), without its bias
-        y, last = ops.selective_scan(u, delta, dt_b_c[:, r:], xz[:, e:], self.a, self.d, self.dt_bias, batch, state)
+        y, last = ops.selective_scan(u, delta, dt_b_c[:, r:], xz[:, e:], self.a, self.d, self.dt_bias, batch, before)
+        if state is not None and before is None:
+            state.conv, state.ssm = last_rows(xz[:, :e], batch, self.config.d_conv - 1), by_state_index(last)
         gated = change("out_proj:input", ops.hadamard(y) if self.rotated else y)
         out = F.linear(gated, self.out_proj)  # (t, d)
         if show:
@@ -189,7 +192,7 @@ class Mamba1Block(Block):
         c, ops = self.config, self.operators
         return BlockState(
             torch.zeros(sequences, c.d_conv - 1, c.d_inner, dtype=ops.dtype, device=ops.device),
-            torch.zeros(sequences, c.d_inner, c.d_state, device=ops.device),
+            torch.zeros(sequences, c.d_state, c.d_inner, device=ops.device).transpose(1, 2),
         )
 
 

@@ -18,7 +18,7 @@ from quambase.model.block import Block, BlockKind, BlockWeights, Change, Draw, H
 from quambase.model.exponential import exp
 from quambase.model.inputs.settings import NORM_EPS, Settings, check_hugging_face, check_mamba_ssm, padded_vocabulary
 from quambase.model.operators.interface import BlockState, Operators, OperatorSizes
-from quambase.model.packed_batch import PlacedBatch
+from quambase.model.packed_batch import PlacedBatch, last_rows
 from quambase.schema.errors import CheckpointInvalid
 from quambase.schema.groups import LayerGroups
 from quambase.schema.sites import MAMBA2
@@ -268,6 +268,7 @@ class Mamba2Block(Block):
         """As `Block.forward`."""
         config, ops = self.config, self.operators
         widths = [config.d_inner, config.bc_width, config.bc_width]
+        before = state if batch.decodes else None
         normalised = change("in_proj:input", normalised)
         projected = F.linear(normalised, self.in_proj)  # (t, 2e + 2gn + h)
         z, conv_in, dt = torch.split(projected, [config.d_inner, config.conv_width, config.heads], dim=1)
@@ -279,10 +280,12 @@ class Mamba2Block(Block):
                 strict=True,
             )
             conv_in = torch.cat([change(*part) for part in parts], dim=1)
-        conv_out = ops.conv_silu(conv_in, self.conv_weight, self.conv_bias, batch, state)
+        conv_out = ops.conv_silu(conv_in, self.conv_weight, self.conv_bias, batch, before)
         x, b, c = torch.split(conv_out, widths, dim=1)
         x, b, c = change("x_conv_out:input", x), change("B_conv_out:input", b), change("C_conv_out:input", c)
-        y, last = ops.ssd_scan(x, b, c, dt, self.a, self.d, self.dt_bias, batch, state)
+        y, last = ops.ssd_scan(x, b, c, dt, self.a, self.d, self.dt_bias, batch, before)
+        if state is not None and before is None:
+            state.conv, state.ssm = last_rows(conv_in, batch, config.d_conv - 1), last
         gated = ops.gated_norm(y, z, self.gated_norm, config.norm_eps, rotated=self.rotated)
         gated = change("out_proj:input", gated)
         out = F.linear(gated, self.out_proj)  # (t, d)

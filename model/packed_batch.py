@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -65,12 +66,14 @@ class PlacedBatch:
     tokens   (t,) int64
     offsets  (documents + 1,) int32
     starts   (t,) int32: the first row of each row's document
+    decodes  every document is the next token of a sequence, whose state is given
     """
 
     host: Batch
     tokens: torch.Tensor
     offsets: torch.Tensor
     starts: torch.Tensor
+    decodes: bool = False
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> PlacedBatch:
@@ -78,15 +81,29 @@ class PlacedBatch:
         offsets = batch.offsets.numpy()
         starts = torch.from_numpy(np.repeat(offsets[:-1].astype(np.int32), np.diff(offsets)))
         parts = (batch.tokens, batch.offsets.to(torch.int32), starts)
-        return cls(batch, *(part.to(device, non_blocking=True) for part in parts))
+        tokens, offsets_there, starts_there = (part.to(device, non_blocking=True) for part in parts)
+        return cls(batch, tokens, offsets_there, starts_there)
+
+    @classmethod
+    def next_tokens(cls, tokens: torch.Tensor, device: torch.device) -> PlacedBatch:
+        """The next token of each sequence, tokens (b,) int64 on the host or on ``device``. Of tokens on ``device``
+        nothing is copied, so that a CUDA graph can contain it.
+        """
+        offsets, on_device = _one_each(len(tokens), device)
+        return cls(Batch(tokens, offsets), tokens.to(device, non_blocking=True), on_device, on_device[:-1], True)
 
 
-def last_rows(values: torch.Tensor, batch: Batch, width: int) -> torch.Tensor:
+@cache
+def _one_each(documents: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets of documents of one token each: int64 on the host, int32 on ``device``."""
+    offsets = torch.arange(documents + 1)
+    return offsets, offsets.to(device, torch.int32)
+
+
+def last_rows(values: torch.Tensor, batch: PlacedBatch, width: int) -> torch.Tensor:
     """The last ``width`` rows of each document's (t, channels): (documents, width, channels), zeros where shorter."""
-    window = torch.zeros(batch.documents, width, values.shape[1], dtype=values.dtype, device=values.device)
-    for document in range(batch.documents):
-        rows = batch.rows(document)
-        taken = values[max(rows.start, rows.stop - width) : rows.stop]
-        if taken.shape[0]:
-            window[document, -taken.shape[0] :] = taken
-    return window
+    if not len(values):
+        return values.new_zeros(batch.host.documents, width, values.shape[1])
+    starts, stops = batch.offsets[:-1, None], batch.offsets[1:, None]
+    rows = stops - width + torch.arange(width, device=values.device)
+    return torch.where((rows >= starts)[:, :, None], values[rows.clamp(min=0)], 0)

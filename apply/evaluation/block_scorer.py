@@ -67,11 +67,11 @@ class PlacedModels:
         return cls(torch.device("cpu"), source.floating(), candidates.models)
 
     def steps(self, label: str) -> Steps | None:
-        """The model of ``label`` for decoding; None for one that cannot: INT8 on CUDA, codes of two segments."""
+        """The model of ``label`` for decoding; None for one that cannot: codes of two segments."""
         if label == FLOAT:
             return self.reference
         model = self.int8[label]
-        return model if self.device.type == "cpu" and isinstance(model, Int8LanguageModel) else None
+        return model if isinstance(model, Int8LanguageModel) else None
 
 
 class BlockScorer:
@@ -137,8 +137,9 @@ class BlockScorer:
             "top1_agreement": scored.top1.tolist(),
             "top1_right": scored.right.tolist(),
             "correct": scored.correct.tolist() if task.answered else [None] * len(items),
-            "positions": [None] * len(items) if task.prompt is None else scored.positions,
         }
+        if task.prompt is not None:
+            columns["positions"] = scored.positions
         return self.table(label, task.task, task.data, columns)
 
     def table(self, label: str, task: str, data: str, columns: Mapping[str, Sequence[Any]]) -> pa.Table:
@@ -155,6 +156,7 @@ class BlockScorer:
             "quantize_embedding": model is not None and model.weights.embedding_scales is not None,
             "weight_bits": None if model is None else model.weights.weight_bits,
             "compat_upstream": model is not None and model.compat is not None,
+            "positions": None,
         }
         count = len(columns["document"])
         whole = {name: [value] * count for name, value in constant.items()} | dict(columns)

@@ -151,6 +151,90 @@ extern "C" __global__ void __launch_bounds__(128) conv_silu_shifted(
     convolve<true>(x, x_stride, weight, scale_wx, bias, scale_out, zero_out, starts, rows, channels, out, out_stride);
 }
 
+// The convolution of one token of each sequence: the sum starts at the bias and is rounded term by term, as upstream's.
+// One thread per channel and sequence (blockIdx.y). x (b, e or more); window (b, WIDTH, e) the last inputs, oldest first,
+// updated; out (b, e); the rest as in `convolve`.
+template <bool SHIFTED> __device__ __forceinline__ void convolve_next(
+    const s8* x, i64 x_stride, const float* weight, const float* scale_wx, const float* bias, const float* scale_out,
+    const float* zero_out, i64 channels, s8* window, s8* out, i64 out_stride
+) {
+    const int channel = blockIdx.x * blockDim.x + threadIdx.x;
+    if (channel >= channels) return;
+    const i64 row = blockIdx.y;
+    s8* mine = window + row * WIDTH * channels + channel;
+    float total = bias[channel];
+#pragma unroll
+    for (int k = 0; k < WIDTH; k++) {
+        const s8 code = k < WIDTH - 1 ? mine[(k + 1) * channels] : x[row * x_stride + channel];
+        mine[k * channels] = code;
+        total += scale_wx[channel] * weight[k * channels + channel] * (float)code;
+    }
+    const float quotient = silu(total) / scale_out[channel];
+    out[row * out_stride + channel] = SHIFTED ? shifted_code(quotient, zero_out[channel]) : half_away(quotient);
+}
+
+extern "C" __global__ void __launch_bounds__(128) conv_step(
+    const s8* x, i64 x_stride, const float* weight, const float* scale_wx, const float* bias, const float* scale_out,
+    const float* zero_out, i64 channels, s8* window, s8* out, i64 out_stride
+) {
+    convolve_next<false>(x, x_stride, weight, scale_wx, bias, scale_out, zero_out, channels, window, out, out_stride);
+}
+
+extern "C" __global__ void __launch_bounds__(128) conv_step_shifted(
+    const s8* x, i64 x_stride, const float* weight, const float* scale_wx, const float* bias, const float* scale_out,
+    const float* zero_out, i64 channels, s8* window, s8* out, i64 out_stride
+) {
+    convolve_next<true>(x, x_stride, weight, scale_wx, bias, scale_out, zero_out, channels, window, out, out_stride);
+}
+
+const int ROW_WARPS = 4;
+
+// The product of a single row, as upstream's matrix-vector kernel: one warp per output. x (depth,), matrix (columns,
+// depth), depth a multiple of 16 and both 16-byte aligned; first, one per column, or, if null, first_of_all; offset, one
+// per column, subtracted from the sums unless null.
+__device__ __forceinline__ bool row_product(
+    const s8* x, const s8* matrix, i64 columns, i64 depth, const float* first, float first_of_all, float second,
+    const int* offset, i64& column, float& value
+) {
+    column = (i64)blockIdx.x * ROW_WARPS + threadIdx.x / 32;
+    if (column >= columns) return false; // the whole warp
+    const int lane = threadIdx.x % 32;
+    int sum = 0;
+    for (i64 i = lane * 16; i < depth; i += 32 * 16) {
+        const uint4 left = *(const uint4*)(x + i), right = *(const uint4*)(matrix + column * depth + i);
+        sum = __dp4a((int)left.x, (int)right.x, sum), sum = __dp4a((int)left.y, (int)right.y, sum);
+        sum = __dp4a((int)left.z, (int)right.z, sum), sum = __dp4a((int)left.w, (int)right.w, sum);
+    }
+#pragma unroll
+    for (int lanes = 16; lanes; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    if (offset != nullptr) sum -= offset[column];
+    value = (float)sum * (first == nullptr ? first_of_all : first[column]) * second;
+    return lane == 0;
+}
+
+// Codes, saturating, half to even, or half away from zero if `away`.
+extern "C" __global__ void __launch_bounds__(ROW_WARPS * 32) row_to_int8(
+    const s8* x, const s8* matrix, i64 columns, i64 depth, const float* first, float first_of_all, float second,
+    const int* offset, i64 away, s8* out
+) {
+    i64 column;
+    float value;
+    if (row_product(x, matrix, columns, depth, first, first_of_all, second, offset, column, value)) {
+        out[column] = away ? half_away(value) : half_even(value);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(ROW_WARPS * 32) row_to_half(
+    const s8* x, const s8* matrix, i64 columns, i64 depth, const float* first, float first_of_all, float second,
+    const int* offset, i64 away, u16* out
+) {
+    i64 column;
+    float value;
+    if (row_product(x, matrix, columns, depth, first, first_of_all, second, offset, column, value)) {
+        out[column] = float_to_half(value);
+    }
+}
+
 // Writes transformed rows to out (rows, DIM), rows out_stride apart, as codes of factor times the value, half away from
 // zero: saturating, or, if `wrap`, modulo 256 as upstream's float to int32 to int8.
 struct Codes {
@@ -187,32 +271,82 @@ template <bool SHIFTED> struct Channels {
     __device__ void put(i64 row, int channel, float value) const { y[row * channels + channel] = float_to_half(value); }
 };
 
+// The states (b, STATES, e) of one token of each sequence, codes half to even. Upstream multiplies a state and its scale
+// by 100 before it divides them.
+struct State {
+    s8* codes;
+    float scale;
+    i64 channels;
+
+    __device__ s8& here(i64 sequence, i64 channel, int n) const {
+        return codes[(sequence * STATES + n) * channels + channel];
+    }
+    __device__ float at(i64 sequence, i64 channel, int n) const { return scale * (float)here(sequence, channel, n); }
+    __device__ void put(i64 sequence, i64 channel, int n, float value) const {
+        here(sequence, channel, n) = half_even(value * 1e2f / (scale * 1e2f));
+    }
+};
+
 // Mamba-1's scan of codes, y (t, e) rounded to float16. u, delta (before bias and softplus), z (t, e) and bc (t, 2
-// STATES), B then C: codes, rows apart; the rest as in scan_channels.
+// STATES), B then C: codes, rows apart; state (documents, STATES, e) codes of the states after the last tokens, half away
+// from zero, unless null; the rest as in scan_channels.
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS) selective_scan(
     const s8* u, i64 u_stride, const s8* delta, i64 delta_stride, const s8* bc, i64 bc_stride, const s8* z,
     i64 z_stride, float u_scale, float u_zero, float delta_scale, float bc_scale, float z_scale, const float* a,
-    const float* d, const float* bias, const int* offsets, i64 channels, u16* y
+    const float* d, const float* bias, const int* offsets, i64 channels, u16* y, s8* state, float state_scale
 ) {
     __shared__ float gates[256];
     for (int i = threadIdx.x; i < 256; i += blockDim.x) gates[i] = silu(z_scale * (float)(i - 128));
     __syncthreads();
     const Channels<false> in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, u_zero,
                               delta_scale, bc_scale, gates, channels, y};
-    scan_channels(in, a, d, bias, offsets, channels, nullptr);
+    const auto keep = [=](i64 document, i64 channel, int n, float value) {
+        state[(document * STATES + n) * channels + channel] = half_away(value / state_scale);
+    };
+    scan_channels(in, a, d, bias, offsets, channels, state != nullptr, keep);
 }
 
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS) selective_scan_shifted(
     const s8* u, i64 u_stride, const s8* delta, i64 delta_stride, const s8* bc, i64 bc_stride, const s8* z,
     i64 z_stride, float u_scale, float u_zero, float delta_scale, float bc_scale, float z_scale, const float* a,
-    const float* d, const float* bias, const int* offsets, i64 channels, u16* y
+    const float* d, const float* bias, const int* offsets, i64 channels, u16* y, s8* state, float state_scale
 ) {
     __shared__ float gates[256];
     for (int i = threadIdx.x; i < 256; i += blockDim.x) gates[i] = silu(z_scale * (float)(i - 128));
     __syncthreads();
     const Channels<true> in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, u_zero,
                               delta_scale, bc_scale, gates, channels, y};
-    scan_channels(in, a, d, bias, offsets, channels, nullptr);
+    const auto keep = [=](i64 document, i64 channel, int n, float value) {
+        state[(document * STATES + n) * channels + channel] = half_away(value / state_scale);
+    };
+    scan_channels(in, a, d, bias, offsets, channels, state != nullptr, keep);
+}
+
+// The same for one token of each sequence; state (b, STATES, e) codes, updated.
+extern "C" __global__ void __launch_bounds__(SCAN_THREADS) scan_step(
+    const s8* u, i64 u_stride, const s8* delta, i64 delta_stride, const s8* bc, i64 bc_stride, const s8* z,
+    i64 z_stride, float u_scale, float u_zero, float delta_scale, float bc_scale, float z_scale, const float* a,
+    const float* d, const float* bias, i64 channels, u16* y, s8* state, float state_scale
+) {
+    __shared__ float gates[256];
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) gates[i] = silu(z_scale * (float)(i - 128));
+    __syncthreads();
+    const Channels<false> in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, u_zero,
+                              delta_scale, bc_scale, gates, channels, y};
+    step_channels(in, State{state, state_scale, channels}, a, d, bias, channels);
+}
+
+extern "C" __global__ void __launch_bounds__(SCAN_THREADS) scan_step_shifted(
+    const s8* u, i64 u_stride, const s8* delta, i64 delta_stride, const s8* bc, i64 bc_stride, const s8* z,
+    i64 z_stride, float u_scale, float u_zero, float delta_scale, float bc_scale, float z_scale, const float* a,
+    const float* d, const float* bias, i64 channels, u16* y, s8* state, float state_scale
+) {
+    __shared__ float gates[256];
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) gates[i] = silu(z_scale * (float)(i - 128));
+    __syncthreads();
+    const Channels<true> in = {u, delta, bc, z, u_stride, delta_stride, bc_stride, z_stride, u_scale, u_zero,
+                              delta_scale, bc_scale, gates, channels, y};
+    step_channels(in, State{state, state_scale, channels}, a, d, bias, channels);
 }
 
 // The Hadamard quantizer: codes of factor * (odd kron H) y. y (rows, DIM) float16; odd (ORDER, ORDER); out (rows, DIM),
@@ -229,7 +363,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate(
 
 #else
 
-template <bool SHIFTED> struct Head {
+// HALVES: x, B and C are rounded to float16.
+template <bool SHIFTED, bool HALVES> struct Head {
     const s8 *x_at, *b_at, *c_at;
     i64 stride;
     const float *x_scales, *b_scales, *c_scales, *x_zeros, *b_zeros, *c_zeros;
@@ -242,44 +377,99 @@ template <bool SHIFTED> struct Head {
     __device__ float value(s8 code, const float* zeros, i64 column) const {
         return SHIFTED ? (float)code - zeros[column] : (float)code;
     }
+    __device__ float read(float v) const { return HALVES ? round_to_half(v) : v; }
     __device__ float skipped(i64 row, i64 column) const {
         return x_scales[column] * value(x_at[row * stride + column], x_zeros, column);
     }
-    __device__ float x(i64 row, i64 column) const { return round_to_half(skipped(row, column)); }
+    __device__ float x(i64 row, i64 column) const { return read(skipped(row, column)); }
     __device__ float b(i64 row, i64 column) const {
-        return round_to_half(b_scales[column] * value(b_at[row * stride + column], b_zeros, column));
+        return read(b_scales[column] * value(b_at[row * stride + column], b_zeros, column));
     }
     __device__ float c(i64 row, i64 column) const {
-        return round_to_half(c_scales[column] * value(c_at[row * stride + column], c_zeros, column));
+        return read(c_scales[column] * value(c_at[row * stride + column], c_zeros, column));
     }
     __device__ float dt(i64 row, int head) const { return dt_scale * (float)dt_at[row * dt_stride + head]; }
     __device__ void put(i64 row, i64 column, float value) const { y[row * width + column] = float_to_half(value); }
 };
 
+// States (b, e, STATES) as codes, half to even, with a scale per group and state, scales (groups, STATES), and each
+// channel's group, groups (e,). Upstream multiplies a state and its scale by 10^6 before it divides them.
+struct State {
+    s8* codes;
+    const float* scales;
+    const i64* groups;
+    i64 channels;
+
+    __device__ s8& here(i64 sequence, i64 channel, int n) const {
+        return codes[(sequence * channels + channel) * STATES + n];
+    }
+    __device__ float scale(i64 channel, int n) const { return scales[groups[channel] * STATES + n]; }
+    __device__ float at(i64 sequence, i64 channel, int n) const {
+        return scale(channel, n) * (float)here(sequence, channel, n);
+    }
+    __device__ void put(i64 sequence, i64 channel, int n, float value) const {
+        here(sequence, channel, n) = half_even(value * 1e6f / (scale(channel, n) * 1e6f));
+    }
+};
+
 // Mamba-2's scan of codes, whose values are rounded to float16 except for the skip connection; y (t, heads HEADDIM)
 // rounded to float16. x (t, heads HEADDIM), b and c (t, ngroups STATES): columns of one tensor of codes, rows x_stride
 // apart, with a scale and a zero point per column; dt (t, heads) codes, rows dt_stride apart, before bias and softplus;
-// the rest as in scan_head.
+// state and its scales as in State, of the states after the last tokens, rounded to float16, unless null; the rest as in
+// scan_head.
 extern "C" __global__ void __launch_bounds__(HEADDIM / JOINED * SPLIT) ssd_scan(
     const s8* x, const s8* b, const s8* c, i64 x_stride, const float* x_scales, const float* b_scales,
     const float* c_scales, const float* x_zeros, const float* b_zeros, const float* c_zeros, const s8* dt,
     i64 dt_stride, float dt_scale, const float* a, const float* d, const float* bias, const int* offsets, i64 heads,
-    i64 ngroups, u16* y
+    i64 ngroups, u16* y, s8* state, const float* state_scales, const i64* state_groups
 ) {
-    const Head<false> in = {x, b, c, x_stride, x_scales, b_scales, c_scales, x_zeros, b_zeros, c_zeros, dt, dt_stride,
+    const Head<false, true> in = {x, b, c, x_stride, x_scales, b_scales, c_scales, x_zeros, b_zeros, c_zeros, dt, dt_stride,
                             dt_scale, heads * HEADDIM, y};
-    scan_head(in, a, d, bias, offsets, heads, ngroups, nullptr);
+    const State states = {state, state_scales, state_groups, heads * HEADDIM};
+    const auto keep = [=](i64 document, i64 channel, int n, float value) {
+        states.put(document, channel, n, round_to_half(value));
+    };
+    scan_head(in, a, d, bias, offsets, heads, ngroups, state != nullptr, keep);
 }
 
 extern "C" __global__ void __launch_bounds__(HEADDIM / JOINED * SPLIT) ssd_scan_shifted(
     const s8* x, const s8* b, const s8* c, i64 x_stride, const float* x_scales, const float* b_scales,
     const float* c_scales, const float* x_zeros, const float* b_zeros, const float* c_zeros, const s8* dt,
     i64 dt_stride, float dt_scale, const float* a, const float* d, const float* bias, const int* offsets, i64 heads,
-    i64 ngroups, u16* y
+    i64 ngroups, u16* y, s8* state, const float* state_scales, const i64* state_groups
 ) {
-    const Head<true> in = {x, b, c, x_stride, x_scales, b_scales, c_scales, x_zeros, b_zeros, c_zeros, dt, dt_stride,
+    const Head<true, true> in = {x, b, c, x_stride, x_scales, b_scales, c_scales, x_zeros, b_zeros, c_zeros, dt, dt_stride,
                             dt_scale, heads * HEADDIM, y};
-    scan_head(in, a, d, bias, offsets, heads, ngroups, nullptr);
+    const State states = {state, state_scales, state_groups, heads * HEADDIM};
+    const auto keep = [=](i64 document, i64 channel, int n, float value) {
+        states.put(document, channel, n, round_to_half(value));
+    };
+    scan_head(in, a, d, bias, offsets, heads, ngroups, state != nullptr, keep);
+}
+
+// The same for one token of each sequence, of values that are not rounded; state updated.
+extern "C" __global__ void __launch_bounds__(STEP_THREADS) ssd_step(
+    const s8* x, const s8* b, const s8* c, i64 x_stride, const float* x_scales, const float* b_scales,
+    const float* c_scales, const float* x_zeros, const float* b_zeros, const float* c_zeros, const s8* dt,
+    i64 dt_stride, float dt_scale, const float* a, const float* d, const float* bias, i64 heads, i64 ngroups, u16* y,
+    s8* state, const float* state_scales, const i64* state_groups
+) {
+    const Head<false, false> in = {x, b, c, x_stride, x_scales, b_scales, c_scales, x_zeros, b_zeros, c_zeros, dt,
+                                   dt_stride, dt_scale, heads * HEADDIM, y};
+    const State states = {state, state_scales, state_groups, heads * HEADDIM};
+    step_head(in, states, a, d, bias, heads, ngroups);
+}
+
+extern "C" __global__ void __launch_bounds__(STEP_THREADS) ssd_step_shifted(
+    const s8* x, const s8* b, const s8* c, i64 x_stride, const float* x_scales, const float* b_scales,
+    const float* c_scales, const float* x_zeros, const float* b_zeros, const float* c_zeros, const s8* dt,
+    i64 dt_stride, float dt_scale, const float* a, const float* d, const float* bias, i64 heads, i64 ngroups, u16* y,
+    s8* state, const float* state_scales, const i64* state_groups
+) {
+    const Head<true, false> in = {x, b, c, x_stride, x_scales, b_scales, c_scales, x_zeros, b_zeros, c_zeros, dt,
+                                   dt_stride, dt_scale, heads * HEADDIM, y};
+    const State states = {state, state_scales, state_groups, heads * HEADDIM};
+    step_head(in, states, a, d, bias, heads, ngroups);
 }
 
 // Gated norm, rounded to float16, then the Hadamard quantizer: y (rows, DIM) float16; z codes, rows z_stride apart,

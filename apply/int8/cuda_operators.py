@@ -13,22 +13,26 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from quambase.apply.int8 import simulated_scans
 from quambase.apply.int8.arithmetic import Int8Weight, decoded, encoded
 from quambase.apply.int8.half_operators import HalfOperators
-from quambase.apply.int8.operators import Int8BlockState, Int8Operators, ScanScales, SsdScales
+from quambase.apply.int8.operators import Int8BlockState, ScanScales, SsdScales
+from quambase.apply.int8.state_formats import SimulatedState
 from quambase.model.cuda.compiler import Argument, Kernels
 from quambase.model.hadamard import odd_factor
 from quambase.model.operators.cuda import (
     FREE_SHARED,
     ROW_THREADS,
     SCAN_THREADS,
+    STEP_THREADS,
     CudaOperators,
     kernel_sizes,
     rows_of_block,
     rows_shared,
+    step_blocks,
 )
 from quambase.model.operators.interface import OperatorSizes
-from quambase.model.packed_batch import PlacedBatch
+from quambase.model.packed_batch import PlacedBatch, last_rows
 
 ALIGNMENT = 16
 """Of rows, in bytes."""
@@ -51,6 +55,12 @@ HOPPER, OTHERS = ProductBlock(256, 3 * 2 * TILE * 128), ProductBlock(128, 4 * 2 
 
 CONV_ROWS, CONV_CHANNELS = 8, 4 * 128
 """Rows and channels per block of the convolution, as in blocks.cu."""
+
+STEP_CHANNELS = 128
+"""Channels per block of the convolution of one token."""
+
+ROW_WARPS = 4
+"""Warps per block of a single row's product, each with one output, as in blocks.cu."""
 
 
 def _padded(width: int, item: int) -> int:
@@ -82,11 +92,12 @@ class CudaInt8Operators:
         heads = sizes.headdim is not None
         self._ssd_threads = defines["HEADDIM"] // defines["JOINED"] * defines["SPLIT"]
         own = (
-            ("ssd_scan", "ssd_scan_shifted", "gated_rotate")
+            ("ssd_scan", "ssd_scan_shifted", "ssd_step", "ssd_step_shifted", "gated_rotate")
             if heads
-            else ("selective_scan", "selective_scan_shifted", "rotate")
+            else ("selective_scan", "selective_scan_shifted", "scan_step", "scan_step_shifted", "rotate")
         )
-        names = ("norm_to_int8", "norm_to_half", "conv_silu", "conv_silu_shifted", *own)
+        convolutions = ("conv_silu", "conv_silu_shifted", "conv_step", "conv_step_shifted")
+        names = ("norm_to_int8", "norm_to_half", "row_to_int8", "row_to_half", *convolutions, *own)
         # No contraction, so that codes are rounded from the same float32 values as on the CPU.
         self._blocks = Kernels(BLOCKS, names, {"HEADS": int(heads), **defines}, device, ("-fmad=false",))
         if hopper is None:
@@ -102,9 +113,13 @@ class CudaInt8Operators:
             if size > FREE_SHARED:
                 self._blocks.allow_shared(name, size)
 
-    def decoding(self) -> Int8Operators:
-        """Not implemented: no command decodes on CUDA."""
-        raise NotImplementedError("INT8 models decode on the CPU")
+    def decoding(self) -> CudaInt8Decoding:
+        """As `Int8Operators.decoding`."""
+        return self._decoding
+
+    @cached_property
+    def _decoding(self) -> CudaInt8Decoding:
+        return CudaInt8Decoding(self.device, self.sizes, hopper=self._product_block is HOPPER)
 
     def matrix(self, weight: Int8Weight) -> Int8Weight:
         """As `Int8Operators.matrix`; rows are padded with zeros to a multiple of 16."""
@@ -203,16 +218,19 @@ class CudaInt8Operators:
         out: torch.Tensor,
         offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if x.stride(0) % ALIGNMENT or x.stride(1) != 1:  # rows selected from a padded tensor are packed
-            x = self._codes(*x.shape).copy_(x)
+        x = self._aligned(x)
         columns, depth = weight.shape
-        per_column = isinstance(first, torch.Tensor)
-        factors = (first, 1.0) if per_column else (0, first)
-        scaled = (*factors, second, 0 if offset is None else offset)
+        scaled = _scaling(first, second, offset)
         arguments = (x, x.stride(0), weight, len(x), columns, depth, *scaled, out, out.stride(0))
         grid = (-(-columns // TILE), -(-len(x) // TILE))
         self._products.launch(name, grid, self._product_block.threads, arguments, self._product_block.shared)
         return out
+
+    def _aligned(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes x (rows, in) in rows as `padded_rows` makes them: rows selected from a padded tensor are packed."""
+        if x.stride(0) % ALIGNMENT or x.stride(1) != 1 or x.data_ptr() % ALIGNMENT:
+            return self._codes(*x.shape).copy_(x)
+        return x
 
     def conv_silu(
         self,
@@ -226,13 +244,14 @@ class CudaInt8Operators:
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Operators.conv_silu`."""
-        assert state is None
         rows, channels = x.shape
         out = self._codes(rows, channels)
         grid = (-(-channels // CONV_CHANNELS), -(-rows // CONV_ROWS))
         vectors = (taps, scale_wx, bias, scale_out, 0 if zero_out is None else zero_out)
         arguments = (x, x.stride(0), *vectors, batch.starts, rows, channels, out, out.stride(0))
         self._blocks.launch("conv_silu" if zero_out is None else "conv_silu_shifted", grid, 128, arguments)
+        if state is not None:
+            state.conv = last_rows(x, batch, len(taps))
         return out
 
     def selective_scan(
@@ -249,15 +268,17 @@ class CudaInt8Operators:
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Operators.selective_scan`."""
-        assert state is None
-        rows, channels = u.shape
-        y = torch.empty(rows, channels, dtype=torch.float16, device=self.device)
-        codes = (u, u.stride(0), delta, delta.stride(0), bc, bc.stride(0), z, z.stride(0))
-        factors = (scales.u, float(scales.u_zero), scales.delta, scales.bc, scales.z)
-        arguments = (*codes, *factors, a, d, bias, batch.offsets, channels, y)
-        grid = (-(-channels // SCAN_THREADS), batch.host.documents)
+        if isinstance(state, SimulatedState):
+            simulated_scans.selective_scan(u, delta, bc, z, scales, a, d, bias, batch, state)
+            state = None
+        documents, states, channels = batch.host.documents, *a.shape
+        y = torch.empty(u.shape, dtype=torch.float16, device=self.device)
+        if state is not None:
+            state.ssm = torch.empty(documents, states, channels, dtype=torch.int8, device=self.device)
+        kept = (0 if state is None else state.ssm, scales.state)
+        arguments = (*_scan_inputs(u, delta, bc, z, scales), a, d, bias, batch.offsets, channels, y, *kept)
         name = "selective_scan_shifted" if scales.u_zero else "selective_scan"
-        self._blocks.launch(name, grid, SCAN_THREADS, arguments)
+        self._blocks.launch(name, (-(-channels // SCAN_THREADS), documents), SCAN_THREADS, arguments)
         return y
 
     def rotate(self, y: torch.Tensor, factor: float, wrap: bool) -> torch.Tensor:
@@ -279,17 +300,28 @@ class CudaInt8Operators:
         state: Int8BlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Operators.ssd_scan`."""
-        assert state is None
-        heads, rows, ngroups = len(a), len(conv_out), self.sizes.ngroups
-        widths = [self.sizes.d_inner, ngroups * self.sizes.d_state, ngroups * self.sizes.d_state]
-        y = torch.empty(rows, widths[0], dtype=torch.float16, device=self.device)
+        if isinstance(state, SimulatedState):
+            simulated_scans.ssd_scan(conv_out, dt, scales, a, d, bias, batch, state, self.sizes.ngroups)
+            state = None
+        documents, channels, heads = batch.host.documents, self.sizes.d_inner, len(a)
+        y = torch.empty(len(conv_out), channels, dtype=torch.float16, device=self.device)
+        if state is not None:
+            state.ssm = torch.empty(documents, channels, self.sizes.d_state, dtype=torch.int8, device=self.device)
+        kept = (0 if state is None else state.ssm, scales.state, scales.groups)
+        inputs = self._ssd_inputs(conv_out, dt, scales)
+        arguments = (*inputs, a, d, bias, batch.offsets, heads, self.sizes.ngroups, y, *kept)
+        name = "ssd_scan" if scales.zero is None else "ssd_scan_shifted"
+        self._blocks.launch(name, (heads, documents), self._ssd_threads, arguments)
+        return y
+
+    def _ssd_inputs(self, conv_out: torch.Tensor, dt: torch.Tensor, scales: SsdScales) -> list[Argument]:
+        """The arguments of both SSD kernels up to dt's scale."""
+        width = self.sizes.ngroups * self.sizes.d_state
+        widths = [self.sizes.d_inner, width, width]
         parts: list[Argument] = [*torch.split(conv_out, widths, dim=1), conv_out.stride(0)]
         parts += torch.split(scales.conv_out, widths)
         parts += [0, 0, 0] if scales.zero is None else torch.split(scales.zero, widths)
-        arguments = (*parts, dt, dt.stride(0), scales.dt, a, d, bias, batch.offsets, heads, ngroups, y)
-        name = "ssd_scan" if scales.zero is None else "ssd_scan_shifted"
-        self._blocks.launch(name, (heads, batch.host.documents), self._ssd_threads, arguments)
-        return y
+        return [*parts, dt, dt.stride(0), scales.dt]
 
     def gated_rotate(
         self,
@@ -310,3 +342,135 @@ class CudaInt8Operators:
 
     def _row_blocks(self, rows: int) -> tuple[int, int]:
         return -(-rows // self._rotated_rows), 1
+
+
+class CudaInt8Decoding(CudaInt8Operators):
+    """The operators for decoding: every document is the next token of a sequence, whose state is updated in place; its
+    tensors must be contiguous. The product of a single row has a kernel of its own, as upstream's.
+    """
+
+    decodes = True
+
+    def linear_to_int8(
+        self,
+        x: torch.Tensor,
+        weight: Int8Weight,
+        first: float | torch.Tensor,
+        second: float,
+        away: bool = False,
+        offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `Int8Operators.linear_to_int8`; ``away`` of a single row only."""
+        if len(x) != 1:
+            return super().linear_to_int8(x, weight, first, second, away, offset)
+        out = self._codes(1, len(weight.codes))
+        return self._row("row_to_int8", x, weight.codes, _scaling(first, second, offset), away, out)
+
+    def linear_to_half(
+        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
+    ) -> torch.Tensor:
+        """As `Int8Operators.linear_to_half`."""
+        if len(x) != 1:
+            return super().linear_to_half(x, weight, first, second)
+        out = self._halves(1, len(weight.codes))
+        return self._row("row_to_half", x, weight.codes, _scaling(first, second, None), False, out)
+
+    def _row(
+        self,
+        name: str,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scaling: tuple[Argument, ...],
+        away: bool,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        columns, depth = weight.shape
+        arguments = (self._aligned(x), weight, columns, depth, *scaling, int(away), out)
+        self._blocks.launch(name, (-(-columns // ROW_WARPS), 1), ROW_WARPS * 32, arguments)
+        return out
+
+    def conv_silu(
+        self,
+        x: torch.Tensor,
+        taps: torch.Tensor,
+        scale_wx: torch.Tensor,
+        bias: torch.Tensor,
+        scale_out: torch.Tensor,
+        zero_out: torch.Tensor | None,
+        batch: PlacedBatch,
+        state: Int8BlockState | None = None,
+    ) -> torch.Tensor:
+        """As `Int8Operators.conv_silu`; the sum is rounded term by term."""
+        assert state is not None and state.conv.is_contiguous()
+        rows, channels = x.shape
+        out = self._codes(rows, channels)
+        vectors = (taps, scale_wx, bias, scale_out, 0 if zero_out is None else zero_out)
+        arguments = (x, x.stride(0), *vectors, channels, state.conv, out, out.stride(0))
+        name = "conv_step" if zero_out is None else "conv_step_shifted"
+        self._blocks.launch(name, (-(-channels // STEP_CHANNELS), rows), STEP_CHANNELS, arguments)
+        return out
+
+    def selective_scan(
+        self,
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        bc: torch.Tensor,
+        z: torch.Tensor,
+        scales: ScanScales,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: Int8BlockState | None = None,
+    ) -> torch.Tensor:
+        """As `Int8Operators.selective_scan`."""
+        if isinstance(state, SimulatedState):
+            y = simulated_scans.selective_scan(u, delta, bc, z, scales, a, d, bias, batch, state)
+            return y.to(torch.float16)
+        assert state is not None and state.ssm.is_contiguous()
+        rows, channels = u.shape
+        y = torch.empty(rows, channels, dtype=torch.float16, device=self.device)
+        inputs = _scan_inputs(u, delta, bc, z, scales)
+        arguments = (*inputs, a, d, bias, channels, y, state.ssm, scales.state)
+        name = "scan_step_shifted" if scales.u_zero else "scan_step"
+        self._blocks.launch(name, (-(-channels // SCAN_THREADS), rows), SCAN_THREADS, arguments)
+        return y
+
+    def ssd_scan(
+        self,
+        conv_out: torch.Tensor,
+        dt: torch.Tensor,
+        scales: SsdScales,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: Int8BlockState | None = None,
+    ) -> torch.Tensor:
+        """As `Int8Operators.ssd_scan`; nothing but y is rounded to float16."""
+        if isinstance(state, SimulatedState):
+            y = simulated_scans.ssd_scan(conv_out, dt, scales, a, d, bias, batch, state, self.sizes.ngroups)
+            return y.to(torch.float16)
+        assert state is not None and state.ssm.is_contiguous()
+        rows, channels = len(conv_out), self.sizes.d_inner
+        y = torch.empty(rows, channels, dtype=torch.float16, device=self.device)
+        kept = (state.ssm, scales.state, scales.groups)
+        inputs = self._ssd_inputs(conv_out, dt, scales)
+        arguments = (*inputs, a, d, bias, len(a), self.sizes.ngroups, y, *kept)
+        grid = (step_blocks(channels, self.sizes.headdim or 1), rows)
+        self._blocks.launch("ssd_step" if scales.zero is None else "ssd_step_shifted", grid, STEP_THREADS, arguments)
+        return y
+
+
+def _scaling(first: float | torch.Tensor, second: float, offset: torch.Tensor | None) -> tuple[Argument, ...]:
+    """The arguments of a product's scaling: factors by column or one, the second factor, offsets by column."""
+    factors: tuple[Argument, Argument] = (first, 1.0) if isinstance(first, torch.Tensor) else (0, first)
+    return (*factors, second, 0 if offset is None else offset)
+
+
+def _scan_inputs(
+    u: torch.Tensor, delta: torch.Tensor, bc: torch.Tensor, z: torch.Tensor, scales: ScanScales
+) -> tuple[Argument, ...]:
+    """The arguments of both selective scans up to z's scale."""
+    codes = (u, u.stride(0), delta, delta.stride(0), bc, bc.stride(0), z, z.stride(0))
+    return (*codes, scales.u, float(scales.u_zero), scales.delta, scales.bc, scales.z)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from quambase.apply.int8.arithmetic import to_half
-from quambase.model.operators.interface import BlockState, Operators
+from quambase.model.operators.interface import BlockState, Operators, by_state_index
 from quambase.model.packed_batch import PlacedBatch, last_rows
 
 
@@ -13,13 +13,13 @@ class HalfOperators:
     """Convolution, scans, gated norm and Hadamard transform of float16 values, which are float32 tensors on the CPU.
 
     They compute in float32 and round a result once. Convolution and scans take a ``state`` or None, as
-    `quambase.apply.int8.operators.Int8Operators` have it: convolution inputs in float16, the scan's state in float32.
-    ``decodes``: every document is the next token of a sequence.
+    `quambase.apply.int8.operators.Int8Operators` have it: convolution inputs as float16 values (``dtype``), the scan's
+    state in float32. ``decodes``: every document is the next token of a sequence.
     """
 
     def __init__(self, floating: Operators, *, decodes: bool) -> None:
         """``floating``: of float32 on the CPU, of float16 on CUDA."""
-        self.floating, self.decodes = floating, decodes
+        self.floating, self.decodes, self.dtype = floating, decodes, floating.dtype
 
     def conv_silu(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, batch: PlacedBatch, state: BlockState | None
@@ -27,7 +27,7 @@ class HalfOperators:
         """As `Operators.conv_silu`."""
         found = self.floating.conv_silu(x, weight, bias, batch, state if self.decodes else None)
         if state is not None and not self.decodes:
-            state.conv = last_rows(x, batch.host, len(weight) - 1)
+            state.conv = last_rows(x, batch, len(weight) - 1)
         return self._rounded(found)
 
     def selective_scan(
@@ -46,7 +46,7 @@ class HalfOperators:
         before = state if self.decodes else None
         y, last = self.floating.selective_scan(u, delta, bc, z, a, d, bias, batch, before)
         if state is not None:
-            state.ssm = last
+            state.ssm = last if self.decodes else by_state_index(last)
         return self._rounded(y)
 
     def ssd_scan(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from quambase.apply.int8 import host_kernels as kernels
+from quambase.apply.int8 import simulated_scans
 from quambase.apply.int8.arithmetic import Int8Weight, decoded, encoded, matmul, softplus_delta, to_half
 from quambase.apply.int8.half_operators import HalfOperators
 from quambase.apply.int8.operators import Int8BlockState, ScanScales, SsdScales
@@ -130,7 +131,7 @@ class HostInt8Operators:
         scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy(), _or_zeros(zero_out, bias).numpy())
         kernels.conv_silu_int8(rows, first, *scaled, batch.host.offsets.numpy(), out.numpy())
         if state is not None:
-            state.conv = last_rows(x, batch.host, len(taps))
+            state.conv = last_rows(x, batch, len(taps))
         return out
 
     def selective_scan(
@@ -259,13 +260,10 @@ class HostInt8Decoding(HostInt8Operators):
     ) -> torch.Tensor:
         """As `Int8Operators.selective_scan`."""
         assert state is not None
+        if isinstance(state, SimulatedState):
+            return to_half(simulated_scans.selective_scan(u, delta, bc, z, scales, a, d, bias, batch, state))
         y = torch.empty(u.shape)
         inputs = _scan_inputs(u, delta, bc, z, scales, a, d, bias)
-        if isinstance(state, SimulatedState):
-            ssm = state.ssm.clone(memory_format=torch.contiguous_format)
-            float_kernels.selective_scan(*inputs, batch.host.offsets.numpy(), y.numpy(), ssm.numpy())
-            state.keep(ssm)
-            return to_half(y)
         kernels.scan_update_int8(*inputs, np.float32(scales.state), state.ssm.numpy(), y.numpy())
         return to_half(y)
 
@@ -282,18 +280,19 @@ class HostInt8Decoding(HostInt8Operators):
     ) -> torch.Tensor:
         """As `Int8Operators.ssd_scan`; nothing but y is rounded to float16."""
         assert state is not None
+        if isinstance(state, SimulatedState):
+            arguments = (conv_out, dt, scales, a, d, bias, batch, state, self.sizes.ngroups)
+            return to_half(simulated_scans.ssd_scan(*arguments))
         x, b, c = self._split(decoded(conv_out, scales.conv_out, scales.zero))
         delta = softplus_delta(dt, scales.dt, bias)
         y = torch.empty(x.shape)
-        decay = exp(delta * a)
-        inputs = x.numpy(), delta.numpy(), decay.numpy(), b.numpy(), c.numpy(), d.numpy()
-        if isinstance(state, SimulatedState):
-            ssm = state.ssm.clone(memory_format=torch.contiguous_format)
-            float_kernels.ssd_scan(*inputs, batch.host.offsets.numpy(), y.numpy(), ssm.numpy())
-            state.keep(ssm)
-            return to_half(y)
         kernels.ssd_update_int8(
-            *inputs,
+            x.numpy(),
+            delta.numpy(),
+            exp(delta * a).numpy(),
+            b.numpy(),
+            c.numpy(),
+            d.numpy(),
             scales.state.numpy(),
             scales.groups.numpy(),
             state.ssm.numpy(),

@@ -68,6 +68,11 @@ class Int8LanguageModel:
         return self.placed.weights
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.placed.operators.device
+
+    @property
     def config(self) -> ModelConfig:
         """The model's sizes."""
         return self.placed.weights.config
@@ -102,13 +107,13 @@ class Int8LanguageModel:
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The input of lm_head (t, d): float16 values (on the CPU as float32), int8 codes if the head is quantized."""
-        return self._run(batch, self.placed.operators)
+        return self._run(PlacedBatch.of(batch, self.device), self.placed.operators)
 
     @torch.inference_mode()
     def prefill(self, batch: Batch) -> tuple[torch.Tensor, Int8State]:
-        """`hidden`, and the state after each document, from which `step` continues. On the CPU."""
+        """`hidden`, and the state after each document, from which `step` continues."""
         state = self.new_state(batch.documents)
-        return self._run(batch, self.placed.operators, state), state
+        return self._run(PlacedBatch.of(batch, self.device), self.placed.operators, state), state
 
     @torch.inference_mode()
     def after_prompt(self, prompt: torch.Tensor) -> tuple[torch.Tensor, Int8State]:
@@ -125,7 +130,7 @@ class Int8LanguageModel:
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor, state: Int8State) -> torch.Tensor:
-        """Feed one token to each sequence: tokens (b,) int64; ``state`` is updated in place; logits (b, v). On the CPU.
+        """Feed one token to each sequence: tokens (b,) int64; ``state`` is updated in place; logits (b, v).
 
         As upstream, the state is rounded to codes after every token. The products of a single sequence (b = 1) are
         multiplied by one combined factor, those of several sequences by two factors in turn.
@@ -135,9 +140,7 @@ class Int8LanguageModel:
     @torch.inference_mode()
     def step_hidden(self, tokens: torch.Tensor, state: Int8State) -> torch.Tensor:
         """As `step`, but the input of lm_head (b, d), as `hidden` has it."""
-        # Each sequence is a document of one token.
-        batch = Batch(tokens, torch.arange(len(tokens) + 1))
-        return self._run(batch, self.placed.operators.decoding(), state)
+        return self._run(PlacedBatch.next_tokens(tokens, self.device), self.placed.operators.decoding(), state)
 
     def new_state(self, sequences: int) -> Int8State:
         """The state of ``sequences`` sequences before their first token."""
@@ -171,10 +174,10 @@ class Int8LanguageModel:
             for block, scales, of_layer in zip(self.placed.blocks, of_layers, divisions, strict=True)
         ]
 
-    def _run(self, batch: Batch, ops: Int8Operators, state: Int8State | None = None) -> torch.Tensor:
+    def _run(self, batch: PlacedBatch, ops: Int8Operators, state: Int8State | None = None) -> torch.Tensor:
         """As `hidden`, with ``ops``."""
-        placed, eps = PlacedBatch.of(batch, ops.device), self.config.norm_eps
-        x = ops.halves(self._embedded(placed.tokens))
+        eps = self.config.norm_eps
+        x = ops.halves(self._embedded(batch.tokens))
         residual = ops.new_residual(x)
         blocks = self.placed.blocks
         for index, (block, scales) in enumerate(zip(blocks, self.laid_out, strict=True)):
@@ -182,7 +185,7 @@ class Int8LanguageModel:
                 normed = ops.add_norm_to_half(x, residual, eps)
             else:
                 normed = ops.add_norm_to_int8(x, residual, eps, scales.input)
-            x = block.forward(ops, normed, scales, placed, None if state is None else state[index])
+            x = block.forward(ops, normed, scales, batch, None if state is None else state[index])
             if ops.device.type == "cpu" and not ops.decodes:  # on a device the work is only queued
                 tell((index + 1) / len(blocks))
         if self.quantized_lm_head:

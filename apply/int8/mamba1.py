@@ -243,14 +243,15 @@ class Int8Mamba1Block(Int8Block):
 
     def new_state(self, sequences: int) -> AnyBlockState:
         """As `Int8Block.new_state`."""
-        c = self.config
+        c, ops = self.config, self.operators
         if CONV_SCAN in self.in_16_bit:
             return BlockState(
-                torch.zeros(sequences, c.d_conv - 1, c.d_inner), torch.zeros(sequences, c.d_inner, c.d_state)
+                torch.zeros(sequences, c.d_conv - 1, c.d_inner, dtype=ops.half.dtype, device=ops.device),
+                torch.zeros(sequences, c.d_state, c.d_inner, device=ops.device).transpose(1, 2),
             )
         return Int8BlockState(
-            torch.zeros(sequences, c.d_conv, c.d_inner, dtype=torch.int8),
-            torch.zeros(sequences, c.d_state, c.d_inner, dtype=torch.int8),
+            torch.zeros(sequences, c.d_conv, c.d_inner, dtype=torch.int8, device=ops.device),
+            torch.zeros(sequences, c.d_state, c.d_inner, dtype=torch.int8, device=ops.device),
         )
 
 

@@ -251,14 +251,15 @@ class Int8Mamba2Block(Int8Block):
 
     def new_state(self, sequences: int) -> AnyBlockState:
         """As `Int8Block.new_state`."""
-        c = self.config
+        c, ops = self.config, self.operators
         if CONV_SCAN in self.in_16_bit:
             return BlockState(
-                torch.zeros(sequences, c.d_conv - 1, c.conv_width), torch.zeros(sequences, c.d_inner, c.d_state)
+                torch.zeros(sequences, c.d_conv - 1, c.conv_width, dtype=ops.half.dtype, device=ops.device),
+                torch.zeros(sequences, c.d_inner, c.d_state, device=ops.device),
             )
         return Int8BlockState(
-            torch.zeros(sequences, c.d_conv, c.conv_width, dtype=torch.int8),
-            torch.zeros(sequences, c.d_inner, c.d_state, dtype=torch.int8),
+            torch.zeros(sequences, c.d_conv, c.conv_width, dtype=torch.int8, device=ops.device),
+            torch.zeros(sequences, c.d_inner, c.d_state, dtype=torch.int8, device=ops.device),
         )
 
 

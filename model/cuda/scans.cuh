@@ -6,8 +6,12 @@
 // SPLIT     threads that share a channel of scan_head, a power of two that divides STATES, 32 at most
 // JOINED    channels per thread of scan_head, a power of two that divides HEADDIM
 //
-// An `In` reads a row's inputs as float32 and writes its outputs. Arithmetic is float32; scan_head's sums over the
-// states are split over threads, so they run in another order than the CPU's.
+// An `In` reads a row's inputs as float32 and writes its outputs. Arithmetic is float32; sums over the states of a head
+// are split over threads, so they run in another order than the CPU's.
+//
+// The scans over documents call keep (document, channel, state, value) with the states after each one's last token,
+// unless `kept` is false. Those of one token per sequence have a `State`: at (sequence, channel, state) reads, put
+// (sequence, channel, state, value) writes.
 
 #include "ptx.cuh"
 
@@ -22,13 +26,14 @@ const int SCAN_TOKENS = 8, SCAN_THREADS = 128;
 
 // Mamba-1's scan with skip connection and gate, as host_kernels.selective_scan, softplus included. One thread per
 // channel and document (blockIdx.y): two or four threads per channel were slower. a (STATES, channels) negative; d,
-// bias (channels,); state (documents, channels, STATES), written unless null.
+// bias (channels,).
 //
 // In: u_at, delta_at, z_at (row, channel) and b_c_at (row, n), n < 2 STATES, start loading an In::Raw each; u, delta,
 // gate (SiLU of z) and b_c convert it to float32, which waits for the load; put (row, channel, y) writes.
-template <class In>
+template <class In, class Keep>
 __device__ __forceinline__ void scan_channels(
-    const In& in, const float* a, const float* d, const float* bias, const int* offsets, i64 channels, float* state
+    const In& in, const float* a, const float* d, const float* bias, const int* offsets, i64 channels, bool kept,
+    const Keep& keep
 ) {
     typedef typename In::Raw Raw;
     constexpr int CELLS = SCAN_TOKENS * 2 * STATES, FILLS = (CELLS + SCAN_THREADS - 1) / SCAN_THREADS;
@@ -90,9 +95,35 @@ __device__ __forceinline__ void scan_channels(
             if (mine && first + k < last) in.put(first + k, channel, total * gate[k]);
         }
     }
-    if (!mine || state == nullptr) return;
+    if (!mine || !kept) return;
 #pragma unroll
-    for (int n = 0; n < STATES; n++) state[((i64)blockIdx.y * channels + channel) * STATES + n] = h[n];
+    for (int n = 0; n < STATES; n++) keep(blockIdx.y, channel, n, h[n]);
+}
+
+// One token of each sequence through Mamba-1's scan with skip connection and gate, as host_kernels.scan_update_int8,
+// softplus included. One thread per channel and sequence (blockIdx.y, the row). a (STATES, channels) negative; d, bias
+// (channels,); In as in scan_channels. The output reads the states before `put` rounds them.
+template <class In, class State>
+__device__ __forceinline__ void step_channels(
+    const In& in, const State& state, const float* a, const float* d, const float* bias, i64 channels
+) {
+    const int channel = blockIdx.x * SCAN_THREADS + threadIdx.x;
+    if (channel >= channels) return;
+    const i64 row = blockIdx.y;
+    const float step = softplus(in.delta(in.delta_at(row, channel)) + bias[channel]);
+    const float u = in.u(in.u_at(row, channel));
+    float h[STATES], total = 0.0f; // all are read before one is written, so that no load waits for a store
+#pragma unroll
+    for (int n = 0; n < STATES; n++) h[n] = state.at(row, channel, n);
+#pragma unroll
+    for (int n = 0; n < STATES; n++) {
+        const float drive = in.b_c(in.b_c_at(row, n)) * step * u;
+        h[n] = h[n] * expf(a[n * channels + channel] * step) + drive;
+        total += h[n] * in.b_c(in.b_c_at(row, STATES + n));
+    }
+#pragma unroll
+    for (int n = 0; n < STATES; n++) state.put(row, channel, n, h[n]);
+    in.put(row, channel, (total + u * d[channel]) * in.gate(in.z_at(row, channel)));
 }
 
 const int SSD_TOKENS = 16;
@@ -100,14 +131,14 @@ const int SSD_TOKENS = 16;
 // Mamba-2's scan with skip connection, not gated, as host_kernels.ssd_scan, softplus included. One block per head
 // (blockIdx.x) and document (blockIdx.y). SPLIT threads share JOINED channels, and each has STATES / SPLIT states of
 // every one. Several channels per thread reduce the reads of B and C from shared memory, which would limit the speed. a
-// (heads,) negative; d, bias (heads,); state (documents, heads HEADDIM, STATES), written unless null.
+// (heads,) negative; d, bias (heads,).
 //
 // In: x (row, column) and skipped (row, column), the skip connection's input; b, c (row, column); dt (row, head); put
 // (row, column, y) writes.
-template <class In>
+template <class In, class Keep>
 __device__ __forceinline__ void scan_head(
     const In& in, const float* a, const float* d, const float* bias, const int* offsets, i64 heads, i64 ngroups,
-    float* state
+    bool kept, const Keep& keep
 ) {
     constexpr int OWN = STATES / SPLIT, WIDE = OWN % 4 ? 1 : 4; // consecutive states that are read together
     __shared__ __align__(16) float shared_b[SSD_TOKENS][STATES], shared_c[SSD_TOKENS][STATES]; // B times the step
@@ -198,11 +229,59 @@ __device__ __forceinline__ void scan_head(
             }
         }
     }
-    if (state == nullptr) return;
+    if (!kept) return;
 #pragma unroll
     for (int j = 0; j < JOINED; j++) {
-        float* out = state + ((i64)blockIdx.y * heads * HEADDIM + first_channel + channel + j) * STATES;
 #pragma unroll
-        for (int i = 0; i < OWN; i++) out[(i / WIDE * SPLIT + part) * WIDE + i % WIDE] = h[j][i];
+        for (int i = 0; i < OWN; i++) {
+            keep(blockIdx.y, first_channel + channel + j, (i / WIDE * SPLIT + part) * WIDE + i % WIDE, h[j][i]);
+        }
+    }
+}
+
+const int STEP_THREADS = 128, STEP_CHANNELS = HEADDIM % 4 ? 1 : 4;
+
+// One token of each sequence through Mamba-2's scan with skip connection, not gated, as host_kernels.ssd_update_int8,
+// softplus included. One warp per STEP_CHANNELS channels of a head and sequence (blockIdx.y, the row), whose lanes share
+// the states. a (heads,) negative; d, bias (heads,); In as in scan_head. The output reads the states before `put` rounds
+// them.
+template <class In, class State>
+__device__ __forceinline__ void step_head(
+    const In& in, const State& state, const float* a, const float* d, const float* bias, i64 heads, i64 ngroups
+) {
+    constexpr int OWN = (STATES + 31) / 32; // states of each lane: every 32nd
+    const i64 first = ((i64)blockIdx.x * (STEP_THREADS / 32) + threadIdx.x / 32) * STEP_CHANNELS;
+    if (first >= heads * HEADDIM) return; // the whole warp
+    const i64 row = blockIdx.y;
+    const int lane = threadIdx.x % 32, head = (int)(first / HEADDIM);
+    const i64 first_state = head * ngroups / heads * STATES;
+    const float step = softplus(in.dt(row, head) + bias[head]), decay = expf(step * a[head]), skip = d[head];
+    float b[OWN], c[OWN], x[STEP_CHANNELS], h[STEP_CHANNELS][OWN]; // all are read before one is written, as above
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const int n = lane + i * 32;
+        const bool mine = n < STATES;
+        b[i] = mine ? in.b(row, first_state + n) * step : 0.0f;
+        c[i] = mine ? in.c(row, first_state + n) : 0.0f;
+#pragma unroll
+        for (int j = 0; j < STEP_CHANNELS; j++) h[j][i] = mine ? state.at(row, first + j, n) : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < STEP_CHANNELS; j++) x[j] = in.x(row, first + j);
+#pragma unroll
+    for (int j = 0; j < STEP_CHANNELS; j++) {
+        float total = 0.0f;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            h[j][i] = h[j][i] * decay + b[i] * x[j];
+            total += h[j][i] * c[i];
+        }
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            if (lane + i * 32 < STATES) state.put(row, first + j, lane + i * 32, h[j][i]);
+        }
+#pragma unroll
+        for (int offset = 16; offset; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+        if (lane == 0) in.put(row, first + j, total + x[j] * skip);
     }
 }

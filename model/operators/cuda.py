@@ -7,14 +7,25 @@ from pathlib import Path
 
 import torch
 
-from quambase.model.cuda.compiler import Kernels
+from quambase.model.cuda.compiler import Argument, Kernels
 from quambase.model.hadamard import odd_factor, odd_order
 from quambase.model.operators.interface import BlockState, OperatorSizes
 from quambase.model.operators.torch import TorchOperators
 from quambase.model.packed_batch import PlacedBatch
 
 SOURCE = Path(__file__).with_name("forward.cu")
-NAMES = ("add_norm", "conv_silu", "selective_scan", "ssd_scan", "gated_norm", "gated_norm_hadamard", "hadamard")
+NAMES = (
+    "add_norm",
+    "conv_silu",
+    "conv_step",
+    "selective_scan",
+    "scan_step",
+    "ssd_scan",
+    "ssd_step",
+    "gated_norm",
+    "gated_norm_hadamard",
+    "hadamard",
+)
 CONV_ROWS = 16
 """Rows per thread of the convolution, as in forward.cu."""
 
@@ -27,12 +38,20 @@ ROW_THREADS = 256
 SCAN_THREADS = 128
 """Threads per block of the selective scan, one per channel, as in scans.cuh."""
 
+STEP_THREADS = 128
+"""Threads per block of the SSD scan of one token, as in scans.cuh."""
+
 
 def ssd_division(states: int, headdim: int) -> tuple[int, int]:
     """SPLIT and JOINED of scans.cuh: threads that share a channel of an SSD scan, and channels per thread."""
     split = math.gcd(states, 16)
     # Four channels per thread where that gives whole warps.
     return split, 4 if headdim % 4 == 0 and headdim // 4 * split % 32 == 0 else 1
+
+
+def step_blocks(channels: int, headdim: int) -> int:
+    """Blocks per sequence of the SSD scan of one token: a warp per STEP_CHANNELS channels, as in scans.cuh."""
+    return -(-channels * 32 // (STEP_THREADS * (1 if headdim % 4 else 4)))
 
 
 def rows_of_block(dim: int) -> int:
@@ -66,8 +85,8 @@ def kernel_sizes(sizes: OperatorSizes) -> dict[str, int]:
 
 
 class CudaOperators(TorchOperators):
-    """`quambase.model.operators.interface.Operators` for one model's sizes on one device. Decoding steps (with a
-    ``state``) run in plain PyTorch, which needs no loop over time for one token.
+    """`quambase.model.operators.interface.Operators` for one model's sizes on one device. With a ``state``, a
+    kernel updates it in place; convolution inputs must be contiguous.
 
     CompilationFailed: the kernels do not compile; CheckpointInvalid as `kernel_sizes`.
     """
@@ -75,6 +94,7 @@ class CudaOperators(TorchOperators):
     def __init__(self, device: torch.device, dtype: torch.dtype, sizes: OperatorSizes) -> None:
         super().__init__(dtype, sizes.ngroups, device)
         defines = kernel_sizes(sizes)
+        self._headdim = defines["HEADDIM"]
         self._ssd_threads = defines["HEADDIM"] // defines["JOINED"] * defines["SPLIT"]
         self._rows, self._shared = rows_of_block(sizes.d_inner), rows_shared(sizes.d_inner)
         self._odd = torch.tensor(odd_factor(defines["ORDER"]), device=device)
@@ -104,10 +124,13 @@ class CudaOperators(TorchOperators):
         state: BlockState | None = None,
     ) -> torch.Tensor:
         """As `Operators.conv_silu`."""
-        if state is not None:
-            return super().conv_silu(x, weight, bias, batch, state)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rows, channels = x.shape
+        if state is not None:
+            assert state.conv.is_contiguous() and state.conv.dtype == x.dtype
+            step = (x, x.stride(0), weight, bias, channels, state.conv, out)
+            self._kernels.launch("conv_step", (-(-channels // 128), rows), 128, step)
+            return out
         grid = (-(-channels // 128), -(-rows // CONV_ROWS))
         arguments = (x, x.stride(0), weight, bias, batch.starts, rows, channels, out)
         self._kernels.launch("conv_silu", grid, 128, arguments)
@@ -126,13 +149,15 @@ class CudaOperators(TorchOperators):
         state: BlockState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
-        if state is not None:
-            return super().selective_scan(u, delta, bc, z, a, d, bias, batch, state)
         documents, channels = batch.host.documents, u.shape[1]
         y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-        last = torch.empty(documents, channels, len(a), device=u.device)
         arguments = (u.contiguous(), delta.contiguous(), bc, bc.stride(0), z, z.stride(0), a, d, bias)
         grid = (-(-channels // SCAN_THREADS), documents)
+        if state is not None:
+            kept: list[Argument] = [channels, y, state.ssm, *state.ssm.stride()]
+            self._kernels.launch("scan_step", grid, SCAN_THREADS, [*arguments, *kept])
+            return y, state.ssm
+        last = torch.empty(documents, channels, len(a), device=u.device)
         rest = (batch.offsets, channels, y, last)
         self._kernels.launch("selective_scan", grid, SCAN_THREADS, (*arguments, *rest))
         return y, last
@@ -150,15 +175,19 @@ class CudaOperators(TorchOperators):
         state: BlockState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.ssd_scan`."""
-        if state is not None:
-            return super().ssd_scan(x, b, c, dt, a, d, bias, batch, state)
         documents, heads = batch.host.documents, len(a)
         if not x.stride() == b.stride() == c.stride():  # the kernel reads columns of one matrix
             x, b, c = torch.split(torch.cat([x, b, c], 1), [x.shape[1], b.shape[1], c.shape[1]], 1)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        arguments = (x, b, c, x.stride(0), dt, dt.stride(0), a, d, bias)
+        if state is not None:
+            kept: list[Argument] = [heads, self.ngroups, y, state.ssm, *state.ssm.stride()]
+            grid = (step_blocks(x.shape[1], self._headdim), documents)
+            self._kernels.launch("ssd_step", grid, STEP_THREADS, [*arguments, *kept])
+            return y, state.ssm
         last = torch.empty(documents, x.shape[1], b.shape[1] // self.ngroups, device=x.device)
-        arguments = (x, b, c, x.stride(0), dt, dt.stride(0), a, d, bias, batch.offsets, heads, self.ngroups, y, last)
-        self._kernels.launch("ssd_scan", (heads, documents), self._ssd_threads, arguments)
+        rest = (batch.offsets, heads, self.ngroups, y, last)
+        self._kernels.launch("ssd_scan", (heads, documents), self._ssd_threads, (*arguments, *rest))
         return y, last
 
     def gated_norm(

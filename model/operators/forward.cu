@@ -62,6 +62,38 @@ extern "C" __global__ void __launch_bounds__(128) conv_silu(
     }
 }
 
+// The same for one token of each sequence: x (b, e or more) and window (b, WIDTH - 1, e), the last inputs, oldest first,
+// updated. One thread per channel and sequence (blockIdx.y).
+extern "C" __global__ void __launch_bounds__(128) conv_step(
+    const real* x, i64 x_stride, const float* weight, const float* bias, i64 channels, real* window, real* out
+) {
+    const int channel = blockIdx.x * blockDim.x + threadIdx.x;
+    if (channel >= channels) return;
+    const i64 row = blockIdx.y;
+    real* mine = window + row * (WIDTH - 1) * channels + channel;
+    const real now = x[row * x_stride + channel];
+    float total = bias[channel];
+#pragma unroll
+    for (int k = 0; k < WIDTH; k++) {
+        const real value = k < WIDTH - 1 ? mine[k * channels] : now;
+        if (k > 0) mine[(k - 1) * channels] = value;
+        total += weight[k * channels + channel] * to_float(value);
+    }
+    out[row * channels + channel] = as_real(silu(total));
+}
+
+// A state of any strides, from one sequence, channel and state to the next.
+struct State {
+    float* first;
+    i64 of_sequence, of_channel, of_state;
+
+    __device__ float& here(i64 sequence, i64 channel, int n) const {
+        return first[sequence * of_sequence + channel * of_channel + n * of_state];
+    }
+    __device__ float at(i64 sequence, i64 channel, int n) const { return here(sequence, channel, n); }
+    __device__ void put(i64 sequence, i64 channel, int n, float value) const { here(sequence, channel, n) = value; }
+};
+
 struct Channels {
     typedef real Raw;
     const real *u_start, *delta_start, *bc;
@@ -82,13 +114,26 @@ struct Channels {
 };
 
 // u, y (t, e); delta (t, e) without bias; bc (t, 2 STATES), B then C, rows bc_stride apart; z (t, e), rows z_stride
-// apart; the rest as in scan_channels.
+// apart; state (documents, e, STATES), of the last tokens; the rest as in scan_channels.
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS) selective_scan(
     const real* u, const real* delta, const real* bc, i64 bc_stride, const real* z, i64 z_stride, const float* a,
     const float* d, const float* bias, const int* offsets, i64 channels, real* y, float* state
 ) {
     const Channels in = {u, delta, bc, bc_stride, z, z_stride, channels, y};
-    scan_channels(in, a, d, bias, offsets, channels, state);
+    const auto keep = [=](i64 document, i64 channel, int n, float value) {
+        state[(document * channels + channel) * STATES + n] = value;
+    };
+    scan_channels(in, a, d, bias, offsets, channels, true, keep);
+}
+
+// The same for one token of each sequence, t of them; state (t, e, STATES) of the strides `of_...`, updated.
+extern "C" __global__ void __launch_bounds__(SCAN_THREADS) scan_step(
+    const real* u, const real* delta, const real* bc, i64 bc_stride, const real* z, i64 z_stride, const float* a,
+    const float* d, const float* bias, i64 channels, real* y, float* state, i64 of_sequence, i64 of_channel,
+    i64 of_state
+) {
+    const Channels in = {u, delta, bc, bc_stride, z, z_stride, channels, y};
+    step_channels(in, State{state, of_sequence, of_channel, of_state}, a, d, bias, channels);
 }
 
 struct Head {
@@ -107,13 +152,26 @@ struct Head {
 };
 
 // x (t, heads HEADDIM) rows x_stride apart, b and c (t, ngroups STATES) too; dt (t, heads) without bias, rows dt_stride
-// apart; y (t, heads HEADDIM); the rest as in scan_head.
+// apart; y (t, heads HEADDIM); state (documents, heads HEADDIM, STATES), of the last tokens; the rest as in scan_head.
 extern "C" __global__ void __launch_bounds__(HEADDIM / JOINED * SPLIT) ssd_scan(
     const real* x, const real* b, const real* c, i64 x_stride, const real* dt, i64 dt_stride, const float* a,
     const float* d, const float* bias, const int* offsets, i64 heads, i64 ngroups, real* y, float* state
 ) {
     const Head in = {x, b, c, x_stride, dt, dt_stride, heads * HEADDIM, y};
-    scan_head(in, a, d, bias, offsets, heads, ngroups, state);
+    const auto keep = [=](i64 document, i64 channel, int n, float value) {
+        state[(document * heads * HEADDIM + channel) * STATES + n] = value;
+    };
+    scan_head(in, a, d, bias, offsets, heads, ngroups, true, keep);
+}
+
+// The same for one token of each sequence, t of them; state (t, heads HEADDIM, STATES) of the strides `of_...`, updated.
+extern "C" __global__ void __launch_bounds__(STEP_THREADS) ssd_step(
+    const real* x, const real* b, const real* c, i64 x_stride, const real* dt, i64 dt_stride, const float* a,
+    const float* d, const float* bias, i64 heads, i64 ngroups, real* y, float* state, i64 of_sequence, i64 of_channel,
+    i64 of_state
+) {
+    const Head in = {x, b, c, x_stride, dt, dt_stride, heads * HEADDIM, y};
+    step_head(in, State{state, of_sequence, of_channel, of_state}, a, d, bias, heads, ngroups);
 }
 
 // residual += x, then residual / rms * weight. x, out (rows, width) and residual (rows, width), contiguous; weight

@@ -36,7 +36,7 @@ class BlockState:
     """A block's decoding state of b sequences.
 
     conv  (b, k - 1, channels): the convolution's last inputs, oldest first
-    ssm   (b, e, n) float32
+    ssm   (b, e, n) float32; of a Mamba-1 in memory (b, n, e), since a kernel's neighbouring threads have channels
     """
 
     conv: torch.Tensor
@@ -45,6 +45,11 @@ class BlockState:
     def first(self, sequences: int) -> BlockState:
         """The state of the first ``sequences`` of them."""
         return BlockState(self.conv[:sequences], self.ssm[:sequences])
+
+
+def by_state_index(ssm: torch.Tensor) -> torch.Tensor:
+    """A Mamba-1's state (b, e, n), laid out in memory as `BlockState` says."""
+    return ssm.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class Operators(Protocol):

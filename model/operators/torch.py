@@ -57,7 +57,7 @@ class TorchOperators:
         """As `Operators.conv_silu`."""
         if state is not None:
             window = torch.cat([state.conv, x.unsqueeze(1)], dim=1)  # (b, k, c)
-            state.conv = window[:, 1:].contiguous()
+            state.conv.copy_(window[:, 1:])
             return F.silu(torch.einsum("bkc,kc->bc", window.float(), weight) + bias).to(x.dtype)
         rows = torch.arange(len(x), device=x.device)
         total = bias.expand(x.shape).clone()
@@ -145,10 +145,15 @@ class TorchOperators:
         return rotated.view(x.shape).to(x.dtype)
 
 
-def _by_position(batch: PlacedBatch, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+Indices = torch.Tensor | slice
+
+
+def _by_position(batch: PlacedBatch, device: torch.device) -> list[tuple[Indices, Indices]]:
     """For each position, the documents that reach it and their rows there."""
+    if batch.decodes:
+        return [(slice(None), slice(None))]
     lengths = batch.host.offsets.diff()
-    found = []
+    found: list[tuple[Indices, Indices]] = []
     for position in range(int(lengths.max()) if len(lengths) else 0):
         documents = torch.nonzero(lengths > position)[:, 0]
         rows = batch.host.offsets[documents] + position

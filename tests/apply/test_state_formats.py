@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 from quambase.analyzer.analyze import analyze
 from quambase.apply.evaluation.candidates import from_scales
 from quambase.apply.evaluation.evaluate import evaluate
+from quambase.apply.int8 import simulated_scans
+from quambase.apply.int8.build import int8_on_cuda
+from quambase.apply.int8.host_operators import HostInt8Operators
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.state_formats import (
     CHANNEL,
@@ -226,6 +230,61 @@ def test_int8_with_the_tables_scales_is_the_kernels_state(world: Path) -> None:
         assert difference.max() <= 1
         off, whole = off + int(difference.sum()), whole + difference.numel()
     assert off <= whole / 100
+
+
+def test_plain_pytorch_makes_the_kernels_state_of_a_prompt(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA does where a state is simulated: prefill's kernels give the outputs, plain PyTorch the state."""
+    model = int8_model(world).with_state(StateFormat("float32"))
+    batch = Batch.pack([[1, 2, 3, 4, 5, 6], [7], [8, 9, 1, 1]])
+    kernels = model.prefill(batch)
+    plain = simulated_on_prefill(model, monkeypatch)
+    found = plain.prefill(batch)
+    assert torch.equal(kernels[0], found[0])
+    for kernel, state in zip(kernels[1], found[1], strict=True):
+        # Sums of six float32 products in another order, of a Mamba-2 then rounded to float16.
+        assert torch.allclose(kernel.ssm, state.ssm, rtol=2e-3, atol=1e-6)
+
+
+def simulated_on_prefill(model: Int8LanguageModel, monkeypatch: pytest.MonkeyPatch) -> Int8LanguageModel:
+    """``model`` with the state of prefill made as on CUDA."""
+    scan, ssd = HostInt8Operators.selective_scan, HostInt8Operators.ssd_scan
+
+    def selective_scan(self: HostInt8Operators, *arguments: Any) -> torch.Tensor:
+        *given, state = arguments
+        if isinstance(state, SimulatedState):
+            simulated_scans.selective_scan(*given, state)
+        return scan(self, *given, None)
+
+    def ssd_scan(self: HostInt8Operators, *arguments: Any) -> torch.Tensor:
+        *given, state = arguments
+        if isinstance(state, SimulatedState):
+            simulated_scans.ssd_scan(*given, state, self.sizes.ngroups)
+        return ssd(self, *given, None)
+
+    monkeypatch.setattr(HostInt8Operators, "selective_scan", selective_scan)
+    monkeypatch.setattr(HostInt8Operators, "ssd_scan", ssd_scan)
+    return model
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("text", ["int8", "int8:channel", "fp8:head", "int8:index:feedback"])
+def test_cuda_keeps_the_cpus_states(world: Path, text: str) -> None:
+    host = int8_model(world).with_state(StateFormat.parse(text))
+    device = int8_on_cuda({"": host}, torch.device("cuda"))[""]
+    assert isinstance(device, Int8LanguageModel) and device.state_format == host.state_format
+    batch, tokens = Batch.pack([[1, 2, 3, 4, 5, 6], [7, 8, 9]]), torch.tensor([4, 5])
+    found = []
+    for model in (host, device):
+        _, state = model.prefill(batch)
+        logits = model.step(tokens, state)
+        found.append((logits.float().cpu(), [each.ssm.cpu() for each in state]))
+    # A code of an activation may differ by one, which a step of the state follows.
+    assert torch.allclose(found[0][0], found[1][0], rtol=0, atol=0.02)
+    off = [
+        ((mine - other).abs() > 1e-3 * mine.abs().max()).float().mean()
+        for mine, other in zip(*[s for _, s in found], strict=True)
+    ]
+    assert max(off) < 0.05
 
 
 def test_an_unrounded_state_decodes_as_prefill(world: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from quambase.model.hadamard import hadamard
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.operators import cuda as cuda_operators
 from quambase.model.operators.cuda import CudaOperators
-from quambase.model.operators.interface import OperatorSizes
+from quambase.model.operators.interface import BlockState, OperatorSizes
 from quambase.model.operators.torch import TorchOperators
 from quambase.model.packed_batch import Batch, PlacedBatch
 
@@ -102,6 +102,61 @@ def test_mamba2s_scan(
     apart = [part.clone() for part in my]  # no columns of one matrix
     again = compiled.ssd_scan(*apart, dt.to(device)[:, 3:], a.to(device), d.to(device), bias.to(device), there)
     assert torch.equal(again[0], found[0]) and torch.equal(again[1], found[1])
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+@pytest.mark.parametrize(("channels", "states", "b"), [(24, 4, 5), (160, 16, 3), (1536, 16, 1), (5120, 16, 1)])
+def test_mamba1s_operators_of_one_token(
+    dtype: torch.dtype, channels: int, states: int, b: int, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    plain, compiled = TorchOperators(dtype), CudaOperators(device, dtype, mamba1(channels, states))
+    weight, bias, d = (draw(generator, SINGLE, *shape) for shape in ((4, channels), (channels,), (channels,)))
+    a = -torch.rand(states, channels, generator=generator) * 8
+    conv, ssm = draw(generator, dtype, b, 3, channels), draw(generator, SINGLE, b, states, channels)
+    mine = BlockState(conv.clone(), ssm.clone().transpose(1, 2))
+    # In the first rows of a longer one; in memory by state index, and, in the second half, by channel.
+    theirs = BlockState(torch.cat([conv, conv]).to(device), torch.cat([ssm, ssm]).to(device).transpose(1, 2)).first(b)
+    for step in range(4):
+        here, there = (PlacedBatch.next_tokens(torch.zeros(b).long(), on) for on in (torch.device("cpu"), device))
+        kept = theirs.conv, theirs.ssm
+        wide, delta = draw(generator, dtype, b, channels + 6), draw(generator, dtype, b, channels)
+        bc = draw(generator, dtype, b, 3 + 2 * states)
+        convolved = plain.conv_silu(wide[:, :channels], weight, bias, here, mine)
+        moved = wide.to(device)
+        found = compiled.conv_silu(moved[:, :channels], weight.to(device), bias.to(device), there, theirs)
+        assert close(found, convolved) and torch.equal(theirs.conv.cpu(), mine.conv)
+        y, _ = plain.selective_scan(convolved, delta, bc[:, 3:], wide[:, 6:], a, d, bias, here, mine)
+        inputs = (convolved.to(device), delta.to(device), bc.to(device)[:, 3:], moved[:, 6:])
+        my_y, last = compiled.selective_scan(*inputs, *(v.to(device) for v in (a, d, bias)), there, theirs)
+        assert close(my_y, y) and close(theirs.ssm, mine.ssm) and last is theirs.ssm
+        assert theirs.conv is kept[0] and theirs.ssm is kept[1]
+        if step == 1:
+            theirs.ssm = theirs.ssm.contiguous()
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+@pytest.mark.parametrize(
+    ("heads", "headdim", "states", "ngroups", "b"),
+    [(4, 8, 4, 2, 3), (6, 64, 128, 1, 2), (4, 64, 64, 2, 1), (4, 6, 40, 1, 3), (80, 64, 128, 8, 1)],
+)
+def test_mamba2s_scan_of_one_token(
+    dtype: torch.dtype, heads: int, headdim: int, states: int, ngroups: int, b: int, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    e, w = heads * headdim, ngroups * states
+    plain = TorchOperators(dtype, ngroups)
+    compiled = CudaOperators(device, dtype, mamba2(heads, headdim, states, ngroups))
+    a, d, bias = -torch.rand(heads, generator=generator) * 8, *(draw(generator, SINGLE, heads) for _ in range(2))
+    ssm, conv = draw(generator, SINGLE, b, e, states), torch.empty(0)
+    mine, theirs = BlockState(conv, ssm.clone()), BlockState(conv, torch.cat([ssm, ssm]).to(device)).first(b)
+    for _ in range(3):
+        here, there = (PlacedBatch.next_tokens(torch.zeros(b).long(), on) for on in (torch.device("cpu"), device))
+        wide, dt = draw(generator, dtype, b, e + 2 * w), draw(generator, dtype, b, heads + 3)
+        y, _ = plain.ssd_scan(*torch.split(wide, [e, w, w], dim=1), dt[:, 3:], a, d, bias, here, mine)
+        inputs = (*torch.split(wide.to(device), [e, w, w], dim=1), dt.to(device)[:, 3:])
+        my_y, last = compiled.ssd_scan(*inputs, *(v.to(device) for v in (a, d, bias)), there, theirs)
+        assert close(my_y, y) and close(last, mine.ssm) and last is theirs.ssm
 
 
 @pytest.mark.parametrize("dim", [24, 64, 768, 1536, 2560, 4096, 5120, 12288])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields
 
 import pytest
@@ -10,6 +11,7 @@ from cuda_kernels_on_host import cuda_or_host
 from device_models import DOCUMENTS, plain_model, shown, tiny_weights
 
 from quambase.model.block_kinds import KINDS, kind_of
+from quambase.model.decoding_steps import DecodingSteps
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.mamba1 import MambaConfig
 from quambase.model.mamba2 import Mamba2Config
@@ -60,7 +62,7 @@ def test_a_step_in_plain_torch_goes_on_where_the_one_before_stopped(family: str,
 
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
 def test_the_whole_model_over_cudas_kernels_is_the_hosts(family: str, device: torch.device) -> None:
-    """Every site, and the steps, which have no kernels of their own there."""
+    """Every site, and the steps."""
     weights = tiny_weights(family)
     host = floating_model(weights, rotated=True)
     model = LanguageModel(weights, CudaOperators(device, SINGLE, weights.config.operator_sizes), rotated=True)
@@ -70,6 +72,39 @@ def test_the_whole_model_over_cudas_kernels_is_the_hosts(family: str, device: to
         assert (found[key] - values).abs().max() <= ULPS * max(1, values.abs().max()), key
     steps = decoded(host, TEXTS)
     assert (decoded(model, TEXTS) - steps).abs().max() <= ULPS * steps.abs().max()
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+@pytest.mark.parametrize("b", [1, 3])
+def test_steps_go_on_from_a_prompt(family: str, dtype: torch.dtype, b: int, device: torch.device) -> None:
+    """From prompts of different lengths: as at once, as on the host; on CUDA, a graph's, bit for bit."""
+    weights = tiny_weights(family)
+    model = LanguageModel(weights, CudaOperators(device, dtype, weights.config.operator_sizes), rotated=True)
+    host = floating_model(weights, rotated=True)
+    cuts = [3, 1, 5][:b]
+    prompts = Batch.pack([text[:cut] for text, cut in zip(TEXTS, cuts, strict=False)])
+    following = torch.tensor([text[cut : cut + 3] for text, cut in zip(TEXTS, cuts, strict=False)]).T
+    wanted = at_once_after(host, cuts)
+    found = {}
+    for name, one in (("host", host), ("here", model)):
+        hidden, state = one.prefill(prompts)
+        assert torch.equal(hidden, one.hidden(prompts))
+        if name == "here":
+            steps = DecodingSteps(one, copy.deepcopy(state))
+            replayed = torch.stack([steps.step(tokens) for tokens in following]).float().cpu()
+        found[name] = torch.stack([one.step(tokens, state).float().cpu() for tokens in following])
+    # In float16 every operator rounds by 2^-11, in two layers of a dozen operators.
+    allowed = (ULPS if dtype == SINGLE else 24 * 2.0**-11) * wanted.abs().max()
+    assert (found["host"] - wanted).abs().max() <= ULPS * wanted.abs().max()
+    assert (found["here"] - wanted).abs().max() <= allowed
+    assert torch.equal(replayed, found["here"])
+
+
+def at_once_after(model: LanguageModel, cuts: list[int]) -> torch.Tensor:
+    """Logits (3, b, v) of three tokens after the first ``cuts[i]`` of TEXTS[i], in one forward pass."""
+    logits = at_once(model, TEXTS)
+    return torch.stack([logits[cut : cut + 3, i] for i, cut in enumerate(cuts)], 1)
 
 
 def test_blocks_of_different_kinds_make_one_model() -> None:

@@ -119,9 +119,8 @@ class ItemModel(TemplateLM):  # type: ignore[misc]
         """Greedy continuations, each up to the first of its stop texts. DataInvalid: sampling is asked for."""
         if self.steps is None:
             raise DataInvalid(
-                "INT8 models generate on the CPU alone, and outlier_piecewise not at all: say --device cpu (for "
-                "lm_eval: device=cpu), or take tasks of log-likelihoods (output_type loglikelihood, "
-                "loglikelihood_rolling, multiple_choice)"
+                "an INT8 model of outlier_piecewise does not generate; take another strategy, or tasks of "
+                "log-likelihoods (output_type loglikelihood, loglikelihood_rolling, multiple_choice)"
             )
         return [self._generated(self.steps, *request.args) for request in requests]
 

@@ -61,6 +61,10 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline float __ll2float_rn(long long v) { return (float)v; }
+inline int __dp4a(int a, int b, int sum) {
+    for (int i = 0; i < 4; i++) sum += (signed char)(a >> 8 * i) * (signed char)(b >> 8 * i);
+    return sum;
+}
 inline int __popc(unsigned v) { return std::popcount(v); }
 inline int __ffs(unsigned v) { return v ? std::countr_zero(v) + 1 : 0; }
 
