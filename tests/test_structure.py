@@ -134,6 +134,5 @@ def test_the_report_for_reviewers_counts_every_file() -> None:
 
 def test_one_place_decides_where_machine_code_is_kept() -> None:
     """`kept_njit` works, and says so, where no folder can be written; ``cache=True`` elsewhere would raise there."""
-    kept = re.compile(r"cache=True")
     holders = [path for path in product() if "cache=True" in path.read_text("utf-8")]
     assert [path.relative_to(ROOT).as_posix() for path in holders] == ["schema/compiled.py"]
