@@ -36,7 +36,7 @@ from quambase.model.block_kinds import KINDS
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.checksums import file_sha256
 from quambase.schema.errors import CheckpointInvalid, OutputRefused, first_line
-from quambase.schema.files import replacing
+from quambase.schema.files import locked, replacing
 from quambase.schema.int8_models import AGAIN, CONFIG, SCALES, TENSORS, TOKENIZER, UNFINISHED, check_files, read_about
 from quambase.schema.json_files import as_type, write_json
 from quambase.schema.number_format import Affine
@@ -53,13 +53,17 @@ class StoredModel:
     tensors_sha256: str
 
 
+_BEGUN = re.compile(rf"\.lock|\.{CONFIG}\..*\.tmp")
+"""What `save_model` leaves in a new folder if it is killed before config.json is there."""
+
+
 def refuse_foreign_folder(folder: Path) -> None:
     """OutputRefused unless ``folder`` is new, empty, or has an INT8 model of quambase; called before any work."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise OutputRefused(f"{folder} is a file; expected a folder to write the INT8 model to")
-    if not any(folder.iterdir()):
+    if all(_BEGUN.fullmatch(path.name) for path in folder.iterdir()):
         return
     if not is_int8_model(folder):
         raise OutputRefused(
@@ -86,9 +90,24 @@ def save_model(
     """Write ``model`` to ``folder``. config.json is written first, marked as unfinished, and completed at the end.
 
     about    further entries of config.json: source model, hashes, strategy
-    scales   the rows of the scale table that were used, and their provenance OSError, also on a full disk, which
-             safetensors reports as an error of its own.
+    scales   the rows of the scale table that were used, and their provenance
+
+    RunBusy: another process is writing the folder. OSError, also on a full disk, which safetensors reports as an error
+    of its own.
     """
+    # Two processes that write one folder could otherwise leave the tensors of one with the settings of the other.
+    with locked(folder, f"the model {folder}"):
+        _save(folder, model, about, tokenizer, scales)
+
+
+def _save(
+    folder: Path,
+    model: Int8LanguageModel,
+    about: dict[str, Any],
+    tokenizer: Path | None,
+    scales: tuple[pa.Table, dict[str, Any]] | None,
+) -> None:
+    """`save_model` in a folder that this process holds."""
     family = int8_kind_of(model.config).format
     write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, "family": family, UNFINISHED: True})
     with replacing(folder / TENSORS) as temporary:
