@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -192,11 +193,42 @@ def load_stored(folder: Path) -> StoredModel:
     path = folder / TENSORS
     try:
         with safe_open(path, framework="pt") as file:
+            _check_shapes(folder, file, _shapes(about, config))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         model = _model_of(about, config, tensors)
     except (SafetensorError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise CheckpointInvalid(f"{path} is not a whole INT8 model ({first_line(error)}); {AGAIN}") from None
     return StoredModel(folder, model, about, about["tensors_sha256"])
+
+
+def _shapes(about: dict[str, Any], config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    """The name and shape of every weight of a model of this configuration, layer by layer; None: there is no such
+    tensor.
+    """
+    whole = (config.vocab_size, config.d_model)
+    yield from (("embedding", whole), ("lm_head", whole))
+    if about["quantize_embedding"]:
+        yield "embedding.scales", whole[:1]
+    names = [field.name for field in fields(BY_FORMAT[about["family"]].weights)]  # type: ignore[arg-type]
+    shapes = config.block_shapes()
+    for layer in range(config.n_layer):
+        yield from ((f"layers.{layer}.{name}", shapes[name]) for name in names)
+    yield f"layers.{config.n_layer}.{names[0]}", None
+
+
+def _check_shapes(folder: Path, file: Any, expected: Iterable[tuple[str, tuple[int, ...] | None]]) -> None:
+    """CheckpointInvalid names the first tensor whose shape is not the expected one, before any is read: a model of
+    other sizes would be computed without an error, or ask for memory beyond all bounds.
+    """
+    there = set(file.keys())
+    for name, shape in expected:
+        found = tuple(file.get_slice(name).get_shape()) if name in there else None
+        if found != shape:
+            is_there = "is missing" if found is None else f"has shape {found}"
+            implied = "that there is none" if shape is None else str(shape)
+            raise CheckpointInvalid(
+                f"{folder / TENSORS}: {name} {is_there}; the sizes in {CONFIG} imply {implied}: {AGAIN}"
+            )
 
 
 def _model_of(about: dict[str, Any], config: ModelConfig, tensors: dict[str, torch.Tensor]) -> Int8LanguageModel:
