@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from quambase.schema.compiled import kept_njit
 from quambase.schema.number_format import INT8
 
 Float32 = npt.NDArray[np.float32]
@@ -36,7 +36,7 @@ TIE = 2.0**-44
 """Errors closer than this share of the signal's energy are one error: float64 cannot tell them apart."""
 
 
-@njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def tally(values: Float32, counts: Int64, scale: np.float32, lowest: int, histogram: Int64) -> tuple[float, int]:
     """Add to ``histogram`` (codes,) how many values get each code; return the summed squared error and how many clip.
 
@@ -62,7 +62,7 @@ def tally(values: Float32, counts: Int64, scale: np.float32, lowest: int, histog
     return error, clipped
 
 
-@njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def weighted_error(values: Float32, weights: Float64, scale: np.float32, lowest: int) -> float:
     """Sum of weight * (x - code * scale)^2, codes as in `tally`."""
     error = 0.0
@@ -75,7 +75,7 @@ def weighted_error(values: Float32, weights: Float64, scale: np.float32, lowest:
     return error
 
 
-@njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def lp_error(values: Float32, counts: Int64, scale: np.float32, power: float) -> float:
     """Sum of |x - code * scale|^power, codes as in `tally`."""
     error = 0.0
@@ -87,7 +87,7 @@ def lp_error(values: Float32, counts: Int64, scale: np.float32, power: float) ->
     return error
 
 
-@njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def entropy_divergences(bins: Float64, levels: int) -> Float64:
     """KL divergence in nats of a histogram clipped at i bins from its version of ``levels`` levels, for i = levels..n.
 
@@ -124,7 +124,7 @@ def entropy_divergences(bins: Float64, levels: int) -> Float64:
     return divergences
 
 
-@njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def suffix_sums(magnitudes: Float64, counts: Int64) -> tuple[Int64, Float64, Float64]:
     """For every i, over j >= i: sum of counts, of counts * a, of counts * a^2; one entry more than
     ``magnitudes``.
@@ -151,7 +151,7 @@ def suffix_sums(magnitudes: Float64, counts: Int64) -> tuple[Int64, Float64, Flo
     return zeroth, first, second
 
 
-@njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def _place(magnitudes: Float64, threshold: float, low: int, high: int) -> int:
     """First index in low..high whose magnitude is at least ``threshold``."""
     while low < high:
@@ -163,7 +163,7 @@ def _place(magnitudes: Float64, threshold: float, low: int, high: int) -> int:
     return low
 
 
-@njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def _assign(
     scale: float,
     positive: Float64,
@@ -197,7 +197,7 @@ def _assign(
     return energy, product
 
 
-@njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def _sweep(
     row_low: Int64,
     row_high: Int64,
@@ -232,7 +232,7 @@ def _sweep(
     return found
 
 
-@njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def _clip_floor(
     scale: float,
     sides: tuple[Float64, Float64],
@@ -250,7 +250,7 @@ def _clip_floor(
     return error
 
 
-@njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def _bound(energy: float, left: float, right: float, a1: float, b1: float, a2: float, b2: float) -> float:
     """A lower bound of the error everywhere between the scales ``left`` and ``right``.
 
@@ -269,7 +269,7 @@ def _bound(energy: float, left: float, right: float, a1: float, b1: float, a2: f
     return max(from_left, from_right)
 
 
-@njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def _coarse_grid(
     top: float,
     signal: float,
@@ -306,7 +306,7 @@ def _coarse_grid(
     return size, least
 
 
-@njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def _halve(stack: Float64, stack_rows: Int64, at: int, middle: float, a: float, b: float, row: int) -> None:
     """Replace the interval at ``at`` by its lower half and push its upper half.
 
@@ -323,7 +323,7 @@ def _halve(stack: Float64, stack_rows: Int64, at: int, middle: float, a: float, 
     stack_rows[upper, 0], stack_rows[upper, 1], stack_rows[upper, 2] = row, row2, depth
 
 
-@njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def least_squares(
     positive: Float64, counts_positive: Int64, negative: Float64, counts_negative: Int64, highest: int
 ) -> tuple[float, float]:
@@ -402,7 +402,7 @@ def least_squares(
     return best, least
 
 
-@njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def _keep_ties(ties: Float64, held: int, limit: float) -> int:
     """Drop entries above ``limit``; where none is, keep the larger half of the scales (smaller ones lose
     ties).

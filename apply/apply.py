@@ -89,9 +89,10 @@ def apply(
     granularity  the finest division of a Mamba-2's sites to use; None: the table's finest
     compat       None, or "upstream": reproduce its wrapping Hadamard quantizer and its embedding maximum
     weight_bits  of in_proj, x_proj and out_proj: 8, or 4 (groups of 128 inputs, rounded to nearest)
-    model        the floating-point model, if it is not at the path in the scale table An existing ``out`` must be empty
-                 or an INT8 model's folder.
-                 Errors: OutputRefused, ScalesInvalid, UnknownName, ModelNotFound, CheckpointInvalid.
+    model        the floating-point model, if it is not at the path in the scale table
+
+    An existing ``out`` must be empty or an INT8 model's folder.
+    Errors: OutputRefused, ScalesInvalid, UnknownName, ModelNotFound, CheckpointInvalid, RunBusy.
     """
     db, out = local_folder(db), None if out is None else Path(out)
     if out is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import re
@@ -73,7 +74,9 @@ def describe_os_error(error: OSError) -> str:
     """One line for an operating-system error, with what to do about the common ones."""
     file = error.filename2 or error.filename  # of a copy or a rename, the second is the one that is written
     what = f"{error.strerror or error}" + (f": {file}" if file else "")
-    if error.errno == 28:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{what}; name another place, or change its permissions"
+    if error.errno == errno.ENOSPC:
         return f"{what}; free some space and run the same command again: finished parts are kept"
     return what
 

@@ -403,15 +403,15 @@ def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:
 
 
 class _Clock:
-    """Measures a run: when it began, and how long its consecutive parts took."""
+    """Measures a run: when it began, and how long its consecutive parts took, also if the clock is set meanwhile."""
 
     def __init__(self) -> None:
-        self._started = self._last = time.time()
+        self._started, self._last = time.time(), time.monotonic()
         self._seconds: dict[str, float] = {}
 
     def lap(self, part: str) -> None:
         """End the current part, which was ``part``."""
-        now = time.time()
+        now = time.monotonic()
         self._seconds[f"{part}_seconds"] = round(now - self._last, 3)
         self._last = now
 

@@ -57,7 +57,7 @@ def merge(
     DatabaseInvalid: there are no shards, or of several runs; a shard is missing, unfinished, damaged or of other
     settings. UnknownName: no shards of ``run``. RunBusy: another process is merging.
     """
-    started = time.time()
+    started = time.monotonic()
     db = local_folder(db)
     found_shards = _find([db, *sources])
     if already := _complete_run(found_shards, run, db):
@@ -92,7 +92,7 @@ def merge(
         created = {
             "started": min(str(each.manifest.created["started"]) for each in found.values()),
             "shard_seconds": [each.manifest.created["observe_seconds"] for each in found.values()],
-            "merge_seconds": round(time.time() - started, 3),
+            "merge_seconds": round(time.monotonic() - started, 3),
             **versions(),
         }
         complete = finish_run(folder, replace(manifest, tables=tables, created=created))

@@ -6,11 +6,11 @@ of writing a run.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from quambase.collector.host.kernels import PATTERNS, SIGN
+from quambase.schema.compiled import kept_njit
 from quambase.schema.quantile_rules import interpolate, rank
 
 Float32 = npt.NDArray[np.float32]
@@ -19,11 +19,11 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 
-_rank = numba.njit(cache=True, nogil=True)(rank)
-_interpolate = numba.njit(cache=True, nogil=True)(interpolate)
+_rank = kept_njit(nogil=True)(rank)
+_interpolate = kept_njit(nogil=True)(interpolate)
 
 
-@numba.njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def repeat(values: Int32, rows: Int64, out: Int32) -> None:
     """As numpy.repeat of each column: values (columns, n), of which values[:, i] is repeated rows[i] times; rows (n,).
 
@@ -36,7 +36,7 @@ def repeat(values: Int32, rows: Int64, out: Int32) -> None:
             start += rows[i]
 
 
-@numba.njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def gather_rows(
     values: Float32, bases: Int64, firsts: Int64, sizes: Int64, columns: Int32, starts: Int32, out: Float32
 ) -> None:
@@ -54,7 +54,7 @@ def gather_rows(
                 out[place + j] = values[base + columns[first + j]]
 
 
-@numba.njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def present_sizes(counts: Int64, groups: Int64, infinity: int, sizes: Int64) -> None:
     """The number of rows of `counts` of some groups.
 
@@ -72,7 +72,7 @@ def present_sizes(counts: Int64, groups: Int64, infinity: int, sizes: Int64) -> 
         sizes[i] = size + nans
 
 
-@numba.njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def present_counts(
     counts: Int64, groups: Int64, infinity: int, magnitudes: Float32, values: Float32, found: Int64
 ) -> None:
@@ -104,7 +104,7 @@ def present_counts(
             size += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def _added(total: float, lost: float, term: float) -> tuple[float, float]:
     """``total`` + ``term``, and ``lost`` + its rounding error: a step of Neumaier's summation (ZAMM 54, 1974)."""
     found = total + term
@@ -113,7 +113,7 @@ def _added(total: float, lost: float, term: float) -> tuple[float, float]:
     return found, lost + ((term - found) + total)
 
 
-@numba.njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def _central_moments(counts: Int64, infinity: int, magnitudes: Float32, total: int) -> tuple[float, float, float]:
     """The mean of the finite values of counts (PATTERNS,), ``total`` of them and not 0, and the means of the second and
     fourth powers of their distances from it; magnitudes (SIGN,).
@@ -139,7 +139,7 @@ def _central_moments(counts: Int64, infinity: int, magnitudes: Float32, total: i
     return mean, (second + lost2) / total, (fourth + lost4) / total
 
 
-@numba.njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def summarize(
     counts: Int64, infinity: int, magnitudes: Float32, probabilities: Float64, integers: Int64, floats: Float64
 ) -> None:
@@ -196,7 +196,7 @@ def summarize(
         floats[6 + wanted] = _interpolate(low, high, weight)
 
 
-@numba.njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def summarize_sums(
     counts: Int64,
     groups: Int64,

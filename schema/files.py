@@ -53,7 +53,10 @@ def replacing(path: Path) -> Iterator[Path]:
         return
     path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        folder = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # not the temporary name
     lock = _locked_folder(Path(folder))  # tells `remove_strays` of other processes that this one is alive
     try:
         temporary = Path(folder) / path.name
@@ -194,9 +197,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def check_format_version(path: Path, found: object, newest: int, error: type[QuambaseError] = DatabaseInvalid) -> int:
     """``found``, the format version that the file ``path`` names; ``error`` if it is newer than ``newest``, the newest
-    that this quambase reads, or no number.
+    that this quambase reads, or no number of a version.
     """
-    if not isinstance(found, int) or isinstance(found, bool) or found > newest:
+    if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= newest:
         shown = str(found) if len(str(found)) <= 20 else f"{str(found)[:20]}…"
         raise error(f"{path} has format version {shown}; this quambase reads up to {newest}: upgrade quambase")
     return found

@@ -130,3 +130,9 @@ def test_a_cycle_would_be_found() -> None:
 def test_the_report_for_reviewers_counts_every_file() -> None:
     lines = report()
     assert lines[0].endswith(f" lines in {len(product())} files") and "longest functions" in lines
+
+
+def test_one_place_decides_where_machine_code_is_kept() -> None:
+    """`kept_njit` works, and says so, where no folder can be written; ``cache=True`` elsewhere would raise there."""
+    holders = [path for path in product() if "cache=True" in path.read_text("utf-8")]
+    assert [path.relative_to(ROOT).as_posix() for path in holders] == ["schema/compiled.py"]

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.model.operators.host_kernels import exp32
+from quambase.schema.compiled import kept_njit
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -27,7 +28,7 @@ def _log_sum_exp(line: Float32) -> tuple[np.float32, int]:
     return np.float32(top + np.log(total)), best
 
 
-@numba.njit(parallel=True, cache=True)
+@kept_njit(parallel=True)
 def log_softmax_rows(logits: Float32, top: Int64) -> None:
     """In place: logits (rows, v) to log-probabilities; ``top`` (rows,) gets each row's first argmax."""
     for row in numba.prange(logits.shape[0]):
@@ -46,7 +47,7 @@ def _divergence(reference: Float32, line: Float32, lse: np.float32) -> float:
     return total
 
 
-@numba.njit(parallel=True, cache=True)
+@kept_njit(parallel=True)
 def compare_rows(
     reference: Float32,
     logits: Float32,

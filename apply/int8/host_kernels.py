@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.model.operators.host_kernels import BLOCK, exp32, silu32
+from quambase.schema.compiled import kept_njit
 from quambase.schema.number_format import INT8
 
 Float32 = npt.NDArray[np.float32]
@@ -63,7 +64,7 @@ def shifted_code(x: np.float32, zero: np.float32) -> np.int8:
     return np.int8(round_half_away(min(max(x, _LOWEST - zero), _HIGHEST - zero)) + zero)
 
 
-@numba.njit(parallel=True, cache=True)
+@kept_njit(parallel=True)
 def scale_columns_to_int8(acc: Float32, first: Float32, second: np.float32, away: bool, out: Int8) -> None:
     """GEMM epilogue: the code of ``(acc * first[column]) * second``, half to even, or half away from zero if ``away``.
 
@@ -88,7 +89,7 @@ def _sum_of_squares(line: Float32) -> float:
     return total
 
 
-@numba.njit(cache=True)
+@kept_njit()
 def _add_and_measure(x: Float32, line: Float32, eps: np.float32) -> np.float32:
     """``line += x``, then the reciprocal of its root mean square; x, line (d,)."""
     for i in range(line.size):
@@ -97,7 +98,7 @@ def _add_and_measure(x: Float32, line: Float32, eps: np.float32) -> np.float32:
     return np.float32(_ONE / np.sqrt(np.float32(mean + eps)))
 
 
-@numba.njit(parallel=True, cache=True)
+@kept_njit(parallel=True)
 def add_rms_norm_int8(x: Float32, residual: Float32, eps: np.float32, scale: np.float32, out: Int8) -> None:
     """``residual += x``, then the INT8 code (half to even) of ``residual / rms(residual) / scale``.
 
@@ -111,7 +112,7 @@ def add_rms_norm_int8(x: Float32, residual: Float32, eps: np.float32, scale: np.
             out[row, i] = half_even(np.float32(np.float32(line[i] * rstd) / scale))
 
 
-@numba.njit(parallel=True, cache=True)
+@kept_njit(parallel=True)
 def add_rms_norm(x: Float32, residual: Float32, eps: np.float32, out: Float32) -> None:
     """``residual += x``, then ``residual / rms(residual)`` in float32. x, residual, out (t, d)."""
     rows, width = x.shape
@@ -122,7 +123,7 @@ def add_rms_norm(x: Float32, residual: Float32, eps: np.float32, out: Float32) -
             out[row, i] = line[i] * rstd
 
 
-@numba.njit(parallel=True, cache=True)
+@kept_njit(parallel=True)
 def conv_silu_int8(
     x: Int8,
     first: int,
@@ -163,7 +164,7 @@ def conv_silu_int8(
                 out[row, low + i] = shifted_code(np.float32(silu32(value) / scale_out[low + i]), zero_out[low + i])
 
 
-@numba.njit(cache=True)
+@kept_njit()
 def conv_update_int8(
     x: Int8,
     first: int,
@@ -195,7 +196,7 @@ def conv_update_int8(
             out[document, i] = shifted_code(np.float32(silu32(value) / scale_out[i]), zero_out[i])
 
 
-@numba.njit(parallel=True, cache=True)
+@kept_njit(parallel=True)
 def round_to_int8(x: Float32, wrap: bool, out: Int8) -> None:
     """The Hadamard quantizer's last step: half away from zero, saturating; or modulo 256 if ``wrap``.
 
@@ -219,7 +220,7 @@ def round_to_int8(x: Float32, wrap: bool, out: Int8) -> None:
                 out[row, i] = half_away(x[row, i])
 
 
-@numba.njit(parallel=True, cache=True)
+@kept_njit(parallel=True)
 def state_to_int8(state: Float32, scale: np.float32, out: Int8) -> None:
     """Codes (half away from zero) of ``state / scale`` after a prefill. Both (documents, n, e)."""
     for document in numba.prange(state.shape[0]):
@@ -228,7 +229,7 @@ def state_to_int8(state: Float32, scale: np.float32, out: Int8) -> None:
                 out[document, n, i] = half_away(np.float32(state[document, n, i] / scale))
 
 
-@numba.njit(cache=True)
+@kept_njit()
 def scan_update_int8(
     u: Float32,
     delta: Float32,
@@ -267,7 +268,7 @@ def scan_update_int8(
             y[document, i] = skipped * silu32(z[document, i])
 
 
-@numba.njit(parallel=True, cache=True)
+@kept_njit(parallel=True)
 def state_groups_to_int8(state: Float32, scales: Float32, groups: Int64, out: Int8) -> None:
     """Codes (half to even) of a prefill's last state: ``(state * 1e6) / (scale * 1e6)``.
 
@@ -281,7 +282,7 @@ def state_groups_to_int8(state: Float32, scales: Float32, groups: Int64, out: In
                 out[document, i, n] = half_even(np.float32(np.float32(state[document, i, n] * _SSD_FACTOR) / divisor))
 
 
-@numba.njit(parallel=True, cache=True)
+@kept_njit(parallel=True)
 def ssd_update_int8(
     x: Float32,
     delta: Float32,

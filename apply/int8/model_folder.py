@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from quambase.model.block_kinds import KINDS
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.checksums import file_sha256
 from quambase.schema.errors import CheckpointInvalid, OutputRefused, first_line
-from quambase.schema.files import replacing
+from quambase.schema.files import locked, replacing
 from quambase.schema.int8_models import AGAIN, CONFIG, SCALES, TENSORS, TOKENIZER, UNFINISHED, check_files, read_about
 from quambase.schema.json_files import as_type, write_json
 from quambase.schema.number_format import Affine
@@ -53,13 +54,17 @@ class StoredModel:
     tensors_sha256: str
 
 
+_BEGUN = re.compile(rf"\.lock|\.{CONFIG}\..*\.tmp")
+"""What `save_model` leaves in a new folder if it is killed before config.json is there."""
+
+
 def refuse_foreign_folder(folder: Path) -> None:
     """OutputRefused unless ``folder`` is new, empty, or has an INT8 model of quambase; called before any work."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise OutputRefused(f"{folder} is a file; expected a folder to write the INT8 model to")
-    if not any(folder.iterdir()):
+    if all(_BEGUN.fullmatch(path.name) for path in folder.iterdir()):
         return
     if not is_int8_model(folder):
         raise OutputRefused(
@@ -86,9 +91,24 @@ def save_model(
     """Write ``model`` to ``folder``. config.json is written first, marked as unfinished, and completed at the end.
 
     about    further entries of config.json: source model, hashes, strategy
-    scales   the rows of the scale table that were used, and their provenance OSError, also on a full disk, which
-             safetensors reports as an error of its own.
+    scales   the rows of the scale table that were used, and their provenance
+
+    RunBusy: another process is writing the folder. OSError, also on a full disk, which safetensors reports as an error
+    of its own.
     """
+    # Two processes that write one folder could otherwise leave the tensors of one with the settings of the other.
+    with locked(folder, f"the model {folder}"):
+        _save(folder, model, about, tokenizer, scales)
+
+
+def _save(
+    folder: Path,
+    model: Int8LanguageModel,
+    about: dict[str, Any],
+    tokenizer: Path | None,
+    scales: tuple[pa.Table, dict[str, Any]] | None,
+) -> None:
+    """`save_model` in a folder that this process holds."""
     family = int8_kind_of(model.config).format
     write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, "family": family, UNFINISHED: True})
     with replacing(folder / TENSORS) as temporary:
@@ -173,11 +193,42 @@ def load_stored(folder: Path) -> StoredModel:
     path = folder / TENSORS
     try:
         with safe_open(path, framework="pt") as file:
+            _check_shapes(folder, file, _shapes(about, config))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         model = _model_of(about, config, tensors)
     except (SafetensorError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise CheckpointInvalid(f"{path} is not a whole INT8 model ({first_line(error)}); {AGAIN}") from None
     return StoredModel(folder, model, about, about["tensors_sha256"])
+
+
+def _shapes(about: dict[str, Any], config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    """The name and shape of every weight of a model of this configuration, layer by layer; None: there is no such
+    tensor.
+    """
+    whole = (config.vocab_size, config.d_model)
+    yield from (("embedding", whole), ("lm_head", whole))
+    if about["quantize_embedding"]:
+        yield "embedding.scales", whole[:1]
+    names = [field.name for field in fields(BY_FORMAT[about["family"]].weights)]  # type: ignore[arg-type]
+    shapes = config.block_shapes()
+    for layer in range(config.n_layer):
+        yield from ((f"layers.{layer}.{name}", shapes[name]) for name in names)
+    yield f"layers.{config.n_layer}.{names[0]}", None
+
+
+def _check_shapes(folder: Path, file: Any, expected: Iterable[tuple[str, tuple[int, ...] | None]]) -> None:
+    """CheckpointInvalid names the first tensor whose shape is not the expected one, before any is read: a model of
+    other sizes would be computed without an error, or ask for memory beyond all bounds.
+    """
+    there = set(file.keys())
+    for name, shape in expected:
+        found = tuple(file.get_slice(name).get_shape()) if name in there else None
+        if found != shape:
+            is_there = "is missing" if found is None else f"has shape {found}"
+            implied = "that there is none" if shape is None else str(shape)
+            raise CheckpointInvalid(
+                f"{folder / TENSORS}: {name} {is_there}; the sizes in {CONFIG} imply {implied}: {AGAIN}"
+            )
 
 
 def _model_of(about: dict[str, Any], config: ModelConfig, tensors: dict[str, torch.Tensor]) -> Int8LanguageModel:

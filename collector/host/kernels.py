@@ -9,6 +9,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from quambase.schema.compiled import kept_njit
 from quambase.schema.quantile_rules import interpolate_torch, rank_torch
 
 Float32 = npt.NDArray[np.float32]
@@ -31,11 +32,11 @@ FEW = 16384
 """With fewer values of a document in a group, its table is cleared value by value, not over all 65,536 bins."""
 
 
-_rank_torch = numba.njit(cache=True)(rank_torch)
-_interpolate_torch = numba.njit(cache=True)(interpolate_torch)
+_rank_torch = kept_njit()(rank_torch)
+_interpolate_torch = kept_njit()(interpolate_torch)
 
 
-@numba.njit(cache=True)
+@kept_njit()
 def _insert(
     top: Int64, size: int, most: int, magnitude: np.int64, pattern: int, document: int, row: int, channel: int
 ) -> int:
@@ -53,7 +54,7 @@ def _insert(
     return min(size + 1, most)
 
 
-@numba.njit(cache=True)
+@kept_njit()
 def _walk_down(tables: UInt32, magnitude: int, seen: int, wanted: int) -> tuple[int, int]:
     """The next smaller magnitude pattern from which on ``wanted`` values are seen, and how many then are.
 
@@ -66,7 +67,7 @@ def _walk_down(tables: UInt32, magnitude: int, seen: int, wanted: int) -> tuple[
     return magnitude, seen
 
 
-@numba.njit(cache=True)
+@kept_njit()
 def _amax_and_quantiles(
     tables: UInt32, highest: int, total: int, magnitudes: Float32, probabilities: Float32, out: Float32
 ) -> None:
@@ -96,7 +97,7 @@ def _amax_and_quantiles(
         out[1 + wanted] = _interpolate_torch(below, above, weight)
 
 
-@numba.njit(parallel=True, cache=True)
+@kept_njit(parallel=True)
 def count_documents(
     bits: UInt16,
     offsets: Int64,
@@ -214,7 +215,7 @@ def _largest(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> np.f
     return _larger(_larger(a, b), _larger(c, d))
 
 
-@numba.njit(parallel=True, cache=True)
+@kept_njit(parallel=True)
 def channel_moments(
     x: Float32,
     offsets: Int64,
@@ -309,7 +310,7 @@ def channel_moments(
                 mean_abs_max[c] = max(mean_abs_max[c], absolute[i] / used[i])
 
 
-@numba.njit(cache=True, nogil=True)
+@kept_njit(nogil=True)
 def add_gradients(patterns: UInt16, gradients: Float32, group_of: Int64, counts: Int64, gradient_sq: Float64) -> None:
     """Count each 16-bit pattern and add its squared gradient, in float64 and in the order of rows.
 

@@ -11,6 +11,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from quambase.schema.compiled import kept_njit
+
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
@@ -50,7 +52,7 @@ def silu32(x: np.float32) -> np.float32:
     return np.float32(x / (_ONE + exp32(-x)))
 
 
-@numba.njit(parallel=True, fastmath={"contract"}, cache=True)
+@kept_njit(parallel=True, fastmath={"contract"})
 def causal_conv1d_silu(x: Float32, first: int, weight: Float32, bias: Float32, offsets: Int64, out: Float32) -> None:
     """Depthwise causal convolution with bias, then SiLU, with zeros before each document.
 
@@ -78,7 +80,7 @@ def causal_conv1d_silu(x: Float32, first: int, weight: Float32, bias: Float32, o
                 out[row, low + i] = silu32(total[i])
 
 
-@numba.njit(parallel=True, fastmath={"contract"}, cache=True)
+@kept_njit(parallel=True, fastmath={"contract"})
 def selective_scan(
     u: Float32,
     delta: Float32,
@@ -139,7 +141,7 @@ GRADIENT_BLOCK = 32
 
 
 # Sums over channels may be reordered, or they would not vectorise.
-@numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True)
+@kept_njit(parallel=True, fastmath={"contract", "reassoc"})
 def selective_scan_gradients(
     u: Float32,
     delta: Float32,
@@ -228,7 +230,7 @@ HEAD_BLOCK = 8
 
 
 # Sums over the state may be reordered, or they would not vectorise; nothing else here is sensitive to that.
-@numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True)
+@kept_njit(parallel=True, fastmath={"contract", "reassoc"})
 def ssd_scan(
     x: Float32,
     delta: Float32,
@@ -285,7 +287,7 @@ def ssd_scan(
 
 
 # As `ssd_scan`, sums may be reordered.
-@numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True)
+@kept_njit(parallel=True, fastmath={"contract", "reassoc"})
 def ssd_scan_gradients(
     x: Float32,
     delta: Float32,
@@ -359,7 +361,7 @@ def ssd_scan_gradients(
                     grad_delta[row, head] += x[row, low + i] * of_drive + of_decay * decay_t * a[head]
 
 
-@numba.njit(parallel=True, fastmath={"contract"}, cache=True)
+@kept_njit(parallel=True, fastmath={"contract"})
 def butterflies(x: Float32, odd: Float32, factor: np.float32) -> None:
     """In place: every row times (odd kron H_2^k), times ``factor``.
 

@@ -5,26 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from faults.attempts import Tree, tree
-from faults.commands import ANALYZE, APPLY, COLLECT, EVALUATE, MAMBA1, make_inputs
+from faults.commands import COLLECT, EVALUATE, make_inputs
+from faults.started import start
 from interrupting import interrupted
 
 from quambase.cli.main import quambase
 from quambase.collector.collect import collect
-
-BEGIN = """
-import os, shutil, sys
-from quambase.cli.main import COMMANDS, load_command
-from quambase.cli.main import quambase as command
-for name in COMMANDS:
-    load_command(name)
-import quambase.apply.evaluation.evaluate, quambase.analyzer.analyze, quambase.apply.apply, quambase.report.report
-"""
 
 VANISHING = """
 from quambase.apply.evaluation.block_scorer import BlockScorer
@@ -38,28 +29,11 @@ BlockFiles.add, BlockScorer.score = vanishing(BlockFiles.add), vanishing(BlockSc
 """
 
 
-def start(folder: Path, prelude: str, *words: str) -> subprocess.CompletedProcess[str]:
-    script = BEGIN + prelude + "command(sys.argv[1:])"
-    command = [sys.executable, "-c", script, *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-
-
 def refused_in_a_line(done: subprocess.CompletedProcess[str]) -> str:
     """The one line of the error."""
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     return lines[0]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the whole chain was run."""
-    folder = tmp_path_factory.mktemp("made")
-    make_inputs(folder)
-    for words in (MAMBA1, ANALYZE, APPLY, EVALUATE):
-        done = start(folder, "", *words)
-        assert done.returncode == 0, done.stderr
-    return folder
 
 
 WRITING = {"collect": (*COLLECT, "--model", "grouped"), "evaluate": (*EVALUATE, "--strategy", "absmax")}

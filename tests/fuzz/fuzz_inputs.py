@@ -15,6 +15,7 @@ import pyarrow as pa
 from fuzz_bytes import change_bytes
 from fuzz_checksums import forged
 from fuzz_json import change_json, change_json_lines
+from fuzz_queries import change_parameters, change_query
 from fuzz_targets import Seed, Target
 
 Change = Callable[[Random, bytes], bytes]
@@ -124,6 +125,8 @@ KINDS: dict[str, Change] = {
     "zip": containers.change_zip,
     "footer": containers.change_footer,
     "table": containers.change_table,
+    "query": change_query,
+    "parameters": change_parameters,
 }
 
 BOMBS = {

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from fuzz_containers import packed
+from fuzz_queries import LYING_ABOUT, PARAMETERS, QUERIES
 from safetensors.torch import load_file, save_file
 from tiny_model import TEXTS, write_texts, write_tiny_mamba2, write_tiny_model
 
@@ -36,6 +37,7 @@ def make_seeds(folder: Path) -> Path:
     _tensors(folder / "tensors")
     for name in ("mamba1", "mamba2"):
         _database(folder, name)
+    _queries(folder / "queries")
     return folder
 
 
@@ -140,6 +142,12 @@ def _database(folder: Path, name: str) -> None:
     collect(model, 4, db=shards, sensitivity=2, shard=Shard(0, 2), sites=[site], **options)
     for path in shards.glob("runs/*/shards/*/shard.json"):
         _settle(path)
+
+
+def _queries(folder: Path) -> None:
+    folder.mkdir()
+    for name, text in {**QUERIES, **PARAMETERS, **LYING_ABOUT}.items():
+        (folder / name).write_text(text)
 
 
 def _settle(path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
+from fuzz_queries import read_parameters, read_query
 
 from quambase.apply.int8.model_folder import load_stored
 from quambase.apply.upstream.import_act_scales import import_act_scales
@@ -208,6 +209,14 @@ def _doctor(path: Path) -> object:
     return [row for row in examine(db).to_pylist() if row["check"] != "version"]
 
 
+def _query(path: Path) -> object:
+    return read_query(path, SEEDS[-1] / "mamba1-db")
+
+
+def _parameters(path: Path) -> object:
+    return read_parameters(path, SEEDS[-1] / "mamba1-db")
+
+
 def _models(names: tuple[str, ...], file: str, *kinds: str) -> Callable[[Path], list[Seed]]:
     return lambda made: [Seed(made / name / file, kinds, made / name) for name in names]
 
@@ -293,6 +302,8 @@ TARGETS = {
         ),
         Target("places", _within("*-shards", "runs/*/shards/*/places.parquet", *TABLE), _places, share=0.2),
         Target("sums", _within("*-shards", "runs/*/shards/*/sums/*.npy", "npy", "npy", "bytes"), _sums),
+        Target("query", _within("queries", "[mrs]*.sql", "query", "bytes"), _query, memory=700 << 20, share=0.1),
+        Target("parameters", _within("queries", "*.set", "parameters", "parameters"), _parameters, share=0.1),
         Target("doctor", _within("*-db", "r*/**/*.*", "bytes"), _doctor, share=0.005),
     )
 }

@@ -15,9 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quambase.analyzer.analyze import analyze
 from quambase.schema.checksums import CHECKSUM, PLACEHOLDER, add_checksum, check_own
-from quambase.schema.errors import DatabaseInvalid
+from quambase.schema.errors import DatabaseInvalid, ScalesInvalid
 from quambase.schema.json_files import Count, Sha256, Size, as_type, read_json, write_json
+from quambase.schema.scale_table import read_scales
 from quambase.schema.tables import RESULTS, read_table, write_table
 
 VALUES = st.recursive(
@@ -102,6 +104,26 @@ def test_every_byte_of_a_parquet_file(tmp_path: Path) -> None:
             read_table(path, RESULTS)
 
 
+def test_a_scale_table_cannot_become_one_of_an_earlier_version(fabricated_database: Path, tmp_path: Path) -> None:
+    """Those have no checksum, but what is left of one gives the table away: its name stands there twice."""
+    path = tmp_path / "scales.parquet"
+    analyze(fabricated_database, strategies=["absmax"], out=path)
+    content, version, name = path.read_bytes(), b'"format_version":2,"granularity"', CHECKSUM.encode()
+    assert content.count(version) == 1 and content.count(name) == 2 and read_scales(path)
+    aged = content.replace(version, version.replace(b"2", b"1"))
+    second = aged.rindex(name)
+    for damaged in (aged, aged.replace(name, b"-" * len(name), 1), aged[:second] + b"-" + aged[second + 1 :]):
+        assert len(damaged) == len(content) and damaged != content
+        path.write_bytes(damaged)
+        with pytest.raises(ScalesInvalid, match="altered or cut short"):
+            read_scales(path)
+    table = pq.read_table(pa.BufferReader(content))  # an edited table whose author chose a version
+    metadata = {b"quambase": table.schema.metadata[b"quambase"].replace(version, version.replace(b"2", b"-1"))}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    with pytest.raises(ScalesInvalid, match="has format version -1"):
+        read_scales(path)
+
+
 def test_equal_tables_are_equal_bytes(tmp_path: Path) -> None:
     assert results_file(tmp_path / "a.parquet").read_bytes() == results_file(tmp_path / "b.parquet").read_bytes()
 
@@ -117,6 +139,8 @@ def test_equal_tables_are_equal_bytes(tmp_path: Path) -> None:
         (b"[1]", "holds no JSON object"),
         (b'{"format_version": 3}', "has format version 3; this quambase reads up to 2: upgrade"),
         (b'{"format_version": true}', "has format version True"),
+        (b'{"format_version": 0}', "has format version 0"),
+        (b'{"format_version": -2147483648}', "has format version -2147483648"),
         (b'{"format_version": 2, "checked": true}', "was altered or cut short"),
         (b'{"format_version": 1, "quambase-sha256": "quambase-sha256:' + b"0" * 64 + b'"}', "was altered or cut short"),
     ],
@@ -180,7 +204,7 @@ def test_an_error_is_one_printable_line() -> None:
 THREADS = """
 import os, sys
 from pathlib import Path
-from quambase.schema.errors import DatabaseInvalid
+from quambase.schema.errors import DatabaseInvalid, ScalesInvalid
 from quambase.schema.tables import open_table
 before = len(os.listdir("/proc/self/task"))
 table, _ = open_table(Path(sys.argv[1]), DatabaseInvalid, "")

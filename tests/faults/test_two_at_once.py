@@ -1,0 +1,107 @@
+"""Two processes that write the same output at the same time: each file is whole, and that of one of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from faults.attempts import tree
+from faults.commands import ANALYZE, APPLY, EVALUATE, GROUPED, MAMBA1
+from faults.started import BEGIN, start
+
+STOPPING = """
+import signal
+def stopping(descriptor, fsync=os.fsync):
+    os.fsync = fsync
+    os.kill(os.getpid(), signal.SIGSTOP)
+    fsync(descriptor)
+os.fsync = stopping
+"""
+"""The process stops when its first file is written, and has not taken its place yet."""
+
+
+@contextmanager
+def stopped(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that has stopped amid its work, and goes on when the block is left."""
+    script = BEGIN + STOPPING + "command(sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", script, *words], cwd=folder, stderr=subprocess.PIPE, text=True)
+    try:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), process.communicate()[1]
+        yield process
+        process.send_signal(signal.SIGCONT)
+        stderr = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, stderr
+    finally:
+        if process.returncode is None:
+            process.kill()
+            process.communicate()
+
+
+def busy(folder: Path, what: str, *words: str) -> None:
+    """The command ends in one line, which says that another process is writing ``what``."""
+    done = start(folder, "", *words)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert lines[0].startswith(f"error: another process is writing {what}"), lines
+    assert lines[0].endswith("; wait for it, or stop it and run the same command again")
+
+
+HELD = {
+    "collect": (MAMBA1, "quambase-db/runs", "run mamba1-"),
+    "apply": (APPLY, "quambase-db/models", "the model quambase-db/models/"),
+    "evaluate": (EVALUATE, "quambase-db/results", "evaluation "),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_the_second_of_the_same_command_is_told_to_wait(made: Path, tmp_path: Path, name: str) -> None:
+    words, output, what = HELD[name]
+    folder = shutil.copytree(made, tmp_path / "copy")
+    shutil.rmtree(folder / output)
+    assert start(folder, "", *words).returncode == 0
+    expected = tree(folder)
+    shutil.rmtree(folder / output)
+    with stopped(folder, *words):
+        busy(folder, what, *words)
+    found = tree(folder)
+    assert found.keys() == expected.keys()
+    assert [path for path in found if found[path] != expected[path] and not path.endswith("run.json")] == []
+
+
+def test_two_merges(tmp_path: Path, made: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "copy")
+    shutil.rmtree(folder / "quambase-db")
+    assert start(folder, "", *GROUPED, "--shard", "0/1").returncode == 0
+    with stopped(folder, "merge"):
+        busy(folder, "run grouped-", "merge")
+    assert start(folder, "", "doctor").returncode == 0
+
+
+def test_two_models_for_one_folder(made: Path, tmp_path: Path) -> None:
+    """The folder never has the tensors of one and the settings of the other."""
+    folder = shutil.copytree(made, tmp_path / "copy")
+    assert start(folder, "", "apply", "--strategy", "absmax", "--out", "alone").returncode == 0
+    with stopped(folder, "apply", "--strategy", "absmax", "--out", "model"):
+        busy(folder, "the model model", "apply", "--strategy", "quamba", "--out", "model")
+    assert tree(folder / "model") == tree(folder / "alone")
+
+
+def test_two_scale_tables_of_one_name(made: Path, tmp_path: Path) -> None:
+    """Either is whole at once; the one that ended last remains."""
+    folder = shutil.copytree(made, tmp_path / "copy")
+    (folder / "scales.parquet").unlink()
+    assert start(folder, "", "analyze", "--strategy", "absmax", "--out", "alone.parquet").returncode == 0
+    with stopped(folder, "analyze", "--strategy", "absmax"):
+        assert not (folder / "scales.parquet").exists()
+        assert start(folder, "", *ANALYZE).returncode == 0
+        assert (folder / "scales.parquet").read_bytes() == (made / "scales.parquet").read_bytes()
+    assert (folder / "scales.parquet").read_bytes() == (folder / "alone.parquet").read_bytes()
+    assert not [path for path in tree(folder) if path.endswith(".tmp")]
