@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,21 +17,26 @@ import pytest
 import torch
 from cuda_kernels_on_host import HostKernels, cuda_or_host
 from recorded_operators import padded
-from test_cuda_int8 import close, codes, mamba1, on
+from test_cuda_int8 import Checked, check_counts, close, codes, mamba1, on
 from test_device_int8 import host_model
 from test_mixed_precision import SUBSETS, mixed
 
+from quambase.analyzer.analyze import analyze
 from quambase.apply.int8 import cuda_operators as device_operators
 from quambase.apply.int8.arithmetic import Int8Weight
-from quambase.apply.int8.build import int8_on_cuda
+from quambase.apply.int8.build import build_model, int8_on_cuda
 from quambase.apply.int8.cuda_operators import CudaInt8Operators
 from quambase.apply.int8.host_operators import HostInt8Operators
 from quambase.apply.int8.language_model import Int8LanguageModel, Int8State
 from quambase.apply.int8.operators import Int8BlockState, ScanScales, SsdScales
+from quambase.apply.int8.weights import PlacedWeights
+from quambase.collector.collect import collect
+from quambase.model.checkpoint import load_model
 from quambase.model.decoding_steps import DecodingSteps
 from quambase.model.operators import cuda as floating_operators
 from quambase.model.operators.interface import OperatorSizes
 from quambase.model.packed_batch import Batch, PlacedBatch
+from quambase.schema.scale_table import read_scales
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -317,6 +323,28 @@ def test_tiny_models_decode_as_on_the_host(family: str, switches: dict[str, Any]
     # Where the prefill stopped: states of codes that the convolution read are exact, those of the first layer.
     (_, one), (_, other) = (it.prefill(Batch.pack([[1, 2, 3, 4, 5], [6]])) for it in (model, host))
     assert torch.equal(one[0].conv.cpu(), other[0].conv) and close(one[0].ssm, other[0].ssm, 5e-3)
+
+
+@pytest.mark.parametrize("name", ["mamba1", "mamba2", "mamba-5m", "mamba2-8m"])
+@pytest.mark.parametrize("b", [1, 3])
+def test_every_operator_of_a_model_while_it_decodes(name: str, b: int, device: torch.device, tmp_path: Path) -> None:
+    """On the inputs and states that the device's own codes make, prefill included; of the bundled models on CUDA."""
+    if name.startswith("mamba-") or name.startswith("mamba2-"):
+        if device.type == "cpu":
+            pytest.skip("needs a CUDA device")
+        collect(name, samples=8, db=tmp_path / "db", device="cpu")
+        analyze(tmp_path / "db", out=tmp_path / "scales.parquet")
+        table = read_scales(tmp_path / "scales.parquet")
+        host = build_model(load_model(name).any_weights, table, table.group_scales_for("quamba"))
+    else:
+        host = host_model(name)
+    sizes = host.config.operator_sizes
+    checked = Checked(CudaInt8Operators(device, sizes), HostInt8Operators(sizes))
+    decoded(host.on(PlacedWeights(host.weights, checked)), np.random.default_rng(b).integers(0, 40, (b, 12)))
+    print({operator: tuple(counts) for operator, counts in checked.seen.items()})
+    scan = "selective_scan" if "mamba-" in name or name == "mamba1" else "ssd_scan"
+    assert {"conv_silu: conv", f"{scan}: ssm"} <= checked.seen.keys()
+    check_counts(checked.seen)
 
 
 @pytest.mark.parametrize(("family", "kept"), SUBSETS)
