@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from quambase.apply.int8.arithmetic import Int8Weight
 from quambase.apply.int8.build import build_model, int8_on_cuda
 from quambase.apply.int8.cuda_operators import CudaInt8Operators, padded_rows
 from quambase.apply.int8.host_operators import HostInt8Operators
-from quambase.apply.int8.operators import ScanScales, SsdScales
+from quambase.apply.int8.operators import Int8BlockState, ScanScales, SsdScales
 from quambase.apply.int8.weights import PlacedWeights
 from quambase.collector.collect import collect
 from quambase.model.checkpoint import load_model
@@ -211,11 +212,23 @@ def test_mamba2s_scan_and_gated_norm(
 
 
 class Checked:
-    """The device's operators; each result is compared with the CPU's of the same inputs."""
+    """The device's operators; each result, and each state, is compared with the CPU's of the same inputs.
 
-    def __init__(self, device: CudaInt8Operators, host: HostInt8Operators) -> None:
+    ``seen``: by name the numbers of values, of those one code or last place apart, and of those further apart.
+    """
+
+    def __init__(
+        self, device: CudaInt8Operators, host: HostInt8Operators, seen: dict[str, list[int]] | None = None
+    ) -> None:
         self.operators, self.host = device, host
-        self.seen: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+        self.seen = defaultdict(lambda: [0, 0, 0]) if seen is None else seen
+
+    @cached_property
+    def steps(self) -> Checked:
+        return Checked(self.operators.decoding(), self.host.decoding(), self.seen)
+
+    def decoding(self) -> Checked:
+        return self.steps
 
     def __getattr__(self, name: str) -> Any:
         operator = getattr(self.operators, name)
@@ -234,12 +247,20 @@ class Checked:
                 apart = (got.int() - wanted.int()).abs()
             else:  # float16, in its last places
                 apart = (_ordered(got) - _ordered(wanted.half())).abs()
-            counts = self.seen[name]
-            for i, count in enumerate((apart.numel(), int((apart == 1).sum()), int((apart > 1).sum()))):
-                counts[i] += count
+            self._count(name, apart)
+            for mine, theirs in zip(arguments, copies, strict=True):
+                if isinstance(theirs, Int8BlockState):
+                    for part in ("conv", "ssm"):
+                        codes_of = [getattr(state, part).cpu().int() for state in (mine, theirs)]
+                        self._count(f"{name}: {part}", (codes_of[0] - codes_of[1]).abs())
             return found
 
         return call
+
+    def _count(self, name: str, apart: torch.Tensor) -> None:
+        counts = self.seen[name]
+        for i, count in enumerate((apart.numel(), int((apart == 1).sum()), int((apart > 1).sum()))):
+            counts[i] += count
 
 
 def _ordered(x: torch.Tensor) -> torch.Tensor:
@@ -250,7 +271,7 @@ def _ordered(x: torch.Tensor) -> torch.Tensor:
 
 def _on_host(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
-        return argument.cpu().float() if argument.dtype == torch.float16 else argument.cpu()
+        return argument.cpu().float() if argument.dtype == torch.float16 else argument.cpu().clone()
     if is_dataclass(argument):
         return type(argument)(*(_on_host(getattr(argument, f.name)) for f in fields(argument)))
     return argument
@@ -300,14 +321,19 @@ def test_a_bundled_models_codes_on_real_text(name: str, device: torch.device, tm
     texts = [document.text for document in read_documents("sample:evaluation", 8)]
     model.hidden(Batch.pack([tokens[:512] for tokens in loaded.tokenizer.encode_batch(texts)]))
     print({name: tuple(counts) for name, counts in checked.seen.items()})
-    for operator, (total, one, more) in checked.seen.items():
-        if operator in ("linear_to_int8", "linear_to_half", "rotate"):
+    check_counts(checked.seen)
+
+
+def check_counts(seen: dict[str, list[int]]) -> None:
+    """That the device's values are the host's but for the few that a sum's order or exp moves."""
+    for operator, (total, one, more) in seen.items():
+        if operator in ("linear_to_int8", "linear_to_half", "rotate") or operator.endswith(": conv"):
             assert one + more == 0, operator
         elif operator in ("selective_scan", "ssd_scan"):
             # Float16 of sums that cancel: few are off, and by more than a last place only where y is small.
             assert one + more <= 0.05 * total, operator
         else:
-            assert more == 0 and one <= 1e-3 * total, operator
+            assert more == 0 and one <= 1e-3 * total + 1, operator
 
 
 @on_cuda
