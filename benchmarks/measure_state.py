@@ -30,7 +30,7 @@ from quambase.schema.scale_table import Scale
 FORMATS = (
     "int8", "int8:site", "int8:index", "int8:head", "int8:channel", "int8:channel:every=16", "int8:stochastic",
     "int8:channel:stochastic", "int8:feedback", "int8:channel:feedback", "fp8:channel", "fp8:channel:stochastic",
-    "fp8:channel:feedback", "int16", "float16", "float16:stochastic", "bfloat16", "float32",
+    "int16", "float16", "float32",
 )  # fmt: skip
 """Formats of the state that are measured."""
 
@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--books", type=Path, help="calibrate on passages of these books, apart by blank lines")
+    parser.add_argument("--calibrate", type=Path, help="or on this text")
     parser.add_argument("--samples", type=int, default=128, help="calibration documents")
     parser.add_argument("--text", default="sample:evaluation")
     parser.add_argument("--documents", type=int, help="evaluate on so many documents [all]")
@@ -130,6 +131,8 @@ def main() -> None:
         if asked.books:
             data = ["--data", Path(name) / "passages.jsonl"]
             passages(asked.books, asked.samples, Path(name) / "passages.jsonl")
+        elif asked.calibrate:
+            data = ["--data", asked.calibrate]
         quambase("collect", "--model", asked.model, *data, "--samples", str(asked.samples), *where)
         quambase("analyze", "--out", scales, "--db", db)
         few = ["--samples", str(asked.documents)] if asked.documents else []
