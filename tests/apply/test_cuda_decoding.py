@@ -404,6 +404,7 @@ def test_a_graphs_steps_are_the_models(name: str, b: int, device: torch.device) 
 
 
 @on_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
 @pytest.mark.parametrize("kind", ["float16", "INT8"])
 def test_a_step_does_not_wait_for_the_device(kind: str, family: str, device: torch.device) -> None:
