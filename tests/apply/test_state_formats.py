@@ -247,19 +247,24 @@ def test_plain_pytorch_makes_the_kernels_state_of_a_prompt(world: Path, monkeypa
 
 def simulated_on_prefill(model: Int8LanguageModel, monkeypatch: pytest.MonkeyPatch) -> Int8LanguageModel:
     """``model`` with the state of prefill made as on CUDA."""
-    scan, ssd = HostInt8Operators.selective_scan, HostInt8Operators.ssd_scan
+    scan: Any = HostInt8Operators.selective_scan
+    ssd: Any = HostInt8Operators.ssd_scan
+    plain_scan: Any = simulated_scans.selective_scan
+    plain_ssd: Any = simulated_scans.ssd_scan
 
     def selective_scan(self: HostInt8Operators, *arguments: Any) -> torch.Tensor:
         *given, state = arguments
         if isinstance(state, SimulatedState):
-            simulated_scans.selective_scan(*given, state)
-        return scan(self, *given, None)
+            plain_scan(*given, state)
+        found: torch.Tensor = scan(self, *given, None)
+        return found
 
     def ssd_scan(self: HostInt8Operators, *arguments: Any) -> torch.Tensor:
         *given, state = arguments
         if isinstance(state, SimulatedState):
-            simulated_scans.ssd_scan(*given, state, self.sizes.ngroups)
-        return ssd(self, *given, None)
+            plain_ssd(*given, state, self.sizes.ngroups)
+        found: torch.Tensor = ssd(self, *given, None)
+        return found
 
     monkeypatch.setattr(HostInt8Operators, "selective_scan", selective_scan)
     monkeypatch.setattr(HostInt8Operators, "ssd_scan", ssd_scan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -61,10 +62,14 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, backwards: None) -> None:
     kept = sorted((tmp_path / "db").rglob("checkpoint.npz"))
     done: dict[str, list[int]] = {"db": [], "fresh": []}
     options = {"batch_size": 2, "keep_tokens": 4, "data": tmp_path / "texts.jsonl"}
-    found, fresh = (
-        collect(tmp_path / "mamba1", 6, db=tmp_path / db, progress=lambda n, of, told=told: told.append(n), **options)
-        for db, told in done.items()
-    )
+
+    def run_again(db: str) -> Any:
+        def told(number: int, of: int) -> None:
+            done[db].append(number)
+
+        return collect(tmp_path / "mamba1", 6, db=tmp_path / db, progress=told, **options)
+
+    found, fresh = map(run_again, done)
     assert kept and done["db"][0] > done["fresh"][0] and done["db"] == sorted(done["db"]), "it begins anew"
     assert_no_time_is_negative(found)
     same, other = ({p: c for p, c in tree(run.folder).items() if p != "run.json"} for run in (found, fresh))
