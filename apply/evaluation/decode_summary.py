@@ -156,11 +156,14 @@ def table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     """
     wholes = sorted((row for row in rows if row["decoded_from"] is None), key=lambda row: row["kl"])
     ends = sorted({row["decoded_to"] for row in rows if row["decoded_to"] is not None})[-BUCKETS_SHOWN:]
-    lines: dict[str, tuple[float, dict[str, str]]] = {}
+    lines: dict[tuple[str, str], tuple[float, dict[str, str]]] = {}
     for whole in wholes:
         strategy = whole["strategy"]
         own = {row["decoded_to"]: row for row in rows if row["strategy"] == strategy}
-        for name, label in (("kl", f"{strategy}, decode"), ("prefill_kl", f"{base_of(strategy)}, prefill")):
+        for name, how, label in (("kl", DECODE, strategy), ("prefill_kl", PREFILL, base_of(strategy))):
             cells = {f"{end:,}": f"{1000 * own[end][name]:.3g}" if end in own else "-" for end in ends}
-            lines[label] = whole[name], {"KL x1000": label, "all": f"{1000 * whole[name]:.3g}"} | cells
+            lines[how, label] = (
+                whole[name],
+                {"KL x1000": how, "strategy": label, "all": f"{1000 * whole[name]:.3g}"} | cells,
+            )
     return pa.Table.from_pylist([line for _, line in sorted(lines.values(), key=lambda found: found[0])])

@@ -215,7 +215,7 @@ def test_the_summary_is_paired_over_documents() -> None:
     said = sentences(rows.to_pylist())
     assert "it grows with length" in said[1] and "at 9 to 16" in said[1]
     lines = table(rows.to_pylist()).to_pylist()
-    assert [line["KL x1000"] for line in lines] == ["mse, prefill", "mse, decode"]
+    assert [(line["KL x1000"], line["strategy"]) for line in lines] == [("prefill", "mse"), ("decode", "mse")]
     assert lines[0]["8"] == f"{1000 * prefill[:, 1].sum() / 48:.3g}"
 
 
@@ -234,9 +234,9 @@ def test_the_command_says_what_decoding_adds(world: Path, tmp_path: Path) -> Non
     command = [*map(str, arguments), "--strategy", "quamba", "--mode", "decode", "--prompt-tokens", "2"]
     found = CliRunner().invoke(load_command("evaluate"), command)
     assert found.exit_code == 0, found.output
-    assert "decoding with quamba has a KL of" in found.output and "quamba, prefill" in found.output
+    assert "decoding with quamba has a KL of" in found.output and "prefill   quamba" in found.output
     assert max(map(len, found.stdout.splitlines())) <= 100
     again = CliRunner().invoke(load_command("results"), ["--db", str(tmp_path / "db")])
-    assert "quamba, prefill" in again.output
+    assert "prefill   quamba" in again.output
     wrong = CliRunner().invoke(load_command("evaluate"), [*command, "--task", "both", "--float"])
     assert wrong.exit_code == 2
