@@ -90,7 +90,8 @@ def generate(
     Errors: ScalesInvalid, UnknownName, CheckpointInvalid, ModelNotFound; DataInvalid: an empty prompt,
     a number out of range, a strategy that cannot be decoded.
 
-    >>> "".join(quambase.generate("The old man", model="mamba-5m", tokens=20))
+    >>> "".join(quambase.generate("The old man", model="mamba-5m", tokens=4))
+    ', who was a'
     """
     if temperature < 0 or not 0 < top_p <= 1 or tokens < 1:
         raise DataInvalid(
