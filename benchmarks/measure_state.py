@@ -3,7 +3,8 @@
 python benchmarks/measure_state.py mamba-5m --documents 100
 python benchmarks/measure_state.py MODEL_FOLDER --books BOOKS.txt --samples 512 --text NOVELS.txt --documents 10
 
-Prints `quambase` commands and what they answer, then a table of the state's formats and one of other fixed scales.
+Prints `quambase` commands and what they answer, a table of the state's formats, one of other fixed scales, and what the
+model has that takes the state's scale from `quamba` and the others from `selected`.
 """
 
 from __future__ import annotations
@@ -147,6 +148,9 @@ def main() -> None:
         of_formats(db, "quamba", found)
         for label in ("quamba", "mse"):
             of_factors(scales, label, asked)
+        mixed = ["--strategy", "quamba", "--at", SITE, "--otherwise", "selected", "--out", Path(name) / "mixed"]
+        quambase("apply", "--scales", scales, *mixed, "--db", db)
+        quambase("evaluate", Path(name) / "mixed", "--mode", "decode", "--data", asked.text, *few, *where)
 
 
 if __name__ == "__main__":

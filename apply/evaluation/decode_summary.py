@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,11 @@ kl          of decoding, nats a token; prefill_kl: of the same predictions by on
 added       kl - prefill_kl, paired over documents (over clusters where there are FEWEST or more)
 *_low, *_high  Student's 95 % intervals, null below FEWEST documents that have such predictions
 flips       share of the decoded predictions whose most likely token is not the floating-point model's
+perplexity  exp of the mean nll of the decoded predictions
 """
+
+SUMS = ("tokens", "nll", "kl", "top1_agreement")
+"""What is summed over predictions, of a whole document and at each position."""
 
 BUCKETS_SHOWN = 9
 """Columns of the table for people."""
@@ -68,24 +73,25 @@ def _of_strategy(results: pa.Table, data: str, strategy: str) -> list[dict[str, 
     )
     units = Units.of([document["cluster"] for document in decode])
     keys = dict.fromkeys((p["decoded_from"], p["decoded_to"]) for d in decode for p in d["positions"])
+    columns = {task: _columns(documents) for task, documents in ((DECODE, decode), (PREFILL, prefill))}
     found = []
     for low, high in [(None, None), *sorted(keys)]:
-        sums = {
-            (task, name): units.summed(np.array([_sum(document, name, low) for document in documents], np.float64))
-            for task, documents in ((DECODE, decode), (PREFILL, prefill))
-            for name in ("tokens", "nll", "kl", "top1_agreement")
-        }
+        sums = {(task, name): units.summed(columns[task][low, name]) for task in columns for name in SUMS}
         place = {"data": data, "strategy": strategy, "decoded_from": low, "decoded_to": high}
-        documents = sum(_sum(document, "tokens", low) > 0 for document in decode)
+        documents = int((columns[DECODE][low, "tokens"] > 0).sum())
         found.append(place | {"documents": documents} | _figures(sums))
     return found
 
 
-def _sum(document: dict[str, Any], name: str, decoded_from: int | None) -> float:
-    """A document's sum of all its predictions, or of those after so many tokens."""
-    if decoded_from is None:
-        return float(document[name])
-    return float(sum(p[name] for p in document["positions"] if p["decoded_from"] == decoded_from))
+def _columns(documents: Sequence[dict[str, Any]]) -> dict[tuple[int | None, str], Float64]:
+    """Sums of each document (documents,), by the fewest tokens decoded before (None: all predictions) and name."""
+    found: dict[tuple[int | None, str], Float64] = defaultdict(lambda: np.zeros(len(documents)))
+    for place, document in enumerate(documents):
+        for name in SUMS:
+            found[None, name][place] = document[name]
+            for position in document["positions"]:
+                found[position["decoded_from"], name][place] = position[name]
+    return found
 
 
 def _figures(sums: dict[tuple[str, str], Float64]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from quambase.model.inputs.sources import find_given
 from quambase.model.operators.choice import choose_device
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.checksums import file_sha256
-from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy
+from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
 from quambase.schema.files import local_folder, locked, remove_strays
 from quambase.schema.int8_models import last_applied
 from quambase.schema.json_files import write_json
@@ -94,6 +94,10 @@ def evaluate(
     find_given(model, texts)
     where = choose_device(device)
     with Progress(progress) as shown:
+        if mode not in (PREFILL, DECODE):
+            raise UnknownName.of("mode", mode, (PREFILL, DECODE))
+        if prompt_tokens < 1:
+            raise DataInvalid(f"prompt_tokens is {prompt_tokens}; expected 1 or more")
         if mode == DECODE:
             if tasks or task != "both":
                 raise DataInvalid("--mode decode scores all that follows a prompt; leave out --task and --tasks")
@@ -112,6 +116,12 @@ def evaluate(
         if asked is None:
             prompt = prompt_tokens if mode == DECODE else None
             read, notes = read_tasks(task, texts, candidates.source, samples, window, db, candidates.run, prompt)
+            if mode == DECODE:
+                notes += [
+                    f"{label} is scored by prefill alone: no kernel decodes codes of two segments"
+                    for label in models.int8
+                    if models.steps(label) is None
+                ]
             return _finished(candidates, models, read, window, notes, db, shown)
         requests = asked.requests(candidates.source.tokenizer, window)
         judge = partial(asked.document_rows, requests=requests, window=window, progress=shown)

@@ -18,7 +18,7 @@ from quambase.schema.errors import DataInvalid
 
 @dataclass(frozen=True)
 class Grid:
-    """The numbers of a format: all multiples of a spacing up to ``largest`` in magnitude.
+    """The numbers of a format: all multiples of a spacing from ``smallest`` to ``largest``.
 
     bytes     of a number
     mantissa  bits; the spacing is 2^(exponent - mantissa). None: integers, of spacing 1

@@ -414,11 +414,12 @@ def test_a_step_does_not_wait_for_the_device(kind: str, family: str, device: tor
         model = floating_model(tiny_weights(family), device, torch.float16, rotated=True)
     state, tokens = model.new_state(3), torch.tensor([5, 6, 7], device=device)
     model.step(tokens, state)
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # from here on an operation that waits raises
     try:
-        model.step(tokens, state)
+        logits = model.step(tokens, state)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(logits) == 3
 
 
 @on_cuda

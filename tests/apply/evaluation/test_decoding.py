@@ -26,7 +26,7 @@ from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.cli.main import load_command
 from quambase.collector.collect import collect
 from quambase.model.packed_batch import Batch
-from quambase.schema.errors import DataInvalid
+from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.results import DECODE, FLOAT, PREFILL
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import RESULTS
@@ -162,11 +162,16 @@ def test_what_cannot_be_decoded(world: Path, tmp_path: Path) -> None:
         run(world, tmp_path / "db", prompt_tokens=50)
     with pytest.raises(DataInvalid, match="leave out --task"):
         run(world, tmp_path / "db", task="perplexity")
+    with pytest.raises(UnknownName, match="did you mean decode"):
+        run(world, tmp_path / "db", mode="decod")
+    with pytest.raises(DataInvalid, match="prompt_tokens is 0; expected 1 or more"):
+        run(world, tmp_path / "db", prompt_tokens=0)
     # Codes of two segments have no decoding kernel.
     both = run(world, tmp_path / "db", strategies=["absmax", "outlier_piecewise"])
     assert {(row["task"], row["strategy"]) for row in both.results.to_pylist()} == {
         (DECODE, FLOAT), (DECODE, "absmax"), (PREFILL, FLOAT), (PREFILL, "absmax"), (PREFILL, "outlier_piecewise")
     }  # fmt: skip
+    assert any("outlier_piecewise is scored by prefill alone" in note for note in both.notes)
 
 
 def test_the_view_by_position(world: Path, tmp_path: Path) -> None:
