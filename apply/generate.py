@@ -30,7 +30,8 @@ class Continuing:
 
     name    of the model and strategy
     device  where it runs: "cpu" or "cuda"
-    tokens, seconds  how many were written, and in what time, so far; reading the prompt is not counted
+    tokens   how many were written so far
+    seconds  since the second of them: the prompt and the first step, which may compile kernels, are not counted
     """
 
     name: str
@@ -45,12 +46,13 @@ class Continuing:
         end, ids, shown = self.tokenizer.end_of_text, list[int](), ""
         started: float | None = None
         for token in self.written:
-            started = started or time.monotonic()
+            if len(ids) == 1:
+                started = time.monotonic()
             if token == end:
                 self.ended = True
                 break
             ids.append(token)
-            self.tokens, self.seconds = len(ids), time.monotonic() - started
+            self.tokens, self.seconds = len(ids), 0.0 if started is None else time.monotonic() - started
             text = self.tokenizer.decode(ids)
             if not text.endswith(_HALF):
                 yield text[len(shown) :]
@@ -59,7 +61,7 @@ class Continuing:
 
     def says(self) -> str:
         """What wrote how much, and how fast."""
-        speed = f", {(self.tokens - 1) / self.seconds:,.3g} tokens/s" if self.tokens > 1 and self.seconds else ""
+        speed = f", {(self.tokens - 2) / self.seconds:,.3g} tokens/s" if self.tokens > 2 and self.seconds else ""
         stopped = ", where it ended the text" if self.ended else ""
         return f"{self.name} on {self.device}: {self.tokens:,} tokens{stopped}{speed}"
 
