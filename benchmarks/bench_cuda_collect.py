@@ -55,7 +55,7 @@ def plain_forward(model: LanguageModel, batches: list[Batch]) -> float:
 
 def collecting(weights: ModelWeights, family: str, plan: DocumentSet, folder: Path) -> tuple[float, float, int, int]:
     """Seconds of observing every block and of the writing after it; bytes of the database, of `activations` in it."""
-    layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family]])
+    layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family] if not site.sampled])
     statistics = RunStatistics.empty(layouts, OUTLIERS)
     kept = KeptTokens(sampled_tokens(plan, KEEP, 0), sampled_states(plan, KEEP // weights.config.d_state, 0))
     blocks = plan.blocks(BLOCK)

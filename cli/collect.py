@@ -39,6 +39,9 @@ DTYPES = ("float16", "float32")
 SENSITIVITY_DOCUMENTS = 40
 """Of `collect --sensitivity` without a number: with 120 the scales chosen were the same."""
 
+STATE_EVERY = 64
+"""Of `collect --state-every` without a number: the states of a Mamba-1 then add a twentieth to the values counted."""
+
 
 collect_options = options(
     click.option(
@@ -95,6 +98,21 @@ collect_options = options(
         metavar="[DOCUMENTS]",
         help="Also measure how much the output depends on each value, by a backward pass over so many documents; "
         f"`analyze` then selects scales by their effect on the output.  [without a number: {SENSITIVITY_DOCUMENTS}]",
+    ),
+    click.option(
+        "--state-every",
+        type=COUNT,
+        is_flag=False,
+        flag_value=STATE_EVERY,
+        metavar="[TOKENS]",
+        help="Also observe the recurrent state after every so many tokens of a document, by channel and by state "
+        f"index.  [without a number: {STATE_EVERY}]",
+    ),
+    click.option(
+        "--by-position",
+        is_flag=True,
+        help="Also divide every site by how many tokens of the document were read: 1 to 8, then up to each power of "
+        "two. Takes about as long again as counting does, and memory for each of these.",
     ),
     click.option(
         "--by-block",

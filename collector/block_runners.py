@@ -125,8 +125,10 @@ class BlockRunner(AbstractContextManager["BlockRunner"]):
         """Release all resources."""
 
 
-def _packed(documents: Sequence[TokenizedDocument]) -> Batch:
-    return Batch.join([document.tokens for document in documents])
+def _packed(documents: Sequence[TokenizedDocument], statistics: BlockStatistics) -> Batch:
+    """The batch of a block; with the states along its documents if a site of ``statistics`` has them."""
+    every = max((layout.every for layout in statistics.layouts.values()), default=0)
+    return Batch.join([document.tokens for document in documents], every)
 
 
 class HostBlockRunner(BlockRunner):
@@ -143,7 +145,7 @@ class HostBlockRunner(BlockRunner):
         """As `BlockRunner.observe`."""
         outputs = self.outputs
         recorder = BlockRecorder(outputs.run, documents, self._block, self._counter, self._gather, outputs.kept)
-        self.model.hidden(_packed(documents), recorder)
+        self.model.hidden(_packed(documents, self._block), recorder)
         block = recorder.finish()
         if outputs.sums:
             outputs.sums(number, self._block.sums.numpy())
@@ -196,7 +198,7 @@ class CudaBlockRunner(BlockRunner):
         outputs = self.outputs
         with torch.cuda.stream(self._stream):
             recorder = BlockRecorder(outputs.run, documents, self._block, self._counter, self._gather, outputs.kept)
-            self.model.hidden(_packed(documents), recorder)
+            self.model.hidden(_packed(documents, self._block), recorder)
             block = recorder.finish()
         if outputs.write or outputs.sums:
             self._observed.append((number, block, self._block.sums))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,9 +17,15 @@ from quambase.model.inputs.array_files import Array, read_npz
 from quambase.schema.errors import DatabaseInvalid, first_line
 from quambase.schema.files import replacing
 from quambase.schema.manifest import FileName, TableFile
+from quambase.schema.positions import buckets_of
 from quambase.schema.sites import SiteKey
 
 CHECKPOINT = "checkpoint.npz"
+
+
+def position_buckets(identity: Mapping[str, Any]) -> int:
+    """How many buckets of positions a run of this ``identity`` has."""
+    return buckets_of(int(identity["seq_len"])) if identity.get("by_position") else 0
 
 
 class Checkpoint(NamedTuple):
@@ -32,26 +38,44 @@ class Checkpoint(NamedTuple):
 
 def save_checkpoint(folder: Path, blocks: int, statistics: RunStatistics, files: Mapping[str, TableFile]) -> None:
     """Write a `Checkpoint`; ``statistics`` are on the host, ``files`` on the disk. Counts are stored sparsely."""
-    counts = statistics.counts.numpy().reshape(-1)
-    present = np.flatnonzero(counts)
+    present, counts = _sparse(statistics)
     arrays = {
         "blocks": np.array(blocks),
         "files": np.array(json.dumps({file: asdict(entry) for file, entry in files.items()})),
         "shared": np.array(json.dumps([[key, source] for key, source in statistics.index.shared.items()])),
-        "present": present.astype(np.min_scalar_type(counts.size)),
-        "counts": counts[present],
+        "present": present,
+        "counts": counts,
         "top": statistics.top.numpy(),
         **{field.name: getattr(statistics.moments, field.name).numpy() for field in fields(Moments)},
+        **{name: array for b, bucket in enumerate(statistics.buckets) for name, array in _of_bucket(b, bucket).items()},
     }
     with replacing(folder / CHECKPOINT) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def load_checkpoint(folder: Path, layouts: Mapping[SiteKey, SiteLayout], most: int) -> Checkpoint:
-    """Read what `save_checkpoint` wrote; a checkpoint of no block if there is none. DatabaseInvalid: the file is
-    damaged.
+def _sparse(statistics: RunStatistics) -> tuple[Array, Array]:
+    """The places of the counts that are not 0, and those counts."""
+    counts = statistics.counts.numpy().reshape(-1)
+    present = np.flatnonzero(counts)
+    return present.astype(np.min_scalar_type(counts.size)), counts[present]
+
+
+USED = ("integers", "extrema")
+"""The moments of a bucket of positions that are used."""
+
+
+def _of_bucket(number: int, bucket: RunStatistics) -> dict[str, Array]:
+    """What a checkpoint stores of a bucket of positions, by name."""
+    parts = dict(zip(("present", "counts"), _sparse(bucket), strict=True))
+    parts |= {name: getattr(bucket.moments, name).numpy() for name in USED}
+    return {f"bucket{number}_{name}": array for name, array in parts.items()}
+
+
+def load_checkpoint(folder: Path, layouts: Mapping[SiteKey, SiteLayout], most: int, buckets: int = 0) -> Checkpoint:
+    """Read what `save_checkpoint` wrote; a checkpoint of no block if there is none. ``buckets``: of positions.
+    DatabaseInvalid: the file is damaged.
     """
-    statistics = RunStatistics.empty(layouts, most)
+    statistics = RunStatistics.empty(layouts, most, buckets)
     path = folder / CHECKPOINT
     if not path.exists():
         return Checkpoint(0, statistics, {})
@@ -67,9 +91,12 @@ def _filled(statistics: RunStatistics, arrays: Mapping[str, Array]) -> Checkpoin
     """The checkpoint of what `save_checkpoint` stored; fills ``statistics``, which are empty. ValueError, KeyError,
     TypeError, RecursionError, msgspec.ValidationError: something is missing, of another shape or of another type.
     """
-    counts, present = statistics.counts.numpy().reshape(-1), arrays["present"]
-    _check(present.dtype.kind == "u" and present.ndim == 1 and (present < counts.size).all(), "places of counts")
-    counts[present] = _of(arrays, "counts", np.zeros(present.size, np.int64))
+    _fill_counts(statistics, arrays, "")
+    for b, bucket in enumerate(statistics.buckets):
+        _fill_counts(bucket, arrays, f"bucket{b}_")
+        for name in USED:
+            part = getattr(bucket.moments, name)
+            part.copy_(torch.from_numpy(_of(arrays, f"bucket{b}_{name}", part.numpy())))
     parts = {"top": statistics.top} | {field.name: getattr(statistics.moments, field.name) for field in fields(Moments)}
     for name, part in parts.items():
         part.copy_(torch.from_numpy(_of(arrays, name, part.numpy())))
@@ -84,6 +111,13 @@ def _filled(statistics: RunStatistics, arrays: Mapping[str, Array]) -> Checkpoin
     _check(blocks >= 0, "blocks")
     files = msgspec.convert(json.loads(str(texts["files"])), dict[FileName, TableFile])
     return Checkpoint(int(blocks), statistics, files)
+
+
+def _fill_counts(statistics: RunStatistics, arrays: Mapping[str, Array], prefix: str) -> None:
+    """Fill the counts from what `_sparse` gave, stored under these names with ``prefix``."""
+    counts, present = statistics.counts.numpy().reshape(-1), arrays[f"{prefix}present"]
+    _check(present.dtype.kind == "u" and present.ndim == 1 and (present < counts.size).all(), "places of counts")
+    counts[present] = _of(arrays, f"{prefix}counts", np.zeros(present.size, np.int64))
 
 
 def _of(arrays: Mapping[str, Array], name: str, like: Array) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from quambase.collector.block_runners import BlockOutputs, BlockRunner, Placement, choose_placement, new_block_runner
-from quambase.collector.checkpoint import load_checkpoint, save_checkpoint
+from quambase.collector.checkpoint import load_checkpoint, position_buckets, save_checkpoint
 from quambase.collector.documents import (
     DocumentSet,
     Keep,
@@ -69,7 +69,7 @@ from quambase.schema.manifest import MANIFEST, Manifest, TableFile
 from quambase.schema.model_info import SIZES, ModelInfo, SortedGroups, TextInfo
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.runs import describe_run
-from quambase.schema.sites import FAMILIES, find_site
+from quambase.schema.sites import FAMILIES, SAMPLED_STATE_SITES, find_site
 from quambase.schema.sql.answer import PrintsAsTable
 
 CHECKPOINT_SECONDS = 10.0
@@ -122,6 +122,8 @@ def collect(
     group_samples: int | None = None,
     groups_from: str | None = None,
     sensitivity: int | None = None,
+    state_every: int | None = None,
+    by_position: bool = False,
     by_block: bool = False,
     shard: Shard | None = None,
     device: str = "auto",
@@ -137,7 +139,10 @@ def collect(
     observes the reordered model, and stores the order in the run; ``none`` does not. The channel statistics are those
     of a first pass over ``group_samples`` documents (default 64, for ``quamba2`` all) or of the run ``groups_from``.
     ``sensitivity``: this many evenly spaced documents also go through a backward pass, and the table `sensitivities`
-    tells how much the output depends on each value. ``by_block``: `block_counts` has the counts of each block.
+    tells how much the output depends on each value.
+    ``state_every``: the sites ssm_state_seq have the state after every so many tokens. ``by_position``: the tables
+    `position_counts`, `position_stats` and `position_channels` divide every site by how many tokens were read.
+    ``by_block``: `block_counts` has the counts of each block.
     ``shard``: only its blocks; `quambase.collector.merge.merge` combines all shards. Each repeats the first pass.
     ``device``: cpu, cuda, or auto (cuda if there is one). The CPU runs the model in float32, CUDA in ``dtype``, by
     default float16, as upstream does; those activations are counted without rounding.
@@ -153,10 +158,11 @@ def collect(
         loaded = _load(str(model), tokenizer, source, sites, shown)
         plan = read_document_set(source, loaded.tokenizer, samples, seq_len, progress=shown)
         grouping = choose_grouping(loaded.family, groups, group_samples, groups_from, len(plan.documents))
-        observed = [site.name for site in FAMILIES[loaded.family] if not sites or site.name in sites]
+        observed = _observed_sites(loaded.family, sites, state_every)
         settings = _Settings(samples, seq_len, batch_size, observed, keep_tokens, seed)
         backward = SensitivityPlan.of(plan, sensitivity, observed, loaded.family, seed) if sensitivity else None
-        request = _Request(loaded, source, plan, grouping, backward, by_block, where, settings)
+        extra = _Extra(state_every, by_position, by_block)
+        request = _Request(loaded, source, plan, grouping, backward, extra, where, settings)
         # 2. The run, or this shard of it, may exist.
         if (found := _existing(folder := db / "runs" / request.run, shard)) is not None:
             return found
@@ -177,6 +183,20 @@ def _load(model: str, tokenizer: str | None, source: str, sites: Sequence[str], 
     for name in sites:
         find_site(name, loaded.family)
     return loaded
+
+
+def _observed_sites(family: str, sites: Sequence[str], state_every: int | None) -> list[str]:
+    """The names of the sites to observe, in order. DataInvalid: a state along the documents, but not how often."""
+    if state_every is not None and state_every < 1:
+        raise DataInvalid(f"the state is observed every {state_every} tokens; expected 1 or more")
+    sampled = [site for site in sites if site in SAMPLED_STATE_SITES]
+    if sampled and state_every is None:
+        raise DataInvalid(f"{sampled[0]} is the state after every N tokens; say how many with --state-every N")
+    return [
+        site.name
+        for site in FAMILIES[family]
+        if ((state_every is not None) if site.sampled else (not sites or site.name in sites))
+    ]
 
 
 def _existing(folder: Path, shard: Shard | None) -> CollectedRun | None:
@@ -209,6 +229,19 @@ class _Settings:
 
 
 @dataclass(frozen=True)
+class _Extra:
+    """What is counted besides, named as in the identity."""
+
+    state_every: int | None
+    by_position: bool
+    by_block: bool
+
+    def identity(self) -> dict[str, Any]:
+        """What was asked for; nothing of a run without."""
+        return {name: value for name, value in vars(self).items() if value}
+
+
+@dataclass(frozen=True)
 class _Request:
     """A requested run: a model on the documents of the text ``source``."""
 
@@ -217,7 +250,7 @@ class _Request:
     plan: DocumentSet
     grouping: Grouping | None
     sensitivity: SensitivityPlan | None
-    by_block: bool
+    extra: _Extra
     where: Placement
     settings: _Settings
 
@@ -236,7 +269,7 @@ class _Request:
             "torch": version("torch"),
             **({"groups": self.grouping.identity()} if self.grouping else {}),
             **({"sensitivity": self.sensitivity.identity()} if self.sensitivity else {}),
-            **({"by_block": True} if self.by_block else {}),
+            **self.extra.identity(),
         }
 
     @cached_property
@@ -282,10 +315,10 @@ def _collect(request: _Request, folder: Path, shard: Shard | None, db: Path, sho
         block = request.settings.block
         layers = find_groups(loaded, request.plan, request.grouping, block, db, request.where, progress=shown)
         clock.lap("group")
-    layouts = site_layouts(loaded.any_weights.config, request.settings.sites, layers)
+    layouts = site_layouts(loaded.any_weights.config, request.settings.sites, layers, request.extra.state_every or 0)
     weights = prepare(reorder(loaded.any_weights, layers) if layers else loaded.any_weights)
     # 2. Every block after the checkpoint.
-    done, statistics, there = load_checkpoint(folder, layouts, OUTLIERS)
+    done, statistics, there = load_checkpoint(folder, layouts, OUTLIERS, position_buckets(request.identity))
     blocks = request.plan.blocks(request.settings.block)
     mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
     index, parts = acting_sites(layouts, loaded.family), parts_of(request.identity)
@@ -294,7 +327,9 @@ def _collect(request: _Request, folder: Path, shard: Shard | None, db: Path, sho
         runner = new_block_runner(weights, request.where, statistics, outputs)
         clock.lap("prepare")
         with runner:
-            counter = BlockCounter(request.run, statistics.counts.numpy(), COUNTED_AS) if request.by_block else None
+            counter = (
+                BlockCounter(request.run, statistics.counts.numpy(), COUNTED_AS) if request.extra.by_block else None
+            )
             _observe(runner, blocks, mine, done, folder, files, counter, shown)
             statistics = runner.statistics()
             clock.lap("observe")
@@ -386,15 +421,18 @@ def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:
     for document in plan.documents:
         sizes[document.index] = document.tokens.size
     firsts[1:] = np.cumsum(sizes)[:-1]
-    states = loaded.any_weights.config.d_state
+    states, inner = loaded.any_weights.config.d_state, loaded.any_weights.config.d_inner
     decoded = cache(lambda token: loaded.tokenizer.decode([token]))
     texts = TextAround(plan, loaded.tokenizer)
 
     def locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:
         positions, columns = rows, channels
         if layout.state:
-            positions = sizes[documents] - 1
-            columns = channels * states + rows if layout.d_state else rows * states + channels
+            length = states if layout.rows_are_indices else inner
+            number, rows = rows // length, rows % length  # of the state in the document, and the row in it
+            ends = sizes[documents]
+            positions = (np.minimum((number + 1) * layout.every, ends) if layout.every else ends) - 1
+            columns = channels * states + rows if layout.rows_are_indices else rows * states + channels
         found = tokens[firsts[documents] + positions].tolist()
         before, after = texts.of(documents, positions)
         return Places(positions, found, [decoded(token) for token in found], before, after, columns)

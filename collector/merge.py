@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from quambase.collector.checkpoint import load_checkpoint
+from quambase.collector.checkpoint import load_checkpoint, position_buckets
 from quambase.collector.collect import CollectedRun, existing_run
 from quambase.collector.documents import run_id
 from quambase.collector.layouts import site_layouts
@@ -76,7 +76,8 @@ def merge(
         if (folder / MANIFEST).exists():  # another process has merged it since
             return existing_run(folder)
         sizes = found[min(found)].config
-        layouts = site_layouts(sizes, manifest.identity["sites"], manifest.model.layer_groups)
+        every = int(manifest.identity.get("state_every", 0))
+        layouts = site_layouts(sizes, manifest.identity["sites"], manifest.model.layer_groups, every)
         statistics = _fold(name, found, folders, layouts, progress)
         blocks: dict[str, TableFile] = {}
         for shard, each in found.items():
@@ -260,12 +261,15 @@ def _fold(
 ) -> RunStatistics:
     """The statistics of all blocks. DatabaseInvalid: the shards disagree on which sites have the same tensor."""
     count, promised = len(found), found[min(found)]
+    identity = promised.manifest.identity
     statistics: RunStatistics | None = None
     with Progress(progress) as shown:
         shown.start("merge", len(found), len(found), unit="shards")
         for shard in found:
             with shown.piece(1, 1):
-                blocks, part, _ = load_checkpoint(folders[shard], layouts, promised.manifest.identity["outliers"])
+                blocks, part, _ = load_checkpoint(
+                    folders[shard], layouts, identity["outliers"], position_buckets(identity)
+                )
                 if statistics is None:
                     statistics = part
                 elif blocks:  # a shard without blocks has seen no site

@@ -1,8 +1,8 @@
 """A run folder: writes the files of its tables and `run.json`, and removes what only an unfinished run needs.
 
 `documents`, `activations` and `block_counts` are written block by block, as folders with a file for each block that has
-rows. `counts` and `sensitivities`, which are large and made at the end, are folders of parts. The other tables are a
-file each.
+rows. `counts`, `sensitivities` and `position_counts`, which are large and made at the end, are folders of parts. The
+other tables are a file each.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from quambase.collector.table_rows import (
     counts_parts,
     groups_rows,
     outliers_rows,
+    position_channels_rows,
+    position_counts_parts,
+    position_stats_rows,
     site_stats_maker,
 )
 from quambase.schema.checksums import file_damage, file_sha256
@@ -156,6 +159,7 @@ def write_statistics(
             "channels.parquet": partial(channels_rows, run, statistics),
             **{part_file(number): part for number, part in enumerate(counts_parts(run, statistics, encoding))},
             **{part_file(number, "sensitivities"): part for number, part in enumerate(sensitivities)},
+            **_position_tables(run, statistics, encoding, pool),
             "outliers.parquet": partial(outliers_rows, run, statistics, encoding, locate),
             "groups.parquet": partial(groups_rows, run, statistics.index),
             "site_stats.parquet": site_stats,
@@ -164,12 +168,25 @@ def write_statistics(
         return {file: entry.result() for file, entry in pending.items()}
 
 
+def _position_tables(
+    run: str, statistics: RunStatistics, encoding: Encoding, pool: ThreadPoolExecutor
+) -> dict[str, Callable[[], pa.Table]]:
+    """The functions that make the files of the tables by position."""
+    parts = position_counts_parts(run, statistics, encoding)
+    return {
+        **{part_file(number, "position_counts"): part for number, part in enumerate(parts)},
+        "position_channels.parquet": partial(position_channels_rows, run, statistics),
+        "position_stats.parquet": partial(position_stats_rows, run, statistics, encoding, pool),
+    }
+
+
 def every_table(folder: Path, files: Mapping[str, TableFile]) -> dict[str, TableFile]:
     """The files of a whole run in order. A table without files gets one without rows, so that its columns exist.
     OSError.
     """
     found = dict(files)
-    for file in (part_file(0), part_file(0, "sensitivities"), *(block_file(table, 0) for table in BLOCK_TABLES)):
+    parts = ("counts", "sensitivities", "position_counts")
+    for file in (*(part_file(0, table) for table in parts), *(block_file(table, 0) for table in BLOCK_TABLES)):
         if table_of(file) not in map(table_of, files):
             found[file] = write_file(folder, file, RUN_TABLES[table_of(file)].empty_table())
     return in_order(found)

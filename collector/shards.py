@@ -38,7 +38,7 @@ PLACES = "places.parquet"
 
 _PLACES = pa.schema(
     [
-        pa.field("state", pa.bool_()),
+        pa.field("rows", pa.string()),
         *(pa.field(name, pa.int32()) for name in ("document", "row", "channel")),
         *(pa.field(name, pa.int32()) for name in ("position", "token_id")),
         *(pa.field(name, pa.string()) for name in ("token", "before", "after")),
@@ -146,9 +146,16 @@ def read_sums(folder: Path, block: int) -> npt.NDArray[np.float64]:
     return found
 
 
+def _rows_of(layout: SiteLayout) -> str:
+    """What the rows of a site are: its layouts with equal rows have the same `Locate`."""
+    if not layout.state:
+        return "tokens"
+    return f"{'indices' if layout.rows_are_indices else 'channels'} of the state every {layout.every}"
+
+
 def write_places(folder: Path, statistics: RunStatistics, locate: Locate) -> None:
     """Store where each of the shard's largest values is: `outliers` of the whole run are among them."""
-    found: dict[tuple[bool, int, int, int], tuple[Any, ...]] = {}
+    found: dict[tuple[str, int, int, int], tuple[Any, ...]] = {}
     for _, _, layout, g, row in table_groups(statistics.index):
         top = statistics.outliers(row)
         asked = top[:, 2], top[:, 3], layout.members(g)[top[:, 4]]
@@ -156,22 +163,22 @@ def write_places(folder: Path, statistics: RunStatistics, locate: Locate) -> Non
         texts = places.tokens, places.before, places.after
         answers = zip(places.positions.tolist(), places.token_ids, *texts, places.channels.tolist(), strict=True)
         for place, answer in zip(zip(*(part.tolist() for part in asked), strict=True), answers, strict=True):
-            found.setdefault((layout.state, *place), answer)
+            found.setdefault((_rows_of(layout), *place), answer)
     rows = [dict(zip(_PLACES.names, (*key, *answer), strict=True)) for key, answer in found.items()]
     write_table(folder / PLACES, "places", pa.Table.from_pylist(rows, schema=_PLACES), _PLACES)
 
 
 def stored_locator(folders: Sequence[Path]) -> Locate:
     """A `Locate` of what `write_places` stored in these shards; KeyError for any other place."""
-    found: dict[tuple[bool, int, int, int], list[Any]] = {}
+    found: dict[tuple[str, int, int, int], list[Any]] = {}
     for folder in folders:
         for row in read_table(folder / PLACES, _PLACES).to_pylist():
-            state, document, line, channel, *answer = row.values()
-            found[state, document, line, channel] = answer
+            kind, document, line, channel, *answer = row.values()
+            found[kind, document, line, channel] = answer
 
     def locate(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:
         asked = zip(documents.tolist(), rows.tolist(), channels.tolist(), strict=True)
-        answers = [found[layout.state, document, row, channel] for document, row, channel in asked]
+        answers = [found[_rows_of(layout), document, row, channel] for document, row, channel in asked]
         positions, columns = (np.array([answer[i] for answer in answers], np.int64) for i in (0, -1))
         token_ids, tokens, before, after = ([answer[i] for answer in answers] for i in range(1, 5))
         return Places(positions, token_ids, tokens, before, after, columns)

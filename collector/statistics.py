@@ -69,8 +69,11 @@ class SiteLayout:
     ssd_groups  the SSD group of each group; empty at a site that SSD groups share, or of a model without them
     order       the channels group by group, ascending in each; empty if that is 0, 1, 2, ...
     sorted_groups  (head group, channel group) of each group; empty at a site without them
-    d_state     at a state site whose groups consist of channels: number of state indices per channel. Its rows are then
-                state indices, and its moments are per group and state index. 0 at every other site
+    d_state     at a state site whose groups consist of channels, but whose moments are per group and state index:
+                number of state indices. 0 at every other site
+    by_channel  at a state site: its rows are state indices and its columns channels, as also where d_state is not 0;
+                otherwise the reverse
+    every       at a site of states along a document: tokens between them. 0: one state per document, its last
     """
 
     names: tuple[str, ...]
@@ -80,6 +83,8 @@ class SiteLayout:
     order: tuple[int, ...] = ()
     sorted_groups: tuple[tuple[int, int], ...] = ()
     d_state: int = 0
+    by_channel: bool = False
+    every: int = 0
 
     @cached_property
     def _hash(self) -> int:
@@ -90,8 +95,13 @@ class SiteLayout:
         return self._hash
 
     @property
+    def rows_are_indices(self) -> bool:
+        """Whether the rows of a state are its state indices."""
+        return self.by_channel or self.d_state > 0
+
+    @property
     def channels(self) -> int:
-        """The site's number of channels (of state indices at an undivided state site)."""
+        """The site's number of columns: channels, or state indices at a state site whose rows are channels."""
         return self.edges[-1]
 
     @property
@@ -279,20 +289,30 @@ class RunStatistics:
     counts   (groups, PATTERNS) int64
     moments  of (channels,)
     top      (groups, most, 5: TOP_FIELDS) int64, sorted, magnitude -1 where there are fewer
+    buckets  the statistics of the positions of each bucket of `quambase.schema.positions` alone, with the same index;
+             empty unless they are wanted. Of their moments only integers and extrema are used, which do not depend on
+             the order
     """
 
     index: SiteIndex
     counts: torch.Tensor
     moments: Moments
     top: torch.Tensor
+    buckets: tuple[RunStatistics, ...] = ()
 
     @classmethod
-    def empty(cls, layouts: Mapping[SiteKey, SiteLayout], most: int) -> RunStatistics:
-        """Statistics of no values, on the host; ``most``: outliers per group."""
-        index, host = SiteIndex(layouts), torch.device("cpu")
+    def empty(cls, layouts: Mapping[SiteKey, SiteLayout], most: int, buckets: int = 0) -> RunStatistics:
+        """Statistics of no values, on the host; ``most``: outliers per group; ``buckets``: of positions."""
+        index = SiteIndex(layouts)
+        return cls._of_index(index, most, tuple(cls._of_index(index, most) for _ in range(buckets)))
+
+    @classmethod
+    def _of_index(cls, index: SiteIndex, most: int, buckets: tuple[RunStatistics, ...] = ()) -> RunStatistics:
+        host = torch.device("cpu")
         # NumPy's zeros are allocated on first use, in huge pages.
         counts = torch.from_numpy(np.zeros((index.group_count, PATTERNS), np.int64))
-        return cls(index, counts, Moments.empty(index.channel_count, host), _no_top(index.group_count, most, host))
+        moments, top = Moments.empty(index.channel_count, host), _no_top(index.group_count, most, host)
+        return cls(index, counts, moments, top, buckets)
 
     @property
     def most(self) -> int:
@@ -318,6 +338,8 @@ class RunStatistics:
         """Add the statistics of other blocks, anywhere in the run, with the same ``shared``; on the host."""
         self.counts += other.counts
         self.moments.fold(other.moments)
+        for mine, theirs in zip(self.buckets, other.buckets, strict=True):
+            mine.add(theirs)
         both = np.concatenate([self.top.numpy(), other.top.numpy()], axis=1)
         self.top.copy_(torch.from_numpy(largest(both, self.most)))
 
@@ -332,6 +354,7 @@ class BlockStatistics:
     sites  what a `Counter` adds to: the run's counts, and the block's moments and outliers, whose documents are
            numbered within the block
     sums   (2, channels) float64: the last folded block's totals and squares, whose sum depends on the order
+    buckets  those of the run's buckets of positions
     """
 
     def __init__(self, run: RunStatistics) -> None:
@@ -344,6 +367,7 @@ class BlockStatistics:
         self.sites = {key: block.site(key) for key in self.layouts}
         for key, source in self.shared.items():
             self.sites[key] = self.sites[source]
+        self.buckets = [BlockStatistics(bucket) for bucket in run.buckets]
 
     def summaries(self, documents: int) -> tuple[torch.Tensor, dict[SiteKey, torch.Tensor]]:
         """Memory for a block's summaries, reused by the next block of equally many documents: flat, and as each site's
@@ -368,6 +392,12 @@ class BlockStatistics:
         named = torch.from_numpy(numbers).to(self.run.device, non_blocking=True)
         self._top[..., 2] = named[self._top[..., 2].clamp_(min=0)]
         self.run.top.copy_(merged_top(self.run.top, self._top))
+        self._end()
+        for bucket in self.buckets:
+            bucket._end()  # without its largest values, which say nothing of their places
+
+    def _end(self) -> None:
+        """Add the moments to the run's, and begin again with no values."""
         self.run.moments.fold(self._moments)
         self.sums = self._moments.sums[:2].clone()
         self._top.fill_(-1)

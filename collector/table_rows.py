@@ -11,12 +11,26 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from quambase.collector.host.kernels import SIGN
 from quambase.collector.statistics import TOP_FIELDS, Encoding, Int64, RunStatistics, SiteIndex, SiteLayout
 from quambase.collector.table_kernels import present_counts, present_sizes, repeat, summarize_sums
+from quambase.schema.positions import bounds_of
 from quambase.schema.sites import WHOLE, SiteKey
-from quambase.schema.tables import BLOCK_COUNTS, CHANNELS, COUNTS, GROUPS, OUTLIERS, QUANTILES, SITE_STATS, as_made
+from quambase.schema.tables import (
+    BLOCK_COUNTS,
+    CHANNELS,
+    COUNTS,
+    GROUPS,
+    OUTLIERS,
+    POSITION_CHANNELS,
+    POSITION_COUNTS,
+    POSITION_STATS,
+    QUANTILES,
+    SITE_STATS,
+    as_made,
+)
 
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
@@ -213,6 +227,53 @@ def groups_rows(run: str, index: SiteIndex) -> pa.Table:
         "channel_group": [channel for _, channel in sorted_groups],
     }
     return many_keyed_rows(run, _names(groups), [1] * len(groups), columns, GROUPS)
+
+
+def position_counts_parts(run: str, statistics: RunStatistics, encoding: Encoding) -> list[Callable[[], pa.Table]]:
+    """As `counts_parts`, of the table `position_counts`; none without buckets of positions."""
+    buckets = [bucket.counts.numpy() for bucket in statistics.buckets]
+
+    def part(groups: Sequence[TableGroup]) -> pa.Table:
+        places = [(group, bucket) for group in groups for bucket in range(len(buckets))]
+        found = [_present(buckets[bucket], [group], encoding) for group, bucket in places]
+        rows = [int(sizes[0]) for sizes, _, _ in found]
+        columns: dict[str, object] = {
+            **_position_columns([bucket for _, bucket in places], rows),
+            "value": np.concatenate([values for _, values, _ in found]),
+            "count": np.concatenate([counts for _, _, counts in found]),
+        }
+        return many_keyed_rows(run, _names([group for group, _ in places]), rows, columns, POSITION_COUNTS)
+
+    groups = table_groups(statistics.index) if buckets else []
+    return [partial(part, groups[start : start + COUNTED]) for start in range(0, len(groups), COUNTED)]
+
+
+def _position_columns(buckets: Sequence[int], rows: Sequence[int]) -> dict[str, object]:
+    """The columns of positions: ``rows[i]`` rows of ``buckets[i]``."""
+    bounds = np.array([bounds_of(bucket) for bucket in buckets], np.int32).reshape(-1, 2)
+    return dict(zip(("tokens_from", "tokens_to"), np.repeat(bounds, rows, axis=0).T, strict=True))
+
+
+def position_channels_rows(run: str, statistics: RunStatistics) -> pa.Table:
+    """The table `position_channels`."""
+    return _of_buckets([channels_rows(run, bucket) for bucket in statistics.buckets], POSITION_CHANNELS)
+
+
+def position_stats_rows(run: str, statistics: RunStatistics, encoding: Encoding, pool: Executor) -> pa.Table:
+    """The table `position_stats`."""
+    coming = [site_stats_maker(run, bucket, encoding, pool) for bucket in statistics.buckets]
+    return _of_buckets([rows() for rows in coming], POSITION_STATS)
+
+
+def _of_buckets(tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
+    """The rows of every bucket's table that has any value, with the columns of positions."""
+    made, parts = as_made(schema), list[pa.Table]()
+    for bucket, table in enumerate(tables):
+        seen = table.filter(pc.greater(pc.add(table["count"], table["nonfinite"]), 0))
+        for name, values in _position_columns([bucket], [seen.num_rows]).items():
+            seen = seen.append_column(made.field(name), [values])
+        parts.append(seen.select(made.names).cast(made))
+    return pa.concat_tables(parts).unify_dictionaries() if parts else made.empty_table()
 
 
 class Places(NamedTuple):

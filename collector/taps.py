@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,9 @@ import torch
 from quambase.collector.block_rows import KeptRows, activations_rows, documents_rows
 from quambase.collector.documents import TokenizedDocument
 from quambase.collector.statistics import SUMMARY_COLUMNS, BlockStatistics, Counter, Int64, SiteLayout
+from quambase.model.packed_batch import sampled_ends
 from quambase.schema.errors import TapNeverFired
+from quambase.schema.positions import bucket_of
 from quambase.schema.sites import SiteKey
 
 Positions = Mapping[int, npt.NDArray[np.int64]]
@@ -143,6 +145,40 @@ class ObservedBlock:
         return documents, activations_rows(self.run, self.layouts, self.kept, self.same, self.places, raw)
 
 
+class BucketRows(NamedTuple):
+    """The rows of a bucket of positions: their numbers (rows,) on the device of the values, and the borders of the
+    parts that are counted as if they were documents.
+    """
+
+    bucket: int
+    rows: torch.Tensor
+    offsets: Int64
+
+
+def _last_tokens(tokens: int, length: int, every: int) -> Int64:
+    """How many tokens of a document of ``tokens`` tokens were read at each row or state that a site has of it: all
+    rows if ``length`` is 0, else states of ``length`` rows, after ``every`` tokens each or, if that is 0, the last.
+    """
+    if not length:
+        return np.arange(1, tokens + 1)
+    return sampled_ends(tokens, every or tokens)
+
+
+def _bucket_rows(read: Sequence[Int64], length: int, device: torch.device) -> Iterator[BucketRows]:
+    """The rows of every bucket that is reached; ``read``: of each document, how many tokens were read at each of its
+    states, or rows if ``length`` is 1.
+
+    Nothing is stored of a document here. So there are only as many parts as the host's threads divide among them: the
+    quantiles of each, which nothing reads, would take longer than the counting.
+    """
+    buckets = np.repeat(bucket_of(np.concatenate(read)), length)
+    parts = 2 * torch.get_num_threads() if device.type == "cpu" else 1
+    for bucket in np.unique(buckets):
+        index = np.flatnonzero(buckets == bucket)
+        there = torch.from_numpy(index).to(device, non_blocking=True)
+        yield BucketRows(int(bucket), there, np.unique(np.linspace(0, len(index), parts + 1).astype(np.int64)))
+
+
 def check_seen(seen: Mapping[SiteKey, int], documents: int) -> None:
     """TapNeverFired for a site that was not reached for every one of a block's documents."""
     for (layer, site), count in seen.items():
@@ -177,9 +213,10 @@ class BlockRecorder:
         self._same: dict[SiteKey, SiteKey] = {}
         self._layer: int | None = None
         self._kept: list[KeptRows] = []
-        self._borders: dict[tuple[int, int, int], Int64] = {}
+        self._borders: dict[tuple[int, int, int, int], Int64] = {}
         self._spans: dict[tuple[int, int, bool], tuple[int, torch.Tensor | None]] = {}
         self._places: list[Int64] = []
+        self._buckets: dict[tuple[int, int, int, int], list[BucketRows]] = {}
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
         """Count one site's activations; see `quambase.model.block.Tap` for the shapes."""
@@ -190,16 +227,14 @@ class BlockRecorder:
         if layer != self._layer:  # batches of whole layers are alike, and so share a plan
             self.counter.flush(partly=True)
             self._layer = layer
-        if layout.d_state:
-            rows = values.transpose(1, 2).reshape(-1, values.shape[1])  # (documents n, e)
-            length = layout.d_state
+        rows, length = values, 0  # of each state
+        if layout.rows_are_indices:
+            rows = values.transpose(1, 2).reshape(-1, values.shape[1])  # (states n, e)
+            length = values.shape[2]
         elif layout.state:
-            rows = values.reshape(-1, values.shape[-1])  # (documents e, n)
+            rows = values.reshape(-1, values.shape[-1])  # (states e, n)
             length = values.shape[1]
-        else:
-            rows = values
-            length = 0
-        offsets = self._offsets(documents, length)
+        offsets = self._offsets(documents, length, layout.every)
         here = documents.stop - documents.start
         self._seen[key] += here
         source = self._identity(key, values, here)
@@ -212,15 +247,30 @@ class BlockRecorder:
         if here != len(self.documents):
             summaries = summaries[documents]
         self.counter.add(self.statistics.sites[key], rows, offsets, documents.start, summaries)
-        self._keep(key, layout, values, offsets, documents)
+        if self.statistics.buckets:
+            self._count_buckets(key, rows, length, layout.every, documents)
+        if not layout.every:
+            self._keep(key, layout, values, offsets, documents)
 
-    def _offsets(self, documents: slice, length: int) -> Int64:
-        """The borders of some documents' rows: ``length`` each, or, if that is 0, one for each token."""
-        span = documents.start, documents.stop, length
+    def _offsets(self, documents: slice, length: int, every: int) -> Int64:
+        """The borders of some documents' rows: ``length`` for each state, or, if that is 0, one for each token."""
+        span = documents.start, documents.stop, length, every
         if span not in self._borders:
-            lengths = [length or document.tokens.size for document in self.documents[documents]]
-            self._borders[span] = np.cumsum([0, *lengths], dtype=np.int64)
+            seen = [len(_last_tokens(document.tokens.size, length, every)) for document in self.documents[documents]]
+            self._borders[span] = np.cumsum([0, *seen], dtype=np.int64) * (length or 1)
         return self._borders[span]
+
+    def _count_buckets(self, key: SiteKey, rows: torch.Tensor, length: int, every: int, documents: slice) -> None:
+        """Count the rows of each bucket of positions into the bucket's statistics."""
+        span = documents.start, documents.stop, length, every
+        if span not in self._buckets:
+            sizes = [document.tokens.size for document in self.documents[documents]]
+            last = [_last_tokens(size, length, every) for size in sizes]
+            self._buckets[span] = list(_bucket_rows(last, length or 1, rows.device))
+        for bucket, index, offsets in self._buckets[span]:
+            site = self.statistics.buckets[bucket].sites[key]
+            unread = torch.empty(len(offsets) - 1, len(site.layout.names) + 1, len(SUMMARY_COLUMNS), device=rows.device)
+            self.counter.add(site, rows.index_select(0, index), offsets, 0, unread)
 
     def _identity(self, key: SiteKey, values: torch.Tensor, documents: int) -> SiteKey | None:
         """The site for which the previous call had this same tensor, with every document: an identity's output is its

@@ -23,15 +23,18 @@ class Tap(Protocol):
     """Receives every site's activation during a forward pass.
 
     ``values``: (rows, channels) in the model's dtype on its device, the concatenated rows of the batch's documents
-    ``documents``; at the ssm_state sites (documents, e, n) float32. A site may be delivered in several calls with
+    ``documents``; at the ssm_state_act sites (documents, e, n) float32, at the ssm_state_seq sites (states, e, n),
+    those after the documents' `quambase.model.packed_batch.sampled_ends`. A site may be delivered in several calls with
     ascending documents. The tap must not change the tensor, which stays valid until the forward pass ends.
     """
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None: ...
 
 
-Show = Callable[[str, torch.Tensor], None]
-"""A `Tap` of one layer and all documents: takes a site and its values."""
+class Show(Protocol):
+    """A `Tap` of one layer; ``documents`` None: all of them."""
+
+    def __call__(self, site: str, values: torch.Tensor, documents: slice | None = None) -> None: ...
 
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]

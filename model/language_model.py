@@ -142,8 +142,11 @@ class LanguageModel:
                 tell((layers + rows.stop / len(out)) / (layers + 1))
 
 
-def _of_layer(tap: Tap, layer: int, documents: slice) -> Show:
-    return lambda site, values: tap(layer, site, values, documents)
+def _of_layer(tap: Tap, layer: int, every: slice) -> Show:
+    def show(site: str, values: torch.Tensor, documents: slice | None = None) -> None:
+        tap(layer, site, values, every if documents is None else documents)
+
+    return show
 
 
 def floating_model(

@@ -14,8 +14,9 @@ from quambase.model.block import Block, BlockKind, BlockWeights, Change, Draw, M
 from quambase.model.exponential import exp
 from quambase.model.inputs.settings import NORM_EPS, Settings, check_hugging_face, check_mamba_ssm, padded_vocabulary
 from quambase.model.operators.interface import BlockState, Operators, OperatorSizes, by_state_index
+from quambase.model.operators.sampled_states import decay_of, pieces_of, steps
 from quambase.model.packed_batch import PlacedBatch, last_rows
-from quambase.schema.sites import MAMBA1
+from quambase.schema.sites import MAMBA1, SAMPLED_STATE_SITES, STATE_BY_CHANNEL, STATE_BY_INDEX
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class MambaConfig(ModelConfig):
             "dt_proj:output": (0, e),
             "ssm_state_act:input": (0, n),
             "ssm_state_act:output": (0, n),
+            STATE_BY_CHANNEL: (0, e),
+            STATE_BY_INDEX: (0, n),
             "out_proj:input": (0, e),
             "out_proj:output": (0, self.d_model),
         }
@@ -183,9 +186,31 @@ class Mamba1Block(Block):
             show("dt_proj:output", delta)
             show("ssm_state_act:input", last)
             show("ssm_state_act:output", last)
+            if batch.host.state_every:
+                self._show_states(u, delta, dt_b_c[:, r:], xz[:, e:], batch, show)
             show("out_proj:input", gated)
             show("out_proj:output", out)
         return out
+
+    def _show_states(
+        self,
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        bc: torch.Tensor,
+        z: torch.Tensor,
+        batch: PlacedBatch,
+        show: Show,
+    ) -> None:
+        """Show the state along the documents; arguments as `Operators.selective_scan` has them."""
+        for pieces in pieces_of(batch, self.a.numel()):
+            rows = pieces.rows
+            own = self.operators.selective_scan(
+                u[rows], delta[rows], bc[rows], z[rows], self.a, self.d, self.dt_bias, pieces.batch
+            )[1]
+            total = pieces.sums(steps(delta[rows], self.dt_bias))  # (pieces, e)
+            states = pieces.joined(own, decay_of(total[:, :, None] * self.a.T))
+            for site in SAMPLED_STATE_SITES:
+                show(site, states, pieces.documents)
 
     def new_state(self, sequences: int) -> BlockState:
         """As `Block.new_state`."""

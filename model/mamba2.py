@@ -18,10 +18,11 @@ from quambase.model.block import Block, BlockKind, BlockWeights, Change, Draw, H
 from quambase.model.exponential import exp
 from quambase.model.inputs.settings import NORM_EPS, Settings, check_hugging_face, check_mamba_ssm, padded_vocabulary
 from quambase.model.operators.interface import BlockState, Operators, OperatorSizes
+from quambase.model.operators.sampled_states import decay_of, pieces_of, steps
 from quambase.model.packed_batch import PlacedBatch, last_rows
 from quambase.schema.errors import CheckpointInvalid
 from quambase.schema.groups import LayerGroups
-from quambase.schema.sites import MAMBA2
+from quambase.schema.sites import MAMBA2, SAMPLED_STATE_SITES, STATE_BY_CHANNEL, STATE_BY_INDEX
 
 # Options of mamba-ssm's Mamba2, with the only value that upstream's INT8 model supports.
 _ONLY = {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
@@ -156,12 +157,15 @@ class Mamba2Config(ModelConfig):
             "C_conv_out": shared(self.bc_width),
             "dt_act": (0, self.heads),
             "ssm_state_act": (0, self.d_state),
-            "ssd_out_act": (0, self.d_inner),
         }
         return {
             "in_proj:input": (0, self.d_model),
             "in_proj:output": self.in_proj_edges,
             **{f"{name}:{end}": edges for name, edges in identities.items() for end in ("input", "output")},
+            STATE_BY_CHANNEL: (0, self.d_inner),
+            STATE_BY_INDEX: (0, self.d_state),
+            "ssd_out_act:input": (0, self.d_inner),
+            "ssd_out_act:output": (0, self.d_inner),
             "out_proj:input": (0, self.d_inner),
             "out_proj:output": (0, self.d_model),
         }
@@ -298,9 +302,26 @@ class Mamba2Block(Block):
             for name, values in identities.items():
                 show(f"{name}:input", values)
                 show(f"{name}:output", values)
+            if batch.host.state_every:
+                self._show_states(x, b, c, dt, batch, show)
             show("out_proj:input", gated)
             show("out_proj:output", out)
         return out
+
+    def _show_states(
+        self, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, dt: torch.Tensor, batch: PlacedBatch, show: Show
+    ) -> None:
+        """Show the state along the documents; arguments as `Operators.ssd_scan` has them."""
+        for pieces in pieces_of(batch, self.config.d_inner * self.config.d_state):
+            rows = pieces.rows
+            own = self.operators.ssd_scan(
+                x[rows], b[rows], c[rows], dt[rows], self.a, self.d, self.dt_bias, pieces.batch
+            )[1]
+            total = pieces.sums(steps(dt[rows], self.dt_bias))  # (pieces, h)
+            decay = decay_of(total * self.a).repeat_interleave(self.config.headdim, 1)
+            states = pieces.joined(own, decay[:, :, None])
+            for site in SAMPLED_STATE_SITES:
+                show(site, states, pieces.documents)
 
     def new_state(self, sequences: int) -> BlockState:
         """As `Block.new_state`."""

@@ -20,10 +20,13 @@ class Batch:
 
     tokens   (t,) int64, the documents' token ids, concatenated
     offsets  (documents + 1,) int64, document i being ``tokens[offsets[i]:offsets[i + 1]]``
+    state_every  a tap also receives the state after every so many tokens of each document (`sampled_ends`); 0: it does
+                 not
     """
 
     tokens: torch.Tensor
     offsets: torch.Tensor
+    state_every: int = 0
 
     @classmethod
     def pack(cls, documents: Sequence[Sequence[int]]) -> Batch:
@@ -31,10 +34,10 @@ class Batch:
         return cls.join([np.array(document, np.int64) for document in documents])
 
     @classmethod
-    def join(cls, documents: Sequence[npt.NDArray[np.integer[Any]]]) -> Batch:
+    def join(cls, documents: Sequence[npt.NDArray[np.integer[Any]]], state_every: int = 0) -> Batch:
         """Concatenate arrays of token ids."""
         lengths = torch.tensor([0, *(document.size for document in documents)], dtype=torch.int64)
-        return cls(torch.from_numpy(np.concatenate([_NO_TOKENS, *documents])), lengths.cumsum(0))
+        return cls(torch.from_numpy(np.concatenate([_NO_TOKENS, *documents])), lengths.cumsum(0), state_every)
 
     @property
     def documents(self) -> int:
@@ -57,6 +60,11 @@ class Batch:
                 found.append(slice(first, document + 1))
                 first = document + 1
         return found
+
+
+def sampled_ends(tokens: int, every: int) -> npt.NDArray[np.int64]:
+    """After how many tokens the state of a document of ``tokens`` tokens is seen: every ``every``, and all of them."""
+    return np.unique(np.append(np.arange(every, tokens + 1, every), tokens)) if tokens else _NO_TOKENS
 
 
 @dataclass(frozen=True)

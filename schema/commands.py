@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quambase.schema.manifest import Manifest
-from quambase.schema.sites import FAMILIES, MAMBA2
+from quambase.schema.sites import FAMILIES, MAMBA2, SAMPLED_STATE_SITES
 
 BATCH, LENGTH, KEPT, SEED = 32, 512, 64, 0
 """What `collect` takes where nothing is said: documents per forward pass, tokens per document, tokens whose activations
@@ -49,6 +49,10 @@ def collect_command(
     words += ["--data", data or text.path or text.name, "--samples", str(samples or asked["samples"])]
     if by_block or (by_block is None and asked.get("by_block")):
         words.append("--by-block")
+    if asked.get("by_position"):
+        words.append("--by-position")
+    if "state_every" in asked:
+        words += ["--state-every", str(asked["state_every"])]
     for option, value, default in (
         ("--batch-size", batch_size or int(asked.get("block", BATCH)), BATCH),
         ("--seq-len", asked.get("seq_len", LENGTH), LENGTH),
@@ -56,8 +60,8 @@ def collect_command(
         ("--seed", asked.get("seed", SEED), SEED),
     ):
         words += [option, str(value)] if value != default else []
-    sites = asked.get("sites", [])
-    if 0 < len(sites) < len(FAMILIES.get(manifest.model.family, ())):
+    sites = [site for site in asked.get("sites", []) if site not in SAMPLED_STATE_SITES]
+    if 0 < len(sites) < sum(not site.sampled for site in FAMILIES.get(manifest.model.family, ())):
         words += [word for site in sites for word in ("--site", site)]
     if manifest.model.family == MAMBA2:
         words += _grouping(asked.get("groups"))

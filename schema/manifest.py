@@ -58,6 +58,8 @@ class _KnownIdentity(TypedDict, total=False):
     outliers: Size
     sensitivity: _Backward
     by_block: bool
+    by_position: bool
+    state_every: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 
 class _KnownCreated(TypedDict, total=False):

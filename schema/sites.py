@@ -39,6 +39,7 @@ class Site:
     saturates   every consumer clamps. Upstream's Hadamard quantizer at ``out_proj:input``
                 does not: it wraps modulo 256, so a clipping scale is not safe there
     head        belongs to the head, not to a layer
+    sampled     observed only by `collect --state-every N`: the state after every N tokens
     """
 
     name: str
@@ -50,6 +51,7 @@ class Site:
     by_ssd: bool = False
     grouped: bool = False
     affine: bool = False
+    sampled: bool = False
 
     @property
     def consumed(self) -> bool:
@@ -69,6 +71,13 @@ class Site:
 STATE_SITES = ("ssm_state_act:input", "ssm_state_act:output")
 """Sites with one (e, n) tensor per document instead of one row per token; their channel is the state index."""
 
+STATE_BY_CHANNEL, STATE_BY_INDEX = SAMPLED_STATE_SITES = ("ssm_state_seq:channel", "ssm_state_seq:index")
+"""Sites with several (e, n) tensors per document, the state along it. Both have the same values. The channels of the
+first are the model's, (head, channel) of a Mamba-2, those of the second the state indices.
+"""
+
+_SAMPLED = tuple(Site(name, sampled=True) for name in SAMPLED_STATE_SITES)
+
 MAMBA1_SITES: tuple[Site, ...] = (
     Site("in_proj:input", read_by=(IN_PROJ,)),
     Site("in_proj:output", groups=("x", "z"), read_by=(CONV_SCAN,)),
@@ -78,6 +87,7 @@ MAMBA1_SITES: tuple[Site, ...] = (
     Site("dt_proj:output", read_by=(CONV_SCAN,)),
     Site("ssm_state_act:input", read_by=(CONV_SCAN,), decode_only=True),
     Site("ssm_state_act:output"),
+    *_SAMPLED,
     Site("out_proj:input", read_by=(OUT_PROJ,), saturates=False),
     Site("out_proj:output"),
     Site("lm_head:input", read_by=(HEAD,), head=True),
@@ -107,6 +117,7 @@ MAMBA2_SITES: tuple[Site, ...] = (
     Site("dt_act:output"),
     Site("ssm_state_act:input", read_by=(CONV_SCAN,), decode_only=True, grouped=True),
     Site("ssm_state_act:output"),
+    *_SAMPLED,
     Site("ssd_out_act:input"),
     Site("ssd_out_act:output"),
     Site("out_proj:input", read_by=(OUT_PROJ,), saturates=False),
@@ -162,9 +173,11 @@ def is_model_site(name: str, family: str = MAMBA1) -> bool:
     return name in _known(family)
 
 
-def layer_sites(n_layer: int, family: str = MAMBA1) -> Iterator[tuple[int, Site]]:
-    """Every (layer, site) of a model with ``n_layer`` layers, head last."""
-    sites = FAMILIES[family]
+def layer_sites(n_layer: int, family: str = MAMBA1, *, sampled: bool = False) -> Iterator[tuple[int, Site]]:
+    """Every (layer, site) of a model with ``n_layer`` layers, head last; ``sampled``: also those that only
+    `collect --state-every` observes.
+    """
+    sites = [site for site in FAMILIES[family] if sampled or not site.sampled]
     for layer in range(n_layer):
         for site in sites:
             if not site.head:

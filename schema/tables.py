@@ -130,9 +130,7 @@ QUANTILES: dict[str, float] = {
 DOCUMENT_QUANTILES: dict[str, float] = {name: p for name, p in QUANTILES.items() if p >= 0.99}
 """Quantile columns of `documents`: torch.quantile's rule (float32 rank and interpolation)."""
 
-SITE_STATS = _table(
-    "site_stats",
-    "Summary of each site and of each group of a divided site; everything but overflow follows from counts.",
+_SUMMARY = (
     ("count", pa.int64(), "Finite values."),
     ("amax", pa.float32(), "Largest absolute value."),
     ("min", pa.float32(), "Smallest value."),
@@ -153,9 +151,15 @@ SITE_STATS = _table(
     ("overflow", pa.int64(), "Finite float32 values that became infinite in 16 bits (part of nonfinite)."),
 )
 
+SITE_STATS = _table(
+    "site_stats",
+    "Summary of each site and of each group of a divided site; everything but overflow follows from counts.",
+    *_SUMMARY,
+)
+
 CHANNELS = _table(
     "channels",
-    "Per channel (at the ssm_state sites per state index, of each group), of the unrounded float32 values.",
+    "Per channel (at the ssm_state_act sites per state index, of each group), of the unrounded float32 values.",
     ("channel", pa.int32(), "Channel index within the site."),
     ("count", pa.int64(), "Finite values."),
     ("min", pa.float32(), "Smallest value."),
@@ -167,6 +171,41 @@ CHANNELS = _table(
         pa.float64(),
         "Largest, over documents, of the document's mean absolute value: upstream's reorder statistic.",
     ),
+    ("nonfinite", pa.int64(), "NaN and infinite values."),
+    ("overflow", pa.int64(), "Finite values that become infinite in 16 bits."),
+)
+
+_POSITION = (
+    ("tokens_from", pa.int32(), "Fewest tokens of the document read so far, the value's own token counted."),
+    ("tokens_to", pa.int32(), "Most: 8, 16, 32, ..."),
+)
+_BY_POSITION = "by how many tokens of the document were read: 1 to 8, then up to each power of two"
+_ASKED = "(`collect --by-position`; without rows otherwise)"
+
+POSITION_COUNTS = _table(
+    "position_counts",
+    f"The counts {_BY_POSITION} {_ASKED}: they add up to counts. Sorted by group, position and value; -0 is 0, NaN "
+    "comes last.",
+    *_POSITION,
+    ("value", pa.float32(), "Activation, rounded to the 16-bit type of the run."),
+    ("count", pa.int64(), "How many times it occurred there."),
+)
+
+POSITION_STATS = _table(
+    "position_stats",
+    f"The columns of site_stats {_BY_POSITION} {_ASKED}.",
+    *_POSITION,
+    *_SUMMARY,
+)
+
+POSITION_CHANNELS = _table(
+    "position_channels",
+    f"The extremes of each channel {_BY_POSITION} {_ASKED}; otherwise as channels.",
+    *_POSITION,
+    ("channel", pa.int32(), "Channel index within the site."),
+    ("count", pa.int64(), "Finite values."),
+    ("min", pa.float32(), "Smallest value."),
+    ("max", pa.float32(), "Largest value."),
     ("nonfinite", pa.int64(), "NaN and infinite values."),
     ("overflow", pa.int64(), "Finite values that become infinite in 16 bits."),
 )
@@ -345,6 +384,9 @@ RUN_TABLES: dict[str, pa.Schema] = {
     "groups": GROUPS,
     "sensitivities": SENSITIVITIES,
     "block_counts": BLOCK_COUNTS,
+    "position_counts": POSITION_COUNTS,
+    "position_stats": POSITION_STATS,
+    "position_channels": POSITION_CHANNELS,
 }
 """The tables of one run folder: each is a file ``<name>.parquet``, or a folder ``<name>/`` of Parquet files."""
 
@@ -356,6 +398,7 @@ LATER_COLUMNS = {"outliers": {"before": None, "after": None}}
 _ENCODINGS = {
     "counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"},
     "block_counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"},
+    "position_counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"},
     "sensitivities": {
         "value": "BYTE_STREAM_SPLIT",
         "count": "DELTA_BINARY_PACKED",
@@ -364,7 +407,7 @@ _ENCODINGS = {
     "activations": {"values.list.element": "BYTE_STREAM_SPLIT"},
 }
 
-_STATISTICS = {"counts": ["layer"], "block_counts": ["layer"]}
+_STATISTICS = {"counts": ["layer"], "block_counts": ["layer"], "position_counts": ["layer"]}
 """The columns by which row groups are told apart, of the tables where those of the others take long to find."""
 
 _ROW_GROUPS = {"block_counts": 1 << 16}

@@ -5,29 +5,20 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-SHORTEST = 8
-"""Tokens of the first bucket after the prompt's own."""
+from quambase.schema.positions import bounds_of, bucket_of
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 
 
-def bucket_of(decoded: Int64) -> Int64:
-    """The bucket of each number of tokens: 0 for 0, 1 for 1 to SHORTEST, then one for each doubling."""
-    found = np.zeros(decoded.shape, np.int64)
-    some = decoded > 0
-    # The exponent of 2^e <= x < 2^(e + 1), from an exact float64.
-    exponents = np.frexp((np.maximum(decoded[some], SHORTEST) - 1).astype(np.float64))[1]
-    found[some] = exponents - int(np.log2(SHORTEST)) + 1
-    return found
+def decoded_bucket(decoded: Int64) -> Int64:
+    """The bucket of each number of decoded tokens: 0 for none, then 1 + `quambase.schema.positions.bucket_of`."""
+    return np.where(decoded > 0, 1 + bucket_of(np.maximum(decoded, 1)), 0)
 
 
-def bounds_of(bucket: int) -> tuple[int, int]:
-    """The fewest and most tokens of a bucket."""
-    if bucket == 0:
-        return 0, 0
-    most = SHORTEST << (bucket - 1)
-    return (1 if bucket == 1 else most // 2 + 1), most
+def decoded_bounds(bucket: int) -> tuple[int, int]:
+    """The fewest and the most decoded tokens of a bucket."""
+    return bounds_of(bucket - 1) if bucket else (0, 0)
 
 
 def by_position(
@@ -38,13 +29,13 @@ def by_position(
     All arguments have an entry for each prediction: its document is ``owner``, ``decoded`` how many tokens were decoded
     before it.
     """
-    buckets = bucket_of(decoded)
+    buckets = decoded_bucket(decoded)
     width = int(buckets.max(initial=0)) + 1
     place, cells = owner * width + buckets, documents * width
     tokens = np.bincount(place, minlength=cells).reshape(documents, width)
     sums = [np.bincount(place, weights, cells).reshape(documents, width) for weights in (nll, kl)]
     agreed = np.bincount(place[agrees], minlength=cells).reshape(documents, width)
-    bounds = [bounds_of(bucket) for bucket in range(width)]
+    bounds = [decoded_bounds(bucket) for bucket in range(width)]
     return [
         [
             {

@@ -43,7 +43,7 @@ def to_host(statistics: RunStatistics) -> RunStatistics:
     """A copy on the host; waits for the device."""
     arrays = [getattr(statistics.moments, field.name) for field in fields(Moments)]
     counts, top, *moments = copied_to_host(statistics.counts, statistics.top, *arrays)
-    return RunStatistics(statistics.index, counts, Moments(*moments), top)
+    return RunStatistics(statistics.index, counts, Moments(*moments), top, tuple(map(to_host, statistics.buckets)))
 
 
 def to_device(statistics: RunStatistics, device: torch.device) -> RunStatistics:
@@ -53,4 +53,5 @@ def to_device(statistics: RunStatistics, device: torch.device) -> RunStatistics:
         return tensor.to(device, copy=True)
 
     moments = Moments(*(there(getattr(statistics.moments, field.name)) for field in fields(Moments)))
-    return RunStatistics(statistics.index, there(statistics.counts), moments, there(statistics.top))
+    buckets = tuple(to_device(bucket, device) for bucket in statistics.buckets)
+    return RunStatistics(statistics.index, there(statistics.counts), moments, there(statistics.top), buckets)

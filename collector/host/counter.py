@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import torch
 
-from quambase.collector.host.kernels import PATTERNS, SIGN, WIDEST, channel_moments, count_documents
+from quambase.collector.host.kernels import PATTERNS, SIGN, WIDEST, channel_moments, count_documents, take_counts
 from quambase.collector.statistics import (
     PROBABILITIES,
     TOP_FIELDS,
@@ -120,8 +120,7 @@ class HostCounter:
             )
             if moments:
                 self._add_moments(rows, borders, into.moments)
-        into.counts += torch.from_numpy(counts.sum(axis=0))
-        counts[:] = 0
+        take_counts(counts, into.counts.numpy())
         for g in range(groups):
             found = [self._top[w, g, : top_sizes[w, g]] for w in range(workers)]
             best = largest(np.concatenate([into.outliers(g), *found]), self.most)

@@ -195,6 +195,30 @@ def count_documents(
                         table[pattern] = 0
 
 
+TAKEN = 4096
+"""Patterns per piece of work of `take_counts`."""
+
+
+@kept_njit(parallel=True)
+def take_counts(counts: Int64, into: Int64) -> None:
+    """Add counts (workers, groups, PATTERNS) to ``into`` (groups, PATTERNS), and set them to zero.
+
+    Most are zero, so memory is mainly read.
+    """
+    workers, groups, _ = counts.shape
+    pieces = PATTERNS // TAKEN
+    for piece in numba.prange(groups * pieces):
+        group, first = piece // pieces, piece % pieces * TAKEN
+        for pattern in range(first, first + TAKEN):
+            total = 0
+            for worker in range(workers):
+                total += counts[worker, group, pattern]
+            if total:
+                into[group, pattern] += total
+                for worker in range(workers):
+                    counts[worker, group, pattern] = 0
+
+
 @numba.njit(inline="always")
 def _smaller(a: np.float32, b: np.float32) -> np.float32:
     return a if a < b else b  # one machine instruction, which Python's min is not, because of NaN

@@ -23,6 +23,16 @@ CREATE VIEW activations AS SELECT * FROM _activations;
 CREATE VIEW groups AS SELECT * FROM _groups;
 CREATE VIEW sensitivities AS SELECT * FROM _sensitivities;
 CREATE VIEW block_counts AS SELECT * FROM _block_counts;
+CREATE VIEW position_counts AS SELECT * FROM _position_counts;
+
+CREATE VIEW position_stats AS
+SELECT * REPLACE (
+    if(isnan(kurtosis), NULL, kurtosis) AS kurtosis,
+    if(isnan(outlier_ratio), NULL, outlier_ratio) AS outlier_ratio,
+    if(isnan(outlier_ratio_q99), NULL, outlier_ratio_q99) AS outlier_ratio_q99
+) FROM _position_stats;
+
+CREATE VIEW position_channels AS SELECT * FROM _position_channels;
 
 CREATE VIEW channel_stats AS
 SELECT *, amax / nullif(median(amax) OVER (PARTITION BY run, layer, site), 0) AS ratio

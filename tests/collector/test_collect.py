@@ -49,8 +49,9 @@ def run_tiny(model: Path, data: Path, db: Path, **options: object) -> CollectedR
 
 @pytest.fixture(scope="module")
 def kept(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> CollectedRun:
-    """A run of which every token's activations are kept, and the counts of each block."""
-    return run_tiny(model, data, tmp_path_factory.mktemp("kept"), keep_tokens="all", by_block=True)
+    """A run of which every token's activations are kept, and the counts of each block and each bucket of positions."""
+    options = {"keep_tokens": "all", "by_block": True, "by_position": True}
+    return run_tiny(model, data, tmp_path_factory.mktemp("kept"), **options)
 
 
 def table(run: CollectedRun, name: str) -> pa.Table:
@@ -74,8 +75,8 @@ def test_manifest_describes_the_documents(kept: CollectedRun) -> None:
     assert data.tokens == sum(min(32, len(text.split())) for text in TEXTS)
     assert kept.manifest.sites == [(layer, site.name) for layer, site in layer_sites(2)]
     kept.manifest.verify(kept.folder)
-    single = ["channels", "groups", "outliers", "site_stats"]
-    folders = ["activations", "block_counts", "counts", "documents", "sensitivities"]
+    single = ["channels", "groups", "outliers", "position_channels", "position_stats", "site_stats"]
+    folders = ["activations", "block_counts", "counts", "documents", "position_counts", "sensitivities"]
     assert sorted([*single, *folders]) == sorted(RUN_TABLES)
     names = [*folders, *(f"{name}.parquet" for name in single), "run.json"]
     assert sorted(p.name for p in kept.folder.iterdir()) == sorted(names)
@@ -121,10 +122,13 @@ def test_each_blocks_counts_are_those_of_its_documents(kept: CollectedRun) -> No
     assert [set(file["block"].to_pylist()) for file in files] == [{0}, {1}, {2}]
 
 
-def test_counts_by_block_change_no_other_table(kept: CollectedRun, model: Path, data: Path, tmp_path: Path) -> None:
+DIVIDED = {"block_counts", "position_counts", "position_stats", "position_channels"}
+
+
+def test_divided_counts_change_no_other_table(kept: CollectedRun, model: Path, data: Path, tmp_path: Path) -> None:
     plain = run_tiny(model, data, tmp_path, keep_tokens="all")
-    assert plain.manifest.run != kept.manifest.run and table(plain, "block_counts").num_rows == 0
-    for name in set(RUN_TABLES) - {"block_counts"}:
+    assert plain.manifest.run != kept.manifest.run and not any(table(plain, name).num_rows for name in DIVIDED)
+    for name in set(RUN_TABLES) - DIVIDED:
         assert table(plain, name).drop("run").equals(table(kept, name).drop("run")), name
 
 
@@ -261,12 +265,13 @@ def test_only_the_sites_asked_for(model: Path, data: Path, tmp_path: Path) -> No
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     model: Path, data: Path, tmp_path: Path, after: int, checkpoint_seconds: float
 ) -> None:
-    whole = run_tiny(model, data, tmp_path / "whole", by_block=True)
+    options = {"by_block": True, "by_position": True, "state_every": 4}
+    whole = run_tiny(model, data, tmp_path / "whole", **options)
     with interrupted(after, checkpoint_seconds):
-        run_tiny(model, data, tmp_path / "cut", by_block=True)
+        run_tiny(model, data, tmp_path / "cut", **options)
     folder = next((tmp_path / "cut" / "runs").iterdir())
     assert not (folder / "run.json").exists()
-    resumed = run_tiny(model, data, tmp_path / "cut", by_block=True)
+    resumed = run_tiny(model, data, tmp_path / "cut", **options)
     assert resumed.folder.name == whole.folder.name
     assert bytes_of(resumed.folder) == bytes_of(whole.folder)
     assert resumed.manifest.tables == whole.manifest.tables

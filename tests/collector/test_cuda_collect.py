@@ -45,18 +45,20 @@ def table(run: CollectedRun, name: str) -> pa.Table:
 def test_recounting_the_kept_activations_gives_the_counts(
     family: str, dtype: str, models: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
-    run = run_tiny(models[family], data, tmp_path, keep_tokens="all", dtype=dtype, by_block=True)
+    options = {"by_block": True, "by_position": True}
+    run = run_tiny(models[family], data, tmp_path, keep_tokens="all", dtype=dtype, **options)
     assert run.manifest.identity["device"] == "cuda" and run.manifest.identity["forward_dtype"] == dtype
     tally: dict[tuple, list] = {}
     for row in table(run, "activations").to_pylist():
         values = np.array(row["values"], np.float32)
-        for block in (None, row["document"] // 4):
-            tally.setdefault((block, row["layer"], row["site"], row["group_name"]), []).append(values)
+        for part in (None, row["document"] // 4, ("to", max(8, 1 << row["position"].bit_length()))):
+            tally.setdefault((part, row["layer"], row["site"], row["group_name"]), []).append(values)
         if dtype == "float16" and "ssm_state" not in row["site"]:
             assert (values.astype(np.float16).astype(np.float32) == values).all(), "16-bit activations, nothing rounded"
     stored: dict[tuple, list] = {}
-    for row in [*table(run, "counts").to_pylist(), *table(run, "block_counts").to_pylist()]:
-        key = row.get("block"), row["layer"], row["site"], row["group_name"]
+    for row in [row for name in ("counts", "block_counts", "position_counts") for row in table(run, name).to_pylist()]:
+        part = ("to", row["tokens_to"]) if "tokens_to" in row else row.get("block")
+        key = part, row["layer"], row["site"], row["group_name"]
         stored.setdefault(key, []).append((row["value"], row["count"]))
     assert tally.keys() == stored.keys()
     for key, values in tally.items():
@@ -84,8 +86,9 @@ def test_float32_runs_are_near_the_cpus(family: str, models: dict[str, Path], da
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     family: str, models: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
-    whole = run_tiny(models[family], data, tmp_path / "whole", by_block=True)
+    options = {"by_block": True, "by_position": True, "state_every": 5}
+    whole = run_tiny(models[family], data, tmp_path / "whole", **options)
     with interrupted():
-        run_tiny(models[family], data, tmp_path / "cut", by_block=True)
-    resumed = run_tiny(models[family], data, tmp_path / "cut", by_block=True)
+        run_tiny(models[family], data, tmp_path / "cut", **options)
+    resumed = run_tiny(models[family], data, tmp_path / "cut", **options)
     assert bytes_of(resumed.folder) == bytes_of(whole.folder)

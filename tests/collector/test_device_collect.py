@@ -25,6 +25,7 @@ from quambase.collector.block_runners import (
     HostBlockRunner,
     choose_placement,
 )
+from quambase.collector.checkpoint import USED
 from quambase.collector.documents import TokenizedDocument
 from quambase.collector.layouts import site_layouts
 from quambase.collector.statistics import ENCODINGS, RunStatistics
@@ -32,6 +33,7 @@ from quambase.collector.table_rows import BlockCounter
 from quambase.collector.taps import KeptTokens
 from quambase.model.language_model import floating_model
 from quambase.schema.errors import DataInvalid, TapNeverFired, UnknownName
+from quambase.schema.positions import buckets_of
 from quambase.schema.sites import FAMILIES
 
 CPU = torch.device("cpu")
@@ -98,13 +100,13 @@ def test_a_device_observes_what_the_host_does(family: str, everything: bool, mon
     weights = tiny_weights(family)
     model = plain_model(weights, torch.float32, rotated=True)
     monkeypatch.setattr(model.operators, "head_rows", 1)
-    layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family[:6]]])
+    layouts = site_layouts(weights.config, [site.name for site in FAMILIES[family]], state_every=7)
     kept = KeptTokens(None, None) if everything else KeptTokens({3: np.array([0, 2]), 44: np.array([17])}, {44, 42})
 
     def run(make: Callable[..., BlockRunner]) -> tuple[RunStatistics, Tables, list[pa.Table]]:
         tables: Tables = []
         outputs = BlockOutputs("run", kept, lambda *table: tables.append(table))
-        statistics, by_block = RunStatistics.empty(layouts, 5), []
+        statistics, by_block = RunStatistics.empty(layouts, 5, buckets_of(40)), []
         observer = make(model, statistics, outputs)
         counter = BlockCounter("run", statistics.counts.numpy(), ENCODINGS["float16"])
         observed(observer, lambda number: by_block.append(counter.rows(number, observer.statistics())))
@@ -118,6 +120,13 @@ def test_a_device_observes_what_the_host_does(family: str, everything: bool, mon
     nothing = np.zeros(1)
     for key in layouts:
         assert_same((counted(device, key), nothing), (counted(host, key), nothing), "float16")
+        for there, here in zip(device.buckets, host.buckets, strict=True):
+            assert torch.equal(there.site(key).counts, here.site(key).counts)
+            assert all(
+                torch.equal(getattr(there.site(key).moments, name), getattr(here.site(key).moments, name))
+                for name in USED
+            )
+    assert len(host.buckets) == 4 and all(bucket.counts.any() for bucket in host.buckets)
     assert device.index.shared == host.index.shared and host.index.shared
 
 

@@ -48,7 +48,7 @@ def documents(*lengths: int) -> list[TokenizedDocument]:
 
 
 def every_site(family: str) -> list[str]:
-    return [site.name for site in FAMILIES[family]]
+    return [site.name for site in FAMILIES[family] if not site.sampled]
 
 
 def model_of(family: str) -> LanguageModel:

@@ -39,7 +39,14 @@ COUNTS = (1, 2, 3, 7)
 """Numbers of shards tried. The texts make five blocks, so that two of seven shards are empty."""
 
 
-SETTINGS: dict[str, object] = {"batch_size": 2, "keep_tokens": 8, "sensitivity": 5, "by_block": True}
+SETTINGS: dict[str, object] = {
+    "batch_size": 2,
+    "keep_tokens": 8,
+    "sensitivity": 5,
+    "by_block": True,
+    "by_position": True,
+    "state_every": 4,
+}
 
 
 class World:
@@ -255,7 +262,7 @@ def test_a_complete_run_is_not_merged_again(first: World, tmp_path: Path) -> Non
             (merged.folder / "checkpoint.npz").write_bytes(b"left over")
             again = merge(tmp_path, sources, **options)
             assert again.existed and again.manifest == merged.manifest and bytes_of(again.folder) == first.expected
-            assert sorted(p.suffix for p in merged.folder.iterdir()) == 5 * [""] + [".json"] + 4 * [".parquet"]
+            assert sorted(p.suffix for p in merged.folder.iterdir()) == 6 * [""] + [".json"] + 6 * [".parquet"]
 
 
 def test_a_shard_being_written(first: World, tmp_path: Path) -> None:
@@ -392,7 +399,8 @@ def test_the_launchers_environment() -> None:
 
 def command(world: World, db: Path) -> list[str]:
     return ["--model", str(world.model), "--data", str(world.data), "--samples", "9", "--seq-len", "32",
-            "--batch-size", "2", "--keep-tokens", "8", "--sensitivity", "5", "--by-block", "--db", str(db)]  # fmt: skip
+            "--batch-size", "2", "--keep-tokens", "8", "--sensitivity", "5", "--by-block", "--by-position",
+            "--state-every", "4", "--db", str(db)]  # fmt: skip
 
 
 def test_the_commands(first: World, tmp_path: Path) -> None:

@@ -269,7 +269,9 @@ def test_twenty_four_layers_are_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_drawing_has_every_site_once(family: str) -> None:
     drawing = DRAWINGS[family]
-    assert sorted(tap.site for tap in drawing.taps) == sorted(site.name for site in FAMILIES[family])
+    assert sorted(tap.site for tap in drawing.taps) == sorted(
+        site.name for site in FAMILIES[family] if not site.sampled
+    )
     assert len({(tap.x, tap.y) for tap in drawing.taps}) == len(drawing.taps)
     for x, y in [*((t.x, t.y) for t in drawing.taps), *((b.x, b.y) for b in drawing.boxes)]:
         assert 0 < x < drawing.width and 0 < y < drawing.height

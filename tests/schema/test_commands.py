@@ -15,7 +15,7 @@ from quambase.schema.commands import collect_command
 from quambase.schema.manifest import Manifest
 from quambase.schema.sites import FAMILIES, MAMBA1, MAMBA2
 
-EVERY = [site.name for site in FAMILIES[MAMBA1]]
+EVERY = [site.name for site in FAMILIES[MAMBA1] if not site.sampled]
 
 ASKED: list[dict[str, Any]] = [
     {"samples": 64, "block": 32, "seq_len": 512, "sites": EVERY},

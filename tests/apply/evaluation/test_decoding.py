@@ -20,8 +20,8 @@ from quambase.apply.evaluation.candidates import from_scales
 from quambase.apply.evaluation.decode_summary import BY_POSITION, by_position, sentences, table
 from quambase.apply.evaluation.decoding import Decoding
 from quambase.apply.evaluation.evaluate import evaluate
-from quambase.apply.evaluation.positions import SHORTEST, bounds_of, bucket_of
 from quambase.apply.evaluation.positions import by_position as rows_by_position
+from quambase.apply.evaluation.positions import decoded_bounds, decoded_bucket
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.cli.main import load_command
 from quambase.collector.collect import collect
@@ -93,12 +93,12 @@ def test_hidden_states_are_those_of_steps(world: Path, prompt: int) -> None:
 @given(st.lists(st.integers(0, 70_000), max_size=60))
 @settings(deadline=None)
 def test_buckets_are_powers_of_two(decoded: list[int]) -> None:
-    found = bucket_of(np.array(decoded, np.int64))
+    found = decoded_bucket(np.array(decoded, np.int64))
     for tokens, bucket in zip(decoded, found.tolist(), strict=True):
-        low, high = bounds_of(bucket)
+        low, high = decoded_bounds(bucket)
         assert low <= tokens <= high
-        assert (bucket == 0) == (tokens == 0) and (high == 0 or math.log2(high / SHORTEST) == bucket - 1)
-    assert [bounds_of(bucket) for bucket in range(4)] == [(0, 0), (1, 8), (9, 16), (17, 32)]
+        assert (bucket == 0) == (tokens == 0) and (high == 0 or math.log2(high / 8) == bucket - 1)
+    assert [decoded_bounds(bucket) for bucket in range(4)] == [(0, 0), (1, 8), (9, 16), (17, 32)]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40), st.booleans()), max_size=50))
