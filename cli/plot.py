@@ -33,6 +33,7 @@ KINDS = (
     "error",
     "heatmap",
     "channels",
+    "positions",
     "tokens",
     "strategies",
     "convergence",

@@ -84,11 +84,12 @@ def make_run(
     number: int = 1,
     format_version: int = RUN_FORMAT_VERSION,
     sensitive: bool = False,
+    by_position: bool = False,
     **model: Any,
 ) -> Path:
     """Write ``database/runs/<run>`` of ``activations`` (default `random_activations`); return the folder. It is
     the database's run number ``number``. In ``format_version`` 1 each table is one file. ``sensitive``: every value
-    that is finite has a random sum of squared gradients.
+    that is finite has a random sum of squared gradients. ``by_position``: `position_stats` has rows.
     """
     random = np.random.default_rng(5)
     activations = random_activations() if activations is None else activations
@@ -107,6 +108,7 @@ def make_run(
                     if np.isfinite(v)
                 ]
             rows["site_stats"].append(key | _summary(documents))
+            rows["position_stats"] += _positions(key, documents) if by_position else []
             width = documents[0].shape[1]
             rows["groups"].append({**key, "channels": list(range(start, start + width))})
             rows["channels"] += [key | _channel(documents, c) | {"channel": start + c} for c in range(width)]
@@ -116,6 +118,7 @@ def make_run(
             whole = {"run": run, "layer": layer, "site": site, "group_name": WHOLE}
             joined = [np.concatenate(parts, axis=1) for parts in zip(*groups.values(), strict=True)]
             rows["site_stats"].append(whole | _summary(joined))
+            rows["position_stats"] += _positions(whole, joined) if by_position else []
             rows["documents"] += _documents(whole, joined)
     tables = {}
     for name, schema in RUN_TABLES.items():
@@ -157,6 +160,15 @@ def _summary(documents: list[npt.NDArray[np.float32]]) -> dict[str, Any]:
     values = np.concatenate([d.ravel() for d in documents])
     overflow = int((np.isfinite(values) & ~np.isfinite(half(values))).sum())
     return {**Distribution.of_values(values).summary(), "overflow": overflow}
+
+
+def _positions(key: dict[str, Any], documents: list[npt.NDArray[np.float32]]) -> list[dict[str, Any]]:
+    rows, low, high = [], 1, 8
+    while any(len(d) >= low for d in documents):
+        here = [d[low - 1 : high] for d in documents]
+        rows.append(key | {"tokens_from": low, "tokens_to": high} | _summary(here))
+        low, high = high + 1, 2 * high
+    return rows
 
 
 def _channel(documents: list[npt.NDArray[np.float32]], channel: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from quambase.analyzer.pictures.evaluation import EvaluationPicture
 from quambase.analyzer.pictures.groups import GroupsPicture
 from quambase.analyzer.pictures.heatmap import HeatmapPicture
 from quambase.analyzer.pictures.numbers.site_grid import OUTLIER_RATIO
+from quambase.analyzer.pictures.positions import PositionsPicture
 from quambase.analyzer.pictures.strategies import StrategiesPicture
 from quambase.analyzer.pictures.tokens import TokensPicture
 from quambase.schema.errors import DataInvalid, UnknownName
@@ -62,6 +63,7 @@ KINDS: dict[str, Kind] = {
     "error": ErrorPicture,
     "heatmap": HeatmapPicture,
     "channels": ChannelsPicture,
+    "positions": PositionsPicture,
     "tokens": TokensPicture,
     "strategies": StrategiesPicture,
     "convergence": ConvergencePicture,

@@ -62,6 +62,13 @@ QUALIFY $limit IS NULL
     OR row_number() OVER (PARTITION BY layer, site ORDER BY abs(value) DESC, document, position, channel, group_name) <= $limit
 ORDER BY layer, site, abs(value) DESC, document, position, channel, group_name;
 
+-- name: positions_of_group
+-- How far a group of a site reaches after how many tokens; the whole site for `all`.
+SELECT tokens_from, tokens_to, count, amax, q9999, q999, q99, q50, std
+FROM position_stats
+WHERE run = $run AND layer = $layer AND site = $site AND group_name = $group
+ORDER BY tokens_from;
+
 -- name: scales_of_run
 -- The scale table's rows of a run.
 SELECT * FROM scales WHERE run = $run;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
-from fabricate import make_run, random_activations
+from fabricate import half, make_run, random_activations
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
@@ -92,7 +93,7 @@ class Stored:
 def db(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with sensitivities, scales and tokens."""
     folder = tmp_path_factory.mktemp("db")
-    run = make_run(folder, sensitive=True)
+    run = make_run(folder, sensitive=True, by_position=True)
     key = {"run": "run-a", "layer": 1, "site": SITE, "group_name": "B", "document": 3, "position": 7}
     rows = [key | {"token_id": i, "token": t, "channel": 2, "value": v} for i, (t, v) in enumerate(TOKENS)]
     write_table(run / "outliers.parquet", "outliers", pa.Table.from_pylist(rows, OUTLIERS), RUN_TABLES["outliers"])
@@ -123,6 +124,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "error": {"site": "x_proj:input", "layer": 1},
     "heatmap": {},
     "channels": {"site": SITE, "layer": 1},
+    "positions": {"site": SITE, "layer": 1},
     "tokens": {"site": SITE, "layer": 1},
     "strategies": {},
     "convergence": {"strategies": ["absmax", "quamba"]},
@@ -364,6 +366,36 @@ def test_an_evaluation_has_a_mark_and_an_interval_for_each_text(db: Path) -> Non
         plot("evaluation", db)
     with pytest.raises(UnknownName, match="evaluation 0123"):
         plot("evaluation", db, evaluation=Stored(), strategies=["quambaa"])
+
+
+def test_positions_have_a_line_for_each_quantile_and_each_scale(db: Path, tmp_path: Path) -> None:
+    parts = random_activations()[1, SITE]
+    values = [np.concatenate(part, axis=1) for part in zip(*parts.values(), strict=True)]
+    found = drawn("positions", db, site=SITE, layer=1)
+    axes = found.figure.axes[0]
+    lines = {str(line.get_label()): line for line in axes.get_lines()}
+    assert {"largest", "99.99 %", "99.9 %", "99 %", "median"} < lines.keys()
+    ends = [8 << bucket for bucket in range(math.ceil(math.log2(max(8, *map(len, values)) / 8)) + 1)]
+    for line, p in (("largest", 1), ("99.9 %", 0.999), ("median", 0.5)):
+        x, y = lines[line].get_data()
+        assert list(x) == ends
+        for high, value in zip(ends, np.asarray(y), strict=True):
+            low = 0 if high == 8 else high // 2
+            here = np.concatenate([half(d[low:high]).ravel() for d in values]).astype(np.float64)
+            assert value == np.quantile(np.abs(here[np.isfinite(here)]), p)
+    with StatsDB(db, scales=db / "scales.parquet") as database:
+        rows = database.query("scales_of_group", {"run": "run-a", "layer": 1, "site": SITE, "group": "all"}).to_pylist()
+    chosen = {row["label"]: 127 * row["scale"] for row in rows if row["selected"] or row["label"] == "quamba"}
+    assert {name[: -len(" clips")] for name in lines if name.endswith(" clips")} == chosen.keys() != set()
+    for label, clip in chosen.items():
+        assert np.asarray(lines[f"{label} clips"].get_ydata())[0] == pytest.approx(clip, rel=0.02)  # 127 or 128 steps
+    assert re.fullmatch(
+        r"layer 1 x_proj:output: 99.99 % of \|x\| within \S+ at tokens 1 to 8, \S+ at tokens \d+ to "
+        rf"{ends[-1]}, \S+ times as far", found.summary[0]
+    )  # fmt: skip
+    make_run(tmp_path)
+    with pytest.raises(DatabaseInvalid, match="run-a has no counts by position; collect again with --by-position"):
+        plot("positions", tmp_path, site=SITE, layer=1)
 
 
 def test_decoding_has_a_line_for_each_strategy_and_one_for_each_prefill(db: Path) -> None:

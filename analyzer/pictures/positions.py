@@ -1,0 +1,91 @@
+"""Picture of a site by position: how far |x| reaches after how many tokens, and where scales clip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+from matplotlib.figure import Figure
+
+from quambase.analyzer.one_site import place
+from quambase.analyzer.pictures import frame
+from quambase.analyzer.pictures.asked import Asked
+from quambase.analyzer.pictures.numbers.marks import Mark
+from quambase.schema.errors import DatabaseInvalid
+from quambase.schema.pictures import logarithmic, new_figure
+
+LINES = {"amax": "largest", "q9999": "99.99 %", "q999": "99.9 %", "q99": "99 %", "q50": "median"}
+"""The columns of `position_stats` that are drawn, and what they are called."""
+
+UPSTREAM = "quamba"
+"""The strategy whose clipping point is drawn beside the selected one's, unless others are asked for."""
+
+
+@dataclass(frozen=True)
+class PositionsPicture:
+    """The numbers of the picture: rows of the query positions_of_group; ``place``: the scale group in words."""
+
+    place: str
+    model: str
+    rows: pa.Table
+    marks: list[Mark]
+    notes: list[str]
+
+    @classmethod
+    def of(cls, asked: Asked) -> PositionsPicture:
+        """Read it. DatabaseInvalid: the run does not divide its counts by position; errors of `Asked`."""
+        with asked.open() as database:
+            group, run = asked.chosen_group(database), database.runs[0]
+            key = {"run": run.run, "layer": group.layer, "site": group.site, "group": group.group_name}
+            rows = database.query("positions_of_group", key).table
+            if not rows.num_rows:
+                raise DatabaseInvalid(f"run {run.run} has no counts by position; collect again with --by-position")
+            marks = asked.marks(database, group)
+            if not asked.strategies:
+                marks = [mark for mark in marks if mark.selected or mark.label == UPSTREAM]
+            where = place(group.layer, group.site, group.group_name)
+            return cls(where, run.model.name, rows, marks, database.notes)
+
+    def table(self) -> pa.Table:
+        """A row for each bucket of positions."""
+        return self.rows
+
+    def words(self) -> list[str]:
+        """How far the values reach at the first and at the last positions."""
+        rows = self.rows.to_pylist()
+        first, last = rows[0], rows[-1]
+        ratio = f", {last['q9999'] / first['q9999']:.2g} times as far" if first["q9999"] else ""
+        return [
+            f"{self.place}: 99.99 % of |x| within {first['q9999']:.3g} at {_tokens(first)}, {last['q9999']:.3g} at "
+            f"{_tokens(last)}{ratio}"
+        ]
+
+    @frame.styled
+    def draw(self, columns: int) -> Figure:
+        """A line for each quantile against the position; a horizontal one where each strategy clips."""
+        figure = new_figure(columns, 2.6)
+        axes = figure.subplots()
+        frame.title(figure, f"{self.place} of {self.model}")
+        ends = self.rows["tokens_to"].to_pylist()
+        # In greys: the colours are the strategies'.
+        for (column, name), marker, grey in zip(LINES.items(), "os^Dv", (0.0, 0.2, 0.35, 0.5, 0.65), strict=True):
+            axes.plot(ends, self.rows[column].to_pylist(), marker=marker, color=str(grey), label=name)
+        look = frame.looks(mark.label for mark in self.marks)
+        for mark in self.marks:
+            style = look[mark.label]
+            axes.axhline(mark.clips_at, color=style.color, linestyle="--", linewidth=0.9, label=f"{mark.label} clips")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ends)
+        axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
+        axes.minorticks_off()
+        axes.set_xlabel("tokens read, up to")
+        axes.set_ylabel("|x|")
+        if any(value > 0 for value in self.rows["amax"].to_pylist()):
+            axes.set_yscale("log")
+            logarithmic(axes, "y")
+        frame.legend_outside(figure, axes, columns)
+        return figure
+
+
+def _tokens(row: dict[str, int]) -> str:
+    return f"tokens {row['tokens_from']:,} to {row['tokens_to']:,}"
