@@ -24,6 +24,7 @@ import pyarrow as pa
 import torch
 
 from quambase.collector.block_runners import Placement
+from quambase.collector.cuda.squares import choose_squares
 from quambase.collector.documents import DocumentSet, TokenizedDocument
 from quambase.collector.host.kernels import PATTERNS, add_gradients
 from quambase.collector.statistics import ENCODINGS, Float32, Float64, Int64, SiteIndex, SiteLayout
@@ -219,8 +220,9 @@ def part_sums(
             gradient[rows] = _head_gradient(model, hidden[rows], uniform[rows].to(model.device))
     with without_tf32():
         torch.autograd.backward(hidden, gradient)
+    finite = sums.gradient_sq.sum(1).isfinite().cpu()  # once: the host waits for the device
     for key, rows in index.groups.items():
-        if not sums.gradient_sq[rows].sum().isfinite():
+        if not finite[rows].all():
             raise DataInvalid(
                 f"gradients at layer {key[0]} {key[1]} are NaN or infinite; collect without --sensitivity, or with "
                 "other texts"
@@ -255,6 +257,9 @@ def _head_gradient(model: LanguageModel, hidden: torch.Tensor, uniform: torch.Te
 
 def add_squares(sums: SensitivitySums, values: torch.Tensor, gradient: torch.Tensor, group_of: torch.Tensor) -> None:
     """Add a site's values (t, c) and their gradients (t, c) to its groups' sums; group_of (c,). All on one device."""
+    if compiled := choose_squares(values.device):
+        compiled.add(sums.counts, sums.gradient_sq, values, gradient, group_of)
+        return
     half = values.to(torch.float16).contiguous()
     if values.device.type == "cpu":
         patterns = half.numpy().view(np.uint16)
