@@ -1,7 +1,8 @@
 """Operators that PyTorch can differentiate with respect to activations; weights are constants.
 
-Two forms compute the same: compiled loops on the CPU, and PyTorch's own operations on any device. Both recompute
-intermediate results in the backward pass, so memory grows with the inputs and not with the states.
+Three forms compute the same: compiled loops on the CPU, compiled kernels on CUDA (cuda_differentiable.py), and
+PyTorch's own operations on any device. All recompute intermediate results in the backward pass, so memory grows with
+the inputs and not with the states.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ def on_gradient(values: torch.Tensor, receive: Callable[[torch.Tensor], None]) -
     """
     whole = values if values._base is None else values._base
     shape, strides, first = values.shape, values.stride(), values.storage_offset() - whole.storage_offset()
-    whole.register_hook(lambda gradient: receive(gradient.contiguous().as_strided(shape, strides, first)))  # type: ignore[no-untyped-call]
+
+    def hook(gradient: torch.Tensor) -> None:
+        of_whole = gradient.contiguous()
+        receive(of_whole.as_strided(shape, strides, of_whole.storage_offset() + first))
+
+    whole.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
-def differentiable_operators(ngroups: int, device: torch.device) -> DifferentiableOperators:
-    """The fastest differentiable operators of a device; ``ngroups``: SSD groups of a Mamba-2."""
-    kind = HostDifferentiableOperators if device.type == "cpu" else DifferentiableOperators
-    return kind(ngroups, device)
-
-
-def _applied(function: type[torch.autograd.Function], *arguments: Any) -> torch.Tensor:
+def applied(function: type[torch.autograd.Function], *arguments: Any) -> torch.Tensor:
+    """What ``function`` returns, as a tensor of the autograd graph."""
     found: torch.Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
     return found
 
@@ -101,7 +102,7 @@ class DifferentiableOperators(TorchOperators):
         padded = _Padding(batch, RUN)
         parts = map(padded.pad, (F.softplus(delta + bias), u, bc))
         scanned = padded.packed(checkpoint(_recurrent_scan, *parts, a, use_reentrant=False))
-        return (scanned + d * u) * F.silu(z), self._no_states(batch, a.T.shape)
+        return (scanned + d * u) * F.silu(z), self.no_states(batch, a.T.shape)
 
     def ssd_scan(
         self,
@@ -122,9 +123,10 @@ class DifferentiableOperators(TorchOperators):
         grouped = [part.view(len(x), self.ngroups, states) for part in (b, c)]
         parts = map(padded.pad, (wide, *grouped, F.softplus(dt + bias)))
         scanned = padded.packed(checkpoint(_chunked_scan, *parts, a, use_reentrant=False))
-        return (scanned + d[:, None] * wide).view(x.shape), self._no_states(batch, (x.shape[1], states))
+        return (scanned + d[:, None] * wide).view(x.shape), self.no_states(batch, (x.shape[1], states))
 
-    def _no_states(self, batch: PlacedBatch, shape: tuple[int, ...]) -> torch.Tensor:
+    def no_states(self, batch: PlacedBatch, shape: tuple[int, ...]) -> torch.Tensor:
+        """Zeros in place of the final states, of ``shape`` for each document."""
         return torch.zeros(batch.host.documents, *shape, device=self.device)
 
 
@@ -144,8 +146,8 @@ class HostDifferentiableOperators(DifferentiableOperators):
         state: BlockState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
-        y = _applied(_HostSelectiveScan, u, F.softplus(delta + bias), bc, z, a, d, batch.host.offsets)
-        return y, self._no_states(batch, a.T.shape)
+        y = applied(_HostSelectiveScan, u, F.softplus(delta + bias), bc, z, a, d, batch.host.offsets)
+        return y, self.no_states(batch, a.T.shape)
 
     def ssd_scan(
         self,
@@ -160,12 +162,12 @@ class HostDifferentiableOperators(DifferentiableOperators):
         state: BlockState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.ssd_scan`."""
-        y = _applied(_HostSsdScan, x, b, c, F.softplus(dt + bias), a, d, batch.host.offsets, self.ngroups)
-        return y, self._no_states(batch, (x.shape[1], b.shape[1] // self.ngroups))
+        y = applied(_HostSsdScan, x, b, c, F.softplus(dt + bias), a, d, batch.host.offsets, self.ngroups)
+        return y, self.no_states(batch, (x.shape[1], b.shape[1] // self.ngroups))
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """As `Operators.hadamard`."""
-        return _applied(_HostHadamard, x)
+        return applied(_HostHadamard, x)
 
 
 class _Padding:
@@ -239,7 +241,7 @@ def _recurrent_scan(step: torch.Tensor, u: torch.Tensor, bc: torch.Tensor, a: to
     """
     step, u, bc = (part.transpose(0, 1)[..., None, :] for part in (step, u, bc))  # (l, b, 1, ...)
     b, c = bc.transpose(2, 3).chunk(2, dim=2)  # (l, b, n, 1)
-    h = _applied(_LinearRecurrence, torch.exp(step * a), b * (step * u))  # (l, b, n, e)
+    h = applied(_LinearRecurrence, torch.exp(step * a), b * (step * u))  # (l, b, n, e)
     return (c * h).sum(2).transpose(0, 1)
 
 
