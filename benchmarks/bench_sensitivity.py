@@ -1,5 +1,6 @@
 """What `collect --sensitivity` costs: its forward and backward pass beside the plain forward pass of its documents; and
 the stages of one part, compiled and in plain PyTorch, and how far the two differ.
+
 python benchmarks/bench_sensitivity.py [cpu | cuda] [130m]
 """
 

@@ -47,6 +47,9 @@ from quambase.schema.tables import SENSITIVITIES
 PART = 4
 """Documents that share a forward and a backward pass: the activations of all layers are in memory at once."""
 
+WRITERS = 3
+"""Parts that are written to the disk while the next is computed, which a GPU does sooner than one is flushed."""
+
 
 class SensitivitySums(NamedTuple):
     """What is summed, for every group of the observed sites and every float16 pattern, on the host or on a device.
@@ -155,16 +158,16 @@ def collect_sensitivity(
     )
     operators = choose_differentiable_operators(weights.config.operator_sizes, where.device)
     model = LanguageModel(weights, operators, rotated=True)
-    with ThreadPoolExecutor(1) as writer:  # a part is flushed to the disk while the next is computed
-        written: Future[None] | None = None
+    with ThreadPoolExecutor(WRITERS) as writers:
+        written: list[Future[None]] = []
         for part in missing:
             with progress.piece(len(plan.parts[part]), sizes[part]):
                 sums = PresentSums.of(part_sums(model, plan.parts[part], index, plan.seed))
-                if written:
-                    written.result()
-                written = writer.submit(write_sums, folder / sensitivity_file(part), sums)
-        if written:
-            written.result()
+                if len(written) >= WRITERS:
+                    written[-WRITERS].result()
+                written.append(writers.submit(write_sums, folder / sensitivity_file(part), sums))
+        for each in written:
+            each.result()
 
 
 def write_sums(path: Path, sums: PresentSums) -> None:

@@ -1,4 +1,6 @@
-"""`DifferentiableOperators` on CUDA: the forward kernels of `CudaOperators`, and kernels for their gradients."""
+"""`DifferentiableOperators` on CUDA: the forward kernels of `CudaOperators`, and kernels for their gradients or, of
+Mamba-2's scan, matrix products.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from quambase.model.cuda.compiler import Kernels, parameter_value
 from quambase.model.operators.cuda import CONV_ROWS, CudaOperators, kernel_sizes
-from quambase.model.operators.differentiable import DifferentiableOperators, applied
+from quambase.model.operators.differentiable import DifferentiableOperators, Padding, applied
 from quambase.model.operators.interface import BlockState, OperatorSizes
+from quambase.model.operators.ssd_gradients import CHUNK, ssd_gradients
 from quambase.model.packed_batch import PlacedBatch
 
 SOURCE = Path(__file__).with_name("gradients.cu")
@@ -33,6 +37,13 @@ class CudaDifferentiableOperators(DifferentiableOperators):
         super().__init__(sizes.ngroups, device)
         self.forward = CudaOperators(device, torch.float32, sizes)
         self.gradients = Kernels(SOURCE, NAMES, kernel_sizes(sizes), device)
+        self._padded: tuple[PlacedBatch, Padding] | None = None
+
+    def padding(self, batch: PlacedBatch) -> Padding:
+        """The padding of ``batch`` to whole chunks, kept for the other layers."""
+        if self._padded is None or self._padded[0] is not batch:
+            self._padded = batch, Padding(batch, CHUNK)
+        return self._padded[1]
 
     def conv_silu(
         self,
@@ -60,6 +71,22 @@ class CudaDifferentiableOperators(DifferentiableOperators):
         """As `Operators.selective_scan`."""
         y = applied(_SelectiveScan, u, delta, bc, z, a, d, bias, batch, self)
         return y, self.no_states(batch, a.T.shape)
+
+    def ssd_scan(
+        self,
+        x: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        state: BlockState | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Operators.ssd_scan`."""
+        y = applied(_SsdScan, x, b, c, dt, a, d, bias, batch, self)
+        return y, self.no_states(batch, (x.shape[1], b.shape[1] // self.ngroups))
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """As `Operators.hadamard`."""
@@ -149,6 +176,43 @@ class _SelectiveScan(torch.autograd.Function):
         ctx.kernels.launch("join_chunks", (-(-channels * states // THREADS), documents), THREADS, (scan,))
         ctx.kernels.launch("scan_gradients", grid, THREADS, (scan, rows, of_u, of_delta, of_z, of_bc))
         return of_u, of_delta, of_bc.sum(0), of_z, None, None, None, None, None
+
+
+class _SsdScan(torch.autograd.Function):
+    """`Operators.ssd_scan`; the gradients of x, b, c and dt."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        d: torch.Tensor,
+        bias: torch.Tensor,
+        batch: PlacedBatch,
+        operators: CudaDifferentiableOperators,
+    ) -> torch.Tensor:
+        """y."""
+        ctx.save_for_backward(x, b, c, dt)
+        ctx.constants = a, d, bias
+        ctx.batch, ctx.operators = batch, operators
+        return operators.forward.ssd_scan(x, b, c, dt, a, d, bias, batch)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """As the arguments of `forward`."""
+        x, b, c, dt = ctx.saved_tensors
+        a, d, bias = ctx.constants
+        padding, before = ctx.operators.padding(ctx.batch), dt + bias
+        wide_x, grad = (torch.unflatten(part, 1, (len(a), -1)) for part in (x, gradients[0]))
+        parts = (torch.unflatten(part, 1, (ctx.operators.ngroups, -1)) for part in (b, c))
+        x, b, c, step, slope = (padding.pad(part) for part in (wide_x, *parts, F.softplus(before), grad))
+        found = ssd_gradients(x, b, c, step, slope, a)
+        of_x, of_b, of_c, of_step = (padding.packed(part) for part in found)
+        of_x = torch.addcmul(of_x, grad, d[:, None])
+        return of_x.flatten(1), of_b.flatten(1), of_c.flatten(1), of_step * before.sigmoid(), *[None] * 5
 
 
 class _Hadamard(torch.autograd.Function):

@@ -18,11 +18,9 @@ from quambase.model.exponential import exp
 from quambase.model.hadamard import hadamard
 from quambase.model.operators import host_kernels as kernels
 from quambase.model.operators.interface import BlockState
+from quambase.model.operators.ssd_gradients import CHUNK
 from quambase.model.operators.torch import CPU, TorchOperators
 from quambase.model.packed_batch import PlacedBatch
-
-CHUNK = 64
-"""Tokens of an SSD scan that are multiplied as one matrix (Dao & Gu 2024, section 6)."""
 
 RUN = 24
 """Tokens of a Mamba-1's scan that follow one another in a loop; runs of them are computed side by side."""
@@ -99,7 +97,7 @@ class DifferentiableOperators(TorchOperators):
         state: BlockState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
-        padded = _Padding(batch, RUN)
+        padded = Padding(batch, RUN)
         parts = map(padded.pad, (F.softplus(delta + bias), u, bc))
         scanned = padded.packed(checkpoint(_recurrent_scan, *parts, a, use_reentrant=False))
         return (scanned + d * u) * F.silu(z), self.no_states(batch, a.T.shape)
@@ -119,7 +117,7 @@ class DifferentiableOperators(TorchOperators):
         """As `Operators.ssd_scan`."""
         states = b.shape[1] // self.ngroups
         wide = x.view(len(x), len(a), -1)
-        padded = _Padding(batch, CHUNK)
+        padded = Padding(batch, CHUNK)
         grouped = [part.view(len(x), self.ngroups, states) for part in (b, c)]
         parts = map(padded.pad, (wide, *grouped, F.softplus(dt + bias)))
         scanned = padded.packed(checkpoint(_chunked_scan, *parts, a, use_reentrant=False))
@@ -170,7 +168,7 @@ class HostDifferentiableOperators(DifferentiableOperators):
         return applied(_HostHadamard, x)
 
 
-class _Padding:
+class Padding:
     """Converts packed rows (t, ...) to zero-padded documents (b, l, ...), l a multiple of ``multiple``, and back."""
 
     def __init__(self, batch: PlacedBatch, multiple: int = 1) -> None:

@@ -32,9 +32,11 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     return cuda_or_host(request, monkeypatch, cuda_differentiable)
 
 
-def check(operate: Operate, compiled: TorchOperators, inputs: list[torch.Tensor]) -> None:
+def check(
+    operate: Operate, compiled: TorchOperators, inputs: list[torch.Tensor], lengths: tuple[int, ...] = LENGTHS
+) -> None:
     """The output and every input's gradient, the compiled operators' against those of the plain loop."""
-    batch, found = Batch.pack([[0] * length for length in LENGTHS]), []
+    batch, found = Batch.pack([[0] * length for length in lengths]), []
     random = torch.Generator().manual_seed(9)
     for operators in (PlainLoop(compiled.ngroups), compiled):
         leaves = [part.to(operators.device, copy=True).requires_grad_() for part in inputs]
@@ -42,8 +44,8 @@ def check(operate: Operate, compiled: TorchOperators, inputs: list[torch.Tensor]
         y.backward(torch.randn(y.shape, generator=random.manual_seed(9)).to(y.device))
         found.append([y.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])
     for wanted, mine in zip(*found, strict=True):
-        # Sums over 40 tokens, the states or the channels: some hundred roundings of 2^-24 of the largest; the plain
-        # loop has as many.
+        # Sums over a document's tokens, the states or the channels: some hundred roundings of 2^-24 of the largest; the
+        # plain loop has as many.
         assert wanted.abs().max() > 0
         assert (mine - wanted).abs().max() <= 300 * 2.0**-24 * wanted.abs().max()
 
@@ -80,6 +82,30 @@ def test_selective_scan(channels: int, states: int, device: torch.device) -> Non
         return ops.selective_scan(*mine, *(part.to(ops.device) for part in (a, d, bias)), batch)[0]
 
     check(operate, CudaDifferentiableOperators(OperatorSizes(16, channels, states, 4), device), [u, delta, bc, z])
+
+
+@pytest.mark.parametrize(
+    ("heads", "headdim", "states", "ngroups"), [(4, 8, 4, 2), (2, 64, 16, 1), (4, 12, 6, 1), (6, 4, 8, 3)]
+)
+def test_ssd_scan(heads: int, headdim: int, states: int, ngroups: int, device: torch.device) -> None:
+    """Documents of one chunk, of several, and of whole ones."""
+    lengths, e, w = (70, 1, 130, 3, 64), heads * headdim, ngroups * states
+    t = sum(lengths)
+    conv, dt, d, bias = drawn((t, e + 2 * w), (t, heads + 3), (heads,), (heads,))
+    a = -torch.rand(heads, generator=torch.Generator().manual_seed(1)) * 8
+    a[0] *= 2.0**-8  # a head whose state reaches far back
+    dt[:5] += 25  # softplus is the identity there
+
+    def operate(ops: TorchOperators, batch: PlacedBatch, leaves: list[torch.Tensor]) -> torch.Tensor:
+        parts = (*torch.split(leaves[0], [e, w, w], dim=1), leaves[1][:, 3:])
+        return ops.ssd_scan(*parts, *(part.to(ops.device) for part in (a, d, bias)), batch)[0]
+
+    check(
+        operate,
+        CudaDifferentiableOperators(OperatorSizes(16, e, states, 4, headdim, ngroups), device),
+        [conv, dt],
+        lengths,
+    )
 
 
 @pytest.mark.parametrize("dim", [24, 40, 56, 64, 80])
