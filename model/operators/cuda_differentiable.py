@@ -19,12 +19,14 @@ from quambase.model.operators.ssd_gradients import CHUNK, ssd_gradients
 from quambase.model.packed_batch import PlacedBatch
 
 SOURCE = Path(__file__).with_name("gradients.cu")
-NAMES = ("conv_silu_gradients", "scan_chunks", "join_chunks", "scan_gradients")
+SCANS = ("scan_chunks", "join_chunks", "scan_gradients")
 THREADS = 128
 """Threads per block, as in gradients.cu."""
 
-SCAN_CHUNK = 8
-"""CHUNK of gradients.cu: tokens of a Mamba-1's scan that one thread computes."""
+
+def scan_chunk(states: int) -> int:
+    """CHUNK of gradients.cu: tokens of a Mamba-1's scan that one thread computes, whose states fit in its registers."""
+    return max(1, min(8, 128 // states))
 
 
 class CudaDifferentiableOperators(DifferentiableOperators):
@@ -36,7 +38,9 @@ class CudaDifferentiableOperators(DifferentiableOperators):
     def __init__(self, sizes: OperatorSizes, device: torch.device) -> None:
         super().__init__(sizes.ngroups, device)
         self.forward = CudaOperators(device, torch.float32, sizes)
-        self.gradients = Kernels(SOURCE, NAMES, kernel_sizes(sizes), device)
+        mamba1 = sizes.headdim is None  # with the many states of a Mamba-2 the scan would compile for minutes
+        defines = {"MAMBA1": int(mamba1), "CHUNK": scan_chunk(sizes.d_state), **kernel_sizes(sizes)}
+        self.gradients = Kernels(SOURCE, ("conv_silu_gradients", *(SCANS if mamba1 else ())), defines, device)
         self._padded: tuple[PlacedBatch, Padding] | None = None
 
     def padding(self, batch: PlacedBatch) -> Padding:
@@ -162,7 +166,7 @@ class _SelectiveScan(torch.autograd.Function):
         """As the arguments of `forward`."""
         u, delta, bc, z = ctx.saved_tensors
         (rows, channels), states, documents = u.shape, len(ctx.constants[0]), ctx.batch.host.documents
-        most = -(-int(ctx.batch.host.offsets.diff().max()) // SCAN_CHUNK)  # chunks of the longest document
+        most = -(-int(ctx.batch.host.offsets.diff().max()) // scan_chunk(states))  # chunks of the longest document
         chunks = documents * most
         between = torch.empty(2, chunks, states, channels, device=u.device)
         steps = torch.empty(chunks, channels, device=u.device)

@@ -1,5 +1,10 @@
-// Gradients of forward.cu's convolution and of Mamba-1's scan, of float32 activations: packed documents, no padding.
-// Compiled at run time (cuda_differentiable.py). The constants are those of scans.cuh, and WIDTH, the convolution's taps.
+// Gradients of forward.cu's convolution and, for a Mamba-1, of its scan, of float32 activations: packed documents, no
+// padding. Compiled at run time (cuda_differentiable.py).
+//
+// WIDTH   taps of the convolution
+// MAMBA1  whether the scan is compiled
+// CHUNK   tokens of the scan that one thread computes
+// and those of scans.cuh.
 //
 // No order of additions depends on the device: a sum over threads is a warp's, in a fixed order, or is left to the
 // caller.
@@ -71,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_silu_gradients(
 // (host_kernels.selective_scan_gradients). Both recurrences are linear, so chunks of CHUNK tokens are computed side by
 // side: scan_chunks as if nothing came in from the neighbouring chunks, join_chunks adds what does, and scan_gradients
 // computes every chunk again from there. Its states stay in registers.
-const int CHUNK = 8;
+#if MAMBA1
 const int GRADIENT_THREADS = 128;
 
 struct Scan {
@@ -181,7 +186,8 @@ extern "C" __global__ void __launch_bounds__(GRADIENT_THREADS) join_chunks(const
     }
 }
 
-constexpr int power_from(int count) { return count < 2 ? 1 : 2 * power_from((count + 1) / 2); }
+// The least power of two that is not below count.
+__device__ constexpr int power_from(int count) { return count < 2 ? 1 : 2 * power_from((count + 1) / 2); }
 
 // Sums of several values over the lanes of a warp: in each round two lanes exchange half of their values, so each then
 // has the sums of the other half, until one is left or all lanes are summed. Lane i has the sums from
@@ -274,3 +280,4 @@ extern "C" __global__ void __launch_bounds__(GRADIENT_THREADS) scan_gradients(
         grad_z[place] = tokens.slope[k] * total[k] * silu_slope(tokens.gate[k], share);
     }
 }
+#endif

@@ -11,6 +11,10 @@ from cuda_kernels_on_host import cuda_or_host
 from quambase.collector.cuda import squares
 from quambase.collector.cuda.squares import CudaSquares
 from quambase.collector.sensitivity import SensitivitySums, fixed_point_sums
+from quambase.model.cuda.compiler import CompilationFailed
+from quambase.model.operators import choice
+from quambase.model.operators.differentiable import DifferentiableOperators, HostDifferentiableOperators
+from quambase.model.operators.interface import OperatorSizes
 
 
 @pytest.fixture(params=["cuda", "host"])
@@ -76,3 +80,18 @@ def test_no_values(device: torch.device) -> None:
     nothing = torch.empty(0, 4, device=device)
     CudaSquares(device).add(found.counts, found.gradient_sq, nothing, nothing, torch.zeros(4, device=device).long())
     assert found.counts.sum() == 0
+
+
+def test_where_nothing_compiles_plain_pytorch_differentiates_and_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise CompilationFailed("no compiler here")
+
+    there, sizes = torch.device("cuda"), OperatorSizes(16, 24, 4, 4)
+    monkeypatch.setattr(squares, "CudaSquares", fail)
+    monkeypatch.setattr(choice, "CudaDifferentiableOperators", fail)
+    squares.choose_squares.cache_clear()
+    assert squares.choose_squares(there) is None
+    squares.choose_squares.cache_clear()
+    assert type(choice.choose_differentiable_operators(sizes, there)) is DifferentiableOperators
+    assert squares.choose_squares(torch.device("cpu")) is None
+    assert type(choice.choose_differentiable_operators(sizes, torch.device("cpu"))) is HostDifferentiableOperators

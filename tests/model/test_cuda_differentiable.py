@@ -66,9 +66,10 @@ def test_convolution(channels: int, taps: int, device: torch.device) -> None:
     check(operate, CudaDifferentiableOperators(OperatorSizes(16, channels, 4, taps), device), [wide])
 
 
-@pytest.mark.parametrize(("channels", "states"), [(24, 4), (40, 5), (160, 16), (24, 40)])
+@pytest.mark.parametrize(("channels", "states"), [(24, 4), (40, 5), (160, 16), (24, 40), (24, 129)])
 def test_selective_scan(channels: int, states: int, device: torch.device) -> None:
-    """The last warp and block have fewer channels; states that are no power of two, and more sums than lanes."""
+    """The last warp and block have fewer channels; states that are no power of two, more sums than lanes, and chunks
+    of 8, 3 and 1 tokens."""
     t = sum(LENGTHS)
     u, delta, bc, z, d, bias = drawn(
         (t, channels), (t, channels), (t, 3 + 2 * states), (t, channels + 6), (channels,), (channels,)
