@@ -213,7 +213,9 @@ def part_sums(
     DataInvalid: gradients that are not finite.
     """
     sums = SensitivitySums.zeros(index.group_count, model.device)
-    groups_of = {key: torch.from_numpy(_group_of(layout)).to(model.device) for key, layout in index.layouts.items()}
+    groups = [torch.from_numpy(_group_of(layout)) for layout in index.layouts.values()]
+    there = torch.cat(groups).to(model.device).split([len(part) for part in groups])  # copied once: each copy waits
+    groups_of = dict(zip(index.layouts, there, strict=True))
 
     def observe(layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
         key = layer, site

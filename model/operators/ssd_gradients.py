@@ -2,7 +2,7 @@
 
 Within a chunk the scan is a product with a matrix that has an entry for each pair of tokens; the chunks are joined by
 the states before them and, backwards, by the gradients of the states after them, the adjoints. Written out because
-PyTorch's own gradient of the same products needs several times as many operations, each a launch on a device.
+PyTorch's own gradient of the same products runs twice as many operations, each a launch on a device.
 """
 
 from __future__ import annotations
