@@ -214,8 +214,8 @@ def part_sums(
     """
     sums = SensitivitySums.zeros(index.group_count, model.device)
     groups = [torch.from_numpy(_group_of(layout)) for layout in index.layouts.values()]
-    there = torch.cat(groups).to(model.device).split([len(part) for part in groups])  # copied once: each copy waits
-    groups_of = dict(zip(index.layouts, there, strict=True))
+    together = torch.cat(groups).to(model.device)  # one copy, since the host waits for each
+    groups_of = dict(zip(index.layouts, torch.split(together, [len(part) for part in groups]), strict=True))
 
     def observe(layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
         key = layer, site
