@@ -14,6 +14,7 @@ order of the parts, whether one process collected them or several shards.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -24,13 +25,16 @@ import pyarrow as pa
 import torch
 
 from quambase.collector.block_runners import Placement
+from quambase.collector.cuda.squares import choose_squares
+from quambase.collector.cuda.transfer import copied_to_host
 from quambase.collector.documents import DocumentSet, TokenizedDocument
 from quambase.collector.host.kernels import PATTERNS, add_gradients
 from quambase.collector.statistics import ENCODINGS, Float32, Float64, Int64, SiteIndex, SiteLayout
 from quambase.collector.table_rows import COUNTED, TableGroup, many_keyed_rows, table_groups
 from quambase.model.inputs.array_files import read_npz
 from quambase.model.language_model import LanguageModel, without_tf32
-from quambase.model.operators.differentiable import differentiable_operators, on_gradient
+from quambase.model.operators.choice import choose_differentiable_operators
+from quambase.model.operators.differentiable import on_gradient
 from quambase.model.operators.torch import CPU
 from quambase.model.packed_batch import Batch
 from quambase.model.weights import ModelWeights
@@ -42,6 +46,9 @@ from quambase.schema.tables import SENSITIVITIES
 
 PART = 4
 """Documents that share a forward and a backward pass: the activations of all layers are in memory at once."""
+
+WRITERS = 3
+"""Parts that are written to the disk while the next is computed, which a GPU does sooner than one is flushed."""
 
 
 class SensitivitySums(NamedTuple):
@@ -77,7 +84,7 @@ class PresentSums(NamedTuple):
         """Those of ``sums``."""
         counts, gradient_sq = (values.view(-1) for values in sums)
         places = torch.nonzero(counts)[:, 0]
-        return cls(*(part.cpu().numpy() for part in (places, counts[places], gradient_sq[places])))
+        return cls(*(part.numpy() for part in copied_to_host(places, counts[places], gradient_sq[places])))
 
 
 @dataclass(frozen=True)
@@ -149,15 +156,21 @@ def collect_sensitivity(
         sum(sizes.values()),
         done=(sum(len(plan.parts[part]) for part in before), sum(sizes[part] for part in before)),
     )
-    operators = differentiable_operators(weights.config.operator_sizes.ngroups, where.device)
+    operators = choose_differentiable_operators(weights.config.operator_sizes, where.device)
     model = LanguageModel(weights, operators, rotated=True)
-    for part in missing:
-        with progress.piece(len(plan.parts[part]), sizes[part]):
-            sums = part_sums(model, plan.parts[part], index, plan.seed)
-            _write(folder / sensitivity_file(part), PresentSums.of(sums))
+    with ThreadPoolExecutor(WRITERS) as writers:
+        written: list[Future[None]] = []
+        for part in missing:
+            with progress.piece(len(plan.parts[part]), sizes[part]):
+                sums = PresentSums.of(part_sums(model, plan.parts[part], index, plan.seed))
+                if len(written) >= WRITERS:
+                    written[-WRITERS].result()
+                written.append(writers.submit(write_sums, folder / sensitivity_file(part), sums))
+        for each in written:
+            each.result()
 
 
-def _write(path: Path, sums: PresentSums) -> None:
+def write_sums(path: Path, sums: PresentSums) -> None:
     """Store sums. A zip file's members have checksums, which are compared on reading."""
     places, counts, gradient_sq = sums
     narrow = [values.astype(np.min_scalar_type(int(values.max(initial=0)))) for values in (places, counts)]
@@ -166,7 +179,7 @@ def _write(path: Path, sums: PresentSums) -> None:
 
 
 def _read(path: Path, index: SiteIndex) -> PresentSums | None:
-    """What `_write` stored; None if it is not there or damaged."""
+    """What `write_sums` stored; None if it is not there or damaged."""
     try:
         arrays = read_npz(path)
         places, counts, gradient_sq = (arrays[name] for name in PresentSums._fields)
@@ -200,7 +213,9 @@ def part_sums(
     DataInvalid: gradients that are not finite.
     """
     sums = SensitivitySums.zeros(index.group_count, model.device)
-    groups_of = {key: torch.from_numpy(_group_of(layout)).to(model.device) for key, layout in index.layouts.items()}
+    groups = [torch.from_numpy(_group_of(layout)) for layout in index.layouts.values()]
+    together = torch.cat(groups).to(model.device)  # one copy, since the host waits for each
+    groups_of = dict(zip(index.layouts, torch.split(together, [len(part) for part in groups]), strict=True))
 
     def observe(layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
         key = layer, site
@@ -210,17 +225,14 @@ def part_sums(
         on_gradient(values, lambda gradient: add_squares(part, seen, gradient, groups_of[key]))
 
     batch = Batch.join([document.tokens for document in documents])
-    uniform = torch.from_numpy(np.concatenate([_uniform(seed, document) for document in documents]))
+    uniform = torch.from_numpy(np.concatenate([_uniform(seed, document) for document in documents])).to(model.device)
     hidden = model.differentiable_hidden(batch, observe)
-    with torch.no_grad(), without_tf32():
-        gradient = torch.empty_like(hidden)
-        for start in range(0, len(hidden), model.operators.head_rows):
-            rows = slice(start, start + model.operators.head_rows)
-            gradient[rows] = _head_gradient(model, hidden[rows], uniform[rows].to(model.device))
+    gradient = loss_gradient(model, hidden.detach(), uniform)
     with without_tf32():
         torch.autograd.backward(hidden, gradient)
+    finite = sums.gradient_sq.sum(1).isfinite().cpu()  # once: the host waits for the device
     for key, rows in index.groups.items():
-        if not sums.gradient_sq[rows].sum().isfinite():
+        if not finite[rows].all():
             raise DataInvalid(
                 f"gradients at layer {key[0]} {key[1]} are NaN or infinite; collect without --sensitivity, or with "
                 "other texts"
@@ -241,20 +253,29 @@ def _uniform(seed: int, document: TokenizedDocument) -> Float64:
     return np.random.default_rng([seed, document.index]).random(document.tokens.size)
 
 
-def _head_gradient(model: LanguageModel, hidden: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The gradient of minus the log-likelihood at the head's input (t, d), for a label drawn at each token: the first
-    whose cumulative probability exceeds ``uniform`` (t,).
+def loss_gradient(model: LanguageModel, hidden: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The gradient of minus the log-likelihood at the head's input ``hidden`` (t, d), for a label drawn at each token:
+    the first whose cumulative probability exceeds ``uniform`` (t,), on the model's device.
     """
-    logits = model.logits(hidden.detach())
-    found = torch.softmax(logits.double(), -1)
-    reached = found.cumsum(-1)
-    label = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
-    found.scatter_add_(1, label, torch.full_like(label, -1, dtype=found.dtype))
-    return found.float() @ model.lm_head
+    found = torch.empty_like(hidden)
+    with torch.no_grad(), without_tf32():
+        for start in range(0, len(hidden), model.operators.head_rows):
+            rows = slice(start, start + model.operators.head_rows)
+            logits = model.logits(hidden[rows])
+            shares = torch.softmax(logits.double(), -1)
+            reached = shares.cumsum(-1)
+            wanted = uniform[rows, None] * reached[:, -1:]
+            label = torch.searchsorted(reached, wanted, right=True).clamp_(max=logits.shape[1] - 1)
+            shares.scatter_add_(1, label, torch.full_like(label, -1, dtype=shares.dtype))
+            found[rows] = shares.float() @ model.lm_head
+    return found
 
 
 def add_squares(sums: SensitivitySums, values: torch.Tensor, gradient: torch.Tensor, group_of: torch.Tensor) -> None:
     """Add a site's values (t, c) and their gradients (t, c) to its groups' sums; group_of (c,). All on one device."""
+    if compiled := choose_squares(values.device):
+        compiled.add(sums.counts, sums.gradient_sq, values, gradient, group_of)
+        return
     half = values.to(torch.float16).contiguous()
     if values.device.type == "cpu":
         patterns = half.numpy().view(np.uint16)

@@ -6,6 +6,8 @@ import torch
 
 from quambase.model.cuda.compiler import CompilationFailed
 from quambase.model.operators.cuda import CudaOperators
+from quambase.model.operators.cuda_differentiable import CudaDifferentiableOperators
+from quambase.model.operators.differentiable import DifferentiableOperators, HostDifferentiableOperators
 from quambase.model.operators.host import HostOperators
 from quambase.model.operators.interface import Operators, OperatorSizes
 from quambase.model.operators.torch import TorchOperators
@@ -42,3 +44,17 @@ def choose_operators(sizes: OperatorSizes, device: torch.device, dtype: torch.dt
         except CompilationFailed as error:
             remark(f"warning: scans run in plain PyTorch, some hundred times slower: {error}")
     return TorchOperators(dtype, sizes.ngroups, device)
+
+
+def choose_differentiable_operators(sizes: OperatorSizes, device: torch.device) -> DifferentiableOperators:
+    """As `choose_operators`, of operators that PyTorch can differentiate; without a warning, since the forward pass of
+    the same run has given it.
+    """
+    if device.type == "cpu":
+        return HostDifferentiableOperators(sizes.ngroups, device)
+    if device.type == "cuda":
+        try:
+            return CudaDifferentiableOperators(sizes, device)
+        except CompilationFailed:
+            pass
+    return DifferentiableOperators(sizes.ngroups, device)

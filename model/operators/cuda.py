@@ -98,6 +98,7 @@ class CudaOperators(TorchOperators):
         self._ssd_threads = defines["HEADDIM"] // defines["JOINED"] * defines["SPLIT"]
         self._rows, self._shared = rows_of_block(sizes.d_inner), rows_shared(sizes.d_inner)
         self._odd = torch.tensor(odd_factor(defines["ORDER"]), device=device)
+        self._transposed_odd = self._odd.T.contiguous()
         self._factor = sizes.d_inner**-0.5
         half, lanes = int(dtype == torch.float16), 4 if sizes.d_model % 4 == 0 else 1
         self._kernels = Kernels(SOURCE, NAMES, {"HALF": half, "LANES": lanes, **defines}, device)
@@ -201,11 +202,11 @@ class CudaOperators(TorchOperators):
         self._kernels.launch(name, self._row_blocks(len(y)), ROW_THREADS, arguments, self._shared)
         return out
 
-    def hadamard(self, x: torch.Tensor) -> torch.Tensor:
-        """As `Operators.hadamard`."""
+    def hadamard(self, x: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
+        """As `Operators.hadamard`; ``transposed``: by the transposed matrix, whose power-of-two factor is the same."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        arguments = (x, len(x), self._odd, self._factor, out)
+        arguments = (x, len(x), self._transposed_odd if transposed else self._odd, self._factor, out)
         self._kernels.launch("hadamard", self._row_blocks(len(x)), ROW_THREADS, arguments, self._shared)
         return out
 

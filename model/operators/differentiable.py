@@ -1,7 +1,8 @@
 """Operators that PyTorch can differentiate with respect to activations; weights are constants.
 
-Two forms compute the same: compiled loops on the CPU, and PyTorch's own operations on any device. Both recompute
-intermediate results in the backward pass, so memory grows with the inputs and not with the states.
+Three forms compute the same: compiled loops on the CPU, compiled kernels on CUDA (cuda_differentiable.py), and
+PyTorch's own operations on any device. All recompute intermediate results in the backward pass, so memory grows with
+the inputs and not with the states.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ from quambase.model.exponential import exp
 from quambase.model.hadamard import hadamard
 from quambase.model.operators import host_kernels as kernels
 from quambase.model.operators.interface import BlockState
+from quambase.model.operators.ssd_gradients import CHUNK
 from quambase.model.operators.torch import CPU, TorchOperators
 from quambase.model.packed_batch import PlacedBatch
-
-CHUNK = 64
-"""Tokens of an SSD scan that are multiplied as one matrix (Dao & Gu 2024, section 6)."""
 
 RUN = 24
 """Tokens of a Mamba-1's scan that follow one another in a loop; runs of them are computed side by side."""
@@ -35,16 +34,16 @@ def on_gradient(values: torch.Tensor, receive: Callable[[torch.Tensor], None]) -
     """
     whole = values if values._base is None else values._base
     shape, strides, first = values.shape, values.stride(), values.storage_offset() - whole.storage_offset()
-    whole.register_hook(lambda gradient: receive(gradient.contiguous().as_strided(shape, strides, first)))  # type: ignore[no-untyped-call]
+
+    def hook(gradient: torch.Tensor) -> None:
+        of_whole = gradient.contiguous()
+        receive(of_whole.as_strided(shape, strides, of_whole.storage_offset() + first))
+
+    whole.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
-def differentiable_operators(ngroups: int, device: torch.device) -> DifferentiableOperators:
-    """The fastest differentiable operators of a device; ``ngroups``: SSD groups of a Mamba-2."""
-    kind = HostDifferentiableOperators if device.type == "cpu" else DifferentiableOperators
-    return kind(ngroups, device)
-
-
-def _applied(function: type[torch.autograd.Function], *arguments: Any) -> torch.Tensor:
+def applied(function: type[torch.autograd.Function], *arguments: Any) -> torch.Tensor:
+    """What ``function`` returns, as a tensor of the autograd graph."""
     found: torch.Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
     return found
 
@@ -98,10 +97,10 @@ class DifferentiableOperators(TorchOperators):
         state: BlockState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
-        padded = _Padding(batch, RUN)
+        padded = Padding(batch, RUN)
         parts = map(padded.pad, (F.softplus(delta + bias), u, bc))
         scanned = padded.packed(checkpoint(_recurrent_scan, *parts, a, use_reentrant=False))
-        return (scanned + d * u) * F.silu(z), self._no_states(batch, a.T.shape)
+        return (scanned + d * u) * F.silu(z), self.no_states(batch, a.T.shape)
 
     def ssd_scan(
         self,
@@ -118,13 +117,14 @@ class DifferentiableOperators(TorchOperators):
         """As `Operators.ssd_scan`."""
         states = b.shape[1] // self.ngroups
         wide = x.view(len(x), len(a), -1)
-        padded = _Padding(batch, CHUNK)
+        padded = Padding(batch, CHUNK)
         grouped = [part.view(len(x), self.ngroups, states) for part in (b, c)]
         parts = map(padded.pad, (wide, *grouped, F.softplus(dt + bias)))
         scanned = padded.packed(checkpoint(_chunked_scan, *parts, a, use_reentrant=False))
-        return (scanned + d[:, None] * wide).view(x.shape), self._no_states(batch, (x.shape[1], states))
+        return (scanned + d[:, None] * wide).view(x.shape), self.no_states(batch, (x.shape[1], states))
 
-    def _no_states(self, batch: PlacedBatch, shape: tuple[int, ...]) -> torch.Tensor:
+    def no_states(self, batch: PlacedBatch, shape: tuple[int, ...]) -> torch.Tensor:
+        """Zeros in place of the final states, of ``shape`` for each document."""
         return torch.zeros(batch.host.documents, *shape, device=self.device)
 
 
@@ -144,8 +144,8 @@ class HostDifferentiableOperators(DifferentiableOperators):
         state: BlockState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
-        y = _applied(_HostSelectiveScan, u, F.softplus(delta + bias), bc, z, a, d, batch.host.offsets)
-        return y, self._no_states(batch, a.T.shape)
+        y = applied(_HostSelectiveScan, u, F.softplus(delta + bias), bc, z, a, d, batch.host.offsets)
+        return y, self.no_states(batch, a.T.shape)
 
     def ssd_scan(
         self,
@@ -160,15 +160,15 @@ class HostDifferentiableOperators(DifferentiableOperators):
         state: BlockState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.ssd_scan`."""
-        y = _applied(_HostSsdScan, x, b, c, F.softplus(dt + bias), a, d, batch.host.offsets, self.ngroups)
-        return y, self._no_states(batch, (x.shape[1], b.shape[1] // self.ngroups))
+        y = applied(_HostSsdScan, x, b, c, F.softplus(dt + bias), a, d, batch.host.offsets, self.ngroups)
+        return y, self.no_states(batch, (x.shape[1], b.shape[1] // self.ngroups))
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """As `Operators.hadamard`."""
-        return _applied(_HostHadamard, x)
+        return applied(_HostHadamard, x)
 
 
-class _Padding:
+class Padding:
     """Converts packed rows (t, ...) to zero-padded documents (b, l, ...), l a multiple of ``multiple``, and back."""
 
     def __init__(self, batch: PlacedBatch, multiple: int = 1) -> None:
@@ -239,7 +239,7 @@ def _recurrent_scan(step: torch.Tensor, u: torch.Tensor, bc: torch.Tensor, a: to
     """
     step, u, bc = (part.transpose(0, 1)[..., None, :] for part in (step, u, bc))  # (l, b, 1, ...)
     b, c = bc.transpose(2, 3).chunk(2, dim=2)  # (l, b, n, 1)
-    h = _applied(_LinearRecurrence, torch.exp(step * a), b * (step * u))  # (l, b, n, e)
+    h = applied(_LinearRecurrence, torch.exp(step * a), b * (step * u))  # (l, b, n, e)
     return (c * h).sum(2).transpose(0, 1)
 
 

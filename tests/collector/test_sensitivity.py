@@ -31,7 +31,8 @@ from quambase.collector.sensitivity import (
     part_sums,
 )
 from quambase.model.language_model import LanguageModel
-from quambase.model.operators.differentiable import differentiable_operators, on_gradient
+from quambase.model.operators.choice import choose_differentiable_operators
+from quambase.model.operators.differentiable import on_gradient
 from quambase.model.packed_batch import Batch
 from quambase.schema.errors import DataInvalid
 from quambase.schema.manifest import Manifest, table_of
@@ -53,7 +54,7 @@ def every_site(family: str) -> list[str]:
 
 def model_of(family: str) -> LanguageModel:
     weights = tiny_weights(family)
-    return LanguageModel(weights, differentiable_operators(weights.config.operator_sizes.ngroups, CPU), rotated=True)
+    return LanguageModel(weights, choose_differentiable_operators(weights.config.operator_sizes, CPU), rotated=True)
 
 
 def keep(seen: list[tuple[torch.Tensor, torch.Tensor]], values: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -222,7 +223,7 @@ def test_a_run_without_has_an_empty_table_and_an_id_of_its_own(tmp_path: Path) -
 def test_a_device_s_sums_are_the_host_s(family: str) -> None:
     weights, texts = tiny_weights(family), documents(9, 1, 130, 66)
     index = acting_sites(site_layouts(weights.config, every_site(family)), family)
-    there = differentiable_operators(weights.config.operator_sizes.ngroups, torch.device("cuda"))
+    there = choose_differentiable_operators(weights.config.operator_sizes, torch.device("cuda"))
     model = LanguageModel(weights, there, rotated=True)
     found, wanted = part_sums(model, texts, index, SEED), part_sums(model_of(family), texts, index, SEED)
     assert (found.counts.sum(1).cpu() == wanted.counts.sum(1)).all()

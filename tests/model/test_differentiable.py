@@ -36,7 +36,7 @@ def gradients(family: str, operators: TorchOperators) -> dict[SiteKey, torch.Ten
             on_gradient(values, lambda gradient: found.update({(layer, site): gradient.clone()}))
 
     hidden = model.differentiable_hidden(documents(), tap)
-    hidden.backward(torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)))
+    hidden.backward(torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(hidden.device))
     return found
 
 

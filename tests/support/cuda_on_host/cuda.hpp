@@ -60,6 +60,7 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
+inline long long __double2ll_rn(double v) { return llrint(v); }
 inline float __ll2float_rn(long long v) { return (float)v; }
 inline int __dp4a(int a, int b, int sum) {
     for (int i = 0; i < 4; i++) sum += (signed char)(a >> 8 * i) * (signed char)(b >> 8 * i);
@@ -69,6 +70,10 @@ inline int __popc(unsigned v) { return std::popcount(v); }
 inline int __ffs(unsigned v) { return v ? std::countr_zero(v) + 1 : 0; }
 
 inline unsigned atomicAdd(unsigned* at, unsigned more) { return std::exchange(*at, *at + more); }
+inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long more) {
+    return std::exchange(*at, *at + more);
+}
+inline unsigned atomicMax(unsigned* at, unsigned other) { return std::exchange(*at, std::max(*at, other)); }
 inline unsigned atomicAnd(unsigned* at, unsigned mask) { return std::exchange(*at, *at & mask); }
 
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
