@@ -14,7 +14,7 @@ from quambase.analyzer.quantization_error import Figures, figures, piecewise_fig
 from quambase.schema.distribution import Distribution, Sensitivity
 from quambase.schema.groups import GROUP, TENSOR, granularity_of, united_groups
 from quambase.schema.number_format import Affine
-from quambase.schema.sites import MAMBA1, MAMBA2, WHOLE, Site, find_site, is_model_site
+from quambase.schema.sites import MAMBA1, MAMBA2, STATE_BY_CHANNEL, WHOLE, Site, find_site, is_model_site
 from quambase.schema.sql.database import DocumentSeries, StatsDB
 from quambase.schema.tables import DOCUMENT_QUANTILES
 
@@ -29,7 +29,8 @@ class ScaleGroup:
                 distribution as one document; a group made of smaller ones has no quantiles
     family      of the model: "mamba1", "mamba2", or "tensor" for an import
     innermost   no smaller scale group of the site was asked for
-    sensitivity  how much the output depends on its values; None where the run does not have that
+    sensitivity  how much the output depends on its values; None where the run does not have that. Of the state: the
+                 output of decoding, on the state along the documents
     state_amax  for a Mamba-2's state, (n,) float32: the largest absolute value at each state index; else None
     """
 
@@ -105,7 +106,7 @@ def scale_groups(database: StatsDB, run: str, granularity: str | None = None) ->
         innermost = granularity_of(name) == finest[layer, site]
         documents = _documents(stored, layer, site, name, distribution)
         state_amax = _state_amax(states, layer, name) if site == STATE and states else None
-        sensitivity = sensitivities.get((layer, site, name))
+        sensitivity = sensitivities.get((layer, STATE_BY_CHANNEL if site == STATE else site, name))
         found.append(ScaleGroup(layer, site, name, distribution, documents, family, innermost, state_amax, sensitivity))
     return found
 

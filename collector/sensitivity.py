@@ -9,6 +9,10 @@ over the occurrences of each distinct value is enough to predict the KL of any s
 A few evenly spaced documents of the run go through a forward and a backward pass in float32, PART at a time. The sums
 of each such part are a file of the unfinished run, so a killed run resumes after the last one. They are added in the
 order of the parts, whether one process collected them or several shards.
+
+The state is rounded after every token of decoding, so its errors at all tokens add up. Where the run has the states
+along its documents, their gradients are weighted so that the sum over these stands for that over all tokens
+(`quambase.model.operators.sampled_states`).
 """
 
 from __future__ import annotations
@@ -29,7 +33,15 @@ from quambase.collector.cuda.squares import choose_squares
 from quambase.collector.cuda.transfer import copied_to_host
 from quambase.collector.documents import DocumentSet, TokenizedDocument
 from quambase.collector.host.kernels import PATTERNS, add_gradients
-from quambase.collector.statistics import ENCODINGS, Float32, Float64, Int64, SiteIndex, SiteLayout
+from quambase.collector.statistics import (
+    ENCODINGS,
+    Float32,
+    Float64,
+    Int64,
+    SiteIndex,
+    SiteLayout,
+    counted_rows,
+)
 from quambase.collector.table_rows import COUNTED, TableGroup, many_keyed_rows, table_groups
 from quambase.model.inputs.array_files import read_npz
 from quambase.model.language_model import LanguageModel, without_tf32
@@ -41,7 +53,7 @@ from quambase.model.weights import ModelWeights
 from quambase.schema.errors import DataInvalid
 from quambase.schema.files import replacing
 from quambase.schema.progress import Progress
-from quambase.schema.sites import SiteKey, find_site
+from quambase.schema.sites import STATE_BY_CHANNEL, SiteKey, find_site
 from quambase.schema.tables import SENSITIVITIES
 
 PART = 4
@@ -99,7 +111,7 @@ class SensitivityPlan:
         """``wanted`` evenly spaced documents, all if there are fewer. DataInvalid: no site's scale acts in a forward
         pass.
         """
-        if not any(find_site(name, family).acts for name in sites):
+        if not any(_differentiated(name, family) for name in sites):
             raise DataInvalid(
                 "--sensitivity needs a site whose scale the INT8 model reads in a forward pass; --site leaves none"
             )
@@ -115,8 +127,14 @@ class SensitivityPlan:
 
 
 def acting_sites(layouts: Mapping[SiteKey, SiteLayout], family: str) -> SiteIndex:
-    """The sites whose scales a forward pass of the INT8 model reads."""
-    return SiteIndex({key: layout for key, layout in layouts.items() if find_site(key[1], family).acts})
+    """The sites whose scales a forward pass of the INT8 model reads; and the state along documents by channel, whose
+    scale decoding reads.
+    """
+    return SiteIndex({key: layout for key, layout in layouts.items() if _differentiated(key[1], family)})
+
+
+def _differentiated(site: str, family: str) -> bool:
+    return site == STATE_BY_CHANNEL or find_site(site, family).acts
 
 
 def parts_of(identity: Mapping[str, Any]) -> int:
@@ -221,10 +239,12 @@ def part_sums(
         key = layer, site
         if key not in groups_of:
             return
-        seen, part = values.detach(), sums.of(index.groups[key])
-        on_gradient(values, lambda gradient: add_squares(part, seen, gradient, groups_of[key]))
+        layout, part = index.layouts[key], sums.of(index.groups[key])
+        seen = counted_rows(layout, values.detach())
+        on_gradient(values, lambda g: add_squares(part, seen, counted_rows(layout, g), groups_of[key]))
 
-    batch = Batch.join([document.tokens for document in documents])
+    every = max(layout.every for layout in index.layouts.values())
+    batch = Batch.join([document.tokens for document in documents], every)
     uniform = torch.from_numpy(np.concatenate([_uniform(seed, document) for document in documents])).to(model.device)
     hidden = model.differentiable_hidden(batch, observe)
     gradient = loss_gradient(model, hidden.detach(), uniform)

@@ -423,6 +423,13 @@ class Counter(Protocol):
         """Queue the counting of all that was added; ``partly``: unless as many sites again would fit into the batch."""
 
 
+def counted_rows(layout: SiteLayout, values: torch.Tensor) -> torch.Tensor:
+    """A site's ``values``, as a tap receives them, as the rows (rows, columns) that are counted."""
+    if layout.rows_are_indices:
+        return values.transpose(1, 2).reshape(-1, values.shape[1])  # (states n, e)
+    return values.reshape(-1, values.shape[-1]) if layout.state else values  # (states e, n)
+
+
 def states_by_channel(x: torch.Tensor, d_state: int) -> torch.Tensor:
     """The states (documents, e, n) whose rows, as they are counted, are x (documents n, e)."""
     return x.reshape(-1, d_state, x.shape[1]).transpose(1, 2)

@@ -14,7 +14,14 @@ import torch
 
 from quambase.collector.block_rows import KeptRows, activations_rows, documents_rows
 from quambase.collector.documents import TokenizedDocument
-from quambase.collector.statistics import SUMMARY_COLUMNS, BlockStatistics, Counter, Int64, SiteLayout
+from quambase.collector.statistics import (
+    SUMMARY_COLUMNS,
+    BlockStatistics,
+    Counter,
+    Int64,
+    SiteLayout,
+    counted_rows,
+)
 from quambase.model.packed_batch import sampled_ends
 from quambase.schema.errors import TapNeverFired
 from quambase.schema.positions import bucket_of
@@ -227,13 +234,8 @@ class BlockRecorder:
         if layer != self._layer:  # batches of whole layers are alike, and so share a plan
             self.counter.flush(partly=True)
             self._layer = layer
-        rows, length = values, 0  # of each state
-        if layout.rows_are_indices:
-            rows = values.transpose(1, 2).reshape(-1, values.shape[1])  # (states n, e)
-            length = values.shape[2]
-        elif layout.state:
-            rows = values.reshape(-1, values.shape[-1])  # (states e, n)
-            length = values.shape[1]
+        rows = counted_rows(layout, values)
+        length = len(rows) // len(values) if layout.state else 0  # of each state
         offsets = self._offsets(documents, length, layout.every)
         here = documents.stop - documents.start
         self._seen[key] += here

@@ -14,7 +14,7 @@ from quambase.model.block import Block, BlockKind, BlockWeights, Change, Draw, M
 from quambase.model.exponential import exp
 from quambase.model.inputs.settings import NORM_EPS, Settings, check_hugging_face, check_mamba_ssm, padded_vocabulary
 from quambase.model.operators.interface import BlockState, Operators, OperatorSizes, by_state_index
-from quambase.model.operators.sampled_states import decay_of, pieces_of, steps
+from quambase.model.operators.sampled_states import Pieces, decay_of, pieces_of, steps, watch_states
 from quambase.model.packed_batch import PlacedBatch, last_rows
 from quambase.schema.sites import MAMBA1, SAMPLED_STATE_SITES, STATE_BY_CHANNEL, STATE_BY_INDEX
 
@@ -187,7 +187,11 @@ class Mamba1Block(Block):
             show("ssm_state_act:input", last)
             show("ssm_state_act:output", last)
             if batch.host.state_every:
-                self._show_states(u, delta, dt_b_c[:, r:], xz[:, e:], batch, show)
+                parts = u, delta, dt_b_c[:, r:], xz[:, e:]
+                if y.requires_grad:
+                    self._watch_states(*parts, y, batch, show)
+                else:
+                    self._show_states(*parts, batch, show)
             show("out_proj:input", gated)
             show("out_proj:output", out)
         return out
@@ -211,6 +215,53 @@ class Mamba1Block(Block):
             states = pieces.joined(own, decay_of(total[:, :, None] * self.a.T))
             for site in SAMPLED_STATE_SITES:
                 show(site, states, pieces.documents)
+
+    def _watch_states(
+        self,
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        bc: torch.Tensor,
+        z: torch.Tensor,
+        y: torch.Tensor,
+        batch: PlacedBatch,
+        show: Show,
+    ) -> None:
+        """`watch_states` of this block; arguments as `Operators.selective_scan` has them."""
+        n = self.config.d_state
+        u, delta, bc, z = (part.detach() for part in (u, delta, bc, z))
+
+        def decays(pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            """step (pieces, k, e), its sums since each piece began, and the decay of a state (pieces, e, n)."""
+            step = pieces.padded(steps(delta[pieces.rows], self.dt_bias))
+            since = step.cumsum(1)
+            return step, since, decay_of(since[:, -1, :, None] * self.a.T)
+
+        def state_of(pieces: Pieces) -> torch.Tensor:
+            step, since, decay = decays(pieces)
+            driven, b = step * pieces.padded(u[pieces.rows]), pieces.padded(bc[pieces.rows, :n])
+            own = self._weighted(since[:, -1:] - since, driven, b)
+            return pieces.joined(own, decay)
+
+        def gradient_of(pieces: Pieces, of_y: torch.Tensor) -> torch.Tensor:
+            _, since, decay = decays(pieces)
+            ungated = pieces.padded(of_y * F.silu(z[pieces.rows]))
+            through = self._weighted(since, ungated, pieces.padded(bc[pieces.rows, n:]))
+            return pieces.joined_gradients(through, decay)
+
+        def by_channel(states: torch.Tensor, documents: slice) -> None:
+            show(STATE_BY_CHANNEL, states, documents)
+
+        watch_states(y, batch, self.a.numel(), state_of, gradient_of, by_channel)
+
+    def _weighted(self, since: torch.Tensor, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """(pieces, e, n): the sum over k of exp(since A) x shares; since, x (pieces, k, e), shares (pieces, k, n).
+
+        In turn over k, since every factor differs.
+        """
+        found = x.new_zeros(len(x), x.shape[2], shares.shape[2])
+        for k in range(x.shape[1]):
+            found += decay_of(since[:, k, :, None] * self.a.T) * x[:, k, :, None] * shares[:, k, None, :]
+        return found
 
     def new_state(self, sequences: int) -> BlockState:
         """As `Block.new_state`."""

@@ -18,7 +18,7 @@ from quambase.model.block import Block, BlockKind, BlockWeights, Change, Draw, H
 from quambase.model.exponential import exp
 from quambase.model.inputs.settings import NORM_EPS, Settings, check_hugging_face, check_mamba_ssm, padded_vocabulary
 from quambase.model.operators.interface import BlockState, Operators, OperatorSizes
-from quambase.model.operators.sampled_states import decay_of, pieces_of, steps
+from quambase.model.operators.sampled_states import Pieces, decay_of, pieces_of, steps, watch_states
 from quambase.model.packed_batch import PlacedBatch, last_rows
 from quambase.schema.errors import CheckpointInvalid
 from quambase.schema.groups import LayerGroups
@@ -303,7 +303,10 @@ class Mamba2Block(Block):
                 show(f"{name}:input", values)
                 show(f"{name}:output", values)
             if batch.host.state_every:
-                self._show_states(x, b, c, dt, batch, show)
+                if y.requires_grad:
+                    self._watch_states(x, b, c, dt, y, batch, show)
+                else:
+                    self._show_states(x, b, c, dt, batch, show)
             show("out_proj:input", gated)
             show("out_proj:output", out)
         return out
@@ -322,6 +325,54 @@ class Mamba2Block(Block):
             states = pieces.joined(own, decay[:, :, None])
             for site in SAMPLED_STATE_SITES:
                 show(site, states, pieces.documents)
+
+    def _watch_states(
+        self,
+        x: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        dt: torch.Tensor,
+        y: torch.Tensor,
+        batch: PlacedBatch,
+        show: Show,
+    ) -> None:
+        """`watch_states` of this block; arguments as `Operators.ssd_scan` has them."""
+        config = self.config
+        x, b, c, dt = (part.detach() for part in (x, b, c, dt))
+
+        def decays(pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            """step (pieces, k, h), its sums since each piece began, and the decay of a state (pieces, e, 1)."""
+            step = pieces.padded(steps(dt[pieces.rows], self.dt_bias))
+            since = step.cumsum(1)
+            return step, since, decay_of(since[:, -1] * self.a).repeat_interleave(config.headdim, 1)[:, :, None]
+
+        def state_of(pieces: Pieces) -> torch.Tensor:
+            step, since, decay = decays(pieces)
+            left = step * decay_of((since[:, -1:] - since) * self.a)
+            return pieces.joined(
+                self._weighted(left, pieces.padded(x[pieces.rows]), pieces.padded(b[pieces.rows])), decay
+            )
+
+        def gradient_of(pieces: Pieces, of_y: torch.Tensor) -> torch.Tensor:
+            _, since, decay = decays(pieces)
+            through = self._weighted(decay_of(since * self.a), pieces.padded(of_y), pieces.padded(c[pieces.rows]))
+            return pieces.joined_gradients(through, decay)
+
+        def by_channel(states: torch.Tensor, documents: slice) -> None:
+            show(STATE_BY_CHANNEL, states, documents)
+
+        watch_states(y, batch, config.d_inner * config.d_state, state_of, gradient_of, by_channel)
+
+    def _weighted(self, factors: torch.Tensor, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """(pieces, e, n): the sum over k of factors x shares; factors (pieces, k, h), x (pieces, k, e), shares
+        (pieces, k, g n), each SSD group's for its heads.
+        """
+        config = self.config
+        rows = x.shape[:2]
+        driven = factors[..., None] * x.view(*rows, config.heads, config.headdim)
+        wide = shares.view(*rows, config.ngroups, config.d_state).repeat_interleave(config.heads // config.ngroups, 2)
+        found: torch.Tensor = driven.permute(0, 2, 3, 1) @ wide.transpose(1, 2)  # (pieces, h, p, n)
+        return found.flatten(1, 2)
 
     def new_state(self, sequences: int) -> BlockState:
         """As `Block.new_state`."""

@@ -84,6 +84,10 @@ def _compile(nvrtc: Any, files: Mapping[bytes, bytes], flags: list[bytes]) -> by
     return cubin
 
 
+NO_CONTEXT = 201
+"""CUDA_ERROR_INVALID_CONTEXT of the driver."""
+
+
 class Kernels:
     """The kernels of one source file, compiled for one device with ``defines`` (-D) and further ``flags`` of NVRTC.
 
@@ -144,7 +148,12 @@ class Kernels:
         if stream is None:  # what torch.cuda.current_stream wraps
             stream = torch._C._cuda_getCurrentRawStream(self._index)
         function = self._addresses[name]
-        status = self._launch(function, grid[0], grid[1], 1, threads, 1, 1, shared, stream, None, parameters.address)
+        options = function, grid[0], grid[1], 1, threads, 1, 1, shared, stream, None, parameters.address
+        status = self._launch(*options)
+        if status == NO_CONTEXT:  # of a thread that PyTorch has not used yet, as of a backward pass
+            with torch.cuda.device(self._index):
+                torch.cuda.current_stream().synchronize()  # makes torch's context the current one
+            status = self._launch(*options)
         if status != 0:
             raise RuntimeError(f"the kernel {name} could not be launched: {self._status(status).name}")
 

@@ -3,11 +3,14 @@
 A state is linear in the state before it. So the state after a piece of a document is the state that the piece leaves if
 it begins with zeros, plus the state before it times the piece's decay (Dao & Gu 2024, section 6, compute the states
 between chunks in this way). Any scan that returns final states gives the former: its documents are the pieces.
+
+The gradient of a state is, likewise, that through the outputs of the piece after it, plus the gradient of the state
+after that piece times the piece's decay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,9 +39,31 @@ class Pieces:
     batch: PlacedBatch
     later: list[torch.Tensor]
 
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(pieces,) int64: the tokens of each."""
+        return self.batch.offsets.diff().long()
+
+    def weights(self) -> torch.Tensor:
+        """(pieces,): the tokens that the state after each piece stands for, by the trapezoidal rule, under which the
+        state before a document counts as without effect: half of the piece's, and half of the following one's.
+        """
+        found = 0.5 * self.lengths.float()
+        for pieces in self.later:
+            found[pieces - 1] += 0.5 * self.lengths[pieces]
+        return found
+
+    def padded(self, values: torch.Tensor) -> torch.Tensor:
+        """The pieces' rows of ``values`` (rows, ...), zeros after the last of each: (pieces, longest, ...)."""
+        starts, lengths = self.batch.offsets[:-1].long(), self.lengths
+        numbers = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
+        within = torch.arange(len(values), device=values.device) - starts[numbers]
+        found = values.new_zeros(len(lengths), int(lengths.max()), *values.shape[1:])
+        return found.index_put_((numbers, within), values)
+
     def sums(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of each piece's rows of ``values`` (rows, channels): (pieces, channels)."""
-        return torch.segment_reduce(values, "sum", lengths=self.batch.offsets.diff().long(), axis=0)
+        return torch.segment_reduce(values, "sum", lengths=self.lengths, axis=0)
 
     def joined(self, own: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
         """The state (pieces, e, n) after every piece, from the states ``own`` that the pieces leave after zeros.
@@ -47,6 +72,15 @@ class Pieces:
         found = own.clone()
         for pieces in self.later:
             found[pieces] += decay[pieces] * found[pieces - 1]
+        return found
+
+    def joined_gradients(self, through: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+        """The gradient (pieces, e, n) of the state after every piece, from those ``through`` the outputs of each piece,
+        of the state before it. Zero after the last piece of a document.
+        """
+        found = torch.zeros_like(through)
+        for pieces in reversed(self.later):
+            found[pieces - 1] = through[pieces] + decay[pieces] * found[pieces]
         return found
 
 
@@ -75,6 +109,36 @@ def _pieces(batch: PlacedBatch, documents: slice, ends: list[np.ndarray[tuple[in
         for k in range(1, int(place.max()) + 1)
     ]
     return Pieces(documents, slice(start, stop), PlacedBatch.of(of_batch, batch.tokens.device), later)
+
+
+def watch_states(
+    y: torch.Tensor,
+    batch: PlacedBatch,
+    state_values: int,
+    state_of: Callable[[Pieces], torch.Tensor],
+    gradient_of: Callable[[Pieces, torch.Tensor], torch.Tensor],
+    show: Callable[[torch.Tensor, slice], None],
+) -> None:
+    """Show the states along documents of a forward pass that is differentiated, as tensors whose gradients follow from
+    that of the scan's output ``y`` (t, channels). They are multiplied by the root of `Pieces.weights`, so that their
+    squares add up to about those at every token.
+
+    state_of     the states (pieces, e, n) of some pieces
+    gradient_of  their gradients, from that of the pieces' rows of ``y``
+    """
+    watched = list[tuple[Pieces, torch.Tensor]]()
+    for pieces in pieces_of(batch, state_values):
+        states = state_of(pieces).requires_grad_()
+        show(states, pieces.documents)
+        watched.append((pieces, states))
+
+    def receive(gradient: torch.Tensor) -> None:
+        for pieces, states in watched:
+            found = gradient_of(pieces, gradient[pieces.rows]) * pieces.weights().sqrt()[:, None, None]
+            torch.autograd.backward(states, found)
+            states.grad = None
+
+    y.register_hook(receive)  # type: ignore[no-untyped-call]
 
 
 def decay_of(total: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from cuda_kernels_on_host import cuda_or_host
-from device_models import plain_model, tiny_weights
+from device_models import PlainLoop, plain_model, tiny_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,8 +16,10 @@ from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.operators import cuda as cuda_operators
 from quambase.model.operators import sampled_states
 from quambase.model.operators.cuda import CudaOperators
+from quambase.model.operators.differentiable import HostDifferentiableOperators, on_gradient
+from quambase.model.operators.torch import CPU
 from quambase.model.packed_batch import Batch, sampled_ends
-from quambase.schema.sites import SAMPLED_STATE_SITES, STATE_BY_CHANNEL
+from quambase.schema.sites import SAMPLED_STATE_SITES, STATE_BY_CHANNEL, STATE_BY_INDEX
 
 ULPS = 64 * 2.0**-24
 """Of the largest state: a state of at most 50 tokens is a sum of as many products, here in another order, and its decay
@@ -125,3 +130,93 @@ def test_states_on_a_device_are_the_hosts(family: str, dtype: torch.dtype, devic
         # In float16 each of some ten operators before it rounds by 2^-11.
         allowed = ULPS if dtype == torch.float32 else 20 * 2.0**-11
         assert found.dtype == torch.float32 and (found - wanted).abs().max() <= allowed * wanted.abs().max()
+
+
+class WatchedLoop(PlainLoop):
+    """A loop over time, of one document, that keeps every token's state and the gradient of what the next token reads
+    of it: by layer, tensors whose first axis is the token.
+    """
+
+    def __init__(self, ngroups: int) -> None:
+        super().__init__(ngroups)
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watch(self, states: list[torch.Tensor]) -> None:
+        gradients = torch.zeros(len(states), *states[0].shape)
+        self.layers.append((torch.stack(states).detach(), gradients))
+        for state, gradient in zip(states[:-1], gradients, strict=False):
+            state.register_hook(gradient.copy_)
+
+    def selective_scan(self, u, delta, bc, z, a, d, bias, batch, state=None):  # type: ignore[no-untyped-def]
+        step, n, state, outputs, states = F.softplus(delta + bias), len(a), torch.zeros(a.T.shape), [], []
+        for t in range(len(u)):
+            now = torch.exp(step[t, :, None] * a.T) * state + (step[t] * u[t])[:, None] * bc[t, None, :n]
+            outputs.append((now * bc[t, None, n:]).sum(1))
+            state = now.clone()  # as it is kept for the next token
+            states.append(state)
+        self.watch(states)
+        return (torch.stack(outputs) + d * u) * F.silu(z), torch.zeros(1, *a.T.shape)
+
+    def ssd_scan(self, x, b, c, dt, a, d, bias, batch, state=None):  # type: ignore[no-untyped-def]
+        heads, step = len(a), F.softplus(dt + bias)
+        wide = x.view(len(x), heads, -1)
+        shared = [part.view(len(x), self.ngroups, -1).repeat_interleave(heads // self.ngroups, 1) for part in (b, c)]
+        state, outputs, states = torch.zeros(heads, wide.shape[2], shared[0].shape[2]), [], []
+        for t in range(len(x)):
+            driven = (step[t, :, None] * wide[t])[:, :, None] * shared[0][t, :, None]
+            now = torch.exp(step[t] * a)[:, None, None] * state + driven
+            outputs.append((now * shared[1][t, :, None]).sum(2))
+            state = now.clone()
+            states.append(state)
+        self.watch(states)
+        y = torch.stack(outputs) + d[:, None] * wide
+        return y.reshape(x.shape), torch.zeros(1, x.shape[1], shared[0].shape[2])
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "mamba2 of one group"])
+@pytest.mark.parametrize("every", [1, 7, 64])
+def test_gradients_of_states_are_those_of_a_loop_over_time(family: str, every: int) -> None:
+    """Of documents one by one; and weighted by the tokens that each state stands for, which add up to all of them but
+    half of the first piece.
+    """
+    weights = tiny_weights(family)
+    ngroups = weights.config.operator_sizes.ngroups
+    documents = [[(7 * i + 3 * j) % 60 for j in range(length)] for i, length in enumerate((40, 1, 33))]
+    draw = torch.Generator().manual_seed(3)
+    upstream = [torch.randn(len(document), weights.config.d_model, generator=draw) for document in documents]
+    found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def tap(layer: int, site: str, values: torch.Tensor, of: slice) -> None:
+        if site == STATE_BY_CHANNEL:
+            on_gradient(
+                values, lambda gradient: found.setdefault(layer, []).append((values.detach(), gradient.clone()))
+            )
+        assert site != STATE_BY_INDEX
+
+    packed = Batch.pack(documents)
+    model = LanguageModel(weights, HostDifferentiableOperators(ngroups, CPU), rotated=True)
+    hidden = model.differentiable_hidden(Batch(packed.tokens, packed.offsets, every), tap)
+    hidden.backward(torch.cat(upstream))
+    wanted: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for document, gradient in zip(documents, upstream, strict=True):
+        loop = WatchedLoop(ngroups)
+        alone = LanguageModel(weights, loop, rotated=True).differentiable_hidden(
+            Batch.pack([document]), lambda *_: None
+        )
+        alone.backward(gradient)
+        seen = ends(len(document), every)
+        lengths = [b - a for a, b in itertools.pairwise([0, *seen])]
+        shares = [(a + b) / 2 for a, b in zip(lengths, [*lengths[1:], 0], strict=True)]
+        assert sum(shares) == len(document) - lengths[0] / 2
+        for layer, (states, of_states) in enumerate(loop.layers):
+            for end, share in zip(seen, shares, strict=True):
+                one = states[end - 1], of_states[end - 1] * share**0.5
+                wanted.setdefault(layer, []).append(tuple(part.flatten(0, -2) for part in one))
+    assert found.keys() == wanted.keys() == {0, 1}
+    for layer, parts in wanted.items():
+        for number in (0, 1):
+            ours = torch.cat([part[number] for part in found[layer]])
+            true = torch.stack([part[number] for part in parts])
+            # Two layers' sums of some fifty products each, in another order.
+            assert ours.shape == true.shape and (ours - true).abs().max() <= 2000 * 2.0**-24 * true.abs().max()
+            assert bool(ours.any()) is (number == 0 or every < 40)  # nothing follows the last state
