@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -114,7 +114,7 @@ def selection(table: pa.Table, target: str = QUAMBASE, *, by_effect: bool = True
     )
     found = [f"selected takes {shares} of {len(chosen)} scales: {why} at each"]
     if loss is not None:
-        found += [_losses(consumed, loss), _places(chosen, loss)]
+        found += [_losses(consumed, loss), _places(chosen, loss), *_decoding(consumed)]
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["run"], row["layer"], row["site"], row["group_name"]
@@ -143,15 +143,41 @@ def selection(table: pa.Table, target: str = QUAMBASE, *, by_effect: bool = True
 
 def _losses(consumed: list[dict[str, Any]], loss: float) -> str:
     """The predicted loss of what is selected, beside that of `mse` and of upstream's scales."""
-    others = []
-    for label, name in (("mse", "mse"), ("quamba", "upstream's quamba")):
-        other = predicted_loss(row for row in consumed if row["label"] == label)
-        if other and (change := round(100 * (loss / other - 1))):
-            others.append(f"{change:+} % against {name}, {other:.2g}")
+    others = _beside(consumed, loss, predicted_loss)
     head = next((row["predicted_kl"] for row in consumed if row["selected"] and row["layer"] == HEAD_LAYER), None)
     if head:
         others.append(f"a quantized head would add {head:.2g}")
     return "; ".join([f"predicted loss of the activations: {loss:.2g} nats a token", *others])
+
+
+def _decoding(consumed: list[dict[str, Any]]) -> list[str]:
+    """What the state's scales are predicted to add to the loss of decoding, beside the others'; of a run that does not
+    know it, how one does. Nothing where no scale of the state is selected.
+    """
+    state = [row for row in consumed if row["layer"] >= 0 and row["decode_only"]]
+    chosen = [row["predicted_kl"] for row in state if row["selected"]]
+    if not chosen:
+        return []
+    if None in chosen:
+        return [
+            "the state's scales, which only decoding reads, have the least squared error; of a run with --sensitivity "
+            "and --state-every they have the least predicted KL of decoding"
+        ]
+    loss = math.fsum(chosen)
+    others = _beside(state, loss, lambda rows: math.fsum(row["predicted_kl"] or 0 for row in rows))
+    return ["; ".join([f"decoding is predicted to lose {loss:.2g} nats a token more, at the state", *others])]
+
+
+def _beside(
+    rows: list[dict[str, Any]], loss: float, loss_of: Callable[[Iterable[dict[str, Any]]], float | None]
+) -> list[str]:
+    """How ``loss`` compares with that of `mse` and of upstream's scales among ``rows``, where it differs."""
+    found = []
+    for label, name in (("mse", "mse"), ("quamba", "upstream's quamba")):
+        other = loss_of(row for row in rows if row["label"] == label)
+        if other and (change := round(100 * (loss / other - 1))):
+            found.append(f"{change:+} % against {name}, {other:.2g}")
+    return found
 
 
 SHOWN = 3

@@ -18,7 +18,7 @@ from quambase.schema.checksums import file_sha256
 from quambase.schema.distribution import Distribution
 from quambase.schema.manifest import Manifest, TableFile
 from quambase.schema.model_info import ModelInfo, TextInfo
-from quambase.schema.sites import STATE_SITES, WHOLE, Site, layer_sites
+from quambase.schema.sites import STATE_BY_CHANNEL, STATE_SITES, WHOLE, Site, layer_sites
 from quambase.schema.tables import DOCUMENT_QUANTILES, RUN_TABLES, write_table
 
 Activations = dict[tuple[int, str], dict[str, list[npt.NDArray[np.float32]]]]
@@ -89,7 +89,8 @@ def make_run(
 ) -> Path:
     """Write ``database/runs/<run>`` of ``activations`` (default `random_activations`); return the folder. It is
     the database's run number ``number``. In ``format_version`` 1 each table is one file. ``sensitive``: every value
-    that is finite has a random sum of squared gradients. ``by_position``: `position_stats` has rows.
+    that is finite has a random sum of squared gradients, the state's as that of the state along documents.
+    ``by_position``: `position_stats` has rows.
     """
     random = np.random.default_rng(5)
     activations = random_activations() if activations is None else activations
@@ -102,8 +103,9 @@ def make_run(
             values, counts = tally(documents)
             rows["counts"] += [{**key, "value": v, "count": c} for v, c in zip(values, counts, strict=True)]
             if sensitive:
+                read = {"site": STATE_BY_CHANNEL} if site == "ssm_state_act:input" else {}
                 rows["sensitivities"] += [
-                    {**key, "value": v, "count": c, "gradient_sq": c * random.random()}
+                    {**key, **read, "value": v, "count": c, "gradient_sq": c * random.random()}
                     for v, c in zip(values, counts, strict=True)
                     if np.isfinite(v)
                 ]

@@ -160,6 +160,25 @@ def test_the_summary_adds_the_layers_up(database: Path) -> None:
     assert lines[2].startswith(f"most of it at {worst} {100 * shares[worst]:.0f} %")
 
 
+def test_what_decoding_adds_is_a_sentence_of_its_own(database: Path) -> None:
+    table = analyze(database, out=None).table
+    state = [r for r in table.to_pylist() if r["decode_only"] and r["consumed"]]
+    loss = sum(r["predicted_kl"] for r in state if r["selected"])
+    other = sum(r["predicted_kl"] for r in state if r["label"] == "quamba")
+    assert 0 < loss < other and {r["site"] for r in state} == {"ssm_state_act:input"}
+    (line,) = [line for line in selection(table) if line.startswith("decoding")]
+    assert line.startswith(f"decoding is predicted to lose {loss:.2g} nats a token more, at the state; ")
+    assert line.endswith(f"{100 * (loss / other - 1):+.0f} % against upstream's quamba, {other:.2g}")
+    unknown = pa.Table.from_pylist(
+        [r | ({"predicted_kl": None} if r["decode_only"] else {}) for r in table.to_pylist()]
+    )
+    (line,) = [line for line in selection(unknown) if "decoding" in line]
+    assert line.endswith("of a run with --sensitivity and --state-every they have the least predicted KL of decoding")
+    assert not any(
+        "decoding" in line for line in selection(analyze(database, out=None, select="mse").table.slice(0, 0))
+    )
+
+
 def test_a_run_without_sensitivities(fabricated_database: Path, tmp_path: Path) -> None:
     for options in ({"strategies": ["effect"]}, {"select": "effect"}):
         with pytest.raises(DatabaseInvalid, match="run run-a has no sensitivities"):
