@@ -133,17 +133,18 @@ def refuse_foreign_picture(path: Path, *, force: bool = False) -> None:
 
 
 @contextmanager
-def locked(folder: Path, what: str | None = None) -> Iterator[None]:
+def locked(folder: Path, what: str | None = None, *, wait: bool = False) -> Iterator[None]:
     """Hold the folder for this process; RunBusy if another holds it. The lock goes with the process.
 
-    ``what``: the folder's name in that message.
+    what  the folder's name in that message
+    wait  instead, until the other one lets go of it: for moments, not for work
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     while True:
         with path.open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise RunBusy(
                     f"another process is writing {what or f'run {folder.name}'}; wait for it, or stop it and run the "

@@ -187,19 +187,25 @@ def _finished(
             rows = _run_blocks(target, scorer, tasks, progress)
             rows = rows if judge is None else judge(scorer, rows)
             write_table(target / RESULTS_FILE, "results", rows, RESULTS)
-            _finish(target, about | {"number": next_number(target.parent.parent)})
+            _finish(target, about)
     _clear(target)
     return Evaluation(target.name, target, read_results(target), about, about["notes"])
 
 
 def _finish(target: Path, about: dict[str, Any]) -> None:
-    """Write evaluation.json, which makes the evaluation finished."""
-    write_json(target / EVALUATION, about | {"results_sha256": file_sha256(target / RESULTS_FILE)})
+    """Write evaluation.json, which makes the evaluation finished and numbers it, one process at a time: no two
+    evaluations of a database that finish at once have the same number.
+    """
+    about = about | {"results_sha256": file_sha256(target / RESULTS_FILE)}
+    with locked(target.parent, wait=True):
+        write_json(target / EVALUATION, about | {"number": next_number(target.parent.parent)})
 
 
 def _clear(target: Path) -> None:
     """Remove what only an unfinished evaluation needs, also where a process was killed before it did."""
     if (target / PARTS).exists() or (target / ".lock").exists():
+        with suppress(RunBusy, OSError), locked(target.parent):
+            pass  # this removes the lock of a process that was killed while it chose its number
         with suppress(RunBusy, OSError), locked(target):
             shutil.rmtree(target / PARTS, ignore_errors=True)
             remove_strays(target)

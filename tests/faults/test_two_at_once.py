@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 from faults.attempts import tree
 from faults.commands import ANALYZE, APPLY, EVALUATE, GROUPED, MAMBA1
 from faults.started import BEGIN, start
+
+from quambase.schema.results import finished_evaluations
 
 STOPPING = """
 import signal
@@ -26,11 +29,32 @@ os.fsync = stopping
 """
 """The process stops when its first file is written, and has not taken its place yet."""
 
+NUMBERED = """
+import signal
+evaluate = quambase.apply.evaluation.evaluate
+def stopping(db, next_number=evaluate.next_number):
+    number = next_number(db)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return number
+evaluate.next_number = stopping
+"""
+"""The process stops when it has chosen the evaluation's number, and has not written it yet."""
+
+KILLED = """
+import signal
+evaluate = quambase.apply.evaluation.evaluate
+def killed(path, content, write_json=evaluate.write_json):
+    write_json(path, content)
+    os.kill(os.getpid(), signal.SIGKILL)
+evaluate.write_json = killed
+"""
+"""The process is killed when the evaluation is finished, and holds its locks still."""
+
 
 @contextmanager
-def stopped(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+def stopped(folder: Path, *words: str, where: str = STOPPING) -> Iterator[subprocess.Popen[str]]:
     """A command that has stopped amid its work, and goes on when the block is left."""
-    script = BEGIN + STOPPING + "command(sys.argv[1:])"
+    script = BEGIN + where + "command(sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", script, *words], cwd=folder, stderr=subprocess.PIPE, text=True)
     try:
         _, status = os.waitpid(process.pid, os.WUNTRACED)
@@ -74,6 +98,38 @@ def test_the_second_of_the_same_command_is_told_to_wait(made: Path, tmp_path: Pa
     found = tree(folder)
     assert found.keys() == expected.keys()
     assert [path for path in found if found[path] != expected[path] and not path.endswith("run.json")] == []
+
+
+def waits_for_a_lock(process: subprocess.Popen[str]) -> bool:
+    waiting = [line.split() for line in Path("/proc/locks").read_text().splitlines() if " -> FLOCK " in line]
+    return str(process.pid) in [words[5] for words in waiting]
+
+
+def test_two_evaluations_that_finish_at_once(made: Path, tmp_path: Path) -> None:
+    """They have two numbers, in the order in which they finished."""
+    folder = shutil.copytree(made, tmp_path / "copy")
+    shutil.rmtree(folder / "quambase-db" / "results")
+    second = [sys.executable, "-c", BEGIN + "command(sys.argv[1:])", *EVALUATE, "--samples", "3"]
+    with stopped(folder, *EVALUATE, where=NUMBERED):
+        other = subprocess.Popen(second, cwd=folder, stderr=subprocess.PIPE, text=True)
+        while other.poll() is None and not waits_for_a_lock(other):
+            time.sleep(0.01)
+    stderr = other.communicate(timeout=300)[1]
+    assert other.returncode == 0, stderr
+    found, _ = finished_evaluations(folder / "quambase-db")
+    assert [each["number"] for each in found] == [1, 2]
+    documents = [each["tasks"][0]["documents"] for each in found]
+    assert documents[0] > documents[1], "the second one, of fewer documents, finished first"
+    assert not [path for path in tree(folder) if path.endswith(".lock")]
+
+
+def test_the_locks_of_a_killed_evaluation_are_removed(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "copy")
+    shutil.rmtree(folder / "quambase-db" / "results")
+    assert start(folder, KILLED, *EVALUATE).returncode == -signal.SIGKILL
+    assert [path for path in tree(folder) if path.endswith("results/.lock")], "it was killed elsewhere"
+    assert start(folder, "", *EVALUATE).returncode == 0
+    assert not [path for path in tree(folder) if path.endswith(".lock")]
 
 
 def test_two_merges(tmp_path: Path, made: Path) -> None:
