@@ -203,9 +203,10 @@ def _finish(target: Path, about: dict[str, Any]) -> None:
 
 def _clear(target: Path) -> None:
     """Remove what only an unfinished evaluation needs, also where a process was killed before it did."""
-    if (target / PARTS).exists() or (target / ".lock").exists():
+    if (target.parent / ".lock").exists():
         with suppress(RunBusy, OSError), locked(target.parent):
             pass  # this removes the lock of a process that was killed while it chose its number
+    if (target / PARTS).exists() or (target / ".lock").exists():
         with suppress(RunBusy, OSError), locked(target):
             shutil.rmtree(target / PARTS, ignore_errors=True)
             remove_strays(target)

@@ -50,6 +50,19 @@ evaluate.write_json = killed
 """
 """The process is killed when the evaluation is finished, and holds its locks still."""
 
+LOCKED = """
+import errno, pathlib
+asked = []
+def unlink(path, missing_ok=False, unlink=pathlib.Path.unlink):
+    if path.parts[-2:] == ("results", ".lock"):
+        asked.append(path)
+        if len(asked) == NUMBER:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+    unlink(path, missing_ok)
+pathlib.Path.unlink = unlink
+"""
+"""The lock under which evaluations are numbered is not removed when this is tried for the NUMBER-th time."""
+
 
 @contextmanager
 def stopped(folder: Path, *words: str, where: str = STOPPING) -> Iterator[subprocess.Popen[str]]:
@@ -128,6 +141,16 @@ def test_the_locks_of_a_killed_evaluation_are_removed(made: Path, tmp_path: Path
     shutil.rmtree(folder / "quambase-db" / "results")
     assert start(folder, KILLED, *EVALUATE).returncode == -signal.SIGKILL
     assert [path for path in tree(folder) if path.endswith("results/.lock")], "it was killed elsewhere"
+    assert start(folder, "", *EVALUATE).returncode == 0
+    assert not [path for path in tree(folder) if path.endswith(".lock")]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_lock_that_could_not_be_removed_is_removed_by_the_next(made: Path, tmp_path: Path, number: int) -> None:
+    folder = shutil.copytree(made, tmp_path / "copy")
+    shutil.rmtree(folder / "quambase-db" / "results")
+    failed = start(folder, LOCKED.replace("NUMBER", str(number)), *EVALUATE).returncode
+    assert failed or not [path for path in tree(folder) if path.endswith(".lock")], "a lock is left in silence"
     assert start(folder, "", *EVALUATE).returncode == 0
     assert not [path for path in tree(folder) if path.endswith(".lock")]
 
