@@ -213,6 +213,14 @@ def clear_leftovers(folder: Path) -> None:
             _clear(folder)
 
 
+def clear_shard(folder: Path) -> None:
+    """`clear_leftovers` of a complete shard's folder, which keeps all but locks and temporary files."""
+    if (folder / ".lock").exists() or any(folder.rglob(".*.tmp")):
+        with suppress(RunBusy, OSError), locked(folder):
+            for place in (folder, *(folder / table for table in RUN_TABLES)):
+                remove_strays(place)
+
+
 def _clear(folder: Path) -> None:
     for inner in (SHARDS, SENSITIVITY):
         shutil.rmtree(folder / inner, ignore_errors=True)
