@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quambase.schema.errors import DatabaseInvalid, OutputRefused, QuambaseError, RunBusy, first_line
@@ -156,6 +156,13 @@ def locked(folder: Path, what: str | None = None, *, wait: bool = False) -> Iter
             yield
             path.unlink(missing_ok=True)
             return
+
+
+def remove_lock(folder: Path) -> None:
+    """Remove the lock that a killed process left in the folder; one that is held, or cannot be removed, stays."""
+    if (folder / ".lock").exists():
+        with suppress(RunBusy, OSError), locked(folder):
+            pass  # leaving removes it
 
 
 def _lies_at(descriptor: int, path: Path) -> bool:

@@ -29,7 +29,7 @@ from quambase.model.operators.choice import choose_device
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.checksums import file_sha256
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
-from quambase.schema.files import local_folder, locked, remove_strays
+from quambase.schema.files import local_folder, locked, remove_lock, remove_strays
 from quambase.schema.int8_models import last_applied
 from quambase.schema.json_files import write_json
 from quambase.schema.progress import Progress, Shown
@@ -203,9 +203,7 @@ def _finish(target: Path, about: dict[str, Any]) -> None:
 
 def _clear(target: Path) -> None:
     """Remove what only an unfinished evaluation needs, also where a process was killed before it did."""
-    if (target.parent / ".lock").exists():
-        with suppress(RunBusy, OSError), locked(target.parent):
-            pass  # this removes the lock of a process that was killed while it chose its number
+    remove_lock(target.parent)
     if (target / PARTS).exists() or (target / ".lock").exists():
         with suppress(RunBusy, OSError), locked(target):
             shutil.rmtree(target / PARTS, ignore_errors=True)

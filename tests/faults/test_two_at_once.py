@@ -18,6 +18,7 @@ from faults.commands import ANALYZE, APPLY, EVALUATE, GROUPED, MAMBA1
 from faults.started import BEGIN, start
 
 from quambase.schema.results import finished_evaluations
+from quambase.schema.runs import list_runs, sound_manifests
 
 STOPPING = """
 import signal
@@ -39,6 +40,17 @@ def stopping(db, next_number=evaluate.next_number):
 evaluate.next_number = stopping
 """
 """The process stops when it has chosen the evaluation's number, and has not written it yet."""
+
+NUMBERED_RUN = """
+import signal
+import quambase.collector.run_folder as run_folder
+def stopping(folders, sound_manifests=run_folder.sound_manifests):
+    found = sound_manifests(folders)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return found
+run_folder.sound_manifests = stopping
+"""
+"""The same of a run."""
 
 KILLED = """
 import signal
@@ -118,22 +130,36 @@ def waits_for_a_lock(process: subprocess.Popen[str]) -> bool:
     return str(process.pid) in [words[5] for words in waiting]
 
 
-def test_two_evaluations_that_finish_at_once(made: Path, tmp_path: Path) -> None:
-    """They have two numbers, in the order in which they finished."""
-    folder = shutil.copytree(made, tmp_path / "copy")
-    shutil.rmtree(folder / "quambase-db" / "results")
-    second = [sys.executable, "-c", BEGIN + "command(sys.argv[1:])", *EVALUATE, "--samples", "3"]
-    with stopped(folder, *EVALUATE, where=NUMBERED):
-        other = subprocess.Popen(second, cwd=folder, stderr=subprocess.PIPE, text=True)
+def at_once(folder: Path, first: tuple[str, ...], second: tuple[str, ...], where: str) -> None:
+    """Run two commands, of which the first stops, until the second has finished or waits for it."""
+    script = [sys.executable, "-c", BEGIN + "command(sys.argv[1:])", *second]
+    with stopped(folder, *first, where=where):
+        other = subprocess.Popen(script, cwd=folder, stderr=subprocess.PIPE, text=True)
         while other.poll() is None and not waits_for_a_lock(other):
             time.sleep(0.01)
     stderr = other.communicate(timeout=300)[1]
     assert other.returncode == 0, stderr
+    assert not [path for path in tree(folder) if path.endswith(".lock")]
+
+
+def test_two_evaluations_that_finish_at_once(made: Path, tmp_path: Path) -> None:
+    """They have two numbers, in the order in which they finished."""
+    folder = shutil.copytree(made, tmp_path / "copy")
+    shutil.rmtree(folder / "quambase-db" / "results")
+    at_once(folder, EVALUATE, (*EVALUATE, "--samples", "3"), NUMBERED)
     found, _ = finished_evaluations(folder / "quambase-db")
     assert [each["number"] for each in found] == [1, 2]
     documents = [each["tasks"][0]["documents"] for each in found]
     assert documents[0] > documents[1], "the second one, of fewer documents, finished first"
-    assert not [path for path in tree(folder) if path.endswith(".lock")]
+
+
+def test_two_runs_that_finish_at_once(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "copy")
+    shutil.rmtree(folder / "quambase-db")
+    at_once(folder, MAMBA1, (*MAMBA1, "--samples", "4"), NUMBERED_RUN)
+    found, _ = sound_manifests(list_runs(folder / "quambase-db")[0])
+    assert [each.created["number"] for each in found] == [2, 1]
+    assert found[0].data.documents < found[1].data.documents, "the second one, of fewer documents, finished first"
 
 
 def test_the_locks_of_a_killed_evaluation_are_removed(made: Path, tmp_path: Path) -> None:
