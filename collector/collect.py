@@ -30,6 +30,7 @@ from quambase.collector.layouts import site_layouts
 from quambase.collector.run_folder import (
     BlockFiles,
     clear_leftovers,
+    clear_shard,
     every_table,
     finish_run,
     versions,
@@ -213,6 +214,7 @@ def _existing(folder: Path, shard: Shard | None) -> CollectedRun | None:
         return None
     found = load_shard(of_shard)
     verify_shard(of_shard, found)
+    clear_shard(of_shard)
     return CollectedRun(of_shard, found.manifest, existed=True, shard=shard)
 
 

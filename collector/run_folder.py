@@ -39,7 +39,7 @@ from quambase.collector.table_rows import (
 )
 from quambase.schema.checksums import file_damage, file_sha256
 from quambase.schema.errors import DatabaseInvalid, RunBusy
-from quambase.schema.files import locked, remove_strays
+from quambase.schema.files import locked, remove_lock, remove_strays
 from quambase.schema.manifest import SHARDS, Manifest, TableFile, table_of
 from quambase.schema.runs import list_runs, sound_manifests
 from quambase.schema.tables import RUN_TABLES, write_table
@@ -208,14 +208,15 @@ def finish_run(folder: Path, manifest: Manifest) -> Manifest:
             f"{folder / missing[0]} was removed while the run was written; run the same command again, and leave the "
             "database alone meanwhile"
         )
-    before, _ = sound_manifests(list_runs(folder.parent.parent)[0])
-    number = 1 + (before[0].age()[0] if before else 0)
-    numbered = replace(manifest, created={"number": number, **manifest.created})
     # Readers of a table's whole folder must not find files that a killed process of another version left.
     for path in folder.glob("*/*.parquet"):
         if path.relative_to(folder).as_posix() not in manifest.tables:
             path.unlink()
-    numbered.save(folder)
+    with locked(folder.parent, wait=True):  # one process at a time, so that no two runs have the same number
+        before, _ = sound_manifests(list_runs(folder.parent.parent)[0])
+        number = 1 + (before[0].age()[0] if before else 0)
+        numbered = replace(manifest, created={"number": number, **manifest.created})
+        numbered.save(folder)
     _clear(folder)
     return numbered
 
@@ -225,9 +226,18 @@ def clear_leftovers(folder: Path) -> None:
 
     Does nothing if there is nothing, if another process holds the lock, or if the folder cannot be written.
     """
+    remove_lock(folder.parent)
     if any((folder / name).exists() for name in (SHARDS, SENSITIVITY, CHECKPOINT, ".lock")):
         with suppress(RunBusy, OSError), locked(folder):
             _clear(folder)
+
+
+def clear_shard(folder: Path) -> None:
+    """`clear_leftovers` of a complete shard's folder, which keeps all but locks and temporary files."""
+    if (folder / ".lock").exists() or any(folder.rglob(".*.tmp")):
+        with suppress(RunBusy, OSError), locked(folder):
+            for place in (folder, *(folder / table for table in RUN_TABLES)):
+                remove_strays(place)
 
 
 def _clear(folder: Path) -> None:

@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quambase.schema.errors import DatabaseInvalid, OutputRefused, QuambaseError, RunBusy, first_line
@@ -133,17 +133,18 @@ def refuse_foreign_picture(path: Path, *, force: bool = False) -> None:
 
 
 @contextmanager
-def locked(folder: Path, what: str | None = None) -> Iterator[None]:
+def locked(folder: Path, what: str | None = None, *, wait: bool = False) -> Iterator[None]:
     """Hold the folder for this process; RunBusy if another holds it. The lock goes with the process.
 
-    ``what``: the folder's name in that message.
+    what  the folder's name in that message
+    wait  instead, until the other one lets go of it: for moments, not for work
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     while True:
         with path.open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise RunBusy(
                     f"another process is writing {what or f'run {folder.name}'}; wait for it, or stop it and run the "
@@ -155,6 +156,13 @@ def locked(folder: Path, what: str | None = None) -> Iterator[None]:
             yield
             path.unlink(missing_ok=True)
             return
+
+
+def remove_lock(folder: Path) -> None:
+    """Remove the lock that a killed process left in the folder; one that is held, or cannot be removed, stays."""
+    if (folder / ".lock").exists():
+        with suppress(RunBusy, OSError), locked(folder):
+            pass  # leaving removes it
 
 
 def _lies_at(descriptor: int, path: Path) -> bool:

@@ -474,8 +474,11 @@ def open_table(
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
         about = file.metadata
-        size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-        if max(size, about.num_rows) > MOST_BYTES:
+        groups = [about.row_group(i) for i in range(about.num_row_groups)]
+        size, rows = sum(group.total_byte_size for group in groups), sum(group.num_rows for group in groups)
+        if rows != about.num_rows:  # Arrow asks for memory for those of the groups
+            raise error(f"{path} states {about.num_rows:,} rows, and {rows:,} in its parts; {advice}")
+        if (size := max(size, 4 * rows)) > MOST_BYTES:  # the narrowest numbers have 4 bytes
             raise error(f"{path} states a size of {size:,} bytes; expected at most {MOST_BYTES:,}: {advice}")
         # In this thread: one of Arrow's that still holds `content` when Python ends aborts the process.
         table = file.read(use_threads=False)

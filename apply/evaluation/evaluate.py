@@ -29,7 +29,7 @@ from quambase.model.operators.choice import choose_device
 from quambase.schema import FORMAT_VERSION
 from quambase.schema.checksums import file_sha256
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
-from quambase.schema.files import local_folder, locked, remove_strays
+from quambase.schema.files import local_folder, locked, remove_lock, remove_strays
 from quambase.schema.int8_models import last_applied
 from quambase.schema.json_files import write_json
 from quambase.schema.progress import Progress, Shown
@@ -187,18 +187,23 @@ def _finished(
             rows = _run_blocks(target, scorer, tasks, progress)
             rows = rows if judge is None else judge(scorer, rows)
             write_table(target / RESULTS_FILE, "results", rows, RESULTS)
-            _finish(target, about | {"number": next_number(target.parent.parent)})
+            _finish(target, about)
     _clear(target)
     return Evaluation(target.name, target, read_results(target), about, about["notes"])
 
 
 def _finish(target: Path, about: dict[str, Any]) -> None:
-    """Write evaluation.json, which makes the evaluation finished."""
-    write_json(target / EVALUATION, about | {"results_sha256": file_sha256(target / RESULTS_FILE)})
+    """Write evaluation.json, which makes the evaluation finished and numbers it, one process at a time: no two
+    evaluations of a database that finish at once have the same number.
+    """
+    about = about | {"results_sha256": file_sha256(target / RESULTS_FILE)}
+    with locked(target.parent, wait=True):
+        write_json(target / EVALUATION, about | {"number": next_number(target.parent.parent)})
 
 
 def _clear(target: Path) -> None:
     """Remove what only an unfinished evaluation needs, also where a process was killed before it did."""
+    remove_lock(target.parent)
     if (target / PARTS).exists() or (target / ".lock").exists():
         with suppress(RunBusy, OSError), locked(target):
             shutil.rmtree(target / PARTS, ignore_errors=True)

@@ -480,8 +480,10 @@ def _model_order(layer: int, site: str) -> tuple[bool, int, int, str]:
     return layer < 0, layer, _SITE_ORDER.get(site, len(_SITE_ORDER)), site
 
 
-_AS_TEXT = re.compile(r"DATE|TIME|INTERVAL|UNION|BIT|BLOB")
-"""Types with values that Python, CSV or Parquet cannot hold (infinite dates, intervals): they are answered as text."""
+_AS_TEXT = re.compile(r"DATE|TIME|INTERVAL|UNION|BIT|BLOB|BIGNUM|UHUGEINT|GEOMETRY|VARIANT|(STRUCT|TUPLE)(?!\()")
+"""Types with values that Arrow, Python, CSV or Parquet cannot hold (infinite dates, intervals, integers beyond 2^127,
+a struct of nothing): they are answered as text.
+"""
 
 
 def _to_arrow(relation: duckdb.DuckDBPyRelation, most: int | None) -> tuple[pa.Table, int]:

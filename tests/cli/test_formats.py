@@ -14,12 +14,15 @@ import time
 from functools import partial
 from pathlib import Path
 
+import duckdb
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
 from quambase.cli.console import FORMATS
+from quambase.cli.formats import emit
 from quambase.cli.main import load_command
+from quambase.schema.errors import QueryInvalid
 from quambase.schema.sql.database import StatsDB
 
 
@@ -37,6 +40,8 @@ AWKWARD = [
     "select [date 'infinity'] as l, timestamptz '2020-01-01 00:00+00' as z, timestamp_ns '2020-01-01' as n",
     "select union_value(a := 1) as u, '101'::bit as b, uuid() as v, 'x'::blob as o, null as e",
     "select 'a\\b|c' as c, 123456789012345678901234567890::hugeint as h, 1.25::decimal(10, 2) as x",
+    "select 1::bignum as n, [2::bignum] as l, 'POINT (1 2)'::geometry as g, {'a': 1}::variant as v",
+    "select null::struct as s, row(1, 2) as r, 'a'::enum('a', 'b') as e",
     "select * from counts where false",
 ]
 
@@ -68,6 +73,37 @@ def test_values_that_few_formats_have(fabricated_database: Path) -> None:
     ]
     lines = sql(fabricated_database, "--format", "csv", query).stdout.splitlines()
     assert lines == ['"d","i","l","a","a_1"', '"infinity","3 days","[1.5, null]",1,2']
+
+
+def test_every_type_of_duckdb_is_printed(fabricated_database: Path) -> None:
+    """Null of each type, by itself and within others: in every format something is printed."""
+    types = {name for (name,) in duckdb.sql("select distinct type_name from duckdb_types()").fetchall()}
+    printed = set()
+    with StatsDB(fabricated_database) as db:
+        for name in sorted(types):
+            for value in (f'null::"{name}"', f'[null::"{name}"]', f"{{'a': null::\"{name}\"}}"):
+                try:
+                    table = db.sql(f"select {value} as a").table
+                except QueryInvalid:  # a list, an enum and others are no types by themselves
+                    continue
+                for format_ in FORMATS:
+                    emit(table, format_)
+                printed.add(name)
+    assert len(printed) > 60, types - printed
+
+
+def test_the_largest_integers(fabricated_database: Path) -> None:
+    """None of them comes out as another number: JSON holds the digits, as a number or as text."""
+    bits = {"tinyint": 7, "smallint": 15, "integer": 31, "bigint": 63, "hugeint": 127}
+    ranges = {name: (-(2**n), 2**n - 1) for name, n in bits.items()}
+    ranges |= {f"u{name}": (0, 2 ** (n + 1) - 1) for name, n in bits.items()}
+    ranges["decimal(38, 0)"], ranges["bignum"] = (1 - 10**38, 10**38 - 1), (-(2**200), 2**200)
+    for name, extremes in ranges.items():
+        query = f"select unnest(['{extremes[0]}'::{name}, '{extremes[1]}'::{name}]) as a"
+        found = json.loads(sql(fabricated_database, "--format", "json", query).stdout)
+        assert [int(row["a"]) for row in found] == list(extremes), name
+        lines = sql(fabricated_database, "--format", "csv", query).stdout.splitlines()
+        assert [int(line.strip('"')) for line in lines[1:]] == list(extremes), name
 
 
 def test_nothing_of_a_file_reaches_the_terminal_as_a_command(fabricated_database: Path) -> None:

@@ -276,6 +276,15 @@ def test_a_shard_being_written(first: World, tmp_path: Path) -> None:
             first.collect(tmp_path, shard=Shard(0, 2))
 
 
+def test_what_a_killed_process_left_in_a_complete_shard_is_removed(first: World, tmp_path: Path) -> None:
+    folder = first.collect(tmp_path, shard=Shard(0, 2)).folder
+    expected = bytes_of(folder)
+    (folder / ".lock").touch()
+    (folder / "documents" / ".block-00000.parquet.x.tmp").mkdir()
+    assert first.collect(tmp_path, shard=Shard(0, 2)).existed and bytes_of(folder) == expected
+    assert not [*folder.rglob(".*")]
+
+
 def test_the_whole_run_is_not_collected_beside_shards_of_it(first: World, tmp_path: Path) -> None:
     first.collect(tmp_path, shard=Shard(0, 2))
     with pytest.raises(

@@ -20,7 +20,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Let each change of a file fail, a command at a time.")
     parser.add_argument("--command", action="append", choices=list(COMMANDS), help="only this one; once for each")
     parser.add_argument("--every", type=int, default=1, help="try every K-th call only")
-    parser.add_argument("--sample", type=int, help="instead, so many calls of each command, each in one way")
+    parser.add_argument("--sample", type=int, help="instead, so many calls at most of each command, each in one way")
     parser.add_argument("--careless", action="store_true", help="plant a fault: files are written in their places")
     parser.add_argument("--show", type=int, default=20, help="describe so many of the faults that were found")
     return parser.parse_args()

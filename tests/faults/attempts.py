@@ -147,7 +147,8 @@ class Disturbed:
             yield self._tried(kind, range(1, len(self.calls) + 1, step))
 
     def sample(self, attempts: int) -> Iterator[Outcome]:
-        """Disturb so many calls, spread over all, each in one way."""
+        """Disturb so many calls, spread over all, each in one way; every call once if that many are not made."""
+        attempts = min(attempts, len(self.calls))
         numbers = [1 + place * len(self.calls) // attempts for place in range(attempts)]
         for place, kind in enumerate(KINDS):
             yield self._tried(kind, numbers[place :: len(KINDS)])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 from faults.attempts import tree
 from faults.commands import ANALYZE, APPLY, EVALUATE, GROUPED, MAMBA1
 from faults.started import BEGIN, start
+
+from quambase.schema.results import finished_evaluations
+from quambase.schema.runs import list_runs, sound_manifests
 
 STOPPING = """
 import signal
@@ -26,11 +30,56 @@ os.fsync = stopping
 """
 """The process stops when its first file is written, and has not taken its place yet."""
 
+NUMBERED = """
+import signal
+evaluate = quambase.apply.evaluation.evaluate
+def stopping(db, next_number=evaluate.next_number):
+    number = next_number(db)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return number
+evaluate.next_number = stopping
+"""
+"""The process stops when it has chosen the evaluation's number, and has not written it yet."""
+
+NUMBERED_RUN = """
+import signal
+import quambase.collector.run_folder as run_folder
+def stopping(folders, sound_manifests=run_folder.sound_manifests):
+    found = sound_manifests(folders)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return found
+run_folder.sound_manifests = stopping
+"""
+"""The same of a run."""
+
+KILLED = """
+import signal
+evaluate = quambase.apply.evaluation.evaluate
+def killed(path, content, write_json=evaluate.write_json):
+    write_json(path, content)
+    os.kill(os.getpid(), signal.SIGKILL)
+evaluate.write_json = killed
+"""
+"""The process is killed when the evaluation is finished, and holds its locks still."""
+
+LOCKED = """
+import errno, pathlib
+asked = []
+def unlink(path, missing_ok=False, unlink=pathlib.Path.unlink):
+    if path.parts[-2:] == ("results", ".lock"):
+        asked.append(path)
+        if len(asked) == NUMBER:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+    unlink(path, missing_ok)
+pathlib.Path.unlink = unlink
+"""
+"""The lock under which evaluations are numbered is not removed when this is tried for the NUMBER-th time."""
+
 
 @contextmanager
-def stopped(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+def stopped(folder: Path, *words: str, where: str = STOPPING) -> Iterator[subprocess.Popen[str]]:
     """A command that has stopped amid its work, and goes on when the block is left."""
-    script = BEGIN + STOPPING + "command(sys.argv[1:])"
+    script = BEGIN + where + "command(sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", script, *words], cwd=folder, stderr=subprocess.PIPE, text=True)
     try:
         _, status = os.waitpid(process.pid, os.WUNTRACED)
@@ -74,6 +123,62 @@ def test_the_second_of_the_same_command_is_told_to_wait(made: Path, tmp_path: Pa
     found = tree(folder)
     assert found.keys() == expected.keys()
     assert [path for path in found if found[path] != expected[path] and not path.endswith("run.json")] == []
+
+
+def waits_for_a_lock(process: subprocess.Popen[str]) -> bool:
+    waiting = [line.split() for line in Path("/proc/locks").read_text().splitlines() if " -> FLOCK " in line]
+    return str(process.pid) in [words[5] for words in waiting]
+
+
+def at_once(folder: Path, first: tuple[str, ...], second: tuple[str, ...], where: str) -> None:
+    """Run two commands, of which the first stops, until the second has finished or waits for it."""
+    script = [sys.executable, "-c", BEGIN + "command(sys.argv[1:])", *second]
+    with stopped(folder, *first, where=where):
+        other = subprocess.Popen(script, cwd=folder, stderr=subprocess.PIPE, text=True)
+        while other.poll() is None and not waits_for_a_lock(other):
+            time.sleep(0.01)
+    stderr = other.communicate(timeout=300)[1]
+    assert other.returncode == 0, stderr
+    assert not [path for path in tree(folder) if path.endswith(".lock")]
+
+
+def test_two_evaluations_that_finish_at_once(made: Path, tmp_path: Path) -> None:
+    """They have two numbers, in the order in which they finished."""
+    folder = shutil.copytree(made, tmp_path / "copy")
+    shutil.rmtree(folder / "quambase-db" / "results")
+    at_once(folder, EVALUATE, (*EVALUATE, "--samples", "3"), NUMBERED)
+    found, _ = finished_evaluations(folder / "quambase-db")
+    assert [each["number"] for each in found] == [1, 2]
+    documents = [each["tasks"][0]["documents"] for each in found]
+    assert documents[0] > documents[1], "the second one, of fewer documents, finished first"
+
+
+def test_two_runs_that_finish_at_once(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "copy")
+    shutil.rmtree(folder / "quambase-db")
+    at_once(folder, MAMBA1, (*MAMBA1, "--samples", "4"), NUMBERED_RUN)
+    found, _ = sound_manifests(list_runs(folder / "quambase-db")[0])
+    assert [each.created["number"] for each in found] == [2, 1]
+    assert found[0].data.documents < found[1].data.documents, "the second one, of fewer documents, finished first"
+
+
+def test_the_locks_of_a_killed_evaluation_are_removed(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "copy")
+    shutil.rmtree(folder / "quambase-db" / "results")
+    assert start(folder, KILLED, *EVALUATE).returncode == -signal.SIGKILL
+    assert [path for path in tree(folder) if path.endswith("results/.lock")], "it was killed elsewhere"
+    assert start(folder, "", *EVALUATE).returncode == 0
+    assert not [path for path in tree(folder) if path.endswith(".lock")]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_lock_that_could_not_be_removed_is_removed_by_the_next(made: Path, tmp_path: Path, number: int) -> None:
+    folder = shutil.copytree(made, tmp_path / "copy")
+    shutil.rmtree(folder / "quambase-db" / "results")
+    failed = start(folder, LOCKED.replace("NUMBER", str(number)), *EVALUATE).returncode
+    assert failed or not [path for path in tree(folder) if path.endswith(".lock")], "a lock is left in silence"
+    assert start(folder, "", *EVALUATE).returncode == 0
+    assert not [path for path in tree(folder) if path.endswith(".lock")]
 
 
 def test_two_merges(tmp_path: Path, made: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 from fuzz_judge import CRASH, HANG, MEMORY, TRACEBACK, UNPRINTABLE
-from fuzz_targets import Seed, Target
+from fuzz_targets import SEEDS, Seed, Target
 
 from quambase.schema.errors import QuambaseError
 
@@ -53,4 +54,16 @@ def _read(path: Path) -> object:
     return data
 
 
-PLANTED = {"planted": Target("planted", lambda made: [Seed(made / "texts" / "rows.txt", ("bytes",))], _read)}
+def _leave(path: Path) -> object:
+    """Leaves a thread behind unless the file is unchanged; AssertionError: an earlier one is still there."""
+    assert threading.active_count() == 1
+    if path.read_bytes() != (SEEDS[-1] / TEXT).read_bytes():
+        threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+    return None
+
+
+TEXT = Path("texts", "rows.txt")
+PLANTED = {
+    name: Target(name, lambda made: [Seed(made / TEXT, ("bytes",))], read)
+    for name, read in (("planted", _read), ("left behind", _leave))
+}

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -124,10 +125,21 @@ def work_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if os.access(memory, os.W_OK) else None))
 
 
+def _left_behind() -> bool:
+    """Whether a reader's thread goes on: a query that nothing interrupts, which may take ever more memory."""
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    for thread in others:
+        thread.join(1.0)
+    return any(thread.is_alive() for thread in others)
+
+
 def _worker(
     made: Path, work: Path, tasks: Sequence[tuple[str, range]], seed: int, limits: Limits, state: Any, pipe: Connection
 ) -> None:
-    """Judge inputs; ``state``: the place in ``tasks``, the number, its beginning; then counts by task and outcome."""
+    """Judge inputs; ``state``: the place in ``tasks``, the number, its beginning; then counts by task and outcome.
+
+    Ends early, with exit code 0, after an input that left a thread behind.
+    """
     log = os.open(work / "stderr", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 2)
     os.environ.pop("RUST_BACKTRACE", None)  # of panics that are caught
@@ -151,6 +163,8 @@ def _worker(
             state[3 + place * len(OUTCOMES) + OUTCOMES.index(verdict.outcome)] += 1
             if verdict.outcome in FINDINGS:
                 pipe.send(Fault(name, verdict.outcome, verdict.where, number, made_input.kind, verdict.story))
+            if _left_behind():
+                os._exit(0)
         shutil.rmtree(work / name.replace(" ", "-"))
     state[0], state[2] = len(tasks), float("inf")
     pipe.close()
@@ -179,41 +193,48 @@ class _Job:
         end.close()
 
     def received(self) -> list[Fault]:
-        """Findings since the last call; a worker that died or hangs is replaced."""
+        """Findings since the last call; a worker that died, ended early or hangs is replaced."""
         found: list[Fault] = []
+        alive = self.process.is_alive()  # asked before the pipe is emptied: nothing comes after it
         with contextlib.suppress(EOFError):
             while self.pipe.poll():
                 found.append(self.pipe.recv())
-        if self.process.is_alive() and time.monotonic() - self.state[2] > self.limits.patience + 60 * (
-            self.state[0] < 0
-        ):
+        if alive and time.monotonic() - self.state[2] > self.limits.patience + 60 * (self.state[0] < 0):
             self.process.kill()
             self.process.join()
             found.append(self._lost(HANG, "did not answer a signal"))
-        elif not self.process.is_alive() and not self.done:
-            if self.process.exitcode == 0:
+        elif not alive and not self.done:
+            if self.process.exitcode:
+                found.append(self._lost(CRASH, _signal(self.process.exitcode)))
+            elif self.state[0] < len(self.numbers):
+                self.close()
+                self._go_on()
+            else:
                 self.done = True
                 self.close()
-            else:
-                found.append(self._lost(CRASH, _signal(self.process.exitcode)))
         return found
 
     def _lost(self, outcome: str, where: str) -> Fault:
         """The finding of an input that took the worker with it; starts another worker behind it."""
-        place, number = int(self.state[0]), int(self.state[1])
+        place, number, code = int(self.state[0]), int(self.state[1]), self.process.exitcode
         story = (self.work / "stderr").read_text(errors="replace")[-3000:] if (self.work / "stderr").exists() else ""
         self.close()
         if place < 0:
             raise RuntimeError(f"a worker could not start ({where}): {story}")
+        self.state[3 + place * len(OUTCOMES) + OUTCOMES.index(outcome)] += 1
+        if outcome == CRASH and code == 1:  # the harness itself failed
+            raise RuntimeError(story)
+        self._go_on()
+        return Fault(self.names[place], outcome, where, number, "?", story)
+
+    def _go_on(self) -> None:
+        """Start another worker behind the last input."""
+        place, number = int(self.state[0]), int(self.state[1])
         for earlier in range(place):
             self.numbers[earlier] = range(0)
         left = self.numbers[place]
         self.numbers[place] = range(number + left.step, left.stop, left.step)
-        self.state[3 + place * len(OUTCOMES) + OUTCOMES.index(outcome)] += 1
-        if outcome == CRASH and self.process.exitcode == 1:  # the harness itself failed
-            raise RuntimeError(story)
         self._start()
-        return Fault(self.names[place], outcome, where, number, "?", story)
 
     def close(self) -> None:
         """End the worker and remove its folder."""
@@ -247,7 +268,7 @@ def run(
     tell: Callable[[Counts], None] = lambda counts: None,
 ) -> Counts:
     """Give about ``inputs`` inputs to the targets ``names``, in rounds, so that those stopped after ``minutes`` have
-    seen every target; ``tell`` is called with the counts now and then.
+    seen every target; ``tell`` is called with the counts now and then. Ctrl-C ends it with what was tried.
     """
     limits = limits or Limits()
     numbers = shares(names, inputs)
@@ -274,6 +295,8 @@ def run(
             for (place, name), (i, outcome) in itertools.product(enumerate(of_tasks), enumerate(OUTCOMES)):
                 counts.tried[name][outcome] += sum(int(job.state[3 + place * len(OUTCOMES) + i]) for job in running)
             tell(counts)
+    except KeyboardInterrupt:
+        pass
     finally:
         for job in running:
             job.close()

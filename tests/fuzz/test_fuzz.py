@@ -9,7 +9,7 @@ from random import Random
 import pytest
 from fuzz_inputs import KINDS, make_input
 from fuzz_json import change_json, parsed, text_of
-from fuzz_judge import FINDINGS, HANG, MEMORY, OTHER, REFUSED, SAME, TRACEBACK, UNPRINTABLE, judge
+from fuzz_judge import FINDINGS, HANG, MEMORY, OTHER, OUTCOMES, REFUSED, SAME, TRACEBACK, UNPRINTABLE, judge
 from fuzz_planted import FAULTS, PLANTED, Unclear, planted
 from fuzz_runner import Limits, run
 from fuzz_seeds import make_seeds
@@ -128,3 +128,8 @@ def test_every_planted_fault_is_found_and_the_rest_is_tried(made: Path) -> None:
         path = made.parent / "again"
         path.write_bytes(make_input(target, seeds, contents, seed, fault.number).data)
         target.read(path)
+
+
+def test_what_a_reader_left_behind_ends_with_its_worker(made: Path) -> None:
+    counts = run(made, ["left behind"], 4, SEED)
+    assert counts.tried["left behind"] == dict.fromkeys(OUTCOMES, 0) | {SAME: 4}, counts.faults

@@ -219,3 +219,32 @@ def test_a_table_is_read_without_threads_of_arrow(tmp_path: Path) -> None:
     pq.write_table(pa.table({f"column {i}": range(200) for i in range(12)}), file)
     found = subprocess.run([sys.executable, "-c", THREADS, str(file)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_parquet_file_that_states_too_many_rows_is_refused_before_memory_is_asked_for(
+    tmp_path: Path, in_file: bool
+) -> None:
+    """8.2 * 10^9 rows in a part, which are 33 GB a column; in the whole file, too, or not."""
+    path, rows = tmp_path / "x.parquet", 3931
+    pq.write_table(pa.table({"value": pa.array(range(rows), pa.int32())}), path)
+
+    def stated(number: int) -> bytes:
+        """Thrift's field of 64 bits behind another: twice the number, seven bits a byte."""
+        found, left = [], 2 * number
+        while left:
+            found.append(left & 127 | (128 if left > 127 else 0))
+            left >>= 7
+        return bytes([0x16, *found])
+
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[-8:-4], "little")
+    footer = whole[-8 - length : -8]
+    before, _, after = footer.rpartition(stated(rows))
+    footer = before + stated(8_253_832_155) + after
+    if in_file:
+        footer = footer.replace(stated(rows), stated(8_253_832_155), 1)
+    path.write_bytes(whole[: -8 - length] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    told = "states a size of 33,015,328,620 bytes" if in_file else "states 3,931 rows, and 8,253,832,155 in its parts"
+    with pytest.raises(DatabaseInvalid, match=told):
+        read_table(path, pa.schema([("value", pa.int32())]))
