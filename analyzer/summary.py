@@ -159,10 +159,7 @@ def _decoding(consumed: list[dict[str, Any]]) -> list[str]:
     if not chosen:
         return []
     if None in chosen:
-        return [
-            "the state's scales, which only decoding reads, have the least squared error; of a run with --sensitivity "
-            "and --state-every they have the least predicted KL of decoding"
-        ]
+        return ["the state's scales have the least squared error; collect --state-every chooses them for decoding"]
     loss = math.fsum(chosen)
     others = _beside(state, loss, lambda rows: math.fsum(row["predicted_kl"] or 0 for row in rows))
     return ["; ".join([f"decoding is predicted to lose {loss:.2g} nats a token more, at the state", *others])]
