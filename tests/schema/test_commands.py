@@ -13,7 +13,7 @@ from fabricate import make_run
 from quambase.cli.collect import collect
 from quambase.schema.commands import collect_command
 from quambase.schema.manifest import Manifest
-from quambase.schema.sites import FAMILIES, MAMBA1, MAMBA2
+from quambase.schema.sites import FAMILIES, MAMBA1, MAMBA2, SAMPLED_STATE_SITES
 
 EVERY = [site.name for site in FAMILIES[MAMBA1] if not site.sampled]
 
@@ -21,6 +21,9 @@ ASKED: list[dict[str, Any]] = [
     {"samples": 64, "block": 32, "seq_len": 512, "sites": EVERY},
     {"samples": 7, "block": 4, "seq_len": 128, "sites": EVERY[2:4], "by_block": True, "seed": 3, "keep_tokens": "all"},
     {"samples": 512, "block": 32, "seq_len": 512, "sites": EVERY, "sensitivity": {"documents": 40, "tokens": 9}},
+    {"samples": 8, "block": 32, "seq_len": 512, "sites": [*EVERY, *SAMPLED_STATE_SITES], "state_every": 16},
+    {"samples": 8, "block": 32, "seq_len": 512, "sites": EVERY[:1], "by_position": True},
+    {"samples": 8, "block": 32, "seq_len": 512, "sites": [EVERY[0], *SAMPLED_STATE_SITES], "state_every": 1},
 ]
 
 
@@ -38,7 +41,9 @@ def test_the_command_asks_for_what_the_run_has(identity: dict[str, Any], tmp_pat
     assert found["model"] == "a folder/with 'quotes'" and found["data"] == "random"
     assert (found["samples"], found["batch_size"]) == (identity["samples"], identity["block"])
     assert found["seq_len"] == identity["seq_len"] and found["by_block"] == identity.get("by_block", False)
-    assert list(found["sites"] or EVERY) == identity["sites"]
+    assert list(found["sites"] or EVERY) == [site for site in identity["sites"] if site not in SAMPLED_STATE_SITES]
+    assert found["by_position"] == identity.get("by_position", False)
+    assert found["state_every"] == identity.get("state_every")
     assert found["seed"] == identity.get("seed", 0) and found["keep_tokens"] == identity.get("keep_tokens", "64")
     assert found["sensitivity"] == identity.get("sensitivity", {}).get("documents")
 
