@@ -34,7 +34,7 @@ from quambase.collector.table_rows import (
     outliers_rows,
     position_channels_rows,
     position_counts_parts,
-    position_stats_rows,
+    position_stats_maker,
     site_stats_maker,
 )
 from quambase.schema.checksums import file_damage, file_sha256
@@ -176,7 +176,7 @@ def _position_tables(
     return {
         **{part_file(number, "position_counts"): part for number, part in enumerate(parts)},
         "position_channels.parquet": partial(position_channels_rows, run, statistics),
-        "position_stats.parquet": partial(position_stats_rows, run, statistics, encoding, pool),
+        "position_stats.parquet": position_stats_maker(run, statistics, encoding, pool),
     }
 
 

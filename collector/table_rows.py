@@ -259,10 +259,12 @@ def position_channels_rows(run: str, statistics: RunStatistics) -> pa.Table:
     return _of_buckets([channels_rows(run, bucket) for bucket in statistics.buckets], POSITION_CHANNELS)
 
 
-def position_stats_rows(run: str, statistics: RunStatistics, encoding: Encoding, pool: Executor) -> pa.Table:
-    """The table `position_stats`."""
+def position_stats_maker(
+    run: str, statistics: RunStatistics, encoding: Encoding, pool: Executor
+) -> Callable[[], pa.Table]:
+    """As `site_stats_maker`, of the table `position_stats`."""
     coming = [site_stats_maker(run, bucket, encoding, pool) for bucket in statistics.buckets]
-    return _of_buckets([rows() for rows in coming], POSITION_STATS)
+    return lambda: _of_buckets([rows() for rows in coming], POSITION_STATS)
 
 
 def _of_buckets(tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:

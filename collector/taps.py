@@ -171,19 +171,21 @@ def _last_tokens(tokens: int, length: int, every: int) -> Int64:
     return sampled_ends(tokens, every or tokens)
 
 
-def _bucket_rows(read: Sequence[Int64], length: int, device: torch.device) -> Iterator[BucketRows]:
+def _bucket_rows(read: Sequence[Int64], length: int, device: torch.device, *, by_state: bool) -> Iterator[BucketRows]:
     """The rows of every bucket that is reached; ``read``: of each document, how many tokens were read at each of its
     states, or rows if ``length`` is 1.
 
     Nothing is stored of a document here. So there are only as many parts as the host's threads divide among them: the
-    quantiles of each, which nothing reads, would take longer than the counting.
+    quantiles of each, which nothing reads, would take longer than the counting. ``by_state``: a part is a state, since
+    a counter forms the moments of final states from whole ones.
     """
     buckets = np.repeat(bucket_of(np.concatenate(read)), length)
     parts = 2 * torch.get_num_threads() if device.type == "cpu" else 1
     for bucket in np.unique(buckets):
         index = np.flatnonzero(buckets == bucket)
         there = torch.from_numpy(index).to(device, non_blocking=True)
-        yield BucketRows(int(bucket), there, np.unique(np.linspace(0, len(index), parts + 1).astype(np.int64)))
+        even = np.linspace(0, len(index), parts + 1).astype(np.int64)
+        yield BucketRows(int(bucket), there, np.arange(0, len(index) + 1, length) if by_state else np.unique(even))
 
 
 def check_seen(seen: Mapping[SiteKey, int], documents: int) -> None:
@@ -268,7 +270,7 @@ class BlockRecorder:
         if span not in self._buckets:
             sizes = [document.tokens.size for document in self.documents[documents]]
             last = [_last_tokens(size, length, every) for size in sizes]
-            self._buckets[span] = list(_bucket_rows(last, length or 1, rows.device))
+            self._buckets[span] = list(_bucket_rows(last, length or 1, rows.device, by_state=length > 0 and not every))
         for bucket, index, offsets in self._buckets[span]:
             site = self.statistics.buckets[bucket].sites[key]
             unread = torch.empty(len(offsets) - 1, len(site.layout.names) + 1, len(SUMMARY_COLUMNS), device=rows.device)

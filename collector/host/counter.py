@@ -50,8 +50,10 @@ class HostCounter:
         return self._buffer[: x.numel()].view(x.shape).copy_(x)
 
     def add(self, into: SiteStatistics, x: torch.Tensor, offsets: Int64, first: int, summaries: torch.Tensor) -> None:
-        """As `Counter.add`, at once. ValueError: the site has more than ``groups`` groups."""
+        """As `Counter.add`, at once. ValueError: the site has more than ``groups`` groups, or x no whole states."""
         d_state = into.layout.d_state
+        if d_state and len(x) != d_state * (len(offsets) - 1):  # compiled code would read beyond x
+            raise ValueError(f"{len(x)} rows are not {len(offsets) - 1} states of {d_state}")
         self.count(into, x, offsets, first, summaries, moments=not d_state)
         if not d_state:
             return
