@@ -40,7 +40,7 @@ SENSITIVITY_DOCUMENTS = 40
 """Of `collect --sensitivity` without a number: with 120 the scales chosen were the same."""
 
 STATE_EVERY = 64
-"""Of `collect --state-every` without a number: the states of a Mamba-1 then add a twentieth to the values counted."""
+"""Of `collect --state-every` without a number: states then add a fifteenth to the values counted of a mamba-130m."""
 
 
 collect_options = options(
@@ -112,7 +112,7 @@ collect_options = options(
         "--by-position",
         is_flag=True,
         help="Also divide every site by how many tokens of the document were read: 1 to 8, then up to each power of "
-        "two. Takes about as long again as counting does, and memory for each of these.",
+        "two. Every value is then counted twice, and each of these takes as much memory as the counts do.",
     ),
     click.option(
         "--by-block",

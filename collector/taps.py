@@ -162,7 +162,7 @@ class BucketRows(NamedTuple):
     offsets: Int64
 
 
-def _last_tokens(tokens: int, length: int, every: int) -> Int64:
+def _tokens_read(tokens: int, length: int, every: int) -> Int64:
     """How many tokens of a document of ``tokens`` tokens were read at each row or state that a site has of it: all
     rows if ``length`` is 0, else states of ``length`` rows, after ``every`` tokens each or, if that is 0, the last.
     """
@@ -260,7 +260,7 @@ class BlockRecorder:
         """The borders of some documents' rows: ``length`` for each state, or, if that is 0, one for each token."""
         span = documents.start, documents.stop, length, every
         if span not in self._borders:
-            seen = [len(_last_tokens(document.tokens.size, length, every)) for document in self.documents[documents]]
+            seen = [len(_tokens_read(document.tokens.size, length, every)) for document in self.documents[documents]]
             self._borders[span] = np.cumsum([0, *seen], dtype=np.int64) * (length or 1)
         return self._borders[span]
 
@@ -269,8 +269,8 @@ class BlockRecorder:
         span = documents.start, documents.stop, length, every
         if span not in self._buckets:
             sizes = [document.tokens.size for document in self.documents[documents]]
-            last = [_last_tokens(size, length, every) for size in sizes]
-            self._buckets[span] = list(_bucket_rows(last, length or 1, rows.device, by_state=length > 0 and not every))
+            read = [_tokens_read(size, length, every) for size in sizes]
+            self._buckets[span] = list(_bucket_rows(read, length or 1, rows.device, by_state=length > 0 and not every))
         for bucket, index, offsets in self._buckets[span]:
             site = self.statistics.buckets[bucket].sites[key]
             unread = torch.empty(len(offsets) - 1, len(site.layout.names) + 1, len(SUMMARY_COLUMNS), device=rows.device)

@@ -248,10 +248,7 @@ class Mamba1Block(Block):
             through = self._weighted(since, ungated, pieces.padded(bc[pieces.rows, n:]))
             return pieces.joined_gradients(through, decay)
 
-        def by_channel(states: torch.Tensor, documents: slice) -> None:
-            show(STATE_BY_CHANNEL, states, documents)
-
-        watch_states(y, batch, self.a.numel(), state_of, gradient_of, by_channel)
+        watch_states(y, batch, self.a.numel(), state_of, gradient_of, show)
 
     def _weighted(self, since: torch.Tensor, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """(pieces, e, n): the sum over k of exp(since A) x shares; since, x (pieces, k, e), shares (pieces, k, n).

@@ -358,10 +358,7 @@ class Mamba2Block(Block):
             through = self._weighted(decay_of(since * self.a), pieces.padded(of_y), pieces.padded(c[pieces.rows]))
             return pieces.joined_gradients(through, decay)
 
-        def by_channel(states: torch.Tensor, documents: slice) -> None:
-            show(STATE_BY_CHANNEL, states, documents)
-
-        watch_states(y, batch, config.d_inner * config.d_state, state_of, gradient_of, by_channel)
+        watch_states(y, batch, config.d_inner * config.d_state, state_of, gradient_of, show)
 
     def _weighted(self, factors: torch.Tensor, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """(pieces, e, n): the sum over k of factors x shares; factors (pieces, k, h), x (pieces, k, e), shares

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from quambase.model.exponential import exp
 from quambase.model.packed_batch import Batch, PlacedBatch, sampled_ends
+from quambase.schema.sites import STATE_BY_CHANNEL
 
 MOST_VALUES = 1 << 26
 """About how many values of states are in memory at a time, 256 MB; those of one document at least."""
@@ -97,7 +99,8 @@ def pieces_of(batch: PlacedBatch, state_values: int) -> Iterator[Pieces]:
         first = last
 
 
-def _pieces(batch: PlacedBatch, documents: slice, ends: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> Pieces:
+def _pieces(batch: PlacedBatch, documents: slice, ends: list[npt.NDArray[np.int64]]) -> Pieces:
+    """The pieces of some documents; ``ends``: of each, after how many tokens its pieces end."""
     offsets = batch.host.offsets.numpy()
     start, stop = int(offsets[documents.start]), int(offsets[documents.stop])
     starts = offsets[documents] - start
@@ -117,19 +120,20 @@ def watch_states(
     state_values: int,
     state_of: Callable[[Pieces], torch.Tensor],
     gradient_of: Callable[[Pieces, torch.Tensor], torch.Tensor],
-    show: Callable[[torch.Tensor, slice], None],
+    show: Callable[[str, torch.Tensor, slice], None],
 ) -> None:
-    """Show the states along documents of a forward pass that is differentiated, as tensors whose gradients follow from
-    that of the scan's output ``y`` (t, channels). They are multiplied by the root of `Pieces.weights`, so that their
-    squares add up to about those at every token.
+    """Show the states along documents of a forward pass that is differentiated, by channel, as tensors whose gradients
+    follow from that of the scan's output ``y`` (t, channels). They are multiplied by the root of `Pieces.weights`, so
+    that their squares add up to about those at every token. All states are in memory until the backward pass ends.
 
-    state_of     the states (pieces, e, n) of some pieces
-    gradient_of  their gradients, from that of the pieces' rows of ``y``
+    state_values  values of one state
+    state_of      the states (pieces, e, n) of some pieces; differentiable operators return none
+    gradient_of   their gradients, from that of the pieces' rows of ``y``
     """
     watched = list[tuple[Pieces, torch.Tensor]]()
     for pieces in pieces_of(batch, state_values):
         states = state_of(pieces).requires_grad_()
-        show(states, pieces.documents)
+        show(STATE_BY_CHANNEL, states, pieces.documents)
         watched.append((pieces, states))
 
     def receive(gradient: torch.Tensor) -> None:
