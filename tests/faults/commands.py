@@ -12,6 +12,7 @@ COLLECT = ("collect", "--data", "texts.jsonl", "--samples", "6", "--batch-size",
 MAMBA1 = (*COLLECT, "--model", "mamba1")
 GROUPED = (*COLLECT, "--model", "grouped")
 SENSITIVE = ("--sensitivity", "2")
+ALONG = ("--by-position", "--state-every", "8")
 STRATEGIES = ("--strategy", "absmax", "--strategy", "mse", "--strategy", "quamba")
 ANALYZE = ("analyze", *STRATEGIES)
 APPLY = ("apply", "--strategy", "mse")
@@ -33,7 +34,12 @@ COMMANDS = {
     "collect --shard": Command((*GROUPED, "--shard", "1/2")),
     "collect --sensitivity": Command((*MAMBA1, *SENSITIVE)),
     "collect --by-block": Command((*MAMBA1, "--by-block")),
+    "collect --by-position": Command((*MAMBA1, *ALONG)),
+    "collect --by-position --shard": Command((*GROUPED, *ALONG, "--shard", "1/2")),
     "merge": Command(("merge",), ((*GROUPED, *SENSITIVE, "--shard", "0/2"), (*GROUPED, *SENSITIVE, "--shard", "1/2"))),
+    "merge --by-position": Command(
+        ("merge",), ((*GROUPED, *ALONG, "--shard", "0/2"), (*GROUPED, *ALONG, "--shard", "1/2"))
+    ),
     "import": Command(("import", "tensor.npy", "--site", "x_proj:input")),
     "analyze": Command(ANALYZE, (MAMBA1,)),
     "analyze again": Command(ANALYZE, (MAMBA1, ("analyze", "--strategy", "absmax"))),

@@ -28,6 +28,9 @@ from quambase.schema.json_files import write_json
 
 ROWS = [{"text": text, "topic": f"t{i % 3}"} for i, text in enumerate([*TEXTS, "été 😀\nzwei", 'a "quoted", text'])]
 
+ALONG: dict[str, Any] = {"by_position": True, "state_every": 8}
+"""Counts by position, and the state along the documents."""
+
 
 def make_seeds(folder: Path) -> Path:
     """Fill a new folder; `fuzz_targets` knows what lies where. Takes some seconds."""
@@ -124,7 +127,7 @@ def _database(folder: Path, name: str) -> None:
     """A run, its scale table, upstream's form of it, the INT8 model and an evaluation; and a shard of the same run."""
     db, texts, model = folder / f"{name}-db", str(folder / "texts" / "plain.jsonl"), str(folder / name)
     options: dict[str, Any] = {"data": texts, "seq_len": 32, "batch_size": 2, "keep_tokens": 4, "progress": False}
-    found = collect(model, 4, db=db, sensitivity=2, by_block=True, **options)
+    found = collect(model, 4, db=db, sensitivity=2, by_block=True, **ALONG, **options)
     _settle(found.folder / "run.json")
     scales = folder / f"{name}.parquet"
     analyze(db, strategies=["quamba", "absmax", "mse"], out=scales, select="mse")
@@ -139,7 +142,7 @@ def _database(folder: Path, name: str) -> None:
     shards = folder / f"{name}-shards"
     # One site: reading a checkpoint fills an array of 65,536 counts for each group of each site.
     site = "x_proj:input" if name == "mamba1" else "x_conv_out:input"
-    collect(model, 4, db=shards, sensitivity=2, shard=Shard(0, 2), sites=[site], **options)
+    collect(model, 4, db=shards, sensitivity=2, shard=Shard(0, 2), sites=[site], **ALONG, **options)
     for path in shards.glob("runs/*/shards/*/shard.json"):
         _settle(path)
 
