@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timing import alternate, machine
 
 from quambase.apply.int8.build import AnyInt8Model, build, int8_on_cuda
 from quambase.model.checkpoint import load_model
-from quambase.model.decoding_steps import DecodingSteps, StepModel
+from quambase.model.decoding_steps import DecodingSteps
 from quambase.model.language_model import floating_model
 from quambase.model.mamba1 import MambaConfig
 from quambase.model.mamba2 import Mamba2Config
@@ -53,6 +53,14 @@ def int8_model(weights: ModelWeights, device: torch.device) -> AnyInt8Model:
     floating_model(prepared, device, rotated=True).hidden(Batch.pack(tokens.tolist()), tap)
     host = build(prepared, {key: value / 127 for key, value in amax.items()})
     return host if device.type == "cpu" else int8_on_cuda({"it": host}, device)["it"]
+
+
+class StepModel(Protocol):
+    """A model that takes token after token, floating-point or INT8."""
+
+    def new_state(self, sequences: int) -> Any: ...
+
+    def step(self, tokens: torch.Tensor, state: Any) -> torch.Tensor: ...
 
 
 def state_bytes(model: StepModel) -> int:
@@ -106,7 +114,7 @@ def sides_of(models: Mapping[str, StepModel], shape: str | None, tokens: torch.T
     found: dict[str, Side] = {}
     for name, model in models.items():
         if tokens.is_cuda:
-            found[f"{name}, graph"] = stepping(DecodingSteps(model, model.new_state(sequences)).step, tokens)
+            found[f"{name}, graph"] = stepping(DecodingSteps(model.step, model.new_state(sequences)).step, tokens)
         found[name] = stepping(plain(model, sequences), tokens)
     theirs = upstream(shape, sequences, len(tokens)) if tokens.is_cuda and shape else None
     if theirs is not None:

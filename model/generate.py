@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from quambase.model.decoding_steps import DecodingSteps
 from quambase.model.language_model import LanguageModel
 from quambase.schema.progress import Progress, Shown
 
@@ -77,13 +78,14 @@ def continued(
     """
     generator = torch.Generator().manual_seed(seed)
     logits, state = model.after_prompt(torch.tensor(prompt))
+    steps = DecodingSteps(model.step, state)
     while True:
         if temperature == 0:
             token = int(logits[0, :vocabulary].argmax())
         else:
             token = int(_draw(logits[:, :vocabulary].float().cpu() / temperature, top_p, generator))
         yield token
-        logits = model.step(torch.tensor([token]), state)
+        logits = steps.step(torch.tensor([token]))
 
 
 def _draw(logits: torch.Tensor, top_p: float, generator: torch.Generator) -> torch.Tensor:

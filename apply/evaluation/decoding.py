@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from quambase.apply.int8.language_model import Int8LanguageModel
+from quambase.model.decoding_steps import DecodingSteps
 from quambase.model.packed_batch import Batch
 from quambase.schema.progress import tell
 
@@ -36,12 +37,12 @@ class Decoding:
         prefilled, state = self.model.prefill(Batch(batch.tokens[rows], ends))
         out = torch.empty(len(batch.tokens), *prefilled.shape[1:], dtype=prefilled.dtype, device=prefilled.device)
         out[rows.to(out.device)] = prefilled
+        steps = DecodingSteps(self.model.step_hidden, state)
+        tokens, starts = batch.tokens.to(out.device), starts.to(out.device)
         longest = int(lengths[0]) if len(lengths) else 0
         for position in range(self.prompt, longest):
-            active = int((lengths > position).sum())
-            state = [of_block.first(active) for of_block in state]
-            now = starts[:active] + position
-            out[now.to(out.device)] = self.model.step_hidden(batch.tokens[now], state)
+            now = starts[: int((lengths > position).sum())] + position
+            out[now] = steps.step(tokens[now])
             tell((position + 1) / longest)
         return out
 

@@ -15,7 +15,7 @@ Hadamard transform. `encode` and `decode` stand between it and its neighbours of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -31,7 +31,10 @@ class Int8BlockState:
 
     conv  (b, k, channels): the convolution's last inputs, oldest first
     ssm   (b, n, e) in Mamba-1, (b, e, n) in Mamba-2
+    ``in_place``: a step writes to these tensors; otherwise it replaces them.
     """
+
+    in_place: ClassVar[bool] = True
 
     conv: torch.Tensor
     ssm: torch.Tensor

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -154,6 +155,8 @@ class SimulatedState(Int8BlockState):
     residual  the last rounding error as it is kept, float32; None without error feedback
     age       tokens since the scales were computed
     """
+
+    in_place: ClassVar[bool] = False
 
     layout: StateLayout
     format: StateFormat

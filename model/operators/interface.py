@@ -10,7 +10,7 @@ next token of a sequence, whose state is read and updated.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -37,7 +37,10 @@ class BlockState:
 
     conv  (b, k - 1, channels): the convolution's last inputs, oldest first
     ssm   (b, e, n) float32; of a Mamba-1 in memory (b, n, e), since a kernel's neighbouring threads have channels
+    ``in_place``: a step writes to these tensors; otherwise it replaces them.
     """
+
+    in_place: ClassVar[bool] = True
 
     conv: torch.Tensor
     ssm: torch.Tensor

@@ -91,7 +91,7 @@ def test_steps_go_on_from_a_prompt(family: str, dtype: torch.dtype, b: int, devi
         hidden, state = one.prefill(prompts)
         assert torch.equal(hidden, one.hidden(prompts))
         if name == "here":
-            steps = DecodingSteps(one, copy.deepcopy(state))
+            steps = DecodingSteps(one.step, copy.deepcopy(state))
             replayed = torch.stack([steps.step(tokens) for tokens in following]).float().cpu()
         found[name] = torch.stack([one.step(tokens, state).float().cpu() for tokens in following])
     # In float16 every operator rounds by 2^-11, in two layers of a dozen operators.
