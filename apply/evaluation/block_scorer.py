@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -98,9 +98,10 @@ class BlockScorer:
 
     def work(self, task: TaskData, items: Sequence[Item]) -> float:
         """What a block costs, in the measure of `Cost`."""
-        if task.decodes:
-            return self.cost.of(items) * (1 + DECODING_COST * len(self.decoding))
-        return self.cost.of(items) * (1 + len(self.same))
+        return self._cost(task).of(items, len(self.decoding if task.decodes else self.same))
+
+    def _cost(self, task: TaskData) -> Cost:
+        return replace(self.cost, steps=DECODING_COST) if task.decodes else self.cost
 
     def score(self, task: TaskData, items: Sequence[Item], progress: Progress) -> pa.Table:
         """The rows (RESULTS) of one block of a text: the floating-point model's, then each strategy's.
@@ -115,7 +116,7 @@ class BlockScorer:
             same = {label: labels[0] for labels in self.same.values() for label in labels}
             distinct = {label: self.models.int8[label] for label in dict.fromkeys(same.values())}
         with _enough_memory():
-            scores = score(self.models.reference, distinct, items, self.cost, progress)
+            scores = score(self.models.reference, distinct, items, self._cost(task), progress)
         tables = [self._table(FLOAT, scores[FLOAT], task, items)]
         tables += [
             self._table(label, scores[same[label]], task, items) for label in self.candidates.models if label in same

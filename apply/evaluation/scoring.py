@@ -134,19 +134,21 @@ def last_word_items(documents: Sequence[Document], tokenizer: Tokenizer, window:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one model, for the estimate of time left: the weights of the layers count for every token, those of the
-    head for every predicted token.
+    """What models cost, for the estimate of time left: the weights of the layers count for every token, those of the
+    head for every predicted token. ``steps``: the layers of a model that decodes, in those of one forward pass.
     """
 
     layers: float = 1.0
     head: float = 1.0
+    steps: float = 1.0
 
-    def of(self, items: Sequence[Item]) -> float:
-        """The cost of one model on these items."""
-        return self.of_layers(items) + self.head * sum(item.targets for item in items)
+    def of(self, items: Sequence[Item], models: int) -> float:
+        """The cost of the floating-point model and ``models`` others on these items."""
+        targets = sum(item.targets for item in items)
+        return self.of_layers(items) * (1 + self.steps * models) + self.head * targets * (1 + models)
 
     def of_layers(self, items: Sequence[Item]) -> float:
-        """The cost of the layers alone."""
+        """The cost of the layers of one model in a forward pass."""
         return self.layers * sum(item.tokens for item in items)
 
 
@@ -177,7 +179,7 @@ def score(
     after = np.concatenate([np.arange(len(sequence) - item.first) for item in items for sequence in item.sequences])
 
     runs = len(models) + 1
-    units = len(items) / (cost.of(items) * runs)
+    units = len(items) / cost.of(items, len(models))
     of_layers = cost.of_layers(items)
     with progress.piece(of_layers * units, of_layers, "float pass"):
         expected = reference.hidden(batch)
@@ -186,7 +188,8 @@ def score(
     expected = expected[rows]
     hidden = {}
     for i, (label, model) in enumerate(models.items(), 1):
-        with progress.piece(of_layers * units, of_layers, f"strategy {i} of {len(models)}: {label}"):
+        work = cost.steps * of_layers
+        with progress.piece(work * units, work, f"strategy {i} of {len(models)}: {label}"):
             hidden[label] = model.hidden(batch)[rows]
     shape = (runs, len(rows))
     nll, kl = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))

@@ -27,6 +27,7 @@ from quambase.cli.main import load_command
 from quambase.collector.collect import collect
 from quambase.model.packed_batch import Batch
 from quambase.schema.errors import DataInvalid, UnknownName
+from quambase.schema.progress import Progress
 from quambase.schema.results import DECODE, FLOAT, PREFILL
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import RESULTS
@@ -88,6 +89,28 @@ def test_hidden_states_are_those_of_steps(world: Path, prompt: int) -> None:
     # A state that is not rounded gives others: prefill's.
     if prompt < 30:
         assert not torch.allclose(found, model.logits(model.hidden(batch)), rtol=0, atol=1e-4)
+
+
+def test_the_pieces_of_progress_add_up_to_the_work_announced(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of decoding and of prefill, in documents and in work, so that 100 % is reached when all is done."""
+    announced, pieces = [], []
+    start, piece = Progress.start, Progress.piece
+
+    def starts(self: Progress, stage: str, units: float, work: float, **options: Any) -> None:
+        announced.append((units, work))
+        start(self, stage, units, work, **options)
+
+    def of_piece(self: Progress, units: float, work: float, detail: str = "") -> Any:
+        pieces.append((units, work))
+        return piece(self, units, work, detail)
+
+    monkeypatch.setattr(Progress, "start", starts)
+    monkeypatch.setattr(Progress, "piece", of_piece)
+    run(world, tmp_path, states=["int8:channel"])
+    (whole,) = announced
+    assert np.allclose(np.sum(pieces, axis=0), whole, rtol=1e-9)
 
 
 @given(st.lists(st.integers(0, 70_000), max_size=60))
