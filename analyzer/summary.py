@@ -91,6 +91,14 @@ def predicted_loss(rows: Iterable[dict[str, Any]]) -> float | None:
     return None if not found or None in found else math.fsum(found)
 
 
+def predicted_decoding_loss(rows: Iterable[dict[str, Any]]) -> float | None:
+    """What decoding is predicted to lose more than prefill, at the state, nats a token; ``rows``: one of each scale.
+    None where one of the state's scales has no predicted KL, or there are none.
+    """
+    found = [row["predicted_kl"] for row in rows if row["layer"] >= 0 and row["consumed"] and row["decode_only"]]
+    return None if not found or None in found else math.fsum(found)
+
+
 DB_PER_BIT = 20 * math.log10(2)
 """One bit more halves the step: 6.02 dB."""
 
@@ -154,14 +162,13 @@ def _decoding(consumed: list[dict[str, Any]]) -> list[str]:
     """What the state's scales are predicted to add to the loss of decoding, beside the others'; of a run that does not
     know it, how one does. Nothing where no scale of the state is selected.
     """
-    state = [row for row in consumed if row["layer"] >= 0 and row["decode_only"]]
-    chosen = [row["predicted_kl"] for row in state if row["selected"]]
-    if not chosen:
+    chosen = [row for row in consumed if row["selected"]]
+    if not any(row["layer"] >= 0 and row["decode_only"] for row in chosen):
         return []
-    if None in chosen:
+    loss = predicted_decoding_loss(chosen)
+    if loss is None:
         return ["the state's scales have the least squared error; collect --state-every chooses them for decoding"]
-    loss = math.fsum(chosen)
-    others = _beside(state, loss, lambda rows: math.fsum(row["predicted_kl"] or 0 for row in rows))
+    others = _beside(consumed, loss, predicted_decoding_loss)
     return ["; ".join([f"decoding is predicted to lose {loss:.2g} nats a token more, at the state", *others])]
 
 

@@ -1,6 +1,9 @@
 """`collect` on the CPU beside the plain forward pass of the same tokens, and its memory at growing numbers of samples.
 
 python benchmarks/bench_collect.py [bundled | 130m]
+python benchmarks/bench_collect.py along [SAMPLES]
+
+along: of a bundled model of each family, what `--by-position`, `--state-every 64` and both add.
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from timing import table
 
-from quambase.collector.collect import collect
+from quambase.collector.collect import CollectedRun, collect
 from quambase.collector.documents import read_document_set
 from quambase.model.checkpoint import load_model
 from quambase.model.inputs.names import BUNDLED, bundled_models
@@ -27,7 +31,15 @@ from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare
 from quambase.model.weights import random_weights, tensors_of
 
-SEQ_LEN, BLOCK = 512, 32
+SEQ_LEN, BLOCK, EVERY = 512, 32, 64
+
+ALONG: dict[str, dict[str, Any]] = {
+    "collect": {},
+    "collect --by-position": {"by_position": True},
+    f"collect --state-every {EVERY}": {"state_every": EVERY},
+    "both": {"by_position": True, "state_every": EVERY},
+}
+"""What is asked of `collect`, by what the row is called."""
 
 
 def write_130m(folder: Path, *, mamba2: bool = False) -> Path:
@@ -62,6 +74,40 @@ def memory(model: str, samples: int, folder: str) -> float:
     return float(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
 
 
+def collect_seconds(run: CollectedRun) -> float:
+    """What `collect` took, its model already read."""
+    created = run.manifest.created
+    return float(sum(created[part] for part in ("prepare_seconds", "observe_seconds", "write_seconds")))
+
+
+def along(samples: int) -> None:
+    """Print a table for each family's bundled model: the rows of ALONG beside the plain forward pass."""
+    for model in bundled_models():
+        with tempfile.TemporaryDirectory() as name:
+            loaded = load_model(model)
+            plan = read_document_set("sample:calibration", loaded.tokenizer, samples, SEQ_LEN)
+            batches = [Batch.pack([d.tokens.tolist() for d in block]) for block in plan.blocks(BLOCK)]
+            float_model = floating_model(prepare(loaded.any_weights), rotated=True)
+            plain_forward(float_model, batches[:1])
+            seconds: dict[str, list[float]] = {}
+            for turn in ("warm", "first", "second"):
+                start = time.perf_counter()
+                plain_forward(float_model, batches)
+                found = {"plain forward": time.perf_counter() - start}
+                for place, (row, asked) in enumerate(ALONG.items()):
+                    number = 2 if turn == "warm" else samples
+                    db = Path(name) / f"{turn}{place}"
+                    run = collect(
+                        model, number, data="sample:calibration", db=db, batch_size=BLOCK, progress=False, **asked
+                    )
+                    found[row] = collect_seconds(run)
+                if turn != "warm":
+                    for row, taken in found.items():
+                        seconds.setdefault(row, []).append(taken)
+            print(f"\n{plan.tokens:,} tokens of {len(plan.documents)} documents")
+            table(f"collect, {loaded.name}", "seconds", {k: min(v) for k, v in seconds.items()}, "plain forward")
+
+
 def main(which: str) -> None:
     """Print the table of one model."""
     with tempfile.TemporaryDirectory() as name:
@@ -82,9 +128,7 @@ def main(which: str) -> None:
             run = collect(
                 model, samples, data="sample:calibration", db=folder / f"db{turn}", batch_size=BLOCK, progress=False
             )
-            created = run.manifest.created
-            parts = ("prepare_seconds", "observe_seconds", "write_seconds")
-            seconds["collect"].append(sum(created[part] for part in parts))
+            seconds["collect"].append(collect_seconds(run))
         size = sum((run.folder / file).stat().st_size for file in run.manifest.tables)
         without = size - sum((run.folder / file).stat().st_size for file in run.manifest.files_of("activations"))
         counted = sum(run.manifest.tables[file].rows for file in run.manifest.files_of("counts"))
@@ -100,4 +144,7 @@ def main(which: str) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main(sys.argv[1] if len(sys.argv) > 1 else "bundled")
+    if sys.argv[1:2] == ["along"]:
+        along(int(sys.argv[2]) if len(sys.argv) > 2 else 512)
+    else:
+        main(sys.argv[1] if len(sys.argv) > 1 else "bundled")

@@ -1,10 +1,14 @@
 """The figures of docs/state.md: INT8 models that decode a text from their cached state, by length, format and scale.
 
 python benchmarks/measure_state.py mamba-5m --documents 100
+python benchmarks/measure_state.py mamba-5m --samples 64 --sensitivity --state-every 16 --documents 16 \
+    --text sample:evaluation python-docs:evaluation --device cpu
 python benchmarks/measure_state.py MODEL_FOLDER --books BOOKS.txt --samples 512 --text NOVELS.txt --documents 10
 
 Prints `quambase` commands and what they answer, a table of the state's formats, one of other fixed scales, and what the
-model has that takes the state's scale from `quamba` and the others from `selected`.
+model has that takes the state's scale from `quamba` and the others from `selected`. With --state-every only what
+`selected`, `quamba` and `mse` lose where the state's scale is chosen by what decoding loses, beside what `analyze`
+predicts.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from pathlib import Path
 
 from measure_scales import passages, quambase
 
+from quambase.analyzer.summary import predicted_decoding_loss
 from quambase.apply.evaluation.block_scorer import PlacedModels
 from quambase.apply.evaluation.candidates import from_scales
 from quambase.apply.evaluation.decoding import Decoding
@@ -26,7 +31,7 @@ from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.state_formats import SimulatedState, StateFormat
 from quambase.model.operators.choice import choose_device
 from quambase.schema.results import DECODE, PROMPT_TOKENS, STATE
-from quambase.schema.scale_table import Scale
+from quambase.schema.scale_table import SELECTED, Scale, read_scales
 
 FORMATS = (
     "int8", "int8:site", "int8:index", "int8:head", "int8:channel", "int8:channel:every=16", "int8:stochastic",
@@ -49,12 +54,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--books", type=Path, help="calibrate on passages of these books, apart by blank lines")
     parser.add_argument("--calibrate", type=Path, help="or on this text")
     parser.add_argument("--samples", type=int, default=128, help="calibration documents")
-    parser.add_argument("--text", default="sample:evaluation")
+    parser.add_argument(
+        "--state-every", type=int, help="choose the state's scale by decoding, from every so many tokens"
+    )
+    parser.add_argument(
+        "--sensitivity", nargs="?", const="", help="with --state-every: gradients, of so many documents"
+    )
+    parser.add_argument("--text", nargs="+", default=["sample:evaluation"], help="the tables take the first")
     parser.add_argument("--documents", type=int, help="evaluate on so many documents [all]")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--picture", type=Path, help="save KL against the number of tokens decoded")
     parser.add_argument("--device", default="auto")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if (asked.state_every is None) != (asked.sensitivity is None):
+        parser.error("--state-every and --sensitivity go together")
+    return asked
 
 
 def scaled(scale: Scale, factor: float) -> Scale:
@@ -89,6 +103,30 @@ def of_formats(db: Path, label: str, model: Int8LanguageModel) -> None:
     print(f"| prefill | | {1000 * wholes[0]['prefill_kl']:.3g} |")
 
 
+def two_digits(value: float) -> str:
+    """Two significant digits, or the whole number."""
+    return f"{value:.2g}" if abs(value) < 99.5 else f"{value:.0f}"
+
+
+def of_chosen(db: Path, scales: Path) -> None:
+    """Print what each strategy of the newest evaluation loses, the least first, and what `analyze` predicts it to."""
+    table = read_scales(scales).table.to_pylist()
+    print("\n| text | scales | prefill | decoding | added | predicted |")
+    print("|---|---|---|---|---|---|")
+    wholes = [row for row in find_evaluation(db).by_position().to_pylist() if row["decoded_from"] is None]
+    texts = list(dict.fromkeys(row["data"] for row in wholes))
+    for row in sorted(wholes, key=lambda row: (texts.index(row["data"]), row["kl"])):
+        label = row["strategy"]
+        mine = [one for one in table if (one["selected"] if label == SELECTED else one["label"] == label)]
+        limits = [row[f"added{end}"] for end in ("_low", "_high")]  # none of few documents
+        added = two_digits(1000 * row["added"])
+        added += "" if None in limits else f" ({' to '.join(two_digits(1000 * end) for end in limits)})"
+        figures = f"{1000 * row['prefill_kl']:.3g} | {1000 * row['kl']:.3g} | {added}"
+        loss = predicted_decoding_loss(mine)
+        predicted = "" if loss is None else two_digits(1000 * loss)
+        print(f"| {row['data']}, {row['documents']} documents | `{label}` | {figures} | {predicted} |")
+
+
 def of_factors(scales: Path, label: str, asked: argparse.Namespace) -> None:
     """Print KL by decoding where the state's fixed scales are larger or smaller."""
     candidates = from_scales(scales, [label], None, False, quantize_embedding=False, compat=None)
@@ -102,9 +140,9 @@ def of_factors(scales: Path, label: str, asked: argparse.Namespace) -> None:
     }
     device = choose_device(asked.device)
     placed = PlacedModels.on(device, replace(candidates, models=models), required=False)
-    source, none = candidates.source, Path(asked.text).parent / "none"
+    source, none = candidates.source, Path(asked.text[0]).parent / "none"
     ((decode, _), _) = read_tasks(
-        DECODE, [asked.text], source, asked.documents, asked.window, none, None, PROMPT_TOKENS
+        DECODE, asked.text[:1], source, asked.documents, asked.window, none, None, PROMPT_TOKENS
     )
     decoding = {
         name: Decoding(model, PROMPT_TOKENS)
@@ -134,11 +172,19 @@ def main() -> None:
             passages(asked.books, asked.samples, Path(name) / "passages.jsonl")
         elif asked.calibrate:
             data = ["--data", asked.calibrate]
+        if asked.state_every:
+            sensitivity = ["--sensitivity", asked.sensitivity] if asked.sensitivity else ["--sensitivity"]
+            data += [*sensitivity, "--state-every", str(asked.state_every)]
         quambase("collect", "--model", asked.model, *data, "--samples", str(asked.samples), *where)
         quambase("analyze", "--out", scales, "--db", db)
         few = ["--samples", str(asked.documents)] if asked.documents else []
-        decode = ["evaluate", "--scales", scales, "--mode", "decode", "--data", asked.text, *few]
+        texts = asked.text if asked.state_every else asked.text[:1]
+        decode = ["evaluate", "--scales", scales, "--mode", "decode", *(f"--data={text}" for text in texts), *few]
         decode += ["--window", str(asked.window), *where]
+        if asked.state_every:
+            quambase(*decode, *(f"--strategy={label}" for label in (SELECTED, "quamba", "mse")))
+            of_chosen(db, scales)
+            return
         quambase(*decode, "--strategy", "all")
         quambase(*decode, "--strategy", "quamba", *(word for form in FORMATS for word in ("--state", form)))
         if asked.picture:
@@ -150,7 +196,7 @@ def main() -> None:
             of_factors(scales, label, asked)
         mixed = ["--strategy", "quamba", "--at", SITE, "--otherwise", "selected", "--out", Path(name) / "mixed"]
         quambase("apply", "--scales", scales, *mixed, "--db", db)
-        quambase("evaluate", Path(name) / "mixed", "--mode", "decode", "--data", asked.text, *few, *where)
+        quambase("evaluate", Path(name) / "mixed", "--mode", "decode", "--data", asked.text[0], *few, *where)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 from quambase.analyzer.summary import selection
+from quambase.apply.evaluation.decode_summary import base_of
 from quambase.apply.evaluation.summary_text import Ranking, rank
 from quambase.report.contents import Contents
 from quambase.schema.commands import of_database
@@ -62,9 +63,9 @@ def answer(contents: Contents, ranked: list[Ranking]) -> Answer:
 
 
 def best_strategy(ranked: list[Ranking]) -> str | None:
-    """The strategy that is starred on the first text; None where none is."""
+    """The strategy that is starred on the first text, as the scale table has it; None where none is."""
     rows = ranked[0].table.to_pylist()
-    return next((str(row["strategy"]) for row in rows if row[""] == "*"), None)
+    return next((base_of(row["strategy"]) for row in rows if row[""] == "*"), None)
 
 
 def ranking(contents: Contents) -> list[Ranking]:

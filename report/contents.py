@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from quambase.analyzer.converge import Convergence, converge
 from quambase.analyzer.one_site import one_run
+from quambase.analyzer.pictures.numbers.positions import Positions, positions_of_every_site
 from quambase.analyzer.pictures.numbers.site_grid import SiteGrid, site_grid
 from quambase.analyzer.pictures.numbers.strategies import StrategyOverSites, strategies_over_sites
 from quambase.apply.evaluation.stored import Evaluation, find_evaluation
@@ -18,8 +19,9 @@ from quambase.report.site_pages import site_pages
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, ScalesInvalid
 from quambase.schema.manifest import Manifest
 from quambase.schema.progress import Progress, Shown
-from quambase.schema.results import finished_evaluations
+from quambase.schema.results import DECODE, finished_evaluations
 from quambase.schema.scale_table import SELECTED, ScaleTable, read_scales
+from quambase.schema.sites import SiteKey
 from quambase.schema.sql.database import StatsDB
 
 SCALES = Path("scales.parquet")
@@ -38,6 +40,10 @@ class Contents:
     strategies  each strategy over all sites that act in evaluation, the best first
     evaluation  the newest of the run; None where there is none
     summary     its rows (`quambase.apply.evaluation.summary.SUMMARY`)
+    decoded     that evaluation where it is one by decoding, else the newest of the run that is; None: there is none
+    by_tokens   its rows of each text, by how many tokens were decoded
+                (`quambase.apply.evaluation.decode_summary.BY_POSITION`)
+    positions   each site as a whole by position; empty where the run was not collected with ``by_position``
     convergence of the run; None where it was not judged
     pages       of each site, as the page's data has it (`quambase.report.site_pages`)
     notes       what a reader should know, a line each
@@ -52,9 +58,20 @@ class Contents:
     strategies: list[StrategyOverSites]
     evaluation: Evaluation | None
     summary: pa.Table | None
+    decoded: Evaluation | None
+    by_tokens: dict[str, list[dict[str, Any]]]
+    positions: dict[SiteKey, Positions]
     convergence: Convergence | None
     pages: list[dict[str, Any]]
     notes: list[str]
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """Those that the page shows."""
+        other = (
+            self.decoded if self.decoded and (not self.evaluation or self.decoded.id != self.evaluation.id) else None
+        )
+        return [one for one in (self.evaluation, other) if one is not None]
 
 
 def gather(
@@ -73,14 +90,25 @@ def gather(
             rows = scales.table.filter(pc.equal(scales.table["run"], pa.scalar(manifest.run)))
             grids = [site_grid(database, manifest.run, rows, label) for label in _labels(rows)]
             strategies = strategies_over_sites(database, manifest.run, rows)
-        pages = site_pages(database, manifest, rows, shown)
-        found = _evaluation_of(db, manifest.run, evaluation, notes)
+        positions = positions_of_every_site(database, manifest.run)
+        pages = site_pages(database, manifest, rows, positions, shown)
+        found, decoded = _evaluations_of(db, manifest.run, evaluation, notes)
         if found is not None:
             shown.say("summarising the evaluation")
         summary = None if found is None else found.summary()
     convergence = _convergence_of(db, manifest, judge, progress, notes)
     notes += database.notes
-    return Contents(db, manifest, path, scales, rows, grids, strategies, found, summary, convergence, pages, notes)
+    return Contents(
+        db, manifest, path, scales, rows, grids, strategies, found, summary, decoded, _by_tokens(decoded), positions,
+        convergence, pages, notes,
+    )  # fmt: skip
+
+
+def _by_tokens(decoded: Evaluation | None) -> dict[str, list[dict[str, Any]]]:
+    by_text: dict[str, list[dict[str, Any]]] = {}
+    for row in [] if decoded is None else decoded.by_position().to_pylist():
+        by_text.setdefault(row["data"], []).append(row)
+    return by_text
 
 
 def _labels(rows: pa.Table) -> list[str]:
@@ -112,16 +140,28 @@ def _scales_of(db: Path, run: str, given: Path | None, notes: list[str]) -> tupl
     return None, None
 
 
-def _evaluation_of(db: Path, run: str, evaluation: str | None, notes: list[str]) -> Evaluation | None:
-    """The evaluation named, else the newest one of ``run``. UnknownName, DatabaseInvalid: that named is not there."""
+def _evaluations_of(
+    db: Path, run: str, evaluation: str | None, notes: list[str]
+) -> tuple[Evaluation | None, Evaluation | None]:
+    """The evaluation named, else the newest one of ``run``; and that by decoding: the same one, else the newest, unless
+    one is named. UnknownName, DatabaseInvalid: that named is not there.
+    """
     if evaluation is not None:
-        return find_evaluation(db, evaluation)
+        named = find_evaluation(db, evaluation)
+        return named, named if _decodes(named.about) else None
     finished, damaged = finished_evaluations(db)
     notes += damaged
     mine = [about for about in finished if about.get("run") == run]
     if finished and not mine:
         notes.append(f"no evaluation of run {run}; {len(finished)} of other runs are left out")
-    return find_evaluation(db, str(mine[-1]["evaluation"])) if mine else None
+    newest = [found[-1] if found else None for found in (mine, [about for about in mine if _decodes(about)])]
+    found, decoded = (None if about is None else find_evaluation(db, str(about["evaluation"])) for about in newest)
+    return found, decoded
+
+
+def _decodes(about: dict[str, Any]) -> bool:
+    """Whether an evaluation is one by decoding."""
+    return any(task["task"] == DECODE for task in about["tasks"])
 
 
 def _convergence_of(

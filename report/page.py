@@ -7,6 +7,8 @@ import gzip
 import hashlib
 import json
 import math
+import shlex
+from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
@@ -15,13 +17,16 @@ from urllib.parse import quote
 import jinja2
 
 from quambase.analyzer.pictures.numbers.evaluation import evaluated_texts
+from quambase.analyzer.pictures.numbers.positions import Positions, tokens
 from quambase.analyzer.pictures.numbers.site_grid import CLIPPED_SHARE, OUTLIER_RATIO, PREDICTED_KL, SQNR, SiteGrid
 from quambase.analyzer.summary import summarize
+from quambase.apply.evaluation.decode_summary import base_of, sentences, table
 from quambase.report.answer import answer, ranking
 from quambase.report.contents import Contents
 from quambase.report.drawing import DRAWINGS
 from quambase.report.provenance import commands, facts
 from quambase.report.site_pages import short, shorts
+from quambase.schema.commands import of_database
 from quambase.schema.errors import QuambaseError
 from quambase.schema.files import MARK
 from quambase.schema.results import FLOAT
@@ -30,7 +35,9 @@ from quambase.schema.sites import WHOLE
 SCRIPTS = ("vega", "vega-lite", "vega-embed")
 """The vendored ones, in the order in which they need each other."""
 
-PICTURES = ("distribution", "error", "channels", "strategies", "evaluation", "convergence")
+PICTURES = (
+    "distribution", "error", "channels", "strategies", "evaluation", "decoding", "positions", "convergence",
+)  # fmt: skip
 """The Vega-Lite specifications: without data, whose names and columns the descriptions in them give."""
 
 MEASURES = (
@@ -51,7 +58,8 @@ def render(contents: Contents) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "share": share, "thousandths": thousandths, "anchor": anchor}
+    filters = {"number": number, "share": share, "thousandths": thousandths, "anchor": anchor}
+    environment.filters |= filters
     ranked = ranking(contents)
     scripts = [*(_text("vendored", f"{name}.min.js") for name in SCRIPTS), _text("templates", "page.js")]
     for script in scripts:
@@ -75,6 +83,8 @@ def render(contents: Contents) -> str:
         drawing=DRAWINGS.get(contents.manifest.model.family),
         strategies=[] if contents.rows is None else summarize(contents.rows).to_pylist(),
         selected=_selected(contents),
+        decoding=_decoding(contents),
+        positions=_positions(contents),
         facts=facts(contents),
         commands=commands(contents),
         style=_text("templates", "style.css"),
@@ -109,6 +119,7 @@ def page_data(contents: Contents) -> dict[str, Any]:
         ],
         "pages": contents.pages,
         "evaluation": _evaluation(contents),
+        "decoding": [_decoded(rows) for rows in contents.by_tokens.values()],
         "convergence": _convergence(contents),
     }
 
@@ -173,6 +184,58 @@ def _evaluation(contents: Contents) -> list[dict[str, Any]]:
         }
         for text in texts
     ]
+
+
+def _decoding(contents: Contents) -> dict[str, Any] | None:
+    """What the page says of an evaluation by decoding; None where there is none."""
+    if contents.decoded is None:
+        return None
+    number = contents.decoded.id
+    texts = [
+        {"data": data, "sentences": sentences(rows), "rows": table(rows)} for data, rows in contents.by_tokens.items()
+    ]
+    command = f"quambase plot decoding --evaluation {number} --columns 2{of_database(contents.db)}"
+    return {"evaluation": number, "texts": texts, "command": command}
+
+
+def _decoded(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """KL x1000 of a text against tokens decoded: of each strategy, and of each strategy's prefill once."""
+    decoded, before = [], {}
+    for row in rows:
+        if row["decoded_from"]:  # not of all predictions, nor of the prompt's own
+            place = {"strategy": row["strategy"], "to": row["decoded_to"]}
+            limits = [short(None if row[name] is None else 1000 * row[name]) for name in ("kl_low", "kl_high")]
+            kl = short(1000 * row["kl"])
+            decoded.append(place | {"kl": kl, "low": limits[0], "high": limits[1]})
+            base = base_of(row["strategy"])
+            before[base, row["decoded_to"]] = {
+                "strategy": base,
+                "to": place["to"],
+                "kl": short(1000 * row["prefill_kl"]),
+            }
+    return {"decoded": decoded, "prefill": list(before.values())}
+
+
+def _positions(contents: Contents) -> dict[str, Any] | None:
+    """What the page says of positions: each site in the layer where its ends differ most, those that differ most first.
+    None where the run was not collected by position.
+    """
+    most: dict[str, Positions] = {}
+    for found in contents.positions.values():
+        if found.site not in most or found.unequal > most[found.site].unequal:
+            most[found.site] = found
+    if not most:
+        return None
+    ordered = sorted(most.values(), key=lambda found: -found.unequal)
+    rows = []
+    for found in ordered:
+        buckets = found.rows.to_pylist()
+        ends = [(tokens(row), row["q9999"]) for row in (buckets[0], buckets[-1])]
+        rows.append({"layer": found.layer, "site": found.site, "ends": ends, "change": found.change})
+    worst = ordered[0]
+    command = f"quambase plot positions --site {shlex.quote(worst.site)} --layer {worst.layer}"
+    command += f" --run {contents.manifest.run}{of_database(contents.db)}"
+    return {"words": worst.words(), "rows": rows, "command": command}
 
 
 def _convergence(contents: Contents) -> list[dict[str, Any]] | None:

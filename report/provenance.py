@@ -6,10 +6,15 @@ import shlex
 from typing import Any
 
 from quambase.analyzer.strategies import parse_labels
+from quambase.apply.evaluation.decode_summary import base_of
 from quambase.report.contents import SCALES, Contents
 from quambase.schema.commands import run_command
 from quambase.schema.manifest import Manifest
+from quambase.schema.results import DECODE, PROMPT_TOKENS, STATE
 from quambase.schema.scale_table import EFFECT, IN_16_BIT, QUAMBASE, ScaleTable
+
+WINDOW = 2048
+"""Tokens that `evaluate` takes at once where nothing is said."""
 
 Facts = list[tuple[str, str]]
 """Names and what they are."""
@@ -20,8 +25,8 @@ def facts(contents: Contents) -> list[tuple[str, Facts]]:
     found = [("Run", _of_run(contents.manifest))]
     if contents.scales is not None:
         found.append(("Scale table", _of_scales(contents, contents.scales)))
-    if contents.evaluation is not None:
-        found.append(("Evaluation", _of_evaluation(contents.evaluation.about)))
+    for evaluation, name in zip(contents.evaluations, ("Evaluation", "Evaluation by decoding"), strict=False):
+        found.append((name, _of_evaluation(evaluation.about)))
     return found
 
 
@@ -30,9 +35,7 @@ def commands(contents: Contents) -> list[str]:
     found = [run_command(contents.manifest)]
     if contents.scales is not None:
         found.append(_analyze(contents, contents.scales))
-    if contents.evaluation is not None:
-        found.append(_evaluate(contents, contents.evaluation.about))
-    return found
+    return [*found, *(_evaluate(contents, evaluation.about) for evaluation in contents.evaluations)]
 
 
 def _of_run(manifest: Manifest) -> Facts:
@@ -106,9 +109,26 @@ def _analyze(contents: Contents, scales: ScaleTable) -> str:
 def _evaluate(contents: Contents, about: dict[str, Any]) -> str:
     words = ["quambase", "evaluate", "--scales", str(about["scales"])]
     labels = [] if contents.scales is None else [*contents.scales.labels(), contents.scales.default_label]
-    every = bool(labels) and set(labels) <= set(about["strategies"])
-    words += [word for label in (["all"] if every else about["strategies"]) for word in ("--strategy", str(label))]
+    asked = dict.fromkeys(base_of(str(label)) for label in about["strategies"])
+    every = bool(labels) and set(labels) <= set(asked)
+    words += [word for label in (["all"] if every else asked) for word in ("--strategy", label)]
     texts = about["tasks"]
     words += [word for data in dict.fromkeys(str(text["data"]) for text in texts) for word in ("--data", data)]
     samples = max((int(text["documents"]) + int(text.get("skipped", 0)) for text in texts), default=0)
-    return shlex.join([*words, "--samples", str(samples)])
+    words += ["--samples", str(samples)]
+    window = about.get("window", WINDOW)
+    words += ["--window", str(window)] if window != WINDOW else []
+    return shlex.join([*words, *_decoding(about)])
+
+
+def _decoding(about: dict[str, Any]) -> list[str]:
+    """The options of an evaluation by decoding; none of another one."""
+    prompts = {int(text["prompt"]) for text in about["tasks"] if text["task"] == DECODE}
+    if not prompts:
+        return []
+    (prompt,) = prompts
+    states = dict.fromkeys(
+        form for _, _, form in (str(label).partition(STATE) for label in about["strategies"]) if form
+    )
+    words = ["--mode", DECODE, *(word for form in states for word in ("--state", form))]
+    return [*words, "--prompt-tokens", str(prompt)] if prompt != PROMPT_TOKENS else words

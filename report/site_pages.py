@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -15,11 +15,13 @@ from quambase.analyzer.pictures.numbers.error_curve import error_curve
 from quambase.analyzer.pictures.numbers.histogram import histogram
 from quambase.analyzer.pictures.numbers.largest_tokens import largest_tokens_of_every_site
 from quambase.analyzer.pictures.numbers.marks import marks
+from quambase.analyzer.pictures.numbers.positions import Positions, tokens
 from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
 from quambase.schema.distribution import ratio
 from quambase.schema.manifest import Manifest
 from quambase.schema.progress import Progress
-from quambase.schema.sites import FAMILIES, STATE_SITES, WHOLE, Site
+from quambase.schema.results import UPSTREAM
+from quambase.schema.sites import FAMILIES, SAMPLED_STATE_SITES, STATE_SITES, WHOLE, Site, SiteKey
 from quambase.schema.sql.database import StatsDB
 
 POINTS, BINS = 48, 8
@@ -37,13 +39,26 @@ NUMBERS = ("scale", "clips_at", "clipped_share", "mse", "sqnr_db", "predicted_kl
 NAMED, TOKENS = 12, 16
 """Channels and tokens that a site's page lists at most."""
 
+REACHES = ("amax", "q9999", "q999", "q99", "q50")
+"""What is shown of |x| by position: columns of `position_stats`."""
+
 Page = dict[str, Any]
 
+GroupKey = tuple[int, str, str]
+"""Layer, site, scale group."""
 
-def site_pages(database: StatsDB, manifest: Manifest, rows: pa.Table | None, shown: Progress) -> list[Page]:
+
+def site_pages(
+    database: StatsDB,
+    manifest: Manifest,
+    rows: pa.Table | None,
+    positions: Mapping[SiteKey, Positions],
+    shown: Progress,
+) -> list[Page]:
     """The page of each site, in model order; ``rows``: of the run's scale table.
 
-    A page: ``layer``, ``site``, ``about`` (a sentence), ``groups``, ``channels``, ``tokens``. A group: ``name``,
+    A page: ``layer``, ``site``, ``about`` (a sentence), ``groups``, ``channels``, ``tokens``, ``positions`` (null where
+    the run has none). A group: ``name``,
     ``total``, ``zeros``, ``nonfinite``, ``amax``, ``q9995``, ``ratio``, ``histogram`` (``first``, ``bins``,
     ``counts``: `quambase.analyzer.pictures.numbers.histogram.Histogram`), ``curve`` (``scale``, ``mse``, ``kl``,
     ``least_mse``, ``least_kl``; null where the INT8 model reads no scale) and ``marks``, columns of
@@ -53,7 +68,7 @@ def site_pages(database: StatsDB, manifest: Manifest, rows: pa.Table | None, sho
     of_group = _by_group(rows)
     groups = scale_groups(database, run)
     shown.start("report", len(groups), sum(group.distribution.values.size for group in groups), unit="scales")
-    channels, tokens = channels_of_every_site(database, run), largest_tokens_of_every_site(database, run, TOKENS)
+    channels, largest = channels_of_every_site(database, run), largest_tokens_of_every_site(database, run, TOKENS)
     known = {site.name: site for site in FAMILIES.get(manifest.model.family, ())}
     pages = []
     for (layer, site), members in groupby(groups, key=lambda group: (group.layer, group.site)):
@@ -71,15 +86,16 @@ def site_pages(database: StatsDB, manifest: Manifest, rows: pa.Table | None, sho
                 "channels": _channels(channels.get((layer, site), [])),
                 "tokens": [
                     [short(t.value), t.token, t.before, t.after, t.document, t.position, t.channel, t.group_name]
-                    for t in tokens.get((layer, site), [])
+                    for t in largest.get((layer, site), [])
                 ],
+                "positions": _positions(positions.get((layer, site)), of_group),
             }
         )
     return pages
 
 
-def _by_group(rows: pa.Table | None) -> dict[tuple[int, str, str], list[dict[str, Any]]]:
-    found: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+def _by_group(rows: pa.Table | None) -> dict[GroupKey, list[dict[str, Any]]]:
+    found: dict[GroupKey, list[dict[str, Any]]] = {}
     for row in [] if rows is None else rows.to_pylist():
         found.setdefault((row["layer"], row["site"], row["group_name"]), []).append(row)
     return found
@@ -136,6 +152,23 @@ def _channels(channels: list[Channel]) -> Page:
         "ranks": ranks.tolist(),
         "reach": [short(channels[rank - 1].amax) for rank in ranks],
         "named": [[c.channel, c.group_name, short(c.amax), short(c.mean), short(c.ratio)] for c in channels[:NAMED]],
+    }
+
+
+def _positions(found: Positions | None, of_group: Mapping[GroupKey, list[dict[str, Any]]]) -> Page | None:
+    """``words``, ``tokens`` (of each bucket, in words), ``to`` and REACHES, and where the scales clip: the state along
+    documents is rounded at the scales of the state.
+    """
+    if found is None:
+        return None
+    read = STATE_SITES[0] if found.site in SAMPLED_STATE_SITES else found.site
+    here = marks(of_group.get((found.layer, read, WHOLE), []))
+    return {
+        "words": found.words(),
+        "tokens": [tokens(row) for row in found.rows.to_pylist()],
+        "to": found.rows["tokens_to"].to_pylist(),
+        **{name: shorts(found.rows[name].to_pylist()) for name in REACHES},
+        "clips": [[mark.label, short(mark.clips_at)] for mark in here if mark.selected or mark.label == UPSTREAM],
     }
 
 

@@ -11,6 +11,7 @@ from quambase.analyzer.one_site import place
 from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.marks import Mark
+from quambase.analyzer.pictures.numbers.positions import Positions, positions_of_group
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.pictures import logarithmic, new_figure
 
@@ -23,11 +24,10 @@ UPSTREAM = "quamba"
 
 @dataclass(frozen=True)
 class PositionsPicture:
-    """The numbers of the picture: rows of the query positions_of_group; ``place``: the scale group in words."""
+    """The numbers of the picture: ``found`` of one scale group, and where its scales clip."""
 
-    place: str
+    found: Positions
     model: str
-    rows: pa.Table
     marks: list[Mark]
     notes: list[str]
 
@@ -36,40 +36,33 @@ class PositionsPicture:
         """Read it. DatabaseInvalid: the run does not divide its counts by position; errors of `Asked`."""
         with asked.open() as database:
             group, run = asked.chosen_group(database), database.runs[0]
-            key = {"run": run.run, "layer": group.layer, "site": group.site, "group": group.group_name}
-            rows = database.query("positions_of_group", key).table
-            if not rows.num_rows:
+            found = positions_of_group(database, run.run, group.layer, group.site, group.group_name)
+            if found is None:
                 raise DatabaseInvalid(f"run {run.run} has no counts by position; collect again with --by-position")
             marks = asked.marks(database, group)
             if not asked.strategies:
                 marks = [mark for mark in marks if mark.selected or mark.label == UPSTREAM]
-            where = place(group.layer, group.site, group.group_name)
-            return cls(where, run.model.name, rows, marks, database.notes)
+            return cls(found, run.model.name, marks, database.notes)
 
     def table(self) -> pa.Table:
         """A row for each bucket of positions."""
-        return self.rows
+        return self.found.rows
 
     def words(self) -> list[str]:
         """How far the values reach at the first and at the last positions."""
-        rows = self.rows.to_pylist()
-        first, last = rows[0], rows[-1]
-        ratio = f", {last['q9999'] / first['q9999']:.2g} times as far" if first["q9999"] else ""
-        return [
-            f"{self.place}: 99.99 % of |x| within {first['q9999']:.3g} at {_tokens(first)}, {last['q9999']:.3g} at "
-            f"{_tokens(last)}{ratio}"
-        ]
+        return [self.found.words()]
 
     @frame.styled
     def draw(self, columns: int) -> Figure:
         """A line for each quantile against the position; a horizontal one where each strategy clips."""
         figure = new_figure(columns, 2.6)
         axes = figure.subplots()
-        frame.title(figure, f"{self.place} of {self.model}")
-        ends = self.rows["tokens_to"].to_pylist()
+        found = self.found
+        frame.title(figure, f"{place(found.layer, found.site, found.group_name)} of {self.model}")
+        ends = found.rows["tokens_to"].to_pylist()
         # In greys: the colours are the strategies'.
         for (column, name), marker, grey in zip(LINES.items(), "os^Dv", (0.0, 0.2, 0.35, 0.5, 0.65), strict=True):
-            axes.plot(ends, self.rows[column].to_pylist(), marker=marker, color=str(grey), label=name)
+            axes.plot(ends, found.rows[column].to_pylist(), marker=marker, color=str(grey), label=name)
         look = frame.looks(mark.label for mark in self.marks)
         for mark in self.marks:
             style = look[mark.label]
@@ -80,12 +73,8 @@ class PositionsPicture:
         axes.minorticks_off()
         axes.set_xlabel("tokens read, up to")
         axes.set_ylabel("|x|")
-        if any(value > 0 for value in self.rows["amax"].to_pylist()):
+        if any(value > 0 for value in found.rows["amax"].to_pylist()):
             axes.set_yscale("log")
             logarithmic(axes, "y")
         frame.legend_outside(figure, axes, columns)
         return figure
-
-
-def _tokens(row: dict[str, int]) -> str:
-    return f"tokens {row['tokens_from']:,} to {row['tokens_to']:,}"

@@ -180,6 +180,26 @@
     return made.view;
   };
 
+  // The axis has a tick at the end of each bucket of tokens.
+  const ticksAt = (ends) => (specification) => {
+    for (const { encoding } of specification.layer) if (encoding.x?.axis) encoding.x.axis.values = ends;
+    return specification;
+  };
+  const REACHES = { amax: "largest", q9999: "99.99 %", q999: "99.9 %", q99: "99 %", q50: "median" };
+  const drawPositions = (figure, found) =>
+    draw(
+      figure,
+      {
+        reaches: Object.entries(REACHES).flatMap(([key, quantile]) =>
+          found.to.map((to, i) => ({ to, quantile, value: found[key][i] })).filter((row) => row.value > 0),
+        ),
+        clips: found.clips
+          .map(([label, value], place) => ({ label: `${label} clips`, value, place }))
+          .filter((row) => row.value > 0),
+      },
+      ticksAt(found.to),
+    );
+
   const LINE = 21; // pixels of a strategy's line
   const high = (lines) => (specification) => ({ ...specification, height: LINE * lines });
 
@@ -496,6 +516,22 @@
     }
     place.replaceChildren(copy);
   };
+  const showPositions = async (found) => {
+    const place = byId("site-by-position");
+    if (place) place.hidden = !found;
+    if (!found) return;
+    byId("by-position-words").textContent = `${found.words}. A dashed line is where a scale clips.`;
+    const reaches = Object.entries(REACHES);
+    fill(
+      byId("site-positions"),
+      [{ name: "tokens" }, ...reaches.map(([, name]) => ({ name, numeric: true }))],
+      found.tokens.map((tokens, i) => [
+        { text: tokens, value: found.to[i] },
+        ...reaches.map(([key]) => ({ text: number(found[key][i]), value: found[key][i] })),
+      ]),
+    );
+    await drawPositions(figureIn("site-by-position"), found);
+  };
   const quoted = (text) => (/^[\w:.,-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
   const showSite = async ({ page, group }) => {
     const found = page.groups.find((one) => one.name === group) ?? page.groups[0];
@@ -516,6 +552,7 @@
       `quambase compare --layer ${page.layer} --site ${quoted(page.site)}\n` + `quambase sql ${quoted(query)}`;
     showTokens(page);
     await showGroup(page, found);
+    await showPositions(page.positions);
     await showChannels(page);
   };
 
@@ -556,7 +593,15 @@
         });
       } else if (figure.dataset.picture === "evaluation") {
         const rows = data.evaluation[Number(figure.dataset.text)].rows.filter((row) => row.kl > 0);
-        await draw(figure, { strategies: rows }, high(rows.length));
+        await draw(figure, { strategies: rows, intervals: rows.filter((row) => row.low > 0) }, high(rows.length));
+      } else if (figure.dataset.picture === "decoding") {
+        const { decoded, prefill } = data.decoding[Number(figure.dataset.text)];
+        const above = (rows) => rows.filter((row) => row.kl > 0);
+        const ends = [...new Set(decoded.map((row) => row.to))].sort((a, b) => a - b);
+        const bands = decoded.filter((row) => row.low > 0);
+        await draw(figure, { decoded: above(decoded), bands, prefill: above(prefill) }, ticksAt(ends));
+      } else if (figure.dataset.picture === "positions") {
+        await drawPositions(figure, pages.get(`${figure.dataset.layer}/${figure.dataset.site}`).positions);
       } else if (figure.dataset.picture === "convergence") {
         const sizes = data.convergence.filter((row) => row.change !== null);
         await draw(figure, { sizes }, (specification) => {

@@ -69,6 +69,13 @@ FROM position_stats
 WHERE run = $run AND layer = $layer AND site = $site AND group_name = $group
 ORDER BY tokens_from;
 
+-- name: positions_of_every_site
+-- The same of each site as a whole.
+SELECT layer, site, tokens_from, tokens_to, count, amax, q9999, q999, q99, q50, std
+FROM position_stats
+WHERE run = $run AND group_name = 'all'
+ORDER BY layer, site, tokens_from;
+
 -- name: scales_of_run
 -- The scale table's rows of a run.
 SELECT * FROM scales WHERE run = $run;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from quambase.analyzer.analyze import analyze
 from quambase.analyzer.quantization_error import figures, predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup, group_of_values, one_document, scale_groups
 from quambase.analyzer.strategies import parse_label
-from quambase.analyzer.summary import predicted_loss, selection, summarize
+from quambase.analyzer.summary import predicted_decoding_loss, predicted_loss, selection, summarize
 from quambase.cli.main import quambase
 from quambase.schema.distribution import Distribution, Sensitivity
 from quambase.schema.errors import DatabaseInvalid, ScalesInvalid, UnknownName
@@ -169,9 +170,12 @@ def test_what_decoding_adds_is_a_sentence_of_its_own(database: Path) -> None:
     (line,) = [line for line in selection(table) if line.startswith("decoding")]
     assert line.startswith(f"decoding is predicted to lose {loss:.2g} nats a token more, at the state; ")
     assert line.endswith(f"{100 * (loss / other - 1):+.0f} % against upstream's quamba, {other:.2g}")
-    unknown = pa.Table.from_pylist(
-        [r | ({"predicted_kl": None} if r["decode_only"] else {}) for r in table.to_pylist()]
-    )
+    rows = [r | ({"predicted_kl": None} if r["decode_only"] else {}) for r in table.to_pylist()]
+    whole = predicted_decoding_loss(table.to_pylist())
+    assert whole == math.fsum(r["predicted_kl"] for r in state), "and nothing of other sites"
+    assert predicted_decoding_loss([*table.to_pylist(), *rows]) is None, "a part is not the sum"
+    assert predicted_decoding_loss(r for r in table.to_pylist() if r["site"] == "x_proj:input") is None
+    unknown = pa.Table.from_pylist(rows)
     (line,) = [line for line in selection(unknown) if "decoding" in line]
     assert line == "the state's scales have the least squared error; collect --state-every chooses them for decoding"
     assert not any(

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("browser")
-    database = make_database(folder / "db")
+    database = make_database(folder / "db", along=True)
     return report(database, out=folder / "report.html", converge=True).path.as_uri()
 
 
@@ -122,7 +122,7 @@ def test_the_overview_opens_with_its_pictures(browser: webdriver.Chrome, address
     assert "mse loses" in find(browser, "#answer").text and browser.title.startswith(HOSTILE)
     assert find(browser, "#overview").is_displayed() and not find(browser, "#site").is_displayed()
     pictures = browser.find_elements(By.CSS_SELECTOR, "#overview .picture svg.marks")
-    assert len(pictures) == 3  # strategies, one text, convergence
+    assert len(pictures) == 5  # strategies, one text, decoding, positions, convergence
     for picture in pictures:
         assert picture.size["width"] > 300 and picture.size["height"] > 50
     assert serious(browser) == []
@@ -207,6 +207,24 @@ def test_the_least_error_is_marked_on_both_curves(browser: webdriver.Chrome, add
         assert "The least, at scale" in find(browser, f"{curve} figcaption").text
 
 
+def test_positions_and_decoding_are_drawn(browser: webdriver.Chrome, address: str) -> None:
+    opened(browser, address)
+    lines = "{} svg.marks .mark-line path"
+    # Decoding: two strategies and one with a format of the state; each strategy's prefill.
+    assert len(browser.find_elements(By.CSS_SELECTOR, lines.format("#decoding"))) == 3 + 2
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#decoding svg.marks .mark-area path")) == 3
+    reach = browser.find_elements(By.CSS_SELECTOR, lines.format("#positions"))
+    assert len(reach) == 5, "a line for each quantile"
+    click(browser, "#positions tbody a")
+    until(lambda: find(browser, "#site").is_displayed(), "the first row leads to its site")
+    opened(browser, address, TAIL)
+    assert len(browser.find_elements(By.CSS_SELECTOR, lines.format("#site-by-position"))) == 5
+    clips = browser.find_elements(By.CSS_SELECTOR, "#site-by-position svg.marks .mark-rule line[stroke='#d55e00']")
+    assert len(clips) == 2, "the selected scale and upstream's"
+    assert texts(browser, "#site-positions tbody th")[:2] == ["1 to 8", "9 to 16"]
+    assert "layer 0 x_proj:input: 99.99 % of |x| within" in find(browser, "#by-position-words").text
+
+
 def test_tables_sort_and_filter(browser: webdriver.Chrome, address: str) -> None:
     opened(browser, address)
     column = "#scale-table tbody td:nth-child(5)"
@@ -237,7 +255,7 @@ def test_the_tables_of_a_site_filter_and_forget_it_at_the_next(browser: webdrive
     left = "#site-marks tbody tr:not([hidden]) th"
     every = texts(browser, left)
     fields = browser.find_elements(By.CSS_SELECTOR, "#site form.filter input")
-    assert len(fields) == 3, "strategies, channels, tokens"
+    assert len(fields) == 4, "strategies, positions, channels, tokens"
     fields[0].send_keys("absmax")
     assert texts(browser, left) == ["absmax"] and len(every) > 1
     elsewhere = TAIL.replace("layer-0", "layer-1")
@@ -263,6 +281,7 @@ def test_an_imported_tensor_has_a_page(browser: webdriver.Chrome, tmp_path: Path
     import_tensor(tmp_path / "x.npy", "a/b <i>", db=tmp_path / "db")
     address = report(tmp_path / "db", out=tmp_path / "r.html").path.as_uri()
     opened(browser, address)
+    assert browser.find_elements(By.CSS_SELECTOR, "#positions, #decoding, #site-by-position") == []
     click(browser, "#heat a")
     drawn(browser, "#layer-0/a%2Fb%20%3Ci%3E")
     assert find(browser, "#site-title").text == "Layer 0: a/b <i>"

@@ -32,14 +32,20 @@ LABELS = ("absmax", "percentile", "mse", "effect", "effect_affine", "quamba", "o
 DOCUMENTS = 12
 
 
-def make_database(folder: Path, *, name: str = HOSTILE, scales: bool = True, evaluation: bool = True) -> Path:
-    """A database of the run `run-a`, whose model is called ``name``, with its scale table and an evaluation."""
-    run = make_run(folder, activations=random_activations(3), sensitive=True, name=name)
+def make_database(
+    folder: Path, *, name: str = HOSTILE, scales: bool = True, evaluation: bool = True, along: bool = False
+) -> Path:
+    """A database of the run `run-a`, whose model is called ``name``, with its scale table and an evaluation. ``along``:
+    counted by position, too, and with an older evaluation by decoding.
+    """
+    run = make_run(folder, activations=random_activations(3), sensitive=True, by_position=along, name=name)
     _add_tokens(run)
     if scales:
         analyze(folder, strategies=LABELS, out=folder / "scales.parquet")
     if evaluation:
         _evaluate(folder)
+    if along:
+        add_decoding(folder)
     return folder
 
 
@@ -77,6 +83,49 @@ def _evaluate(database: Path) -> None:
             rows.append(
                 empty | mine | text | found | {k: RESULTS.field(k).type.to_pandas_dtype()(v) for k, v in agree.items()}
             )
+    tasks: list[dict[str, Any]] = [{"task": "perplexity", "data": HOSTILE, "documents": DOCUMENTS}]
+    _store(folder, rows, ["mse", "absmax", "quamba"], tasks, number=1)
+
+
+DECODED = ((0, 0), (1, 8), (9, 16))
+"""Buckets of tokens decoded."""
+
+
+def add_decoding(database: Path, number: int = 0) -> None:
+    """An evaluation by decoding of two strategies, one also with the state in a format that loses nothing."""
+    random = np.random.default_rng(4)
+    folder = database / "results" / f"decoded{number:09}"
+    folder.mkdir(parents=True)
+    empty = dict.fromkeys(RESULTS.names)
+    rows = []
+    for task, label, kl, growth in (
+        ("decode", "mse", 0.02, 2.0),
+        ("decode", "quamba", 0.04, 1.1),
+        ("decode", "mse, state int8:channel", 0.01, 1.0),
+        ("prefill", "mse", 0.01, 1.0),
+        ("prefill", "quamba", 0.03, 1.0),
+        *((task, "float", 0.0, 1.0) for task in ("decode", "prefill")),
+    ):
+        for i in range(DOCUMENTS):
+            positions = []
+            for place, (low, high) in enumerate(DECODED):
+                tokens, noise = high - low + 1, float(random.gamma(99.0, 1 / 99.0))
+                lost = tokens * kl * growth**place * noise
+                found = {"tokens": tokens, "nll": 3.0 * tokens + lost, "kl": lost, "top1_agreement": 0.9 * tokens}
+                positions.append({"decoded_from": low, "decoded_to": high} | found)
+            sums = {name: sum(p[name] for p in positions) for name in ("tokens", "nll", "kl", "top1_agreement")}
+            mine = {"evaluation": folder.name, "model": "m", "scales": "scales.parquet", "strategy": label}
+            text = {"task": task, "data": HOSTILE, "document": i, "sha256": f"{i:064x}"}
+            rows.append(empty | mine | text | sums | {"top1_right": 5.0, "positions": positions})
+    tasks: list[dict[str, Any]] = [
+        {"task": task, "data": HOSTILE, "documents": DOCUMENTS, "prompt": 5} for task in ("decode", "prefill")
+    ]
+    _store(folder, rows, ["mse", "quamba", "mse, state int8:channel"], tasks, number=number)
+
+
+def _store(
+    folder: Path, rows: list[dict[str, Any]], strategies: list[str], tasks: list[dict[str, Any]], number: int
+) -> None:
     pq.write_table(pa.Table.from_pylist(rows, RESULTS), folder / RESULTS_FILE)
     about = {
         "format_version": 1,
@@ -84,10 +133,10 @@ def _evaluate(database: Path) -> None:
         "model": "m",
         "scales": "scales.parquet",
         "run": "run-a",
-        "strategies": ["mse", "absmax", "quamba"],
-        "tasks": [{"task": "perplexity", "data": HOSTILE, "documents": DOCUMENTS}],
+        "strategies": strategies,
+        "tasks": tasks,
         "notes": [],
-        "number": 1,
+        "number": number,
         "results_sha256": file_sha256(folder / RESULTS_FILE),
     }
     (folder / EVALUATION).write_text(json.dumps(about), encoding="utf-8")
