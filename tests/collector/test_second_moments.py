@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device_models import tiny_weights
+from device_models import plain_model, tiny_weights
 from stored_runs import bytes_of, stored_table
 from test_collect import run_tiny
 from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
@@ -39,11 +39,15 @@ def check(found: np.ndarray, x: np.ndarray) -> None:
     assert (np.abs(found - wanted[triangle]) <= (len(x) + 2) * 2.0**-24 * size[triangle]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
-def test_sums_are_of_what_the_products_read(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_are_of_what_the_products_read(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in plain PyTorch and in float16, as on a device."""
     random = np.random.default_rng(0)
     texts = [TokenizedDocument(i, "", random.integers(0, 60, n).astype(np.int32)) for i, n in enumerate((9, 1, 30, 7))]
-    model = floating_model(tiny_weights(family), rotated=True)
+    weights = tiny_weights(family)
+    on_host = dtype == torch.float32
+    model = floating_model(weights, rotated=True) if on_host else plain_model(weights, dtype, rotated=True)
     matrices: dict[int, SiteKey] = {
         getattr(block, site.removesuffix(":input")).data_ptr(): (layer, site)
         for layer, block in enumerate(model.blocks)
@@ -55,7 +59,7 @@ def test_sums_are_of_what_the_products_read(family: str, monkeypatch: pytest.Mon
 
     def hooked(x: torch.Tensor, weight: torch.Tensor, *others: Any) -> torch.Tensor:
         if (key := matrices.get(weight.data_ptr())) is not None:
-            seen[key].append(x.numpy().copy())
+            seen[key].append(x.float().numpy().copy())
         return linear(x, weight, *others)
 
     monkeypatch.setattr(torch.nn.functional, "linear", hooked)
@@ -185,3 +189,18 @@ def test_what_cannot_be_summed_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 def _broken(model: Any) -> Any:
     model.norms[1][0] = float("nan")
     return model
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+def test_a_device_s_sums_are_the_host_s(family: str) -> None:
+    weights, random = tiny_weights(family), np.random.default_rng(0)
+    texts = [TokenizedDocument(i, "", random.integers(0, 60, n).astype(np.int32)) for i, n in enumerate((9, 1, 130))]
+    widths = moment_widths(site_layouts(weights.config, PRODUCT_SITES))
+    wanted = part_moments(floating_model(weights, rotated=True), texts, widths, 2)
+    there = floating_model(weights, torch.device("cuda"), torch.float32, rotated=True)
+    found, again = (part_moments(there, texts, widths, 2) for _ in range(2))
+    for key, triangle in wanted.items():
+        # Float32 activations of some hundred roundings, squared.
+        np.testing.assert_allclose(found[key], triangle, atol=1e-3 * np.abs(triangle).max())
+        assert (found[key] == again[key]).all()
