@@ -72,8 +72,14 @@ def test_sums_are_of_what_the_products_read(family: str, dtype: torch.dtype, mon
         check(triangle, np.concatenate(seen[key]))
 
 
+@pytest.fixture
+def parts_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five documents then make three parts."""
+    monkeypatch.setattr(second_moments, "PART", 2)
+
+
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
-def test_the_table_is_that_of_the_activations(family: str, tmp_path: Path) -> None:
+def test_the_table_is_that_of_the_activations(family: str, parts_of_two: None, tmp_path: Path) -> None:
     """Of a Mamba-2 in the order of its groups."""
     model, data = WRITE[family](tmp_path / "tiny"), write_texts(tmp_path / "texts.jsonl")
     run = run_tiny(model, data, tmp_path / "db", keep_tokens="all", second_moments=99)
@@ -102,12 +108,6 @@ def test_the_table_is_that_of_the_activations(family: str, tmp_path: Path) -> No
 OPTIONS: dict[str, Any] = {"batch_size": 2, "keep_tokens": 8, "second_moments": 5}
 
 
-@pytest.fixture
-def parts_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five documents then make three parts."""
-    monkeypatch.setattr(second_moments, "PART", 2)
-
-
 def test_shards_merge_to_the_bytes_of_one_run(parts_of_two: None, tmp_path: Path) -> None:
     model, data = write_tiny_model(tmp_path / "tiny"), write_texts(tmp_path / "texts.jsonl")
     whole = run_tiny(model, data, tmp_path / "whole", **OPTIONS)
@@ -119,6 +119,23 @@ def test_shards_merge_to_the_bytes_of_one_run(parts_of_two: None, tmp_path: Path
         merged = merge(shards)
         assert bytes_of(merged.folder) == bytes_of(whole.folder)
         assert sorted(p.name for p in merged.folder.iterdir()) == sorted(p.name for p in whole.folder.iterdir())
+
+
+def test_parts_are_added_in_their_order(parts_of_two: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many shards: sums of parts for which the order decides, 1 and twice 2^60, which swallows it."""
+    model, data = write_tiny_model(tmp_path / "tiny"), write_texts(tmp_path / "texts.jsonl")
+    firsts: dict[int, int] = {}
+
+    def made_up(_: object, documents: list[TokenizedDocument], widths: dict[SiteKey, int], block: int) -> Any:
+        number = firsts.setdefault(documents[0].index, len(firsts))
+        return {key: np.full(n * (n + 1) // 2, [1.0, 2.0**60, -(2.0**60)][number]) for key, n in widths.items()}
+
+    monkeypatch.setattr(second_moments, "part_moments", made_up)
+    whole = run_tiny(model, data, tmp_path / "whole", **OPTIONS)
+    assert {value for row in stored_table(whole.folder, "second_moments")["values"].to_pylist() for value in row} == {0}
+    for index in (1, 0):
+        run_tiny(model, data, tmp_path / "shards", shard=Shard(index, 2), **OPTIONS)
+    assert bytes_of(merge(tmp_path / "shards").folder) == bytes_of(whole.folder)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(parts_of_two: None, tmp_path: Path) -> None:
