@@ -17,6 +17,7 @@ from quambase.apply.int8.model_folder import refuse_foreign_folder, save_model
 from quambase.apply.int8.needed_scales import check_model, unsafe_sites
 from quambase.apply.int8.weights import UPSTREAM
 from quambase.apply.scale_choice import DEFAULT_OTHERWISE, choose_scales, describe, notes_on
+from quambase.apply.second_moments import second_moments_of
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.names import bundled_models
 from quambase.schema.errors import ModelNotFound
@@ -77,6 +78,7 @@ def apply(
     quantize_embedding: bool = False,
     compat: str | None = None,
     weight_bits: int = 8,
+    gptq: bool = False,
     db: str | Path = Path("quambase-db"),
     out: str | Path | None = None,
     model: str | Path | None = None,
@@ -89,10 +91,11 @@ def apply(
     granularity  the finest division of a Mamba-2's sites to use; None: the table's finest
     compat       None, or "upstream": reproduce its wrapping Hadamard quantizer and its embedding maximum
     weight_bits  of in_proj, x_proj and out_proj: 8, or 4 (groups of 128 inputs, rounded to nearest)
+    gptq         round weights of 4 bits as GPTQ does, by the second moments of the scales' run in ``db``
     model        the floating-point model, if it is not at the path in the scale table
 
     An existing ``out`` must be empty or an INT8 model's folder.
-    Errors: OutputRefused, ScalesInvalid, UnknownName, ModelNotFound, CheckpointInvalid, RunBusy.
+    Errors: OutputRefused, ScalesInvalid, UnknownName, ModelNotFound, CheckpointInvalid, DatabaseInvalid, RunBusy.
     """
     db, out = local_folder(db), None if out is None else Path(out)
     if out is not None:
@@ -100,6 +103,7 @@ def apply(
     table = read_scales(Path(scales))
     strategy = strategy or table.default_label
     chosen = choose_scales(table, strategy, at, otherwise, granularity)
+    moments = second_moments_of(db, table) if gptq else None
     loaded = load_source(table, model)
     used_scales = check_any_scales(loaded.any_weights, table, chosen, quantize_lm_head)
     int8 = build_model(
@@ -110,6 +114,7 @@ def apply(
         quantize_embedding=quantize_embedding,
         compat=compat,
         weight_bits=weight_bits,
+        second_moments=moments,
         in_16_bit=table.in_16_bit_for(strategy),
     )
     settings = {
@@ -120,6 +125,7 @@ def apply(
         "run": table.run,
     }
     switches = [quantize_lm_head, quantize_embedding, compat, *([weight_bits] if weight_bits != 8 else [])]
+    switches += ["gptq"] if gptq else []
     used = {f"{layer}/{site}": as_json(scale) for (layer, site), scale in used_scales.items()}
     mixed = [sorted(int8.in_16_bit)] if int8.in_16_bit else []
     identity = json.dumps([loaded.weights_sha256, settings["strategy"], switches, used, *mixed], sort_keys=True)

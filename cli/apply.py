@@ -24,6 +24,15 @@ from quambase.schema.groups import GRANULARITIES
 
 BACKENDS = ("quambase", "quamba")
 
+WEIGHTS = {"8bit": (8, False), "4bit": (4, False), "4bit:gptq": (4, True)}
+"""``weight_bits`` and ``gptq`` of each value of ``--weights``."""
+
+
+def _weights(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """The bits of ``--weights``; the command's parameter ``gptq`` says how they are rounded."""
+    bits, context.params["gptq"] = WEIGHTS[value]
+    return bits
+
 
 int8_options = options(
     click.option("--quantize-lm-head", is_flag=True, help="Quantize the language-model head and its input."),
@@ -31,11 +40,12 @@ int8_options = options(
     click.option(
         "--weights",
         "weight_bits",
-        type=click.Choice(["8bit", "4bit"]),
+        type=click.Choice(list(WEIGHTS)),
         default="8bit",
         show_default=True,
-        callback=lambda context, parameter, value: int(value.removesuffix("bit")),
-        help="Weights of in_proj, x_proj and out_proj; 4bit: groups of 128 inputs, rounded to nearest (W4A8).",
+        callback=_weights,
+        help="Weights of in_proj, x_proj and out_proj; 4bit: groups of 128 inputs, rounded to nearest (W4A8); "
+        "4bit:gptq: with GPTQ's update, of a run collected with --second-moments.",
     ),
     click.option("--compat", type=click.Choice(["upstream"]), help="Reproduce upstream's overflow defects too."),
     click.option(
@@ -182,6 +192,7 @@ def _build(mix: dict[str, Any], quantize_lm_head: bool, quantize_embedding: bool
     kept = f"; {floating} in float" if floating else ""
     but = f" but for {applied.operators_in_16_bit} operators in 16 bit" if applied.operators_in_16_bit else ""
     bits = "" if given["weight_bits"] == 8 else f" with weights of {given['weight_bits']} bits"
+    bits += " by GPTQ" if given["gptq"] else ""
     answer(f"strategy {applied.strategy}: {quantized} in INT8{bits}{but}{kept}; model saved in")
     click.echo(applied.folder)
     named = "" if applied.remembered else f" {shlex.quote(str(applied.folder))}"
@@ -205,6 +216,7 @@ def _build_upstream(
     weight_bits: int,
     quantize_lm_head: bool,
     force: bool,
+    gptq: bool,
     **given: Any,
 ) -> None:
     """Build the model with upstream's own package, and say which scales gave way to others."""

@@ -39,6 +39,9 @@ DTYPES = ("float16", "float32")
 SENSITIVITY_DOCUMENTS = 40
 """Of `collect --sensitivity` without a number: with 120 the scales chosen were the same."""
 
+MOMENT_DOCUMENTS = 128
+"""Of `collect --second-moments` without a number, as many as GPTQ's authors take."""
+
 STATE_EVERY = 64
 """Of `collect --state-every` without a number: states then add a fifteenth to the values counted of a mamba-130m."""
 
@@ -98,6 +101,16 @@ collect_options = options(
         metavar="[DOCUMENTS]",
         help="Also measure how much the output depends on each value, by a backward pass over so many documents; "
         f"`analyze` then selects scales by their effect on the output.  [without a number: {SENSITIVITY_DOCUMENTS}]",
+    ),
+    click.option(
+        "--second-moments",
+        type=COUNT,
+        is_flag=False,
+        flag_value=MOMENT_DOCUMENTS,
+        metavar="[DOCUMENTS]",
+        help="Also sum x x^T of what in_proj, x_proj and out_proj read, over so many documents: `apply --weights "
+        "4bit:gptq` needs it. A matrix as wide as the site for each, which memory and run then hold.  "
+        f"[without a number: {MOMENT_DOCUMENTS}]",
     ),
     click.option(
         "--state-every",

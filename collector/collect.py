@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from importlib.metadata import version
@@ -35,6 +35,14 @@ from quambase.collector.run_folder import (
     finish_run,
     versions,
     write_statistics,
+)
+from quambase.collector.second_moments import (
+    SecondMomentsPlan,
+    collect_second_moments,
+    moment_parts_of,
+    moment_widths,
+    moments_file,
+    stored_second_moments,
 )
 from quambase.collector.sensitivity import (
     SensitivityPlan,
@@ -123,6 +131,7 @@ def collect(
     group_samples: int | None = None,
     groups_from: str | None = None,
     sensitivity: int | None = None,
+    second_moments: int | None = None,
     state_every: int | None = None,
     by_position: bool = False,
     by_block: bool = False,
@@ -141,6 +150,7 @@ def collect(
     of a first pass over ``group_samples`` documents (default 64, for ``quamba2`` all) or of the run ``groups_from``.
     ``sensitivity``: this many evenly spaced documents also go through a backward pass, and the table `sensitivities`
     tells how much the output depends on each value.
+    ``second_moments``: of this many, the table `second_moments` has the matrices that 4-bit weights by GPTQ need.
     ``state_every``: the sites ssm_state_seq have the state after every so many tokens. ``by_position``: the tables
     `position_counts`, `position_stats` and `position_channels` divide every site by how many tokens were read.
     ``by_block``: `block_counts` has the counts of each block.
@@ -162,8 +172,9 @@ def collect(
         observed = _observed_sites(loaded.family, sites, state_every)
         settings = _Settings(samples, seq_len, batch_size, observed, keep_tokens, seed)
         backward = SensitivityPlan.of(plan, sensitivity, observed, loaded.family, seed) if sensitivity else None
+        moments = SecondMomentsPlan.of(plan, second_moments, observed, batch_size) if second_moments else None
         extra = _Extra(state_every, by_position, by_block)
-        request = _Request(loaded, source, plan, grouping, backward, extra, where, settings)
+        request = _Request(loaded, source, plan, grouping, backward, moments, extra, where, settings)
         # 2. The run, or this shard of it, may exist.
         if (found := _existing(folder := db / "runs" / request.run, shard)) is not None:
             return found
@@ -252,6 +263,7 @@ class _Request:
     plan: DocumentSet
     grouping: Grouping | None
     sensitivity: SensitivityPlan | None
+    second_moments: SecondMomentsPlan | None
     extra: _Extra
     where: Placement
     settings: _Settings
@@ -271,6 +283,7 @@ class _Request:
             "torch": version("torch"),
             **({"groups": self.grouping.identity()} if self.grouping else {}),
             **({"sensitivity": self.sensitivity.identity()} if self.sensitivity else {}),
+            **({"second_moments": self.second_moments.identity()} if self.second_moments else {}),
             **self.extra.identity(),
         }
 
@@ -324,6 +337,7 @@ def _collect(request: _Request, folder: Path, shard: Shard | None, db: Path, sho
     blocks = request.plan.blocks(request.settings.block)
     mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
     index, parts = acting_sites(layouts, loaded.family), parts_of(request.identity)
+    widths, moment_parts = moment_widths(layouts), moment_parts_of(request.identity)
     with BlockFiles(folder, there) as files:
         outputs = BlockOutputs(request.run, request.kept(), files.add, partial(write_sums, folder) if shard else None)
         runner = new_block_runner(weights, request.where, statistics, outputs)
@@ -339,13 +353,22 @@ def _collect(request: _Request, folder: Path, shard: Shard | None, db: Path, sho
                 own = range(parts) if shard is None else shard.blocks(parts)
                 collect_sensitivity(weights, request.where, request.sensitivity, index, own, folder, shown)
                 clock.lap("sensitivity")
+            if request.second_moments:
+                own = range(moment_parts) if shard is None else shard.blocks(moment_parts)
+                collect_second_moments(weights, request.where, request.second_moments, widths, own, folder, shown)
+                clock.lap("second_moments")
             # 3. The tables of the run, or a shard's files, from which a merge makes them.
             shown.say("writing the run")
             locate = _locator(request.plan, loaded)
             if shard is None:
-                made = stored_sensitivities(
-                    request.run, index, [folder / sensitivity_file(part) for part in range(parts)]
-                )
+                made = {
+                    "sensitivities": stored_sensitivities(
+                        request.run, index, [folder / sensitivity_file(part) for part in range(parts)]
+                    ),
+                    "second_moments": stored_second_moments(
+                        request.run, widths, [folder / moments_file(part) for part in range(moment_parts)]
+                    ),
+                }
                 tables = _write_tables(runner, statistics, folder, request.run, locate, files, made)
             else:
                 tables = _write_shard(runner, statistics, folder, len(mine), locate, files)
@@ -393,10 +416,10 @@ def _write_tables(
     run: str,
     locate: Locate,
     files: BlockFiles,
-    sensitivities: Sequence[Callable[[], pa.Table]],
+    others: Mapping[str, Sequence[Callable[[], pa.Table]]],
 ) -> dict[str, TableFile]:
     """Write the tables of a whole run, while its last blocks' rows are still being written; returns all files."""
-    made = write_statistics(folder, run, statistics, COUNTED_AS, locate, sensitivities)
+    made = write_statistics(folder, run, statistics, COUNTED_AS, locate, others)
     runner.settle()
     return every_table(folder, files.written() | made)
 

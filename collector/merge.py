@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from quambase.collector.checkpoint import load_checkpoint, position_buckets
@@ -21,6 +22,7 @@ from quambase.collector.collect import CollectedRun, existing_run
 from quambase.collector.documents import run_id
 from quambase.collector.layouts import site_layouts
 from quambase.collector.run_folder import every_table, finish_run, versions, write_statistics
+from quambase.collector.second_moments import moment_parts_of, moment_widths, moments_file, stored_second_moments
 from quambase.collector.sensitivity import acting_sites, parts_of, sensitivity_file, stored_sensitivities
 from quambase.collector.shards import (
     SHARD,
@@ -86,9 +88,7 @@ def merge(
             blocks |= each.manifest.tables
         encoding = ENCODINGS[manifest.identity["activation_dtype"]]
         locate = stored_locator(list(folders.values()))
-        parts, count = parts_of(manifest.identity), len(found)
-        paths = [folders[Shard(part % count, count)] / sensitivity_file(part) for part in range(parts)]
-        made = stored_sensitivities(name, acting_sites(layouts, manifest.model.family), paths)
+        made = _from_parts(name, manifest, folders, layouts)
         tables = every_table(folder, blocks | write_statistics(folder, name, statistics, encoding, locate, made))
         created = {
             "started": min(str(each.manifest.created["started"]) for each in found.values()),
@@ -98,6 +98,23 @@ def merge(
         }
         complete = finish_run(folder, replace(manifest, tables=tables, created=created))
     return CollectedRun(folder, complete, existed=False)
+
+
+def _from_parts(
+    run: str, manifest: Manifest, folders: Folders, layouts: Mapping[SiteKey, SiteLayout]
+) -> dict[str, list[Callable[[], pa.Table]]]:
+    """The functions that make the tables whose parts the shards share."""
+
+    def paths(parts: int, file: Callable[[int], str]) -> list[Path]:
+        return [folders[Shard(part % len(folders), len(folders))] / file(part) for part in range(parts)]
+
+    identity, index = manifest.identity, acting_sites(layouts, manifest.model.family)
+    return {
+        "sensitivities": stored_sensitivities(run, index, paths(parts_of(identity), sensitivity_file)),
+        "second_moments": stored_second_moments(
+            run, moment_widths(layouts), paths(moment_parts_of(identity), moments_file)
+        ),
+    }
 
 
 def merge_if_last(db: Path, run: str, *, progress: Shown = False) -> CollectedRun | None:

@@ -1,8 +1,8 @@
 """A run folder: writes the files of its tables and `run.json`, and removes what only an unfinished run needs.
 
 `documents`, `activations` and `block_counts` are written block by block, as folders with a file for each block that has
-rows. `counts`, `sensitivities` and `position_counts`, which are large and made at the end, are folders of parts. The
-other tables are a file each.
+rows. `counts`, `sensitivities`, `second_moments` and `position_counts` are large and made at the end: folders of parts.
+The other tables are a file each.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import pyarrow as pa
 
 from quambase.collector.checkpoint import CHECKPOINT
+from quambase.collector.second_moments import MOMENTS
 from quambase.collector.sensitivity import SENSITIVITY
 from quambase.collector.statistics import Encoding, RunStatistics
 from quambase.collector.table_rows import (
@@ -142,11 +143,11 @@ def write_statistics(
     statistics: RunStatistics,
     encoding: Encoding,
     locate: Locate,
-    sensitivities: Sequence[Callable[[], pa.Table]] = (),
+    others: Mapping[str, Sequence[Callable[[], pa.Table]]] = MappingProxyType({}),
 ) -> dict[str, TableFile]:
     """Write the tables made of a run's statistics, which are on the host, in threads; returns their files. OSError.
 
-    ``sensitivities``: the functions that make that table's parts.
+    ``others``: further tables, and the functions that make the parts of each.
     """
 
     def write(file: str, make: Callable[[], pa.Table]) -> TableFile:
@@ -158,7 +159,7 @@ def write_statistics(
         made: dict[str, Callable[[], pa.Table]] = {
             "channels.parquet": partial(channels_rows, run, statistics),
             **{part_file(number): part for number, part in enumerate(counts_parts(run, statistics, encoding))},
-            **{part_file(number, "sensitivities"): part for number, part in enumerate(sensitivities)},
+            **{part_file(number, table): part for table, parts in others.items() for number, part in enumerate(parts)},
             **_position_tables(run, statistics, encoding, pool),
             "outliers.parquet": partial(outliers_rows, run, statistics, encoding, locate),
             "groups.parquet": partial(groups_rows, run, statistics.index),
@@ -185,7 +186,7 @@ def every_table(folder: Path, files: Mapping[str, TableFile]) -> dict[str, Table
     OSError.
     """
     found = dict(files)
-    parts = ("counts", "sensitivities", "position_counts")
+    parts = ("counts", "sensitivities", "second_moments", "position_counts")
     for file in (*(part_file(0, table) for table in parts), *(block_file(table, 0) for table in BLOCK_TABLES)):
         if table_of(file) not in map(table_of, files):
             found[file] = write_file(folder, file, RUN_TABLES[table_of(file)].empty_table())
@@ -227,7 +228,7 @@ def clear_leftovers(folder: Path) -> None:
     Does nothing if there is nothing, if another process holds the lock, or if the folder cannot be written.
     """
     remove_lock(folder.parent)
-    if any((folder / name).exists() for name in (SHARDS, SENSITIVITY, CHECKPOINT, ".lock")):
+    if any((folder / name).exists() for name in (SHARDS, SENSITIVITY, MOMENTS, CHECKPOINT, ".lock")):
         with suppress(RunBusy, OSError), locked(folder):
             _clear(folder)
 
@@ -241,7 +242,7 @@ def clear_shard(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for inner in (SHARDS, SENSITIVITY):
+    for inner in (SHARDS, SENSITIVITY, MOMENTS):
         shutil.rmtree(folder / inner, ignore_errors=True)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     places: Iterable[Path] = (folder, *(folder / table for table in RUN_TABLES))

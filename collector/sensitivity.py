@@ -115,10 +115,8 @@ class SensitivityPlan:
             raise DataInvalid(
                 "--sensitivity needs a site whose scale the INT8 model reads in a forward pass; --site leaves none"
             )
-        size = len(documents.documents)
-        count = min(wanted, size)
-        chosen = [documents.documents[(2 * i + 1) * size // (2 * count)] for i in range(count)]
-        return cls([chosen[i : i + PART] for i in range(0, count, PART)], seed)
+        chosen = documents.evenly_spaced(wanted)
+        return cls([chosen[i : i + PART] for i in range(0, len(chosen), PART)], seed)
 
     def identity(self) -> dict[str, int]:
         """What determines the sums, besides the run's other settings."""

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.collector.checkpoint import CHECKPOINT
+from quambase.collector.second_moments import moment_parts_of, moments_file
 from quambase.collector.sensitivity import parts_of, sensitivity_file
 from quambase.collector.statistics import Int64, RunStatistics, SiteLayout
 from quambase.collector.table_rows import Locate, Places, table_groups
@@ -205,10 +206,11 @@ class ShardManifest:
 
 def finish_shard(folder: Path, shard: Shard, manifest: Manifest, config: ModelConfig, blocks: int) -> None:
     """Write `shard.json`, which makes the shard complete. DatabaseInvalid: a block's sums were altered."""
-    parts = shard.blocks(parts_of(manifest.identity))
+    parts, moment_parts = (shard.blocks(of(manifest.identity)) for of in (parts_of, moment_parts_of))
     for block in shard.blocks(blocks):
         read_sums(folder, block)  # whose checksums below are those of the files as they are now
-    names = [CHECKPOINT, PLACES, *map(sums_file, shard.blocks(blocks)), *map(sensitivity_file, parts)]
+    names = [CHECKPOINT, PLACES, *map(sums_file, shard.blocks(blocks))]
+    names += [*map(sensitivity_file, parts), *map(moments_file, moment_parts)]
     files = {name: file_sha256(folder / name) for name in names}
     content = {
         "shard": asdict(shard),

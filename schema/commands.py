@@ -67,6 +67,8 @@ def collect_command(
         words += _grouping(asked.get("groups"))
     if "sensitivity" in asked:
         words += ["--sensitivity", str(asked["sensitivity"]["documents"])]
+    if "second_moments" in asked:
+        words += ["--second-moments", str(asked["second_moments"]["documents"])]
     return shlex.join(words)
 
 

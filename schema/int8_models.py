@@ -46,6 +46,7 @@ class _About(TypedDict, total=False):
     quantize_embedding: Required[bool]
     compat: str | None
     weight_bits: Literal[4, 8]
+    gptq: bool
     kept_16bit: list[tuple[int, str]]
     files: dict[Annotated[str, Meta(pattern=r"^[a-z]{1,40}\.[a-z]{1,40}\Z")], Sha256]
 

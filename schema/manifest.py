@@ -41,7 +41,7 @@ FileName = Annotated[str, msgspec.Meta(pattern=r"^\w+(/[\w-]+)?\.parquet\Z")]
 """The path of a table's file in its run folder, never out of it."""
 
 
-class _Backward(TypedDict):
+class _FewDocuments(TypedDict):
     documents: Count
     tokens: Count
 
@@ -56,7 +56,8 @@ class _KnownIdentity(TypedDict, total=False):
     sites: list[str]
     activation_dtype: str
     outliers: Size
-    sensitivity: _Backward
+    sensitivity: _FewDocuments
+    second_moments: _FewDocuments
     by_block: bool
     by_position: bool
     state_every: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]

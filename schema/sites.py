@@ -24,6 +24,9 @@ IN_PROJ, CONV_SCAN, X_PROJ, OUT_PROJ = OPERATORS = ("in_proj", "conv_scan", "x_p
 norm of a Mamba-2; x_proj: x_proj and dt_proj, of a Mamba-1.
 """
 
+PRODUCT_SITES = tuple(f"{name}:input" for name in (IN_PROJ, X_PROJ, OUT_PROJ))
+"""What the matrices read that can have weights of 4 bits; a Mamba-2 has no x_proj."""
+
 
 @dataclass(frozen=True)
 class Site:

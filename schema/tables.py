@@ -113,6 +113,20 @@ SENSITIVITIES = _table(
     ),
 )
 
+SECOND_MOMENTS = _table(
+    "second_moments",
+    "The matrices of second moments of what in_proj, x_proj and out_proj read, over a few documents (`collect "
+    "--second-moments`; without rows otherwise), as 4-bit weights by GPTQ need them. Unrounded values; sorted by "
+    "layer, site and channel.",
+    ("channel", pa.int32(), "The matrix's row: channel index within the site."),
+    (
+        "values",
+        pa.list_(pa.float32()),
+        "The row up to its diagonal, since the matrix is symmetric: the sum over the tokens of this channel's value "
+        "times that of channel 0, 1, ..., this one.",
+    ),
+)
+
 QUANTILES: dict[str, float] = {
     "q50": 0.5,
     "q90": 0.9,
@@ -383,6 +397,7 @@ RUN_TABLES: dict[str, pa.Schema] = {
     "activations": ACTIVATIONS,
     "groups": GROUPS,
     "sensitivities": SENSITIVITIES,
+    "second_moments": SECOND_MOMENTS,
     "block_counts": BLOCK_COUNTS,
     "position_counts": POSITION_COUNTS,
     "position_stats": POSITION_STATS,
@@ -405,6 +420,7 @@ _ENCODINGS = {
         "gradient_sq": "BYTE_STREAM_SPLIT",
     },
     "activations": {"values.list.element": "BYTE_STREAM_SPLIT"},
+    "second_moments": {"values.list.element": "BYTE_STREAM_SPLIT"},
 }
 
 _STATISTICS = {"counts": ["layer"], "block_counts": ["layer"], "position_counts": ["layer"]}

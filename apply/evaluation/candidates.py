@@ -19,6 +19,7 @@ from quambase.apply.int8.state_formats import StateFormat
 from quambase.apply.int8.two_segments import TwoSegmentModel
 from quambase.apply.int8.weights import quantize
 from quambase.apply.scale_choice import check_granularity, describe
+from quambase.apply.second_moments import second_moments_of
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.sources import is_bundled
 from quambase.schema.errors import DataInvalid, ScalesInvalid
@@ -87,8 +88,9 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
         table = read_scales(path)
         check_model(table, loaded.weights_sha256, loaded.name)
         needed = needed_sites(loaded.any_weights.config, stored.model.quantized_lm_head)
-        if UPSTREAM in loadable_labels(table, needed)[0] and UPSTREAM not in models:
-            int8 = stored.model
+        int8 = stored.model
+        remade = int8.in_16_bit and int8.weights.gptq  # its operators in 16 bit cannot be in 4 bits: no second moments
+        if UPSTREAM in loadable_labels(table, needed)[0] and UPSTREAM not in models and not remade:
             if int8.in_16_bit:  # upstream's model has no operator in 16 bit
                 int8 = leaving_in_16_bit(int8, prepared_for(loaded.any_weights, table), ())
             models[UPSTREAM] = int8.with_scales(table.group_scales_for(UPSTREAM))
@@ -114,14 +116,17 @@ def from_scales(
     quantize_embedding: bool,
     compat: str | None,
     weight_bits: int = 8,
+    gptq_from: Path | None = None,
     granularities: Sequence[str] = (),
 ) -> Candidates:
     """Strategies of a scale table at each of ``granularities`` ("all": every one the table has; none: its finest),
     built in memory on one set of INT8 weights. Labels name the granularity where it is not the table's finest.
 
-    model  the floating-point model, if it moved
+    model      the floating-point model, if it moved
+    gptq_from  the database with the second moments by which GPTQ rounds weights of 4 bits; None: round to nearest
     """
     table = read_scales(scales)
+    moments = None if gptq_from is None else second_moments_of(gptq_from, table)
     held = table.granularities()
     levels = held if "all" in granularities else [check_granularity(table, level) for level in granularities]
     loaded = load_source(table, model)
@@ -145,7 +150,7 @@ def from_scales(
     }
     prepared, maps = prepared_for(loaded.any_weights, table), channel_maps(table.model.layer_groups or ())
     switches = {"quantize_lm_head": quantize_lm_head, "quantize_embedding": quantize_embedding}
-    placed = on_host(quantize(prepared, **switches, compat=compat, weight_bits=weight_bits))
+    placed = on_host(quantize(prepared, **switches, compat=compat, weight_bits=weight_bits, second_moments=moments))
     models: dict[str, AnyInt8Model] = {}
     for label, level in asked:
         name = describe(label, granularity=None if level == held[-1] else level)
@@ -156,9 +161,10 @@ def from_scales(
         int8 = Int8LanguageModel(placed, chosen[label, level], channel_groups=maps, compat=compat)
         in_16_bit = table.in_16_bit_for(label)
         models[name] = leaving_in_16_bit(int8, prepared, in_16_bit) if in_16_bit else int8
+    by = "" if gptq_from is None else ", rounded by GPTQ"
     notes = [
         *table.notes,
-        *([f"weights of in_proj, x_proj and out_proj in {weight_bits} bits"] if weight_bits != 8 else []),
+        *([f"weights of in_proj, x_proj and out_proj in {weight_bits} bits{by}"] if weight_bits != 8 else []),
     ]
     return Candidates(loaded, models, str(scales.resolve()), table.run, skipped, notes)
 

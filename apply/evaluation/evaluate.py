@@ -63,6 +63,7 @@ def evaluate(
     quantize_embedding: bool = False,
     compat: str | None = None,
     weight_bits: int = 8,
+    gptq: bool = False,
     db: str | Path = Path("quambase-db"),
     model: str | Path | None = None,
     device: str = "auto",
@@ -83,7 +84,7 @@ def evaluate(
     states      with ``mode="decode"``: each strategy also with the cached state in each of these formats
                 (`quambase.apply.int8.state_formats`), simulated
     tasks       names of lm-eval's tasks, in place of ``data`` and ``task``; ``include_path``: a folder of more tasks
-    weight_bits  with ``scales``, as of `quambase.apply.apply.apply`
+    weight_bits, gptq  with ``scales``, as of `quambase.apply.apply.apply`
     device      "auto" (CUDA if there is any), "cpu" or "cuda"; results of either are kept apart
     progress    shown on stderr, or a function that is called with (documents done, documents in all)
     A killed evaluation resumes: the same call finds its finished blocks.
@@ -107,7 +108,8 @@ def evaluate(
         asked = _lm_eval_tasks(tasks, include_path, samples, texts, task, shown) if tasks else None
         shown.say("loading the model")
         switches = {"quantize_lm_head": quantize_lm_head, "quantize_embedding": quantize_embedding, "compat": compat}
-        of_scales = {"strategies": strategies, "granularities": granularities, "weight_bits": weight_bits, **switches}
+        rounding = {"weight_bits": weight_bits, "gptq_from": db if gptq else None}
+        of_scales = {"strategies": strategies, "granularities": granularities, **rounding, **switches}
         needs_text = not texts and asked is None
         candidates = _candidates(folder, scales, model, db, of_scales, floating=floating, needs_text=needs_text)
         candidates = candidates.with_states(states)

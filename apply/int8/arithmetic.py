@@ -131,22 +131,74 @@ def quantize_weight_float32(weight: torch.Tensor) -> Int8Weight:
 WEIGHT_GROUP = 128
 """Input channels that share a scale of 4-bit weights."""
 
+CODES_4BIT = -8, 7
+"""Least and largest code of a 4-bit weight."""
 
-def quantize_weight_4bit(weight: torch.Tensor) -> SplitInt8Weight:
-    """A matrix (out, in) in 4 bits, rounded to nearest, as the int8 codes that a W4A8 product reads, one scale a row.
+
+def quantize_weight_4bit(weight: torch.Tensor, second_moments: torch.Tensor | None = None) -> SplitInt8Weight:
+    """A matrix (out, in) in 4 bits, as the int8 codes that a W4A8 product reads, one scale a row; rounded to nearest,
+    or with the ``second_moments`` (in, in) of its input as `compensated_codes` does.
 
     Each row's groups of WEIGHT_GROUP inputs have the scale ``2 amax / 15`` and codes -8..7, half to even. The product
     reads them as int8: ``round(code * group scale / row scale)``, where the row scale maps the row's largest value to
     127, and the ratio of the scales is rounded to float16. So upstream's W4A8 kernel (Marlin, QQQ) has it.
     """
     rows, width = weight.shape
-    groups = F.pad(weight, (0, -width % WEIGHT_GROUP)).view(rows, -1, WEIGHT_GROUP)
-    scales = 2 * groups.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 15
-    codes = torch.round(groups / scales).clamp(-8, 7)
+    if second_moments is None:
+        groups = _by_group(weight)
+        scales = _group_scale(groups)
+        codes = torch.round(groups / scales).clamp(*CODES_4BIT)
+    else:
+        codes, scales = compensated_codes(weight, second_moments)
     of_rows = (codes * scales).abs().amax((1, 2)).clamp(min=1e-5) / INT8_MAX
     ratios = to_half(scales / of_rows.view(-1, 1, 1))
     wide = torch.round(codes * ratios).clamp(INT8_MIN, INT8_MAX).to(torch.int8)
     return SplitInt8Weight(wide.view(rows, -1)[:, :width].contiguous(), tuple(of_rows.tolist()), (1,) * rows)
+
+
+def _by_group(weight: torch.Tensor) -> torch.Tensor:
+    """(out, groups, WEIGHT_GROUP) of a matrix (out, in), the last group filled up with zeros."""
+    return F.pad(weight, (0, -weight.shape[1] % WEIGHT_GROUP)).view(len(weight), -1, WEIGHT_GROUP)
+
+
+def _group_scale(group: torch.Tensor) -> torch.Tensor:
+    """The scale of 4-bit weights (..., inputs) float32 of a group, (..., 1)."""
+    return 2 * group.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 15
+
+
+DAMPING = 0.01
+"""What GPTQ adds to the diagonal of the second moments, relative to its mean."""
+
+
+def compensated_codes(weight: torch.Tensor, second_moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """GPTQ (Frantar et al. 2022): 4-bit codes (out, groups, WEIGHT_GROUP) and scales (out, groups, 1), float32, of a
+    matrix W (out, in), by the second moments H (in, in) of its input.
+
+    Rounds column after column; each time the columns that are left take on what minimizes ``tr((W - Q) H (W - Q)^T)``.
+    With the upper Cholesky factor U of the inverse of H, the error of column i times ``U[i, i:] / U[i, i]`` is
+    subtracted. A group's scale is that of its weights when its turn comes. An input that was always 0 has neither
+    effect nor correction: its weights are rounded to nearest (the authors set them to 0, which a text in which it is
+    not 0 would notice).
+    """
+    moments = second_moments.to(torch.float64)
+    mean = moments.diagonal().mean()
+    damped = moments + torch.eye(len(moments), dtype=torch.float64) * (DAMPING * mean if mean > 0 else 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    left = weight.to(torch.float64, copy=True)
+    codes, scales = torch.zeros(weight.shape), []
+    for start in range(0, weight.shape[1], WEIGHT_GROUP):
+        group = slice(start, min(start + WEIGHT_GROUP, weight.shape[1]))
+        scale = _group_scale(left[:, group].to(torch.float32))
+        errors = torch.zeros(len(weight), group.stop - start, dtype=torch.float64)
+        for i in range(start, group.stop):
+            code = torch.round(left[:, i].to(torch.float32) / scale[:, 0]).clamp(*CODES_4BIT)
+            error = (left[:, i] - code * scale[:, 0]) / factor[i, i]
+            left[:, i : group.stop] -= error[:, None] * factor[i, i : group.stop]
+            codes[:, i], errors[:, i - start] = code, error
+        left[:, group.stop :] -= errors @ factor[group, group.stop :]  # of all columns at once, which is much faster
+        scales.append(scale)
+    return _by_group(codes), torch.stack(scales, dim=1)
 
 
 def quantize_rows(weight: torch.Tensor, *, signed_max: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -35,28 +36,30 @@ class Int8BlockWeights(ABC):
 
     @classmethod
     @abstractmethod
-    def quantized(cls, config: Any, layer: Any, weight_bits: int = 8) -> Int8BlockWeights:
+    def quantized(
+        cls, config: Any, layer: Any, weight_bits: int = 8, moments: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> Int8BlockWeights:
         """Quantize prepared (folded and rotated, `quambase.model.prepare`) weights, rounding as upstream does.
 
         weight_bits  of in_proj, x_proj and out_proj: 8, or 4 (`quantize_weight_4bit`)
+        moments      of 4 bits, the second moments of these operators' inputs by site; none: round to nearest
         """
 
-    @classmethod
-    def of(cls, config: Any, layer: Any, operators: Collection[str] = (), weight_bits: int = 8) -> Int8BlockWeights:
-        """As `quantized`, but the weights of the ``operators`` in float16, or in float32 where the floating-point model
-        has that whatever its dtype.
+    def with_16_bit(self, layer: Any, operators: Collection[str]) -> Int8BlockWeights:
+        """The same with the weights of the ``operators`` in float16, or in float32 where the floating-point model has
+        that whatever its dtype; ``layer``: the prepared weights.
 
         ScalesInvalid: the block has no such operator.
         """
-        wide = KINDS[cls.kind].float32
+        wide = KINDS[self.kind].float32
         halves: dict[str, torch.Tensor] = {}
         for operator in operators:
-            if operator not in cls.fields_of:
-                known = ", ".join(cls.fields_of)
-                raise ScalesInvalid(f"a {KINDS[cls.kind].title} block has no operator {operator}; it has {known}")
-            for name in cls.fields_of[operator]:
+            if operator not in self.fields_of:
+                known = ", ".join(self.fields_of)
+                raise ScalesInvalid(f"a {KINDS[self.kind].title} block has no operator {operator}; it has {known}")
+            for name in self.fields_of[operator]:
                 halves[name] = getattr(layer, name).to(torch.float32 if name in wide else torch.float16)
-        return replace(cls.quantized(config, layer, weight_bits), **halves)  # type: ignore[type-var]
+        return replace(self, **halves)  # type: ignore[type-var]
 
     @property
     def in_16_bit(self) -> frozenset[str]:

@@ -12,7 +12,7 @@ from quambase.apply.int8.host_operators import HostInt8Operators
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.needed_scales import Scales
 from quambase.apply.int8.two_segments import TwoSegmentModel
-from quambase.apply.int8.weights import Int8ModelWeights, PlacedWeights, quantize, with_16_bit
+from quambase.apply.int8.weights import Int8ModelWeights, PlacedWeights, SecondMoments, quantize, with_16_bit
 from quambase.model.prepare import prepare, reorder
 from quambase.model.weights import ModelWeights
 from quambase.schema.scale_table import Operator, ScaleTable
@@ -27,6 +27,7 @@ def build(
     quantize_embedding: bool = False,
     compat: str | None = None,
     weight_bits: int = 8,
+    second_moments: SecondMoments | None = None,
     in_16_bit: Collection[Operator] = (),
 ) -> Int8LanguageModel:
     """The INT8 model of prepared weights on the CPU, with the operators ``in_16_bit`` in 16 bit.
@@ -39,6 +40,7 @@ def build(
         quantize_embedding=quantize_embedding,
         compat=compat,
         weight_bits=weight_bits,
+        second_moments=second_moments,
     )
     if in_16_bit:
         weights = with_16_bit(weights, prepared, in_16_bit)
@@ -68,6 +70,7 @@ def build_model(
     quantize_embedding: bool = False,
     compat: str | None = None,
     weight_bits: int = 8,
+    second_moments: SecondMoments | None = None,
     in_16_bit: Collection[Operator] = (),
 ) -> Int8LanguageModel:
     """Quantize what `prepared_for` gives. ScalesInvalid as for the model's class; CheckpointInvalid."""
@@ -79,6 +82,7 @@ def build_model(
         quantize_embedding=quantize_embedding,
         compat=compat,
         weight_bits=weight_bits,
+        second_moments=second_moments,
         in_16_bit=in_16_bit,
     )
 

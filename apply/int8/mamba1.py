@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -85,13 +87,22 @@ class Int8Mamba1Weights(Int8BlockWeights):
     out_proj: Weight
 
     @classmethod
-    def quantized(cls, config: MambaConfig, layer: Mamba1BlockWeights, weight_bits: int = 8) -> Int8Mamba1Weights:
+    def quantized(
+        cls,
+        config: MambaConfig,
+        layer: Mamba1BlockWeights,
+        weight_bits: int = 8,
+        moments: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> Int8Mamba1Weights:
         """Quantize prepared weights: float16 arithmetic, float32 for what upstream keeps in float32."""
         how: dict[str, Callable[[torch.Tensor], Weight]] = dict.fromkeys(
             ("dt_bias", "A_log", "D"), quantize_weight_float32
         )
         if weight_bits == 4:
-            how |= dict.fromkeys(("in_proj", "x_proj", "out_proj"), quantize_weight_4bit)
+            how |= {
+                name: partial(quantize_weight_4bit, second_moments=moments.get(f"{name}:input"))
+                for name in ("in_proj", "x_proj", "out_proj")
+            }
         names = [f.name for f in fields(cls)]
         return cls(**{name: how.get(name, quantize_weight)(getattr(layer, name)) for name in names})  # type: ignore[arg-type]
 

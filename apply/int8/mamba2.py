@@ -25,6 +25,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -88,18 +89,26 @@ class Int8Mamba2Weights(Int8BlockWeights):
     gated_norm: torch.Tensor
 
     @classmethod
-    def quantized(cls, config: Mamba2Config, layer: Mamba2BlockWeights, weight_bits: int = 8) -> Int8Mamba2Weights:
+    def quantized(
+        cls,
+        config: Mamba2Config,
+        layer: Mamba2BlockWeights,
+        weight_bits: int = 8,
+        moments: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> Int8Mamba2Weights:
         """Quantize prepared weights: float16 arithmetic, but float32 for the convolution and D, as upstream."""
         widths = cls.widths(config)
         return cls(
-            in_proj=quantize_weight_4bit(layer.in_proj)
+            in_proj=quantize_weight_4bit(layer.in_proj, moments.get("in_proj:input"))
             if weight_bits == 4
             else SplitInt8Weight.of(layer.in_proj, widths["in_proj"], quantize_weight),
             conv_weight=SplitInt8Weight.of(layer.conv_weight, widths["conv_weight"], quantize_weight_float32),
             conv_bias=SplitInt8Weight.of(layer.conv_bias, widths["conv_bias"], quantize_weight_float32),
             A_log=quantize_weight(layer.A_log),
             D=quantize_weight_float32(layer.D),
-            out_proj=(quantize_weight_4bit if weight_bits == 4 else quantize_weight)(layer.out_proj),
+            out_proj=quantize_weight_4bit(layer.out_proj, moments.get("out_proj:input"))
+            if weight_bits == 4
+            else quantize_weight(layer.out_proj),
             dt_bias=layer.dt_bias.to(torch.float16),
             gated_norm=layer.gated_norm.to(torch.float16),
         )

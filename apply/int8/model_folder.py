@@ -133,6 +133,7 @@ def _save(
         "quantize_embedding": model.weights.embedding_scales is not None,
         "compat": model.compat,
         "weight_bits": model.weights.weight_bits,
+        **({"gptq": True} if model.weights.gptq else {}),
         "kept_16bit": [list(operator) for operator in sorted(model.in_16_bit)],
         "tensors_sha256": file_sha256(folder / TENSORS),
         "files": {name: file_sha256(folder / name) for name in (TOKENIZER, SCALES) if (folder / name).exists()},
@@ -240,9 +241,8 @@ def _model_of(about: dict[str, Any], config: ModelConfig, tensors: dict[str, tor
             _, layer, site = name.split(".", 2)
             scales[int(layer), site] = _scale_of(tensor, tensors.get(f"activation_zero_points.{layer}.{site}"))
     layers = tuple(_layer(kind, config, tensors, f"layers.{i}.") for i in range(config.n_layer))
-    weights = Int8ModelWeights(
-        config, tensors["embedding"], tensors.get("embedding.scales"), head, layers, about.get("weight_bits", 8)
-    )
+    embedding, rounding = (tensors["embedding"], tensors.get("embedding.scales")), about.get("gptq", False)
+    weights = Int8ModelWeights(config, *embedding, head, layers, about.get("weight_bits", 8), rounding)
     grouped = range(config.n_layer if "channel_groups.0" in tensors else 0)
     groups = [list(tensors[f"channel_groups.{i}"]) for i in grouped]
     return Int8LanguageModel(on_host(weights), scales, channel_groups=groups, compat=about["compat"])

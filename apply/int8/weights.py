@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +21,9 @@ UPSTREAM = "upstream"
 """The only compatibility mode: upstream's wrapping Hadamard quantizer, and its embedding maximum without abs."""
 
 
+SecondMoments = Callable[[int], Mapping[str, torch.Tensor]]
+"""Reads a layer's second moments: of each site of sites.PRODUCT_SITES the sum over tokens of x x^T, (in, in)."""
+
 WEIGHT_BITS = (8, 4)
 """Bits of the weights of in_proj, x_proj and out_proj; all others have 8."""
 
@@ -32,6 +35,7 @@ class Int8ModelWeights:
     embedding  (v, d) float16, or int8 codes with ``embedding_scales`` (v,) float16
     lm_head    (v, d) float16, or an Int8Weight
     weight_bits  of the blocks' projections: 8, or 4
+    gptq         whether they were rounded as GPTQ does (`compensated_codes`), not to nearest
     """
 
     config: ModelConfig
@@ -40,6 +44,7 @@ class Int8ModelWeights:
     lm_head: torch.Tensor | Int8Weight
     layers: tuple[Int8BlockWeights, ...]
     weight_bits: int = 8
+    gptq: bool = False
 
     @property
     def in_16_bit(self) -> frozenset[Operator]:
@@ -54,27 +59,36 @@ def quantize(
     quantize_embedding: bool = False,
     compat: str | None = None,
     weight_bits: int = 8,
+    second_moments: SecondMoments | None = None,
 ) -> Int8ModelWeights:
-    """INT8 weights of prepared (folded and rotated, `quambase.model.prepare`) float weights.
+    """INT8 weights of prepared (folded and rotated, `quambase.model.prepare`) float weights; those of 4 bits rounded as
+    GPTQ does if there are ``second_moments``.
 
-    ScalesInvalid: ``weight_bits`` is neither 8 nor 4, or 4 with ``compat``.
+    ScalesInvalid: ``weight_bits`` is neither 8 nor 4, 4 with ``compat``, or 8 with ``second_moments``.
     """
     if weight_bits not in WEIGHT_BITS or (weight_bits != 8 and compat is not None):
         known = "8 with --compat" if weight_bits in WEIGHT_BITS else " or ".join(map(str, WEIGHT_BITS))
         raise ScalesInvalid(f"weights of {weight_bits} bits are asked for; expected {known}")
+    if second_moments is not None and weight_bits != 4:
+        raise ScalesInvalid(f"GPTQ is asked for with weights of {weight_bits} bits; expected 4")
     embedding, scales = prepared.embedding.to(torch.float16), None
     if quantize_embedding:
         embedding, scales = quantize_rows(prepared.embedding, signed_max=compat == UPSTREAM)
     head = quantize_weight(prepared.lm_head) if quantize_lm_head else prepared.lm_head.to(torch.float16)
     layers = tuple(
-        int8_kind_of(layer).weights.quantized(prepared.config, layer, weight_bits) for layer in prepared.layers
+        int8_kind_of(layer).weights.quantized(
+            prepared.config, layer, weight_bits, {} if second_moments is None else second_moments(i)
+        )
+        for i, layer in enumerate(prepared.layers)
     )
-    return Int8ModelWeights(prepared.config, embedding, scales, head, layers, weight_bits)
+    gptq = second_moments is not None
+    return Int8ModelWeights(prepared.config, embedding, scales, head, layers, weight_bits, gptq)
 
 
 def with_16_bit(weights: Int8ModelWeights, prepared: ModelWeights, operators: Collection[Operator]) -> Int8ModelWeights:
     """``weights`` with ``operators`` in 16 bit and no others, made of ``prepared``; layers that have and get none are
-    shared.
+    shared. In a layer where an operator is no longer in 16 bit, every weight is rounded to nearest, also of weights by
+    GPTQ.
 
     ScalesInvalid: the model has no such operator.
     """
@@ -85,8 +99,10 @@ def with_16_bit(weights: Int8ModelWeights, prepared: ModelWeights, operators: Co
     for layer, names in by_layer.items():
         if not 0 <= layer < len(layers):
             raise ScalesInvalid(f"layer {layer} is to be in 16 bit; the model has the layers 0 to {len(layers) - 1}")
-        original = prepared.layers[layer]
-        layers[layer] = int8_kind_of(original).weights.of(prepared.config, original, names, weights.weight_bits)
+        int8, original = layers[layer], prepared.layers[layer]
+        if not int8.in_16_bit <= set(names):
+            int8 = int8_kind_of(original).weights.quantized(prepared.config, original, weights.weight_bits)
+        layers[layer] = int8.with_16_bit(original, names)
     return replace(weights, layers=tuple(layers))
 
 

@@ -22,6 +22,7 @@ CREATE VIEW outliers AS SELECT * FROM _outliers;
 CREATE VIEW activations AS SELECT * FROM _activations;
 CREATE VIEW groups AS SELECT * FROM _groups;
 CREATE VIEW sensitivities AS SELECT * FROM _sensitivities;
+CREATE VIEW second_moments AS SELECT * FROM _second_moments;
 CREATE VIEW block_counts AS SELECT * FROM _block_counts;
 CREATE VIEW position_counts AS SELECT * FROM _position_counts;
 

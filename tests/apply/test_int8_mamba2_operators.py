@@ -144,7 +144,7 @@ def test_decoded_states_are_rounded_half_to_even():
 
 def test_each_part_of_a_weight_has_its_own_scale():
     layer = tiny_prepared().layers[0]
-    ours = Int8Mamba2Weights.of(CONFIG, layer)
+    ours = Int8Mamba2Weights.quantized(CONFIG, layer)
     e, w = CONFIG.d_inner, CONFIG.bc_width
     for name, widths, quantize in (
         ("in_proj", [e, e, w, w, CONFIG.heads], twin.quantize_half),

@@ -262,7 +262,7 @@ def test_a_complete_run_is_not_merged_again(first: World, tmp_path: Path) -> Non
             (merged.folder / "checkpoint.npz").write_bytes(b"left over")
             again = merge(tmp_path, sources, **options)
             assert again.existed and again.manifest == merged.manifest and bytes_of(again.folder) == first.expected
-            assert sorted(p.suffix for p in merged.folder.iterdir()) == 6 * [""] + [".json"] + 6 * [".parquet"]
+            assert sorted(p.suffix for p in merged.folder.iterdir()) == 7 * [""] + [".json"] + 6 * [".parquet"]
 
 
 def test_a_shard_being_written(first: World, tmp_path: Path) -> None:

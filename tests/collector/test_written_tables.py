@@ -281,6 +281,7 @@ def test_a_block_without_rows_has_no_file_and_a_table_has_one(tmp_path: Path) ->
         *found,
         "activations/block-00000.parquet",
         "sensitivities/part-000.parquet",
+        "second_moments/part-000.parquet",
         "block_counts/block-00000.parquet",
         "position_counts/part-000.parquet",
     ]
@@ -288,7 +289,7 @@ def test_a_block_without_rows_has_no_file_and_a_table_has_one(tmp_path: Path) ->
         files.add(0, documents, activations)
         found = files.written()
     made = every_table(tmp_path / "all", found)
-    empty = ("counts", "sensitivities", "block_counts", "position_counts")
+    empty = ("counts", "sensitivities", "second_moments", "block_counts", "position_counts")
     assert [file for file in made if table_of(file) not in empty] == list(in_order(found))
 
 

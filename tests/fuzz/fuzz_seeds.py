@@ -142,7 +142,10 @@ def _database(folder: Path, name: str) -> None:
     shards = folder / f"{name}-shards"
     # One site: reading a checkpoint fills an array of 65,536 counts for each group of each site.
     site = "x_proj:input" if name == "mamba1" else "x_conv_out:input"
-    collect(model, 4, db=shards, sensitivity=2, shard=Shard(0, 2), sites=[site], **ALONG, **options)
+    moments = 2 if name == "mamba1" else None  # of x_proj:input
+    collect(
+        model, 4, db=shards, sensitivity=2, second_moments=moments, shard=Shard(0, 2), sites=[site], **ALONG, **options
+    )
     for path in shards.glob("runs/*/shards/*/shard.json"):
         _settle(path)
 

@@ -21,6 +21,7 @@ from quambase.apply.upstream.import_act_scales import import_act_scales
 from quambase.collector.checkpoint import load_checkpoint
 from quambase.collector.import_tensor import read_tensor
 from quambase.collector.layouts import site_layouts
+from quambase.collector.second_moments import moment_widths, total_moments
 from quambase.collector.sensitivity import total_sums
 from quambase.collector.shards import load_shard, read_sums, stored_locator
 from quambase.collector.statistics import SiteIndex
@@ -194,6 +195,11 @@ def _sensitivity(path: Path) -> object:
     return list(total_sums(index, [path]))
 
 
+def _moments(path: Path) -> object:
+    layouts, _ = _index(_name_of(path))
+    return list(total_moments(moment_widths(layouts), [path]).values())
+
+
 def _places(path: Path) -> object:
     stored_locator([path.parent])
     return None
@@ -298,6 +304,12 @@ TARGETS = {
             "sensitivity",
             _within("*-shards", "runs/*/shards/*/sensitivity/*.npz", "zip", "zip", "bytes"),
             _sensitivity,
+            share=0.3,
+        ),
+        Target(
+            "moments",
+            _within("mamba1-shards", "runs/*/shards/*/moments/*.npz", "zip", "zip", "bytes"),
+            _moments,
             share=0.3,
         ),
         Target("places", _within("*-shards", "runs/*/shards/*/places.parquet", *TABLE), _places, share=0.2),
