@@ -17,6 +17,10 @@ from pathlib import Path
 
 SPINS = {"long (default of OpenMP)": "300000", "brief (ours)": "1000"}
 ROUNDS = 3
+COMMANDS = {
+    "collect": ["collect", "--model", "mamba-5m", "--samples", "64"],
+    "generate": ["generate", "--model", "mamba2-8m", "--prompt", "The old man", "--tokens", "300"],
+}
 
 
 def seconds(words: list[str], spins: str, folder: Path) -> float:
@@ -39,16 +43,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for count in others:
-            for kind in ("collect", "generate"):
+            for kind in COMMANDS:
                 found: dict[str, list[float]] = {name: [] for name in SPINS}
                 busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
                 try:
                     for turn in range(ROUNDS):
                         for name, spins in SPINS.items():
                             db = f"{count}-{turn}-{spins}"
-                            words = ["collect", "--model", "mamba-5m", "--samples", "64", "--db", db]
-                            if kind == "generate":
-                                words = ["generate", "--model", "mamba2-8m", "--prompt", "The old man", "--tokens", "300"]
+                            words = [*COMMANDS[kind], *(["--db", db] if kind == "collect" else [])]
                             found[name].append(seconds(words, spins, folder))
                 finally:
                     for process in busy:

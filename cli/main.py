@@ -19,9 +19,9 @@ from quambase.cli.console import HELP_NAMES, debug_option
 from quambase.schema.errors import UnknownName
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    # Threads that wait for each other spin for 300,000 turns by default, in GNU's OpenMP, which PyTorch and Numba use on
-    # Linux. Beside any other busy program they then hold the core that the awaited thread needs: benchmarks/bench_busy.py.
-    # It is read when the first of the two is imported.
+    # In GNU's OpenMP, which PyTorch and Numba use on Linux, threads that wait for each other spin for 300,000 turns by
+    # default. Beside any other busy program they then hold the core that the awaited thread needs; docs/speed.md has
+    # the figures. The variable is read when the first of the two is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 COMMANDS: dict[str, str] = {

@@ -282,6 +282,10 @@ def state_groups_to_int8(state: Float32, scales: Float32, groups: Int64, out: In
                 out[document, i, n] = half_even(np.float32(np.float32(state[document, i, n] * _SSD_FACTOR) / divisor))
 
 
+_SUMMED = 8
+"""Channels whose sums over the states are formed side by side, each in its order, as a vector has them."""
+
+
 @kept_njit(parallel=True)
 def ssd_update_int8(
     x: Float32,
@@ -308,15 +312,27 @@ def ssd_update_int8(
         document, head = piece // heads, piece % heads
         first = head * ssd_groups // heads * states
         kept = decay[document, head]
-        for i in range(head * headdim, (head + 1) * headdim):
-            line = scales[groups[i]]
-            u = x[document, i]
-            total = _ZERO
+        terms = np.empty((_SUMMED, states), np.float32)
+        total = np.empty(_SUMMED, np.float32)
+        read = c[document, first : first + states]
+        stepped = b[document, first : first + states] * delta[document, head]
+        for start in range(head * headdim, (head + 1) * headdim, _SUMMED):
+            several = min(_SUMMED, (head + 1) * headdim - start)
+            for k in range(several):
+                i = start + k
+                line, codes, products = scales[groups[i]], state[document, i], terms[k]
+                u = x[document, i]
+                for n in range(states):
+                    drive = np.float32(stepped[n] * u)
+                    old = np.float32(line[n] * np.float32(codes[n]))
+                    new = np.float32(np.float32(old * kept) + drive)
+                    divisor = np.float32(line[n] * _SSD_FACTOR)
+                    codes[n] = half_even(np.float32(np.float32(new * _SSD_FACTOR) / divisor))
+                    products[n] = np.float32(new * read[n])
+            total[:] = _ZERO
             for n in range(states):
-                drive = np.float32(np.float32(b[document, first + n] * delta[document, head]) * u)
-                old = np.float32(line[n] * np.float32(state[document, i, n]))
-                new = np.float32(np.float32(old * kept) + drive)
-                divisor = np.float32(line[n] * _SSD_FACTOR)
-                state[document, i, n] = half_even(np.float32(np.float32(new * _SSD_FACTOR) / divisor))
-                total = np.float32(total + np.float32(new * c[document, first + n]))
-            y[document, i] = np.float32(total + np.float32(u * d[head]))
+                for k in range(_SUMMED):
+                    total[k] = np.float32(total[k] + terms[k, n])
+            for k in range(several):
+                u = x[document, start + k]
+                y[document, start + k] = np.float32(total[k] + np.float32(u * d[head]))
