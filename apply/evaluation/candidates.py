@@ -24,6 +24,7 @@ from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.sources import is_bundled
 from quambase.schema.errors import DataInvalid, ScalesInvalid
 from quambase.schema.int8_models import SCALES
+from quambase.schema.progress import remark
 from quambase.schema.results import STATE, UPSTREAM
 from quambase.schema.scale_table import MIXED, SELECTED, ScaleTable, read_scales
 
@@ -89,8 +90,14 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
         check_model(table, loaded.weights_sha256, loaded.name)
         needed = needed_sites(loaded.any_weights.config, stored.model.quantized_lm_head)
         int8 = stored.model
-        remade = int8.in_16_bit and int8.weights.gptq  # its operators in 16 bit cannot be in 4 bits: no second moments
-        if UPSTREAM in loadable_labels(table, needed)[0] and UPSTREAM not in models and not remade:
+        if UPSTREAM not in loadable_labels(table, needed)[0] or UPSTREAM in models:
+            pass
+        elif int8.in_16_bit and int8.weights.gptq:  # GPTQ needs second moments to round those operators' weights
+            remark(
+                f"note: {UPSTREAM} is not beside it: the folder does not hold what GPTQ needs for the operators in 16 "
+                "bit; evaluate --scales FILE --weights 4bit:gptq compares the two"
+            )
+        else:
             if int8.in_16_bit:  # upstream's model has no operator in 16 bit
                 int8 = leaving_in_16_bit(int8, prepared_for(loaded.any_weights, table), ())
             models[UPSTREAM] = int8.with_scales(table.group_scales_for(UPSTREAM))

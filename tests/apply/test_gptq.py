@@ -206,6 +206,21 @@ def test_an_operator_in_16_bit_leaves_the_codes_of_the_others(world: Path) -> No
     assert torch.equal(before.out_proj.codes, after.out_proj.codes)  # type: ignore[attr-defined]
 
 
+def test_a_mixed_model_says_why_upstreams_scales_are_not_beside_it(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, db, scales = str(world / "texts.jsonl"), tmp_path / "db", tmp_path / "mixed.parquet"
+    collect(str(world / "tiny"), data=data, db=db, second_moments=9, sensitivity=4, samples=9, seq_len=32)
+    analyze(db, out=scales, keep=1)
+    strategies = {}
+    for gptq in (False, True):
+        applied = apply(scales, strategy="mixed", db=db, weight_bits=4, gptq=gptq)
+        found = evaluate(applied.folder, data=data, task="perplexity", db=db)
+        strategies[gptq] = set(found.results["strategy"].to_pylist())
+        assert ("note: quamba is not beside it" in capsys.readouterr().err) == gptq
+    assert strategies == {False: {"float", "mixed", "quamba"}, True: {"float", "mixed"}}
+
+
 def test_the_command_says_how(world: Path) -> None:
     options = ["--scales", str(world / "scales.parquet"), "--db", str(world / "db")]
     done = CliRunner().invoke(load_command("apply"), [*options, "--strategy", "mse", "--weights", "4bit:gptq"])
