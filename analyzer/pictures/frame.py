@@ -122,9 +122,13 @@ def shortened(text: str, most: int) -> str:
 
 
 def legend_outside(figure: Figure, axes: Axes, columns: int, **more: Any) -> None:
-    """The legend of ``axes`` beside the data, or over one column below it."""
+    """The legend of ``axes`` beside the data, or over one column below it, two labels a line where they fit."""
     handles, labels = axes.get_legend_handles_labels()
-    if columns == 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, **more)
-    else:
+    if columns > 1:
         figure.legend(handles, labels, loc="outside right upper", **more)
+        return
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=2, **more)
+    figure.draw_without_rendering()
+    if legend.get_window_extent().width > figure.bbox.width:
+        legend.remove()
+        figure.legend(handles, labels, loc="outside lower center", ncols=1, **more)

@@ -48,7 +48,7 @@ from quambase.schema.errors import (
     UnknownName,
 )
 from quambase.schema.manifest import Manifest, TableFile
-from quambase.schema.pictures import WIDTHS, picture_style, power_text, save_picture
+from quambase.schema.pictures import WIDTHS, new_figure, picture_style, power_text, save_picture
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import OUTLIERS, RUN_TABLES, write_table
 
@@ -289,6 +289,25 @@ def test_numbers_of_channels_do_not_meet(columns: int) -> None:
     assert len(boxes) >= 3
     for i, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+
+
+@pytest.mark.parametrize(("label", "columns"), [("mse", 2), ("selected, state fp8:channel:stochastic", 1)])
+def test_labels_below_a_narrow_picture_are_whole(label: str, columns: int) -> None:
+    @frame.styled
+    def draw(width: int) -> Figure:
+        figure = new_figure(width, 2.4)
+        axes = figure.subplots()
+        for i in range(5):
+            axes.plot([0, 1], [0, i], label=f"{label} {i}")
+        frame.legend_outside(figure, axes, width)
+        return figure
+
+    figure = draw(1)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == columns
 
 
 def test_dead_channels_and_values_are_drawn(db: Path) -> None:
