@@ -35,7 +35,7 @@ from quambase.cli.console import (
 from quambase.cli.formats import emit
 from quambase.model.inputs.sources import find_given
 from quambase.schema.groups import GRANULARITIES
-from quambase.schema.results import DECODE, PREFILL, PROMPT_TOKENS
+from quambase.schema.results import DECODE, PREFILL, PROMPT_TOKENS, WINDOW
 
 if TYPE_CHECKING:
     from quambase.apply.evaluation.stored import Evaluation
@@ -183,7 +183,7 @@ evaluate_options = options(
     click.option(
         "--window",
         type=click.IntRange(2, COUNT.max),
-        default=2048,
+        default=WINDOW,
         show_default=True,
         help="Tokens; longer documents are cut in non-overlapping windows.",
     ),

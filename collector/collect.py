@@ -48,8 +48,8 @@ from quambase.collector.sensitivity import (
     SensitivityPlan,
     acting_sites,
     collect_sensitivity,
-    parts_of,
     sensitivity_file,
+    sensitivity_parts_of,
     stored_sensitivities,
 )
 from quambase.collector.shards import (
@@ -336,7 +336,7 @@ def _collect(request: _Request, folder: Path, shard: Shard | None, db: Path, sho
     done, statistics, there = load_checkpoint(folder, layouts, OUTLIERS, position_buckets(request.identity))
     blocks = request.plan.blocks(request.settings.block)
     mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
-    index, parts = acting_sites(layouts, loaded.family), parts_of(request.identity)
+    index, parts = acting_sites(layouts, loaded.family), sensitivity_parts_of(request.identity)
     widths, moment_parts = moment_widths(layouts), moment_parts_of(request.identity)
     with BlockFiles(folder, there) as files:
         outputs = BlockOutputs(request.run, request.kept(), files.add, partial(write_sums, folder) if shard else None)

@@ -54,12 +54,6 @@ class DocumentSet:
             blocks.setdefault(document.index // size, []).append(document)
         return list(blocks.values())
 
-    def evenly_spaced(self, wanted: int) -> list[TokenizedDocument]:
-        """``wanted`` documents at equal distances, all if there are fewer."""
-        size = len(self.documents)
-        count = min(wanted, size)
-        return [self.documents[(2 * i + 1) * size // (2 * count)] for i in range(count)]
-
     def digest(self) -> str:
         """SHA-256 over the documents' numbers, text hashes and token ids, in order."""
         digest = hashlib.sha256()

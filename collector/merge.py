@@ -23,7 +23,7 @@ from quambase.collector.documents import run_id
 from quambase.collector.layouts import site_layouts
 from quambase.collector.run_folder import every_table, finish_run, versions, write_statistics
 from quambase.collector.second_moments import moment_parts_of, moment_widths, moments_file, stored_second_moments
-from quambase.collector.sensitivity import acting_sites, parts_of, sensitivity_file, stored_sensitivities
+from quambase.collector.sensitivity import acting_sites, sensitivity_file, sensitivity_parts_of, stored_sensitivities
 from quambase.collector.shards import (
     SHARD,
     Shard,
@@ -110,7 +110,7 @@ def _from_parts(
 
     identity, index = manifest.identity, acting_sites(layouts, manifest.model.family)
     return {
-        "sensitivities": stored_sensitivities(run, index, paths(parts_of(identity), sensitivity_file)),
+        "sensitivities": stored_sensitivities(run, index, paths(sensitivity_parts_of(identity), sensitivity_file)),
         "second_moments": stored_second_moments(
             run, moment_widths(layouts), paths(moment_parts_of(identity), moments_file)
         ),

@@ -25,6 +25,7 @@ import torch
 from quambase.collector.block_runners import DTYPES, Placement
 from quambase.collector.cuda.transfer import copied_to_host
 from quambase.collector.documents import DocumentSet, TokenizedDocument
+from quambase.collector.few_documents import FewDocuments, count_parts, in_parts
 from quambase.collector.statistics import Float64, SiteLayout
 from quambase.collector.table_rows import many_keyed_rows
 from quambase.model.inputs.array_files import read_npz
@@ -48,10 +49,9 @@ Sums = Mapping[SiteKey, Float64]
 
 
 @dataclass(frozen=True)
-class SecondMomentsPlan:
+class SecondMomentsPlan(FewDocuments):
     """The documents that are summed, PART of them at a time; ``block`` of them share a forward pass."""
 
-    parts: list[list[TokenizedDocument]]
     block: int
 
     @classmethod
@@ -59,13 +59,7 @@ class SecondMomentsPlan:
         """``wanted`` evenly spaced documents, all if there are fewer. DataInvalid: no such site is observed."""
         if not set(sites) & set(PRODUCT_SITES):
             raise DataInvalid(f"--second-moments needs one of {', '.join(PRODUCT_SITES)}; --site leaves none")
-        chosen = documents.evenly_spaced(wanted)
-        return cls([chosen[i : i + PART] for i in range(0, len(chosen), PART)], block)
-
-    def identity(self) -> dict[str, int]:
-        """What determines the sums, besides the run's other settings."""
-        tokens = sum(document.tokens.size for part in self.parts for document in part)
-        return {"documents": sum(map(len, self.parts)), "tokens": tokens}
+        return cls(in_parts(documents, wanted, PART), block)
 
 
 def moment_widths(layouts: Mapping[SiteKey, SiteLayout]) -> dict[SiteKey, int]:
@@ -75,7 +69,7 @@ def moment_widths(layouts: Mapping[SiteKey, SiteLayout]) -> dict[SiteKey, int]:
 
 def moment_parts_of(identity: Mapping[str, Any]) -> int:
     """How many parts a run of this ``identity`` has; 0 without second moments."""
-    return -(-int(identity.get("second_moments", {}).get("documents", 0)) // PART)
+    return count_parts(identity, "second_moments", PART)
 
 
 MOMENTS = "moments"
@@ -102,17 +96,10 @@ def collect_second_moments(
     missing = [part for part in parts if _read(folder / moments_file(part), widths) is None]
     if not missing:
         return
-    sizes = {part: sum(document.tokens.size for document in plan.parts[part]) for part in parts}
-    before = [part for part in parts if part not in missing]
-    progress.start(
-        "second moments",
-        sum(len(plan.parts[part]) for part in parts),
-        sum(sizes.values()),
-        done=(sum(len(plan.parts[part]) for part in before), sum(sizes[part] for part in before)),
-    )
+    plan.start(progress, "second moments", parts, missing)
     model = floating_model(weights, where.device, DTYPES[where.dtype], rotated=True)
     for part in missing:
-        with progress.piece(len(plan.parts[part]), sizes[part]):
+        with progress.piece(len(plan.parts[part]), plan.tokens(part)):
             _write(folder / moments_file(part), part_moments(model, plan.parts[part], widths, plan.block))
 
 

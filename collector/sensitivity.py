@@ -32,6 +32,7 @@ from quambase.collector.block_runners import Placement
 from quambase.collector.cuda.squares import choose_squares
 from quambase.collector.cuda.transfer import copied_to_host
 from quambase.collector.documents import DocumentSet, TokenizedDocument
+from quambase.collector.few_documents import FewDocuments, count_parts, in_parts
 from quambase.collector.host.kernels import PATTERNS, add_gradients
 from quambase.collector.statistics import (
     ENCODINGS,
@@ -100,10 +101,9 @@ class PresentSums(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SensitivityPlan:
+class SensitivityPlan(FewDocuments):
     """The documents that are differentiated, PART of them at a time; ``seed``: of the drawn labels."""
 
-    parts: list[list[TokenizedDocument]]
     seed: int
 
     @classmethod
@@ -115,13 +115,7 @@ class SensitivityPlan:
             raise DataInvalid(
                 "--sensitivity needs a site whose scale the INT8 model reads in a forward pass; --site leaves none"
             )
-        chosen = documents.evenly_spaced(wanted)
-        return cls([chosen[i : i + PART] for i in range(0, len(chosen), PART)], seed)
-
-    def identity(self) -> dict[str, int]:
-        """What determines the sums, besides the run's other settings."""
-        tokens = sum(document.tokens.size for part in self.parts for document in part)
-        return {"documents": sum(map(len, self.parts)), "tokens": tokens}
+        return cls(in_parts(documents, wanted, PART), seed)
 
 
 def acting_sites(layouts: Mapping[SiteKey, SiteLayout], family: str) -> SiteIndex:
@@ -135,13 +129,13 @@ def _differentiated(site: str, family: str) -> bool:
     return site == STATE_BY_CHANNEL or find_site(site, family).acts
 
 
-def parts_of(identity: Mapping[str, Any]) -> int:
-    """How many parts a run of this ``identity`` has; 0 without sensitivities."""
-    return -(-int(identity.get("sensitivity", {}).get("documents", 0)) // PART)
-
-
 SENSITIVITY = "sensitivity"
-"""Folder of the parts' files, in an unfinished run or a shard."""
+"""Folder of the parts' files, in an unfinished run or a shard; and what a run's identity calls them."""
+
+
+def sensitivity_parts_of(identity: Mapping[str, Any]) -> int:
+    """How many parts a run of this ``identity`` has; 0 without sensitivities."""
+    return count_parts(identity, SENSITIVITY, PART)
 
 
 def sensitivity_file(part: int) -> str:
@@ -164,20 +158,13 @@ def collect_sensitivity(
     missing = [part for part in parts if _read(folder / sensitivity_file(part), index) is None]
     if not missing:
         return
-    sizes = {part: sum(document.tokens.size for document in plan.parts[part]) for part in parts}
-    before = [part for part in parts if part not in missing]
-    progress.start(
-        "sensitivity",
-        sum(len(plan.parts[part]) for part in parts),
-        sum(sizes.values()),
-        done=(sum(len(plan.parts[part]) for part in before), sum(sizes[part] for part in before)),
-    )
+    plan.start(progress, "sensitivity", parts, missing)
     operators = choose_differentiable_operators(weights.config.operator_sizes, where.device)
     model = LanguageModel(weights, operators, rotated=True)
     with ThreadPoolExecutor(WRITERS) as writers:
         written: list[Future[None]] = []
         for part in missing:
-            with progress.piece(len(plan.parts[part]), sizes[part]):
+            with progress.piece(len(plan.parts[part]), plan.tokens(part)):
                 sums = PresentSums.of(part_sums(model, plan.parts[part], index, plan.seed))
                 if len(written) >= WRITERS:
                     written[-WRITERS].result()

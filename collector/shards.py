@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from quambase.collector.checkpoint import CHECKPOINT
 from quambase.collector.second_moments import moment_parts_of, moments_file
-from quambase.collector.sensitivity import parts_of, sensitivity_file
+from quambase.collector.sensitivity import sensitivity_file, sensitivity_parts_of
 from quambase.collector.statistics import Int64, RunStatistics, SiteLayout
 from quambase.collector.table_rows import Locate, Places, table_groups
 from quambase.model.block import ModelConfig
@@ -206,7 +206,7 @@ class ShardManifest:
 
 def finish_shard(folder: Path, shard: Shard, manifest: Manifest, config: ModelConfig, blocks: int) -> None:
     """Write `shard.json`, which makes the shard complete. DatabaseInvalid: a block's sums were altered."""
-    parts, moment_parts = (shard.blocks(of(manifest.identity)) for of in (parts_of, moment_parts_of))
+    parts, moment_parts = (shard.blocks(of(manifest.identity)) for of in (sensitivity_parts_of, moment_parts_of))
     for block in shard.blocks(blocks):
         read_sums(folder, block)  # whose checksums below are those of the files as they are now
     names = [CHECKPOINT, PLACES, *map(sums_file, shard.blocks(blocks))]

@@ -10,11 +10,8 @@ from quambase.apply.evaluation.decode_summary import base_of
 from quambase.report.contents import SCALES, Contents
 from quambase.schema.commands import run_command
 from quambase.schema.manifest import Manifest
-from quambase.schema.results import DECODE, PROMPT_TOKENS, STATE
+from quambase.schema.results import DECODE, PROMPT_TOKENS, STATE, WINDOW
 from quambase.schema.scale_table import EFFECT, IN_16_BIT, QUAMBASE, ScaleTable
-
-WINDOW = 2048
-"""Tokens that `evaluate` takes at once where nothing is said."""
 
 Facts = list[tuple[str, str]]
 """Names and what they are."""

@@ -26,6 +26,9 @@ STATE = ", state "
 PROMPT_TOKENS = 16
 """Tokens of a prompt by default: few, since what follows is scored."""
 
+WINDOW = 2048
+"""Tokens that a model reads at once by default; a longer text is cut."""
+
 FLOAT = "float"
 """The label of the floating-point model, which every strategy is compared with."""
 

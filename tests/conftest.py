@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 from fabricate import make_run
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `quambase.cli.main` does, before PyTorch is imported
+import quambase.cli.main  # noqa: F401  (says how threads wait, before PyTorch is imported)
 
 
 @pytest.fixture(scope="session")

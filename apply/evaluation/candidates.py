@@ -89,19 +89,22 @@ def from_folder(folder: Path, model: str | None) -> Candidates:
         table = read_scales(path)
         check_model(table, loaded.weights_sha256, loaded.name)
         needed = needed_sites(loaded.any_weights.config, stored.model.quantized_lm_head)
-        int8 = stored.model
-        if UPSTREAM not in loadable_labels(table, needed)[0] or UPSTREAM in models:
-            pass
-        elif int8.in_16_bit and int8.weights.gptq:  # GPTQ needs second moments to round those operators' weights
+        if UPSTREAM in loadable_labels(table, needed)[0] and UPSTREAM not in models:
+            models |= _of_upstreams_scales(stored.model, loaded, table)
+    return Candidates(loaded, models, str(path.resolve()), about.get("run"))
+
+
+def _of_upstreams_scales(model: Int8LanguageModel, loaded: LoadedModel, table: ScaleTable) -> dict[str, AnyInt8Model]:
+    """``model`` with upstream's scales, under their label; empty, with a note, where it cannot be made."""
+    if model.in_16_bit:  # upstream's model has no operator in 16 bit
+        if model.weights.gptq:  # which needs second moments to round those operators' weights
             remark(
                 f"note: {UPSTREAM} is not beside it: the folder does not hold what GPTQ needs for the operators in 16 "
                 "bit; evaluate --scales FILE --weights 4bit:gptq compares the two"
             )
-        else:
-            if int8.in_16_bit:  # upstream's model has no operator in 16 bit
-                int8 = leaving_in_16_bit(int8, prepared_for(loaded.any_weights, table), ())
-            models[UPSTREAM] = int8.with_scales(table.group_scales_for(UPSTREAM))
-    return Candidates(loaded, models, str(path.resolve()), about.get("run"))
+            return {}
+        model = leaving_in_16_bit(model, prepared_for(loaded.any_weights, table), ())
+    return {UPSTREAM: model.with_scales(table.group_scales_for(UPSTREAM))}
 
 
 def from_model(model: str | None, *, needs_text: bool = False) -> Candidates:

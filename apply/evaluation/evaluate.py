@@ -33,7 +33,16 @@ from quambase.schema.files import local_folder, locked, remove_lock, remove_stra
 from quambase.schema.int8_models import last_applied
 from quambase.schema.json_files import write_json
 from quambase.schema.progress import Progress, Shown
-from quambase.schema.results import DECODE, EVALUATION, PREFILL, PROMPT_TOKENS, RESULTS_FILE, next_number, read_results
+from quambase.schema.results import (
+    DECODE,
+    EVALUATION,
+    PREFILL,
+    PROMPT_TOKENS,
+    RESULTS_FILE,
+    WINDOW,
+    next_number,
+    read_results,
+)
 from quambase.schema.tables import RESULTS, read_table, write_table
 
 if TYPE_CHECKING:
@@ -53,7 +62,7 @@ def evaluate(
     data: str | Path | Sequence[str | Path] = (),
     samples: int | None = None,
     task: str = "both",
-    window: int = 2048,
+    window: int = WINDOW,
     mode: str = PREFILL,
     prompt_tokens: int = PROMPT_TOKENS,
     states: Sequence[str] = (),

@@ -26,7 +26,7 @@ from quambase.model.operators.choice import choose_device
 from quambase.model.packed_batch import Batch
 from quambase.schema.files import local_folder
 from quambase.schema.progress import Progress, Shown
-from quambase.schema.results import PERPLEXITY
+from quambase.schema.results import PERPLEXITY, WINDOW
 from quambase.schema.scale_table import Scale, ScaleTable, read_scales
 from quambase.schema.sites import find_site
 from quambase.schema.sql.answer import PrintsAsTable
@@ -77,7 +77,7 @@ def one_at_a_time(
     *,
     data: str | Path | None = None,
     samples: int | None = None,
-    window: int = 2048,
+    window: int = WINDOW,
     db: str | Path = Path("quambase-db"),
     model: str | Path | None = None,
     device: str = "auto",
