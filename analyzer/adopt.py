@@ -23,8 +23,6 @@ from quambase.analyzer.summary import summarize
 from quambase.schema.errors import ScalesInvalid, UnknownName, first_line
 from quambase.schema.files import refuse_foreign_file
 from quambase.schema.groups import GRANULARITIES, granularity_of
-from quambase.schema.manifest import Manifest
-from quambase.schema.number_format import Affine
 from quambase.schema.scale_table import (
     ADOPTED,
     EFFECT,
@@ -41,7 +39,9 @@ from quambase.schema.scale_table import (
 from quambase.schema.sites import WHOLE
 from quambase.schema.sql.answer import PrintsAsTable
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.manifest import Manifest
 from quambase.schema.tables import SCALES, open_table
+from quambase.schema.values.number_format import Affine
 
 NEEDED = ("layer", "site", "scale")
 """The columns that a table must have."""

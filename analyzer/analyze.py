@@ -18,8 +18,6 @@ from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.analyzer.summary import summarize
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
 from quambase.schema.groups import granularity_of
-from quambase.schema.manifest import Manifest
-from quambase.schema.number_format import INT8, multipliers, zero_point_of
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.scale_table import (
     EFFECT,
@@ -36,7 +34,9 @@ from quambase.schema.scale_table import (
 )
 from quambase.schema.sql.answer import PrintsAsTable
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.manifest import Manifest
 from quambase.schema.tables import SCALES
+from quambase.schema.values.number_format import INT8, multipliers, zero_point_of
 
 
 @dataclass(frozen=True, repr=False)

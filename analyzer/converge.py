@@ -13,20 +13,20 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.analyzer.convergence import Measured, next_step, sizes_table, strategies_table, summarize
-from quambase.analyzer.one_site import one_run
 from quambase.analyzer.quantization_error import predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup, default_granularity, scale_groups
+from quambase.analyzer.site.one_site import one_run
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.analyzer.subsamples import BLOCKS, DOCUMENTS, Subsamples, part_of_blocks, part_of_documents
-from quambase.schema.distribution import BlockCounts
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
 from quambase.schema.files import refuse_foreign_picture
-from quambase.schema.manifest import Manifest
-from quambase.schema.number_format import multipliers
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.sites import WHOLE
 from quambase.schema.sql.answer import PrintsAsTable
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.manifest import Manifest
+from quambase.schema.values.distribution import BlockCounts
+from quambase.schema.values.number_format import multipliers
 
 RESAMPLES = 20
 """Subsamples of each size. A band from 5 % to 95 % of them then leaves out the least and the largest."""

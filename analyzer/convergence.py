@@ -13,7 +13,7 @@ import pyarrow as pa
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.subsamples import Subsamples
 from quambase.schema.commands import collect_command
-from quambase.schema.manifest import Manifest
+from quambase.schema.stored.manifest import Manifest
 
 Float64 = npt.NDArray[np.float64]
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.schema.compiled import kept_njit
-from quambase.schema.number_format import INT8
+from quambase.schema.values.number_format import INT8
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

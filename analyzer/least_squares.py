@@ -23,8 +23,8 @@ from __future__ import annotations
 import numpy as np
 
 from quambase.analyzer import kernels
-from quambase.schema.distribution import Distribution
-from quambase.schema.number_format import INT8, Affine
+from quambase.schema.values.distribution import Distribution
+from quambase.schema.values.number_format import INT8, Affine
 
 
 def optimal_scale(distribution: Distribution) -> float:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from quambase.analyzer.one_site import chosen_group, one_run, place
 from quambase.analyzer.quantization_error import predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup
+from quambase.analyzer.site.one_site import chosen_group, one_run, place
 from quambase.analyzer.strategies import Scale, parse_label, parse_labels
-from quambase.schema.number_format import multipliers, zero_point_of
 from quambase.schema.sites import WHOLE
 from quambase.schema.sql.answer import Answer, PrintsAsTable
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.values.number_format import multipliers, zero_point_of
 
 if TYPE_CHECKING:
     from quambase.analyzer.pictures.plot import Picture

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quambase.schema.errors import DataInvalid, UnknownName
-from quambase.schema.number_format import INT8, multipliers, zero_point_of
+from quambase.schema.values.number_format import INT8, multipliers, zero_point_of
 
 ENTRY_POINTS = "quambase.strategies"
 """The entry points' group: their names are those of strategies, their objects the functions."""

@@ -1,7 +1,7 @@
 """What an INT8 scale does to a distribution: squared error, clipping and codes, all exact.
 
-Codes are those of `quambase.schema.number_format.INT8`, as the INT8 model computes them, so that code counts equal
-quantizing every value one by one. The reconstruction is ``code * scale``.
+Codes are those of `quambase.schema.values.number_format.INT8`, as the INT8 model computes them, so that code counts
+equal quantizing every value one by one. The reconstruction is ``code * scale``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.analyzer import kernels
-from quambase.schema.distribution import Distribution, Sensitivity
-from quambase.schema.number_format import INT8, OUTLIER_CODE, Affine
+from quambase.schema.values.distribution import Distribution, Sensitivity
+from quambase.schema.values.number_format import INT8, OUTLIER_CODE, Affine
 
 
 @dataclass(frozen=True)

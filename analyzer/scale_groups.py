@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from quambase.analyzer.least_squares import optimal_scale
 from quambase.analyzer.quantization_error import Figures, figures, piecewise_figures, signal_energy
-from quambase.schema.distribution import Distribution, Sensitivity
 from quambase.schema.groups import GROUP, TENSOR, granularity_of, united_groups
-from quambase.schema.number_format import Affine
 from quambase.schema.sites import MAMBA1, MAMBA2, STATE_BY_CHANNEL, WHOLE, Site, find_site, is_model_site
 from quambase.schema.sql.database import DocumentSeries, StatsDB
 from quambase.schema.tables import DOCUMENT_QUANTILES
+from quambase.schema.values.distribution import Distribution, Sensitivity
+from quambase.schema.values.number_format import Affine
 
 STATE = "ssm_state_act:input"
 

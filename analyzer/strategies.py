@@ -33,8 +33,8 @@ from quambase.analyzer.upstream_observers import (
     quantile_column,
 )
 from quambase.schema.errors import DataInvalid, UnknownName
-from quambase.schema.number_format import INT8, OUTLIER_CODE, Affine
 from quambase.schema.sites import MAMBA2
+from quambase.schema.values.number_format import INT8, OUTLIER_CODE, Affine
 
 Scale = float | Affine | tuple[float, float]
 """One scale, one with a zero point, or the (inner, outer) scales of two segments."""

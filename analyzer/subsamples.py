@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.analyzer.scale_groups import ScaleGroup
-from quambase.schema.distribution import BlockCounts, Distribution
 from quambase.schema.sql.database import DocumentSeries
+from quambase.schema.values.distribution import BlockCounts, Distribution
 
 Int64 = npt.NDArray[np.int64]
 

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.schema.errors import UnknownName
-from quambase.schema.number_format import INT8
 from quambase.schema.tables import DOCUMENT_QUANTILES
+from quambase.schema.values.number_format import INT8
 
 AMAX_FLOOR = 1e-5
 """Upstream's least observed maximum (observer.py: ``clamp(min=1e-5)``)."""

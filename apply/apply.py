@@ -22,8 +22,8 @@ from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.names import bundled_models
 from quambase.schema.errors import ModelNotFound
 from quambase.schema.files import local_folder
-from quambase.schema.int8_models import remember
 from quambase.schema.scale_table import MIXED, SELECTED, ScaleTable, read_scales
+from quambase.schema.stored.int8_models import remember
 
 
 @dataclass(frozen=True)

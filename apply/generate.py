@@ -15,10 +15,10 @@ from quambase.model.inputs.tokenizer import Tokenizer
 from quambase.model.operators.choice import choose_device
 from quambase.schema.errors import DataInvalid
 from quambase.schema.files import local_folder
-from quambase.schema.int8_models import last_applied
 from quambase.schema.progress import Progress, Shown
-from quambase.schema.results import FLOAT
 from quambase.schema.scale_table import SELECTED
+from quambase.schema.stored.int8_models import last_applied
+from quambase.schema.stored.results import FLOAT
 
 _HALF = "�"
 """Ends a text whose last character is not complete yet."""

@@ -9,9 +9,9 @@ import torch
 
 from quambase.apply.int8.weights import SecondMoments
 from quambase.schema.errors import DatabaseInvalid
-from quambase.schema.manifest import MANIFEST, Manifest
 from quambase.schema.scale_table import ScaleTable
 from quambase.schema.sites import FAMILIES, PRODUCT_SITES, SiteKey
+from quambase.schema.stored.manifest import MANIFEST, Manifest
 from quambase.schema.tables import SECOND_MOMENTS, read_table
 
 WANTED = "weights of 4 bits by GPTQ need the second moments of the scales' run"

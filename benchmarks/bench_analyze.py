@@ -13,13 +13,13 @@ from timing import alternate, table
 
 from quambase.analyzer.analyze import analyze
 from quambase.analyzer.strategies import DEFAULT_LABELS
-from quambase.collector.run_folder import part_file, write_file
-from quambase.schema.distribution import Distribution
-from quambase.schema.manifest import Manifest
-from quambase.schema.model_info import ModelInfo, TextInfo
+from quambase.collector.tables.run_folder import part_file, write_file
 from quambase.schema.sites import layer_sites
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.manifest import Manifest
+from quambase.schema.stored.model_info import ModelInfo, TextInfo
 from quambase.schema.tables import COUNTS
+from quambase.schema.values.distribution import Distribution
 
 RUN = "synthetic"
 VALUES = 6_000_000

@@ -19,8 +19,8 @@ from timing import alternate, machine
 
 from quambase.apply.int8.arithmetic import Int8Weight
 from quambase.apply.int8.build import build, int8_on_cuda
-from quambase.apply.int8.cuda_operators import CudaInt8Operators
 from quambase.apply.int8.language_model import Int8LanguageModel
+from quambase.apply.int8.operators.cuda import CudaInt8Operators
 from quambase.model.language_model import floating_model
 from quambase.model.mamba1 import MambaConfig
 from quambase.model.mamba2 import Mamba2Config

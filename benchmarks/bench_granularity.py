@@ -22,8 +22,8 @@ from quambase.apply.evaluation.summary import summarize
 from quambase.apply.evaluation.summary_text import readable
 from quambase.collector.collect import collect
 from quambase.schema.groups import GROUP
-from quambase.schema.results import FLOAT
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.results import FLOAT
 
 SAMPLES, EVALUATED = 128, 40
 

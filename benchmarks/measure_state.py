@@ -30,8 +30,8 @@ from quambase.apply.evaluation.tasks import read_tasks
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.state_formats import SimulatedState, StateFormat
 from quambase.model.operators.choice import choose_device
-from quambase.schema.results import DECODE, PROMPT_TOKENS, STATE
 from quambase.schema.scale_table import SELECTED, Scale, read_scales
+from quambase.schema.stored.results import DECODE, PROMPT_TOKENS, STATE
 
 FORMATS = (
     "int8", "int8:site", "int8:index", "int8:head", "int8:channel", "int8:channel:every=16", "int8:stochastic",

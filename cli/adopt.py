@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from quambase.cli.analyze import strategies_for_people
-from quambase.cli.console import (
+from quambase.cli.query import run_option
+from quambase.cli.terminal.console import (
     PEOPLE,
     Command,
     answer,
@@ -18,8 +19,7 @@ from quambase.cli.console import (
     next_command,
     note,
 )
-from quambase.cli.formats import emit
-from quambase.cli.query import run_option
+from quambase.cli.terminal.formats import emit
 
 
 @click.command(cls=Command)

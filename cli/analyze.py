@@ -10,8 +10,9 @@ from typing import Any
 import click
 import pyarrow as pa
 
-from quambase.cli.complete import complete_strategies
-from quambase.cli.console import (
+from quambase.cli.query import run_option
+from quambase.cli.terminal.complete import complete_strategies
+from quambase.cli.terminal.console import (
     PEOPLE,
     Command,
     answer,
@@ -23,8 +24,7 @@ from quambase.cli.console import (
     one_each,
     options,
 )
-from quambase.cli.formats import emit, format_cell
-from quambase.cli.query import run_option
+from quambase.cli.terminal.formats import emit, format_cell
 from quambase.schema.errors import QuambaseError
 from quambase.schema.groups import GRANULARITIES
 from quambase.schema.scale_table import MSE, QUAMBASE, SELECTIONS, TARGETS, read_scales

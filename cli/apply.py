@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from quambase.cli.complete import complete_labels, complete_models, complete_sites
-from quambase.cli.console import (
+from quambase.cli.terminal.complete import complete_labels, complete_models, complete_sites
+from quambase.cli.terminal.console import (
     Command,
     answer,
     database_option,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quambase.cli.complete import complete_models, complete_runs, complete_sites, complete_texts
-from quambase.cli.console import (
+from quambase.cli.terminal.complete import complete_models, complete_runs, complete_sites, complete_texts
+from quambase.cli.terminal.console import (
     COUNT,
     SEED,
     Command,
@@ -254,7 +254,7 @@ def merge(sources: tuple[Path, ...], run: str | None, db: Path) -> None:
 
 def _describe(found: CollectedRun) -> None:
     """Describe the run on stderr: its documents, its worst outliers, its folder and the next command."""
-    from quambase.schema.runs import read_run_table
+    from quambase.schema.stored.runs import read_run_table
 
     manifest, data = found.manifest, found.manifest.data
     family = manifest.model.family

@@ -10,14 +10,23 @@ from typing import TYPE_CHECKING
 import click
 import pyarrow as pa
 
-from quambase.cli.complete import complete_sites, complete_strategies
-from quambase.cli.console import SEED, Command, answer, database_option, note, one_each, options, output_options
-from quambase.cli.formats import emit
 from quambase.cli.query import run_option
+from quambase.cli.terminal.complete import complete_sites, complete_strategies
+from quambase.cli.terminal.console import (
+    SEED,
+    Command,
+    answer,
+    database_option,
+    note,
+    one_each,
+    options,
+    output_options,
+)
+from quambase.cli.terminal.formats import emit
 from quambase.schema.sites import WHOLE
 
 if TYPE_CHECKING:
-    from quambase.analyzer.compare import Comparison
+    from quambase.analyzer.site.compare import Comparison
 
 TABLES = ("statistics", "strategies", "values")
 
@@ -114,8 +123,8 @@ def compare(
       quambase compare --synthetic
       quambase compare --site x_proj:input --layer 3 --picture x_proj.png
     """
-    from quambase.analyzer.compare import MAGNITUDES
-    from quambase.analyzer.compare import compare as compare_strategies
+    from quambase.analyzer.site.compare import MAGNITUDES
+    from quambase.analyzer.site.compare import compare as compare_strategies
 
     values = values or MAGNITUDES
     found = compare_strategies(
@@ -164,7 +173,7 @@ def groups(
       quambase collect --model mamba2-8m --samples 4
       quambase groups --layer 3 --picture groups.png
     """
-    from quambase.analyzer.group_spread import group_spread
+    from quambase.analyzer.site.group_spread import group_spread
 
     found = group_spread(db, run, layer, None if no_picture else picture, force)
     emit(found.table, format_, output)

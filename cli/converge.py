@@ -9,8 +9,9 @@ import click
 import pyarrow as pa
 
 from quambase.cli.compare import picture_options, strategies_option
-from quambase.cli.complete import complete_sites
-from quambase.cli.console import (
+from quambase.cli.query import run_option
+from quambase.cli.terminal.complete import complete_sites
+from quambase.cli.terminal.console import (
     COUNT,
     PEOPLE,
     SEED,
@@ -22,8 +23,7 @@ from quambase.cli.console import (
     options,
     output_options,
 )
-from quambase.cli.formats import emit
-from quambase.cli.query import run_option
+from quambase.cli.terminal.formats import emit
 
 if TYPE_CHECKING:
     from quambase.analyzer.converge import Convergence

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from quambase.cli.console import Command, fail
+from quambase.cli.terminal.console import Command, fail
 from quambase.schema.errors import OutputRefused
 
 MARK = ".quambase-demo"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from quambase.cli.console import PEOPLE, SEED, Command, answer, database_option, output_options, wrapped
-from quambase.cli.formats import emit
+from quambase.cli.terminal.console import PEOPLE, SEED, Command, answer, database_option, output_options, wrapped
+from quambase.cli.terminal.formats import emit
 from quambase.schema.errors import DataInvalid, QuambaseError
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from quambase.apply.evaluation.paired_statistics import (
     WITHIN,
 )
 from quambase.cli.apply import int8_options
-from quambase.cli.complete import complete_labels
-from quambase.cli.console import (
+from quambase.cli.terminal.complete import complete_labels
+from quambase.cli.terminal.console import (
     COUNT,
     PEOPLE,
     SEED,
@@ -32,10 +32,10 @@ from quambase.cli.console import (
     output_options,
     wrapped,
 )
-from quambase.cli.formats import emit
+from quambase.cli.terminal.formats import emit
 from quambase.model.inputs.sources import find_given
 from quambase.schema.groups import GRANULARITIES
-from quambase.schema.results import DECODE, PREFILL, PROMPT_TOKENS, WINDOW
+from quambase.schema.stored.results import DECODE, PREFILL, PROMPT_TOKENS, WINDOW
 
 if TYPE_CHECKING:
     from quambase.apply.evaluation.stored import Evaluation

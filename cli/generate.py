@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from quambase.cli.complete import complete_labels, complete_models
-from quambase.cli.console import (
+from quambase.cli.terminal.complete import complete_labels, complete_models
+from quambase.cli.terminal.console import (
     COUNT,
     SEED,
     Command,

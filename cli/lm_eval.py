@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from quambase.cli.console import HELP_NAMES, Command
+from quambase.cli.terminal.console import HELP_NAMES, Command
 
 
 @click.command(cls=Command, context_settings={**HELP_NAMES, "ignore_unknown_options": True})

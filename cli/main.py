@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from quambase.cli.console import HELP_NAMES, debug_option
+from quambase.cli.terminal.console import HELP_NAMES, debug_option
 from quambase.schema.errors import UnknownName
 
 if "OMP_WAIT_POLICY" not in os.environ:

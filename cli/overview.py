@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from quambase.cli.console import note
-from quambase.cli.formats import emit
+from quambase.cli.terminal.console import note
+from quambase.cli.terminal.formats import emit
 from quambase.schema.commands import DATABASE
 from quambase.schema.errors import DatabaseInvalid, QuambaseError
-from quambase.schema.results import finished_evaluations
-from quambase.schema.runs import list_runs, overview
 from quambase.schema.scale_table import read_scales
+from quambase.schema.stored.results import finished_evaluations
+from quambase.schema.stored.runs import list_runs, overview
 
 SCALES = Path("scales.parquet")
 

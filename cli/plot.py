@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from quambase.cli.compare import strategies_option
-from quambase.cli.complete import complete_sites
-from quambase.cli.console import (
+from quambase.cli.query import run_option
+from quambase.cli.terminal.complete import complete_sites
+from quambase.cli.terminal.console import (
     FORMATS,
     Command,
     answer,
@@ -20,8 +21,7 @@ from quambase.cli.console import (
     note,
     options,
 )
-from quambase.cli.formats import emit
-from quambase.cli.query import run_option
+from quambase.cli.terminal.formats import emit
 from quambase.schema.sites import WHOLE
 
 if TYPE_CHECKING:

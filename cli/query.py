@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from quambase.cli.complete import complete_runs, complete_sites
-from quambase.cli.console import COUNT, Command, answer, database_option, note, output_options
-from quambase.cli.formats import emit
+from quambase.cli.terminal.complete import complete_runs, complete_sites
+from quambase.cli.terminal.console import COUNT, Command, answer, database_option, note, output_options
+from quambase.cli.terminal.formats import emit
 from quambase.schema.sql.yardstick import DECODING, EVALUATED, HEAD, outlier_line, reader, worst_site
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def runs(db: Path, format_: str, output: Path | None) -> None:
     Example:
       quambase runs
     """
-    from quambase.schema.runs import list_runs, overview
+    from quambase.schema.stored.runs import list_runs, overview
 
     complete, unfinished = list_runs(db)
     table, damaged = overview(complete)
@@ -122,7 +122,7 @@ def doctor(db: Path, format_: str, output: Path | None) -> None:
     Example:
       quambase doctor --db quambase-db
     """
-    from quambase.schema.doctor import BAD, examine
+    from quambase.schema.stored.doctor import BAD, examine
 
     report = examine(db)
     emit(report, format_, output, wrap="detail")

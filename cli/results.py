@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
-from quambase.cli.console import (
+from quambase.cli.evaluate import emit_evaluation, statistics_options
+from quambase.cli.query import run_option
+from quambase.cli.terminal.console import (
     Command,
     answer,
     database_option,
@@ -16,9 +18,7 @@ from quambase.cli.console import (
     output_options,
     wrapped,
 )
-from quambase.cli.evaluate import emit_evaluation, statistics_options
-from quambase.cli.formats import emit
-from quambase.cli.query import run_option
+from quambase.cli.terminal.formats import emit
 
 
 @click.command(cls=Command)

@@ -14,9 +14,9 @@ import click
 import pyarrow as pa
 from click.shell_completion import CompletionItem
 
-from quambase.cli.console import Command, answer, database_option, line_width, note, output_options
-from quambase.cli.formats import ROWS, emit
 from quambase.cli.query import note_sql, run_option, show_sql_option
+from quambase.cli.terminal.console import Command, answer, database_option, line_width, note, output_options
+from quambase.cli.terminal.formats import ROWS, emit
 from quambase.schema.errors import QueryInvalid
 from quambase.schema.progress import Progress
 from quambase.schema.sql.queries import cookbook, definitions_for, recipe
@@ -118,7 +118,7 @@ def sql(
     trace = note_sql if show_sql else None
     with StatsDB(db, run, unsafe=unsafe, scales=scales, trace=trace, limits=limits) as database:
         if shell:
-            from quambase.cli.sql_shell import Shell
+            from quambase.cli.terminal.sql_shell import Shell
 
             Shell(database).run()
             return

@@ -16,9 +16,9 @@ from quambase.collector.statistics import Moments, RunStatistics, SiteLayout
 from quambase.model.inputs.array_files import Array, read_npz
 from quambase.schema.errors import DatabaseInvalid, first_line
 from quambase.schema.files import replacing
-from quambase.schema.manifest import FileName, TableFile
-from quambase.schema.positions import buckets_of
 from quambase.schema.sites import SiteKey
+from quambase.schema.stored.manifest import FileName, TableFile
+from quambase.schema.values.positions import buckets_of
 
 CHECKPOINT = "checkpoint.npz"
 

@@ -27,15 +27,6 @@ from quambase.collector.documents import (
 )
 from quambase.collector.first_pass import Grouping, choose_grouping, find_groups
 from quambase.collector.layouts import site_layouts
-from quambase.collector.run_folder import (
-    BlockFiles,
-    clear_leftovers,
-    clear_shard,
-    every_table,
-    finish_run,
-    versions,
-    write_statistics,
-)
 from quambase.collector.second_moments import (
     SecondMomentsPlan,
     collect_second_moments,
@@ -64,7 +55,16 @@ from quambase.collector.shards import (
     write_sums,
 )
 from quambase.collector.statistics import ENCODINGS, Int64, RunStatistics, SiteLayout
-from quambase.collector.table_rows import BlockCounter, Locate, Places
+from quambase.collector.tables.run_folder import (
+    BlockFiles,
+    clear_leftovers,
+    clear_shard,
+    every_table,
+    finish_run,
+    versions,
+    write_statistics,
+)
+from quambase.collector.tables.table_rows import BlockCounter, Locate, Places
 from quambase.collector.taps import KeptTokens
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.names import data_name
@@ -74,12 +74,12 @@ from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.errors import DataInvalid
 from quambase.schema.files import local_folder, locked
 from quambase.schema.groups import LayerGroups
-from quambase.schema.manifest import MANIFEST, Manifest, TableFile
-from quambase.schema.model_info import SIZES, ModelInfo, SortedGroups, TextInfo
 from quambase.schema.progress import Progress, Shown
-from quambase.schema.runs import describe_run
 from quambase.schema.sites import FAMILIES, SAMPLED_STATE_SITES, find_site
 from quambase.schema.sql.answer import PrintsAsTable
+from quambase.schema.stored.manifest import MANIFEST, Manifest, TableFile
+from quambase.schema.stored.model_info import SIZES, ModelInfo, SortedGroups, TextInfo
+from quambase.schema.stored.runs import describe_run
 
 CHECKPOINT_SECONDS = 10.0
 """A killed run loses about this much work at most, and the current block."""

@@ -22,10 +22,10 @@ from quambase.model.checkpoint import LoadedModel
 from quambase.model.prepare import prepare
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
 from quambase.schema.groups import LayerGroups
-from quambase.schema.manifest import Manifest
 from quambase.schema.progress import SILENT, Progress
-from quambase.schema.runs import read_run_table
 from quambase.schema.sites import MAMBA2
+from quambase.schema.stored.manifest import Manifest
+from quambase.schema.stored.runs import read_run_table
 
 SITE = "x_conv_out:input"
 """The site whose channels are sorted: x, the input of the scan."""

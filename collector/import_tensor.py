@@ -11,7 +11,6 @@ import torch
 from quambase.collector.collect import OUTLIERS, CollectedRun, existing_run
 from quambase.collector.documents import run_id
 from quambase.collector.host.counter import HostCounter
-from quambase.collector.run_folder import BlockFiles, every_table, finish_run, versions, write_statistics
 from quambase.collector.statistics import (
     ENCODINGS,
     SUMMARY_COLUMNS,
@@ -22,16 +21,17 @@ from quambase.collector.statistics import (
     RunStatistics,
     SiteLayout,
 )
-from quambase.collector.table_rows import Places, keyed_rows
+from quambase.collector.tables.run_folder import BlockFiles, every_table, finish_run, versions, write_statistics
+from quambase.collector.tables.table_rows import Places, keyed_rows
 from quambase.model.inputs.files import check_file
 from quambase.model.inputs.tensor_files import plain_tensor, read_pytorch, read_safetensors
 from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.checksums import file_sha256
 from quambase.schema.errors import TensorFileInvalid, first_line
 from quambase.schema.files import local_folder, locked
-from quambase.schema.manifest import MANIFEST, Manifest
-from quambase.schema.model_info import ModelInfo, TextInfo
 from quambase.schema.sites import WHOLE, SiteKey
+from quambase.schema.stored.manifest import MANIFEST, Manifest
+from quambase.schema.stored.model_info import ModelInfo, TextInfo
 from quambase.schema.tables import ACTIVATIONS, DOCUMENTS
 
 KINDS = (".pt", ".pth", ".npy", ".safetensors")

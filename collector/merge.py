@@ -21,7 +21,6 @@ from quambase.collector.checkpoint import load_checkpoint, position_buckets
 from quambase.collector.collect import CollectedRun, existing_run
 from quambase.collector.documents import run_id
 from quambase.collector.layouts import site_layouts
-from quambase.collector.run_folder import every_table, finish_run, versions, write_statistics
 from quambase.collector.second_moments import moment_parts_of, moment_widths, moments_file, stored_second_moments
 from quambase.collector.sensitivity import acting_sites, sensitivity_file, sensitivity_parts_of, stored_sensitivities
 from quambase.collector.shards import (
@@ -35,12 +34,13 @@ from quambase.collector.shards import (
     verify_shard,
 )
 from quambase.collector.statistics import ENCODINGS, RunStatistics, SiteLayout
+from quambase.collector.tables.run_folder import every_table, finish_run, versions, write_statistics
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, RunBusy, UnknownName
 from quambase.schema.files import link_or_copy, local_folder, locked
-from quambase.schema.manifest import MANIFEST, SHARDS, Manifest, TableFile
 from quambase.schema.progress import Progress, Shown
-from quambase.schema.runs import list_runs, sound_manifests
 from quambase.schema.sites import SiteKey
+from quambase.schema.stored.manifest import MANIFEST, SHARDS, Manifest, TableFile
+from quambase.schema.stored.runs import list_runs, sound_manifests
 
 Found = Mapping[Shard, ShardManifest]
 Folders = Mapping[Shard, Path]

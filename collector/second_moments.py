@@ -27,7 +27,7 @@ from quambase.collector.cuda.transfer import copied_to_host
 from quambase.collector.documents import DocumentSet, TokenizedDocument
 from quambase.collector.few_documents import FewDocuments, count_parts, in_parts
 from quambase.collector.statistics import Float64, SiteLayout
-from quambase.collector.table_rows import many_keyed_rows
+from quambase.collector.tables.table_rows import many_keyed_rows
 from quambase.model.inputs.array_files import read_npz
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.packed_batch import Batch

@@ -43,7 +43,7 @@ from quambase.collector.statistics import (
     SiteLayout,
     counted_rows,
 )
-from quambase.collector.table_rows import COUNTED, TableGroup, many_keyed_rows, table_groups
+from quambase.collector.tables.table_rows import COUNTED, TableGroup, many_keyed_rows, table_groups
 from quambase.model.inputs.array_files import read_npz
 from quambase.model.language_model import LanguageModel, without_tf32
 from quambase.model.operators.choice import choose_differentiable_operators

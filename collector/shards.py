@@ -22,7 +22,7 @@ from quambase.collector.checkpoint import CHECKPOINT
 from quambase.collector.second_moments import moment_parts_of, moments_file
 from quambase.collector.sensitivity import sensitivity_file, sensitivity_parts_of
 from quambase.collector.statistics import Int64, RunStatistics, SiteLayout
-from quambase.collector.table_rows import Locate, Places, table_groups
+from quambase.collector.tables.table_rows import Locate, Places, table_groups
 from quambase.model.block import ModelConfig
 from quambase.model.block_kinds import KINDS
 from quambase.model.inputs.array_files import array_of
@@ -31,7 +31,7 @@ from quambase.schema.checksums import ALTERED, CHECKSUM, PLACEHOLDER, add_checks
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, first_line
 from quambase.schema.files import read_regular, replacing
 from quambase.schema.json_files import Sha256, Size, as_type, read_json, write_json
-from quambase.schema.manifest import SHARDS, Manifest
+from quambase.schema.stored.manifest import SHARDS, Manifest
 from quambase.schema.tables import read_table, write_table
 
 SHARD = "shard.json"
@@ -46,7 +46,7 @@ _PLACES = pa.schema(
         pa.field("column", pa.int32()),
     ]
 )
-"""Arguments and results of `quambase.collector.table_rows.Locate` for the shard's largest values."""
+"""Arguments and results of `quambase.collector.tables.table_rows.Locate` for the shard's largest values."""
 
 
 @dataclass(frozen=True, order=True)

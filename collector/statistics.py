@@ -289,9 +289,9 @@ class RunStatistics:
     counts   (groups, PATTERNS) int64
     moments  of (channels,)
     top      (groups, most, 5: TOP_FIELDS) int64, sorted, magnitude -1 where there are fewer
-    buckets  the statistics of the positions of each bucket of `quambase.schema.positions` alone, with the same index;
-             empty unless they are wanted. Of their moments only integers and extrema are used, which do not depend on
-             the order
+    buckets  the statistics of the positions of each bucket of `quambase.schema.values.positions` alone, with the same
+             index; empty unless they are wanted. Of their moments only integers and extrema are used, which do not
+             depend on the order
     """
 
     index: SiteIndex

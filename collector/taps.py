@@ -12,7 +12,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from quambase.collector.block_rows import KeptRows, activations_rows, documents_rows
 from quambase.collector.documents import TokenizedDocument
 from quambase.collector.statistics import (
     SUMMARY_COLUMNS,
@@ -22,10 +21,11 @@ from quambase.collector.statistics import (
     SiteLayout,
     counted_rows,
 )
+from quambase.collector.tables.block_rows import KeptRows, activations_rows, documents_rows
 from quambase.model.packed_batch import sampled_ends
 from quambase.schema.errors import TapNeverFired
-from quambase.schema.positions import bucket_of
 from quambase.schema.sites import SiteKey
+from quambase.schema.values.positions import bucket_of
 
 Positions = Mapping[int, npt.NDArray[np.int64]]
 

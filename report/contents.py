@@ -10,19 +10,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quambase.analyzer.converge import Convergence, converge
-from quambase.analyzer.one_site import one_run
 from quambase.analyzer.pictures.numbers.positions import Positions, positions_of_every_site
 from quambase.analyzer.pictures.numbers.site_grid import SiteGrid, site_grid
 from quambase.analyzer.pictures.numbers.strategies import StrategyOverSites, strategies_over_sites
+from quambase.analyzer.site.one_site import one_run
 from quambase.apply.evaluation.stored import Evaluation, find_evaluation
 from quambase.report.site_pages import site_pages
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, ScalesInvalid
-from quambase.schema.manifest import Manifest
 from quambase.schema.progress import Progress, Shown
-from quambase.schema.results import DECODE, finished_evaluations
 from quambase.schema.scale_table import SELECTED, ScaleTable, read_scales
 from quambase.schema.sites import SiteKey
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.manifest import Manifest
+from quambase.schema.stored.results import DECODE, finished_evaluations
 
 SCALES = Path("scales.parquet")
 

@@ -29,8 +29,8 @@ from quambase.report.site_pages import short, shorts
 from quambase.schema.commands import of_database
 from quambase.schema.errors import QuambaseError
 from quambase.schema.files import MARK
-from quambase.schema.results import FLOAT
 from quambase.schema.sites import WHOLE
+from quambase.schema.stored.results import FLOAT
 
 SCRIPTS = ("vega", "vega-lite", "vega-embed")
 """The vendored ones, in the order in which they need each other."""

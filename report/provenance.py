@@ -9,9 +9,9 @@ from quambase.analyzer.strategies import parse_labels
 from quambase.apply.evaluation.decode_summary import base_of
 from quambase.report.contents import SCALES, Contents
 from quambase.schema.commands import run_command
-from quambase.schema.manifest import Manifest
-from quambase.schema.results import DECODE, PROMPT_TOKENS, STATE, WINDOW
 from quambase.schema.scale_table import EFFECT, IN_16_BIT, QUAMBASE, ScaleTable
+from quambase.schema.stored.manifest import Manifest
+from quambase.schema.stored.results import DECODE, PROMPT_TOKENS, STATE, WINDOW
 
 Facts = list[tuple[str, str]]
 """Names and what they are."""

@@ -17,12 +17,12 @@ from quambase.analyzer.pictures.numbers.largest_tokens import largest_tokens_of_
 from quambase.analyzer.pictures.numbers.marks import marks
 from quambase.analyzer.pictures.numbers.positions import Positions, tokens
 from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
-from quambase.schema.distribution import ratio
-from quambase.schema.manifest import Manifest
 from quambase.schema.progress import Progress
-from quambase.schema.results import UPSTREAM
 from quambase.schema.sites import FAMILIES, SAMPLED_STATE_SITES, STATE_SITES, WHOLE, Site, SiteKey
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.manifest import Manifest
+from quambase.schema.stored.results import UPSTREAM
+from quambase.schema.values.distribution import ratio
 
 POINTS, BINS = 48, 8
 """Points of an error curve, whose picture is 400 pixels wide; bins of a histogram to an octave."""

@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from quambase.schema.manifest import Manifest
 from quambase.schema.sites import FAMILIES, MAMBA2, SAMPLED_STATE_SITES
+from quambase.schema.stored.manifest import Manifest
 
 BATCH, LENGTH, KEPT, SEED = 32, 512, 64, 0
 """What `collect` takes where nothing is said: documents per forward pass, tokens per document, tokens whose activations

@@ -23,11 +23,11 @@ from quambase.schema.errors import OutputRefused, ScalesInvalid, UnknownName, fi
 from quambase.schema.files import FORCE_HINT, check_format_version, refuse_foreign_file
 from quambase.schema.groups import GRANULARITIES, GROUP, granularity_of, group_numbers, is_scale_group
 from quambase.schema.json_files import as_type
-from quambase.schema.manifest import Manifest
-from quambase.schema.model_info import ModelInfo
-from quambase.schema.number_format import INT8, Affine
 from quambase.schema.sites import AFFINE_SITES, OPERATORS, WHOLE
+from quambase.schema.stored.manifest import Manifest
+from quambase.schema.stored.model_info import ModelInfo
 from quambase.schema.tables import SCALES, open_table, with_later_columns, write_table
+from quambase.schema.values.number_format import INT8, Affine
 
 METADATA_KEY = b"quambase"
 """Key of the Parquet schema metadata whose value is the provenance, as JSON."""

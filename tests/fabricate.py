@@ -15,11 +15,11 @@ import pyarrow as pa
 
 from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.checksums import file_sha256
-from quambase.schema.distribution import Distribution
-from quambase.schema.manifest import Manifest, TableFile
-from quambase.schema.model_info import ModelInfo, TextInfo
 from quambase.schema.sites import STATE_BY_CHANNEL, STATE_SITES, WHOLE, Site, layer_sites
+from quambase.schema.stored.manifest import Manifest, TableFile
+from quambase.schema.stored.model_info import ModelInfo, TextInfo
 from quambase.schema.tables import DOCUMENT_QUANTILES, RUN_TABLES, write_table
+from quambase.schema.values.distribution import Distribution
 
 Activations = dict[tuple[int, str], dict[str, list[npt.NDArray[np.float32]]]]
 """(layer, site) to group to one (tokens, channels) array per document with a token."""

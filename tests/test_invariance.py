@@ -32,7 +32,7 @@ CHAIN = """
 import sys
 from pathlib import Path
 import quambase.collector.collect as collect
-from quambase.collector.run_folder import BlockFiles
+from quambase.collector.tables.run_folder import BlockFiles
 from quambase.cli.main import quambase
 
 killed, model, text, db, out = int(sys.argv[1]), *sys.argv[2:6]

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from quambase.analyzer.one_site import chosen_group, chosen_site, one_run
 from quambase.analyzer.pictures.numbers.marks import Mark, marks, marks_of_group
 from quambase.analyzer.pictures.numbers.site_grid import OUTLIER_RATIO
 from quambase.analyzer.scale_groups import ScaleGroup
+from quambase.analyzer.site.one_site import chosen_group, chosen_site, one_run
 from quambase.analyzer.strategies import parse_labels
 from quambase.schema.errors import DatabaseInvalid, ScalesInvalid
 from quambase.schema.progress import Shown
@@ -33,7 +33,7 @@ class Summarized(Protocol):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What `quambase.schema.results.read_evaluation` reads: the model and more."""
+        """What `quambase.schema.stored.results.read_evaluation` reads: the model and more."""
 
     def summary(self) -> pa.Table:
         """A row for each strategy and text, with intervals (`quambase.apply.evaluation.summary.SUMMARY`)."""

@@ -12,10 +12,10 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from quambase.analyzer.one_site import place
 from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.channels import OUTLIER, Channel, channels_by_reach
+from quambase.analyzer.site.one_site import place
 from quambase.schema.errors import UnknownName
 from quambase.schema.pictures import WIDTHS, logarithmic, new_figure
 from quambase.schema.sites import WHOLE

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from quambase.analyzer.pictures.frame import legend_outside, looks, styled, title
-from quambase.schema.distribution import Distribution
 from quambase.schema.pictures import logarithmic, new_figure
+from quambase.schema.values.distribution import Distribution
 
 Reconstructions = Mapping[str, Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float64]]]
 """Label of a strategy to the function that quantizes and dequantizes values; least error first."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import pyarrow as pa
 from matplotlib.figure import Figure
 
-from quambase.analyzer.one_site import place
 from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.histogram import Histogram, histogram
 from quambase.analyzer.pictures.numbers.marks import Mark
 from quambase.analyzer.pictures.words import share_text
+from quambase.analyzer.site.one_site import place
 from quambase.schema.pictures import logarithmic, new_figure
 
 

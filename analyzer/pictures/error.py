@@ -10,11 +10,11 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from quambase.analyzer.one_site import place
 from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.error_curve import ErrorCurve, error_curve
 from quambase.analyzer.pictures.numbers.marks import Mark
+from quambase.analyzer.site.one_site import place
 from quambase.schema.pictures import logarithmic, new_figure
 
 

@@ -15,7 +15,7 @@ from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.evaluation import Estimate, Evaluated, EvaluatedText, evaluated_texts
 from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.pictures import logarithmic, new_figure
-from quambase.schema.results import FLOAT, UPSTREAM
+from quambase.schema.stored.results import FLOAT, UPSTREAM
 
 PANELS: tuple[tuple[str, Callable[[Evaluated], Estimate | None], bool], ...] = (
     ("KL to the float model\n(nats a token)", lambda row: row.kl, True),

@@ -9,11 +9,11 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from quambase.analyzer.channel_division import Division
-from quambase.analyzer.group_spread import SITE, GroupSpread, group_spread
-from quambase.analyzer.one_site import place
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.frame import styled, title
+from quambase.analyzer.site.channel_division import Division
+from quambase.analyzer.site.group_spread import SITE, GroupSpread, group_spread
+from quambase.analyzer.site.one_site import place
 from quambase.schema.pictures import logarithmic, new_figure
 
 

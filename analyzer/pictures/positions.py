@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 from matplotlib.figure import Figure
 
-from quambase.analyzer.one_site import place
 from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.marks import Mark
 from quambase.analyzer.pictures.numbers.positions import Positions, positions_of_group
+from quambase.analyzer.site.one_site import place
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.pictures import logarithmic, new_figure
 

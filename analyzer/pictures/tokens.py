@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 from matplotlib.figure import Figure
 
-from quambase.analyzer.one_site import place
 from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.largest_tokens import LargestToken, largest_tokens
+from quambase.analyzer.site.one_site import place
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.pictures import new_figure
 from quambase.schema.sites import WHOLE

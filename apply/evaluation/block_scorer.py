@@ -22,9 +22,9 @@ from quambase.model.language_model import LanguageModel as FloatingModel
 from quambase.model.language_model import floating_model
 from quambase.schema.errors import DataInvalid
 from quambase.schema.progress import Progress, remark
-from quambase.schema.results import FLOAT
 from quambase.schema.scale_table import Operator, Scale
 from quambase.schema.sites import find_site
+from quambase.schema.stored.results import FLOAT
 from quambase.schema.tables import RESULTS
 
 DECODING_COST = 4.0

@@ -23,10 +23,10 @@ from quambase.apply.second_moments import second_moments_of
 from quambase.model.checkpoint import LoadedModel, load_model
 from quambase.model.inputs.sources import is_bundled
 from quambase.schema.errors import DataInvalid, ScalesInvalid
-from quambase.schema.int8_models import SCALES
 from quambase.schema.progress import remark
-from quambase.schema.results import STATE, UPSTREAM
 from quambase.schema.scale_table import MIXED, SELECTED, ScaleTable, read_scales
+from quambase.schema.stored.int8_models import SCALES
+from quambase.schema.stored.results import STATE, UPSTREAM
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from quambase.apply.evaluation.comparisons import Units
 from quambase.apply.evaluation.paired_statistics import FEWEST, Float64, linearised, student_interval
-from quambase.schema.results import DECODE, FLOAT, PREFILL, STATE
+from quambase.schema.stored.results import DECODE, FLOAT, PREFILL, STATE
 
 BY_POSITION = pa.schema(
     [

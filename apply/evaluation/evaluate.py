@@ -30,10 +30,10 @@ from quambase.schema import FORMAT_VERSION
 from quambase.schema.checksums import file_sha256
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
 from quambase.schema.files import local_folder, locked, remove_lock, remove_strays
-from quambase.schema.int8_models import last_applied
 from quambase.schema.json_files import write_json
 from quambase.schema.progress import Progress, Shown
-from quambase.schema.results import (
+from quambase.schema.stored.int8_models import last_applied
+from quambase.schema.stored.results import (
     DECODE,
     EVALUATION,
     PREFILL,

@@ -26,10 +26,10 @@ from quambase.model.operators.choice import choose_device
 from quambase.model.packed_batch import Batch
 from quambase.schema.files import local_folder
 from quambase.schema.progress import Progress, Shown
-from quambase.schema.results import PERPLEXITY, WINDOW
 from quambase.schema.scale_table import Scale, ScaleTable, read_scales
 from quambase.schema.sites import find_site
 from quambase.schema.sql.answer import PrintsAsTable
+from quambase.schema.stored.results import PERPLEXITY, WINDOW
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

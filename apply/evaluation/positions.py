@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from quambase.schema.positions import bounds_of, bucket_of
+from quambase.schema.values.positions import bounds_of, bucket_of
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 
 
 def decoded_bucket(decoded: Int64) -> Int64:
-    """The bucket of each number of decoded tokens: 0 for none, then 1 + `quambase.schema.positions.bucket_of`."""
+    """The bucket of each number of decoded tokens: 0 for none, else 1 more than `bucket_of`."""
     return np.where(decoded > 0, 1 + bucket_of(np.maximum(decoded, 1)), 0)
 
 

@@ -16,7 +16,7 @@ from quambase.model.inputs.text import Document
 from quambase.model.inputs.tokenizer import Tokenizer
 from quambase.model.packed_batch import Batch
 from quambase.schema.progress import SILENT, Progress, tell
-from quambase.schema.results import FLOAT
+from quambase.schema.stored.results import FLOAT
 
 BLOCK_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Tokens of one forward pass; part of the evaluation id, since float32 rows depend on the batch."""

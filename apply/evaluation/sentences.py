@@ -17,7 +17,7 @@ from quambase.apply.evaluation.paired_statistics import (
     can_reach_a_verdict,
 )
 from quambase.apply.evaluation.summary import families
-from quambase.schema.results import FLOAT, KL_DIFFERENCE, LAST_WORD, LM_EVAL, UPSTREAM
+from quambase.schema.stored.results import FLOAT, KL_DIFFERENCE, LAST_WORD, LM_EVAL, UPSTREAM
 
 Row = Mapping[str, Any]
 """A row of SUMMARY."""

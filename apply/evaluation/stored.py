@@ -11,8 +11,14 @@ import pyarrow as pa
 from quambase.apply.evaluation.decode_summary import by_position
 from quambase.apply.evaluation.summary import summarize
 from quambase.schema.errors import DatabaseInvalid, UnknownName
-from quambase.schema.results import EVALUATION, KL_DIFFERENCE, finished_evaluations, read_evaluation, read_results
 from quambase.schema.sql.answer import PrintsAsTable
+from quambase.schema.stored.results import (
+    EVALUATION,
+    KL_DIFFERENCE,
+    finished_evaluations,
+    read_evaluation,
+    read_results,
+)
 
 
 @dataclass(frozen=True, repr=False)

@@ -43,7 +43,7 @@ from quambase.apply.evaluation.paired_statistics import (
     wilson,
 )
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
-from quambase.schema.results import FLOAT, KL_DIFFERENCE, UPSTREAM
+from quambase.schema.stored.results import FLOAT, KL_DIFFERENCE, UPSTREAM
 
 REFERENCES = (FLOAT, UPSTREAM)
 """What every strategy is compared with: the floating-point model, and upstream's own scales."""

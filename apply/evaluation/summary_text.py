@@ -11,7 +11,7 @@ from quambase.apply.evaluation.comparisons import counted_units
 from quambase.apply.evaluation.paired_statistics import FEWEST, LEVEL, NOT_DISTINGUISHABLE, NOT_FINITE, misses_zero
 from quambase.apply.evaluation.sentences import loss, percents, runner_up, sentence
 from quambase.apply.evaluation.summary import REFERENCES, Families, families
-from quambase.schema.results import FLOAT, KL_DIFFERENCE, LAST_WORD, LM_EVAL, UPSTREAM
+from quambase.schema.stored.results import FLOAT, KL_DIFFERENCE, LAST_WORD, LM_EVAL, UPSTREAM
 
 
 class Readable(NamedTuple):

@@ -14,9 +14,9 @@ from quambase.model.checkpoint import LoadedModel
 from quambase.model.inputs.names import BUNDLED_DATA, SAMPLE_AUTHORS, data_name
 from quambase.model.inputs.text import read_documents
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
-from quambase.schema.manifest import MANIFEST, Manifest
-from quambase.schema.results import DECODE, LAST_WORD, PERPLEXITY, PREFILL
-from quambase.schema.runs import read_run_table
+from quambase.schema.stored.manifest import MANIFEST, Manifest
+from quambase.schema.stored.results import DECODE, LAST_WORD, PERPLEXITY, PREFILL
+from quambase.schema.stored.runs import read_run_table
 
 BUNDLED_TASKS = (
     (PERPLEXITY, "sample:evaluation"),

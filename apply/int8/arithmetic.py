@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from quambase.schema.number_format import INT8
+from quambase.schema.values.number_format import INT8
 
 INT8_MIN, INT8_MAX = INT8.qmin, INT8.qmax
 

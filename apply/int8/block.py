@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 import torch
 
 from quambase.apply.int8.arithmetic import SplitInt8Weight, Weight, float32, scale_of_rows
-from quambase.apply.int8.operators import AnyBlockState, Factors, Int8Operators, Multipliers
+from quambase.apply.int8.operators.interface import AnyBlockState, Factors, Int8Operators, Multipliers
 from quambase.apply.int8.state_formats import StateLayout
 from quambase.model.block_kinds import KINDS
 from quambase.model.packed_batch import PlacedBatch
 from quambase.schema.errors import ScalesInvalid
-from quambase.schema.number_format import Affine
 from quambase.schema.scale_table import Scale
+from quambase.schema.values.number_format import Affine
 
 
 class Int8BlockWeights(ABC):

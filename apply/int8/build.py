@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from quambase.apply.int8.cuda_operators import CudaInt8Operators
 from quambase.apply.int8.group_scales import ChannelGroups, channel_maps, check_scales
-from quambase.apply.int8.host_operators import HostInt8Operators
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.needed_scales import Scales
+from quambase.apply.int8.operators.cuda import CudaInt8Operators
+from quambase.apply.int8.operators.host import HostInt8Operators
 from quambase.apply.int8.two_segments import TwoSegmentModel
 from quambase.apply.int8.weights import Int8ModelWeights, PlacedWeights, SecondMoments, quantize, with_16_bit
 from quambase.model.prepare import prepare, reorder

@@ -11,9 +11,9 @@ from quambase.apply.int8.needed_scales import Scales, checked_affine, checked_sc
 from quambase.model.block import ModelConfig
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.groups import LayerGroups
-from quambase.schema.number_format import Affine
 from quambase.schema.scale_table import Scale
 from quambase.schema.sites import find_site
+from quambase.schema.values.number_format import Affine
 
 ChannelGroups = Sequence[Sequence[torch.Tensor]]
 """Per layer the divisions of the channels of x, each the scale group of every channel (e,), int64; empty if the sizes

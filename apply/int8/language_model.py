@@ -16,7 +16,7 @@ from quambase.apply.int8.arithmetic import Int8Weight
 from quambase.apply.int8.block import BlockScales, half_factors, whole
 from quambase.apply.int8.group_scales import ChannelGroups, check_scales
 from quambase.apply.int8.needed_scales import Scales
-from quambase.apply.int8.operators import AnyBlockState, Factors, Int8BlockState, Int8Operators
+from quambase.apply.int8.operators.interface import AnyBlockState, Factors, Int8BlockState, Int8Operators
 from quambase.apply.int8.state_formats import SimulatedState, StateFormat, StateLayout
 from quambase.apply.int8.weights import UPSTREAM, Int8ModelWeights, PlacedWeights
 from quambase.model.block import ModelConfig

@@ -48,7 +48,7 @@ from quambase.apply.int8.block import (
     whole,
     zero_point,
 )
-from quambase.apply.int8.operators import (
+from quambase.apply.int8.operators.interface import (
     AnyBlockState,
     Factors,
     Int8BlockState,

@@ -50,7 +50,7 @@ from quambase.apply.int8.block import (
     whole,
 )
 from quambase.apply.int8.group_scales import channel_groups_of, scale_of_channels, values_of, zero_point_of_channels
-from quambase.apply.int8.operators import (
+from quambase.apply.int8.operators.interface import (
     AnyBlockState,
     Factors,
     Int8BlockState,

@@ -38,10 +38,19 @@ from quambase.schema import FORMAT_VERSION
 from quambase.schema.checksums import file_sha256
 from quambase.schema.errors import CheckpointInvalid, OutputRefused, first_line
 from quambase.schema.files import locked, replacing
-from quambase.schema.int8_models import AGAIN, CONFIG, SCALES, TENSORS, TOKENIZER, UNFINISHED, check_files, read_about
 from quambase.schema.json_files import as_type, write_json
-from quambase.schema.number_format import Affine
 from quambase.schema.scale_table import Scale, write_scales
+from quambase.schema.stored.int8_models import (
+    AGAIN,
+    CONFIG,
+    SCALES,
+    TENSORS,
+    TOKENIZER,
+    UNFINISHED,
+    check_files,
+    read_about,
+)
+from quambase.schema.values.number_format import Affine
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from quambase.apply.int8.arithmetic import float32
 from quambase.model.block import ModelConfig
 from quambase.schema.errors import ScalesInvalid
-from quambase.schema.number_format import INT8, Affine
 from quambase.schema.scale_table import Scale, ScaleTable
 from quambase.schema.sites import AFFINE_SITES, FAMILIES, HEAD_LAYER, WHOLE, find_site, is_model_site, layer_sites
+from quambase.schema.values.number_format import INT8, Affine
 
 Scales = Mapping[tuple[int, str], Scale]
 """(layer, site) to a positive scale, or to one per scale group if the block reads groups."""

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from quambase.apply.int8.operators import Int8BlockState
+from quambase.apply.int8.operators.interface import Int8BlockState
 from quambase.schema.errors import DataInvalid
 
 

@@ -21,9 +21,9 @@ from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.operators.torch import CPU
 from quambase.model.packed_batch import Batch
 from quambase.model.weights import ModelWeights
-from quambase.schema.number_format import INT8, OUTLIER_CODE
 from quambase.schema.scale_table import Operator, Segments
 from quambase.schema.sites import HEAD_LAYER
+from quambase.schema.values.number_format import INT8, OUTLIER_CODE
 
 
 def encode(values: torch.Tensor, inner: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from quambase.apply.int8.arithmetic import Int8Weight, quantize_rows, quantize_weight, weight_values
 from quambase.apply.int8.block import Int8Block, Int8BlockWeights
 from quambase.apply.int8.block_kinds import int8_kind_of
-from quambase.apply.int8.operators import Int8Operators
+from quambase.apply.int8.operators.interface import Int8Operators
 from quambase.model.block import ModelConfig
 from quambase.model.weights import ModelWeights
 from quambase.schema.errors import ScalesInvalid

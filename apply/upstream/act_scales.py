@@ -35,10 +35,10 @@ from quambase.schema import FORMAT_VERSION
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.files import refuse_foreign_file, replacing
 from quambase.schema.groups import LayerGroups
-from quambase.schema.model_info import ModelInfo
-from quambase.schema.number_format import Affine
 from quambase.schema.scale_table import MIXED, SELECTED, Scale, ScaleTable, SymmetricScale, read_scales
 from quambase.schema.sites import FAMILIES, HEAD_LAYER, MAMBA2, layer_sites
+from quambase.schema.stored.model_info import ModelInfo
+from quambase.schema.values.number_format import Affine
 
 HeadGroup = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Grouped = list[list[HeadGroup]]

@@ -51,7 +51,7 @@ __device__ __forceinline__ u64 upto_lane(u64 mine) {
     return mine;
 }
 
-// torch.quantile's interpolation, as quambase.schema.distribution.lerp_torch.
+// torch.quantile's interpolation, as quambase.schema.values.distribution.lerp_torch.
 __device__ float lerp_torch(float below, float above, float weight) {
     const double step = (double)__fsub_rn(above, below);
     if (weight < 0.5f) return (float)__dadd_rn((double)below, __dmul_rn((double)weight, step));

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.schema.compiled import kept_njit
-from quambase.schema.quantile_rules import interpolate_torch, rank_torch
+from quambase.schema.values.quantile_rules import interpolate_torch, rank_torch
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

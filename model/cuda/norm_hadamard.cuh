@@ -1,5 +1,5 @@
 // RMS norms and the Hadamard transform over rows of activations, for any storage type. Included by forward.cu
-// (activations) and by apply/int8/blocks.cu (codes).
+// (activations) and by apply/int8/operators/blocks.cu (codes).
 //
 // DIM    channels of a row that is gated or transformed: d_inner
 // ORDER  order of the Hadamard matrix that is not a power of two, or 1;  BITS: log2 of the power of two;

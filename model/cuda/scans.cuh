@@ -1,5 +1,5 @@
 // The scans of both kinds of block, for inputs of any storage type. Included by forward.cu (activations) and by
-// apply/int8/blocks.cu (codes). Compiled at run time.
+// apply/int8/operators/blocks.cu (codes). Compiled at run time.
 //
 // STATES    d_state
 // HEADDIM   channels of a Mamba-2 head

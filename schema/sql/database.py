@@ -22,21 +22,21 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from quambase.schema.distribution import BlockCounts, Distribution, Sensitivity
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, QueryInvalid, UnknownName
 from quambase.schema.files import local_folder
 from quambase.schema.groups import GRANULARITIES, TENSOR, united_groups
-from quambase.schema.manifest import Manifest
-from quambase.schema.number_format import INT8
-from quambase.schema.results import EVALUATION, read_results
-from quambase.schema.runs import runs_table, select_runs
 from quambase.schema.scale_table import read_scales
 from quambase.schema.sites import SITE_NAMES
 from quambase.schema.sql.answer import Answer
 from quambase.schema.sql.limits import Limits, Watch, out_of_memory
 from quambase.schema.sql.queries import named_queries, sql_file
 from quambase.schema.sql.views import comments
+from quambase.schema.stored.manifest import Manifest
+from quambase.schema.stored.results import EVALUATION, read_results
+from quambase.schema.stored.runs import runs_table, select_runs
 from quambase.schema.tables import DOCUMENT_QUANTILES, LATER_COLUMNS, RESULTS, RUN_TABLES, SCALES, WORDS
+from quambase.schema.values.distribution import BlockCounts, Distribution, Sensitivity
+from quambase.schema.values.number_format import INT8
 
 VERIFY_LIMIT_BYTES = 256 << 20
 """Opening a run compares every file's checksum, those of `activations` only up to this size in all; `doctor` compares

@@ -10,10 +10,10 @@ from tiny_model import write_texts, write_tiny_model
 
 from quambase.analyzer.analyze import analyze
 from quambase.collector.collect import collect
-from quambase.schema.distribution import Distribution
 from quambase.schema.sites import MAMBA1_SITES, layer_sites
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import QUANTILES, SITE_STATS
+from quambase.schema.values.distribution import Distribution
 
 
 @pytest.fixture(scope="module")

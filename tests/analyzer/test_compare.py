@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fabricate import half, make_run, random_activations
 
-from quambase.analyzer.compare import MAGNITUDES, compare, reconstruct
+from quambase.analyzer.site.compare import MAGNITUDES, compare, reconstruct
 from quambase.schema.errors import QuambaseError, UnknownName
 
 SITE = "x_proj:output"

@@ -37,9 +37,9 @@ from quambase.cli.main import quambase
 from quambase.collector.collect import collect
 from quambase.collector.import_tensor import import_tensor
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
-from quambase.schema.number_format import Affine
 from quambase.schema.sites import layer_sites
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.values.number_format import Affine
 
 LENGTHS = (5, 9, 0, 0, 30, 0, 12, 0, 25, 7, 18, 2)
 """Tokens of the documents: of six blocks of two, one has no document and two have one."""

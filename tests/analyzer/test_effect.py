@@ -22,11 +22,11 @@ from quambase.analyzer.scale_groups import ScaleGroup, group_of_values, one_docu
 from quambase.analyzer.strategies import parse_label
 from quambase.analyzer.summary import predicted_decoding_loss, predicted_loss, selection, summarize
 from quambase.cli.main import quambase
-from quambase.schema.distribution import Distribution, Sensitivity
 from quambase.schema.errors import DatabaseInvalid, ScalesInvalid, UnknownName
-from quambase.schema.number_format import Affine
 from quambase.schema.scale_table import METADATA_KEY, read_scales, write_scales
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.values.distribution import Distribution, Sensitivity
+from quambase.schema.values.number_format import Affine
 
 RUN = "run-s"
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from quambase.analyzer.kernels import TIE, _keep_ties, suffix_sums
 from quambase.analyzer.least_squares import optimal_scale
 from quambase.analyzer.quantization_error import figures, piecewise_figures
-from quambase.schema.distribution import Distribution
-from quambase.schema.number_format import INT8
+from quambase.schema.values.distribution import Distribution
+from quambase.schema.values.number_format import INT8
 
 Float32 = npt.NDArray[np.float32]
 

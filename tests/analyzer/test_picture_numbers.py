@@ -27,10 +27,10 @@ from quambase.analyzer.pictures.numbers.site_grid import QUANTITIES, site_grid
 from quambase.analyzer.pictures.numbers.strategies import strategies_over_sites
 from quambase.analyzer.scale_groups import ScaleGroup, group_of_values, scale_groups
 from quambase.analyzer.strategies import parse_labels
-from quambase.schema.distribution import Distribution, Sensitivity
 from quambase.schema.errors import UnknownName
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.tables import OUTLIERS, SCALES
+from quambase.schema.values.distribution import Distribution, Sensitivity
 
 SITE = "x_proj:output"
 

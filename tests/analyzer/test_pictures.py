@@ -24,7 +24,6 @@ from matplotlib.text import Annotation, Text
 
 import quambase
 from quambase.analyzer.analyze import analyze
-from quambase.analyzer.channel_division import Division
 from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import SHOWN
 from quambase.analyzer.pictures.channels import ChannelsPicture
@@ -36,6 +35,7 @@ from quambase.analyzer.pictures.numbers.largest_tokens import LargestToken
 from quambase.analyzer.pictures.numbers.site_grid import QUANTITIES
 from quambase.analyzer.pictures.plot import KINDS, Picture, plot
 from quambase.analyzer.pictures.tokens import TokensPicture
+from quambase.analyzer.site.channel_division import Division
 from quambase.cli import plot as command
 from quambase.cli.main import quambase as cli
 from quambase.schema.checksums import file_sha256
@@ -47,9 +47,9 @@ from quambase.schema.errors import (
     ScalesInvalid,
     UnknownName,
 )
-from quambase.schema.manifest import Manifest, TableFile
 from quambase.schema.pictures import WIDTHS, new_figure, picture_style, power_text, save_picture
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.manifest import Manifest, TableFile
 from quambase.schema.tables import OUTLIERS, RUN_TABLES, write_table
 
 SITE = "x_proj:output"

@@ -13,10 +13,10 @@ from hypothesis.extra.numpy import arrays
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.strategies import parse_label
 from quambase.analyzer.upstream_observers import ema_scale, minmax_scale, quantile_column
-from quambase.schema.distribution import Distribution
 from quambase.schema.errors import UnknownName
 from quambase.schema.sql.database import DocumentSeries
 from quambase.schema.tables import DOCUMENT_QUANTILES
+from quambase.schema.values.distribution import Distribution
 
 
 def cuda_divide(tensor: torch.Tensor, number: int) -> torch.Tensor:

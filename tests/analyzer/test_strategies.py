@@ -13,7 +13,7 @@ from quambase.analyzer import kernels, strategies
 from quambase.analyzer.scale_groups import ScaleGroup, group_of_values
 from quambase.analyzer.strategies import DEFAULT_LABELS, STRATEGIES, parse_label, parse_labels, strategy
 from quambase.schema.errors import DataInvalid, UnknownName
-from quambase.schema.number_format import Affine
+from quambase.schema.values.number_format import Affine
 
 VALUES = (np.random.default_rng(5).standard_t(3, 4000) * 2).astype(np.float16)
 A = np.abs(VALUES.astype(np.float64))

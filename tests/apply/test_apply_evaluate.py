@@ -40,12 +40,12 @@ from quambase.model.prepare import prepare
 from quambase.model.weights import tensors_of
 from quambase.schema.checksums import file_sha256
 from quambase.schema.errors import CheckpointInvalid, DatabaseInvalid, DataInvalid, RunBusy, ScalesInvalid, UnknownName
-from quambase.schema.int8_models import CONFIG as CONFIG_FILE
-from quambase.schema.int8_models import TENSORS, last_applied
-from quambase.schema.manifest import Manifest, TableFile
-from quambase.schema.model_info import ModelInfo, TextInfo
 from quambase.schema.scale_table import METADATA_KEY, write_scales
 from quambase.schema.sites import MAMBA1, find_site
+from quambase.schema.stored.int8_models import CONFIG as CONFIG_FILE
+from quambase.schema.stored.int8_models import TENSORS, last_applied
+from quambase.schema.stored.manifest import Manifest, TableFile
+from quambase.schema.stored.model_info import ModelInfo, TextInfo
 from quambase.schema.tables import DOCUMENTS, RESULTS, SCALES, write_table
 
 WORDS = [f"w{i}" for i in range(CONFIG.vocab_size)]

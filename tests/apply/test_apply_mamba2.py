@@ -31,9 +31,9 @@ from quambase.model.prepare import prepare, reorder
 from quambase.model.weights import tensors_of
 from quambase.schema.errors import ScalesInvalid, UnknownName
 from quambase.schema.groups import LayerGroups
-from quambase.schema.int8_models import TENSORS
 from quambase.schema.scale_table import read_scales, write_scales
 from quambase.schema.sites import MAMBA2
+from quambase.schema.stored.int8_models import TENSORS
 from quambase.schema.tables import SCALES
 
 WORDS = [f"w{i}" for i in range(CONFIG.vocab_size)]

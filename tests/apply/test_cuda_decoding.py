@@ -25,13 +25,13 @@ from test_mixed_precision import SUBSETS, mixed
 
 from quambase.analyzer.analyze import analyze
 from quambase.apply.evaluation.decoding import Decoding
-from quambase.apply.int8 import cuda_operators as device_operators
 from quambase.apply.int8.arithmetic import Int8Weight
 from quambase.apply.int8.build import build_model, int8_on_cuda
-from quambase.apply.int8.cuda_operators import CudaInt8Operators
-from quambase.apply.int8.host_operators import HostInt8Operators
 from quambase.apply.int8.language_model import Int8LanguageModel, Int8State
-from quambase.apply.int8.operators import Int8BlockState, ScanScales, SsdScales
+from quambase.apply.int8.operators import cuda as device_operators
+from quambase.apply.int8.operators.cuda import CudaInt8Operators
+from quambase.apply.int8.operators.host import HostInt8Operators
+from quambase.apply.int8.operators.interface import Int8BlockState, ScanScales, SsdScales
 from quambase.apply.int8.weights import PlacedWeights
 from quambase.collector.collect import collect
 from quambase.model.checkpoint import load_model

@@ -32,9 +32,9 @@ from quambase.model.checkpoint import load_model
 from quambase.model.language_model import floating_model
 from quambase.model.prepare import prepare
 from quambase.schema.errors import DatabaseInvalid, ScalesInvalid
-from quambase.schema.manifest import Manifest
 from quambase.schema.scale_table import read_scales
 from quambase.schema.sites import MAMBA1, PRODUCT_SITES
+from quambase.schema.stored.manifest import Manifest
 
 float32 = np.float32
 

@@ -12,8 +12,8 @@ from test_int8_operators import factors_that_do_not_commute
 from tiny_int8_mamba2 import CONFIG, tiny_prepared
 
 from quambase.apply.int8 import arithmetic as int8
-from quambase.apply.int8 import host_kernels as kernels
 from quambase.apply.int8.mamba2 import Int8Mamba2Weights
+from quambase.apply.int8.operators import host_kernels as kernels
 
 
 def codes(generator, *shape):

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quambase.apply.int8 import arithmetic as int8
-from quambase.apply.int8 import host_kernels as kernels
-from quambase.apply.int8.host_operators import HostInt8Operators
-from quambase.apply.int8.operators import ScanScales
+from quambase.apply.int8.operators import host_kernels as kernels
+from quambase.apply.int8.operators.host import HostInt8Operators
+from quambase.apply.int8.operators.interface import ScanScales
 from quambase.model.hadamard import hadamard
 from quambase.model.operators.interface import OperatorSizes
 from quambase.model.packed_batch import Batch, PlacedBatch

@@ -27,9 +27,9 @@ from quambase.model.language_model import floating_model
 from quambase.model.packed_batch import Batch
 from quambase.model.weights import ModelWeights
 from quambase.schema.errors import ScalesInvalid
-from quambase.schema.number_format import Affine
 from quambase.schema.scale_table import Operator
 from quambase.schema.sites import AFFINE_SITES
+from quambase.schema.values.number_format import Affine
 
 OPERATORS = {"mamba1": ("in_proj", "conv_scan", "x_proj", "out_proj"), "mamba2": ("in_proj", "conv_scan", "out_proj")}
 SUBSETS = [

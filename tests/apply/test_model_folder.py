@@ -17,8 +17,8 @@ from quambase.apply.int8.model_folder import load_stored
 from quambase.collector.collect import collect
 from quambase.schema.checksums import CHECKSUM
 from quambase.schema.errors import CheckpointInvalid
-from quambase.schema.int8_models import CONFIG
 from quambase.schema.json_files import write_json
+from quambase.schema.stored.int8_models import CONFIG
 
 FAMILIES = {"mamba1": write_tiny_model, "mamba2": write_tiny_mamba2}
 

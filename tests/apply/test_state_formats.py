@@ -17,10 +17,10 @@ from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 from quambase.analyzer.analyze import analyze
 from quambase.apply.evaluation.candidates import from_scales
 from quambase.apply.evaluation.evaluate import evaluate
-from quambase.apply.int8 import simulated_scans
 from quambase.apply.int8.build import int8_on_cuda
-from quambase.apply.int8.host_operators import HostInt8Operators
 from quambase.apply.int8.language_model import Int8LanguageModel
+from quambase.apply.int8.operators import simulated_scans
+from quambase.apply.int8.operators.host import HostInt8Operators
 from quambase.apply.int8.state_formats import (
     CHANNEL,
     FEEDBACK,
@@ -40,7 +40,7 @@ from quambase.apply.int8.state_formats import (
 from quambase.collector.collect import collect
 from quambase.model.packed_batch import Batch
 from quambase.schema.errors import DataInvalid
-from quambase.schema.number_format import INT8
+from quambase.schema.values.number_format import INT8
 
 KINDS = {"mamba1": write_tiny_model, "mamba2": write_tiny_mamba2}
 CASTS = {"fp8": torch.float8_e4m3fn, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from quambase.apply.int8.cuda_operators import CudaInt8Operators
-from quambase.apply.int8.host_operators import HostInt8Operators
-from quambase.apply.int8.operators import ScanScales
+from quambase.apply.int8.operators.cuda import CudaInt8Operators
+from quambase.apply.int8.operators.host import HostInt8Operators
+from quambase.apply.int8.operators.interface import ScanScales
 from quambase.model.cuda.compiler import Kernels
 from quambase.model.operators.interface import OperatorSizes
 from quambase.model.packed_batch import Batch, PlacedBatch

@@ -22,9 +22,9 @@ from tiny_model import WORDS, write_model, write_texts
 from quambase.analyzer.analyze import analyze
 from quambase.apply.evaluation.likelihood import log_probabilities, torch_compare
 from quambase.apply.int8.build import build_model
-from quambase.apply.int8.cuda_operators import CudaInt8Operators
-from quambase.apply.int8.host_operators import HostInt8Operators
 from quambase.apply.int8.language_model import Int8LanguageModel
+from quambase.apply.int8.operators.cuda import CudaInt8Operators
+from quambase.apply.int8.operators.host import HostInt8Operators
 from quambase.apply.int8.weights import PlacedWeights
 from quambase.apply.upstream.backend import build_upstream
 from quambase.collector.collect import collect

@@ -21,9 +21,9 @@ from quambase.apply.upstream.act_scales import export_act_scales
 from quambase.collector.collect import collect
 from quambase.model.packed_batch import Batch
 from quambase.schema.errors import ScalesInvalid
-from quambase.schema.number_format import Affine
 from quambase.schema.scale_table import read_scales
 from quambase.schema.sites import AFFINE_SITES
+from quambase.schema.values.number_format import Affine
 
 TEXTS = tiny_int8.documents()
 

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 from fabricate import make_run
 
-from quambase.cli.console import PAGE
-from quambase.cli.formats import ROWS, emit, format_cell
 from quambase.cli.main import load_command
+from quambase.cli.terminal.console import PAGE
+from quambase.cli.terminal.formats import ROWS, emit, format_cell
 
 LONG = "a-model-with-a-name-that-somebody-made-of-everything-it-was-trained-on-" * 2
 

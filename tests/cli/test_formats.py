@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
-from quambase.cli.console import FORMATS
-from quambase.cli.formats import emit
 from quambase.cli.main import load_command
+from quambase.cli.terminal.console import FORMATS
+from quambase.cli.terminal.formats import emit
 from quambase.schema.errors import QueryInvalid
 from quambase.schema.sql.database import StatsDB
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
-from quambase.cli.formats import emit
 from quambase.cli.main import COMMANDS, load_command, quambase, summary
+from quambase.cli.terminal.formats import emit
 
 
 @pytest.mark.parametrize("name", COMMANDS)

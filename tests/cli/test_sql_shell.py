@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from quambase.cli.main import load_command
-from quambase.cli.sql_shell import Shell
+from quambase.cli.terminal.sql_shell import Shell
 from quambase.schema.sql.database import StatsDB
 
 

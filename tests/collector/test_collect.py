@@ -21,15 +21,15 @@ from tiny_model import TEXTS, write_texts, write_tiny_model
 from quambase.cli.main import quambase
 from quambase.collector.collect import CollectedRun, collect, parse_keep
 from quambase.collector.import_tensor import import_tensor
-from quambase.collector.run_folder import BLOCK_TABLES
+from quambase.collector.tables.run_folder import BLOCK_TABLES
 from quambase.model.checkpoint import load_model
 from quambase.model.hadamard import hadamard
 from quambase.model.prepare import prepare
-from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, TapNeverFired, TensorFileInvalid, UnknownName
-from quambase.schema.runs import list_runs
 from quambase.schema.sites import layer_sites
+from quambase.schema.stored.runs import list_runs
 from quambase.schema.tables import RUN_TABLES
+from quambase.schema.values.distribution import Distribution
 
 
 @pytest.fixture(scope="module")

@@ -16,19 +16,19 @@ from stored_runs import stored_table, write_as_version_1
 from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
 from quambase.analyzer.analyze import analyze
-from quambase.analyzer.group_spread import group_spread
 from quambase.analyzer.pictures.plot import plot
+from quambase.analyzer.site.group_spread import group_spread
 from quambase.cli.main import quambase
 from quambase.collector.clustering import layer_groups
 from quambase.collector.collect import CollectedRun, collect
 from quambase.collector.first_pass import statistics_of_run
 from quambase.model.checkpoint import load_model
 from quambase.model.prepare import prepare, reorder
-from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, UnknownName
 from quambase.schema.groups import GRANULARITIES, ChannelGroup, LayerGroups
 from quambase.schema.scale_table import read_scales
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.values.distribution import Distribution
 
 Rows = list[dict[str, object]]
 X, STATE = "x_conv_out:input", "ssm_state_act:input"

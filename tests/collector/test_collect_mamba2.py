@@ -20,10 +20,10 @@ from quambase.collector.collect import CollectedRun, collect
 from quambase.model.checkpoint import load_model
 from quambase.model.hadamard import hadamard
 from quambase.model.prepare import prepare
-from quambase.schema.distribution import Distribution
 from quambase.schema.errors import UnknownName
 from quambase.schema.sites import MAMBA2, MAMBA2_SITES, layer_sites
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.values.distribution import Distribution
 
 Rows = list[dict[str, object]]
 

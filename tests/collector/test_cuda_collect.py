@@ -13,7 +13,7 @@ from stored_runs import bytes_of, stored_table
 from tiny_model import write_texts, write_tiny_mamba2, write_tiny_model
 
 from quambase.collector.collect import CollectedRun, collect
-from quambase.schema.distribution import Distribution
+from quambase.schema.values.distribution import Distribution
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -29,12 +29,12 @@ from quambase.collector.checkpoint import USED
 from quambase.collector.documents import TokenizedDocument
 from quambase.collector.layouts import site_layouts
 from quambase.collector.statistics import ENCODINGS, RunStatistics
-from quambase.collector.table_rows import BlockCounter
+from quambase.collector.tables.table_rows import BlockCounter
 from quambase.collector.taps import KeptTokens
 from quambase.model.language_model import floating_model
 from quambase.schema.errors import DataInvalid, TapNeverFired, UnknownName
-from quambase.schema.positions import buckets_of
 from quambase.schema.sites import FAMILIES
+from quambase.schema.values.positions import buckets_of
 
 CPU = torch.device("cpu")
 

@@ -38,7 +38,7 @@ from quambase.model.cuda.compiler import CompilationFailed, compile_cubin
 from quambase.model.operators import choice
 from quambase.model.operators.torch import TorchOperators
 from quambase.schema.errors import DatabaseInvalid
-from quambase.schema.manifest import TableFile
+from quambase.schema.stored.manifest import TableFile
 
 CPU = torch.device("cpu")
 CASES = [*small_cases(), *large_cases(30_000)]

@@ -19,10 +19,10 @@ from quambase.model.checkpoint import load_model
 from quambase.model.language_model import floating_model
 from quambase.model.packed_batch import Batch
 from quambase.model.prepare import prepare, reorder
-from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DataInvalid
-from quambase.schema.positions import bounds_of, bucket_of, buckets_of
 from quambase.schema.sites import SAMPLED_STATE_SITES, STATE_BY_CHANNEL, STATE_BY_INDEX
+from quambase.schema.values.distribution import Distribution
+from quambase.schema.values.positions import bounds_of, bucket_of, buckets_of
 
 EVERY, LENGTH, BLOCK = 5, 32, 4
 FAMILIES = ["mamba1", "mamba2", "mamba2 sorted"]

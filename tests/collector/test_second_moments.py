@@ -22,10 +22,10 @@ from quambase.collector.merge import merge
 from quambase.collector.second_moments import MOMENTS, moment_widths, part_moments
 from quambase.collector.shards import Shard
 from quambase.model.language_model import floating_model
-from quambase.schema.doctor import BAD, examine
 from quambase.schema.errors import DataInvalid
 from quambase.schema.sites import FAMILIES, PRODUCT_SITES, SiteKey
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.doctor import BAD, examine
 
 WRITE = {"mamba1": write_tiny_model, "mamba2": write_tiny_mamba2}
 

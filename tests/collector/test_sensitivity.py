@@ -35,9 +35,9 @@ from quambase.model.operators.choice import choose_differentiable_operators
 from quambase.model.operators.differentiable import on_gradient
 from quambase.model.packed_batch import Batch
 from quambase.schema.errors import DataInvalid
-from quambase.schema.manifest import Manifest, table_of
 from quambase.schema.sites import FAMILIES, SiteKey
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.manifest import Manifest, table_of
 
 CPU = torch.device("cpu")
 SEED = 3

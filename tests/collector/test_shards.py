@@ -28,11 +28,11 @@ from quambase.collector.collect import CollectedRun
 from quambase.collector.merge import merge, merge_if_last
 from quambase.collector.shards import SHARD, Shard, parse_shard, read_sums, torchrun_shard
 from quambase.collector.statistics import RunStatistics, SiteLayout
-from quambase.collector.table_rows import channels_rows
+from quambase.collector.tables.table_rows import channels_rows
 from quambase.schema.checksums import file_sha256
-from quambase.schema.doctor import examine
 from quambase.schema.errors import DatabaseInvalid, DataInvalid, RunBusy, UnknownName
 from quambase.schema.json_files import write_json
+from quambase.schema.stored.doctor import examine
 from quambase.schema.tables import CHANNELS, as_made
 
 COUNTS = (1, 2, 3, 7)

@@ -22,8 +22,8 @@ from quambase.collector.statistics import (
     SiteLayout,
     largest,
 )
-from quambase.schema.distribution import Distribution
 from quambase.schema.tables import DOCUMENT_QUANTILES
+from quambase.schema.values.distribution import Distribution
 
 MOST = 7
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quambase.collector.host.kernels import PATTERNS, SIGN
 from quambase.collector.statistics import ENCODINGS
-from quambase.collector.table_kernels import (
+from quambase.collector.tables.table_kernels import (
     gather_rows,
     present_counts,
     present_sizes,
@@ -17,8 +17,8 @@ from quambase.collector.table_kernels import (
     summarize,
     summarize_sums,
 )
-from quambase.schema.distribution import Distribution
 from quambase.schema.tables import QUANTILES
+from quambase.schema.values.distribution import Distribution
 
 
 @pytest.mark.parametrize("encoding", list(ENCODINGS))

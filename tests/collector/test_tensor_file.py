@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from stored_runs import stored_table
 
 from quambase.collector.import_tensor import import_tensor, read_tensor
-from quambase.schema.distribution import Distribution
 from quambase.schema.errors import QuambaseError, TensorFileInvalid
+from quambase.schema.values.distribution import Distribution
 
 X = torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(0))
 SUFFIXES = [".pt", ".pth", ".npy", ".safetensors"]

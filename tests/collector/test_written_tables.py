@@ -18,19 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored_runs import bytes_of, table_files
 
-from quambase.collector import block_rows, run_folder
-from quambase.collector import table_rows as rows
-from quambase.collector.block_rows import KeptRows, activations_rows, documents_rows
 from quambase.collector.documents import TokenizedDocument
-from quambase.collector.run_folder import BlockFiles, every_table, finish_run, in_order, write_statistics
 from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Int64, RunStatistics, SiteLayout, SiteStatistics
-from quambase.collector.table_rows import Places, keyed_rows
+from quambase.collector.tables import block_rows, run_folder
+from quambase.collector.tables import table_rows as rows
+from quambase.collector.tables.block_rows import KeptRows, activations_rows, documents_rows
+from quambase.collector.tables.run_folder import BlockFiles, every_table, finish_run, in_order, write_statistics
+from quambase.collector.tables.table_rows import Places, keyed_rows
 from quambase.schema.checksums import file_sha256
-from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid
-from quambase.schema.manifest import Manifest, TableFile, table_of
-from quambase.schema.model_info import ModelInfo, TextInfo
+from quambase.schema.stored.manifest import Manifest, TableFile, table_of
+from quambase.schema.stored.model_info import ModelInfo, TextInfo
 from quambase.schema.tables import ACTIVATIONS, CHANNELS, COUNTS, DOCUMENTS, RUN_TABLES, as_made, read_table
+from quambase.schema.values.distribution import Distribution
 
 FLOAT16 = ENCODINGS["float16"]
 LAYOUT = SiteLayout(("b", "a"), (0, 2, 5))

@@ -16,8 +16,8 @@ import quambase
 from quambase.collector.collect import CollectedRun, collect
 from quambase.collector.merge import merge
 from quambase.collector.shards import Shard
-from quambase.schema.results import finished_evaluations
-from quambase.schema.runs import list_runs, select_runs, sound_manifests
+from quambase.schema.stored.results import finished_evaluations
+from quambase.schema.stored.runs import list_runs, select_runs, sound_manifests
 
 NOW, HOUR = 1.8e9, 3600.0
 

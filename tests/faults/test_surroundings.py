@@ -19,7 +19,7 @@ from quambase.collector.collect import collect
 
 VANISHING = """
 from quambase.apply.evaluation.block_scorer import BlockScorer
-from quambase.collector.run_folder import BlockFiles
+from quambase.collector.tables.run_folder import BlockFiles
 def vanishing(method):
     def call(*arguments):
         shutil.rmtree("quambase-db")

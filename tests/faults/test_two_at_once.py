@@ -17,8 +17,8 @@ from faults.attempts import tree
 from faults.commands import ANALYZE, APPLY, EVALUATE, GROUPED, MAMBA1
 from faults.started import BEGIN, start
 
-from quambase.schema.results import finished_evaluations
-from quambase.schema.runs import list_runs, sound_manifests
+from quambase.schema.stored.results import finished_evaluations
+from quambase.schema.stored.runs import list_runs, sound_manifests
 
 STOPPING = """
 import signal
@@ -43,7 +43,7 @@ evaluate.next_number = stopping
 
 NUMBERED_RUN = """
 import signal
-import quambase.collector.run_folder as run_folder
+import quambase.collector.tables.run_folder as run_folder
 def stopping(folders, sound_manifests=run_folder.sound_manifests):
     found = sound_manifests(folders)
     os.kill(os.getpid(), signal.SIGSTOP)

@@ -15,8 +15,8 @@ from random import Random
 import pyarrow as pa
 from fuzz_bytes import change_bytes
 
-from quambase.cli.formats import emit
 from quambase.cli.sql import _read, ask
+from quambase.cli.terminal.formats import emit
 from quambase.schema.errors import QuambaseError, QueryInvalid
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.sql.limits import Limits

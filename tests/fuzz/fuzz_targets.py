@@ -29,11 +29,11 @@ from quambase.model.checkpoint import load_weights
 from quambase.model.inputs.text import read_documents
 from quambase.model.inputs.tokenizer import load_tokenizer
 from quambase.model.weights import weights_digest
-from quambase.schema.doctor import examine
-from quambase.schema.int8_models import last_applied, read_about
-from quambase.schema.manifest import Manifest, table_of
-from quambase.schema.results import read_evaluation, read_results
 from quambase.schema.scale_table import read_scales
+from quambase.schema.stored.doctor import examine
+from quambase.schema.stored.int8_models import last_applied, read_about
+from quambase.schema.stored.manifest import Manifest, table_of
+from quambase.schema.stored.results import read_evaluation, read_results
 from quambase.schema.tables import LATER_COLUMNS, RESULTS, RUN_TABLES, read_table
 
 Kinds = tuple[str, ...]

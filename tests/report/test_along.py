@@ -15,10 +15,10 @@ from quambase.analyzer.analyze import analyze
 from quambase.analyzer.pictures.plot import plot
 from quambase.apply.evaluation.stored import find_evaluation
 from quambase.report.report import report
-from quambase.schema.results import read_results
 from quambase.schema.scale_table import read_scales
 from quambase.schema.sites import STATE_BY_CHANNEL
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.results import read_results
 
 STATE = "ssm_state_act:input"
 REACHES = ("amax", "q9999", "q999", "q99", "q50")

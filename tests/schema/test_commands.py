@@ -12,8 +12,8 @@ from fabricate import make_run
 
 from quambase.cli.collect import collect
 from quambase.schema.commands import collect_command
-from quambase.schema.manifest import Manifest
 from quambase.schema.sites import FAMILIES, MAMBA1, MAMBA2, SAMPLED_STATE_SITES
+from quambase.schema.stored.manifest import Manifest
 
 EVERY = [site.name for site in FAMILIES[MAMBA1] if not site.sampled]
 

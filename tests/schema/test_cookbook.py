@@ -13,9 +13,9 @@ from fabricate import half, make_run, random_activations
 
 from quambase.analyzer.analyze import analyze
 from quambase.schema.errors import QueryInvalid, UnknownName
-from quambase.schema.number_format import INT8
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.sql.queries import cookbook, recipe, sql_file
+from quambase.schema.values.number_format import INT8
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cookbook.md").read_text(encoding="utf-8")
 SITE = "x_proj:input"

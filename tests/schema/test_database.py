@@ -18,14 +18,14 @@ from fabricate import NUMBERS, half, make_run, random_activations
 from stored_runs import stored_table
 
 from quambase.schema.checksums import file_sha256
-from quambase.schema.distribution import Distribution
 from quambase.schema.errors import DatabaseInvalid, QueryInvalid, UnknownName
-from quambase.schema.manifest import Manifest, TableFile
-from quambase.schema.runs import list_runs
 from quambase.schema.scale_table import write_scales
 from quambase.schema.sql import database
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.manifest import Manifest, TableFile
+from quambase.schema.stored.runs import list_runs
 from quambase.schema.tables import OUTLIERS, QUANTILES, RESULTS, RUN_TABLES, SCALES
+from quambase.schema.values.distribution import Distribution
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from fabricate import make_run
 
 from quambase.analyzer.analyze import analyze
 from quambase.schema.checksums import file_sha256
-from quambase.schema.doctor import BAD, examine
-from quambase.schema.int8_models import CONFIG, LAST, TENSORS, remember
 from quambase.schema.json_files import write_json
-from quambase.schema.results import EVALUATION, RESULTS_FILE
+from quambase.schema.stored.doctor import BAD, examine
+from quambase.schema.stored.int8_models import CONFIG, LAST, TENSORS, remember
+from quambase.schema.stored.results import EVALUATION, RESULTS_FILE
 from quambase.schema.tables import RESULTS, write_table
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quambase.schema.number_format import INT8, NumberFormat
+from quambase.schema.values.number_format import INT8, NumberFormat
 
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
 

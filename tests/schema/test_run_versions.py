@@ -16,9 +16,9 @@ from quambase.cli.main import quambase
 from quambase.schema import RUN_FORMAT_VERSION
 from quambase.schema.errors import DatabaseInvalid, ScalesInvalid
 from quambase.schema.files import check_format_version
-from quambase.schema.manifest import Manifest, TableFile, table_of
-from quambase.schema.runs import read_run_table
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.manifest import Manifest, TableFile, table_of
+from quambase.schema.stored.runs import read_run_table
 from quambase.schema.tables import RUN_TABLES
 
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from quambase.schema.errors import ScalesInvalid, UnknownName
-from quambase.schema.model_info import ModelInfo
 from quambase.schema.scale_table import METADATA_KEY, read_scales, write_scales
+from quambase.schema.stored.model_info import ModelInfo
 from quambase.schema.tables import SCALES
 
 PROVENANCE = {

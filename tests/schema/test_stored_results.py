@@ -11,8 +11,8 @@ import pytest
 from fabricate import make_run
 
 from quambase.schema.errors import DatabaseInvalid
-from quambase.schema.results import read_results
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.results import read_results
 from quambase.schema.tables import RESULTS
 
 ABOUT = {"format_version": 1, "model": "m", "scales": "", "strategies": [], "tasks": [], "notes": []}

@@ -1,4 +1,4 @@
-"""The slow twin of `quambase.collector.block_rows.activations_rows`: site by site, group by group, row by row."""
+"""The slow twin of `quambase.collector.tables.block_rows.activations_rows`: site, then group, then row."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """CUDA sources compiled for the host by g++ and run thread by thread: kernels' arithmetic and indexing without a GPU.
 
-What only a device has stays out: tensor cores (apply/int8/gemm.cu), threads that run beside each other, and speed.
+What only a device has stays out: tensor cores (apply/int8/operators/gemm.cu), threads beside each other, and speed.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 import quambase.collector.collect as run_module
-from quambase.collector.run_folder import BlockFiles
+from quambase.collector.tables.run_folder import BlockFiles
 
 
 @contextmanager

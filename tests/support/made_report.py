@@ -18,8 +18,8 @@ from fabricate import make_run, random_activations
 
 from quambase.analyzer.analyze import analyze
 from quambase.schema.checksums import file_sha256
-from quambase.schema.manifest import Manifest, TableFile
-from quambase.schema.results import EVALUATION, RESULTS_FILE
+from quambase.schema.stored.manifest import Manifest, TableFile
+from quambase.schema.stored.results import EVALUATION, RESULTS_FILE
 from quambase.schema.tables import OUTLIERS, RESULTS, write_table
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"><!--'\"&"

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from quambase.apply.int8.host_operators import HostInt8Decoding, HostInt8Operators
 from quambase.apply.int8.language_model import Int8LanguageModel
+from quambase.apply.int8.operators.host import HostInt8Decoding, HostInt8Operators
 from quambase.apply.int8.weights import PlacedWeights
 from quambase.model.operators.torch import CPU
 

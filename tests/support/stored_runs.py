@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quambase.schema.checksums import file_sha256
-from quambase.schema.manifest import Manifest, TableFile
+from quambase.schema.stored.manifest import Manifest, TableFile
 from quambase.schema.tables import RUN_TABLES, write_table
 
 

@@ -12,7 +12,7 @@ from quambase.analyzer.least_squares import optimal_scale
 from quambase.analyzer.quantization_error import predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.upstream_observers import SCALE_FLOOR
-from quambase.schema.number_format import INT8
+from quambase.schema.values.number_format import INT8
 
 POINTS = 160
 

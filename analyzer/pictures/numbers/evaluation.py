@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from quambase.schema.results import FLOAT, KL_DIFFERENCE
+from quambase.schema.stored.results import FLOAT, KL_DIFFERENCE
 
 
 @dataclass(frozen=True)

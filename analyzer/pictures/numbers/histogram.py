@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from quambase.schema.distribution import Distribution
+from quambase.schema.values.distribution import Distribution
 
 BINS_PER_OCTAVE = 8
 

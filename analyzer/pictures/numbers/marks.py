@@ -9,7 +9,7 @@ from typing import Any
 from quambase.analyzer.analyze import group_rows
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.strategies import Choice
-from quambase.schema.number_format import INT8, OUTLIER_CODE
+from quambase.schema.values.number_format import INT8, OUTLIER_CODE
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from itertools import groupby
 
 import pyarrow as pa
 
-from quambase.analyzer.one_site import place
+from quambase.analyzer.site.one_site import place
 from quambase.schema.sites import WHOLE, SiteKey
 from quambase.schema.sql.database import StatsDB
 

@@ -13,7 +13,7 @@ from quambase.apply.evaluation.paired_statistics import Float64
 from quambase.apply.evaluation.sentences import few_clusters
 from quambase.apply.evaluation.stored import Evaluation
 from quambase.schema.errors import DataInvalid
-from quambase.schema.results import FLOAT, UPSTREAM
+from quambase.schema.stored.results import FLOAT, UPSTREAM
 
 
 def compare_evaluations(a: Evaluation, b: Evaluation, seed: int = 0) -> Compared:

@@ -25,8 +25,8 @@ from quambase.model.generate import Steps, continued
 from quambase.model.inputs.tokenizer import END_OF_TEXT, Tokenizer
 from quambase.model.operators.choice import choose_device
 from quambase.schema.errors import DataInvalid, UnknownName
-from quambase.schema.results import FLOAT
 from quambase.schema.scale_table import SELECTED
+from quambase.schema.stored.results import FLOAT
 
 WINDOW = 2048
 """Tokens of a sequence at most, as for the Transformers that lm-eval compares with; a Mamba has no limit of its own."""

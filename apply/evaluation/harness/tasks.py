@@ -34,7 +34,7 @@ from quambase.apply.evaluation.tasks import TaskData
 from quambase.model.inputs.tokenizer import Tokenizer
 from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.progress import Progress, remark
-from quambase.schema.results import FLOAT, LM_EVAL
+from quambase.schema.stored.results import FLOAT, LM_EVAL
 
 UNFILTERED = "none"
 """lm-eval's name of the filter that leaves an answer as it is."""

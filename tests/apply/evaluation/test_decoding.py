@@ -28,8 +28,8 @@ from quambase.collector.collect import collect
 from quambase.model.packed_batch import Batch
 from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.progress import Progress
-from quambase.schema.results import DECODE, FLOAT, PREFILL
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.results import DECODE, FLOAT, PREFILL
 from quambase.schema.tables import RESULTS
 
 KINDS = {"mamba1": write_tiny_model, "mamba2": write_tiny_mamba2}

@@ -12,7 +12,7 @@ from quambase.apply.evaluation.stored import Evaluation
 from quambase.apply.evaluation.summary import SUMMARY, summarize
 from quambase.apply.evaluation.summary_text import rank
 from quambase.cli.evaluate import emit_evaluation
-from quambase.schema.results import FLOAT
+from quambase.schema.stored.results import FLOAT
 
 
 def row(label: str, kl: float, documents: int = 20, **more: object) -> dict[str, object]:

@@ -27,7 +27,7 @@ from quambase.model.inputs.text import Document
 from quambase.model.inputs.tokenizer import Tokenizer
 from quambase.model.language_model import floating_model
 from quambase.model.packed_batch import Batch
-from quambase.schema.results import FLOAT
+from quambase.schema.stored.results import FLOAT
 
 
 class Letters:

@@ -36,10 +36,10 @@ from quambase.schema.errors import (
     QuambaseError,
     ScalesInvalid,
 )
-from quambase.schema.int8_models import CONFIG, LAST, SCALES, TENSORS, TOKENIZER, last_applied, read_about
 from quambase.schema.json_files import write_json
 from quambase.schema.scale_table import ScaleTable, read_scales, write_scales
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.int8_models import CONFIG, LAST, SCALES, TENSORS, TOKENIZER, last_applied, read_about
 
 KINDS = {"mamba1": write_tiny_model, "mamba2": write_tiny_mamba2}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
 from quambase.schema.errors import UnknownName
 from quambase.schema.groups import GROUP
-from quambase.schema.manifest import Manifest
 from quambase.schema.sites import WHOLE
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.manifest import Manifest
 
 
 def one_run(database: StatsDB, command: str) -> Manifest:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from quambase.model.operators.host_kernels import BLOCK, exp32, silu32
 from quambase.schema.compiled import kept_njit
-from quambase.schema.number_format import INT8
+from quambase.schema.values.number_format import INT8
 
 Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]

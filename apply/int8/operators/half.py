@@ -13,8 +13,8 @@ class HalfOperators:
     """Convolution, scans, gated norm and Hadamard transform of float16 values, which are float32 tensors on the CPU.
 
     They compute in float32 and round a result once. Convolution and scans take a ``state`` or None, as
-    `quambase.apply.int8.operators.Int8Operators` have it: convolution inputs as float16 values (``dtype``), the scan's
-    state in float32. ``decodes``: every document is the next token of a sequence.
+    `quambase.apply.int8.operators.interface.Int8Operators` have it: convolution inputs as float16 values (``dtype``),
+    the scan's state in float32. ``decodes``: every document is the next token of a sequence.
     """
 
     def __init__(self, floating: Operators, *, decodes: bool) -> None:

@@ -14,7 +14,7 @@ from quambase.schema.checksums import file_damage
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.files import check_format_version
 from quambase.schema.json_files import Count, Sha256, Size, as_type, read_json, write_json
-from quambase.schema.model_info import ModelInfo, TextInfo
+from quambase.schema.stored.model_info import ModelInfo, TextInfo
 
 MANIFEST = "run.json"
 

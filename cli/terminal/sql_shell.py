@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from quambase.cli.console import note
-from quambase.cli.formats import ROWS, emit
 from quambase.cli.sql import ask, cookbook_table
+from quambase.cli.terminal.console import note
+from quambase.cli.terminal.formats import ROWS, emit
 from quambase.schema.errors import QuambaseError
 from quambase.schema.sql.queries import cookbook
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from quambase.cli.console import line_width, note
+from quambase.cli.terminal.console import line_width, note
 from quambase.schema.errors import printable
 from quambase.schema.files import replacing
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from quambase.schema.errors import DatabaseInvalid, UnknownName
-from quambase.schema.manifest import MANIFEST, Manifest
+from quambase.schema.stored.manifest import MANIFEST, Manifest
 from quambase.schema.tables import LATER_COLUMNS, RUN_TABLES, RUNS, read_table
 
 

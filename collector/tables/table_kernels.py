@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from quambase.collector.host.kernels import PATTERNS, SIGN
 from quambase.schema.compiled import kept_njit
-from quambase.schema.quantile_rules import interpolate, rank
+from quambase.schema.values.quantile_rules import interpolate, rank
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -143,7 +143,7 @@ def _central_moments(counts: Int64, infinity: int, magnitudes: Float32, total: i
 def summarize(
     counts: Int64, infinity: int, magnitudes: Float32, probabilities: Float64, integers: Int64, floats: Float64
 ) -> None:
-    """As `quambase.schema.distribution.Distribution.summary`, for one group's counts (PATTERNS,).
+    """As `quambase.schema.values.distribution.Distribution.summary`, for one group's counts (PATTERNS,).
 
     ``infinity`` is its pattern; magnitudes (SIGN,); probabilities (q,) ascending. Written are integers (5,): finite
     values, others, zeros, values with |x - mean| > 3 and > 5 standard deviations; and floats (6 + q,): amax, min, max,

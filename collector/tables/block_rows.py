@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from quambase.collector.documents import TokenizedDocument
 from quambase.collector.statistics import SUMMARY_COLUMNS, Float32, Int64, SiteLayout
-from quambase.collector.table_kernels import gather_rows
-from quambase.collector.table_rows import Int32, Keys, known_keys, table_of, with_whole
+from quambase.collector.tables.table_kernels import gather_rows
+from quambase.collector.tables.table_rows import Int32, Keys, known_keys, table_of, with_whole
 from quambase.schema.sites import SiteKey
 from quambase.schema.tables import ACTIVATIONS, DOCUMENTS, as_made
 

@@ -9,11 +9,11 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from quambase.apply.int8 import host_kernels as kernels
-from quambase.apply.int8 import simulated_scans
 from quambase.apply.int8.arithmetic import Int8Weight, decoded, encoded, matmul, softplus_delta, to_half
-from quambase.apply.int8.half_operators import HalfOperators
-from quambase.apply.int8.operators import Int8BlockState, ScanScales, SsdScales
+from quambase.apply.int8.operators import host_kernels as kernels
+from quambase.apply.int8.operators import simulated_scans
+from quambase.apply.int8.operators.half import HalfOperators
+from quambase.apply.int8.operators.interface import Int8BlockState, ScanScales, SsdScales
 from quambase.apply.int8.state_formats import SimulatedState
 from quambase.model.exponential import exp
 from quambase.model.hadamard import hadamard
@@ -27,7 +27,7 @@ Array = npt.NDArray[np.float32]
 
 
 class HostInt8Operators:
-    """`quambase.apply.int8.operators.Int8Operators` on the CPU."""
+    """`quambase.apply.int8.operators.interface.Int8Operators` on the CPU."""
 
     device = CPU
     decodes = False

@@ -58,7 +58,7 @@ def complete_labels(ctx: click.Context, param: click.Parameter, incomplete: str)
 def complete_runs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Runs of the database that the command reads."""
     from quambase.schema.errors import DatabaseInvalid
-    from quambase.schema.runs import list_runs
+    from quambase.schema.stored.runs import list_runs
 
     try:
         complete, _ = list_runs(Path(ctx.params.get("db") or "quambase-db"))

@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from quambase.schema.quantile_rules import interpolate, interpolate_torch, rank, rank_torch
 from quambase.schema.tables import QUANTILES
+from quambase.schema.values.quantile_rules import interpolate, interpolate_torch, rank, rank_torch
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

@@ -1,6 +1,6 @@
 """Scans that keep their state in a simulated format, in plain PyTorch on any device: one operation after the other.
 
-They take codes as `quambase.apply.int8.operators.Int8Operators` have them, and compute in float32.
+They take codes as `quambase.apply.int8.operators.interface.Int8Operators` have them, and compute in float32.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from quambase.apply.int8.arithmetic import decoded, to_half
-from quambase.apply.int8.operators import ScanScales, SsdScales
+from quambase.apply.int8.operators.interface import ScanScales, SsdScales
 from quambase.apply.int8.state_formats import SimulatedState
 from quambase.model.operators.interface import BlockState
 from quambase.model.operators.torch import TorchOperators

@@ -12,16 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from quambase.analyzer.one_site import chosen_group, one_run, place
 from quambase.analyzer.quantization_error import Figures, piecewise_codes
 from quambase.analyzer.scale_groups import ScaleGroup, group_of_values
+from quambase.analyzer.site.one_site import chosen_group, one_run, place
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.schema.errors import UnknownName
 from quambase.schema.files import refuse_foreign_picture
-from quambase.schema.number_format import INT8, Affine, multipliers
 from quambase.schema.sites import WHOLE
 from quambase.schema.sql.answer import PrintsAsTable
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.values.number_format import INT8, Affine, multipliers
 
 MAGNITUDES = (2.0, 4.5, 5.0, 8.0, 10.0, 12.0)
 """The seed's example values."""

@@ -27,7 +27,7 @@ from quambase.collector.checkpoint import CHECKPOINT
 from quambase.collector.second_moments import MOMENTS
 from quambase.collector.sensitivity import SENSITIVITY
 from quambase.collector.statistics import Encoding, RunStatistics
-from quambase.collector.table_rows import (
+from quambase.collector.tables.table_rows import (
     Locate,
     channels_rows,
     counts_parts,
@@ -41,8 +41,8 @@ from quambase.collector.table_rows import (
 from quambase.schema.checksums import file_damage, file_sha256
 from quambase.schema.errors import DatabaseInvalid, RunBusy
 from quambase.schema.files import locked, remove_lock, remove_strays
-from quambase.schema.manifest import SHARDS, Manifest, TableFile, table_of
-from quambase.schema.runs import list_runs, sound_manifests
+from quambase.schema.stored.manifest import SHARDS, Manifest, TableFile, table_of
+from quambase.schema.stored.runs import list_runs, sound_manifests
 from quambase.schema.tables import RUN_TABLES, write_table
 
 BLOCK_TABLES = ("documents", "activations", "block_counts")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from quambase.analyzer.channel_division import Division, divide
-from quambase.analyzer.one_site import one_run, place
+from quambase.analyzer.site.channel_division import Division, divide
+from quambase.analyzer.site.one_site import one_run, place
 from quambase.schema.errors import DatabaseInvalid, UnknownName
 from quambase.schema.files import refuse_foreign_picture
 from quambase.schema.sql.database import StatsDB
@@ -23,8 +23,8 @@ class GroupSpread:
     """What `group_spread` found.
 
     run       its id
-    table     a row per layer: groups, spread and mean step (`quambase.analyzer.channel_division.Division`), with heads
-              and channels in the model's own order and as sorted, both divided into groups of the same sizes
+    table     a row per layer: groups, spread and mean step (`quambase.analyzer.site.channel_division.Division`), with
+              heads and channels in the model's own order and as sorted, both divided into groups of the same sizes
     layer     the one drawn
     division  its channels and groups, before and after
     picture   the file saved, None if none was

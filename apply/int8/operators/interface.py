@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 
 from quambase.apply.int8.arithmetic import Int8Weight
-from quambase.apply.int8.half_operators import HalfOperators
+from quambase.apply.int8.operators.half import HalfOperators
 from quambase.model.operators.interface import BlockState
 from quambase.model.packed_batch import PlacedBatch
 

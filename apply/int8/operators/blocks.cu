@@ -1,5 +1,5 @@
 // The steps of the INT8 blocks between the products, on CUDA, as host_kernels.py on the CPU. Compiled at run time
-// (cuda_operators.py) with -fmad=false, so that no product is contracted with a sum unless written so.
+// (cuda.py) with -fmad=false, so that no product is contracted with a sum unless written so.
 //
 // HEADS    1: blocks with heads (Mamba-2), 0: without (Mamba-1)
 // WIDTH    taps of the convolution

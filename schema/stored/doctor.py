@@ -14,13 +14,13 @@ import pyarrow as pa
 
 from quambase.schema.checksums import CHECKSUM, file_damage
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, first_line
-from quambase.schema.int8_models import LAST, SCALES, check_files, last_applied, read_about
 from quambase.schema.json_files import as_type, read_json
-from quambase.schema.manifest import MANIFEST, SHARDS, Manifest
-from quambase.schema.results import EVALUATION, read_results
-from quambase.schema.runs import list_runs
 from quambase.schema.scale_table import read_scales
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.stored.int8_models import LAST, SCALES, check_files, last_applied, read_about
+from quambase.schema.stored.manifest import MANIFEST, SHARDS, Manifest
+from quambase.schema.stored.results import EVALUATION, read_results
+from quambase.schema.stored.runs import list_runs
 from quambase.schema.tables import RESULTS, read_table
 
 PACKAGES = ("quambase", "torch", "numpy", "pyarrow", "duckdb", "numba", "tokenizers", "safetensors", "mamba-ssm")

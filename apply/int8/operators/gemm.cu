@@ -1,4 +1,4 @@
-// Products of INT8 codes on the tensor cores, with their epilogue. Compiled at run time (cuda_operators.py).
+// Products of INT8 codes on the tensor cores, with their epilogue. Compiled at run time (cuda.py).
 //
 // A block computes BLOCK x BLOCK outputs, with STAGES tiles of DEPTH bytes per row of each operand being loaded. HOPPER
 // 1: by wgmma (sm_90a), two warpgroups of 64 rows each; 0: by mma.sync (compute capability 8.0 and later), four warps

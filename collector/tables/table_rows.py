@@ -15,8 +15,7 @@ import pyarrow.compute as pc
 
 from quambase.collector.host.kernels import SIGN
 from quambase.collector.statistics import TOP_FIELDS, Encoding, Int64, RunStatistics, SiteIndex, SiteLayout
-from quambase.collector.table_kernels import present_counts, present_sizes, repeat, summarize_sums
-from quambase.schema.positions import bounds_of
+from quambase.collector.tables.table_kernels import present_counts, present_sizes, repeat, summarize_sums
 from quambase.schema.sites import WHOLE, SiteKey
 from quambase.schema.tables import (
     BLOCK_COUNTS,
@@ -31,6 +30,7 @@ from quambase.schema.tables import (
     SITE_STATS,
     as_made,
 )
+from quambase.schema.values.positions import bounds_of
 
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]

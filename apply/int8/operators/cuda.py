@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from quambase.apply.int8 import simulated_scans
 from quambase.apply.int8.arithmetic import Int8Weight, decoded, encoded
-from quambase.apply.int8.half_operators import HalfOperators
-from quambase.apply.int8.operators import Int8BlockState, ScanScales, SsdScales
+from quambase.apply.int8.operators import simulated_scans
+from quambase.apply.int8.operators.half import HalfOperators
+from quambase.apply.int8.operators.interface import Int8BlockState, ScanScales, SsdScales
 from quambase.apply.int8.state_formats import SimulatedState
 from quambase.model.cuda.compiler import Argument, Kernels
 from quambase.model.hadamard import odd_factor
@@ -76,7 +76,7 @@ def padded_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device)
 
 
 class CudaInt8Operators:
-    """`quambase.apply.int8.operators.Int8Operators` for one model's sizes on one device, of whole documents.
+    """`quambase.apply.int8.operators.interface.Int8Operators` for one model's sizes on one device, of whole documents.
 
     CompilationFailed: the kernels do not compile. The integer products need compute capability 8.0.
     """

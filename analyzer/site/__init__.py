@@ -1,0 +1,1 @@
+"""One site in detail: its strategies side by side, its channels, its scale groups."""

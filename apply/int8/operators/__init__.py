@@ -1,0 +1,1 @@
+"""The operators of the INT8 blocks: the interface, and what computes them on the CPU and on CUDA."""

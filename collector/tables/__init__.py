@@ -1,0 +1,1 @@
+"""From statistics to the files of a run: the rows of its tables, and the folder that holds them."""

@@ -1,0 +1,1 @@
+"""Values and their distributions: quantiles, the INT8 code of a value, buckets of positions."""
