@@ -379,6 +379,7 @@ RESULTS = _table(
         pa.int32(),
         "Bits of the weights of in_proj, x_proj, out_proj; null: the floating-point model, or 8 in an earlier version.",
     ),
+    ("gptq", pa.bool_(), "Weights of 4 bits were rounded by GPTQ; null in an earlier version."),
     ("compat_upstream", pa.bool_(), "Upstream's wrap-around was reproduced."),
     (
         "positions",

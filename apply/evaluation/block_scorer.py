@@ -157,6 +157,7 @@ class BlockScorer:
             "quantize_lm_head": model is not None and model.quantized_lm_head,
             "quantize_embedding": model is not None and model.weights.embedding_scales is not None,
             "weight_bits": None if model is None else model.weights.weight_bits,
+            "gptq": model is not None and model.weights.gptq,
             "compat_upstream": model is not None and model.compat is not None,
             "positions": None,
         }

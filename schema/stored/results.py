@@ -40,7 +40,7 @@ KL_DIFFERENCE = f"kl_vs_{UPSTREAM}"
 scales.
 """
 
-LATER = {"cluster": None, "weight_bits": None, "positions": None}
+LATER = {"cluster": None, "weight_bits": None, "gptq": None, "positions": None}
 """Columns that evaluations of earlier versions lack, and what they hold then."""
 
 EVALUATION, RESULTS_FILE = "evaluation.json", "results.parquet"

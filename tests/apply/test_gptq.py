@@ -187,6 +187,13 @@ def test_built_and_stored_it_is_evaluated_alike(world: Path) -> None:
         return [row["nll"] for row in found.results.to_pylist() if row["strategy"] == "mse"]
 
     assert nll(stored) == nll(built) != nll(nearest)
+    rounded = {
+        (found.id, row["strategy"], row["weight_bits"], row["gptq"])
+        for found in (built, nearest)
+        for row in found.results.to_pylist()
+    }
+    floats = {(found.id, "float", None, False) for found in (built, nearest)}
+    assert rounded == floats | {(built.id, "mse", 4, True), (nearest.id, "mse", 4, False)}
     assert "weights of in_proj, x_proj and out_proj in 4 bits, rounded by GPTQ" in built.notes
     assert built.id != nearest.id and "weights of in_proj, x_proj and out_proj in 4 bits" in nearest.notes
 

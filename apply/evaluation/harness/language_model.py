@@ -24,6 +24,7 @@ from quambase.apply.int8.model_folder import is_int8_model
 from quambase.model.generate import Steps, continued
 from quambase.model.inputs.tokenizer import END_OF_TEXT, Tokenizer
 from quambase.model.operators.choice import choose_device
+from quambase.schema.commands import DATABASE
 from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.scale_table import SELECTED
 from quambase.schema.stored.results import FLOAT
@@ -179,6 +180,8 @@ class QuambaseModel(ItemModel):
         quantize_embedding: bool = False,
         compat: str | None = None,
         weight_bits: int = 8,
+        gptq: bool = False,
+        db: str = str(DATABASE),
         model: str | None = None,
         device: str | None = None,
         max_length: int = WINDOW,
@@ -189,8 +192,9 @@ class QuambaseModel(ItemModel):
 
         path        an INT8 model's folder, or a floating-point model: bundled name, folder, short name or hub id
         scales      a scale table: the INT8 model of one of its strategies is built in memory, on ``path``'s weights
-        strategy, granularity, quantize_lm_head, quantize_embedding, compat, weight_bits
+        strategy, granularity, quantize_lm_head, quantize_embedding, compat, weight_bits, gptq
                     with ``scales``, as `quambase.apply`
+        db          with ``gptq``, the database that has the scales' run
         model       the floating-point model of an INT8 folder, where it has moved
         device      "auto" (CUDA if there is any), "cpu" or "cuda"; lm-eval's default, "cuda:0", is "auto"
         max_length  tokens of a sequence at most
@@ -212,6 +216,7 @@ class QuambaseModel(ItemModel):
                 quantize_embedding=quantize_embedding,
                 compat=compat,
                 weight_bits=int(weight_bits),
+                gptq_from=Path(str(db)) if gptq else None,
                 granularities=[granularity] if granularity else [],
             )
         where = "auto" if device in (None, LM_EVAL_DEVICE) else str(device)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from quambase.analyzer.analyze import analyze
 from quambase.apply.apply import apply
 from quambase.apply.evaluation import block_scorer, scoring
 from quambase.apply.evaluation.evaluate import evaluate
+from quambase.apply.evaluation.harness import plain_command
 from quambase.apply.evaluation.harness.language_model import QuambaseModel
 from quambase.apply.evaluation.stored import Evaluation
 from quambase.apply.evaluation.summary import summarize
@@ -400,6 +402,62 @@ def test_a_missing_data_set_is_one_line_offline(world: Path, tmp_path: Path) -> 
     done = process(world, "evaluate", "--tasks", "elsewhere", *shared)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "error: lm-eval cannot load elsewhere" in done.stderr and "--include-path" in done.stderr
+
+
+def plain(world: Path, site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`lm_eval` itself in a new process whose site-packages ``site`` is one of, started as Python starts with them."""
+    start = f"import site; site.addsitedir({str(site)!r}); from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    given = ["--model", "quambase", "--device", "cpu", "--tasks", "words", "--include_path", str(world / "tasks")]
+    line = [sys.executable, "-c", start, *given, "--limit", "3", *arguments]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(world / "cache")}
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ | offline)
+
+
+def test_the_plain_command_knows_our_model_where_a_user_wants_that(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain_command, "installed", lambda: tmp_path)
+    model = ["--model_args", f"path={MODEL}"]
+    assert "Unknown model 'quambase'" in plain(world, tmp_path, *model).stderr
+    done = CliRunner().invoke(quambase, ["lm-eval", "--enable"])
+    assert done.exit_code == 0 and "next: lm_eval --model quambase" in done.output
+    assert {path.name for path in tmp_path.iterdir()} == {"quambase_lm_eval.py", "quambase_lm_eval.pth"}
+    found = plain(world, tmp_path, *model)
+    assert found.returncode == 0, found.stderr
+    assert "quambase ({'path': 'mamba-5m'})" in found.stdout and "|acc       |" in found.stdout
+    # `quambase lm-eval` and other models go on as before.
+    assert process(world, "lm-eval", "--model", "quambase", *model, "--tasks", "none").returncode != 0
+    other = plain(world, tmp_path, "--model", "dummy")
+    assert other.returncode == 0 and "|acc       |" in other.stdout
+    for said in ("no longer knows", "did not know"):
+        done = CliRunner().invoke(quambase, ["lm-eval", "--disable"])
+        assert done.exit_code == 0 and said in done.output and not list(tmp_path.iterdir())
+    assert "Unknown model 'quambase'" in plain(world, tmp_path, *model).stderr
+    for arguments in (["--enable", "--disable"], ["--enable", "--tasks", "words"]):
+        assert CliRunner().invoke(quambase, ["lm-eval", *arguments]).exit_code == 2
+
+
+def test_a_folder_that_python_does_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(DataInvalid, match=r"Python does not read .*; use `quambase lm-eval ARGUMENTS`"):
+        plain_command.enable()
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_rounded_by_gptq(world: Path, tmp_path: Path) -> None:
+    """`gptq` and `db` of --model_args: the answers of `evaluate`'s model, and others than of rounding to nearest."""
+    db, scales = tmp_path / "db", tmp_path / "scales.parquet"
+    collect(MODEL, 4, db=db, second_moments=4, progress=False)
+    analyze(db, strategies=STRATEGIES, out=scales)
+    four: dict[str, Any] = {"scales": str(scales), "strategy": "absmax", "weight_bits": 4, "device": "cpu"}
+    asked = ("he said that he had never", " seen")
+    answers = {
+        gptq: QuambaseModel(MODEL, gptq=gptq, db=str(db), **four).loglikelihood([SimpleNamespace(args=asked)])
+        for gptq in (False, True)
+    }
+    assert answers[True] != answers[False]
+    folder = apply(scales, strategy="absmax", db=db, weight_bits=4, gptq=True).folder
+    assert QuambaseModel(folder, device="cpu").loglikelihood([SimpleNamespace(args=asked)]) == answers[True]
 
 
 def test_lm_evals_own_command_runs_an_int8_model(world: Path, tmp_path: Path) -> None:
