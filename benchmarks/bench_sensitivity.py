@@ -1,5 +1,5 @@
 """What `collect --sensitivity` costs: its forward and backward pass beside the plain forward pass of its documents; and
-the stages of one part, compiled and in plain PyTorch, and how far the two differ.
+the stages of one pass, compiled and in plain PyTorch, and how far the two differ.
 
 python benchmarks/bench_sensitivity.py [cpu | cuda] [130m]
 """
@@ -23,7 +23,7 @@ from quambase.collector.block_runners import choose_placement
 from quambase.collector.documents import DocumentSet, TokenizedDocument
 from quambase.collector.layouts import site_layouts
 from quambase.collector.sensitivity import (
-    PART,
+    TOGETHER,
     PresentSums,
     SensitivityPlan,
     acting_sites,
@@ -70,7 +70,7 @@ def seconds(work: Callable[[], object], device: torch.device, before: Callable[[
 
 
 def stages(model: LanguageModel, texts: list[TokenizedDocument], index: SiteIndex) -> dict[str, float]:
-    """Milliseconds of the stages of a part."""
+    """Milliseconds of the stages of one pass over ``texts``, and of its file."""
     device, batch = model.device, Batch.join([text.tokens for text in texts])
     hidden: list[torch.Tensor] = []
 
@@ -116,7 +116,7 @@ def gradients(model: LanguageModel, texts: list[TokenizedDocument], index: SiteI
 
 
 def compare(config: ModelConfig, device: torch.device, texts: list[TokenizedDocument], index: SiteIndex) -> None:
-    """Print the stages of a part, of the compiled operators and sums and of plain PyTorch's, and their differences."""
+    """Print the stages of a pass, of the compiled operators and sums and of plain PyTorch's, and their differences."""
     weights, sizes = prepare(random_weights(config)), config.operator_sizes
     compiled = LanguageModel(weights, choose_differentiable_operators(sizes, device), rotated=True)
     plain = LanguageModel(weights, DifferentiableOperators(sizes.ngroups, device), rotated=True)
@@ -154,7 +154,7 @@ def main(device: str, large: bool) -> None:
         plan = SensitivityPlan.of(DocumentSet(tuple(texts), 40, 0, 0), 40, names, config.kind, 0)
         index = acting_sites(site_layouts(config, names), config.kind)
         model = floating_model(weights, where.device, rotated=True)
-        batches = [Batch.join([document.tokens for document in part]) for part in plan.parts]
+        batches = [Batch.join([text.tokens for text in texts[i : i + TOGETHER]]) for i in range(0, 40, TOGETHER)]
         taken: dict[str, list[float]] = {"plain forward": [], "sensitivity": []}
         for _ in range(3):  # the first compiles
             start = time.perf_counter()
@@ -173,7 +173,7 @@ def main(device: str, large: bool) -> None:
         print(f"\n{config.kind}: {40 * length:,} tokens; {rows:,} rows, files of the parts {size / 1e6:.1f} MB")
         shown = {name: min(values[1:]) for name, values in taken.items()}
         table(f"sensitivity of {config.kind}, {device}", "seconds", shown, "plain forward")
-        compare(config, where.device, texts[:PART], index)
+        compare(config, where.device, texts[:TOGETHER], index)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ labels drawn from the model's own distribution (Fisher information). The errors 
 unrelated, so that half of the sum of g^2 e^2 remains. A scale's error depends on the value only, so the sum of g^2
 over the occurrences of each distinct value is enough to predict the KL of any scale of a site.
 
-A few evenly spaced documents of the run go through a forward and a backward pass in float32, PART at a time. The sums
-of each such part are a file of the unfinished run, so a killed run resumes after the last one. They are added in the
-order of the parts, whether one process collected them or several shards.
+A few evenly spaced documents of the run go through a forward and a backward pass in float32, TOGETHER at a time. The
+sums of every PART documents are a file of the unfinished run, so a killed run resumes after the last one. They are
+added in the order of the parts, whether one process collected them or several shards.
 
 The state is rounded after every token of decoding, so its errors at all tokens add up. Where the run has the states
 along its documents, their gradients are weighted so that the sum over these stands for that over all tokens
@@ -53,12 +53,15 @@ from quambase.model.packed_batch import Batch
 from quambase.model.weights import ModelWeights
 from quambase.schema.errors import DataInvalid
 from quambase.schema.files import replacing
-from quambase.schema.progress import Progress
+from quambase.schema.progress import SILENT, Progress
 from quambase.schema.sites import STATE_BY_CHANNEL, SiteKey, find_site
 from quambase.schema.tables import SENSITIVITIES
 
-PART = 4
+TOGETHER = 4
 """Documents that share a forward and a backward pass: the activations of all layers are in memory at once."""
+
+PART = 8
+"""Documents whose sums are a file. The file of twice as many is hardly larger, and a GPU waits for files."""
 
 WRITERS = 3
 """Parts that are written to the disk while the next is computed, which a GPU does sooner than one is flushed."""
@@ -102,7 +105,7 @@ class PresentSums(NamedTuple):
 
 @dataclass(frozen=True)
 class SensitivityPlan(FewDocuments):
-    """The documents that are differentiated, PART of them at a time; ``seed``: of the drawn labels."""
+    """The documents that are differentiated; ``seed``: of the drawn labels."""
 
     seed: int
 
@@ -139,8 +142,8 @@ def sensitivity_parts_of(identity: Mapping[str, Any]) -> int:
 
 
 def sensitivity_file(part: int) -> str:
-    """The file of a part's sums, as a path in the folder of the run or shard."""
-    return f"{SENSITIVITY}/part-{part:05d}.npz"
+    """The file of a part's sums, as a path in the folder of the run or shard; it names the parts' size."""
+    return f"{SENSITIVITY}/part-{part:05d}-of-{PART}.npz"
 
 
 def collect_sensitivity(
@@ -164,11 +167,10 @@ def collect_sensitivity(
     with ThreadPoolExecutor(WRITERS) as writers:
         written: list[Future[None]] = []
         for part in missing:
-            with progress.piece(len(plan.parts[part]), plan.tokens(part)):
-                sums = PresentSums.of(part_sums(model, plan.parts[part], index, plan.seed))
-                if len(written) >= WRITERS:
-                    written[-WRITERS].result()
-                written.append(writers.submit(write_sums, folder / sensitivity_file(part), sums))
+            sums = PresentSums.of(part_sums(model, plan.parts[part], index, plan.seed, progress))
+            if len(written) >= WRITERS:
+                written[-WRITERS].result()
+            written.append(writers.submit(write_sums, folder / sensitivity_file(part), sums))
         for each in written:
             each.result()
 
@@ -209,9 +211,13 @@ def total_sums(index: SiteIndex, paths: Sequence[Path]) -> SensitivitySums:
 
 
 def part_sums(
-    model: LanguageModel, documents: Sequence[TokenizedDocument], index: SiteIndex, seed: int
+    model: LanguageModel,
+    documents: Sequence[TokenizedDocument],
+    index: SiteIndex,
+    seed: int,
+    progress: Progress = SILENT,
 ) -> SensitivitySums:
-    """One forward and one backward pass over ``documents``; ``model`` has `DifferentiableOperators`.
+    """The sums of ``documents``, of which TOGETHER share a pass; ``model`` has `DifferentiableOperators`.
 
     DataInvalid: gradients that are not finite.
     """
@@ -219,6 +225,31 @@ def part_sums(
     groups = [torch.from_numpy(_group_of(layout)) for layout in index.layouts.values()]
     together = torch.cat(groups).to(model.device)  # one copy, since the host waits for each
     groups_of = dict(zip(index.layouts, torch.split(together, [len(part) for part in groups]), strict=True))
+    for start in range(0, len(documents), TOGETHER):
+        some = documents[start : start + TOGETHER]
+        with progress.piece(len(some), sum(document.tokens.size for document in some)):
+            _add_pass(sums, model, some, index, groups_of, seed)
+    finite = sums.gradient_sq.sum(1).isfinite().cpu()  # once: the host waits for the device
+    for key, rows in index.groups.items():
+        if not finite[rows].all():
+            raise DataInvalid(
+                f"gradients at layer {key[0]} {key[1]} are NaN or infinite; collect without --sensitivity, or with "
+                "other texts"
+            )
+    return sums
+
+
+def _add_pass(
+    sums: SensitivitySums,
+    model: LanguageModel,
+    documents: Sequence[TokenizedDocument],
+    index: SiteIndex,
+    groups_of: Mapping[SiteKey, torch.Tensor],
+    seed: int,
+) -> None:
+    """Add what one forward and one backward pass over ``documents`` gives; ``groups_of``: (channels,) the number of
+    each channel's group.
+    """
 
     def observe(layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
         key = layer, site
@@ -235,14 +266,6 @@ def part_sums(
     gradient = loss_gradient(model, hidden.detach(), uniform)
     with without_tf32():
         torch.autograd.backward(hidden, gradient)
-    finite = sums.gradient_sq.sum(1).isfinite().cpu()  # once: the host waits for the device
-    for key, rows in index.groups.items():
-        if not finite[rows].all():
-            raise DataInvalid(
-                f"gradients at layer {key[0]} {key[1]} are NaN or infinite; collect without --sensitivity, or with "
-                "other texts"
-            )
-    return sums
 
 
 def _group_of(layout: SiteLayout) -> Int64:

@@ -18,6 +18,7 @@ from test_collect import run_tiny
 from tiny_model import write_texts, write_tiny_model
 
 import quambase.collector.collect as run_module
+from quambase.collector import sensitivity
 from quambase.collector.documents import DocumentSet, TokenizedDocument
 from quambase.collector.layouts import site_layouts
 from quambase.collector.sensitivity import (
@@ -55,6 +56,13 @@ def every_site(family: str) -> list[str]:
 def model_of(family: str) -> LanguageModel:
     weights = tiny_weights(family)
     return LanguageModel(weights, choose_differentiable_operators(weights.config.operator_sizes, CPU), rotated=True)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two documents share a pass, and four a file: the few texts here are several of both."""
+    monkeypatch.setattr(sensitivity, "TOGETHER", 2)
+    monkeypatch.setattr(sensitivity, "PART", 4)
 
 
 def keep(seen: list[tuple[torch.Tensor, torch.Tensor]], values: torch.Tensor, gradient: torch.Tensor) -> None:

@@ -42,7 +42,7 @@ COUNTS = (1, 2, 3, 7)
 SETTINGS: dict[str, object] = {
     "batch_size": 2,
     "keep_tokens": 8,
-    "sensitivity": 5,
+    "sensitivity": 9,
     "by_block": True,
     "by_position": True,
     "state_every": 4,
@@ -408,7 +408,7 @@ def test_the_launchers_environment() -> None:
 
 def command(world: World, db: Path) -> list[str]:
     return ["--model", str(world.model), "--data", str(world.data), "--samples", "9", "--seq-len", "32",
-            "--batch-size", "2", "--keep-tokens", "8", "--sensitivity", "5", "--by-block", "--by-position",
+            "--batch-size", "2", "--keep-tokens", "8", "--sensitivity", "9", "--by-block", "--by-position",
             "--state-every", "4", "--db", str(db)]  # fmt: skip
 
 
