@@ -82,5 +82,7 @@ def test_the_comparison_notices() -> None:
     ):
         assert difference(shown, changed) is not None, changed
     assert same("KL 5.39 [5, 5.72]", "KL 5.4 [5.05, 5.81]") and not same("33,855 tokens", "13,855 tokens")
+    assert same("18.43  -0.097 % same", "18.43  -0.017 % same") and not same("-0.097 % same", "-0.017 % worse")
+    assert not same("+0.01 % same", "+0.31 % same") and not same("-0.097 % worse", "-0.017 % worse")
     assert not same("1 row", "2 rows") and same("a 0.01", "a 0.05") and not same("a 0.01", "a 0.08")
     assert readable("x\r 10%|# | 3/9 [00:01<00:02, 3.1it/s]\rdone\n\n") == ["done"]
