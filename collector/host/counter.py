@@ -20,6 +20,9 @@ from quambase.collector.statistics import (
     states_by_channel,
 )
 
+MOST = 2**32 - 1
+"""Largest count of a worker's table."""
+
 NEARBY = 8 << 20
 """About how many bytes of float32 values are processed at a time: three passes read them from a cache."""
 
@@ -37,7 +40,7 @@ class HostCounter:
         self.most = most
         workers = numba.get_num_threads()
         self._magnitudes = encoding.values()[:SIGN]
-        self._counts = np.zeros((workers, groups, PATTERNS), np.int64)
+        self._counts = np.zeros((workers, groups, PATTERNS), np.uint32)
         self._scratch = np.zeros((workers, groups, PATTERNS), np.uint32)
         self._top = np.zeros((workers, groups, most, len(TOP_FIELDS)), np.int64)
         self._top_sizes = np.zeros((workers, groups), np.int64)
@@ -100,7 +103,13 @@ class HostCounter:
         if groups > self._counts.shape[1]:  # compiled code would write beyond the tables
             raise ValueError(f"a site has {groups} groups; this counter was made for {self._counts.shape[1]} at most")
         counts, top_sizes = self._counts[:, :groups], self._top_sizes[:, :groups]
+        counted = 0
         for start, stop in self._nearby(offsets, x.shape[1]):
+            values = int(offsets[stop] - offsets[start]) * x.shape[1]
+            if counted + values > MOST:
+                take_counts(counts, into.counts.numpy())
+                counted = 0
+            counted += values
             rows, borders = x[offsets[start] : offsets[stop]], offsets[start : stop + 1] - offsets[start]
             # Shares of about equal work: the bounds are documents nearest to even shares of the rows.
             even = np.linspace(0, len(rows), workers + 1)[1:-1]

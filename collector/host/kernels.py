@@ -108,7 +108,7 @@ def count_documents(
     infinity: int,
     magnitudes: Float32,
     probabilities: Float32,
-    counts: Int64,
+    counts: UInt32,
     scratch: UInt32,
     summaries: Float32,
     top: Int64,
@@ -198,25 +198,31 @@ def count_documents(
 TAKEN = 4096
 """Patterns per piece of work of `take_counts`."""
 
+NEIGHBOURS = 64
+"""Neighbouring patterns that `take_counts` looks at together: most have no value, since most exponents have none."""
+
 
 @kept_njit(parallel=True)
-def take_counts(counts: Int64, into: Int64) -> None:
+def take_counts(counts: UInt32, into: Int64) -> None:
     """Add counts (workers, groups, PATTERNS) to ``into`` (groups, PATTERNS), and set them to zero.
 
-    Most are zero, so memory is mainly read.
+    Most are zero, so memory is mainly read, and the memory of ``into`` is not touched where all neighbours are.
     """
     workers, groups, _ = counts.shape
     pieces = PATTERNS // TAKEN
     for piece in numba.prange(groups * pieces):
         group, first = piece // pieces, piece % pieces * TAKEN
-        for pattern in range(first, first + TAKEN):
-            total = 0
+        for start in range(first, first + TAKEN, NEIGHBOURS):
+            total = into[group, start : start + NEIGHBOURS]
             for worker in range(workers):
-                total += counts[worker, group, pattern]
-            if total:
-                into[group, pattern] += total
-                for worker in range(workers):
-                    counts[worker, group, pattern] = 0
+                part = counts[worker, group, start : start + NEIGHBOURS]
+                any_bit = part[0] & 0
+                for i in range(NEIGHBOURS):  # without a branch, so that it is vectorized
+                    any_bit |= part[i]
+                if any_bit:
+                    for i in range(NEIGHBOURS):
+                        total[i] += part[i]
+                        part[i] = 0
 
 
 @numba.njit(inline="always")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from quambase.collector.host import counter as host_counter
 from quambase.collector.host.counter import HostCounter
-from quambase.collector.host.kernels import PATTERNS
+from quambase.collector.host.kernels import PATTERNS, take_counts
 from quambase.collector.statistics import (
     ENCODINGS,
     SUMMARY_COLUMNS,
@@ -199,6 +199,42 @@ def test_runs_of_documents_count_as_all_at_once(nearby: int, monkeypatch: pytest
         assert_equal_to_the_bit(count(x, lengths, (0, 2, 9)), whole)
     finally:
         numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+
+
+def test_a_workers_table_is_emptied_before_it_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if its largest count were 200, with documents of 120 equal values, more of which are processed together."""
+    most, take = 200, host_counter.take_counts
+    seen: list[int] = []
+
+    def taken(counts: np.ndarray, into: np.ndarray) -> None:
+        seen.append(int(counts.max()))
+        take(counts, into)
+
+    monkeypatch.setattr(host_counter, "MOST", most)
+    monkeypatch.setattr(host_counter, "NEARBY", 1)
+    monkeypatch.setattr(host_counter, "take_counts", taken)
+    numba.set_num_threads(1)  # documents are processed two by two then
+    try:
+        stats, _ = count(torch.full((12 * 10, 3), 0.25), [10] * 12, (0, 3))
+    finally:
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    assert len(seen) > 1 and max(seen) <= most and stats.counts.sum() == 12 * 10 * 3
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@given(seed=st.integers(0, 999), share=st.sampled_from([0.0, 1e-4, 0.01, 0.9]))
+@settings(deadline=None, max_examples=10)
+def test_tables_of_workers_are_added_and_cleared(workers: int, seed: int, share: float) -> None:
+    """Beside whole neighbourhoods without a value, and values at their first and last places."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 2**32, (workers, 2, PATTERNS), dtype=np.uint32)
+    counts[rng.random(counts.shape) >= share] = 0
+    counts[0, 1, rng.integers(0, 1024, 3) * 64 + rng.choice([0, 63], 3)] = 2**32 - 1
+    into = rng.integers(0, 2**40, (2, PATTERNS))
+    wanted = into + counts.astype(np.int64).sum(0)
+    take_counts(counts, into)
+    np.testing.assert_array_equal(into, wanted)
+    assert not counts.any()
 
 
 def test_a_site_of_more_groups_than_there_are_tables_for_is_refused() -> None:
