@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from quambase.model.exponential import exp
 from quambase.model.hadamard import hadamard
 from quambase.model.operators import host_kernels as kernels
-from quambase.model.operators.interface import BlockState
+from quambase.model.operators.interface import BlockState, ScanInputs, SsdInputs
 from quambase.model.operators.ssd_gradients import CHUNK
 from quambase.model.operators.torch import CPU, TorchOperators
 from quambase.model.packed_batch import PlacedBatch
@@ -85,36 +85,20 @@ class DifferentiableOperators(TorchOperators):
         return F.silu(total)
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: ScanInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
+        u, delta, bc, z, a, d, bias = inputs
         padded = Padding(batch, RUN)
         parts = map(padded.pad, (F.softplus(delta + bias), u, bc))
         scanned = padded.packed(checkpoint(_recurrent_scan, *parts, a, use_reentrant=False))
         return (scanned + d * u) * F.silu(z), self.no_states(batch, a.T.shape)
 
     def ssd_scan(
-        self,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        dt: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: SsdInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.ssd_scan`."""
+        x, b, c, dt, a, d, bias = inputs
         states = b.shape[1] // self.ngroups
         wide = x.view(len(x), len(a), -1)
         padded = Padding(batch, CHUNK)
@@ -132,34 +116,18 @@ class HostDifferentiableOperators(DifferentiableOperators):
     """The same on the CPU, with the compiled loops of `quambase.model.operators.host_kernels`."""
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: ScanInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
+        u, delta, bc, z, a, d, bias = inputs
         y = applied(_HostSelectiveScan, u, F.softplus(delta + bias), bc, z, a, d, batch.host.offsets)
         return y, self.no_states(batch, a.T.shape)
 
     def ssd_scan(
-        self,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        dt: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: SsdInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.ssd_scan`."""
+        x, b, c, dt, a, d, bias = inputs
         y = applied(_HostSsdScan, x, b, c, F.softplus(dt + bias), a, d, batch.host.offsets, self.ngroups)
         return y, self.no_states(batch, (x.shape[1], b.shape[1] // self.ngroups))
 

@@ -29,12 +29,12 @@ from quambase.apply.int8.build import build_model, int8_on_cuda
 from quambase.apply.int8.operators import cuda as device_operators
 from quambase.apply.int8.operators.cuda import CudaInt8Operators, padded_rows
 from quambase.apply.int8.operators.host import HostInt8Operators
-from quambase.apply.int8.operators.interface import Int8BlockState, ScanScales, SsdScales
+from quambase.apply.int8.operators.interface import Convolution, Int8BlockState, ScanScales, SsdCodes, SsdScales
 from quambase.apply.int8.weights import PlacedWeights
 from quambase.collector.collect import collect
 from quambase.model.checkpoint import load_model
 from quambase.model.inputs.text import read_documents
-from quambase.model.operators.interface import OperatorSizes
+from quambase.model.operators.interface import OperatorSizes, ScanInputs
 from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.schema.scale_table import read_scales
 
@@ -155,11 +155,11 @@ def test_convolution(channels: int, taps: int, affine: bool, device: torch.devic
     scale_wx = torch.rand(channels, generator=generator) * 2e-4
     bias, scale_out = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) / 60 + 0.01
     zero_out = torch.randint(-128, 100, (channels,), generator=generator).float() * affine
-    vectors: tuple[Any, ...] = (weight, scale_wx, bias, scale_out, zero_out if affine else None)
+    conv = Convolution(weight, scale_wx, bias, scale_out, zero_out if affine else None)
     sizes = mamba1(channels, taps=taps)
-    wanted = HostInt8Operators(sizes).conv_silu(x[:, 4 : 4 + channels], *vectors, batch)
+    wanted = HostInt8Operators(sizes).conv_silu(x[:, 4 : 4 + channels], conv, batch)
     operators = CudaInt8Operators(device, sizes)
-    found = operators.conv_silu(padded(x, device)[:, 4 : 4 + channels], *on(device, *vectors), moved)
+    found = operators.conv_silu(padded(x, device)[:, 4 : 4 + channels], Convolution(*on(device, *conv)), moved)
     # Only another exp tells them apart, by some 2^-23 of a code of up to 2^7: one in a million lies that near a half.
     assert close(found, wanted, 2e-6)
     assert len(wanted.unique()) > 100
@@ -175,11 +175,12 @@ def test_selective_scan(channels: int, states: int, zero_point: int, device: tor
     a = -torch.rand(states, channels, generator=generator) * 8
     d, bias = torch.randn(channels, generator=generator), torch.randn(channels, generator=generator) - 3
     scales, sizes = ScanScales(0.02, 0.03, 0.01, 0.04, 1.0, u_zero=zero_point), mamba1(channels, states)
-    wanted = HostInt8Operators(sizes).selective_scan(u, delta, bc[:, 3:], z[:, channels:], scales, a, d, bias, batch)
+    mine = ScanInputs(u, delta, bc[:, 3:], z[:, channels:], a, d, bias)
+    wanted = HostInt8Operators(sizes).selective_scan(mine, scales, batch)
     inputs = [padded(part, device) for part in (u, delta, bc, z)]
     inputs[2], inputs[3] = inputs[2][:, 3:], inputs[3][:, channels:]
     operators = CudaInt8Operators(device, sizes)
-    found = operators.selective_scan(*inputs, scales, *on(device, a, d, bias), moved)
+    found = operators.selective_scan(ScanInputs(*inputs, *on(device, a, d, bias)), scales, moved)
     assert close(found, wanted)
 
 
@@ -200,10 +201,10 @@ def test_mamba2s_scan_and_gated_norm(
     zeros = torch.randint(-128, 100, (e + 2 * w,), generator=generator).float()
     scales = SsdScales(conv_scales, zeros if affine else None, 0.03, torch.ones(1, states), torch.zeros(e).long())
     a, d, bias = -torch.rand(heads, generator=generator) * 8, *(torch.randn(heads, generator=generator) for _ in "db")
-    wanted = here.ssd_scan(conv_out, dt[:, 3:], scales, a, d, bias, batch)
+    wanted = here.ssd_scan(SsdCodes(conv_out, dt[:, 3:], a, d, bias), scales, batch)
     moved_scales = replace(scales, conv_out=conv_scales.to(device), zero=zeros.to(device) if affine else None)
-    inputs = (padded(conv_out, device), padded(dt, device)[:, 3:], moved_scales)
-    assert close(there.ssd_scan(*inputs, *on(device, a, d, bias), moved), wanted)
+    inputs = SsdCodes(padded(conv_out, device), padded(dt, device)[:, 3:], *on(device, a, d, bias))
+    assert close(there.ssd_scan(inputs, moved_scales, moved), wanted)
     weight = torch.randn(e, generator=generator)
     rest = (0.03, weight, 1e-5, 30 / e**0.5, False)
     found = there.gated_rotate(wanted.half().to(device), padded(z, device)[:, :e], 0.03, weight.to(device), *rest[2:])
@@ -287,6 +288,8 @@ def _ordered(x: torch.Tensor) -> torch.Tensor:
 def _on_host(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
         return argument.cpu().float() if argument.dtype == torch.float16 else argument.cpu().clone()
+    if isinstance(argument, tuple):
+        return type(argument)(*map(_on_host, argument))
     if is_dataclass(argument):
         return type(argument)(*(_on_host(getattr(argument, f.name)) for f in fields(argument)))
     return argument

@@ -16,7 +16,7 @@ from quambase.apply.int8.operators import host_kernels as kernels
 from quambase.apply.int8.operators.host import HostInt8Operators
 from quambase.apply.int8.operators.interface import ScanScales
 from quambase.model.hadamard import hadamard
-from quambase.model.operators.interface import OperatorSizes
+from quambase.model.operators.interface import OperatorSizes, ScanInputs
 from quambase.model.packed_batch import Batch, PlacedBatch
 
 OPERATORS = HostInt8Operators(OperatorSizes(d_model=16, d_inner=32, d_state=4, d_conv=4))
@@ -236,9 +236,10 @@ def test_a_scan_reads_codes_without_their_zero_point():
     scales = ScanScales(0.02, 0.03, 0.01, 0.04, 1.0)
     rest = (delta, bc, z)
     u = torch.where(inside, u, 0)
-    plain = OPERATORS.selective_scan(u, *rest, scales, a, d, torch.zeros(20), batch)
-    shifted = (u + 90).to(torch.int8)
-    affine = OPERATORS.selective_scan(shifted, *rest, replace(scales, u_zero=90), a, d, torch.zeros(20), batch)
+    inputs = ScanInputs(u, *rest, a, d, torch.zeros(20))
+    plain = OPERATORS.selective_scan(inputs, scales, batch)
+    shifted = inputs._replace(u=(u + 90).to(torch.int8))
+    affine = OPERATORS.selective_scan(shifted, replace(scales, u_zero=90), batch)
     np.testing.assert_array_equal(plain.numpy(), affine.numpy())
 
 

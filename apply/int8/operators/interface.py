@@ -21,7 +21,7 @@ import torch
 
 from quambase.apply.int8.arithmetic import Int8Weight
 from quambase.apply.int8.operators.half import HalfOperators
-from quambase.model.operators.interface import BlockState
+from quambase.model.operators.interface import BlockState, ScanInputs
 from quambase.model.packed_batch import PlacedBatch
 
 
@@ -46,6 +46,35 @@ class Int8BlockState:
 
 AnyBlockState = Int8BlockState | BlockState
 """A block's decoding state: in codes, or in floating point if its conv_scan is in 16 bit."""
+
+
+class Convolution(NamedTuple):
+    """A convolution of codes: weights, and the scales of its codes by channel.
+
+    taps      (k, c) codes in float32, the last row for the current token
+    scale_wx  (c,) float32: the weight's scale times that of the input
+    bias      (c,) float32, dequantized
+    scale_out, zero_out  (c,) float32 of the output; None without a zero point
+    """
+
+    taps: torch.Tensor
+    scale_wx: torch.Tensor
+    bias: torch.Tensor
+    scale_out: torch.Tensor
+    zero_out: torch.Tensor | None
+
+
+class SsdCodes(NamedTuple):
+    """What Mamba-2's scan reads: codes, and the constants of a block.
+
+    conv_out (t, e + 2gn), x, B, C; dt (t, h) before bias and softplus; a (h,) negative; d, bias (h,).
+    """
+
+    conv_out: torch.Tensor
+    dt: torch.Tensor
+    a: torch.Tensor
+    d: torch.Tensor
+    bias: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -180,57 +209,27 @@ class Int8Operators(Protocol):
         """Float16 values (rows, c), contiguous, of such codes: (code - zero) times scale in float32, then rounded."""
 
     def conv_silu(
-        self,
-        x: torch.Tensor,
-        taps: torch.Tensor,
-        scale_wx: torch.Tensor,
-        bias: torch.Tensor,
-        scale_out: torch.Tensor,
-        zero_out: torch.Tensor | None,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, x: torch.Tensor, conv: Convolution, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
-        """Depthwise causal convolution of codes x (t, c), SiLU, and codes (t, c), half away from zero.
-
-        taps (k, c) codes in float32, the last row for the current token; scale_wx, bias (dequantized), scale_out,
-        zero_out (c,) float32. The zero point, unless there is none, is added to the rounded quotient.
+        """Depthwise causal convolution of codes x (t, c), SiLU, and codes (t, c), half away from zero. The zero point,
+        unless there is none, is added to the rounded quotient.
         """
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        scales: ScanScales,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, inputs: ScanInputs, scales: ScanScales, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """Mamba-1's scan of codes, gated: float16 values (t, e).
 
-        u, delta (before bias and softplus), z (t, e); bc (t, 2n), B then C; a (n, e) negative; d, bias (e,). States:
-        half away from zero after whole documents, half to even while decoding.
+        States: half away from zero after whole documents, half to even while decoding.
         """
 
     def ssd_scan(
-        self,
-        conv_out: torch.Tensor,
-        dt: torch.Tensor,
-        scales: SsdScales,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, inputs: SsdCodes, scales: SsdScales, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """Mamba-2's scan of codes, not gated: float16 values (t, e).
 
-        conv_out (t, e + 2gn), x, B, C; dt (t, h) before bias and softplus; a (h,) negative; d, bias (h,). Over whole
-        documents x, B and C are rounded to float16, as upstream's tensor cores read them, except for the skip
-        connection. States: half to even.
+        Over whole documents x, B and C are rounded to float16, as upstream's tensor cores read them, except for the
+        skip connection. States: half to even.
         """
 
     def rotate(self, y: torch.Tensor, factor: float, wrap: bool) -> torch.Tensor:
