@@ -49,7 +49,6 @@ from quambase.apply.int8.block import (
     zero_point,
 )
 from quambase.apply.int8.operators.interface import (
-    AnyBlockState,
     Convolution,
     Factors,
     Int8BlockState,
@@ -187,7 +186,7 @@ class Int8Mamba1Block(Int8Block):
         x: torch.Tensor,
         scales: Mamba1Scales,
         batch: PlacedBatch,
-        state: AnyBlockState | None = None,
+        state: BlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Block.forward`."""
         scan = self._half_conv_scan if CONV_SCAN in self.in_16_bit else self._conv_scan
@@ -203,7 +202,7 @@ class Int8Mamba1Block(Int8Block):
         x: torch.Tensor,
         s: Mamba1Scales,
         batch: PlacedBatch,
-        state: AnyBlockState | None,
+        state: BlockState | None,
     ) -> torch.Tensor:
         """The gated output of the scan (t, e), float16 values, by a convolution and scan of codes."""
         assert state is None or isinstance(state, Int8BlockState)
@@ -229,10 +228,9 @@ class Int8Mamba1Block(Int8Block):
         x: torch.Tensor,
         s: Mamba1Scales,
         batch: PlacedBatch,
-        state: AnyBlockState | None,
+        state: BlockState | None,
     ) -> torch.Tensor:
         """The same by a convolution and scan in 16 bit. They read codes where x_proj makes or reads them."""
-        assert state is None or isinstance(state, BlockState)
         e, r, scan = self.config.d_inner, self.config.dt_rank, s.scan
         if IN_PROJ in self.in_16_bit:
             xz = ops.half_product(x, self.in_proj)
@@ -255,7 +253,7 @@ class Int8Mamba1Block(Int8Block):
         """As `Int8Block.state_layout`; the state is (b, n, e)."""
         return StateLayout(torch.tensor(scales.scan.state, device=self.operators.device), channels=2)
 
-    def new_state(self, sequences: int) -> AnyBlockState:
+    def new_state(self, sequences: int) -> BlockState:
         """As `Int8Block.new_state`."""
         c, ops = self.config, self.operators
         if CONV_SCAN in self.in_16_bit:

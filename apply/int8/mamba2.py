@@ -51,7 +51,6 @@ from quambase.apply.int8.block import (
 )
 from quambase.apply.int8.group_scales import channel_groups_of, scale_of_channels, values_of, zero_point_of_channels
 from quambase.apply.int8.operators.interface import (
-    AnyBlockState,
     Convolution,
     Factors,
     Int8BlockState,
@@ -207,7 +206,7 @@ class Int8Mamba2Block(Int8Block):
         x: torch.Tensor,
         scales: Mamba2Scales,
         batch: PlacedBatch,
-        state: AnyBlockState | None = None,
+        state: BlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Block.forward`."""
         c, s = self.config, scales
@@ -227,7 +226,7 @@ class Int8Mamba2Block(Int8Block):
         return ops.linear_to_half(gated, self.out_proj, *s.out_proj.of(ops, gated))
 
     def _conv_scan(
-        self, ops: Int8Operators, x: torch.Tensor, s: Mamba2Scales, batch: PlacedBatch, state: AnyBlockState | None
+        self, ops: Int8Operators, x: torch.Tensor, s: Mamba2Scales, batch: PlacedBatch, state: BlockState | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The scan's output (t, e), float16 values, by a convolution and scan of codes; and codes of z (t, e)."""
         assert state is None or isinstance(state, Int8BlockState)
@@ -241,10 +240,9 @@ class Int8Mamba2Block(Int8Block):
         return ops.ssd_scan(SsdCodes(conv_out, dt, self.a, self.d, self.dt_bias), s.scan, batch, state), z
 
     def _half_conv_scan(
-        self, ops: Int8Operators, x: torch.Tensor, s: Mamba2Scales, batch: PlacedBatch, state: AnyBlockState | None
+        self, ops: Int8Operators, x: torch.Tensor, s: Mamba2Scales, batch: PlacedBatch, state: BlockState | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same by a convolution and scan in 16 bit; and z, float16 values."""
-        assert state is None or isinstance(state, BlockState)
         c = self.config
         if IN_PROJ in self.in_16_bit:
             projected = ops.half_product(x, self.in_proj)
@@ -259,7 +257,7 @@ class Int8Mamba2Block(Int8Block):
         """As `Int8Block.state_layout`; the state is (b, e, n)."""
         return StateLayout(scales.scan.state[scales.scan.groups], channels=1, heads=self.config.heads)
 
-    def new_state(self, sequences: int) -> AnyBlockState:
+    def new_state(self, sequences: int) -> BlockState:
         """As `Int8Block.new_state`."""
         c, ops = self.config, self.operators
         if CONV_SCAN in self.in_16_bit:

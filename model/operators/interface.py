@@ -10,7 +10,7 @@ next token of a sequence, whose state is read and updated.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
 
@@ -45,9 +45,9 @@ class BlockState:
     conv: torch.Tensor
     ssm: torch.Tensor
 
-    def first(self, sequences: int) -> BlockState:
+    def first(self, sequences: int) -> Self:
         """The state of the first ``sequences`` of them."""
-        return BlockState(self.conv[:sequences], self.ssm[:sequences])
+        return type(self)(self.conv[:sequences], self.ssm[:sequences])
 
 
 def by_state_index(ssm: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,6 @@ from quambase.apply.int8.state_formats import SimulatedState
 from quambase.model.cuda.compiler import Argument, Kernels
 from quambase.model.hadamard import odd_factor
 from quambase.model.operators.cuda import (
-    FREE_SHARED,
     ROW_THREADS,
     SCAN_THREADS,
     STEP_THREADS,
@@ -110,8 +109,7 @@ class CudaInt8Operators:
         shared = dict.fromkeys(("norm_to_int8", "norm_to_half"), 4 * _padded(sizes.d_model, 4))
         shared["gated_rotate" if heads else "rotate"] = self._rotated_shared
         for name, size in shared.items():
-            if size > FREE_SHARED:
-                self._blocks.allow_shared(name, size)
+            self._blocks.allow_shared(name, size)
 
     def decoding(self) -> CudaInt8Decoding:
         """As `Int8Operators.decoding`."""

@@ -15,7 +15,7 @@ Hadamard transform. `encode` and `decode` stand between it and its neighbours of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -25,27 +25,12 @@ from quambase.model.operators.interface import BlockState, ScanInputs
 from quambase.model.packed_batch import PlacedBatch
 
 
-@dataclass
-class Int8BlockState:
-    """A block's decoding state of b sequences, as codes.
+class Int8BlockState(BlockState):
+    """A block's decoding state of b sequences, as codes; of a block whose conv_scan is in 16 bit it is a `BlockState`.
 
     conv  (b, k, channels): the convolution's last inputs, oldest first
     ssm   (b, n, e) in Mamba-1, (b, e, n) in Mamba-2
-    ``in_place``: a step writes to these tensors; otherwise it replaces them.
     """
-
-    in_place: ClassVar[bool] = True
-
-    conv: torch.Tensor
-    ssm: torch.Tensor
-
-    def first(self, sequences: int) -> Int8BlockState:
-        """The state of the first ``sequences`` of them."""
-        return Int8BlockState(self.conv[:sequences], self.ssm[:sequences])
-
-
-AnyBlockState = Int8BlockState | BlockState
-"""A block's decoding state: in codes, or in floating point if its conv_scan is in 16 bit."""
 
 
 class Convolution(NamedTuple):
