@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from quambase.apply.evaluation.paired_statistics import (
     FEWEST,
@@ -160,6 +161,22 @@ def share_difference(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]
 
 ENDS = ("", "_low", "_high", "_p", "_detectable", "_needed", "_verdict")
 """Endings of the columns of a difference."""
+
+
+def interval_columns(name: str) -> list[tuple[str, pa.DataType]]:
+    """The columns of a figure and its interval."""
+    return [(f"{name}{end}", pa.float64()) for end in ("", "_low", "_high")]
+
+
+def difference_columns(name: str) -> list[tuple[str, pa.DataType]]:
+    """The columns of a difference, ENDS."""
+    kinds = {"_verdict": pa.string(), "_needed": pa.int64()}
+    return [(f"{name}{end}", kinds.get(end, pa.float64())) for end in ENDS]
+
+
+def ends_of(name: str, interval: Interval | None) -> dict[str, float]:
+    """The values of an interval's ends by column, none where there is none."""
+    return {} if interval is None else {f"{name}_low": interval[0], f"{name}_high": interval[1]}
 
 
 def judged(family: Mapping[str, Difference], units: Units, *, smaller_is_better: bool) -> dict[str, dict[str, Any]]:

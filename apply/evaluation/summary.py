@@ -12,11 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quambase.apply.evaluation.comparisons import (
-    ENDS,
     Difference,
     Units,
+    difference_columns,
+    ends_of,
     exponential,
     exponential_difference,
+    interval_columns,
     judged,
     pairs,
     ratio_differences,
@@ -52,15 +54,6 @@ DIFFERENCES = (KL_DIFFERENCE, *(f"vs_{reference}" for reference in REFERENCES))
 """Columns of differences; each is a family of comparisons of its own, on every text."""
 
 
-def _interval(name: str) -> list[tuple[str, pa.DataType]]:
-    return [(f"{name}{end}", pa.float64()) for end in ("", "_low", "_high")]
-
-
-def _difference(name: str) -> list[tuple[str, pa.DataType]]:
-    kinds = {"_verdict": pa.string(), "_needed": pa.int64()}
-    return [(f"{name}{end}", kinds.get(end, pa.float64())) for end in ENDS]
-
-
 SUMMARY = pa.schema(
     [
         ("data", pa.string()),
@@ -69,17 +62,15 @@ SUMMARY = pa.schema(
         ("documents", pa.int64()),
         ("clusters", pa.int64()),
         ("tokens", pa.int64()),
-        *_interval("kl"),
-        *_difference(KL_DIFFERENCE),
-        *_interval("flips"),
-        *_interval("perplexity"),
-        *_interval("accuracy"),
+        *interval_columns("kl"),
+        *difference_columns(KL_DIFFERENCE),
+        *interval_columns("flips"),
+        *interval_columns("perplexity"),
+        *interval_columns("accuracy"),
         ("top1_agreement", pa.float64()),
         ("token_accuracy", pa.float64()),
-        *(column for reference in REFERENCES for column in _difference(f"vs_{reference}")),
-        ("within", pa.float64()),
-        ("within_low", pa.float64()),
-        ("within_high", pa.float64()),
+        *(column for reference in REFERENCES for column in difference_columns(f"vs_{reference}")),
+        *interval_columns("within"),
         ("within_verdict", pa.string()),
     ]
 )
@@ -206,9 +197,9 @@ class _Text:
         if self.answers:
             row["accuracy"], shares = linearised(self.columns[label, "correct"], self.per)
             if self.enough and self.units.single:
-                row |= _ends("accuracy", wilson(int(self.columns[label, "correct"].sum()), self.documents))
+                row |= ends_of("accuracy", wilson(int(self.columns[label, "correct"].sum()), self.documents))
             elif self.enough:
-                row |= _ends("accuracy", _as_share(student_interval(row["accuracy"], shares)))
+                row |= ends_of("accuracy", _as_share(student_interval(row["accuracy"], shares)))
         return row
 
     def _of_likelihoods(self, label: str) -> dict[str, Any]:
@@ -223,7 +214,7 @@ class _Text:
             "top1_agreement": float(self.columns[label, "top1_agreement"].sum() / tokens),
             "token_accuracy": float(self.columns[label, "top1_right"].sum() / tokens),
         }
-        return found | (_ends("flips", _as_share(student_interval(flipped, flips))) if self.enough else {})
+        return found | (ends_of("flips", _as_share(student_interval(flipped, flips))) if self.enough else {})
 
     def _perplexity(self, label: str) -> float:
         return exponential(self.columns[label, "nll"], self.per)[0]
@@ -298,17 +289,12 @@ class _Text:
         if interval is not None:
             low, high = interval if self.answers else (_exp(end) - 1 for end in interval)
             interval = 100 * low, 100 * high
-        row |= _ends("within", interval) | {"within_verdict": equivalence(interval, (-self.within, self.within))}
+        row |= ends_of("within", interval) | {"within_verdict": equivalence(interval, (-self.within, self.within))}
 
 
 def _as_share(interval: Interval | None) -> Interval | None:
     """Cut off at 0 and 1."""
     return interval and (max(0.0, interval[0]), min(1.0, interval[1]))
-
-
-def _ends(name: str, interval: Interval | None) -> dict[str, float]:
-    """The columns of an interval, none where there is none."""
-    return {} if interval is None else {f"{name}_low": interval[0], f"{name}_high": interval[1]}
 
 
 def _exp(x: float) -> float:

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from quambase.apply.evaluation.comparisons import (
-    ENDS,
     Difference,
     Units,
+    difference_columns,
     exponential,
     exponential_difference,
     judged,
@@ -38,10 +38,7 @@ DIFF = pa.schema(
         ("clusters", pa.int64()),
         ("a", pa.float64()),
         ("b", pa.float64()),
-        *(
-            (f"difference{end}", {"_verdict": pa.string(), "_needed": pa.int64()}.get(end, pa.float64()))
-            for end in ENDS
-        ),
+        *difference_columns("difference"),
         ("higher", pa.int64()),
         ("lower", pa.int64()),
         ("flips", pa.float64()),
