@@ -213,20 +213,20 @@ class Mamba1Block(Block):
 
         def decays(pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             """step (pieces, k, e), its sums since each piece began, and the decay of a state (pieces, e, n)."""
-            step = pieces.padded(steps(delta[pieces.rows], self.dt_bias))
+            step = pieces.padding.pad(steps(delta[pieces.rows], self.dt_bias))
             since = step.cumsum(1)
             return step, since, decay_of(since[:, -1, :, None] * self.a.T)
 
         def state_of(pieces: Pieces) -> torch.Tensor:
             step, since, decay = decays(pieces)
-            driven, b = step * pieces.padded(u[pieces.rows]), pieces.padded(bc[pieces.rows, :n])
+            driven, b = step * pieces.padding.pad(u[pieces.rows]), pieces.padding.pad(bc[pieces.rows, :n])
             own = self._weighted(since[:, -1:] - since, driven, b)
             return pieces.joined(own, decay)
 
         def gradient_of(pieces: Pieces, of_y: torch.Tensor) -> torch.Tensor:
             _, since, decay = decays(pieces)
-            ungated = pieces.padded(of_y * F.silu(z[pieces.rows]))
-            through = self._weighted(since, ungated, pieces.padded(bc[pieces.rows, n:]))
+            ungated = pieces.padding.pad(of_y * F.silu(z[pieces.rows]))
+            through = self._weighted(since, ungated, pieces.padding.pad(bc[pieces.rows, n:]))
             return pieces.joined_gradients(through, decay)
 
         watch_states(y, batch, self.a.numel(), state_of, gradient_of, show)

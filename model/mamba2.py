@@ -330,7 +330,7 @@ class Mamba2Block(Block):
 
         def decays(pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             """step (pieces, k, h), its sums since each piece began, and the decay of a state (pieces, e, 1)."""
-            step = pieces.padded(steps(dt[pieces.rows], self.dt_bias))
+            step = pieces.padding.pad(steps(dt[pieces.rows], self.dt_bias))
             since = step.cumsum(1)
             return step, since, decay_of(since[:, -1] * self.a).repeat_interleave(config.headdim, 1)[:, :, None]
 
@@ -338,12 +338,14 @@ class Mamba2Block(Block):
             step, since, decay = decays(pieces)
             left = step * decay_of((since[:, -1:] - since) * self.a)
             return pieces.joined(
-                self._weighted(left, pieces.padded(x[pieces.rows]), pieces.padded(b[pieces.rows])), decay
+                self._weighted(left, pieces.padding.pad(x[pieces.rows]), pieces.padding.pad(b[pieces.rows])), decay
             )
 
         def gradient_of(pieces: Pieces, of_y: torch.Tensor) -> torch.Tensor:
             _, since, decay = decays(pieces)
-            through = self._weighted(decay_of(since * self.a), pieces.padded(of_y), pieces.padded(c[pieces.rows]))
+            through = self._weighted(
+                decay_of(since * self.a), pieces.padding.pad(of_y), pieces.padding.pad(c[pieces.rows])
+            )
             return pieces.joined_gradients(through, decay)
 
         watch_states(y, batch, config.d_inner * config.d_state, state_of, gradient_of, show)

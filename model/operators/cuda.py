@@ -29,9 +29,6 @@ NAMES = (
 CONV_ROWS = 16
 """Rows per thread of the convolution, as in forward.cu."""
 
-FREE_SHARED = 48 * 1024
-"""Bytes of shared memory that a kernel may use without `Kernels.allow_shared`."""
-
 ROW_THREADS = 256
 """Threads per block of the kernels over whole rows, as in norm_hadamard.cuh."""
 
@@ -105,8 +102,7 @@ class CudaOperators(TorchOperators):
         shared = {"add_norm": 4 * sizes.d_model}
         shared |= dict.fromkeys(("gated_norm", "gated_norm_hadamard", "hadamard"), self._shared)
         for name, size in shared.items():
-            if size > FREE_SHARED:
-                self._kernels.allow_shared(name, size)
+            self._kernels.allow_shared(name, size)
 
     def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """As `Operators.add_norm`."""
