@@ -173,9 +173,9 @@ def _evaluation(contents: Contents) -> list[dict[str, Any]]:
             "rows": [
                 {
                     "strategy": row.strategy,
-                    "kl": short(1000 * row.kl.value),
-                    "low": short(None if row.kl.low is None else 1000 * row.kl.low),
-                    "high": short(None if row.kl.high is None else 1000 * row.kl.high),
+                    "kl": _thousandths(row.kl.value),
+                    "low": _thousandths(row.kl.low),
+                    "high": _thousandths(row.kl.high),
                     "verdict": row.verdict or "",
                 }
                 for row in text.strategies
@@ -203,17 +203,17 @@ def _decoded(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     decoded, before = [], {}
     for row in rows:
         if row["decoded_from"]:  # not of all predictions, nor of the prompt's own
-            place = {"strategy": row["strategy"], "to": row["decoded_to"]}
-            limits = [short(None if row[name] is None else 1000 * row[name]) for name in ("kl_low", "kl_high")]
-            kl = short(1000 * row["kl"])
-            decoded.append(place | {"kl": kl, "low": limits[0], "high": limits[1]})
-            base = base_of(row["strategy"])
-            before[base, row["decoded_to"]] = {
-                "strategy": base,
-                "to": place["to"],
-                "kl": short(1000 * row["prefill_kl"]),
-            }
+            base, to = base_of(row["strategy"]), row["decoded_to"]
+            ends = {"kl": "kl", "low": "kl_low", "high": "kl_high"}
+            figures = {name: _thousandths(row[column]) for name, column in ends.items()}
+            decoded.append({"strategy": row["strategy"], "to": to} | figures)
+            before[base, to] = {"strategy": base, "to": to, "kl": _thousandths(row["prefill_kl"])}
     return {"decoded": decoded, "prefill": list(before.values())}
+
+
+def _thousandths(value: float | None) -> float | None:
+    """`short` of a number times 1,000."""
+    return short(None if value is None else 1000 * value)
 
 
 def _positions(contents: Contents) -> dict[str, Any] | None:
