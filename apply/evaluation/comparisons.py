@@ -37,6 +37,11 @@ def counted_units(documents: int, clusters: int) -> int:
     return clusters if clusters >= FEWEST else documents
 
 
+def too_few(row: Mapping[str, Any]) -> bool:
+    """Whether a row of documents and clusters has fewer units than a verdict needs: there are only values."""
+    return counted_units(row["documents"], row["clusters"]) < FEWEST
+
+
 @dataclass(frozen=True)
 class Units:
     """What counts as independent: the clusters of a text, or its documents where there are fewer than FEWEST clusters.
