@@ -198,7 +198,8 @@ def load_stored(folder: Path) -> StoredModel:
     about = read_about(folder)
     if about["family"] not in BY_FORMAT:
         raise CheckpointInvalid(f"{folder} is no {' or '.join(BY_FORMAT)} model; make one with `apply`")
-    config = as_type(about.get("sizes"), _config_class(about), folder / CONFIG, CheckpointInvalid, AGAIN)
+    sizes = KINDS[BY_FORMAT[about["family"]].name].config
+    config = as_type(about.get("sizes"), sizes, folder / CONFIG, CheckpointInvalid, AGAIN)
     check_files(folder, about)
     path = folder / TENSORS
     try:
@@ -294,7 +295,3 @@ def _scale_of(tensor: torch.Tensor, zero_points: torch.Tensor | None) -> Scale:
 
 def _whole(tensors: dict[str, torch.Tensor], name: str) -> Int8Weight:
     return Int8Weight(tensors[name], float(tensors[f"{name}.scale"]))
-
-
-def _config_class(about: dict[str, Any]) -> type[ModelConfig]:
-    return KINDS[BY_FORMAT[about["family"]].name].config

@@ -2,8 +2,7 @@
 
 Operators exchange int8 codes, whose rows may be strided, and float16 values, which are float32 tensors on the CPU. They
 compute in float32 and round a result once. Six operations round to codes: `add_norm_to_int8`, `linear_to_int8`,
-`conv_silu`, the Hadamard quantizer (`rotate`,
-`gated_rotate`), the states, and `encode`.
+`conv_silu`, the Hadamard quantizer (`rotate`, `gated_rotate`), the states, and `encode`.
 
 Convolution and scans take a ``state`` or None. Over whole documents they set it to the state after each document;
 operators that decode read and update it.
