@@ -119,12 +119,6 @@ def ratio_difference(first: Float64, second: Float64, weights: Float64, p_value:
     return Difference(value, student_interval(value, shares), p_value, standard_error(shares))
 
 
-def ratio_differences(columns: Sequence[Float64], base: Float64, weights: Float64, seed: int) -> list[Difference]:
-    """`ratio_difference` of each column (units,) from ``base``, p by sign flips of units."""
-    p_values = sign_flip_p(np.stack([column - base for column in columns], 1), seed)
-    return [ratio_difference(column, base, weights, float(p)) for column, p in zip(columns, p_values, strict=True)]
-
-
 def exponential_difference(first: Float64, second: Float64, weights: Float64, p_value: float) -> Difference:
     """exp(sum(first) / sum(weights)) - exp(sum(second) / sum(weights)), each (units,): two perplexities.
 
@@ -162,6 +156,24 @@ def share_difference(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]
     value = float(first.mean() - second.mean())
     error = standard_error((first * 1.0 - second - value) / first.size)
     return Difference(value, newcombe(*counts), mcnemar_exact(only_first, only_second), error, exact_pairs=True)
+
+
+SHARE, RATIO, EXPONENTIAL = "share", "ratio", "exponential"
+"""Kinds of a figure: a share of documents, a ratio of sums (of values and weights), the exponential of one."""
+
+
+def differences(
+    kind: str, columns: Sequence[Float64], base: Float64, weights: Float64, units: Units, seed: int
+) -> list[Difference]:
+    """The difference of each column from ``base``, all (units,), of figures of one kind. p is by sign flips, of a SHARE
+    of single documents McNemar's; whole clusters are compared as other ratios are.
+    """
+    if kind == SHARE and units.single:
+        return [share_difference(column > 0, base > 0) for column in columns]
+    with np.errstate(invalid="ignore"):  # of two infinite values nothing is known: NaN
+        p_values = sign_flip_p(np.stack([column - base for column in columns], 1), seed)
+    made = exponential_difference if kind == EXPONENTIAL else ratio_difference
+    return [made(column, base, weights, float(p)) for column, p in zip(columns, p_values, strict=True)]
 
 
 ENDS = ("", "_low", "_high", "_p", "_detectable", "_needed", "_verdict")

@@ -12,17 +12,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quambase.apply.evaluation.comparisons import (
+    EXPONENTIAL,
+    RATIO,
+    SHARE,
     Difference,
     Units,
     difference_columns,
+    differences,
     ends_of,
     exponential,
-    exponential_difference,
     interval_columns,
     judged,
     pairs,
-    ratio_differences,
-    share_difference,
 )
 from quambase.apply.evaluation.paired_statistics import (
     EQUIVALENCE_LEVEL,
@@ -39,7 +40,6 @@ from quambase.apply.evaluation.paired_statistics import (
     linearised,
     newcombe,
     resampled_t,
-    sign_flip_p,
     standard_error,
     student_interval,
     wilson,
@@ -174,9 +174,9 @@ class _Text:
             if reference in self.labels and others:
                 if reference == UPSTREAM and self.likelihoods:
                     self._add(found, KL_DIFFERENCE, others, self._kls(others), smaller_is_better=True)
-                compare = self._accuracies if self.answers else self._perplexities
-                differences = compare(reference, others)
-                self._add(found, f"vs_{reference}", others, differences, smaller_is_better=not self.answers)
+                kind = SHARE if self.answers else EXPONENTIAL
+                compared = self._differences(kind, "correct" if self.answers else "nll", reference, others)
+                self._add(found, f"vs_{reference}", others, compared, smaller_is_better=not self.answers)
         if FLOAT in self.labels:
             for label in self.labels:
                 found[label]["within"] = None if label == FLOAT else self.within
@@ -239,40 +239,26 @@ class _Text:
         rows: dict[str, dict[str, Any]],
         name: str,
         labels: list[str],
-        differences: list[Difference],
+        found: list[Difference],
         *,
         smaller_is_better: bool,
     ) -> None:
         """Add one family of comparisons to the rows of its labels, as columns that begin with ``name``."""
-        family = dict(zip(labels, differences, strict=True))
+        family = dict(zip(labels, found, strict=True))
         for label, columns in judged(family, self.units, smaller_is_better=smaller_is_better).items():
             rows[label] |= {f"{name}{end}": value for end, value in columns.items()}
 
     def _kls(self, others: list[str]) -> list[Difference]:
         """Differences of KL from upstream's scales; none is tested where perplexity is not finite."""
-        base = self.columns[UPSTREAM, "kl"]
-        found = ratio_differences([self.columns[label, "kl"] for label in others], base, self.tokens, self.seed)
         return [
             difference if math.isfinite(self._perplexity(label)) else replace(difference, p_value=math.nan)
-            for label, difference in zip(others, found, strict=True)
+            for label, difference in zip(others, self._differences(RATIO, "kl", UPSTREAM, others), strict=True)
         ]
 
-    def _perplexities(self, reference: str, others: list[str]) -> list[Difference]:
-        """Differences of perplexity: linearised intervals, p by sign flips."""
-        base = self.columns[reference, "nll"]
-        nll = np.stack([self.columns[label, "nll"] - base for label in others], 1)
-        return [
-            exponential_difference(self.columns[label, "nll"], base, self.per, float(p_value))
-            for label, p_value in zip(others, sign_flip_p(nll, self.seed), strict=True)
-        ]
-
-    def _accuracies(self, reference: str, others: list[str]) -> list[Difference]:
-        """Differences of accuracy: Newcombe's intervals and McNemar's p, of whole clusters as of other ratios."""
-        right = [self.columns[label, "correct"] for label in others]
-        base = self.columns[reference, "correct"]
-        if self.units.single:
-            return [share_difference(column > 0, base > 0) for column in right]
-        return ratio_differences(right, base, self.per, self.seed)
+    def _differences(self, kind: str, name: str, reference: str, others: list[str]) -> list[Difference]:
+        """Differences of one column's figure, each strategy's to the reference's."""
+        columns, base = [self.columns[label, name] for label in others], self.columns[reference, name]
+        return differences(kind, columns, base, self.tokens if name == "kl" else self.per, self.units, self.seed)
 
     def _equivalence(self, label: str, row: dict[str, Any]) -> None:
         """Add whether a strategy is as good as the floating-point model, within bounds."""

@@ -7,8 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from quambase.apply.evaluation.comparisons import too_few
-from quambase.apply.evaluation.diff.figures import SHARE
+from quambase.apply.evaluation.comparisons import SHARE, too_few
 from quambase.apply.evaluation.diff.sample_logs import NO_FILTER
 from quambase.apply.evaluation.paired_statistics import FEWEST, NOT_DISTINGUISHABLE, NOT_FINITE
 from quambase.apply.evaluation.sentences import still_needed
