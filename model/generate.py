@@ -35,15 +35,14 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
     texts = [list(prompts[i]) for i in order]
     wanted = [lengths[i] for i in order]
-    state = model.new_state(len(order))
+    steps = DecodingSteps(model.step, model.new_state(len(order)))
     current = torch.tensor([text[0] for text in texts])
     with Progress(progress) as shown:
         shown.start("generate", sum(wanted), sum(wanted), unit="tokens")
         for position in range(1, wanted[0]):
             active = sum(length > position for length in wanted)
-            state = [of_block.first(active) for of_block in state]
             with shown.piece(active, active):
-                logits = model.step(current[:active], state)[:, :vocabulary] / temperature
+                logits = steps.step(current[:active])[:, :vocabulary] / temperature
                 for text, token in zip(texts, _draw(logits, top_p, generator).tolist(), strict=False):
                     if position >= len(text):
                         text.append(token)
