@@ -196,7 +196,7 @@ class Int8LanguageModel:
             return ops.half_product(hidden, self.placed.half_head)
         head = self.placed.int8_head
         factors: Factors = half_factors(head.scale, self._head_scale)
-        return ops.linear_to_half(hidden, head, *factors.of(ops, hidden))
+        return ops.linear_to_half(hidden, head, factors.of(ops, hidden))
 
     @property
     def _head_scale(self) -> float:

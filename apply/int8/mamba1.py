@@ -194,7 +194,7 @@ class Int8Mamba1Block(Int8Block):
         if OUT_PROJ in self.in_16_bit:
             return ops.half_product(ops.half.hadamard(y), self.out_proj)
         gated = ops.rotate(y, scales.rotation, scales.wrap)
-        return ops.linear_to_half(gated, self.out_proj, *scales.out_proj.of(ops, gated))
+        return ops.linear_to_half(gated, self.out_proj, scales.out_proj.of(ops, gated))
 
     def _conv_scan(
         self,
@@ -210,15 +210,15 @@ class Int8Mamba1Block(Int8Block):
         if IN_PROJ in self.in_16_bit:
             xz = ops.encode(ops.half_product(x, self.in_proj), scan.z)  # (t, 2e)
         else:
-            xz = ops.linear_to_int8(x, self.in_proj, *s.in_proj.of(ops, x))
+            xz = ops.linear_to_int8(x, self.in_proj, s.in_proj.of(ops, x))
         u = ops.conv_silu(xz[:, :e], s.conv, batch, state)
         if X_PROJ in self.in_16_bit:
             read = ops.decode(u, scan.u, float(scan.u_zero))
             dt_b_c = ops.encode(ops.half_product(read, self.x_proj), scan.bc)  # (t, r + 2n)
             dt = ops.encode(ops.half_product(ops.decode(dt_b_c[:, :r], scan.bc), self.dt_proj), scan.delta)
         else:
-            dt_b_c = ops.linear_to_int8(u, self.x_proj, *s.x_proj.of(ops, u), s.x_proj_offset)
-            dt = ops.linear_to_int8(dt_b_c[:, :r], self.dt_proj, *s.dt_proj.of(ops, u))
+            dt_b_c = ops.linear_to_int8(u, self.x_proj, s.x_proj.of(ops, u), s.x_proj_offset)
+            dt = ops.linear_to_int8(dt_b_c[:, :r], self.dt_proj, s.dt_proj.of(ops, u))
         inputs = ScanInputs(u, dt, dt_b_c[:, r:], xz[:, e:], self.a, self.d, self.dt_bias)
         return ops.selective_scan(inputs, scan, batch, state)
 
@@ -235,7 +235,7 @@ class Int8Mamba1Block(Int8Block):
         if IN_PROJ in self.in_16_bit:
             xz = ops.half_product(x, self.in_proj)
         else:
-            xz = ops.linear_to_half(x, self.in_proj, *s.in_proj_half.of(ops, x))
+            xz = ops.linear_to_half(x, self.in_proj, s.in_proj_half.of(ops, x))
         u = ops.half.conv_silu(xz[:, :e], self.taps, self.conv_bias, batch, state)
         if X_PROJ in self.in_16_bit:
             dt_b_c = ops.half_product(u, self.x_proj)
@@ -243,8 +243,8 @@ class Int8Mamba1Block(Int8Block):
         else:
             zero = float(scan.u_zero)
             codes = ops.encode(u, scan.u, zero)
-            products = ops.linear_to_int8(codes, self.x_proj, *s.x_proj.of(ops, codes), s.x_proj_offset)
-            dt = ops.linear_to_half(products[:, :r], self.dt_proj, *s.dt_proj_half.of(ops, codes))
+            products = ops.linear_to_int8(codes, self.x_proj, s.x_proj.of(ops, codes), s.x_proj_offset)
+            dt = ops.linear_to_half(products[:, :r], self.dt_proj, s.dt_proj_half.of(ops, codes))
             u, dt_b_c = ops.decode(codes, scan.u, zero), ops.decode(products, scan.bc)
         inputs = ScanInputs(u, dt, dt_b_c[:, r:], xz[:, e:], self.a, self.d, self.dt_bias)
         return ops.half.selective_scan(inputs, batch, state)

@@ -223,7 +223,7 @@ class Int8Mamba2Block(Int8Block):
                 gated = ops.gated_rotate(y, z, s.z, *norm, s.rotation, s.wrap)
         if OUT_PROJ in self.in_16_bit:
             return ops.half_product(gated, self.out_proj)
-        return ops.linear_to_half(gated, self.out_proj, *s.out_proj.of(ops, gated))
+        return ops.linear_to_half(gated, self.out_proj, s.out_proj.of(ops, gated))
 
     def _conv_scan(
         self, ops: Int8Operators, x: torch.Tensor, s: Mamba2Scales, batch: PlacedBatch, state: BlockState | None
@@ -234,7 +234,7 @@ class Int8Mamba2Block(Int8Block):
         if IN_PROJ in self.in_16_bit:
             projected = ops.encode(ops.half_product(x, self.in_proj), s.in_proj_out)  # (t, 2e + 2gn + h)
         else:
-            projected = ops.linear_to_int8(x, self.in_proj, *s.in_proj.of(ops, x))
+            projected = ops.linear_to_int8(x, self.in_proj, s.in_proj.of(ops, x))
         z, conv_in, dt = torch.split(projected, [c.d_inner, c.conv_width, c.heads], dim=1)
         conv_out = ops.conv_silu(conv_in, s.conv, batch, state)
         return ops.ssd_scan(SsdCodes(conv_out, dt, self.a, self.d, self.dt_bias), s.scan, batch, state), z
@@ -247,7 +247,7 @@ class Int8Mamba2Block(Int8Block):
         if IN_PROJ in self.in_16_bit:
             projected = ops.half_product(x, self.in_proj)
         else:
-            projected = ops.linear_to_half(x, self.in_proj, *s.in_proj_half.of(ops, x))
+            projected = ops.linear_to_half(x, self.in_proj, s.in_proj_half.of(ops, x))
         z, conv_in, dt = torch.split(projected, [c.d_inner, c.conv_width, c.heads], dim=1)
         conv_out = ops.half.conv_silu(conv_in, self.taps, self.conv_bias, batch, state)
         x, b, c_out = torch.split(conv_out, [c.d_inner, c.bc_width, c.bc_width], dim=1)

@@ -31,7 +31,14 @@ from quambase.apply.int8.language_model import Int8LanguageModel, Int8State
 from quambase.apply.int8.operators import cuda as device_operators
 from quambase.apply.int8.operators.cuda import CudaInt8Operators
 from quambase.apply.int8.operators.host import HostInt8Operators
-from quambase.apply.int8.operators.interface import Convolution, Int8BlockState, ScanScales, SsdCodes, SsdScales
+from quambase.apply.int8.operators.interface import (
+    Convolution,
+    Int8BlockState,
+    Multipliers,
+    ScanScales,
+    SsdCodes,
+    SsdScales,
+)
 from quambase.apply.int8.weights import PlacedWeights
 from quambase.collector.collect import collect
 from quambase.model.checkpoint import load_model
@@ -65,14 +72,13 @@ def plain_product(
     name: str,
     x: torch.Tensor,
     weight: torch.Tensor,
-    first: float | torch.Tensor,
-    second: float,
+    by: Multipliers,
     out: torch.Tensor,
     offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The products of the tensor cores, which only a device has."""
     sums = x.int() @ weight[:, : x.shape[1]].int().T - (0 if offset is None else offset)
-    value = sums.float() * first * second
+    value = sums.float() * by.first * by.second
     return out.copy_(value.round().clamp(-128, 127) if out.dtype == torch.int8 else value)
 
 
@@ -190,7 +196,7 @@ def test_the_product_of_one_row_is_exact(depth: int, columns: int, device: torch
     here, there = HostInt8Operators(sizes).decoding(), CudaInt8Operators(device, sizes).decoding()
     moved, read = there.matrix(matrix), padded(x, device)
     sums = (x.long() @ weight.long().T).float()
-    half = there.linear_to_half(read, moved, 1e-3, 0.7)
+    half = there.linear_to_half(read, moved, Multipliers(1e-3, 0.7))
     assert torch.equal(half.cpu(), (sums * 1e-3 * 0.7).half())
     second = 30.0
     by_column = torch.rand(columns, generator=generator) / float(sums.abs().mean())
@@ -198,11 +204,13 @@ def test_the_product_of_one_row_is_exact(depth: int, columns: int, device: torch
     for first in (float(by_column[0]), by_column, torch.full_like(by_column, 0.5 / second)):  # the last: ties
         for away in (False, True):
             for shift in (None, offset):
-                arguments = (first, second, away, shift)
-                wanted = here.linear_to_int8(x, matrix, *arguments)
-                assert torch.equal(there.linear_to_int8(read, moved, *on(device, *arguments)).cpu(), wanted)
+                by = Multipliers(first, second, away)
+                wanted = here.linear_to_int8(x, matrix, by, shift)
+                found = there.linear_to_int8(read, moved, Multipliers(*on(device, *by)), *on(device, shift))
+                assert torch.equal(found.cpu(), wanted)
     apart = torch.cat([x[:, :1], x], 1).to(device)[:, 1:]  # not aligned
-    assert torch.equal(there.linear_to_int8(apart, moved, 1e-3, 1.0).cpu(), here.linear_to_int8(x, matrix, 1e-3, 1.0))
+    by = Multipliers(1e-3, 1.0)
+    assert torch.equal(there.linear_to_int8(apart, moved, by).cpu(), here.linear_to_int8(x, matrix, by))
 
 
 def test_ties_of_one_row(device: torch.device) -> None:
@@ -210,8 +218,8 @@ def test_ties_of_one_row(device: torch.device) -> None:
     weight = torch.tensor([1, 3, -1, -3, 5], dtype=torch.int8)[:, None]
     there = CudaInt8Operators(device, mamba1()).decoding()
     matrix, one = there.matrix(Int8Weight(weight, 1.0)), padded(torch.ones(1, 1, dtype=torch.int8), device)
-    assert there.linear_to_int8(one, matrix, 0.5, 1.0).cpu().tolist() == [[0, 2, 0, -2, 2]]
-    assert there.linear_to_int8(one, matrix, 0.5, 1.0, True).cpu().tolist() == [[1, 2, -1, -2, 3]]
+    assert there.linear_to_int8(one, matrix, Multipliers(0.5, 1.0)).cpu().tolist() == [[0, 2, 0, -2, 2]]
+    assert there.linear_to_int8(one, matrix, Multipliers(0.5, 1.0, True)).cpu().tolist() == [[1, 2, -1, -2, 3]]
 
 
 def deciding_scales(values: torch.Tensor, factor: float) -> list[float]:

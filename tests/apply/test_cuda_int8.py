@@ -29,7 +29,14 @@ from quambase.apply.int8.build import build_model, int8_on_cuda
 from quambase.apply.int8.operators import cuda as device_operators
 from quambase.apply.int8.operators.cuda import CudaInt8Operators, padded_rows
 from quambase.apply.int8.operators.host import HostInt8Operators
-from quambase.apply.int8.operators.interface import Convolution, Int8BlockState, ScanScales, SsdCodes, SsdScales
+from quambase.apply.int8.operators.interface import (
+    Convolution,
+    Int8BlockState,
+    Multipliers,
+    ScanScales,
+    SsdCodes,
+    SsdScales,
+)
 from quambase.apply.int8.weights import PlacedWeights
 from quambase.collector.collect import collect
 from quambase.model.checkpoint import load_model
@@ -88,17 +95,17 @@ def test_products_are_exact(rows: int, depth: int, columns: int, hopper: bool, d
     first, second = 1 / float(sums.abs().float().mean()), 50.0
     columns_first = torch.rand(columns, generator=generator) * first
     # The two factors one after the other: their product would round some float16 the other way.
-    half = there.linear_to_half(*on_it, 1e-3, 0.7)
+    half = there.linear_to_half(*on_it, Multipliers(1e-3, 0.7))
     assert torch.equal(half.cpu(), (sums.int().float() * 1e-3 * 0.7).half())
-    assert torch.equal(half.cpu().float(), here.linear_to_half(x, matrix, 1e-3, 0.7))
+    assert torch.equal(half.cpu().float(), here.linear_to_half(x, matrix, Multipliers(1e-3, 0.7)))
     for factor in (first, columns_first):
-        found = there.linear_to_int8(*on_it, factor.to(device) if isinstance(factor, torch.Tensor) else factor, second)
-        wanted = here.linear_to_int8(x, matrix, factor, second)
+        found = there.linear_to_int8(*on_it, Multipliers(*on(device, factor, second)))
+        wanted = here.linear_to_int8(x, matrix, Multipliers(factor, second))
         assert torch.equal(found.cpu(), wanted)
         assert rows * columns < 1000 or len(wanted.unique()) > 200  # clipped ones and the rest
     offset = -113 * weight.sum(1, dtype=torch.int32)
     shifted = ((x.long() + 113) @ weight.long().T).int().float()
-    found = there.linear_to_int8(*on_it, first, second, False, offset.to(device))
+    found = there.linear_to_int8(*on_it, Multipliers(first, second), offset.to(device))
     assert torch.equal(found.cpu(), torch.round(shifted * first * second).clamp(-128, 127).to(torch.int8))
 
 
@@ -107,8 +114,8 @@ def test_rows_that_are_not_padded_are_multiplied_too(device: torch.device) -> No
     generator = torch.Generator().manual_seed(3)
     x, weight = codes(generator, 40, 23), Int8Weight(codes(generator, 9, 23), 1.0)
     there = CudaInt8Operators(device, mamba1())
-    found = there.linear_to_int8(x.to(device)[3:], there.matrix(weight), 1e-3, 1.0)
-    assert torch.equal(found.cpu(), HostInt8Operators(mamba1()).linear_to_int8(x[3:], weight, 1e-3, 1.0))
+    found = there.linear_to_int8(x.to(device)[3:], there.matrix(weight), Multipliers(1e-3, 1.0))
+    assert torch.equal(found.cpu(), HostInt8Operators(mamba1()).linear_to_int8(x[3:], weight, Multipliers(1e-3, 1.0)))
 
 
 @pytest.mark.parametrize("dim", [24, 64, 96, 768, 1536, 2560, 4096, 5120])

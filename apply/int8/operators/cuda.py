@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from quambase.apply.int8.arithmetic import Int8Weight, decoded, encoded
 from quambase.apply.int8.operators import simulated_scans
 from quambase.apply.int8.operators.half import HalfOperators
-from quambase.apply.int8.operators.interface import Convolution, Int8BlockState, ScanScales, SsdCodes, SsdScales
+from quambase.apply.int8.operators.interface import (
+    Convolution,
+    Int8BlockState,
+    Multipliers,
+    ScanScales,
+    SsdCodes,
+    SsdScales,
+)
 from quambase.apply.int8.state_formats import SimulatedState
 from quambase.model.cuda.compiler import Argument, Kernels
 from quambase.model.hadamard import odd_factor
@@ -164,26 +171,18 @@ class CudaInt8Operators:
         return out
 
     def linear_to_int8(
-        self,
-        x: torch.Tensor,
-        weight: Int8Weight,
-        first: float | torch.Tensor,
-        second: float,
-        away: bool = False,
-        offset: torch.Tensor | None = None,
+        self, x: torch.Tensor, weight: Int8Weight, by: Multipliers, offset: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.linear_to_int8`."""
-        assert not away  # only if one sequence decodes
+        assert not by.away  # only if one sequence decodes
         out = self._codes(len(x), len(weight.codes))
         name = "product_to_int8" if offset is None else "product_to_int8_less"
-        return self._product(name, x, weight.codes, first, second, out, offset)
+        return self._product(name, x, weight.codes, by, out, offset)
 
-    def linear_to_half(
-        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
-    ) -> torch.Tensor:
+    def linear_to_half(self, x: torch.Tensor, weight: Int8Weight, by: Multipliers) -> torch.Tensor:
         """As `Int8Operators.linear_to_half`."""
         out = self._halves(len(x), len(weight.codes))
-        return self._product("product_to_half", x, weight.codes, first, second, out)
+        return self._product("product_to_half", x, weight.codes, by, out)
 
     def half_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """As `Int8Operators.half_product`."""
@@ -211,15 +210,13 @@ class CudaInt8Operators:
         name: str,
         x: torch.Tensor,
         weight: torch.Tensor,
-        first: float | torch.Tensor,
-        second: float,
+        by: Multipliers,
         out: torch.Tensor,
         offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x = self._aligned(x)
         columns, depth = weight.shape
-        scaled = _scaling(first, second, offset)
-        arguments = (x, x.stride(0), weight, len(x), columns, depth, *scaled, out, out.stride(0))
+        arguments = (x, x.stride(0), weight, len(x), columns, depth, *_scaling(by, offset), out, out.stride(0))
         grid = (-(-columns // TILE), -(-len(x) // TILE))
         self._products.launch(name, grid, self._product_block.threads, arguments, self._product_block.shared)
         return out
@@ -323,40 +320,32 @@ class CudaInt8Decoding(CudaInt8Operators):
     decodes = True
 
     def linear_to_int8(
-        self,
-        x: torch.Tensor,
-        weight: Int8Weight,
-        first: float | torch.Tensor,
-        second: float,
-        away: bool = False,
-        offset: torch.Tensor | None = None,
+        self, x: torch.Tensor, weight: Int8Weight, by: Multipliers, offset: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As `Int8Operators.linear_to_int8`; ``away`` of a single row only."""
+        """As `Int8Operators.linear_to_int8`; away from zero of a single row only."""
         if len(x) != 1:
-            return super().linear_to_int8(x, weight, first, second, away, offset)
+            return super().linear_to_int8(x, weight, by, offset)
         out = self._codes(1, len(weight.codes))
-        return self._row("row_to_int8", x, weight.codes, _scaling(first, second, offset), away, out)
+        return self._row("row_to_int8", x, weight.codes, by, out, offset)
 
-    def linear_to_half(
-        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
-    ) -> torch.Tensor:
+    def linear_to_half(self, x: torch.Tensor, weight: Int8Weight, by: Multipliers) -> torch.Tensor:
         """As `Int8Operators.linear_to_half`."""
         if len(x) != 1:
-            return super().linear_to_half(x, weight, first, second)
+            return super().linear_to_half(x, weight, by)
         out = self._halves(1, len(weight.codes))
-        return self._row("row_to_half", x, weight.codes, _scaling(first, second, None), False, out)
+        return self._row("row_to_half", x, weight.codes, by, out)
 
     def _row(
         self,
         name: str,
         x: torch.Tensor,
         weight: torch.Tensor,
-        scaling: tuple[Argument, ...],
-        away: bool,
+        by: Multipliers,
         out: torch.Tensor,
+        offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         columns, depth = weight.shape
-        arguments = (self._aligned(x), weight, columns, depth, *scaling, int(away), out)
+        arguments = (self._aligned(x), weight, columns, depth, *_scaling(by, offset), int(by.away), out)
         self._blocks.launch(name, (-(-columns // ROW_WARPS), 1), ROW_WARPS * 32, arguments)
         return out
 
@@ -404,10 +393,10 @@ class CudaInt8Decoding(CudaInt8Operators):
         return y
 
 
-def _scaling(first: float | torch.Tensor, second: float, offset: torch.Tensor | None) -> tuple[Argument, ...]:
+def _scaling(by: Multipliers, offset: torch.Tensor | None) -> tuple[Argument, ...]:
     """The arguments of a product's scaling: factors by column or one, the second factor, offsets by column."""
-    factors: tuple[Argument, Argument] = (first, 1.0) if isinstance(first, torch.Tensor) else (0, first)
-    return (*factors, second, 0 if offset is None else offset)
+    factors: tuple[Argument, Argument] = (by.first, 1.0) if isinstance(by.first, torch.Tensor) else (0, by.first)
+    return (*factors, by.second, 0 if offset is None else offset)
 
 
 def _vectors(conv: Convolution) -> tuple[Argument, ...]:

@@ -13,7 +13,14 @@ from quambase.apply.int8.arithmetic import Int8Weight, decoded, encoded, matmul,
 from quambase.apply.int8.operators import host_kernels as kernels
 from quambase.apply.int8.operators import simulated_scans
 from quambase.apply.int8.operators.half import HalfOperators
-from quambase.apply.int8.operators.interface import Convolution, Int8BlockState, ScanScales, SsdCodes, SsdScales
+from quambase.apply.int8.operators.interface import (
+    Convolution,
+    Int8BlockState,
+    Multipliers,
+    ScanScales,
+    SsdCodes,
+    SsdScales,
+)
 from quambase.apply.int8.state_formats import SimulatedState
 from quambase.model.exponential import exp
 from quambase.model.hadamard import hadamard
@@ -72,26 +79,18 @@ class HostInt8Operators:
         return to_half(out)
 
     def linear_to_int8(
-        self,
-        x: torch.Tensor,
-        weight: Int8Weight,
-        first: float | torch.Tensor,
-        second: float,
-        away: bool = False,
-        offset: torch.Tensor | None = None,
+        self, x: torch.Tensor, weight: Int8Weight, by: Multipliers, offset: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.linear_to_int8`."""
         acc = matmul(x, weight, offset)
-        columns = first if isinstance(first, torch.Tensor) else torch.full((acc.shape[1],), first)
+        columns = by.first if isinstance(by.first, torch.Tensor) else torch.full((acc.shape[1],), by.first)
         out = torch.empty(acc.shape, dtype=torch.int8)
-        kernels.scale_columns_to_int8(acc.numpy(), columns.numpy(), np.float32(second), away, out.numpy())
+        kernels.scale_columns_to_int8(acc.numpy(), columns.numpy(), np.float32(by.second), by.away, out.numpy())
         return out
 
-    def linear_to_half(
-        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
-    ) -> torch.Tensor:
+    def linear_to_half(self, x: torch.Tensor, weight: Int8Weight, by: Multipliers) -> torch.Tensor:
         """As `Int8Operators.linear_to_half`."""
-        return to_half(matmul(x, weight).mul_(first).mul_(second))
+        return to_half(matmul(x, weight).mul_(by.first).mul_(by.second))
 
     def half_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """As `Int8Operators.half_product`."""

@@ -154,23 +154,15 @@ class Int8Operators(Protocol):
         """The same norm, not divided by a scale, as float16 values."""
 
     def linear_to_int8(
-        self,
-        x: torch.Tensor,
-        weight: Int8Weight,
-        first: float | torch.Tensor,
-        second: float,
-        away: bool = False,
-        offset: torch.Tensor | None = None,
+        self, x: torch.Tensor, weight: Int8Weight, by: Multipliers, offset: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Codes (rows, out), saturating, of the integer product of codes x (rows, in) times `Multipliers`.
+        """Codes (rows, out), saturating, of the integer product of codes x (rows, in), multiplied ``by``.
 
         offset (out,) int32: subtracted from the integer sums; of codes with a zero point z, z times the row's sum.
         """
 
-    def linear_to_half(
-        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
-    ) -> torch.Tensor:
-        """The same as float16 values, always half to even."""
+    def linear_to_half(self, x: torch.Tensor, weight: Int8Weight, by: Multipliers) -> torch.Tensor:
+        """The same as float16 values, half to even."""
 
     def half_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The product (rows, out) of float16 values x (rows, in), rounded to float16."""
