@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from quambase.model.block import BlockWeights, ModelConfig
+from quambase.model.block import BlockWeights, Draw, ModelConfig
 from quambase.model.block_kinds import kind_of
 from quambase.model.inputs.settings import shown
 from quambase.model.inputs.tensor_files import QUANTIZED, plain_tensor
@@ -120,24 +120,9 @@ def weights_digest(weights: ModelWeights) -> str:
     return digest.hexdigest()
 
 
-class _SeededDraw:
-    """`quambase.model.block.Draw` of one seed."""
-
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int, std: float) -> torch.Tensor:
-        """As `Draw.normal`."""
-        return torch.randn(shape, generator=self._generator) * std
-
-    def uniform(self, *shape: int) -> torch.Tensor:
-        """As `Draw.uniform`."""
-        return torch.rand(shape, generator=self._generator)
-
-
 def random_weights(config: ModelConfig, seed: int = 0) -> ModelWeights:
     """Random weights distributed as mamba-ssm initialises them, head tied."""
-    draw = _SeededDraw(seed)
+    draw = Draw(seed)
     embedding = draw.normal(config.vocab_size, config.d_model, std=0.02)
     layers = tuple(config.random_block(draw) for _ in range(config.n_layer))
     return ModelWeights(config, embedding, layers, 1 + draw.normal(config.d_model, std=0.1), embedding)
