@@ -7,12 +7,14 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from quambase.apply.int8.build import build_model, check_any_scales
 from quambase.apply.int8.group_scales import as_json
+from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.model_folder import refuse_foreign_folder, save_model
 from quambase.apply.int8.needed_scales import check_model, unsafe_sites
 from quambase.apply.int8.weights import UPSTREAM
@@ -124,12 +126,7 @@ def apply(
         "tokenizer_sha256": loaded.tokenizer_sha256,
         "run": table.run,
     }
-    switches = [quantize_lm_head, quantize_embedding, compat, *([weight_bits] if weight_bits != 8 else [])]
-    switches += ["gptq"] if gptq else []
-    used = {f"{layer}/{site}": as_json(scale) for (layer, site), scale in used_scales.items()}
-    mixed = [sorted(int8.in_16_bit)] if int8.in_16_bit else []
-    identity = json.dumps([loaded.weights_sha256, settings["strategy"], switches, used, *mixed], sort_keys=True)
-    folder = out or db / "models" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    folder = out or db / "models" / _id(int8, settings)
     labels = [strategy, *([otherwise] if at else []), DEFAULT_OTHERWISE]
     rows = _rows_of(table, labels), table.provenance
     save_model(folder, int8, settings, loaded.tokenizer.path, rows)
@@ -141,6 +138,18 @@ def apply(
         notes.append(f"{db} cannot be written ({error.strerror}): `evaluate` needs the folder's name, {folder}")
     unsafe = unsafe_sites(table, used_scales) if compat == UPSTREAM else []
     return Applied(folder, str(settings["strategy"]), len(int8.in_16_bit), unsafe, notes, remembered)
+
+
+def _id(model: Int8LanguageModel, settings: dict[str, Any]) -> str:
+    """The model's id: a hash of all that determines it."""
+    weights = model.weights
+    switches: list[Any] = [model.quantized_lm_head, weights.embedding_scales is not None, model.compat]
+    switches += [weights.weight_bits] if weights.weight_bits != 8 else []
+    switches += ["gptq"] if weights.gptq else []
+    used = {f"{layer}/{site}": as_json(scale) for (layer, site), scale in model.scales.items()}
+    mixed = [sorted(model.in_16_bit)] if model.in_16_bit else []
+    identity = [settings["weights_sha256"], settings["strategy"], switches, used, *mixed]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _rows_of(table: ScaleTable, labels: Collection[str]) -> pa.Table:

@@ -21,6 +21,7 @@ from quambase.apply.int8.arithmetic import Int8Weight
 from quambase.apply.int8.build import build, int8_on_cuda
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.apply.int8.operators.cuda import CudaInt8Operators
+from quambase.apply.int8.operators.interface import Multipliers
 from quambase.model.language_model import floating_model
 from quambase.model.mamba1 import MambaConfig
 from quambase.model.mamba2 import Mamba2Config
@@ -112,7 +113,7 @@ def products(device: torch.device) -> Mapping[str, Mapping[str, float]]:
         sides: dict[str, Callable[[], None]] = {
             "float16 by PyTorch": timed(lambda a=half, b=half_weight: torch.nn.functional.linear(a, b)),
             "int32 by PyTorch": timed(lambda a=x, b=weight: torch._int_mm(a, b.T)),
-            "codes by quambase": timed(lambda a=x, b=padded: operators.linear_to_int8(a, b, 1e-3, 1.0)),
+            "codes by quambase": timed(lambda a=x, b=padded: operators.linear_to_int8(a, b, Multipliers(1e-3, 1.0))),
         }
         found[name] = {side: seconds / 100 * 1e6 for side, seconds in alternate(sides).items()}
     return found

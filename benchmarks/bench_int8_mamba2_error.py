@@ -27,7 +27,7 @@ from quambase.model.inputs.text import read_documents
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.mamba2 import Mamba2Block, Mamba2BlockWeights, Mamba2Config
 from quambase.model.operators.host import HostOperators
-from quambase.model.operators.interface import BlockState
+from quambase.model.operators.interface import BlockState, SsdInputs
 from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.model.prepare import prepare
 from quambase.model.weights import ModelWeights, random_weights
@@ -114,7 +114,7 @@ class SomeQuantized(Mamba2Block):
         conv_out = ops.conv_silu(torch.cat(conv_parts, dim=1), self.conv_weight, self.conv_bias, batch)
         after = zip("xBC", torch.split(conv_out, sizes[1:4], dim=1), strict=True)
         x, b, read = (self._rounded(name, part) for name, part in after)
-        y, _ = ops.ssd_scan(x, b, read, dt, self.a, self.d, self.dt_bias, batch)
+        y, _ = ops.ssd_scan(SsdInputs(x, b, read, dt, self.a, self.d, self.dt_bias), batch)
         gated = ops.gated_norm(y, z, self.gated_norm, c.norm_eps, rotated=True)
         return F.linear(self._rounded("out_proj input", gated), self.out_proj)
 

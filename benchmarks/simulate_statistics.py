@@ -18,15 +18,9 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from quambase.apply.evaluation import comparisons
 from quambase.apply.evaluation import paired_statistics as statistics
-from quambase.apply.evaluation.comparisons import (
-    Difference,
-    Units,
-    exponential_difference,
-    judged,
-    ratio_difference,
-    ratio_differences,
-)
+from quambase.apply.evaluation.comparisons import EXPONENTIAL, RATIO, Difference, Units, judged, ratio_difference
 from quambase.apply.evaluation.paired_statistics import (
     EQUIVALENCE_LEVEL,
     LEVEL,
@@ -37,7 +31,6 @@ from quambase.apply.evaluation.paired_statistics import (
     linearised,
     newcombe,
     resampled_t,
-    sign_flip_p,
     standard_error,
     student_interval,
     wilson,
@@ -127,13 +120,9 @@ def stored(path: Path, reference: str = "quamba") -> Documents:
 
 def differences(found: Documents, figure: str) -> list[Difference]:
     """Every strategy's difference from the reference in one figure, as `evaluate` computes them."""
-    if figure == "KL":
-        return ratio_differences(list(found.kl[:, 1:].T), found.kl[:, 0], found.tokens, 0)
-    p_values = sign_flip_p(found.nll[:, 1:] - found.nll[:, :1], 0)
-    return [
-        exponential_difference(column, found.nll[:, 0], found.tokens, float(p_value))
-        for column, p_value in zip(found.nll[:, 1:].T, p_values, strict=True)
-    ]
+    kind, values = (RATIO, found.kl) if figure == "KL" else (EXPONENTIAL, found.nll)
+    units = Units.of([None] * found.tokens.size)
+    return comparisons.differences(kind, list(values[:, 1:].T), values[:, 0], found.tokens, units, 0)
 
 
 def intervals(found: Documents, resamples: int) -> dict[str, Interval | None]:

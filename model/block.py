@@ -59,12 +59,19 @@ class HeadLayout(NamedTuple):
         return self.channels // self.heads
 
 
-class Draw(Protocol):
-    """Draws random weights: normal with standard deviation ``std``, or uniform from 0 to 1."""
+class Draw:
+    """Draws random weights by a seed."""
 
-    def normal(self, *shape: int, std: float) -> torch.Tensor: ...
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
 
-    def uniform(self, *shape: int) -> torch.Tensor: ...
+    def normal(self, *shape: int, std: float) -> torch.Tensor:
+        """Normal with standard deviation ``std``."""
+        return torch.randn(shape, generator=self._generator) * std
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """Uniform from 0 to 1."""
+        return torch.rand(shape, generator=self._generator)
 
 
 @dataclass(frozen=True)

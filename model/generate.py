@@ -9,6 +9,7 @@ import torch
 
 from quambase.model.decoding_steps import DecodingSteps
 from quambase.model.language_model import LanguageModel
+from quambase.model.packed_batch import Batch
 from quambase.schema.progress import Progress, Shown
 
 
@@ -34,15 +35,14 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
     texts = [list(prompts[i]) for i in order]
     wanted = [lengths[i] for i in order]
-    state = model.new_state(len(order))
+    steps = DecodingSteps(model.step, model.new_state(len(order)))
     current = torch.tensor([text[0] for text in texts])
     with Progress(progress) as shown:
         shown.start("generate", sum(wanted), sum(wanted), unit="tokens")
         for position in range(1, wanted[0]):
             active = sum(length > position for length in wanted)
-            state = [of_block.first(active) for of_block in state]
             with shown.piece(active, active):
-                logits = model.step(current[:active], state)[:, :vocabulary] / temperature
+                logits = steps.step(current[:active])[:, :vocabulary] / temperature
                 for text, token in zip(texts, _draw(logits, top_p, generator).tolist(), strict=False):
                     if position >= len(text):
                         text.append(token)
@@ -54,8 +54,9 @@ def generate(
 class Steps(Protocol):
     """A model that takes token after token, floating-point or INT8."""
 
-    def after_prompt(self, prompt: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Logits (1, v) and the state of one sequence after ``prompt`` (tokens,)."""
+    def prefill(self, batch: Batch) -> tuple[torch.Tensor, Any]: ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
     def step(self, tokens: torch.Tensor, state: Any) -> torch.Tensor: ...
 
@@ -77,7 +78,8 @@ def continued(
     One sequence at a time, so that an INT8 model, whose rounding depends on how many there are, always answers alike.
     """
     generator = torch.Generator().manual_seed(seed)
-    logits, state = model.after_prompt(torch.tensor(prompt))
+    hidden, state = model.prefill(Batch.pack([prompt]))
+    logits = model.logits(hidden[-1:])
     steps = DecodingSteps(model.step, state)
     while True:
         if temperature == 0:

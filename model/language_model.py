@@ -101,11 +101,6 @@ class LanguageModel:
         with without_tf32():
             return self.logits(self._normalised(PlacedBatch.next_tokens(tokens, self.device), state))
 
-    def after_prompt(self, prompt: torch.Tensor) -> tuple[torch.Tensor, State]:
-        """Logits (1, v) and the state of one sequence after ``prompt`` (tokens,), one token or more."""
-        hidden, state = self.prefill(Batch(prompt, torch.tensor([0, len(prompt)])))
-        return self.logits(hidden[-1:]), state
-
     def new_state(self, sequences: int) -> State:
         """The state of ``sequences`` sequences before their first token."""
         return [block.new_state(sequences) for block in self.blocks]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from quambase.model.block import Block, BlockKind, BlockWeights, Change, Draw, ModelConfig, Show, unchanged
 from quambase.model.exponential import exp
 from quambase.model.inputs.settings import NORM_EPS, Settings, check_hugging_face, check_mamba_ssm, padded_vocabulary
-from quambase.model.operators.interface import BlockState, Operators, OperatorSizes, by_state_index
+from quambase.model.operators.interface import BlockState, Operators, OperatorSizes, ScanInputs, by_state_index
 from quambase.model.operators.sampled_states import Pieces, decay_of, pieces_of, steps, watch_states
 from quambase.model.packed_batch import PlacedBatch, last_rows
 from quambase.schema.sites import MAMBA1, SAMPLED_STATE_SITES, STATE_BY_CHANNEL, STATE_BY_INDEX
@@ -172,7 +172,8 @@ class Mamba1Block(Block):
         dt_b_c = change("x_proj:output", F.linear(u, self.x_proj))  # (t, r + 2n)
         dt = dt_b_c[:, :r]
         delta = change("dt_proj:output", F.linear(dt, self.dt_proj))  # (t, e), without its bias
-        y, last = ops.selective_scan(u, delta, dt_b_c[:, r:], xz[:, e:], self.a, self.d, self.dt_bias, batch, before)
+        inputs = ScanInputs(u, delta, dt_b_c[:, r:], xz[:, e:], self.a, self.d, self.dt_bias)
+        y, last = ops.selective_scan(inputs, batch, before)
         if state is not None and before is None:
             state.conv, state.ssm = last_rows(xz[:, :e], batch, self.config.d_conv - 1), by_state_index(last)
         gated = change("out_proj:input", ops.hadamard(y) if self.rotated else y)
@@ -187,65 +188,45 @@ class Mamba1Block(Block):
             show("ssm_state_act:input", last)
             show("ssm_state_act:output", last)
             if batch.host.state_every:
-                parts = u, delta, dt_b_c[:, r:], xz[:, e:]
                 if y.requires_grad:
-                    self._watch_states(*parts, y, batch, show)
+                    self._watch_states(inputs, y, batch, show)
                 else:
-                    self._show_states(*parts, batch, show)
+                    self._show_states(inputs, batch, show)
             show("out_proj:input", gated)
             show("out_proj:output", out)
         return out
 
-    def _show_states(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        batch: PlacedBatch,
-        show: Show,
-    ) -> None:
-        """Show the state along the documents; arguments as `Operators.selective_scan` has them."""
+    def _show_states(self, inputs: ScanInputs, batch: PlacedBatch, show: Show) -> None:
+        """Show the state along the documents."""
         for pieces in pieces_of(batch, self.a.numel()):
-            rows = pieces.rows
-            own = self.operators.selective_scan(
-                u[rows], delta[rows], bc[rows], z[rows], self.a, self.d, self.dt_bias, pieces.batch
-            )[1]
-            total = pieces.sums(steps(delta[rows], self.dt_bias))  # (pieces, e)
+            of_pieces = inputs.at(pieces.rows)
+            own = self.operators.selective_scan(of_pieces, pieces.batch)[1]
+            total = pieces.sums(steps(of_pieces.delta, self.dt_bias))  # (pieces, e)
             states = pieces.joined(own, decay_of(total[:, :, None] * self.a.T))
             for site in SAMPLED_STATE_SITES:
                 show(site, states, pieces.documents)
 
-    def _watch_states(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        y: torch.Tensor,
-        batch: PlacedBatch,
-        show: Show,
-    ) -> None:
-        """`watch_states` of this block; arguments as `Operators.selective_scan` has them."""
+    def _watch_states(self, inputs: ScanInputs, y: torch.Tensor, batch: PlacedBatch, show: Show) -> None:
+        """`watch_states` of this block."""
         n = self.config.d_state
-        u, delta, bc, z = (part.detach() for part in (u, delta, bc, z))
+        u, delta, bc, z = (part.detach() for part in inputs[:4])
 
         def decays(pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             """step (pieces, k, e), its sums since each piece began, and the decay of a state (pieces, e, n)."""
-            step = pieces.padded(steps(delta[pieces.rows], self.dt_bias))
+            step = pieces.padding.pad(steps(delta[pieces.rows], self.dt_bias))
             since = step.cumsum(1)
             return step, since, decay_of(since[:, -1, :, None] * self.a.T)
 
         def state_of(pieces: Pieces) -> torch.Tensor:
             step, since, decay = decays(pieces)
-            driven, b = step * pieces.padded(u[pieces.rows]), pieces.padded(bc[pieces.rows, :n])
+            driven, b = step * pieces.padding.pad(u[pieces.rows]), pieces.padding.pad(bc[pieces.rows, :n])
             own = self._weighted(since[:, -1:] - since, driven, b)
             return pieces.joined(own, decay)
 
         def gradient_of(pieces: Pieces, of_y: torch.Tensor) -> torch.Tensor:
             _, since, decay = decays(pieces)
-            ungated = pieces.padded(of_y * F.silu(z[pieces.rows]))
-            through = self._weighted(since, ungated, pieces.padded(bc[pieces.rows, n:]))
+            ungated = pieces.padding.pad(of_y * F.silu(z[pieces.rows]))
+            through = self._weighted(since, ungated, pieces.padding.pad(bc[pieces.rows, n:]))
             return pieces.joined_gradients(through, decay)
 
         watch_states(y, batch, self.a.numel(), state_of, gradient_of, show)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from quambase.model.block import Block, BlockKind, BlockWeights, Change, Draw, HeadLayout, ModelConfig, Show, unchanged
 from quambase.model.exponential import exp
 from quambase.model.inputs.settings import NORM_EPS, Settings, check_hugging_face, check_mamba_ssm, padded_vocabulary
-from quambase.model.operators.interface import BlockState, Operators, OperatorSizes
+from quambase.model.operators.interface import BlockState, Operators, OperatorSizes, SsdInputs
 from quambase.model.operators.sampled_states import Pieces, decay_of, pieces_of, steps, watch_states
 from quambase.model.packed_batch import PlacedBatch, last_rows
 from quambase.schema.errors import CheckpointInvalid
@@ -287,7 +287,8 @@ class Mamba2Block(Block):
         conv_out = ops.conv_silu(conv_in, self.conv_weight, self.conv_bias, batch, before)
         x, b, c = torch.split(conv_out, widths, dim=1)
         x, b, c = change("x_conv_out:input", x), change("B_conv_out:input", b), change("C_conv_out:input", c)
-        y, last = ops.ssd_scan(x, b, c, dt, self.a, self.d, self.dt_bias, batch, before)
+        inputs = SsdInputs(x, b, c, dt, self.a, self.d, self.dt_bias)
+        y, last = ops.ssd_scan(inputs, batch, before)
         if state is not None and before is None:
             state.conv, state.ssm = last_rows(conv_in, batch, config.d_conv - 1), last
         gated = ops.gated_norm(y, z, self.gated_norm, config.norm_eps, rotated=self.rotated)
@@ -304,45 +305,32 @@ class Mamba2Block(Block):
                 show(f"{name}:output", values)
             if batch.host.state_every:
                 if y.requires_grad:
-                    self._watch_states(x, b, c, dt, y, batch, show)
+                    self._watch_states(inputs, y, batch, show)
                 else:
-                    self._show_states(x, b, c, dt, batch, show)
+                    self._show_states(inputs, batch, show)
             show("out_proj:input", gated)
             show("out_proj:output", out)
         return out
 
-    def _show_states(
-        self, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, dt: torch.Tensor, batch: PlacedBatch, show: Show
-    ) -> None:
-        """Show the state along the documents; arguments as `Operators.ssd_scan` has them."""
+    def _show_states(self, inputs: SsdInputs, batch: PlacedBatch, show: Show) -> None:
+        """Show the state along the documents."""
         for pieces in pieces_of(batch, self.config.d_inner * self.config.d_state):
-            rows = pieces.rows
-            own = self.operators.ssd_scan(
-                x[rows], b[rows], c[rows], dt[rows], self.a, self.d, self.dt_bias, pieces.batch
-            )[1]
-            total = pieces.sums(steps(dt[rows], self.dt_bias))  # (pieces, h)
+            of_pieces = inputs.at(pieces.rows)
+            own = self.operators.ssd_scan(of_pieces, pieces.batch)[1]
+            total = pieces.sums(steps(of_pieces.dt, self.dt_bias))  # (pieces, h)
             decay = decay_of(total * self.a).repeat_interleave(self.config.headdim, 1)
             states = pieces.joined(own, decay[:, :, None])
             for site in SAMPLED_STATE_SITES:
                 show(site, states, pieces.documents)
 
-    def _watch_states(
-        self,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        dt: torch.Tensor,
-        y: torch.Tensor,
-        batch: PlacedBatch,
-        show: Show,
-    ) -> None:
-        """`watch_states` of this block; arguments as `Operators.ssd_scan` has them."""
+    def _watch_states(self, inputs: SsdInputs, y: torch.Tensor, batch: PlacedBatch, show: Show) -> None:
+        """`watch_states` of this block."""
         config = self.config
-        x, b, c, dt = (part.detach() for part in (x, b, c, dt))
+        x, b, c, dt = (part.detach() for part in inputs[:4])
 
         def decays(pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             """step (pieces, k, h), its sums since each piece began, and the decay of a state (pieces, e, 1)."""
-            step = pieces.padded(steps(dt[pieces.rows], self.dt_bias))
+            step = pieces.padding.pad(steps(dt[pieces.rows], self.dt_bias))
             since = step.cumsum(1)
             return step, since, decay_of(since[:, -1] * self.a).repeat_interleave(config.headdim, 1)[:, :, None]
 
@@ -350,12 +338,14 @@ class Mamba2Block(Block):
             step, since, decay = decays(pieces)
             left = step * decay_of((since[:, -1:] - since) * self.a)
             return pieces.joined(
-                self._weighted(left, pieces.padded(x[pieces.rows]), pieces.padded(b[pieces.rows])), decay
+                self._weighted(left, pieces.padding.pad(x[pieces.rows]), pieces.padding.pad(b[pieces.rows])), decay
             )
 
         def gradient_of(pieces: Pieces, of_y: torch.Tensor) -> torch.Tensor:
             _, since, decay = decays(pieces)
-            through = self._weighted(decay_of(since * self.a), pieces.padded(of_y), pieces.padded(c[pieces.rows]))
+            through = self._weighted(
+                decay_of(since * self.a), pieces.padding.pad(of_y), pieces.padding.pad(c[pieces.rows])
+            )
             return pieces.joined_gradients(through, decay)
 
         watch_states(y, batch, config.d_inner * config.d_state, state_of, gradient_of, show)

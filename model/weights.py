@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import torch
 
-from quambase.model.block import BlockWeights, ModelConfig
+from quambase.model.block import BlockWeights, Draw, ModelConfig
 from quambase.model.block_kinds import kind_of
 from quambase.model.inputs.settings import shown
 from quambase.model.inputs.tensor_files import QUANTIZED, plain_tensor
@@ -33,43 +34,30 @@ _QUANTIZERS_NAME = re.compile(r"(_scale|_scale_inv|\.scales|zero_point|qzeros|qw
 """Endings of tensor names that quantizers (compressed-tensors, GPTQ, AWQ, bitsandbytes) add to a checkpoint."""
 
 
-class Take(Protocol):
-    """Reads a tensor of ``shape`` from a checkpoint: the first of ``names`` that it has, as float32."""
+def _take(tensors: dict[str, torch.Tensor], expected: str, shape: tuple[int, ...], *names: str) -> torch.Tensor:
+    """A tensor of ``shape``, the first of ``names`` that a state dict has, as float32.
 
-    def __call__(self, shape: tuple[int, ...], *names: str) -> torch.Tensor: ...
-
-
-def taker(tensors: dict[str, torch.Tensor], expected: str) -> Take:
-    """The reader of a state dict. Its CheckpointInvalid names a tensor that is missing, of another shape or not finite;
-    ``expected`` describes a complete checkpoint. CheckpointInvalid: the checkpoint is quantized.
+    CheckpointInvalid names a tensor that is missing (``expected`` describes a complete checkpoint), of another shape,
+    not finite, or quantized.
     """
-    for name in tensors:
-        if _QUANTIZERS_NAME.search(name):
-            raise CheckpointInvalid(f"the checkpoint has a tensor {shown(name)}: {QUANTIZED}")
-
-    def take(shape: tuple[int, ...], *names: str) -> torch.Tensor:
-        for name in names:
-            if name in tensors:
-                if tensors[name].element_size() == 1:
-                    raise CheckpointInvalid(f"tensor {name} is {tensors[name].dtype}: {QUANTIZED}")
-                tensor = plain_tensor(tensors[name], f"tensor {name}", CheckpointInvalid)
-                if name.endswith("conv1d.weight") and tensor.ndim == 3:
-                    tensor = tensor.squeeze(1)
-                if tuple(tensor.shape) != shape:
-                    raise CheckpointInvalid(
-                        f"tensor {name} has shape {tuple(tensor.shape)}; config.json implies {shape}"
-                    )
-                tensor = tensor.to(torch.float32).contiguous()
-                if not torch.isfinite(tensor).all():
-                    raise CheckpointInvalid(f"tensor {name} holds NaN or infinity; the checkpoint is damaged")
-                return tensor
+    name = next((name for name in names if name in tensors), None)
+    if name is None:
         raise CheckpointInvalid(f"the checkpoint has no tensor {names[0]}; expected {expected}")
+    if tensors[name].element_size() == 1:
+        raise CheckpointInvalid(f"tensor {name} is {tensors[name].dtype}: {QUANTIZED}")
+    tensor = plain_tensor(tensors[name], f"tensor {name}", CheckpointInvalid)
+    if name.endswith("conv1d.weight") and tensor.ndim == 3:
+        tensor = tensor.squeeze(1)
+    if tuple(tensor.shape) != shape:
+        raise CheckpointInvalid(f"tensor {name} has shape {tuple(tensor.shape)}; config.json implies {shape}")
+    tensor = tensor.to(torch.float32).contiguous()
+    if not torch.isfinite(tensor).all():
+        raise CheckpointInvalid(f"tensor {name} holds NaN or infinity; the checkpoint is damaged")
+    return tensor
 
-    return take
 
-
-def take_ends(
-    take: Take, tensors: dict[str, torch.Tensor], vocab_size: int, d_model: int, tied: bool
+def _ends(
+    take: Callable[..., torch.Tensor], tensors: dict[str, torch.Tensor], config: ModelConfig, tied: bool
 ) -> dict[str, torch.Tensor]:
     """embedding, norm_f and lm_head, in mamba-ssm's (``backbone.embedding``) or transformers' names.
 
@@ -77,10 +65,11 @@ def take_ends(
     equals the embedding, or is absent from a model with ``tied`` head, is the embedding. CheckpointInvalid: it is
     absent and not tied.
     """
-    embedding = take((vocab_size, d_model), "backbone.embedding.weight", "backbone.embeddings.weight")
+    whole = config.vocab_size, config.d_model
+    embedding = take(whole, "backbone.embedding.weight", "backbone.embeddings.weight")
     head = embedding
     if "lm_head.weight" in tensors:
-        head = take((vocab_size, d_model), "lm_head.weight")
+        head = take(whole, "lm_head.weight")
     elif not tied:
         raise CheckpointInvalid(
             "the checkpoint has no tensor lm_head.weight, and config.json does not tie the head to the embedding; "
@@ -88,18 +77,24 @@ def take_ends(
         )
     if head is not embedding and torch.equal(head, embedding):
         head = embedding
-    return {"embedding": embedding, "norm_f": take((d_model,), "backbone.norm_f.weight"), "lm_head": head}
+    return {"embedding": embedding, "norm_f": take(whole[1:], "backbone.norm_f.weight"), "lm_head": head}
 
 
 def weights_from_tensors(config: ModelConfig, tensors: dict[str, torch.Tensor], tied: bool = True) -> ModelWeights:
-    """Build weights from a state dict of mamba-ssm or transformers; errors as `taker`'s and `take_ends`'s."""
+    """Build weights from a state dict of mamba-ssm or transformers.
+
+    CheckpointInvalid: a tensor is missing, of another shape or not finite, or the checkpoint is quantized.
+    """
+    for name in tensors:
+        if _QUANTIZERS_NAME.search(name):
+            raise CheckpointInvalid(f"the checkpoint has a tensor {shown(name)}: {QUANTIZED}")
     kind, shapes = kind_of(config), config.block_shapes()
-    take = taker(tensors, f"a {kind.title} of {config.n_layer} layers")
+    take = partial(_take, tensors, f"a {kind.title} of {config.n_layer} layers")
     layers = tuple(
         kind.weights(**{key: take(shapes[key], f"backbone.layers.{i}.{name}") for key, name in kind.names.items()})
         for i in range(config.n_layer)
     )
-    return ModelWeights(config, layers=layers, **take_ends(take, tensors, config.vocab_size, config.d_model, tied))
+    return ModelWeights(config, layers=layers, **_ends(take, tensors, config, tied))
 
 
 def tensors_of(weights: ModelWeights) -> dict[str, torch.Tensor]:
@@ -125,24 +120,9 @@ def weights_digest(weights: ModelWeights) -> str:
     return digest.hexdigest()
 
 
-class _SeededDraw:
-    """`quambase.model.block.Draw` of one seed."""
-
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int, std: float) -> torch.Tensor:
-        """As `Draw.normal`."""
-        return torch.randn(shape, generator=self._generator) * std
-
-    def uniform(self, *shape: int) -> torch.Tensor:
-        """As `Draw.uniform`."""
-        return torch.rand(shape, generator=self._generator)
-
-
 def random_weights(config: ModelConfig, seed: int = 0) -> ModelWeights:
     """Random weights distributed as mamba-ssm initialises them, head tied."""
-    draw = _SeededDraw(seed)
+    draw = Draw(seed)
     embedding = draw.normal(config.vocab_size, config.d_model, std=0.02)
     layers = tuple(config.random_block(draw) for _ in range(config.n_layer))
     return ModelWeights(config, embedding, layers, 1 + draw.normal(config.d_model, std=0.1), embedding)

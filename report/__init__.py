@@ -3,21 +3,6 @@
 `report.report` gathers the numbers and writes the page. ``quambase.report(...)`` is that function, too.
 """
 
-from __future__ import annotations
+from quambase.schema.callable_package import make_callable
 
-import sys
-from types import ModuleType
-from typing import Any
-
-
-class _Callable(ModuleType):
-    """``quambase.report`` is the name of a package and of a function, so the imported package is made callable."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """See `quambase.report.report.report`."""
-        from quambase.report.report import report
-
-        return report(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable
+make_callable(__name__)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from quambase.analyzer.summary import selection
 from quambase.apply.evaluation.decode_summary import base_of
-from quambase.apply.evaluation.summary_text import Ranking, rank
+from quambase.apply.evaluation.summary_text import Ranking
 from quambase.report.contents import Contents
 from quambase.schema.commands import of_database
 from quambase.schema.scale_table import EFFECT, QUAMBASE
@@ -66,8 +66,3 @@ def best_strategy(ranked: list[Ranking]) -> str | None:
     """The strategy that is starred on the first text, as the scale table has it; None where none is."""
     rows = ranked[0].table.to_pylist()
     return next((base_of(row["strategy"]) for row in rows if row[""] == "*"), None)
-
-
-def ranking(contents: Contents) -> list[Ranking]:
-    """The texts of the evaluation, as `quambase results` shows them; none without one."""
-    return [] if contents.summary is None else rank(contents.summary)

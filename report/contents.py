@@ -68,10 +68,7 @@ class Contents:
     @property
     def evaluations(self) -> list[Evaluation]:
         """Those that the page shows."""
-        other = (
-            self.decoded if self.decoded and (not self.evaluation or self.decoded.id != self.evaluation.id) else None
-        )
-        return [one for one in (self.evaluation, other) if one is not None]
+        return list({one.id: one for one in (self.evaluation, self.decoded) if one is not None}.values())
 
 
 def gather(

@@ -21,7 +21,8 @@ from quambase.analyzer.pictures.numbers.positions import Positions, tokens
 from quambase.analyzer.pictures.numbers.site_grid import CLIPPED_SHARE, OUTLIER_RATIO, PREDICTED_KL, SQNR, SiteGrid
 from quambase.analyzer.summary import summarize
 from quambase.apply.evaluation.decode_summary import base_of, sentences, table
-from quambase.report.answer import answer, ranking
+from quambase.apply.evaluation.summary_text import Ranking
+from quambase.report.answer import Answer
 from quambase.report.contents import Contents
 from quambase.report.drawing import DRAWINGS
 from quambase.report.provenance import commands, facts
@@ -49,8 +50,8 @@ MEASURES = (
 """What the heat map can show, the first of which there are numbers first: key, name, meaning."""
 
 
-def render(contents: Contents) -> str:
-    """The page, as text. Equal contents give equal pages."""
+def render(contents: Contents, ranked: list[Ranking], answer: Answer) -> str:
+    """The page, as text, of its contents, the texts of its evaluation and the answer. Equal ones give equal pages."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: _text("templates", name)),
         autoescape=True,
@@ -60,7 +61,6 @@ def render(contents: Contents) -> str:
     )
     filters = {"number": number, "share": share, "thousandths": thousandths, "anchor": anchor}
     environment.filters |= filters
-    ranked = ranking(contents)
     scripts = [*(_text("vendored", f"{name}.min.js") for name in SCRIPTS), _text("templates", "page.js")]
     for script in scripts:
         if "</script" in script.lower() or "<!--" in script:
@@ -72,7 +72,7 @@ def render(contents: Contents) -> str:
         vega=_vega_version(),
         contents=contents,
         manifest=contents.manifest,
-        answer=answer(contents, ranked),
+        answer=answer,
         ranked=ranked,
         generated=_self_generated(contents),
         measures=measures(contents.grids),
@@ -129,9 +129,14 @@ def measures(grids: list[SiteGrid]) -> list[tuple[str, str, str]]:
     return [one for one in MEASURES if any(not math.isnan(value) for value in grids[0].values(one[0]).ravel())]
 
 
+def _first_measure(grid: SiteGrid) -> str:
+    """The key of the measure that the heat map shows at first."""
+    return next((key for key, _, _ in measures([grid])), OUTLIER_RATIO)
+
+
 def worst_layers(grid: SiteGrid) -> dict[str, int]:
     """Each site's layer that hurts most, by the first measure; of a site without a number the first that has it."""
-    values = grid.values(measures([grid])[0][0] if measures([grid]) else OUTLIER_RATIO)
+    values = grid.values(_first_measure(grid))
     found = {}
     for column, site in enumerate(grid.sites):
         known = [(value, -row) for row, value in enumerate(values[:, column]) if not math.isnan(value)]
@@ -147,8 +152,7 @@ def _first_layer(grid: SiteGrid, column: int) -> int:
 
 def _cells(grid: SiteGrid) -> list[list[str]]:
     """The numbers of the first measure, as the heat map has them before its script runs."""
-    found = measures([grid])
-    name = found[0][0] if found else OUTLIER_RATIO
+    name = _first_measure(grid)
     form = FORMS[name]
     return [[form(value) for value in row] for row in grid.values(name).tolist()]
 
@@ -173,9 +177,9 @@ def _evaluation(contents: Contents) -> list[dict[str, Any]]:
             "rows": [
                 {
                     "strategy": row.strategy,
-                    "kl": short(1000 * row.kl.value),
-                    "low": short(None if row.kl.low is None else 1000 * row.kl.low),
-                    "high": short(None if row.kl.high is None else 1000 * row.kl.high),
+                    "kl": _thousandths(row.kl.value),
+                    "low": _thousandths(row.kl.low),
+                    "high": _thousandths(row.kl.high),
                     "verdict": row.verdict or "",
                 }
                 for row in text.strategies
@@ -203,17 +207,17 @@ def _decoded(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     decoded, before = [], {}
     for row in rows:
         if row["decoded_from"]:  # not of all predictions, nor of the prompt's own
-            place = {"strategy": row["strategy"], "to": row["decoded_to"]}
-            limits = [short(None if row[name] is None else 1000 * row[name]) for name in ("kl_low", "kl_high")]
-            kl = short(1000 * row["kl"])
-            decoded.append(place | {"kl": kl, "low": limits[0], "high": limits[1]})
-            base = base_of(row["strategy"])
-            before[base, row["decoded_to"]] = {
-                "strategy": base,
-                "to": place["to"],
-                "kl": short(1000 * row["prefill_kl"]),
-            }
+            base, to = base_of(row["strategy"]), row["decoded_to"]
+            ends = {"kl": "kl", "low": "kl_low", "high": "kl_high"}
+            figures = {name: _thousandths(row[column]) for name, column in ends.items()}
+            decoded.append({"strategy": row["strategy"], "to": to} | figures)
+            before[base, to] = {"strategy": base, "to": to, "kl": _thousandths(row["prefill_kl"])}
     return {"decoded": decoded, "prefill": list(before.values())}
+
+
+def _thousandths(value: float | None) -> float | None:
+    """`short` of a number times 1,000."""
+    return short(None if value is None else 1000 * value)
 
 
 def _positions(contents: Contents) -> dict[str, Any] | None:

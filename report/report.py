@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from quambase.report.answer import answer, ranking
+from quambase.apply.evaluation.summary_text import rank
+from quambase.report.answer import answer
 from quambase.report.contents import gather
 from quambase.report.page import render
 from quambase.schema.files import MARK, refuse_foreign_file, replacing
@@ -65,10 +66,11 @@ def report(
     refuse_foreign_file(out, _ours, "report", force=force)
     given = None if scales is None else Path(scales)
     contents = gather(Path(db), run, given, evaluation, converge, progress)
-    page = render(contents).encode("utf-8", "replace")
+    ranked = [] if contents.summary is None else rank(contents.summary)
+    found = answer(contents, ranked)
+    page = render(contents, ranked, found).encode("utf-8", "replace")
     with replacing(out) as temporary:
         temporary.write_bytes(page)
-    found = answer(contents, ranking(contents))
     said = [*found.measured, *([found.missing] if found.missing else [])] or found.predicted
     return Report(out, len(page), contents.manifest.run, len(contents.pages), said, found.command, contents.notes)
 

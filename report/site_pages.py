@@ -58,11 +58,10 @@ def site_pages(
     """The page of each site, in model order; ``rows``: of the run's scale table.
 
     A page: ``layer``, ``site``, ``about`` (a sentence), ``groups``, ``channels``, ``tokens``, ``positions`` (null where
-    the run has none). A group: ``name``,
-    ``total``, ``zeros``, ``nonfinite``, ``amax``, ``q9995``, ``ratio``, ``histogram`` (``first``, ``bins``,
-    ``counts``: `quambase.analyzer.pictures.numbers.histogram.Histogram`), ``curve`` (``scale``, ``mse``, ``kl``,
-    ``least_mse``, ``least_kl``; null where the INT8 model reads no scale) and ``marks``, columns of
-    `quambase.analyzer.pictures.numbers.marks.Mark`.
+    the run has none). A group: ``name``, ``total``, ``zeros``, ``nonfinite``, ``amax``, ``q9995``, ``ratio``,
+    ``histogram`` (``first``, ``bins``, ``counts``: `quambase.analyzer.pictures.numbers.histogram.Histogram`), ``curve``
+    (``scale``, ``mse``, ``kl``, ``least_mse``, ``least_kl``; null where the INT8 model reads no scale) and ``marks``,
+    columns of `quambase.analyzer.pictures.numbers.marks.Mark`.
     """
     run = manifest.run
     of_group = _by_group(rows)

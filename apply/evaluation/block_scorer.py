@@ -110,8 +110,12 @@ class BlockScorer:
         """
         if task.decodes:
             assert task.prompt is not None
-            same = {label: label for label in self.decoding}
-            distinct = {label: self._decoding(label, task.prompt) for label in same}
+            distinct: dict[str, LanguageModel] = {
+                label: Decoding(model, task.prompt)
+                for label, model in self.models.int8.items()
+                if isinstance(model, Int8LanguageModel)
+            }
+            same = {label: label for label in distinct}
         else:
             same = {label: labels[0] for labels in self.same.values() for label in labels}
             distinct = {label: self.models.int8[label] for label in dict.fromkeys(same.values())}
@@ -122,11 +126,6 @@ class BlockScorer:
             self._table(label, scores[same[label]], task, items) for label in self.candidates.models if label in same
         ]
         return pa.concat_tables(tables)
-
-    def _decoding(self, label: str, prompt: int) -> LanguageModel:
-        model = self.models.int8[label]
-        assert isinstance(model, Int8LanguageModel)
-        return Decoding(model, prompt)
 
     def _table(self, label: str, scored: Score, task: TaskData, items: Sequence[Item]) -> pa.Table:
         columns: dict[str, Sequence[Any]] = {

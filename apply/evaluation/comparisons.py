@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from quambase.apply.evaluation.paired_statistics import (
     FEWEST,
@@ -34,6 +35,11 @@ from quambase.apply.evaluation.paired_statistics import (
 def counted_units(documents: int, clusters: int) -> int:
     """How many units so many documents of so many clusters are."""
     return clusters if clusters >= FEWEST else documents
+
+
+def too_few(row: Mapping[str, Any]) -> bool:
+    """Whether a row of documents and clusters has fewer units than a verdict needs: there are only values."""
+    return counted_units(row["documents"], row["clusters"]) < FEWEST
 
 
 @dataclass(frozen=True)
@@ -113,12 +119,6 @@ def ratio_difference(first: Float64, second: Float64, weights: Float64, p_value:
     return Difference(value, student_interval(value, shares), p_value, standard_error(shares))
 
 
-def ratio_differences(columns: Sequence[Float64], base: Float64, weights: Float64, seed: int) -> list[Difference]:
-    """`ratio_difference` of each column (units,) from ``base``, p by sign flips of units."""
-    p_values = sign_flip_p(np.stack([column - base for column in columns], 1), seed)
-    return [ratio_difference(column, base, weights, float(p)) for column, p in zip(columns, p_values, strict=True)]
-
-
 def exponential_difference(first: Float64, second: Float64, weights: Float64, p_value: float) -> Difference:
     """exp(sum(first) / sum(weights)) - exp(sum(second) / sum(weights)), each (units,): two perplexities.
 
@@ -158,8 +158,42 @@ def share_difference(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]
     return Difference(value, newcombe(*counts), mcnemar_exact(only_first, only_second), error, exact_pairs=True)
 
 
+SHARE, RATIO, EXPONENTIAL = "share", "ratio", "exponential"
+"""Kinds of a figure: a share of documents, a ratio of sums (of values and weights), the exponential of one."""
+
+
+def differences(
+    kind: str, columns: Sequence[Float64], base: Float64, weights: Float64, units: Units, seed: int
+) -> list[Difference]:
+    """The difference of each column from ``base``, all (units,), of figures of one kind. p is by sign flips, of a SHARE
+    of single documents McNemar's; whole clusters are compared as other ratios are.
+    """
+    if kind == SHARE and units.single:
+        return [share_difference(column > 0, base > 0) for column in columns]
+    with np.errstate(invalid="ignore"):  # of two infinite values nothing is known: NaN
+        p_values = sign_flip_p(np.stack([column - base for column in columns], 1), seed)
+    made = exponential_difference if kind == EXPONENTIAL else ratio_difference
+    return [made(column, base, weights, float(p)) for column, p in zip(columns, p_values, strict=True)]
+
+
 ENDS = ("", "_low", "_high", "_p", "_detectable", "_needed", "_verdict")
 """Endings of the columns of a difference."""
+
+
+def interval_columns(name: str) -> list[tuple[str, pa.DataType]]:
+    """The columns of a figure and its interval."""
+    return [(f"{name}{end}", pa.float64()) for end in ("", "_low", "_high")]
+
+
+def difference_columns(name: str) -> list[tuple[str, pa.DataType]]:
+    """The columns of a difference, ENDS."""
+    kinds = {"_verdict": pa.string(), "_needed": pa.int64()}
+    return [(f"{name}{end}", kinds.get(end, pa.float64())) for end in ENDS]
+
+
+def ends_of(name: str, interval: Interval | None) -> dict[str, float]:
+    """The values of an interval's ends by column, none where there is none."""
+    return {} if interval is None else {f"{name}_low": interval[0], f"{name}_high": interval[1]}
 
 
 def judged(family: Mapping[str, Difference], units: Units, *, smaller_is_better: bool) -> dict[str, dict[str, Any]]:

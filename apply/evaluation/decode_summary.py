@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from quambase.apply.evaluation.comparisons import Units
+from quambase.apply.evaluation.comparisons import Units, ends_of, interval_columns
 from quambase.apply.evaluation.paired_statistics import FEWEST, Float64, linearised, student_interval
 from quambase.schema.stored.results import DECODE, FLOAT, PREFILL, STATE
 
@@ -22,11 +22,11 @@ BY_POSITION = pa.schema(
         ("decoded_to", pa.int32()),
         ("documents", pa.int64()),
         ("tokens", pa.int64()),
-        *((f"kl{end}", pa.float64()) for end in ("", "_low", "_high")),
+        *interval_columns("kl"),
         ("flips", pa.float64()),
         ("perplexity", pa.float64()),
         ("prefill_kl", pa.float64()),
-        *((f"added{end}", pa.float64()) for end in ("", "_low", "_high")),
+        *interval_columns("added"),
     ]
 )
 """decoded_from, decoded_to  how many tokens were decoded before the predictions; null: of all predictions
@@ -109,8 +109,7 @@ def _figures(sums: dict[tuple[str, str], Float64]) -> dict[str, Any]:
     }
     if some.sum() >= FEWEST:
         for name, own in (("kl", shares), ("added", shares - shares_before)):
-            if (interval := student_interval(found[name], own)) is not None:
-                found[f"{name}_low"], found[f"{name}_high"] = interval
+            found |= ends_of(name, student_interval(found[name], own))
     return found
 
 

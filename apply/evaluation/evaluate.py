@@ -104,16 +104,7 @@ def evaluate(
     find_given(model, texts)
     where = choose_device(device)
     with Progress(progress) as shown:
-        if mode not in (PREFILL, DECODE):
-            raise UnknownName.of("mode", mode, (PREFILL, DECODE))
-        if prompt_tokens < 1:
-            raise DataInvalid(f"prompt_tokens is {prompt_tokens}; expected 1 or more")
-        if mode == DECODE:
-            if tasks or task != "both":
-                raise DataInvalid("--mode decode scores all that follows a prompt; leave out --task and --tasks")
-            task = DECODE
-        elif states:
-            raise DataInvalid("formats of the state act in decoding only: say --mode decode, or leave out --state")
+        task = _task_of(mode, task, prompt_tokens, tasks, states)
         asked = _lm_eval_tasks(tasks, include_path, samples, texts, task, shown) if tasks else None
         shown.say("loading the model")
         switches = {"quantize_lm_head": quantize_lm_head, "quantize_embedding": quantize_embedding, "compat": compat}
@@ -124,19 +115,34 @@ def evaluate(
         candidates = candidates.with_states(states)
         models = PlacedModels.on(where, candidates, required=device != "auto")
         shown.say("tokenizing")
-        if asked is None:
-            prompt = prompt_tokens if mode == DECODE else None
-            read, notes = read_tasks(task, texts, candidates.source, samples, window, db, candidates.run, prompt)
-            if mode == DECODE:
-                notes += [
-                    f"{label} is scored by prefill alone: no kernel decodes codes of two segments"
-                    for label in models.int8
-                    if models.steps(label) is None
-                ]
-            return _finished(candidates, models, read, window, notes, db, shown)
-        requests = asked.requests(candidates.source.tokenizer, window)
-        judge = partial(asked.document_rows, requests=requests, window=window, progress=shown)
-        return _finished(candidates, models, requests, window, [], db, shown, judge)
+        if asked is not None:
+            requests = asked.requests(candidates.source.tokenizer, window)
+            judge = partial(asked.document_rows, requests=requests, window=window, progress=shown)
+            return _finished(candidates, models, requests, window, [], db, shown, judge)
+        prompt = prompt_tokens if mode == DECODE else None
+        read, notes = read_tasks(task, texts, candidates.source, samples, window, db, candidates.run, prompt)
+        if mode == DECODE:
+            notes += [
+                f"{label} is scored by prefill alone: no kernel decodes codes of two segments"
+                for label in models.int8
+                if models.steps(label) is None
+            ]
+        return _finished(candidates, models, read, window, notes, db, shown)
+
+
+def _task_of(mode: str, task: str, prompt_tokens: int, tasks: Sequence[str], states: Sequence[str]) -> str:
+    """``task``, or DECODE in that mode. UnknownName, DataInvalid: parameters of `evaluate` that do not go together."""
+    if mode not in (PREFILL, DECODE):
+        raise UnknownName.of("mode", mode, (PREFILL, DECODE))
+    if prompt_tokens < 1:
+        raise DataInvalid(f"prompt_tokens is {prompt_tokens}; expected 1 or more")
+    if mode == PREFILL:
+        if states:
+            raise DataInvalid("formats of the state act in decoding only: say --mode decode, or leave out --state")
+        return task
+    if tasks or task != "both":
+        raise DataInvalid("--mode decode scores all that follows a prompt; leave out --task and --tasks")
+    return DECODE
 
 
 def _lm_eval_tasks(

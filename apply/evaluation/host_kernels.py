@@ -13,7 +13,9 @@ Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 
-@numba.njit(fastmath={"reassoc", "nsz", "contract"})
+# Inlined by force: otherwise these sums are vectorised in one way in the process that compiles a kernel, and in another
+# in those that load it from the cache, and the last digits of KL differ.
+@numba.njit(fastmath={"reassoc", "nsz", "contract"}, forceinline=True)
 def _log_sum_exp(line: Float32) -> tuple[np.float32, int]:
     """log(sum(exp(line))) and the first index of its largest value."""
     top = line[0]
@@ -39,7 +41,7 @@ def log_softmax_rows(logits: Float32, top: Int64) -> None:
             line[i] -= lse
 
 
-@numba.njit(fastmath={"reassoc", "nsz", "contract"})
+@numba.njit(fastmath={"reassoc", "nsz", "contract"}, forceinline=True)
 def _divergence(reference: Float32, line: Float32, lse: np.float32) -> float:
     total = 0.0
     for i in range(line.size):

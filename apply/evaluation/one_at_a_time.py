@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +30,6 @@ from quambase.schema.scale_table import Scale, ScaleTable, read_scales
 from quambase.schema.sites import find_site
 from quambase.schema.sql.answer import PrintsAsTable
 from quambase.schema.stored.results import PERPLEXITY, WINDOW
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 DOCUMENTS = 8
 """Documents unless told otherwise: every scale is a forward pass over each of them."""
@@ -228,27 +225,21 @@ def _summary(table: pa.Table) -> list[str]:
 
 def picture(path: Path, table: pa.Table, title: str) -> None:
     """Save predicted against measured KL, a point for each scale, coloured by site; `save_picture`'s errors."""
-    from quambase.schema.pictures import new_figure, picture_style, save_picture
+    from quambase.schema.pictures import logarithmic, new_figure, picture_style, save_picture
 
     rows = [row for row in table.to_pylist() if row["predicted_kl"]]
     with picture_style():
         figure = new_figure(2, 4.5)
-        _draw(figure, rows, title)
+        axes = figure.subplots()
+        axes.set_title(title)
+        for site in dict.fromkeys(row["site"] for row in rows):
+            points = [(row["predicted_kl"], row["measured_kl"]) for row in rows if row["site"] == site]
+            axes.plot(*zip(*points, strict=True), ".", markersize=4, label=site)
+        if rows:
+            low, high = (f(r[k] for r in rows for k in ("predicted_kl", "measured_kl")) for f in (min, max))
+            axes.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=0)
+            logarithmic(axes, "x", "y")
+            figure.legend(loc="outside right upper")
+        axes.set_xlabel("predicted KL, nats a token")
+        axes.set_ylabel("measured KL of the site alone, nats a token")
     save_picture(figure, path)
-
-
-def _draw(figure: Figure, rows: list[dict[str, Any]], title: str) -> None:
-    from quambase.schema.pictures import logarithmic
-
-    axes = figure.subplots()
-    axes.set_title(title)
-    for site in dict.fromkeys(row["site"] for row in rows):
-        mine = [row for row in rows if row["site"] == site]
-        axes.plot([r["predicted_kl"] for r in mine], [r["measured_kl"] for r in mine], ".", markersize=4, label=site)
-    if rows:
-        low, high = (f(r[k] for r in rows for k in ("predicted_kl", "measured_kl")) for f in (min, max))
-        axes.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=0)
-        logarithmic(axes, "x", "y")
-        figure.legend(loc="outside right upper")
-    axes.set_xlabel("predicted KL, nats a token")
-    axes.set_ylabel("measured KL of the site alone, nats a token")

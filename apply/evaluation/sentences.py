@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from quambase.apply.evaluation.comparisons import counted_units
+from quambase.apply.evaluation.comparisons import counted_units, too_few
 from quambase.apply.evaluation.paired_statistics import (
     FEWEST,
     NOT_DISTINGUISHABLE,
@@ -65,7 +65,7 @@ def sentence(rows: Sequence[Row]) -> str:
         right = best["accuracy"] is not None
         what = f"points of float's {answers(best['task'])}" if right else "% of float's perplexity"
         parts.append(f"within {best['within']:g} {what}: {best['within_verdict']}")
-    if counted_units(best["documents"], best["clusters"]) < FEWEST:
+    if too_few(best):
         parts.append(f"{best['documents']} documents give values and no verdict: take {FEWEST} or more")
     if bad := [row for row in ranked if not _is_finite(row)]:
         parts.append(_not_finite(bad))
@@ -132,13 +132,21 @@ def _certainty(row: Row, name: str) -> str:
         return ""
     if words != NOT_DISTINGUISHABLE:
         return f", certain (p = {row[f'{name}_p']:.2g})"
-    line = f", {NOT_DISTINGUISHABLE} on {row['documents']} documents"
+    line, needed = f", {NOT_DISTINGUISHABLE} on {row['documents']} documents", still_needed(row, name)
+    return f"{line} ({needed})" if needed else line
+
+
+def still_needed(row: Row, name: str, noun: str = "") -> str:
+    """How many documents a difference without a verdict would need, in words; empty where more would not help.
+
+    noun  what they are called, after a space
+    """
     if row[f"{name}_detectable"] is None or row[name] == 0:
-        return line
-    needed = row[f"{name}_needed"]
-    if needed is None:
-        return f"{line} (no practical number would do)"
-    return f"{line} (about {round_up(needed):,} would be needed)" if needed > row["documents"] else line
+        return ""
+    count = row[f"{name}_needed"]
+    if count is None:
+        return f"no practical number{noun and f' of{noun}'} would do"
+    return f"about {round_up(count):,}{noun} would be needed" if count > row["documents"] else ""
 
 
 def round_up(count: int) -> int:

@@ -52,9 +52,7 @@ def find_evaluation(db: str | Path, evaluation: str | None = None) -> Evaluation
     """A stored evaluation by (the beginning of) its id, else the newest. UnknownName, DatabaseInvalid."""
     db = Path(db)
     if evaluation is None:
-        found, notes = finished_evaluations(db)
-        if not found:
-            raise DatabaseInvalid(notes[0] if notes else f"{db} holds no finished evaluation; run `evaluate`")
+        found, notes = _finished(db)
         about = found[-1]
     else:
         names = [path.parent.name for path in (db / "results").glob(f"*/{EVALUATION}")]
@@ -66,13 +64,19 @@ def find_evaluation(db: str | Path, evaluation: str | None = None) -> Evaluation
     return Evaluation(folder.name, folder, read_results(folder), about, [*about["notes"], *notes])
 
 
+def _finished(db: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """`finished_evaluations`; DatabaseInvalid if there is none."""
+    found, notes = finished_evaluations(db)
+    if not found:
+        raise DatabaseInvalid(notes[0] if notes else f"{db} holds no finished evaluation; run `evaluate`")
+    return found, notes
+
+
 def list_evaluations(db: str | Path) -> tuple[pa.Table, list[str]]:
     """One row per finished evaluation, oldest first: evaluation, model, strategies, texts, scales. Then a line for each
     that is damaged. DatabaseInvalid if there is none.
     """
-    found, notes = finished_evaluations(Path(db))
-    if not found:
-        raise DatabaseInvalid(notes[0] if notes else f"{db} holds no finished evaluation; run `evaluate`")
+    found, notes = _finished(Path(db))
     rows = [
         {
             "evaluation": about["evaluation"],

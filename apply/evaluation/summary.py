@@ -12,15 +12,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quambase.apply.evaluation.comparisons import (
-    ENDS,
+    EXPONENTIAL,
+    RATIO,
+    SHARE,
     Difference,
     Units,
+    difference_columns,
+    differences,
+    ends_of,
     exponential,
-    exponential_difference,
+    interval_columns,
     judged,
     pairs,
-    ratio_differences,
-    share_difference,
 )
 from quambase.apply.evaluation.paired_statistics import (
     EQUIVALENCE_LEVEL,
@@ -37,7 +40,6 @@ from quambase.apply.evaluation.paired_statistics import (
     linearised,
     newcombe,
     resampled_t,
-    sign_flip_p,
     standard_error,
     student_interval,
     wilson,
@@ -52,15 +54,6 @@ DIFFERENCES = (KL_DIFFERENCE, *(f"vs_{reference}" for reference in REFERENCES))
 """Columns of differences; each is a family of comparisons of its own, on every text."""
 
 
-def _interval(name: str) -> list[tuple[str, pa.DataType]]:
-    return [(f"{name}{end}", pa.float64()) for end in ("", "_low", "_high")]
-
-
-def _difference(name: str) -> list[tuple[str, pa.DataType]]:
-    kinds = {"_verdict": pa.string(), "_needed": pa.int64()}
-    return [(f"{name}{end}", kinds.get(end, pa.float64())) for end in ENDS]
-
-
 SUMMARY = pa.schema(
     [
         ("data", pa.string()),
@@ -69,17 +62,15 @@ SUMMARY = pa.schema(
         ("documents", pa.int64()),
         ("clusters", pa.int64()),
         ("tokens", pa.int64()),
-        *_interval("kl"),
-        *_difference(KL_DIFFERENCE),
-        *_interval("flips"),
-        *_interval("perplexity"),
-        *_interval("accuracy"),
+        *interval_columns("kl"),
+        *difference_columns(KL_DIFFERENCE),
+        *interval_columns("flips"),
+        *interval_columns("perplexity"),
+        *interval_columns("accuracy"),
         ("top1_agreement", pa.float64()),
         ("token_accuracy", pa.float64()),
-        *(column for reference in REFERENCES for column in _difference(f"vs_{reference}")),
-        ("within", pa.float64()),
-        ("within_low", pa.float64()),
-        ("within_high", pa.float64()),
+        *(column for reference in REFERENCES for column in difference_columns(f"vs_{reference}")),
+        *interval_columns("within"),
         ("within_verdict", pa.string()),
     ]
 )
@@ -183,9 +174,9 @@ class _Text:
             if reference in self.labels and others:
                 if reference == UPSTREAM and self.likelihoods:
                     self._add(found, KL_DIFFERENCE, others, self._kls(others), smaller_is_better=True)
-                compare = self._accuracies if self.answers else self._perplexities
-                differences = compare(reference, others)
-                self._add(found, f"vs_{reference}", others, differences, smaller_is_better=not self.answers)
+                kind = SHARE if self.answers else EXPONENTIAL
+                compared = self._differences(kind, "correct" if self.answers else "nll", reference, others)
+                self._add(found, f"vs_{reference}", others, compared, smaller_is_better=not self.answers)
         if FLOAT in self.labels:
             for label in self.labels:
                 found[label]["within"] = None if label == FLOAT else self.within
@@ -206,9 +197,9 @@ class _Text:
         if self.answers:
             row["accuracy"], shares = linearised(self.columns[label, "correct"], self.per)
             if self.enough and self.units.single:
-                row |= _ends("accuracy", wilson(int(self.columns[label, "correct"].sum()), self.documents))
+                row |= ends_of("accuracy", wilson(int(self.columns[label, "correct"].sum()), self.documents))
             elif self.enough:
-                row |= _ends("accuracy", _as_share(student_interval(row["accuracy"], shares)))
+                row |= ends_of("accuracy", _as_share(student_interval(row["accuracy"], shares)))
         return row
 
     def _of_likelihoods(self, label: str) -> dict[str, Any]:
@@ -223,7 +214,7 @@ class _Text:
             "top1_agreement": float(self.columns[label, "top1_agreement"].sum() / tokens),
             "token_accuracy": float(self.columns[label, "top1_right"].sum() / tokens),
         }
-        return found | (_ends("flips", _as_share(student_interval(flipped, flips))) if self.enough else {})
+        return found | (ends_of("flips", _as_share(student_interval(flipped, flips))) if self.enough else {})
 
     def _perplexity(self, label: str) -> float:
         return exponential(self.columns[label, "nll"], self.per)[0]
@@ -248,40 +239,26 @@ class _Text:
         rows: dict[str, dict[str, Any]],
         name: str,
         labels: list[str],
-        differences: list[Difference],
+        found: list[Difference],
         *,
         smaller_is_better: bool,
     ) -> None:
         """Add one family of comparisons to the rows of its labels, as columns that begin with ``name``."""
-        family = dict(zip(labels, differences, strict=True))
+        family = dict(zip(labels, found, strict=True))
         for label, columns in judged(family, self.units, smaller_is_better=smaller_is_better).items():
             rows[label] |= {f"{name}{end}": value for end, value in columns.items()}
 
     def _kls(self, others: list[str]) -> list[Difference]:
         """Differences of KL from upstream's scales; none is tested where perplexity is not finite."""
-        base = self.columns[UPSTREAM, "kl"]
-        found = ratio_differences([self.columns[label, "kl"] for label in others], base, self.tokens, self.seed)
         return [
             difference if math.isfinite(self._perplexity(label)) else replace(difference, p_value=math.nan)
-            for label, difference in zip(others, found, strict=True)
+            for label, difference in zip(others, self._differences(RATIO, "kl", UPSTREAM, others), strict=True)
         ]
 
-    def _perplexities(self, reference: str, others: list[str]) -> list[Difference]:
-        """Differences of perplexity: linearised intervals, p by sign flips."""
-        base = self.columns[reference, "nll"]
-        nll = np.stack([self.columns[label, "nll"] - base for label in others], 1)
-        return [
-            exponential_difference(self.columns[label, "nll"], base, self.per, float(p_value))
-            for label, p_value in zip(others, sign_flip_p(nll, self.seed), strict=True)
-        ]
-
-    def _accuracies(self, reference: str, others: list[str]) -> list[Difference]:
-        """Differences of accuracy: Newcombe's intervals and McNemar's p, of whole clusters as of other ratios."""
-        right = [self.columns[label, "correct"] for label in others]
-        base = self.columns[reference, "correct"]
-        if self.units.single:
-            return [share_difference(column > 0, base > 0) for column in right]
-        return ratio_differences(right, base, self.per, self.seed)
+    def _differences(self, kind: str, name: str, reference: str, others: list[str]) -> list[Difference]:
+        """Differences of one column's figure, each strategy's to the reference's."""
+        columns, base = [self.columns[label, name] for label in others], self.columns[reference, name]
+        return differences(kind, columns, base, self.tokens if name == "kl" else self.per, self.units, self.seed)
 
     def _equivalence(self, label: str, row: dict[str, Any]) -> None:
         """Add whether a strategy is as good as the floating-point model, within bounds."""
@@ -298,17 +275,12 @@ class _Text:
         if interval is not None:
             low, high = interval if self.answers else (_exp(end) - 1 for end in interval)
             interval = 100 * low, 100 * high
-        row |= _ends("within", interval) | {"within_verdict": equivalence(interval, (-self.within, self.within))}
+        row |= ends_of("within", interval) | {"within_verdict": equivalence(interval, (-self.within, self.within))}
 
 
 def _as_share(interval: Interval | None) -> Interval | None:
     """Cut off at 0 and 1."""
     return interval and (max(0.0, interval[0]), min(1.0, interval[1]))
-
-
-def _ends(name: str, interval: Interval | None) -> dict[str, float]:
-    """The columns of an interval, none where there is none."""
-    return {} if interval is None else {f"{name}_low": interval[0], f"{name}_high": interval[1]}
 
 
 def _exp(x: float) -> float:

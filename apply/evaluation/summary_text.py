@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from quambase.apply.evaluation.comparisons import counted_units
+from quambase.apply.evaluation.comparisons import too_few
 from quambase.apply.evaluation.paired_statistics import FEWEST, LEVEL, NOT_DISTINGUISHABLE, NOT_FINITE, misses_zero
 from quambase.apply.evaluation.sentences import loss, percents, runner_up, sentence
 from quambase.apply.evaluation.summary import REFERENCES, Families, families
@@ -154,7 +154,7 @@ def _short_difference(
         return NOT_FINITE
     points = name != KL_DIFFERENCE and row["accuracy"] is not None
     shown = percents(100 * row[name] / whole) + ("" if points else " %")
-    if _too_few(row):
+    if too_few(row):
         return shown
     words = _marked_verdict(row, name, compared, marked)
     return f"{shown} {SHORT.get(words, words)}"
@@ -175,18 +175,13 @@ SHORT = {f"{NOT_DISTINGUISHABLE}{mark}": f"{SAME}{mark}" for mark in ("", " (a)"
 _MISSES, _CONTAINS = "(a)", "(b)"
 
 
-def _too_few(row: dict[str, Any]) -> bool:
-    """Whether there are only values."""
-    return counted_units(row["documents"], row["clusters"]) < FEWEST
-
-
 def _marked_verdict(row: dict[str, Any], name: str, compared: Families, marked: dict[str, set[int]]) -> str:
     """The verdict on a difference as people read it, with the mark of the footnote that it needs, if any; the mark and
     the size of the verdict's family are added to ``marked``.
     """
     if row[name] is None:
         return "-"
-    if _too_few(row):
+    if too_few(row):
         return f"too few documents (under {FEWEST})"
     words = str(row[f"{name}_verdict"])
     p_value, low, high = (row[f"{name}{end}"] for end in ("_p", "_low", "_high"))

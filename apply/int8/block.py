@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import torch
 
 from quambase.apply.int8.arithmetic import SplitInt8Weight, Weight, float32, scale_of_rows
-from quambase.apply.int8.operators.interface import AnyBlockState, Factors, Int8Operators, Multipliers
+from quambase.apply.int8.operators.interface import Factors, Int8Operators, Multipliers
 from quambase.apply.int8.state_formats import StateLayout
 from quambase.model.block_kinds import KINDS
+from quambase.model.operators.interface import BlockState
 from quambase.model.packed_batch import PlacedBatch
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.scale_table import Scale
@@ -122,7 +123,7 @@ class Int8Block(ABC):
         x: torch.Tensor,
         scales: Any,
         batch: PlacedBatch,
-        state: AnyBlockState | None = None,
+        state: BlockState | None = None,
     ) -> torch.Tensor:
         """The block's contribution to the residual stream, float16 values (t, d), from codes (t, d) of the normalised
         stream, or from its float16 values if in_proj is in 16 bit.
@@ -136,7 +137,7 @@ class Int8Block(ABC):
         """How the state is laid out; ``scales`` as `lay_out` returns them."""
 
     @abstractmethod
-    def new_state(self, sequences: int) -> AnyBlockState:
+    def new_state(self, sequences: int) -> BlockState:
         """The state of ``sequences`` sequences before their first token."""
 
 

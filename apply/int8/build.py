@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Unpack
 
 import torch
 
@@ -12,7 +13,7 @@ from quambase.apply.int8.needed_scales import Scales
 from quambase.apply.int8.operators.cuda import CudaInt8Operators
 from quambase.apply.int8.operators.host import HostInt8Operators
 from quambase.apply.int8.two_segments import TwoSegmentModel
-from quambase.apply.int8.weights import Int8ModelWeights, PlacedWeights, SecondMoments, quantize, with_16_bit
+from quambase.apply.int8.weights import Int8ModelWeights, PlacedWeights, Quantization, quantize, with_16_bit
 from quambase.model.prepare import prepare, reorder
 from quambase.model.weights import ModelWeights
 from quambase.schema.scale_table import Operator, ScaleTable
@@ -23,28 +24,18 @@ def build(
     scales: Scales,
     *,
     channel_groups: ChannelGroups = (),
-    quantize_lm_head: bool = False,
-    quantize_embedding: bool = False,
-    compat: str | None = None,
-    weight_bits: int = 8,
-    second_moments: SecondMoments | None = None,
     in_16_bit: Collection[Operator] = (),
+    **how: Unpack[Quantization],
 ) -> Int8LanguageModel:
-    """The INT8 model of prepared weights on the CPU, with the operators ``in_16_bit`` in 16 bit.
+    """The INT8 model of prepared weights on the CPU, quantized as `quantize` says, with the operators ``in_16_bit`` in
+    16 bit.
 
-    ScalesInvalid as `Int8LanguageModel` and `with_16_bit`.
+    ScalesInvalid as `Int8LanguageModel`, `quantize` and `with_16_bit`.
     """
-    weights = quantize(
-        prepared,
-        quantize_lm_head=quantize_lm_head,
-        quantize_embedding=quantize_embedding,
-        compat=compat,
-        weight_bits=weight_bits,
-        second_moments=second_moments,
-    )
+    weights = quantize(prepared, **how)
     if in_16_bit:
         weights = with_16_bit(weights, prepared, in_16_bit)
-    return Int8LanguageModel(on_host(weights), scales, channel_groups=channel_groups, compat=compat)
+    return Int8LanguageModel(on_host(weights), scales, channel_groups=channel_groups, compat=how.get("compat"))
 
 
 def on_host(weights: Int8ModelWeights) -> PlacedWeights:
@@ -66,25 +57,12 @@ def build_model(
     table: ScaleTable,
     scales: Scales,
     *,
-    quantize_lm_head: bool = False,
-    quantize_embedding: bool = False,
-    compat: str | None = None,
-    weight_bits: int = 8,
-    second_moments: SecondMoments | None = None,
     in_16_bit: Collection[Operator] = (),
+    **how: Unpack[Quantization],
 ) -> Int8LanguageModel:
-    """Quantize what `prepared_for` gives. ScalesInvalid as for the model's class; CheckpointInvalid."""
-    return build(
-        prepared_for(weights, table),
-        scales,
-        channel_groups=channel_maps(table.model.layer_groups or ()),
-        quantize_lm_head=quantize_lm_head,
-        quantize_embedding=quantize_embedding,
-        compat=compat,
-        weight_bits=weight_bits,
-        second_moments=second_moments,
-        in_16_bit=in_16_bit,
-    )
+    """`build` of what `prepared_for` gives. CheckpointInvalid."""
+    maps = channel_maps(table.model.layer_groups or ())
+    return build(prepared_for(weights, table), scales, channel_groups=maps, in_16_bit=in_16_bit, **how)
 
 
 def leaving_in_16_bit(

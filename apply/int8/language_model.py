@@ -16,18 +16,19 @@ from quambase.apply.int8.arithmetic import Int8Weight
 from quambase.apply.int8.block import BlockScales, half_factors, whole
 from quambase.apply.int8.group_scales import ChannelGroups, check_scales
 from quambase.apply.int8.needed_scales import Scales
-from quambase.apply.int8.operators.interface import AnyBlockState, Factors, Int8BlockState, Int8Operators
+from quambase.apply.int8.operators.interface import Factors, Int8BlockState, Int8Operators
 from quambase.apply.int8.state_formats import SimulatedState, StateFormat, StateLayout
 from quambase.apply.int8.weights import UPSTREAM, Int8ModelWeights, PlacedWeights
 from quambase.model.block import ModelConfig
+from quambase.model.operators.interface import BlockState
 from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.schema.errors import ScalesInvalid
 from quambase.schema.progress import tell
 from quambase.schema.scale_table import Operator, Scale
 from quambase.schema.sites import HEAD_LAYER
 
-Int8State = list[AnyBlockState]
-"""The decoding state: one `AnyBlockState` per block."""
+Int8State = list[BlockState]
+"""The decoding state: one `BlockState` per block."""
 
 
 class Int8LanguageModel:
@@ -111,17 +112,9 @@ class Int8LanguageModel:
 
     @torch.inference_mode()
     def prefill(self, batch: Batch) -> tuple[torch.Tensor, Int8State]:
-        """`hidden`, and the state after each document, from which `step` continues."""
+        """`hidden`, and the state after each document, rounded once, from which `step` continues."""
         state = self.new_state(batch.documents)
         return self._run(PlacedBatch.of(batch, self.device), self.placed.operators, state), state
-
-    @torch.inference_mode()
-    def after_prompt(self, prompt: torch.Tensor) -> tuple[torch.Tensor, Int8State]:
-        """Logits (1, v) and the state of one sequence after ``prompt`` (tokens,), at least one token, read in one pass:
-        its state is rounded once.
-        """
-        hidden, state = self.prefill(Batch(prompt, torch.tensor([0, len(prompt)])))
-        return self.logits(hidden[-1:]), state
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -153,7 +146,7 @@ class Int8LanguageModel:
             for state, block, scales in zip(found, self.placed.blocks, self.laid_out, strict=True)
         ]
 
-    def _simulated(self, state: AnyBlockState, layout: StateLayout, generator: torch.Generator) -> AnyBlockState:
+    def _simulated(self, state: BlockState, layout: StateLayout, generator: torch.Generator) -> BlockState:
         """The state in the format; itself if its convolution and scan are in 16 bit."""
         if not isinstance(state, Int8BlockState) or self.state_format is None:
             return state
@@ -203,7 +196,7 @@ class Int8LanguageModel:
             return ops.half_product(hidden, self.placed.half_head)
         head = self.placed.int8_head
         factors: Factors = half_factors(head.scale, self._head_scale)
-        return ops.linear_to_half(hidden, head, *factors.of(ops, hidden))
+        return ops.linear_to_half(hidden, head, factors.of(ops, hidden))
 
     @property
     def _head_scale(self) -> float:

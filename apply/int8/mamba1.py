@@ -49,7 +49,7 @@ from quambase.apply.int8.block import (
     zero_point,
 )
 from quambase.apply.int8.operators.interface import (
-    AnyBlockState,
+    Convolution,
     Factors,
     Int8BlockState,
     Int8Operators,
@@ -59,7 +59,7 @@ from quambase.apply.int8.operators.interface import (
 from quambase.apply.int8.state_formats import StateLayout
 from quambase.model.exponential import exp
 from quambase.model.mamba1 import Mamba1BlockWeights, MambaConfig
-from quambase.model.operators.interface import BlockState
+from quambase.model.operators.interface import BlockState, ScanInputs
 from quambase.model.packed_batch import PlacedBatch
 from quambase.schema.scale_table import Scale
 from quambase.schema.sites import CONV_SCAN, IN_PROJ, MAMBA1, OUT_PROJ, X_PROJ
@@ -112,10 +112,8 @@ class Mamba1Scales(BlockScales):
     """As `BlockScales`.
 
     in_proj_half, dt_proj_half  of products that a convolution and scan in 16 bit read
-    conv_in   (e,) weight scale times input scale
-    conv_out  (e,)
-    conv_zero  (e,) zero point of the convolution's codes; None without one
-    x_proj_offset  (r + 2n,) int32: what that zero point adds to the integer product of x_proj; None without one
+    x_proj_offset  (r + 2n,) int32: what the zero point of the convolution's codes adds to the integer product of
+                   x_proj; None without one
     """
 
     in_proj: Factors
@@ -123,9 +121,7 @@ class Mamba1Scales(BlockScales):
     x_proj: Factors
     dt_proj: Factors
     dt_proj_half: Factors
-    conv_in: torch.Tensor
-    conv_out: torch.Tensor
-    conv_zero: torch.Tensor | None
+    conv: Convolution
     x_proj_offset: torch.Tensor | None
     scan: ScanScales
 
@@ -152,6 +148,10 @@ class Int8Mamba1Block(Int8Block):
         names = ("in_proj:input", "in_proj:output", "x_proj:input", "x_proj:output", "dt_proj:output")
         read, xz, u, dt_b_c, dt = (s[name] for name in names)
         zero = zero_point(scales["x_proj:input"])
+
+        def filled(value: float) -> torch.Tensor:
+            return self.operators.vector(torch.full((e,), value))
+
         # Of operators in 16 bit, the factors are not used.
         in_proj, x_proj, dt_proj, out_proj = (
             self.scale_of(weight) for weight in (w.in_proj, w.x_proj, w.dt_proj, w.out_proj)
@@ -170,9 +170,9 @@ class Int8Mamba1Block(Int8Block):
             x_proj=_factors(x_proj, u, dt_b_c, ratio_first=False),
             dt_proj=_factors(dt_proj, dt_b_c, dt, ratio_first=True),
             dt_proj_half=half_factors(dt_proj, dt_b_c),
-            conv_in=self.operators.vector(torch.full((e,), float(conv_in))),
-            conv_out=self.operators.vector(torch.full((e,), u)),
-            conv_zero=self.operators.vector(torch.full((e,), float(zero))) if zero else None,
+            conv=Convolution(
+                self.taps, filled(float(conv_in)), self.conv_bias, filled(u), filled(float(zero)) if zero else None
+            ),
             x_proj_offset=None if offset is None else self.operators.vector(offset),
             scan=ScanScales(u, dt, dt_b_c, xz, s["ssm_state_act:input"], zero),
             out_proj=half_factors(out_proj, s["out_proj:input"]),
@@ -186,7 +186,7 @@ class Int8Mamba1Block(Int8Block):
         x: torch.Tensor,
         scales: Mamba1Scales,
         batch: PlacedBatch,
-        state: AnyBlockState | None = None,
+        state: BlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Block.forward`."""
         scan = self._half_conv_scan if CONV_SCAN in self.in_16_bit else self._conv_scan
@@ -194,7 +194,7 @@ class Int8Mamba1Block(Int8Block):
         if OUT_PROJ in self.in_16_bit:
             return ops.half_product(ops.half.hadamard(y), self.out_proj)
         gated = ops.rotate(y, scales.rotation, scales.wrap)
-        return ops.linear_to_half(gated, self.out_proj, *scales.out_proj.of(ops, gated))
+        return ops.linear_to_half(gated, self.out_proj, scales.out_proj.of(ops, gated))
 
     def _conv_scan(
         self,
@@ -202,7 +202,7 @@ class Int8Mamba1Block(Int8Block):
         x: torch.Tensor,
         s: Mamba1Scales,
         batch: PlacedBatch,
-        state: AnyBlockState | None,
+        state: BlockState | None,
     ) -> torch.Tensor:
         """The gated output of the scan (t, e), float16 values, by a convolution and scan of codes."""
         assert state is None or isinstance(state, Int8BlockState)
@@ -210,16 +210,17 @@ class Int8Mamba1Block(Int8Block):
         if IN_PROJ in self.in_16_bit:
             xz = ops.encode(ops.half_product(x, self.in_proj), scan.z)  # (t, 2e)
         else:
-            xz = ops.linear_to_int8(x, self.in_proj, *s.in_proj.of(ops, x))
-        u = ops.conv_silu(xz[:, :e], self.taps, s.conv_in, self.conv_bias, s.conv_out, s.conv_zero, batch, state)
+            xz = ops.linear_to_int8(x, self.in_proj, s.in_proj.of(ops, x))
+        u = ops.conv_silu(xz[:, :e], s.conv, batch, state)
         if X_PROJ in self.in_16_bit:
             read = ops.decode(u, scan.u, float(scan.u_zero))
             dt_b_c = ops.encode(ops.half_product(read, self.x_proj), scan.bc)  # (t, r + 2n)
             dt = ops.encode(ops.half_product(ops.decode(dt_b_c[:, :r], scan.bc), self.dt_proj), scan.delta)
         else:
-            dt_b_c = ops.linear_to_int8(u, self.x_proj, *s.x_proj.of(ops, u), s.x_proj_offset)
-            dt = ops.linear_to_int8(dt_b_c[:, :r], self.dt_proj, *s.dt_proj.of(ops, u))
-        return ops.selective_scan(u, dt, dt_b_c[:, r:], xz[:, e:], scan, self.a, self.d, self.dt_bias, batch, state)
+            dt_b_c = ops.linear_to_int8(u, self.x_proj, s.x_proj.of(ops, u), s.x_proj_offset)
+            dt = ops.linear_to_int8(dt_b_c[:, :r], self.dt_proj, s.dt_proj.of(ops, u))
+        inputs = ScanInputs(u, dt, dt_b_c[:, r:], xz[:, e:], self.a, self.d, self.dt_bias)
+        return ops.selective_scan(inputs, scan, batch, state)
 
     def _half_conv_scan(
         self,
@@ -227,15 +228,14 @@ class Int8Mamba1Block(Int8Block):
         x: torch.Tensor,
         s: Mamba1Scales,
         batch: PlacedBatch,
-        state: AnyBlockState | None,
+        state: BlockState | None,
     ) -> torch.Tensor:
         """The same by a convolution and scan in 16 bit. They read codes where x_proj makes or reads them."""
-        assert state is None or isinstance(state, BlockState)
         e, r, scan = self.config.d_inner, self.config.dt_rank, s.scan
         if IN_PROJ in self.in_16_bit:
             xz = ops.half_product(x, self.in_proj)
         else:
-            xz = ops.linear_to_half(x, self.in_proj, *s.in_proj_half.of(ops, x))
+            xz = ops.linear_to_half(x, self.in_proj, s.in_proj_half.of(ops, x))
         u = ops.half.conv_silu(xz[:, :e], self.taps, self.conv_bias, batch, state)
         if X_PROJ in self.in_16_bit:
             dt_b_c = ops.half_product(u, self.x_proj)
@@ -243,16 +243,17 @@ class Int8Mamba1Block(Int8Block):
         else:
             zero = float(scan.u_zero)
             codes = ops.encode(u, scan.u, zero)
-            products = ops.linear_to_int8(codes, self.x_proj, *s.x_proj.of(ops, codes), s.x_proj_offset)
-            dt = ops.linear_to_half(products[:, :r], self.dt_proj, *s.dt_proj_half.of(ops, codes))
+            products = ops.linear_to_int8(codes, self.x_proj, s.x_proj.of(ops, codes), s.x_proj_offset)
+            dt = ops.linear_to_half(products[:, :r], self.dt_proj, s.dt_proj_half.of(ops, codes))
             u, dt_b_c = ops.decode(codes, scan.u, zero), ops.decode(products, scan.bc)
-        return ops.half.selective_scan(u, dt, dt_b_c[:, r:], xz[:, e:], self.a, self.d, self.dt_bias, batch, state)
+        inputs = ScanInputs(u, dt, dt_b_c[:, r:], xz[:, e:], self.a, self.d, self.dt_bias)
+        return ops.half.selective_scan(inputs, batch, state)
 
     def state_layout(self, scales: Mamba1Scales) -> StateLayout:
         """As `Int8Block.state_layout`; the state is (b, n, e)."""
         return StateLayout(torch.tensor(scales.scan.state, device=self.operators.device), channels=2)
 
-    def new_state(self, sequences: int) -> AnyBlockState:
+    def new_state(self, sequences: int) -> BlockState:
         """As `Int8Block.new_state`."""
         c, ops = self.config, self.operators
         if CONV_SCAN in self.in_16_bit:

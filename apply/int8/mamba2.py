@@ -51,17 +51,18 @@ from quambase.apply.int8.block import (
 )
 from quambase.apply.int8.group_scales import channel_groups_of, scale_of_channels, values_of, zero_point_of_channels
 from quambase.apply.int8.operators.interface import (
-    AnyBlockState,
+    Convolution,
     Factors,
     Int8BlockState,
     Int8Operators,
     Multipliers,
+    SsdCodes,
     SsdScales,
 )
 from quambase.apply.int8.state_formats import StateLayout
 from quambase.model.exponential import exp
 from quambase.model.mamba2 import Mamba2BlockWeights, Mamba2Config
-from quambase.model.operators.interface import BlockState
+from quambase.model.operators.interface import BlockState, SsdInputs
 from quambase.model.packed_batch import PlacedBatch
 from quambase.schema.scale_table import Scale
 from quambase.schema.sites import CONV_SCAN, IN_PROJ, MAMBA2, OUT_PROJ
@@ -127,7 +128,6 @@ class Mamba2Scales(BlockScales):
 
     in_proj_half  of a product that a convolution and scan in 16 bit read
     in_proj_out   (2e + 2gn + h,) the scale of each column of in_proj's output
-    conv_in  (e + 2gn,) weight scale times input scale
     out      the scale of out_proj's input
     """
 
@@ -135,7 +135,7 @@ class Mamba2Scales(BlockScales):
     in_proj_half: Factors
     in_proj_out: torch.Tensor
     z: float
-    conv_in: torch.Tensor
+    conv: Convolution
     scan: SsdScales
     out: float
 
@@ -174,14 +174,15 @@ class Int8Mamba2Block(Int8Block):
         conv_in = torch.repeat_interleave(torch.tensor(conv), widths["conv_weight"])
         of_rows = one if isinstance(w.conv_weight, torch.Tensor) else w.conv_weight.row_scales
         out = whole(scales["out_proj:input"])
+        scan = self._scan_scales(scales, divisions, dt)
         return Mamba2Scales(
             input=None if IN_PROJ in self.in_16_bit else read,
             in_proj=Factors(several, several, Multipliers(columns * read, 1.0, away=True)),
             in_proj_half=Factors(half, half, half),
             in_proj_out=vector(outputs.to(torch.float32)),
             z=z,
-            conv_in=vector(of_rows * conv_in),
-            scan=self._scan_scales(scales, divisions, dt),
+            conv=Convolution(self.taps, vector(of_rows * conv_in), self.conv_bias, scan.conv_out, scan.zero),
+            scan=scan,
             out=out,
             out_proj=half_factors(self.scale_of(w.out_proj), out),
             rotation=rotation_factor(c.d_inner, out),
@@ -205,7 +206,7 @@ class Int8Mamba2Block(Int8Block):
         x: torch.Tensor,
         scales: Mamba2Scales,
         batch: PlacedBatch,
-        state: AnyBlockState | None = None,
+        state: BlockState | None = None,
     ) -> torch.Tensor:
         """As `Int8Block.forward`."""
         c, s = self.config, scales
@@ -222,10 +223,10 @@ class Int8Mamba2Block(Int8Block):
                 gated = ops.gated_rotate(y, z, s.z, *norm, s.rotation, s.wrap)
         if OUT_PROJ in self.in_16_bit:
             return ops.half_product(gated, self.out_proj)
-        return ops.linear_to_half(gated, self.out_proj, *s.out_proj.of(ops, gated))
+        return ops.linear_to_half(gated, self.out_proj, s.out_proj.of(ops, gated))
 
     def _conv_scan(
-        self, ops: Int8Operators, x: torch.Tensor, s: Mamba2Scales, batch: PlacedBatch, state: AnyBlockState | None
+        self, ops: Int8Operators, x: torch.Tensor, s: Mamba2Scales, batch: PlacedBatch, state: BlockState | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The scan's output (t, e), float16 values, by a convolution and scan of codes; and codes of z (t, e)."""
         assert state is None or isinstance(state, Int8BlockState)
@@ -233,32 +234,30 @@ class Int8Mamba2Block(Int8Block):
         if IN_PROJ in self.in_16_bit:
             projected = ops.encode(ops.half_product(x, self.in_proj), s.in_proj_out)  # (t, 2e + 2gn + h)
         else:
-            projected = ops.linear_to_int8(x, self.in_proj, *s.in_proj.of(ops, x))
+            projected = ops.linear_to_int8(x, self.in_proj, s.in_proj.of(ops, x))
         z, conv_in, dt = torch.split(projected, [c.d_inner, c.conv_width, c.heads], dim=1)
-        produced = s.scan.conv_out, s.scan.zero
-        conv_out = ops.conv_silu(conv_in, self.taps, s.conv_in, self.conv_bias, *produced, batch, state)
-        return ops.ssd_scan(conv_out, dt, s.scan, self.a, self.d, self.dt_bias, batch, state), z
+        conv_out = ops.conv_silu(conv_in, s.conv, batch, state)
+        return ops.ssd_scan(SsdCodes(conv_out, dt, self.a, self.d, self.dt_bias), s.scan, batch, state), z
 
     def _half_conv_scan(
-        self, ops: Int8Operators, x: torch.Tensor, s: Mamba2Scales, batch: PlacedBatch, state: AnyBlockState | None
+        self, ops: Int8Operators, x: torch.Tensor, s: Mamba2Scales, batch: PlacedBatch, state: BlockState | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same by a convolution and scan in 16 bit; and z, float16 values."""
-        assert state is None or isinstance(state, BlockState)
         c = self.config
         if IN_PROJ in self.in_16_bit:
             projected = ops.half_product(x, self.in_proj)
         else:
-            projected = ops.linear_to_half(x, self.in_proj, *s.in_proj_half.of(ops, x))
+            projected = ops.linear_to_half(x, self.in_proj, s.in_proj_half.of(ops, x))
         z, conv_in, dt = torch.split(projected, [c.d_inner, c.conv_width, c.heads], dim=1)
         conv_out = ops.half.conv_silu(conv_in, self.taps, self.conv_bias, batch, state)
         x, b, c_out = torch.split(conv_out, [c.d_inner, c.bc_width, c.bc_width], dim=1)
-        return ops.half.ssd_scan(x, b, c_out, dt, self.a, self.d, self.dt_bias, batch, state), z
+        return ops.half.ssd_scan(SsdInputs(x, b, c_out, dt, self.a, self.d, self.dt_bias), batch, state), z
 
     def state_layout(self, scales: Mamba2Scales) -> StateLayout:
         """As `Int8Block.state_layout`; the state is (b, e, n)."""
         return StateLayout(scales.scan.state[scales.scan.groups], channels=1, heads=self.config.heads)
 
-    def new_state(self, sequences: int) -> AnyBlockState:
+    def new_state(self, sequences: int) -> BlockState:
         """As `Int8Block.new_state`."""
         c, ops = self.config, self.operators
         if CONV_SCAN in self.in_16_bit:

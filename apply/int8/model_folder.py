@@ -107,48 +107,37 @@ def save_model(
     """
     # Two processes that write one folder could otherwise leave the tensors of one with the settings of the other.
     with locked(folder, f"the model {folder}"):
-        _save(folder, model, about, tokenizer, scales)
-
-
-def _save(
-    folder: Path,
-    model: Int8LanguageModel,
-    about: dict[str, Any],
-    tokenizer: Path | None,
-    scales: tuple[pa.Table, dict[str, Any]] | None,
-) -> None:
-    """`save_model` in a folder that this process holds."""
-    family = int8_kind_of(model.config).format
-    write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, "family": family, UNFINISHED: True})
-    with replacing(folder / TENSORS) as temporary:
-        try:
-            save_file(_tensors(model), temporary)
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            code = int(number[1]) if number else errno.EIO
-            raise OSError(code, os.strerror(code), str(folder / TENSORS)) from None
-    for name in (TOKENIZER, SCALES):
-        (folder / name).unlink(missing_ok=True)  # of an earlier model in this folder
-    if tokenizer is not None:
-        with replacing(folder / TOKENIZER) as temporary:
-            shutil.copyfile(tokenizer, temporary)
-    if scales is not None:
-        write_scales(folder / SCALES, *scales)
-    config = {
-        "format_version": FORMAT_VERSION,
-        "family": family,
-        "sizes": asdict(model.config),
-        "quantize_lm_head": model.quantized_lm_head,
-        "quantize_embedding": model.weights.embedding_scales is not None,
-        "compat": model.compat,
-        "weight_bits": model.weights.weight_bits,
-        **({"gptq": True} if model.weights.gptq else {}),
-        "kept_16bit": [list(operator) for operator in sorted(model.in_16_bit)],
-        "tensors_sha256": file_sha256(folder / TENSORS),
-        "files": {name: file_sha256(folder / name) for name in (TOKENIZER, SCALES) if (folder / name).exists()},
-        **about,
-    }
-    write_json(folder / CONFIG, config)
+        family = int8_kind_of(model.config).format
+        write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, "family": family, UNFINISHED: True})
+        with replacing(folder / TENSORS) as temporary:
+            try:
+                save_file(_tensors(model), temporary)
+            except SafetensorError as error:
+                number = re.search(r"os error (\d+)", str(error))
+                code = int(number[1]) if number else errno.EIO
+                raise OSError(code, os.strerror(code), str(folder / TENSORS)) from None
+        for name in (TOKENIZER, SCALES):
+            (folder / name).unlink(missing_ok=True)  # of an earlier model in this folder
+        if tokenizer is not None:
+            with replacing(folder / TOKENIZER) as temporary:
+                shutil.copyfile(tokenizer, temporary)
+        if scales is not None:
+            write_scales(folder / SCALES, *scales)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "family": family,
+            "sizes": asdict(model.config),
+            "quantize_lm_head": model.quantized_lm_head,
+            "quantize_embedding": model.weights.embedding_scales is not None,
+            "compat": model.compat,
+            "weight_bits": model.weights.weight_bits,
+            **({"gptq": True} if model.weights.gptq else {}),
+            "kept_16bit": [list(operator) for operator in sorted(model.in_16_bit)],
+            "tensors_sha256": file_sha256(folder / TENSORS),
+            "files": {name: file_sha256(folder / name) for name in (TOKENIZER, SCALES) if (folder / name).exists()},
+            **about,
+        }
+        write_json(folder / CONFIG, config)
 
 
 def weights_digest(model: AnyInt8Model) -> str:
@@ -198,7 +187,8 @@ def load_stored(folder: Path) -> StoredModel:
     about = read_about(folder)
     if about["family"] not in BY_FORMAT:
         raise CheckpointInvalid(f"{folder} is no {' or '.join(BY_FORMAT)} model; make one with `apply`")
-    config = as_type(about.get("sizes"), _config_class(about), folder / CONFIG, CheckpointInvalid, AGAIN)
+    sizes = KINDS[BY_FORMAT[about["family"]].name].config
+    config = as_type(about.get("sizes"), sizes, folder / CONFIG, CheckpointInvalid, AGAIN)
     check_files(folder, about)
     path = folder / TENSORS
     try:
@@ -294,7 +284,3 @@ def _scale_of(tensor: torch.Tensor, zero_points: torch.Tensor | None) -> Scale:
 
 def _whole(tensors: dict[str, torch.Tensor], name: str) -> Int8Weight:
     return Int8Weight(tensors[name], float(tensors[f"{name}.scale"]))
-
-
-def _config_class(about: dict[str, Any]) -> type[ModelConfig]:
-    return KINDS[BY_FORMAT[about["family"]].name].config

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypedDict
 
 import torch
 
@@ -50,6 +51,16 @@ class Int8ModelWeights:
     def in_16_bit(self) -> frozenset[Operator]:
         """The operators in 16 bit."""
         return frozenset((i, operator) for i, layer in enumerate(self.layers) for operator in layer.in_16_bit)
+
+
+class Quantization(TypedDict, total=False):
+    """The keyword arguments of `quantize`."""
+
+    quantize_lm_head: bool
+    quantize_embedding: bool
+    compat: str | None
+    weight_bits: int
+    second_moments: SecondMoments | None
 
 
 def quantize(

@@ -39,8 +39,10 @@ def import_act_scales(path: Path, model: str, out: Path, *, force: bool = False)
     path   a file of `act_scales.export_act_scales`, or upstream's own list alone, saved with `torch.save` (only if it
            has no groups, which need reorder_params)
     model  the floating-point model of the scales, as in `quambase.model.checkpoint.load_model`
-    force  replace ``out`` even if it is not a scale table Columns that only activations determine (amax, errors, codes)
-           are null. Errors: ScalesInvalid, and load_model's.
+    force  replace ``out`` even if it is not a scale table
+
+    Columns that only activations determine (amax, errors, codes) are null.
+    Errors: ScalesInvalid, and load_model's.
     """
     refuse_foreign_table(out, force=force)
     content = _read(path)

@@ -21,6 +21,10 @@ parameters.
 """
 
 
+FREE_SHARED = 48 * 1024
+"""Bytes of dynamic shared memory that a kernel may use without being told."""
+
+
 class CompilationFailed(Exception):
     """The kernels cannot be compiled or loaded here; the text says why, in one line."""
 
@@ -123,8 +127,9 @@ class Kernels:
         self._addresses = {name: int(function) for name, function in self._functions.items()}
 
     def allow_shared(self, name: str, size: int) -> None:
-        """Let a kernel use ``size`` bytes of dynamic shared memory. Needed above 48 KiB."""
-        _checked(self._set_attribute(self._functions[name], self._most_shared, size), f"shared memory of {name}")
+        """Let a kernel use ``size`` bytes of dynamic shared memory."""
+        if size > FREE_SHARED:
+            _checked(self._set_attribute(self._functions[name], self._most_shared, size), f"shared memory of {name}")
 
     def launch(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quambase.model.inputs.files import is_packed
 from quambase.schema.errors import first_line
 
 Array = npt.NDArray[Any]
@@ -40,8 +41,7 @@ def read_npz(path: Path) -> dict[str, Array]:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-            if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            if is_packed(path, entries):
                 raise ValueError("its entries are compressed, or larger than the file")
             # `read` compares each entry's checksum.
             return {entry.filename.removesuffix(".npy"): array_of(archive.read(entry)) for entry in entries}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 from quambase.model.inputs.hub import mend
@@ -34,3 +35,11 @@ def check_file(path: Path, invalid: type[QuambaseError], most: int | None = None
         raise invalid(f"{path} is empty; {mend(path)}")
     if most is not None and size > most:
         raise invalid(f"{path} has {size:,} bytes; expected at most {most:,}: {mend(path)}")
+
+
+def is_packed(path: Path, entries: list[zipfile.ZipInfo]) -> bool:
+    """Whether the archive's ``entries`` are compressed, or claim more bytes than the file has: they could exhaust
+    memory. NumPy and PyTorch store arrays as they are.
+    """
+    compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    return compressed or sum(entry.file_size for entry in entries) > path.stat().st_size

@@ -55,14 +55,14 @@ class Settings:
 
     def size(self, key: str, default: int | None = None) -> int:
         """A whole number from 1 to LARGEST_SIZE."""
-        value = self._get(key, default)
+        value: Any = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_SIZE:
             raise self.invalid(key, f"a whole number from 1 to {LARGEST_SIZE}")
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
         """A finite number above 0, as JSON has it: an int stays an int, so that products of sizes are exact."""
-        value = self._get(key, default)
+        value: Any = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST_SIZE:
             raise self.invalid(key, "a positive number")
         return value
@@ -109,9 +109,6 @@ class Settings:
         name = self.within + key
         found = f"says {name} = {shown(self.values[key])}" if key in self.values else f"has no {name}"
         return CheckpointInvalid(f"{self.file} {found}; expected {expected}")
-
-    def _get(self, key: str, default: object) -> Any:
-        return self.values.get(key, default)
 
 
 def check_mamba_ssm(raw: Settings) -> Settings:

@@ -14,7 +14,7 @@ from typing import IO, cast
 import torch
 from safetensors import safe_open
 
-from quambase.model.inputs.files import check_file
+from quambase.model.inputs.files import check_file, is_packed
 from quambase.model.inputs.hub import mend
 from quambase.schema.errors import QuambaseError, first_line
 
@@ -69,9 +69,7 @@ def _kind(tensor: torch.Tensor) -> str | None:
 
 
 def _check_archive(path: Path, invalid: type[QuambaseError]) -> None:
-    """Refuse compressed archives. torch.save stores without compression, so the contents are never larger than the
-    file; an archive that claims more could exhaust memory.
-    """
+    """Refuse compressed archives, and damaged pickles of the older format."""
     try:
         if not zipfile.is_zipfile(path):
             _check_numbers(path)
@@ -80,8 +78,7 @@ def _check_archive(path: Path, invalid: type[QuambaseError]) -> None:
             entries = archive.infolist()
     except Exception as error:  # BadZipFile, or whatever a damaged directory causes
         raise _unreadable(path, error, invalid) from None
-    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+    if is_packed(path, entries):
         raise invalid(f"{path} is a compressed archive; expected what torch.save writes: save it again")
 
 

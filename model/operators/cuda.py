@@ -9,7 +9,7 @@ import torch
 
 from quambase.model.cuda.compiler import Argument, Kernels
 from quambase.model.hadamard import odd_factor, odd_order
-from quambase.model.operators.interface import BlockState, OperatorSizes
+from quambase.model.operators.interface import BlockState, OperatorSizes, ScanInputs, SsdInputs
 from quambase.model.operators.torch import TorchOperators
 from quambase.model.packed_batch import PlacedBatch
 
@@ -28,9 +28,6 @@ NAMES = (
 )
 CONV_ROWS = 16
 """Rows per thread of the convolution, as in forward.cu."""
-
-FREE_SHARED = 48 * 1024
-"""Bytes of shared memory that a kernel may use without `Kernels.allow_shared`."""
 
 ROW_THREADS = 256
 """Threads per block of the kernels over whole rows, as in norm_hadamard.cuh."""
@@ -105,8 +102,7 @@ class CudaOperators(TorchOperators):
         shared = {"add_norm": 4 * sizes.d_model}
         shared |= dict.fromkeys(("gated_norm", "gated_norm_hadamard", "hadamard"), self._shared)
         for name, size in shared.items():
-            if size > FREE_SHARED:
-                self._kernels.allow_shared(name, size)
+            self._kernels.allow_shared(name, size)
 
     def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """As `Operators.add_norm`."""
@@ -138,18 +134,10 @@ class CudaOperators(TorchOperators):
         return out
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: ScanInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
+        u, delta, bc, z, a, d, bias = inputs
         documents, channels = batch.host.documents, u.shape[1]
         y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         arguments = (u.contiguous(), delta.contiguous(), bc, bc.stride(0), z, z.stride(0), a, d, bias)
@@ -164,18 +152,10 @@ class CudaOperators(TorchOperators):
         return y, last
 
     def ssd_scan(
-        self,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        dt: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: SsdInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.ssd_scan`."""
+        x, b, c, dt, a, d, bias = inputs
         documents, heads = batch.host.documents, len(a)
         if not x.stride() == b.stride() == c.stride():  # the kernel reads columns of one matrix
             x, b, c = torch.split(torch.cat([x, b, c], 1), [x.shape[1], b.shape[1], c.shape[1]], 1)

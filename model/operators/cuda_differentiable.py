@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from quambase.model.cuda.compiler import Kernels, parameter_value
 from quambase.model.operators.cuda import CONV_ROWS, CudaOperators, kernel_sizes
 from quambase.model.operators.differentiable import DifferentiableOperators, Padding, applied
-from quambase.model.operators.interface import BlockState, OperatorSizes
+from quambase.model.operators.interface import BlockState, OperatorSizes, ScanInputs, SsdInputs
 from quambase.model.operators.ssd_gradients import CHUNK, ssd_gradients
 from quambase.model.packed_batch import PlacedBatch
 
@@ -61,36 +61,18 @@ class CudaDifferentiableOperators(DifferentiableOperators):
         return applied(_ConvSilu, x, weight, bias, batch, self)
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: ScanInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
-        y = applied(_SelectiveScan, u, delta, bc, z, a, d, bias, batch, self)
-        return y, self.no_states(batch, a.T.shape)
+        y = applied(_SelectiveScan, self, batch, *inputs)
+        return y, self.no_states(batch, inputs.a.T.shape)
 
     def ssd_scan(
-        self,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        dt: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: SsdInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.ssd_scan`."""
-        y = applied(_SsdScan, x, b, c, dt, a, d, bias, batch, self)
-        return y, self.no_states(batch, (x.shape[1], b.shape[1] // self.ngroups))
+        y = applied(_SsdScan, self, batch, *inputs)
+        return y, self.no_states(batch, (inputs.x.shape[1], inputs.b.shape[1] // self.ngroups))
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """As `Operators.hadamard`."""
@@ -144,22 +126,13 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        operators: CudaDifferentiableOperators,
+        ctx: Any, operators: CudaDifferentiableOperators, batch: PlacedBatch, *inputs: torch.Tensor
     ) -> torch.Tensor:
-        """y."""
-        ctx.save_for_backward(u, delta, bc, z)
-        ctx.constants = a, d, bias
+        """y; ``inputs`` as `ScanInputs` has them."""
+        ctx.save_for_backward(*inputs[:4])
+        ctx.constants = inputs[4:]
         ctx.batch, ctx.kernels = batch, operators.gradients
-        return operators.forward.selective_scan(u, delta, bc, z, a, d, bias, batch)[0]
+        return operators.forward.selective_scan(ScanInputs(*inputs), batch)[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -179,7 +152,7 @@ class _SelectiveScan(torch.autograd.Function):
         ctx.kernels.launch("scan_chunks", grid, THREADS, (scan,))
         ctx.kernels.launch("join_chunks", (-(-channels * states // THREADS), documents), THREADS, (scan,))
         ctx.kernels.launch("scan_gradients", grid, THREADS, (scan, rows, of_u, of_delta, of_z, of_bc))
-        return of_u, of_delta, of_bc.sum(0), of_z, None, None, None, None, None
+        return None, None, of_u, of_delta, of_bc.sum(0), of_z, None, None, None
 
 
 class _SsdScan(torch.autograd.Function):
@@ -187,22 +160,13 @@ class _SsdScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        dt: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        operators: CudaDifferentiableOperators,
+        ctx: Any, operators: CudaDifferentiableOperators, batch: PlacedBatch, *inputs: torch.Tensor
     ) -> torch.Tensor:
-        """y."""
-        ctx.save_for_backward(x, b, c, dt)
-        ctx.constants = a, d, bias
+        """y; ``inputs`` as `SsdInputs` has them."""
+        ctx.save_for_backward(*inputs[:4])
+        ctx.constants = inputs[4:]
         ctx.batch, ctx.operators = batch, operators
-        return operators.forward.ssd_scan(x, b, c, dt, a, d, bias, batch)[0]
+        return operators.forward.ssd_scan(SsdInputs(*inputs), batch)[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -216,7 +180,7 @@ class _SsdScan(torch.autograd.Function):
         found = ssd_gradients(x, b, c, step, slope, a)
         of_x, of_b, of_c, of_step = (padding.packed(part) for part in found)
         of_x = torch.addcmul(of_x, grad, d[:, None])
-        return of_x.flatten(1), of_b.flatten(1), of_c.flatten(1), of_step * before.sigmoid(), *[None] * 5
+        return None, None, of_x.flatten(1), of_b.flatten(1), of_c.flatten(1), of_step * before.sigmoid(), *[None] * 3
 
 
 class _Hadamard(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from quambase.model.exponential import exp
 from quambase.model.hadamard import hadamard
 from quambase.model.operators import host_kernels as kernels
-from quambase.model.operators.interface import BlockState
+from quambase.model.operators.interface import BlockState, ScanInputs, SsdInputs
 from quambase.model.operators.ssd_gradients import CHUNK
 from quambase.model.operators.torch import CPU, TorchOperators
 from quambase.model.packed_batch import PlacedBatch
@@ -85,36 +85,20 @@ class DifferentiableOperators(TorchOperators):
         return F.silu(total)
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: ScanInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
+        u, delta, bc, z, a, d, bias = inputs
         padded = Padding(batch, RUN)
         parts = map(padded.pad, (F.softplus(delta + bias), u, bc))
         scanned = padded.packed(checkpoint(_recurrent_scan, *parts, a, use_reentrant=False))
         return (scanned + d * u) * F.silu(z), self.no_states(batch, a.T.shape)
 
     def ssd_scan(
-        self,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        dt: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: SsdInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.ssd_scan`."""
+        x, b, c, dt, a, d, bias = inputs
         states = b.shape[1] // self.ngroups
         wide = x.view(len(x), len(a), -1)
         padded = Padding(batch, CHUNK)
@@ -132,36 +116,20 @@ class HostDifferentiableOperators(DifferentiableOperators):
     """The same on the CPU, with the compiled loops of `quambase.model.operators.host_kernels`."""
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: ScanInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
-        y = applied(_HostSelectiveScan, u, F.softplus(delta + bias), bc, z, a, d, batch.host.offsets)
-        return y, self.no_states(batch, a.T.shape)
+        stepped = inputs._replace(delta=F.softplus(inputs.delta + inputs.bias))
+        y = applied(_HostSelectiveScan, batch.host.offsets, *stepped)
+        return y, self.no_states(batch, inputs.a.T.shape)
 
     def ssd_scan(
-        self,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        dt: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: SsdInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.ssd_scan`."""
-        y = applied(_HostSsdScan, x, b, c, F.softplus(dt + bias), a, d, batch.host.offsets, self.ngroups)
-        return y, self.no_states(batch, (x.shape[1], b.shape[1] // self.ngroups))
+        stepped = inputs._replace(dt=F.softplus(inputs.dt + inputs.bias))
+        y = applied(_HostSsdScan, batch.host.offsets, self.ngroups, *stepped)
+        return y, self.no_states(batch, (inputs.x.shape[1], inputs.b.shape[1] // self.ngroups))
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """As `Operators.hadamard`."""
@@ -278,17 +246,9 @@ class _HostSelectiveScan(torch.autograd.Function):
     """`Operators.selective_scan` of float32 tensors on the CPU; the gradients of u, step, bc and z."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        u: torch.Tensor,
-        step: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        offsets: torch.Tensor,
-    ) -> torch.Tensor:
-        """y; ``step`` is delta after its bias and softplus."""
+    def forward(ctx: Any, offsets: torch.Tensor, *stepped: torch.Tensor) -> torch.Tensor:
+        """y; ``stepped``: as `ScanInputs` has them, delta after its bias and softplus."""
+        u, step, bc, z, a, d, _ = stepped
         b, c = (part.contiguous() for part in bc.chunk(2, dim=1))
         inputs = [u, step, a, b, c, d, z.contiguous(), offsets]
         y, states = torch.empty_like(u), torch.zeros(len(offsets) - 1, *a.shape)
@@ -306,26 +266,17 @@ class _HostSelectiveScan(torch.autograd.Function):
         of_bc = torch.empty(blocks, len(u), 2 * len(a))  # of each block of channels
         written = [gradients[0].contiguous(), of_u, of_step, of_z, of_bc]
         kernels.selective_scan_gradients(*(part.numpy() for part in [*inputs, *written]))
-        return of_u, of_step, of_bc.sum(0), of_z, None, None, None
+        return None, of_u, of_step, of_bc.sum(0), of_z, None, None, None
 
 
 class _HostSsdScan(torch.autograd.Function):
     """`Operators.ssd_scan` of float32 tensors on the CPU; the gradients of x, b, c and step."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        step: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        offsets: torch.Tensor,
-        ngroups: int,
-    ) -> torch.Tensor:
-        """y; ``step`` is dt after its bias and softplus."""
-        x, b, c = (part.contiguous() for part in (x, b, c))
+    def forward(ctx: Any, offsets: torch.Tensor, ngroups: int, *stepped: torch.Tensor) -> torch.Tensor:
+        """y; ``stepped``: as `SsdInputs` has them, dt after its bias and softplus."""
+        x, b, c = (part.contiguous() for part in stepped[:3])
+        step, a, d, _ = stepped[3:]
         decay = exp(step * a)
         y, states = torch.empty_like(x), torch.zeros(len(offsets) - 1, x.shape[1], b.shape[1] // ngroups)
         kernels.ssd_scan(*(part.numpy() for part in (x, step, decay, b, c, d, offsets, y, states)))
@@ -345,7 +296,7 @@ class _HostSsdScan(torch.autograd.Function):
         kernels.ssd_scan_gradients(*(part.numpy() for part in [*inputs, *written]))
         shared = of_bc.view(ctx.ngroups, -1, len(x), width).sum(1).transpose(0, 1)  # (t, g, 2n)
         of_b, of_c = (part.reshape(b.shape) for part in shared.chunk(2, dim=2))
-        return of_x, of_b, of_c, of_step, None, None, None, None
+        return None, None, of_x, of_b, of_c, of_step, None, None, None
 
 
 class _HostHadamard(torch.autograd.Function):

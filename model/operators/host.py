@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from quambase.model.exponential import exp
 from quambase.model.hadamard import hadamard
 from quambase.model.operators import host_kernels as kernels
-from quambase.model.operators.interface import BlockState
+from quambase.model.operators.interface import BlockState, ScanInputs, SsdInputs
 from quambase.model.operators.torch import TorchOperators
 from quambase.model.packed_batch import PlacedBatch
 
@@ -42,18 +42,10 @@ class HostOperators(TorchOperators):
         return out
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: ScanInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`. In memory, states are (documents, n, e)."""
+        u, delta, bc, z, a, d, bias = inputs
         states, channels = a.shape
         if state is None:
             ssm = torch.zeros(batch.host.documents, states, channels)
@@ -78,18 +70,10 @@ class HostOperators(TorchOperators):
         return y, last
 
     def ssd_scan(
-        self,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        dt: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: SsdInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.ssd_scan`."""
+        x, b, c, dt, a, d, bias = inputs
         delta = F.softplus(dt + bias)
         ssm = torch.zeros(batch.host.documents, x.shape[1], b.shape[1] // self.ngroups) if state is None else state.ssm
         y = torch.empty(x.shape)

@@ -10,7 +10,7 @@ next token of a sequence, whose state is read and updated.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
 
@@ -45,14 +45,52 @@ class BlockState:
     conv: torch.Tensor
     ssm: torch.Tensor
 
-    def first(self, sequences: int) -> BlockState:
+    def first(self, sequences: int) -> Self:
         """The state of the first ``sequences`` of them."""
-        return BlockState(self.conv[:sequences], self.ssm[:sequences])
+        return type(self)(self.conv[:sequences], self.ssm[:sequences])
 
 
 def by_state_index(ssm: torch.Tensor) -> torch.Tensor:
     """A Mamba-1's state (b, e, n), laid out in memory as `BlockState` says."""
     return ssm.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+class ScanInputs(NamedTuple):
+    """What Mamba-1's scan reads: activations, and the constants of a block.
+
+    u, delta (before bias and softplus), z (t, e); bc (t, 2n), B then C; a (n, e) negative; d, bias (e,).
+    """
+
+    u: torch.Tensor
+    delta: torch.Tensor
+    bc: torch.Tensor
+    z: torch.Tensor
+    a: torch.Tensor
+    d: torch.Tensor
+    bias: torch.Tensor
+
+    def at(self, rows: slice) -> ScanInputs:
+        """The same of these rows alone."""
+        return self._replace(u=self.u[rows], delta=self.delta[rows], bc=self.bc[rows], z=self.z[rows])
+
+
+class SsdInputs(NamedTuple):
+    """What Mamba-2's scan reads: activations, and the constants of a block.
+
+    x (t, h p), b, c (t, g n): slices of one tensor; dt (t, h) before bias and softplus; a (h,) negative; d, bias (h,).
+    """
+
+    x: torch.Tensor
+    b: torch.Tensor
+    c: torch.Tensor
+    dt: torch.Tensor
+    a: torch.Tensor
+    d: torch.Tensor
+    bias: torch.Tensor
+
+    def at(self, rows: slice) -> SsdInputs:
+        """The same of these rows alone."""
+        return self._replace(x=self.x[rows], b=self.b[rows], c=self.c[rows], dt=self.dt[rows])
 
 
 class Operators(Protocol):
@@ -91,39 +129,14 @@ class Operators(Protocol):
         """
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: ScanInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y (t, e) and the state (documents, e, n) after each document's last token.
-
-        u, delta (before bias and softplus), z (t, e); bc (t, 2n), B then C; a (n, e) negative; d, bias (e,).
-        """
+        """y (t, e) and the state (documents, e, n) after each document's last token."""
 
     def ssd_scan(
-        self,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        dt: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: SsdInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y (t, h p) and the state (documents, h p, n) after each document's last token.
-
-        x (t, h p), b, c (t, g n): slices of one tensor; dt (t, h) before bias and softplus; a (h,) negative; d, bias
-        (h,).
-        """
+        """y (t, h p) and the state (documents, h p, n) after each document's last token."""
 
     def gated_norm(
         self, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, *, rotated: bool

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from quambase.model.exponential import exp
+from quambase.model.operators.differentiable import Padding
 from quambase.model.packed_batch import Batch, PlacedBatch, sampled_ends
 from quambase.schema.sites import STATE_BY_CHANNEL
 
@@ -55,13 +57,10 @@ class Pieces:
             found[pieces - 1] += 0.5 * self.lengths[pieces]
         return found
 
-    def padded(self, values: torch.Tensor) -> torch.Tensor:
-        """The pieces' rows of ``values`` (rows, ...), zeros after the last of each: (pieces, longest, ...)."""
-        starts, lengths = self.batch.offsets[:-1].long(), self.lengths
-        numbers = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
-        within = torch.arange(len(values), device=values.device) - starts[numbers]
-        found = values.new_zeros(len(lengths), int(lengths.max()), *values.shape[1:])
-        return found.index_put_((numbers, within), values)
+    @cached_property
+    def padding(self) -> Padding:
+        """Pads the pieces to the longest one."""
+        return Padding(self.batch)
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of each piece's rows of ``values`` (rows, channels): (pieces, channels)."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from quambase.model.hadamard import odd_factor, odd_order
-from quambase.model.operators.interface import BlockState
+from quambase.model.operators.interface import BlockState, ScanInputs, SsdInputs
 from quambase.model.packed_batch import PlacedBatch
 
 CPU = torch.device("cpu")
@@ -68,18 +68,10 @@ class TorchOperators:
         return F.silu(total).to(x.dtype)
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: ScanInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.selective_scan`."""
+        u, delta, bc, z, a, d, bias = inputs
         states = len(a)
         ssm = torch.zeros(batch.host.documents, u.shape[1], states, device=u.device) if state is None else state.ssm
         step = F.softplus(delta.float() + bias)
@@ -93,18 +85,10 @@ class TorchOperators:
         return (y * F.silu(z.float())).to(u.dtype), ssm
 
     def ssd_scan(
-        self,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        dt: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None = None,
+        self, inputs: SsdInputs, batch: PlacedBatch, state: BlockState | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Operators.ssd_scan`."""
+        x, b, c, dt, a, d, bias = inputs
         heads = len(a)
         wide = x.float().view(len(x), heads, -1)
         share = heads // self.ngroups

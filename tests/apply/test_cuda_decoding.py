@@ -31,14 +31,21 @@ from quambase.apply.int8.language_model import Int8LanguageModel, Int8State
 from quambase.apply.int8.operators import cuda as device_operators
 from quambase.apply.int8.operators.cuda import CudaInt8Operators
 from quambase.apply.int8.operators.host import HostInt8Operators
-from quambase.apply.int8.operators.interface import Int8BlockState, ScanScales, SsdScales
+from quambase.apply.int8.operators.interface import (
+    Convolution,
+    Int8BlockState,
+    Multipliers,
+    ScanScales,
+    SsdCodes,
+    SsdScales,
+)
 from quambase.apply.int8.weights import PlacedWeights
 from quambase.collector.collect import collect
 from quambase.model.checkpoint import load_model
 from quambase.model.decoding_steps import DecodingSteps
 from quambase.model.language_model import floating_model
 from quambase.model.operators import cuda as floating_operators
-from quambase.model.operators.interface import OperatorSizes
+from quambase.model.operators.interface import OperatorSizes, ScanInputs
 from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.schema.scale_table import read_scales
 
@@ -65,14 +72,13 @@ def plain_product(
     name: str,
     x: torch.Tensor,
     weight: torch.Tensor,
-    first: float | torch.Tensor,
-    second: float,
+    by: Multipliers,
     out: torch.Tensor,
     offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The products of the tensor cores, which only a device has."""
     sums = x.int() @ weight[:, : x.shape[1]].int().T - (0 if offset is None else offset)
-    value = sums.float() * first * second
+    value = sums.float() * by.first * by.second
     return out.copy_(value.round().clamp(-128, 127) if out.dtype == torch.int8 else value)
 
 
@@ -99,7 +105,7 @@ def test_convolution(channels: int, taps: int, b: int, affine: bool, device: tor
     scale_wx = torch.rand(channels, generator=generator) * 2e-4
     bias, scale_out = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) / 60 + 0.01
     zero_out = torch.randint(-128, 100, (channels,), generator=generator).float() * affine
-    vectors: tuple[Any, ...] = (weight, scale_wx, bias, scale_out, zero_out if affine else None)
+    conv = Convolution(weight, scale_wx, bias, scale_out, zero_out if affine else None)
     here = HostInt8Operators(mamba1(channels + channels % 4 * 7, taps=taps)).decoding()
     there = CudaInt8Operators(device, mamba1(channels + channels % 4 * 7, taps=taps)).decoding()
     ssm = torch.zeros(b, 1, 1, dtype=torch.int8)
@@ -107,9 +113,9 @@ def test_convolution(channels: int, taps: int, b: int, affine: bool, device: tor
     kept = theirs.conv
     for _ in range(STEPS):
         x = codes(generator, b, channels + 20)
-        wanted = here.conv_silu(x[:, 4 : 4 + channels], *vectors, next_tokens(b, CPU), mine)
+        wanted = here.conv_silu(x[:, 4 : 4 + channels], conv, next_tokens(b, CPU), mine)
         read = padded(x, device)[:, 4 : 4 + channels]
-        found = there.conv_silu(read, *on(device, *vectors), next_tokens(b, device), theirs)
+        found = there.conv_silu(read, Convolution(*on(device, *conv)), next_tokens(b, device), theirs)
         # Only another exp tells them apart, by some 2^-23 of a code of up to 2^7: a few in a million lie that near a
         # half, so of these some thousand none, and of the wide ones on CUDA a handful.
         assert close(found, wanted, 1e-5)
@@ -129,12 +135,12 @@ def test_selective_scan(channels: int, states: int, b: int, zero_point: int, dev
     mine, theirs = both_states(conv, codes(generator, b, states, channels), device)
     for _ in range(STEPS):
         u, delta, bc, z = (codes(generator, b, width) for width in (channels, channels, 3 + 2 * states, 2 * channels))
-        wanted = here.selective_scan(
-            u, delta, bc[:, 3:], z[:, channels:], scales, a, d, bias, next_tokens(b, CPU), mine
-        )
+        read = ScanInputs(u, delta, bc[:, 3:], z[:, channels:], a, d, bias)
+        wanted = here.selective_scan(read, scales, next_tokens(b, CPU), mine)
         inputs = [padded(part, device) for part in (u, delta, bc, z)]
         inputs[2], inputs[3] = inputs[2][:, 3:], inputs[3][:, channels:]
-        found = there.selective_scan(*inputs, scales, *on(device, a, d, bias), next_tokens(b, device), theirs)
+        moved = ScanInputs(*inputs, *on(device, a, d, bias))
+        found = there.selective_scan(moved, scales, next_tokens(b, device), theirs)
         assert close(found, wanted)
         assert close(theirs.ssm, mine.ssm, 1e-4)  # exp's last place, of codes within 2^-16 of a half
         theirs.ssm.copy_(mine.ssm)
@@ -171,9 +177,9 @@ def test_mamba2s_scan(
     mine, theirs = both_states(conv, codes(generator, b, e, states), device)
     for _ in range(STEPS):
         conv_out, dt = codes(generator, b, e + 2 * w), codes(generator, b, heads + 3)
-        wanted = here.ssd_scan(conv_out, dt[:, 3:], scales, a, d, bias, next_tokens(b, CPU), mine)
-        inputs = (padded(conv_out, device), padded(dt, device)[:, 3:], moved)
-        found = there.ssd_scan(*inputs, *on(device, a, d, bias), next_tokens(b, device), theirs)
+        wanted = here.ssd_scan(SsdCodes(conv_out, dt[:, 3:], a, d, bias), scales, next_tokens(b, CPU), mine)
+        inputs = SsdCodes(padded(conv_out, device), padded(dt, device)[:, 3:], *on(device, a, d, bias))
+        found = there.ssd_scan(inputs, moved, next_tokens(b, device), theirs)
         assert close(found, wanted)
         assert close(theirs.ssm, mine.ssm, 1e-4)
         theirs.ssm.copy_(mine.ssm)
@@ -190,7 +196,7 @@ def test_the_product_of_one_row_is_exact(depth: int, columns: int, device: torch
     here, there = HostInt8Operators(sizes).decoding(), CudaInt8Operators(device, sizes).decoding()
     moved, read = there.matrix(matrix), padded(x, device)
     sums = (x.long() @ weight.long().T).float()
-    half = there.linear_to_half(read, moved, 1e-3, 0.7)
+    half = there.linear_to_half(read, moved, Multipliers(1e-3, 0.7))
     assert torch.equal(half.cpu(), (sums * 1e-3 * 0.7).half())
     second = 30.0
     by_column = torch.rand(columns, generator=generator) / float(sums.abs().mean())
@@ -198,11 +204,13 @@ def test_the_product_of_one_row_is_exact(depth: int, columns: int, device: torch
     for first in (float(by_column[0]), by_column, torch.full_like(by_column, 0.5 / second)):  # the last: ties
         for away in (False, True):
             for shift in (None, offset):
-                arguments = (first, second, away, shift)
-                wanted = here.linear_to_int8(x, matrix, *arguments)
-                assert torch.equal(there.linear_to_int8(read, moved, *on(device, *arguments)).cpu(), wanted)
+                by = Multipliers(first, second, away)
+                wanted = here.linear_to_int8(x, matrix, by, shift)
+                found = there.linear_to_int8(read, moved, Multipliers(*on(device, *by)), *on(device, shift))
+                assert torch.equal(found.cpu(), wanted)
     apart = torch.cat([x[:, :1], x], 1).to(device)[:, 1:]  # not aligned
-    assert torch.equal(there.linear_to_int8(apart, moved, 1e-3, 1.0).cpu(), here.linear_to_int8(x, matrix, 1e-3, 1.0))
+    by = Multipliers(1e-3, 1.0)
+    assert torch.equal(there.linear_to_int8(apart, moved, by).cpu(), here.linear_to_int8(x, matrix, by))
 
 
 def test_ties_of_one_row(device: torch.device) -> None:
@@ -210,8 +218,8 @@ def test_ties_of_one_row(device: torch.device) -> None:
     weight = torch.tensor([1, 3, -1, -3, 5], dtype=torch.int8)[:, None]
     there = CudaInt8Operators(device, mamba1()).decoding()
     matrix, one = there.matrix(Int8Weight(weight, 1.0)), padded(torch.ones(1, 1, dtype=torch.int8), device)
-    assert there.linear_to_int8(one, matrix, 0.5, 1.0).cpu().tolist() == [[0, 2, 0, -2, 2]]
-    assert there.linear_to_int8(one, matrix, 0.5, 1.0, True).cpu().tolist() == [[1, 2, -1, -2, 3]]
+    assert there.linear_to_int8(one, matrix, Multipliers(0.5, 1.0)).cpu().tolist() == [[0, 2, 0, -2, 2]]
+    assert there.linear_to_int8(one, matrix, Multipliers(0.5, 1.0, True)).cpu().tolist() == [[1, 2, -1, -2, 3]]
 
 
 def deciding_scales(values: torch.Tensor, factor: float) -> list[float]:
@@ -265,9 +273,8 @@ def driven(
             state = Int8BlockState(conv, torch.zeros(1, n, e, dtype=torch.int8, device=where))
             vectors = (torch.full((n, e), -1e3), torch.ones(e), torch.full((e,), step))
             inputs = [padded(part, where) for part in (ones, 0 * ones, b, ones)]
-            operators.selective_scan(
-                *inputs, ScanScales(1.0, 1.0, 1 / 64, 1.0, scale), *on(where, *vectors), batch, state
-            )
+            read = ScanInputs(*inputs, *on(where, *vectors))
+            operators.selective_scan(read, ScanScales(1.0, 1.0, 1 / 64, 1.0, scale), batch, state)
             found.append(state.ssm.cpu())
         else:
             state = Int8BlockState(conv, torch.zeros(1, e, n, dtype=torch.int8, device=where))
@@ -275,7 +282,7 @@ def driven(
             shapes = (by_column, None, 1.0, torch.full((1, n), scale), torch.zeros(e, dtype=torch.int64))
             vectors = (torch.full((1,), -1e3), torch.ones(1), torch.full((1,), step))
             inputs = [padded(part, where) for part in (torch.cat([ones, b], 1), 0 * ones[:, :1])]
-            operators.ssd_scan(*inputs, SsdScales(*on(where, *shapes)), *on(where, *vectors), batch, state)
+            operators.ssd_scan(SsdCodes(*inputs, *on(where, *vectors)), SsdScales(*on(where, *shapes)), batch, state)
             found.append(state.ssm.cpu())
     return found[0], found[1], found[0][0, :, 0] if family == "mamba1" else found[0][0, 0]
 
@@ -289,7 +296,8 @@ def test_ties_of_the_convolution(zero: float | None, device: torch.device) -> No
     operators = CudaInt8Operators(device, mamba1(16)).decoding()
     state = Int8BlockState(torch.zeros(1, 4, 16, dtype=torch.int8, device=device), torch.empty(0))
     x = padded(torch.zeros(1, 16, dtype=torch.int8), device)
-    found = operators.conv_silu(x, *on(device, zeros, flat, bias, flat, shift), next_tokens(1, device), state)
+    conv = Convolution(*on(device, zeros, flat, bias, flat, shift))
+    found = operators.conv_silu(x, conv, next_tokens(1, device), state)
     assert found[0].cpu().tolist() == [code + int(zero or 0) for code in range(41, 57)]
 
 
@@ -463,13 +471,13 @@ def test_prefill_leaves_the_hosts_states(device: torch.device) -> None:
     a, d, bias = -torch.rand(n, e, generator=generator) * 2, torch.ones(e), torch.randn(e, generator=generator) - 3
     scales = ScanScales(0.02, 0.03, 0.01, 0.04, 0.002)
     mine, theirs = (Int8BlockState(torch.empty(0), torch.empty(0)) for _ in "ab")
-    wanted = here.selective_scan(u, delta, bc, z, scales, a, d, bias, here_batch, mine)
+    wanted = here.selective_scan(ScanInputs(u, delta, bc, z, a, d, bias), scales, here_batch, mine)
     inputs = [padded(part, device) for part in (u, delta, bc, z)]
-    found = there.selective_scan(*inputs, scales, *on(device, a, d, bias), there_batch, theirs)
+    found = there.selective_scan(ScanInputs(*inputs, *on(device, a, d, bias)), scales, there_batch, theirs)
     assert close(found, wanted) and close(theirs.ssm, mine.ssm) and len(mine.ssm.unique()) > 50
     vectors = (codes(generator, 4, e).float(), torch.full((e,), 1e-4), torch.zeros(e), torch.full((e,), 0.02), None)
-    here.conv_silu(u, *vectors, here_batch, mine)
-    there.conv_silu(inputs[0], *on(device, *vectors), there_batch, theirs)
+    here.conv_silu(u, Convolution(*vectors), here_batch, mine)
+    there.conv_silu(inputs[0], Convolution(*on(device, *vectors)), there_batch, theirs)
     assert torch.equal(theirs.conv.cpu(), mine.conv) and mine.conv.shape == (len(LENGTHS), 4, e)
 
     heads, sizes = 8, OperatorSizes(32, e, n, 4, 8, 2)
@@ -478,7 +486,8 @@ def test_prefill_leaves_the_hosts_states(device: torch.device) -> None:
     by_group = torch.rand(3, n, generator=generator) / 200 + 0.002
     shapes = SsdScales(torch.full((e + 4 * n,), 0.02), None, 0.03, by_group, torch.arange(e) % 3)
     rest = (-torch.rand(heads, generator=generator) * 2, torch.ones(heads), torch.randn(heads, generator=generator) - 3)
-    wanted = here.ssd_scan(conv_out, dt, shapes, *rest, here_batch, mine)
+    wanted = here.ssd_scan(SsdCodes(conv_out, dt, *rest), shapes, here_batch, mine)
     moved = replace(shapes, **{name: getattr(shapes, name).to(device) for name in ("conv_out", "state", "groups")})
-    found = there.ssd_scan(padded(conv_out, device), padded(dt, device), moved, *on(device, *rest), there_batch, theirs)
+    there_inputs = SsdCodes(padded(conv_out, device), padded(dt, device), *on(device, *rest))
+    found = there.ssd_scan(there_inputs, moved, there_batch, theirs)
     assert close(found, wanted) and close(theirs.ssm, mine.ssm, 5e-3) and len(mine.ssm.unique()) > 50

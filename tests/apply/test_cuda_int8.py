@@ -29,12 +29,19 @@ from quambase.apply.int8.build import build_model, int8_on_cuda
 from quambase.apply.int8.operators import cuda as device_operators
 from quambase.apply.int8.operators.cuda import CudaInt8Operators, padded_rows
 from quambase.apply.int8.operators.host import HostInt8Operators
-from quambase.apply.int8.operators.interface import Int8BlockState, ScanScales, SsdScales
+from quambase.apply.int8.operators.interface import (
+    Convolution,
+    Int8BlockState,
+    Multipliers,
+    ScanScales,
+    SsdCodes,
+    SsdScales,
+)
 from quambase.apply.int8.weights import PlacedWeights
 from quambase.collector.collect import collect
 from quambase.model.checkpoint import load_model
 from quambase.model.inputs.text import read_documents
-from quambase.model.operators.interface import OperatorSizes
+from quambase.model.operators.interface import OperatorSizes, ScanInputs
 from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.schema.scale_table import read_scales
 
@@ -88,17 +95,17 @@ def test_products_are_exact(rows: int, depth: int, columns: int, hopper: bool, d
     first, second = 1 / float(sums.abs().float().mean()), 50.0
     columns_first = torch.rand(columns, generator=generator) * first
     # The two factors one after the other: their product would round some float16 the other way.
-    half = there.linear_to_half(*on_it, 1e-3, 0.7)
+    half = there.linear_to_half(*on_it, Multipliers(1e-3, 0.7))
     assert torch.equal(half.cpu(), (sums.int().float() * 1e-3 * 0.7).half())
-    assert torch.equal(half.cpu().float(), here.linear_to_half(x, matrix, 1e-3, 0.7))
+    assert torch.equal(half.cpu().float(), here.linear_to_half(x, matrix, Multipliers(1e-3, 0.7)))
     for factor in (first, columns_first):
-        found = there.linear_to_int8(*on_it, factor.to(device) if isinstance(factor, torch.Tensor) else factor, second)
-        wanted = here.linear_to_int8(x, matrix, factor, second)
+        found = there.linear_to_int8(*on_it, Multipliers(*on(device, factor, second)))
+        wanted = here.linear_to_int8(x, matrix, Multipliers(factor, second))
         assert torch.equal(found.cpu(), wanted)
         assert rows * columns < 1000 or len(wanted.unique()) > 200  # clipped ones and the rest
     offset = -113 * weight.sum(1, dtype=torch.int32)
     shifted = ((x.long() + 113) @ weight.long().T).int().float()
-    found = there.linear_to_int8(*on_it, first, second, False, offset.to(device))
+    found = there.linear_to_int8(*on_it, Multipliers(first, second), offset.to(device))
     assert torch.equal(found.cpu(), torch.round(shifted * first * second).clamp(-128, 127).to(torch.int8))
 
 
@@ -107,8 +114,8 @@ def test_rows_that_are_not_padded_are_multiplied_too(device: torch.device) -> No
     generator = torch.Generator().manual_seed(3)
     x, weight = codes(generator, 40, 23), Int8Weight(codes(generator, 9, 23), 1.0)
     there = CudaInt8Operators(device, mamba1())
-    found = there.linear_to_int8(x.to(device)[3:], there.matrix(weight), 1e-3, 1.0)
-    assert torch.equal(found.cpu(), HostInt8Operators(mamba1()).linear_to_int8(x[3:], weight, 1e-3, 1.0))
+    found = there.linear_to_int8(x.to(device)[3:], there.matrix(weight), Multipliers(1e-3, 1.0))
+    assert torch.equal(found.cpu(), HostInt8Operators(mamba1()).linear_to_int8(x[3:], weight, Multipliers(1e-3, 1.0)))
 
 
 @pytest.mark.parametrize("dim", [24, 64, 96, 768, 1536, 2560, 4096, 5120])
@@ -155,11 +162,11 @@ def test_convolution(channels: int, taps: int, affine: bool, device: torch.devic
     scale_wx = torch.rand(channels, generator=generator) * 2e-4
     bias, scale_out = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) / 60 + 0.01
     zero_out = torch.randint(-128, 100, (channels,), generator=generator).float() * affine
-    vectors: tuple[Any, ...] = (weight, scale_wx, bias, scale_out, zero_out if affine else None)
+    conv = Convolution(weight, scale_wx, bias, scale_out, zero_out if affine else None)
     sizes = mamba1(channels, taps=taps)
-    wanted = HostInt8Operators(sizes).conv_silu(x[:, 4 : 4 + channels], *vectors, batch)
+    wanted = HostInt8Operators(sizes).conv_silu(x[:, 4 : 4 + channels], conv, batch)
     operators = CudaInt8Operators(device, sizes)
-    found = operators.conv_silu(padded(x, device)[:, 4 : 4 + channels], *on(device, *vectors), moved)
+    found = operators.conv_silu(padded(x, device)[:, 4 : 4 + channels], Convolution(*on(device, *conv)), moved)
     # Only another exp tells them apart, by some 2^-23 of a code of up to 2^7: one in a million lies that near a half.
     assert close(found, wanted, 2e-6)
     assert len(wanted.unique()) > 100
@@ -175,11 +182,12 @@ def test_selective_scan(channels: int, states: int, zero_point: int, device: tor
     a = -torch.rand(states, channels, generator=generator) * 8
     d, bias = torch.randn(channels, generator=generator), torch.randn(channels, generator=generator) - 3
     scales, sizes = ScanScales(0.02, 0.03, 0.01, 0.04, 1.0, u_zero=zero_point), mamba1(channels, states)
-    wanted = HostInt8Operators(sizes).selective_scan(u, delta, bc[:, 3:], z[:, channels:], scales, a, d, bias, batch)
+    mine = ScanInputs(u, delta, bc[:, 3:], z[:, channels:], a, d, bias)
+    wanted = HostInt8Operators(sizes).selective_scan(mine, scales, batch)
     inputs = [padded(part, device) for part in (u, delta, bc, z)]
     inputs[2], inputs[3] = inputs[2][:, 3:], inputs[3][:, channels:]
     operators = CudaInt8Operators(device, sizes)
-    found = operators.selective_scan(*inputs, scales, *on(device, a, d, bias), moved)
+    found = operators.selective_scan(ScanInputs(*inputs, *on(device, a, d, bias)), scales, moved)
     assert close(found, wanted)
 
 
@@ -200,10 +208,10 @@ def test_mamba2s_scan_and_gated_norm(
     zeros = torch.randint(-128, 100, (e + 2 * w,), generator=generator).float()
     scales = SsdScales(conv_scales, zeros if affine else None, 0.03, torch.ones(1, states), torch.zeros(e).long())
     a, d, bias = -torch.rand(heads, generator=generator) * 8, *(torch.randn(heads, generator=generator) for _ in "db")
-    wanted = here.ssd_scan(conv_out, dt[:, 3:], scales, a, d, bias, batch)
+    wanted = here.ssd_scan(SsdCodes(conv_out, dt[:, 3:], a, d, bias), scales, batch)
     moved_scales = replace(scales, conv_out=conv_scales.to(device), zero=zeros.to(device) if affine else None)
-    inputs = (padded(conv_out, device), padded(dt, device)[:, 3:], moved_scales)
-    assert close(there.ssd_scan(*inputs, *on(device, a, d, bias), moved), wanted)
+    inputs = SsdCodes(padded(conv_out, device), padded(dt, device)[:, 3:], *on(device, a, d, bias))
+    assert close(there.ssd_scan(inputs, moved_scales, moved), wanted)
     weight = torch.randn(e, generator=generator)
     rest = (0.03, weight, 1e-5, 30 / e**0.5, False)
     found = there.gated_rotate(wanted.half().to(device), padded(z, device)[:, :e], 0.03, weight.to(device), *rest[2:])
@@ -287,6 +295,8 @@ def _ordered(x: torch.Tensor) -> torch.Tensor:
 def _on_host(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
         return argument.cpu().float() if argument.dtype == torch.float16 else argument.cpu().clone()
+    if isinstance(argument, tuple):
+        return type(argument)(*map(_on_host, argument))
     if is_dataclass(argument):
         return type(argument)(*(_on_host(getattr(argument, f.name)) for f in fields(argument)))
     return argument

@@ -178,7 +178,7 @@ def test_a_decoded_token_follows_the_twin(prepared, by_granularity, sequences, g
     seen.all.clear()
     model.step(torch.tensor([3, 7][:sequences]), state)
     factors = [1 if sequences == 1 else model.scales[i, "in_proj:input"] for i in range(CONFIG.n_layer)]
-    calls = [(call.arguments[4], call.arguments[3]) for call in seen.of("linear_to_int8")]
+    calls = [(call.arguments[2].away, call.arguments[2].second) for call in seen.of("linear_to_int8")]
     assert calls == [(sequences == 1, factor) for factor in factors]
     for i, layer in enumerate(prepared.layers):
         weights = quantized(layer)
@@ -214,7 +214,7 @@ def test_out_proj_multiplies_by_the_weights_scale_first(prepared, by_granularity
     model.step(torch.tensor([3]), state)
     scales = [model.scales[i, "out_proj:input"] for i in range(CONFIG.n_layer)] * 2
     for place, (call, scale) in enumerate(zip(seen.of("linear_to_half"), scales, strict=True)):
-        _, matrix, first, second, _ = call.arguments
+        _, matrix, (first, second, _) = call.arguments
         weight, alone = matrix.scale, place >= CONFIG.n_layer
         assert (first, second) == ((np.float32(weight * scale), 1) if alone else (weight, scale))
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from quambase.apply.int8 import arithmetic as int8
 from quambase.apply.int8.operators import host_kernels as kernels
 from quambase.apply.int8.operators.host import HostInt8Operators
-from quambase.apply.int8.operators.interface import ScanScales
+from quambase.apply.int8.operators.interface import Multipliers, ScanScales
 from quambase.model.hadamard import hadamard
-from quambase.model.operators.interface import OperatorSizes
+from quambase.model.operators.interface import OperatorSizes, ScanInputs
 from quambase.model.packed_batch import Batch, PlacedBatch
 
 OPERATORS = HostInt8Operators(OperatorSizes(d_model=16, d_inner=32, d_state=4, d_conv=4))
@@ -141,10 +141,10 @@ def test_epilogues_multiply_in_the_order_given():
     first, second, expected = factors_that_do_not_commute(
         lambda v: v.astype(np.float16), lambda v: np.float16(v) + np.float64(np.spacing(np.float16(v))) / 2, values
     )
-    result = OPERATORS.linear_to_half(x, identity, float(first), float(second))
+    result = OPERATORS.linear_to_half(x, identity, Multipliers(float(first), float(second)))
     np.testing.assert_array_equal(result.numpy()[:, 0], expected.astype(np.float32))
     first, second, expected = factors_that_do_not_commute(np.rint, lambda v: np.floor(v) + 0.5, values)
-    codes_out = OPERATORS.linear_to_int8(x, identity, float(first), float(second))
+    codes_out = OPERATORS.linear_to_int8(x, identity, Multipliers(float(first), float(second)))
     np.testing.assert_array_equal(codes_out.numpy()[:, 0], expected)
 
 
@@ -220,7 +220,7 @@ def test_an_offset_is_subtracted_from_the_integer_sums():
     prepared = int8.Int8Weight(torch.from_numpy(weight), 1.0)
     np.testing.assert_array_equal(int8.matmul(torch.from_numpy(x), prepared, offset).numpy(), exact.astype(np.float32))
     first = float(np.float32(1 / np.abs(exact).mean()))
-    found = OPERATORS.linear_to_int8(torch.from_numpy(x), prepared, first, 50.0, False, offset)
+    found = OPERATORS.linear_to_int8(torch.from_numpy(x), prepared, Multipliers(first, 50.0), offset)
     scaled = np.float32(np.float32(exact.astype(np.float32) * np.float32(first)) * np.float32(50))
     np.testing.assert_array_equal(found.numpy(), np.clip(np.rint(scaled), -128, 127))
 
@@ -236,9 +236,10 @@ def test_a_scan_reads_codes_without_their_zero_point():
     scales = ScanScales(0.02, 0.03, 0.01, 0.04, 1.0)
     rest = (delta, bc, z)
     u = torch.where(inside, u, 0)
-    plain = OPERATORS.selective_scan(u, *rest, scales, a, d, torch.zeros(20), batch)
-    shifted = (u + 90).to(torch.int8)
-    affine = OPERATORS.selective_scan(shifted, *rest, replace(scales, u_zero=90), a, d, torch.zeros(20), batch)
+    inputs = ScanInputs(u, *rest, a, d, torch.zeros(20))
+    plain = OPERATORS.selective_scan(inputs, scales, batch)
+    shifted = inputs._replace(u=(u + 90).to(torch.int8))
+    affine = OPERATORS.selective_scan(shifted, replace(scales, u_zero=90), batch)
     np.testing.assert_array_equal(plain.numpy(), affine.numpy())
 
 

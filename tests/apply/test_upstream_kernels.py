@@ -20,9 +20,9 @@ import torch
 
 from quambase.apply.int8.operators.cuda import CudaInt8Operators
 from quambase.apply.int8.operators.host import HostInt8Operators
-from quambase.apply.int8.operators.interface import ScanScales
+from quambase.apply.int8.operators.interface import Convolution, ScanScales
 from quambase.model.cuda.compiler import Kernels
-from quambase.model.operators.interface import OperatorSizes
+from quambase.model.operators.interface import OperatorSizes, ScanInputs
 from quambase.model.packed_batch import Batch, PlacedBatch
 
 pytestmark = [
@@ -221,17 +221,16 @@ def test_quamba1s_convolution(contracted: bool, upstream: Upstream, device: torc
     kernels.launch("conv", (DOCUMENTS, E), 64, [words(parameters)], 32768)
     # float32 as upstream's C++ has them
     scales = torch.tensor([scale_x, scale_w, scale_b, scale_out])
-    vectors = (
+    conv = Convolution(
         weight.T.float().contiguous(),
         (scales[1] * scales[0]).expand(E).contiguous(),
         bias.float() * scales[2],
         scales[3].expand(E).contiguous(),
         None,
     )
-    wanted = HostInt8Operators(SIZES).conv_silu(x, *vectors, here)
-    ours = CudaInt8Operators(device, SIZES).conv_silu(
-        x.to(device), *(v if v is None else v.to(device) for v in vectors), there
-    )
+    wanted = HostInt8Operators(SIZES).conv_silu(x, conv, here)
+    moved = Convolution(*(v if v is None else v.to(device) for v in conv))
+    ours = CudaInt8Operators(device, SIZES).conv_silu(x.to(device), moved, there)
     for what, mine in (("CPU", wanted), ("CUDA", ours.cpu())):
         apart = compare(f"convolution, contracted {contracted}, upstream and our {what}", packed(out), mine)
         # A contracted sum is off by 2^-24 of it: one in a million falls on another code. Not contracted, the CUDA ones
@@ -285,11 +284,10 @@ def test_quamba1s_scan(contracted: bool, upstream: Upstream, device: torch.devic
     s = {name: torch.tensor(value) for name, value in scales.items()}
     vectors = (-torch.exp(s["A"] * a_log.float()).T.contiguous(), s["D"] * d.float(), s["delta_bias"] * bias.float())
     our_scales = ScanScales(*(float(s[name]) for name in ("u", "delta", "B", "z")), state=1.0)
-    wanted = HostInt8Operators(SIZES).selective_scan(u, delta, b_c, z, our_scales, *vectors, here)
-    arguments = [v.to(device) for v in (u, delta, b_c, z)]
-    ours = CudaInt8Operators(device, SIZES).selective_scan(
-        *arguments, our_scales, *(v.to(device) for v in vectors), there
-    )
+    inputs = ScanInputs(u, delta, b_c, z, *vectors)
+    wanted = HostInt8Operators(SIZES).selective_scan(inputs, our_scales, here)
+    there_inputs = ScanInputs(*(v.to(device) for v in inputs))
+    ours = CudaInt8Operators(device, SIZES).selective_scan(there_inputs, our_scales, there)
     for what, mine in (("CPU", wanted), ("CUDA", ours.cpu())):
         compare(f"scan, contracted {contracted}, upstream and our {what}, last places", packed(out), mine)
         difference = (packed(out).float() - mine.float()).abs()
@@ -384,12 +382,11 @@ def test_quamba2s_convolution(contracted: bool, upstream: Upstream, device: torc
     parts = [("x", e), ("B", w), ("C", w)]
     scale_wx = torch.cat([(s[f"scale_w{n}"] * s[f"scale_{n}"]).expand(width) for n, width in parts])
     bias_float = bias.float() * torch.cat([s[f"scale_b{n}"].expand(width) for n, width in parts])
-    vectors = (weight.T.float().contiguous(), scale_wx, bias_float, scale_out, None)
+    conv = Convolution(weight.T.float().contiguous(), scale_wx, bias_float, scale_out, None)
     sizes = OperatorSizes(32, e, states, 4, headdim, ngroups)
-    wanted = HostInt8Operators(sizes).conv_silu(x, *vectors, here)
-    ours = CudaInt8Operators(device, sizes).conv_silu(
-        held[0], *(v if v is None else v.to(device) for v in vectors), there
-    )
+    wanted = HostInt8Operators(sizes).conv_silu(x, conv, here)
+    moved = Convolution(*(v if v is None else v.to(device) for v in conv))
+    ours = CudaInt8Operators(device, sizes).conv_silu(held[0], moved, there)
     found = torch.cat(outs, dim=1).cpu()
     for what, mine in (("CPU", wanted), ("CUDA", ours.cpu())):
         apart = compare(f"Quamba 2's convolution, contracted {contracted}, upstream and our {what}", found, mine)

@@ -14,7 +14,7 @@ from test_differentiable import gradients
 from quambase.model.hadamard import hadamard
 from quambase.model.operators import cuda, cuda_differentiable
 from quambase.model.operators.cuda_differentiable import CudaDifferentiableOperators
-from quambase.model.operators.interface import OperatorSizes
+from quambase.model.operators.interface import OperatorSizes, ScanInputs, SsdInputs
 from quambase.model.operators.torch import TorchOperators
 from quambase.model.packed_batch import Batch, PlacedBatch
 
@@ -80,7 +80,8 @@ def test_selective_scan(channels: int, states: int, device: torch.device) -> Non
 
     def operate(ops: TorchOperators, batch: PlacedBatch, leaves: list[torch.Tensor]) -> torch.Tensor:
         mine = (leaves[0], leaves[1], leaves[2][:, 3:], leaves[3][:, 6:])
-        return ops.selective_scan(*mine, *(part.to(ops.device) for part in (a, d, bias)), batch)[0]
+        inputs = ScanInputs(*mine, a.to(ops.device), d.to(ops.device), bias.to(ops.device))
+        return ops.selective_scan(inputs, batch)[0]
 
     check(operate, CudaDifferentiableOperators(OperatorSizes(16, channels, states, 4), device), [u, delta, bc, z])
 
@@ -98,8 +99,9 @@ def test_ssd_scan(heads: int, headdim: int, states: int, ngroups: int, device: t
     dt[:5] += 25  # softplus is the identity there
 
     def operate(ops: TorchOperators, batch: PlacedBatch, leaves: list[torch.Tensor]) -> torch.Tensor:
-        parts = (*torch.split(leaves[0], [e, w, w], dim=1), leaves[1][:, 3:])
-        return ops.ssd_scan(*parts, *(part.to(ops.device) for part in (a, d, bias)), batch)[0]
+        x, b, c = torch.split(leaves[0], [e, w, w], dim=1)
+        inputs = SsdInputs(x, b, c, leaves[1][:, 3:], a.to(ops.device), d.to(ops.device), bias.to(ops.device))
+        return ops.ssd_scan(inputs, batch)[0]
 
     check(
         operate,

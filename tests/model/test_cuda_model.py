@@ -12,7 +12,7 @@ from quambase.model.hadamard import hadamard
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.operators import cuda as cuda_operators
 from quambase.model.operators.cuda import CudaOperators
-from quambase.model.operators.interface import BlockState, OperatorSizes
+from quambase.model.operators.interface import BlockState, OperatorSizes, ScanInputs, SsdInputs
 from quambase.model.operators.torch import TorchOperators
 from quambase.model.packed_batch import Batch, PlacedBatch
 
@@ -74,10 +74,10 @@ def test_mamba1s_operators(dtype: torch.dtype, channels: int, states: int, devic
     assert close(found, convolved)
     delta, bc = draw(generator, dtype, t, channels), draw(generator, dtype, t, 3 + 2 * states)
     a = -torch.rand(states, channels, generator=generator) * 8
-    arguments = (convolved, delta, bc[:, 3:], wide[:, 6:], a, d, bias)
-    y, state = plain.selective_scan(*arguments, here)
+    y, state = plain.selective_scan(ScanInputs(convolved, delta, bc[:, 3:], wide[:, 6:], a, d, bias), here)
     on_device = (convolved.to(device), delta.to(device), bc.to(device)[:, 3:], wide.to(device)[:, 6:])
-    my_y, my_state = compiled.selective_scan(*on_device, *(v.to(device) for v in (a, d, bias)), there)
+    inputs = ScanInputs(*on_device, a.to(device), d.to(device), bias.to(device))
+    my_y, my_state = compiled.selective_scan(inputs, there)
     assert close(my_y, y) and close(my_state, state)
 
 
@@ -94,13 +94,14 @@ def test_mamba2s_scan(
     conv, dt = draw(generator, dtype, t, e + 2 * w), draw(generator, dtype, t, heads + 3)
     a, d, bias = -torch.rand(heads, generator=generator) * 8, *(draw(generator, SINGLE, heads) for _ in range(2))
     x, b, c = torch.split(conv, [e, w, w], dim=1)
-    y, state = TorchOperators(dtype, ngroups).ssd_scan(x, b, c, dt[:, 3:], a, d, bias, here)
+    y, state = TorchOperators(dtype, ngroups).ssd_scan(SsdInputs(x, b, c, dt[:, 3:], a, d, bias), here)
     compiled = CudaOperators(device, dtype, mamba2(heads, headdim, states, ngroups))
-    my = torch.split(conv.to(device), [e, w, w], dim=1)
-    found = compiled.ssd_scan(*my, dt.to(device)[:, 3:], a.to(device), d.to(device), bias.to(device), there)
+    x, b, c = torch.split(conv.to(device), [e, w, w], dim=1)
+    my = SsdInputs(x, b, c, dt.to(device)[:, 3:], a.to(device), d.to(device), bias.to(device))
+    found = compiled.ssd_scan(my, there)
     assert close(found[0], y) and close(found[1], state)
-    apart = [part.clone() for part in my]  # no columns of one matrix
-    again = compiled.ssd_scan(*apart, dt.to(device)[:, 3:], a.to(device), d.to(device), bias.to(device), there)
+    apart = my._replace(x=x.clone(), b=b.clone(), c=c.clone())  # no columns of one matrix
+    again = compiled.ssd_scan(apart, there)
     assert torch.equal(again[0], found[0]) and torch.equal(again[1], found[1])
 
 
@@ -126,9 +127,10 @@ def test_mamba1s_operators_of_one_token(
         moved = wide.to(device)
         found = compiled.conv_silu(moved[:, :channels], weight.to(device), bias.to(device), there, theirs)
         assert close(found, convolved) and torch.equal(theirs.conv.cpu(), mine.conv)
-        y, _ = plain.selective_scan(convolved, delta, bc[:, 3:], wide[:, 6:], a, d, bias, here, mine)
-        inputs = (convolved.to(device), delta.to(device), bc.to(device)[:, 3:], moved[:, 6:])
-        my_y, last = compiled.selective_scan(*inputs, *(v.to(device) for v in (a, d, bias)), there, theirs)
+        y, _ = plain.selective_scan(ScanInputs(convolved, delta, bc[:, 3:], wide[:, 6:], a, d, bias), here, mine)
+        on_device = (convolved.to(device), delta.to(device), bc.to(device)[:, 3:], moved[:, 6:])
+        inputs = ScanInputs(*on_device, a.to(device), d.to(device), bias.to(device))
+        my_y, last = compiled.selective_scan(inputs, there, theirs)
         assert close(my_y, y) and close(theirs.ssm, mine.ssm) and last is theirs.ssm
         assert theirs.conv is kept[0] and theirs.ssm is kept[1]
         if step == 1:
@@ -153,9 +155,11 @@ def test_mamba2s_scan_of_one_token(
     for _ in range(3):
         here, there = (PlacedBatch.next_tokens(torch.zeros(b).long(), on) for on in (torch.device("cpu"), device))
         wide, dt = draw(generator, dtype, b, e + 2 * w), draw(generator, dtype, b, heads + 3)
-        y, _ = plain.ssd_scan(*torch.split(wide, [e, w, w], dim=1), dt[:, 3:], a, d, bias, here, mine)
-        inputs = (*torch.split(wide.to(device), [e, w, w], dim=1), dt.to(device)[:, 3:])
-        my_y, last = compiled.ssd_scan(*inputs, *(v.to(device) for v in (a, d, bias)), there, theirs)
+        x, b_in, c = torch.split(wide, [e, w, w], dim=1)
+        y, _ = plain.ssd_scan(SsdInputs(x, b_in, c, dt[:, 3:], a, d, bias), here, mine)
+        x, b_in, c = torch.split(wide.to(device), [e, w, w], dim=1)
+        inputs = SsdInputs(x, b_in, c, dt.to(device)[:, 3:], a.to(device), d.to(device), bias.to(device))
+        my_y, last = compiled.ssd_scan(inputs, there, theirs)
         assert close(my_y, y) and close(last, mine.ssm) and last is theirs.ssm
 
 

@@ -10,6 +10,7 @@ from quambase.model.language_model import floating_model
 from quambase.model.mamba1 import MambaConfig
 from quambase.model.mamba2 import Mamba2Config
 from quambase.model.operators.cuda import CudaOperators
+from quambase.model.operators.interface import ScanInputs, SsdInputs
 from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.model.weights import random_weights, tensors_of
 
@@ -51,7 +52,8 @@ def test_selective_scan(device: torch.device, batch: PlacedBatch) -> None:
     a, d, bias = -torch.rand(states, channels, device=device) * 8, draw(device, channels), draw(device, channels + 3)
     bias = bias[:channels] - 3
     config = MambaConfig(16, 1, vocab_size=64, d_inner=channels, d_state=states, dt_rank=1)
-    y, state = CudaOperators(device, HALF, config.operator_sizes).selective_scan(u, delta, bc, z, a, d, bias, batch)
+    inputs = ScanInputs(u, delta, bc, z, a, d, bias)
+    y, state = CudaOperators(device, HALF, config.operator_sizes).selective_scan(inputs, batch)
     b, c = (channels_last(part) for part in bc.split(states, dim=1))
     wanted, last = interface.selective_scan_fn(
         channels_last(u),
@@ -78,7 +80,8 @@ def test_ssd_scan(device: torch.device, batch: PlacedBatch) -> None:
     a, d, bias = -torch.rand(heads, device=device) * 8, draw(device, heads + 1)[:heads], draw(device, heads + 2)[:heads]
     parts = torch.split(conv, [e, w, w], dim=1)
     config = Mamba2Config(16, 1, vocab_size=64, d_inner=e, d_state=states, headdim=headdim, ngroups=ngroups)
-    y, state = CudaOperators(device, HALF, config.operator_sizes).ssd_scan(*parts, dt, a, d, bias - 3, batch)
+    inputs = SsdInputs(*parts, dt, a, d, bias - 3)
+    y, state = CudaOperators(device, HALF, config.operator_sizes).ssd_scan(inputs, batch)
     x, b, c = (
         part.reshape(DOCUMENTS, LENGTH, count, -1) for part, count in zip(parts, (heads, ngroups, ngroups), strict=True)
     )

@@ -147,7 +147,8 @@ class WatchedLoop(PlainLoop):
         for state, gradient in zip(states[:-1], gradients, strict=False):
             state.register_hook(gradient.copy_)
 
-    def selective_scan(self, u, delta, bc, z, a, d, bias, batch, state=None):  # type: ignore[no-untyped-def]
+    def selective_scan(self, inputs, batch, state=None):  # type: ignore[no-untyped-def]
+        u, delta, bc, z, a, d, bias = inputs
         step, n, state, outputs, states = F.softplus(delta + bias), len(a), torch.zeros(a.T.shape), [], []
         for t in range(len(u)):
             now = torch.exp(step[t, :, None] * a.T) * state + (step[t] * u[t])[:, None] * bc[t, None, :n]
@@ -157,7 +158,8 @@ class WatchedLoop(PlainLoop):
         self.watch(states)
         return (torch.stack(outputs) + d * u) * F.silu(z), torch.zeros(1, *a.T.shape)
 
-    def ssd_scan(self, x, b, c, dt, a, d, bias, batch, state=None):  # type: ignore[no-untyped-def]
+    def ssd_scan(self, inputs, batch, state=None):  # type: ignore[no-untyped-def]
+        x, b, c, dt, a, d, bias = inputs
         heads, step = len(a), F.softplus(dt + bias)
         wide = x.view(len(x), heads, -1)
         shared = [part.view(len(x), self.ngroups, -1).repeat_interleave(heads // self.ngroups, 1) for part in (b, c)]

@@ -16,6 +16,7 @@ from quambase.apply.int8.arithmetic import weight_values
 from quambase.apply.int8.group_scales import scale_of_channels, zero_point_of_channels
 from quambase.apply.int8.language_model import Int8LanguageModel
 from quambase.model.hadamard import hadamard
+from quambase.model.operators.interface import ScanInputs, SsdInputs
 from quambase.model.operators.torch import TorchOperators
 from quambase.model.packed_batch import Batch, PlacedBatch
 from quambase.schema.sites import CONV_SCAN, IN_PROJ, OUT_PROJ, X_PROJ, find_site
@@ -80,7 +81,8 @@ class Twin:
         dt_b_c = self.site(layer, X_PROJ, "x_proj:output", u(X_PROJ) @ w("x_proj").T)
         dt = self.site(layer, X_PROJ, "dt_proj:output", dt_b_c(X_PROJ)[:, :r] @ w("dt_proj").T)(CONV_SCAN)
         a, bc = -torch.exp(w("A_log")).T, dt_b_c(CONV_SCAN)[:, r:]
-        y, _ = self.operators.selective_scan(u(CONV_SCAN), dt, bc, xz[:, e:], a, w("D"), w("dt_bias"), batch)
+        inputs = ScanInputs(u(CONV_SCAN), dt, bc, xz[:, e:], a, w("D"), w("dt_bias"))
+        y, _ = self.operators.selective_scan(inputs, batch)
         return self.out(layer, hadamard(half(y)))
 
     def mamba2(self, layer: int, normed: Values, batch: PlacedBatch) -> Values:
@@ -105,7 +107,8 @@ class Twin:
             parts = [half(part) for part in parts]  # as tensor cores read them
         nothing = torch.zeros(c.heads)  # type: ignore[attr-defined]
         a = -torch.exp(w("A_log"))
-        y, _ = self.operators.ssd_scan(parts[0], parts[1], parts[2], dt, a, nothing, w("dt_bias"), batch)
+        inputs = SsdInputs(parts[0], parts[1], parts[2], dt, a, nothing, w("dt_bias"))
+        y, _ = self.operators.ssd_scan(inputs, batch)
         y = half(y + skip * w("D").repeat_interleave(c.d_inner // c.heads))  # type: ignore[attr-defined]
         if CONV_SCAN not in kept and OUT_PROJ in kept:
             z = half(z)

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from quambase.apply.evaluation.diff.figures import EXPONENTIAL, RATIO, SHARE, Compared, Figure, because, compare
+from quambase.apply.evaluation.comparisons import EXPONENTIAL, RATIO, SHARE
+from quambase.apply.evaluation.diff.figures import Compared, Figure, because, compare
 from quambase.apply.evaluation.paired_statistics import Float64
 from quambase.apply.evaluation.sentences import few_clusters
 from quambase.apply.evaluation.stored import Evaluation

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from quambase.apply.evaluation.comparisons import (
-    ENDS,
+    EXPONENTIAL,
+    SHARE,
     Difference,
     Units,
+    difference_columns,
+    differences,
     exponential,
-    exponential_difference,
     judged,
-    ratio_difference,
-    share_difference,
 )
-from quambase.apply.evaluation.paired_statistics import FEWEST, Float64, linearised, sign_flip_p
-
-SHARE, RATIO, EXPONENTIAL = "share", "ratio", "exponential"
-"""Kinds of a figure: a share of documents, a ratio of sums (of values and weights), the exponential of one."""
+from quambase.apply.evaluation.paired_statistics import Float64, linearised
 
 DIFF = pa.schema(
     [
@@ -38,10 +33,7 @@ DIFF = pa.schema(
         ("clusters", pa.int64()),
         ("a", pa.float64()),
         ("b", pa.float64()),
-        *(
-            (f"difference{end}", {"_verdict": pa.string(), "_needed": pa.int64()}.get(end, pa.float64()))
-            for end in ENDS
-        ),
+        *difference_columns("difference"),
         ("higher", pa.int64()),
         ("lower", pa.int64()),
         ("flips", pa.float64()),
@@ -49,7 +41,7 @@ DIFF = pa.schema(
     ]
 )
 """strategy_*  labels of stored evaluations, filter the filter of a log; null where there is none
-kind        SHARE (p is McNemar's), RATIO or EXPONENTIAL (p by sign flips)
+kind        of `quambase.apply.evaluation.comparisons`: SHARE (p is McNemar's), RATIO or EXPONENTIAL (p by sign flips)
 clusters    as in `quambase.apply.evaluation.summary.SUMMARY`
 difference  b - a; its columns are those of a difference in SUMMARY, p Holm-corrected over the filters or strategies of
             one metric on one text
@@ -112,15 +104,8 @@ def compare(figures: Sequence[Figure], seed: int) -> pa.Table:
 
 def _difference(figure: Figure, units: Units, seed: int) -> Difference:
     """B - A over the units."""
-    if figure.kind == SHARE and units.single:
-        return share_difference(figure.second > 0, figure.first > 0)
     first, second, weights = (units.summed(column) for column in (figure.first, figure.second, figure.weights))
-    # Below FEWEST units no p is asked for.
-    with np.errstate(invalid="ignore"):  # of two infinite values nothing is known: NaN
-        differences = (second - first)[:, None]
-    (p_value,) = sign_flip_p(differences, seed) if units.count >= FEWEST else (math.nan,)
-    made = exponential_difference if figure.kind == EXPONENTIAL else ratio_difference
-    return made(second, first, weights, float(p_value))
+    return differences(figure.kind, [second], first, weights, units, seed)[0]
 
 
 def _row(figure: Figure) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from quambase.apply.evaluation.diff.figures import EXPONENTIAL, RATIO, SHARE, Compared, Figure, because, compare
+from quambase.apply.evaluation.comparisons import EXPONENTIAL, RATIO, SHARE
+from quambase.apply.evaluation.diff.figures import Compared, Figure, because, compare
 from quambase.apply.evaluation.diff.sample_logs import (
     NO_FILTER,
     Sample,

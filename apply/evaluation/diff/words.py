@@ -7,11 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from quambase.apply.evaluation.comparisons import counted_units
-from quambase.apply.evaluation.diff.figures import SHARE
+from quambase.apply.evaluation.comparisons import SHARE, too_few
 from quambase.apply.evaluation.diff.sample_logs import NO_FILTER
 from quambase.apply.evaluation.paired_statistics import FEWEST, NOT_DISTINGUISHABLE, NOT_FINITE
-from quambase.apply.evaluation.sentences import round_up
+from quambase.apply.evaluation.sentences import still_needed
 from quambase.apply.evaluation.summary_text import SAME
 
 Row = dict[str, Any]
@@ -59,7 +58,7 @@ def sentence(row: Row) -> str:
 
 
 def _certainty(row: Row) -> str:
-    if counted_units(row["documents"], row["clusters"]) < FEWEST:
+    if too_few(row):
         return f"; {row['documents']} documents give no verdict: take {FEWEST} or more"
     verdict = row["difference_verdict"]
     if verdict == NOT_FINITE:
@@ -67,13 +66,8 @@ def _certainty(row: Row) -> str:
     line = f", p = {row['difference_p']:.2g}: "
     if verdict != NOT_DISTINGUISHABLE:
         return f"{line}B is {verdict}"
-    line += str(verdict)
-    if row["difference_detectable"] is None or row["difference"] == 0:
-        return line
-    needed = row["difference_needed"]
-    if needed is None:
-        return f"{line}; no practical number of documents would do"
-    return f"{line}; about {round_up(needed):,} documents would be needed" if needed > row["documents"] else line
+    needed = still_needed(row, "difference", " documents")
+    return f"{line}{verdict}; {needed}" if needed else f"{line}{verdict}"
 
 
 def short_table(table: pa.Table) -> pa.Table:
@@ -120,7 +114,7 @@ def _ranged(row: Row) -> str:
 
 def _short_verdict(row: Row) -> str:
     """The verdict as a narrow table has it."""
-    if counted_units(row["documents"], row["clusters"]) < FEWEST:
+    if too_few(row):
         return f"under {FEWEST} documents"
     return SAME if row["difference_verdict"] == NOT_DISTINGUISHABLE else str(row["difference_verdict"])
 

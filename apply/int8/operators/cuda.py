@@ -16,12 +16,18 @@ import torch.nn.functional as F
 from quambase.apply.int8.arithmetic import Int8Weight, decoded, encoded
 from quambase.apply.int8.operators import simulated_scans
 from quambase.apply.int8.operators.half import HalfOperators
-from quambase.apply.int8.operators.interface import Int8BlockState, ScanScales, SsdScales
+from quambase.apply.int8.operators.interface import (
+    Convolution,
+    Int8BlockState,
+    Multipliers,
+    ScanScales,
+    SsdCodes,
+    SsdScales,
+)
 from quambase.apply.int8.state_formats import SimulatedState
 from quambase.model.cuda.compiler import Argument, Kernels
 from quambase.model.hadamard import odd_factor
 from quambase.model.operators.cuda import (
-    FREE_SHARED,
     ROW_THREADS,
     SCAN_THREADS,
     STEP_THREADS,
@@ -31,7 +37,7 @@ from quambase.model.operators.cuda import (
     rows_shared,
     step_blocks,
 )
-from quambase.model.operators.interface import OperatorSizes
+from quambase.model.operators.interface import OperatorSizes, ScanInputs
 from quambase.model.packed_batch import PlacedBatch, last_rows
 
 ALIGNMENT = 16
@@ -110,8 +116,7 @@ class CudaInt8Operators:
         shared = dict.fromkeys(("norm_to_int8", "norm_to_half"), 4 * _padded(sizes.d_model, 4))
         shared["gated_rotate" if heads else "rotate"] = self._rotated_shared
         for name, size in shared.items():
-            if size > FREE_SHARED:
-                self._blocks.allow_shared(name, size)
+            self._blocks.allow_shared(name, size)
 
     def decoding(self) -> CudaInt8Decoding:
         """As `Int8Operators.decoding`."""
@@ -166,26 +171,18 @@ class CudaInt8Operators:
         return out
 
     def linear_to_int8(
-        self,
-        x: torch.Tensor,
-        weight: Int8Weight,
-        first: float | torch.Tensor,
-        second: float,
-        away: bool = False,
-        offset: torch.Tensor | None = None,
+        self, x: torch.Tensor, weight: Int8Weight, by: Multipliers, offset: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.linear_to_int8`."""
-        assert not away  # only if one sequence decodes
+        assert not by.away  # only if one sequence decodes
         out = self._codes(len(x), len(weight.codes))
         name = "product_to_int8" if offset is None else "product_to_int8_less"
-        return self._product(name, x, weight.codes, first, second, out, offset)
+        return self._product(name, x, weight.codes, by, out, offset)
 
-    def linear_to_half(
-        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
-    ) -> torch.Tensor:
+    def linear_to_half(self, x: torch.Tensor, weight: Int8Weight, by: Multipliers) -> torch.Tensor:
         """As `Int8Operators.linear_to_half`."""
         out = self._halves(len(x), len(weight.codes))
-        return self._product("product_to_half", x, weight.codes, first, second, out)
+        return self._product("product_to_half", x, weight.codes, by, out)
 
     def half_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """As `Int8Operators.half_product`."""
@@ -213,15 +210,13 @@ class CudaInt8Operators:
         name: str,
         x: torch.Tensor,
         weight: torch.Tensor,
-        first: float | torch.Tensor,
-        second: float,
+        by: Multipliers,
         out: torch.Tensor,
         offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x = self._aligned(x)
         columns, depth = weight.shape
-        scaled = _scaling(first, second, offset)
-        arguments = (x, x.stride(0), weight, len(x), columns, depth, *scaled, out, out.stride(0))
+        arguments = (x, x.stride(0), weight, len(x), columns, depth, *_scaling(by, offset), out, out.stride(0))
         grid = (-(-columns // TILE), -(-len(x) // TILE))
         self._products.launch(name, grid, self._product_block.threads, arguments, self._product_block.shared)
         return out
@@ -233,50 +228,31 @@ class CudaInt8Operators:
         return x
 
     def conv_silu(
-        self,
-        x: torch.Tensor,
-        taps: torch.Tensor,
-        scale_wx: torch.Tensor,
-        bias: torch.Tensor,
-        scale_out: torch.Tensor,
-        zero_out: torch.Tensor | None,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, x: torch.Tensor, conv: Convolution, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.conv_silu`."""
         rows, channels = x.shape
         out = self._codes(rows, channels)
         grid = (-(-channels // CONV_CHANNELS), -(-rows // CONV_ROWS))
-        vectors = (taps, scale_wx, bias, scale_out, 0 if zero_out is None else zero_out)
-        arguments = (x, x.stride(0), *vectors, batch.starts, rows, channels, out, out.stride(0))
-        self._blocks.launch("conv_silu" if zero_out is None else "conv_silu_shifted", grid, 128, arguments)
+        arguments = (x, x.stride(0), *_vectors(conv), batch.starts, rows, channels, out, out.stride(0))
+        self._blocks.launch("conv_silu" if conv.zero_out is None else "conv_silu_shifted", grid, 128, arguments)
         if state is not None:
-            state.conv = last_rows(x, batch, len(taps))
+            state.conv = last_rows(x, batch, len(conv.taps))
         return out
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        scales: ScanScales,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, inputs: ScanInputs, scales: ScanScales, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.selective_scan`."""
         if isinstance(state, SimulatedState):
-            simulated_scans.selective_scan(u, delta, bc, z, scales, a, d, bias, batch, state)
+            simulated_scans.selective_scan(inputs, scales, batch, state)
             state = None
-        documents, states, channels = batch.host.documents, *a.shape
-        y = torch.empty(u.shape, dtype=torch.float16, device=self.device)
+        documents, states, channels = batch.host.documents, *inputs.a.shape
+        y = torch.empty(inputs.u.shape, dtype=torch.float16, device=self.device)
         if state is not None:
             state.ssm = torch.empty(documents, states, channels, dtype=torch.int8, device=self.device)
         kept = (0 if state is None else state.ssm, scales.state)
-        arguments = (*_scan_inputs(u, delta, bc, z, scales), a, d, bias, batch.offsets, channels, y, *kept)
+        arguments = (*_scan_arguments(inputs, scales), batch.offsets, channels, y, *kept)
         name = "selective_scan_shifted" if scales.u_zero else "selective_scan"
         self._blocks.launch(name, (-(-channels // SCAN_THREADS), documents), SCAN_THREADS, arguments)
         return y
@@ -289,39 +265,31 @@ class CudaInt8Operators:
         return out
 
     def ssd_scan(
-        self,
-        conv_out: torch.Tensor,
-        dt: torch.Tensor,
-        scales: SsdScales,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, inputs: SsdCodes, scales: SsdScales, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.ssd_scan`."""
         if isinstance(state, SimulatedState):
-            simulated_scans.ssd_scan(conv_out, dt, scales, a, d, bias, batch, state, self.sizes.ngroups)
+            simulated_scans.ssd_scan(inputs, scales, batch, state, self.sizes.ngroups)
             state = None
-        documents, channels, heads = batch.host.documents, self.sizes.d_inner, len(a)
-        y = torch.empty(len(conv_out), channels, dtype=torch.float16, device=self.device)
+        documents, channels, heads = batch.host.documents, self.sizes.d_inner, len(inputs.a)
+        y = torch.empty(len(inputs.dt), channels, dtype=torch.float16, device=self.device)
         if state is not None:
             state.ssm = torch.empty(documents, channels, self.sizes.d_state, dtype=torch.int8, device=self.device)
         kept = (0 if state is None else state.ssm, scales.state, scales.groups)
-        inputs = self._ssd_inputs(conv_out, dt, scales)
-        arguments = (*inputs, a, d, bias, batch.offsets, heads, self.sizes.ngroups, y, *kept)
+        arguments = (*self._ssd_arguments(inputs, scales), batch.offsets, heads, self.sizes.ngroups, y, *kept)
         name = "ssd_scan" if scales.zero is None else "ssd_scan_shifted"
         self._blocks.launch(name, (heads, documents), self._ssd_threads, arguments)
         return y
 
-    def _ssd_inputs(self, conv_out: torch.Tensor, dt: torch.Tensor, scales: SsdScales) -> list[Argument]:
-        """The arguments of both SSD kernels up to dt's scale."""
+    def _ssd_arguments(self, inputs: SsdCodes, scales: SsdScales) -> list[Argument]:
+        """The arguments of both SSD kernels up to the block's constants."""
+        conv_out, dt, *constants = inputs
         width = self.sizes.ngroups * self.sizes.d_state
         widths = [self.sizes.d_inner, width, width]
         parts: list[Argument] = [*torch.split(conv_out, widths, dim=1), conv_out.stride(0)]
         parts += torch.split(scales.conv_out, widths)
         parts += [0, 0, 0] if scales.zero is None else torch.split(scales.zero, widths)
-        return [*parts, dt, dt.stride(0), scales.dt]
+        return [*parts, dt, dt.stride(0), scales.dt, *constants]
 
     def gated_rotate(
         self,
@@ -352,125 +320,92 @@ class CudaInt8Decoding(CudaInt8Operators):
     decodes = True
 
     def linear_to_int8(
-        self,
-        x: torch.Tensor,
-        weight: Int8Weight,
-        first: float | torch.Tensor,
-        second: float,
-        away: bool = False,
-        offset: torch.Tensor | None = None,
+        self, x: torch.Tensor, weight: Int8Weight, by: Multipliers, offset: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As `Int8Operators.linear_to_int8`; ``away`` of a single row only."""
+        """As `Int8Operators.linear_to_int8`; away from zero of a single row only."""
         if len(x) != 1:
-            return super().linear_to_int8(x, weight, first, second, away, offset)
+            return super().linear_to_int8(x, weight, by, offset)
         out = self._codes(1, len(weight.codes))
-        return self._row("row_to_int8", x, weight.codes, _scaling(first, second, offset), away, out)
+        return self._row("row_to_int8", x, weight.codes, by, out, offset)
 
-    def linear_to_half(
-        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
-    ) -> torch.Tensor:
+    def linear_to_half(self, x: torch.Tensor, weight: Int8Weight, by: Multipliers) -> torch.Tensor:
         """As `Int8Operators.linear_to_half`."""
         if len(x) != 1:
-            return super().linear_to_half(x, weight, first, second)
+            return super().linear_to_half(x, weight, by)
         out = self._halves(1, len(weight.codes))
-        return self._row("row_to_half", x, weight.codes, _scaling(first, second, None), False, out)
+        return self._row("row_to_half", x, weight.codes, by, out)
 
     def _row(
         self,
         name: str,
         x: torch.Tensor,
         weight: torch.Tensor,
-        scaling: tuple[Argument, ...],
-        away: bool,
+        by: Multipliers,
         out: torch.Tensor,
+        offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         columns, depth = weight.shape
-        arguments = (self._aligned(x), weight, columns, depth, *scaling, int(away), out)
+        arguments = (self._aligned(x), weight, columns, depth, *_scaling(by, offset), int(by.away), out)
         self._blocks.launch(name, (-(-columns // ROW_WARPS), 1), ROW_WARPS * 32, arguments)
         return out
 
     def conv_silu(
-        self,
-        x: torch.Tensor,
-        taps: torch.Tensor,
-        scale_wx: torch.Tensor,
-        bias: torch.Tensor,
-        scale_out: torch.Tensor,
-        zero_out: torch.Tensor | None,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, x: torch.Tensor, conv: Convolution, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.conv_silu`; the sum is rounded term by term."""
         assert state is not None and state.conv.is_contiguous()
         rows, channels = x.shape
         out = self._codes(rows, channels)
-        vectors = (taps, scale_wx, bias, scale_out, 0 if zero_out is None else zero_out)
-        arguments = (x, x.stride(0), *vectors, channels, state.conv, out, out.stride(0))
-        name = "conv_step" if zero_out is None else "conv_step_shifted"
+        arguments = (x, x.stride(0), *_vectors(conv), channels, state.conv, out, out.stride(0))
+        name = "conv_step" if conv.zero_out is None else "conv_step_shifted"
         self._blocks.launch(name, (-(-channels // STEP_CHANNELS), rows), STEP_CHANNELS, arguments)
         return out
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        scales: ScanScales,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, inputs: ScanInputs, scales: ScanScales, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.selective_scan`."""
         if isinstance(state, SimulatedState):
-            y = simulated_scans.selective_scan(u, delta, bc, z, scales, a, d, bias, batch, state)
+            y = simulated_scans.selective_scan(inputs, scales, batch, state)
             return y.to(torch.float16)
         assert state is not None and state.ssm.is_contiguous()
-        rows, channels = u.shape
+        rows, channels = inputs.u.shape
         y = torch.empty(rows, channels, dtype=torch.float16, device=self.device)
-        inputs = _scan_inputs(u, delta, bc, z, scales)
-        arguments = (*inputs, a, d, bias, channels, y, state.ssm, scales.state)
+        arguments = (*_scan_arguments(inputs, scales), channels, y, state.ssm, scales.state)
         name = "scan_step_shifted" if scales.u_zero else "scan_step"
         self._blocks.launch(name, (-(-channels // SCAN_THREADS), rows), SCAN_THREADS, arguments)
         return y
 
     def ssd_scan(
-        self,
-        conv_out: torch.Tensor,
-        dt: torch.Tensor,
-        scales: SsdScales,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, inputs: SsdCodes, scales: SsdScales, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.ssd_scan`; nothing but y is rounded to float16."""
         if isinstance(state, SimulatedState):
-            y = simulated_scans.ssd_scan(conv_out, dt, scales, a, d, bias, batch, state, self.sizes.ngroups)
+            y = simulated_scans.ssd_scan(inputs, scales, batch, state, self.sizes.ngroups)
             return y.to(torch.float16)
         assert state is not None and state.ssm.is_contiguous()
-        rows, channels = len(conv_out), self.sizes.d_inner
+        rows, channels = len(inputs.dt), self.sizes.d_inner
         y = torch.empty(rows, channels, dtype=torch.float16, device=self.device)
         kept = (state.ssm, scales.state, scales.groups)
-        inputs = self._ssd_inputs(conv_out, dt, scales)
-        arguments = (*inputs, a, d, bias, len(a), self.sizes.ngroups, y, *kept)
+        arguments = (*self._ssd_arguments(inputs, scales), len(inputs.a), self.sizes.ngroups, y, *kept)
         grid = (step_blocks(channels, self.sizes.headdim or 1), rows)
         self._blocks.launch("ssd_step" if scales.zero is None else "ssd_step_shifted", grid, STEP_THREADS, arguments)
         return y
 
 
-def _scaling(first: float | torch.Tensor, second: float, offset: torch.Tensor | None) -> tuple[Argument, ...]:
+def _scaling(by: Multipliers, offset: torch.Tensor | None) -> tuple[Argument, ...]:
     """The arguments of a product's scaling: factors by column or one, the second factor, offsets by column."""
-    factors: tuple[Argument, Argument] = (first, 1.0) if isinstance(first, torch.Tensor) else (0, first)
-    return (*factors, second, 0 if offset is None else offset)
+    factors: tuple[Argument, Argument] = (by.first, 1.0) if isinstance(by.first, torch.Tensor) else (0, by.first)
+    return (*factors, by.second, 0 if offset is None else offset)
 
 
-def _scan_inputs(
-    u: torch.Tensor, delta: torch.Tensor, bc: torch.Tensor, z: torch.Tensor, scales: ScanScales
-) -> tuple[Argument, ...]:
-    """The arguments of both selective scans up to z's scale."""
+def _vectors(conv: Convolution) -> tuple[Argument, ...]:
+    """The arguments of both convolutions by channel."""
+    return (*conv[:4], 0 if conv.zero_out is None else conv.zero_out)
+
+
+def _scan_arguments(inputs: ScanInputs, scales: ScanScales) -> tuple[Argument, ...]:
+    """The arguments of both selective scans up to the block's constants."""
+    u, delta, bc, z, *constants = inputs
     codes = (u, u.stride(0), delta, delta.stride(0), bc, bc.stride(0), z, z.stride(0))
-    return (*codes, scales.u, float(scales.u_zero), scales.delta, scales.bc, scales.z)
+    return (*codes, scales.u, float(scales.u_zero), scales.delta, scales.bc, scales.z, *constants)

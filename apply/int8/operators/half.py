@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from quambase.apply.int8.arithmetic import to_half
-from quambase.model.operators.interface import BlockState, Operators, by_state_index
+from quambase.model.operators.interface import BlockState, Operators, ScanInputs, SsdInputs, by_state_index
 from quambase.model.packed_batch import PlacedBatch, last_rows
 
 
@@ -30,39 +30,16 @@ class HalfOperators:
             state.conv = last_rows(x, batch, len(weight) - 1)
         return self._rounded(found)
 
-    def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None,
-    ) -> torch.Tensor:
+    def selective_scan(self, inputs: ScanInputs, batch: PlacedBatch, state: BlockState | None) -> torch.Tensor:
         """y of `Operators.selective_scan`."""
-        before = state if self.decodes else None
-        y, last = self.floating.selective_scan(u, delta, bc, z, a, d, bias, batch, before)
+        y, last = self.floating.selective_scan(inputs, batch, state if self.decodes else None)
         if state is not None:
             state.ssm = last if self.decodes else by_state_index(last)
         return self._rounded(y)
 
-    def ssd_scan(
-        self,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        dt: torch.Tensor,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: BlockState | None,
-    ) -> torch.Tensor:
+    def ssd_scan(self, inputs: SsdInputs, batch: PlacedBatch, state: BlockState | None) -> torch.Tensor:
         """y of `Operators.ssd_scan`."""
-        y, last = self.floating.ssd_scan(x, b, c, dt, a, d, bias, batch, state if self.decodes else None)
+        y, last = self.floating.ssd_scan(inputs, batch, state if self.decodes else None)
         if state is not None:
             state.ssm = last
         return self._rounded(y)

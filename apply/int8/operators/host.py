@@ -13,13 +13,20 @@ from quambase.apply.int8.arithmetic import Int8Weight, decoded, encoded, matmul,
 from quambase.apply.int8.operators import host_kernels as kernels
 from quambase.apply.int8.operators import simulated_scans
 from quambase.apply.int8.operators.half import HalfOperators
-from quambase.apply.int8.operators.interface import Int8BlockState, ScanScales, SsdScales
+from quambase.apply.int8.operators.interface import (
+    Convolution,
+    Int8BlockState,
+    Multipliers,
+    ScanScales,
+    SsdCodes,
+    SsdScales,
+)
 from quambase.apply.int8.state_formats import SimulatedState
 from quambase.model.exponential import exp
 from quambase.model.hadamard import hadamard
 from quambase.model.operators import host_kernels as float_kernels
 from quambase.model.operators.host import HostOperators, whole_rows
-from quambase.model.operators.interface import OperatorSizes
+from quambase.model.operators.interface import OperatorSizes, ScanInputs
 from quambase.model.operators.torch import CPU, gated_rms_norm
 from quambase.model.packed_batch import PlacedBatch, last_rows
 
@@ -72,26 +79,18 @@ class HostInt8Operators:
         return to_half(out)
 
     def linear_to_int8(
-        self,
-        x: torch.Tensor,
-        weight: Int8Weight,
-        first: float | torch.Tensor,
-        second: float,
-        away: bool = False,
-        offset: torch.Tensor | None = None,
+        self, x: torch.Tensor, weight: Int8Weight, by: Multipliers, offset: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.linear_to_int8`."""
         acc = matmul(x, weight, offset)
-        columns = first if isinstance(first, torch.Tensor) else torch.full((acc.shape[1],), first)
+        columns = by.first if isinstance(by.first, torch.Tensor) else torch.full((acc.shape[1],), by.first)
         out = torch.empty(acc.shape, dtype=torch.int8)
-        kernels.scale_columns_to_int8(acc.numpy(), columns.numpy(), np.float32(second), away, out.numpy())
+        kernels.scale_columns_to_int8(acc.numpy(), columns.numpy(), np.float32(by.second), by.away, out.numpy())
         return out
 
-    def linear_to_half(
-        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
-    ) -> torch.Tensor:
+    def linear_to_half(self, x: torch.Tensor, weight: Int8Weight, by: Multipliers) -> torch.Tensor:
         """As `Int8Operators.linear_to_half`."""
-        return to_half(matmul(x, weight).mul_(first).mul_(second))
+        return to_half(matmul(x, weight).mul_(by.first).mul_(by.second))
 
     def half_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """As `Int8Operators.half_product`."""
@@ -115,42 +114,22 @@ class HostInt8Operators:
         return to_half(decoded(codes, scale, zero))
 
     def conv_silu(
-        self,
-        x: torch.Tensor,
-        taps: torch.Tensor,
-        scale_wx: torch.Tensor,
-        bias: torch.Tensor,
-        scale_out: torch.Tensor,
-        zero_out: torch.Tensor | None,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, x: torch.Tensor, conv: Convolution, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.conv_silu`."""
         out = torch.empty(x.shape, dtype=torch.int8)
         rows, first = whole_rows(x)
-        scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy(), _or_zeros(zero_out, bias).numpy())
-        kernels.conv_silu_int8(rows, first, *scaled, batch.host.offsets.numpy(), out.numpy())
+        kernels.conv_silu_int8(rows, first, *_arrays(conv), batch.host.offsets.numpy(), out.numpy())
         if state is not None:
-            state.conv = last_rows(x, batch, len(taps))
+            state.conv = last_rows(x, batch, len(conv.taps))
         return out
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        scales: ScanScales,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, inputs: ScanInputs, scales: ScanScales, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.selective_scan`."""
-        y, last = torch.empty(u.shape), torch.zeros(batch.host.documents, *a.shape)
-        inputs = _scan_inputs(u, delta, bc, z, scales, a, d, bias)
-        float_kernels.selective_scan(*inputs, batch.host.offsets.numpy(), y.numpy(), last.numpy())
+        y, last = torch.empty(inputs.u.shape), torch.zeros(batch.host.documents, *inputs.a.shape)
+        float_kernels.selective_scan(*_scan_values(inputs, scales), batch.host.offsets.numpy(), y.numpy(), last.numpy())
         if isinstance(state, SimulatedState):
             state.keep(last)
         elif state is not None:
@@ -159,17 +138,10 @@ class HostInt8Operators:
         return to_half(y)
 
     def ssd_scan(
-        self,
-        conv_out: torch.Tensor,
-        dt: torch.Tensor,
-        scales: SsdScales,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, inputs: SsdCodes, scales: SsdScales, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.ssd_scan`."""
+        conv_out, dt, a, d, bias = inputs
         values = decoded(conv_out, scales.conv_out, scales.zero)
         x, b, c = self._split(to_half(values))
         delta = softplus_delta(dt, scales.dt, bias)
@@ -227,62 +199,34 @@ class HostInt8Decoding(HostInt8Operators):
     decodes = True
 
     def conv_silu(
-        self,
-        x: torch.Tensor,
-        taps: torch.Tensor,
-        scale_wx: torch.Tensor,
-        bias: torch.Tensor,
-        scale_out: torch.Tensor,
-        zero_out: torch.Tensor | None,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, x: torch.Tensor, conv: Convolution, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.conv_silu`; the sum is rounded term by term."""
         assert state is not None
         out = torch.empty(x.shape, dtype=torch.int8)
         rows, first = whole_rows(x)
-        scaled = (taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy(), _or_zeros(zero_out, bias).numpy())
-        kernels.conv_update_int8(rows, first, state.conv.numpy(), *scaled, out.numpy())
+        kernels.conv_update_int8(rows, first, state.conv.numpy(), *_arrays(conv), out.numpy())
         return out
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        scales: ScanScales,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, inputs: ScanInputs, scales: ScanScales, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.selective_scan`."""
         assert state is not None
         if isinstance(state, SimulatedState):
-            return to_half(simulated_scans.selective_scan(u, delta, bc, z, scales, a, d, bias, batch, state))
-        y = torch.empty(u.shape)
-        inputs = _scan_inputs(u, delta, bc, z, scales, a, d, bias)
-        kernels.scan_update_int8(*inputs, np.float32(scales.state), state.ssm.numpy(), y.numpy())
+            return to_half(simulated_scans.selective_scan(inputs, scales, batch, state))
+        y = torch.empty(inputs.u.shape)
+        kernels.scan_update_int8(*_scan_values(inputs, scales), np.float32(scales.state), state.ssm.numpy(), y.numpy())
         return to_half(y)
 
     def ssd_scan(
-        self,
-        conv_out: torch.Tensor,
-        dt: torch.Tensor,
-        scales: SsdScales,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, inputs: SsdCodes, scales: SsdScales, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """As `Int8Operators.ssd_scan`; nothing but y is rounded to float16."""
         assert state is not None
         if isinstance(state, SimulatedState):
-            arguments = (conv_out, dt, scales, a, d, bias, batch, state, self.sizes.ngroups)
-            return to_half(simulated_scans.ssd_scan(*arguments))
+            return to_half(simulated_scans.ssd_scan(inputs, scales, batch, state, self.sizes.ngroups))
+        conv_out, dt, a, d, bias = inputs
         x, b, c = self._split(decoded(conv_out, scales.conv_out, scales.zero))
         delta = softplus_delta(dt, scales.dt, bias)
         y = torch.empty(x.shape)
@@ -301,21 +245,16 @@ class HostInt8Decoding(HostInt8Operators):
         return to_half(y)
 
 
-def _or_zeros(values: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(like) if values is None else values
+def _arrays(conv: Convolution) -> tuple[Array, Array, Array, Array, Array]:
+    """The arguments of both convolution kernels: zero points of 0 where there are none."""
+    taps, scale_wx, bias, scale_out, zero_out = conv
+    zeros = torch.zeros_like(bias) if zero_out is None else zero_out
+    return taps.numpy(), scale_wx.numpy(), bias.numpy(), scale_out.numpy(), zeros.numpy()
 
 
-def _scan_inputs(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    bc: torch.Tensor,
-    z: torch.Tensor,
-    scales: ScanScales,
-    a: torch.Tensor,
-    d: torch.Tensor,
-    bias: torch.Tensor,
-) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
+def _scan_values(inputs: ScanInputs, scales: ScanScales) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
     """u, delta, A, B, C, D, z of Mamba-1's scan kernels, dequantized to float32."""
+    u, delta, bc, z, a, d, bias = inputs
     b, c = torch.split(decoded(bc, scales.bc), len(a), dim=1)
     return (
         decoded(u, scales.u, scales.u_zero).numpy(),

@@ -2,8 +2,7 @@
 
 Operators exchange int8 codes, whose rows may be strided, and float16 values, which are float32 tensors on the CPU. They
 compute in float32 and round a result once. Six operations round to codes: `add_norm_to_int8`, `linear_to_int8`,
-`conv_silu`, the Hadamard quantizer (`rotate`,
-`gated_rotate`), the states, and `encode`.
+`conv_silu`, the Hadamard quantizer (`rotate`, `gated_rotate`), the states, and `encode`.
 
 Convolution and scans take a ``state`` or None. Over whole documents they set it to the state after each document;
 operators that decode read and update it.
@@ -15,37 +14,51 @@ Hadamard transform. `encode` and `decode` stand between it and its neighbours of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from quambase.apply.int8.arithmetic import Int8Weight
 from quambase.apply.int8.operators.half import HalfOperators
-from quambase.model.operators.interface import BlockState
+from quambase.model.operators.interface import BlockState, ScanInputs
 from quambase.model.packed_batch import PlacedBatch
 
 
-@dataclass
-class Int8BlockState:
-    """A block's decoding state of b sequences, as codes.
+class Int8BlockState(BlockState):
+    """A block's decoding state of b sequences, as codes; of a block whose conv_scan is in 16 bit it is a `BlockState`.
 
     conv  (b, k, channels): the convolution's last inputs, oldest first
     ssm   (b, n, e) in Mamba-1, (b, e, n) in Mamba-2
-    ``in_place``: a step writes to these tensors; otherwise it replaces them.
     """
 
-    in_place: ClassVar[bool] = True
 
-    conv: torch.Tensor
-    ssm: torch.Tensor
+class Convolution(NamedTuple):
+    """A convolution of codes: weights, and the scales of its codes by channel.
 
-    def first(self, sequences: int) -> Int8BlockState:
-        """The state of the first ``sequences`` of them."""
-        return Int8BlockState(self.conv[:sequences], self.ssm[:sequences])
+    taps      (k, c) codes in float32, the last row for the current token
+    scale_wx  (c,) float32: the weight's scale times that of the input
+    bias      (c,) float32, dequantized
+    scale_out, zero_out  (c,) float32 of the output; None without a zero point
+    """
+
+    taps: torch.Tensor
+    scale_wx: torch.Tensor
+    bias: torch.Tensor
+    scale_out: torch.Tensor
+    zero_out: torch.Tensor | None
 
 
-AnyBlockState = Int8BlockState | BlockState
-"""A block's decoding state: in codes, or in floating point if its conv_scan is in 16 bit."""
+class SsdCodes(NamedTuple):
+    """What Mamba-2's scan reads: codes, and the constants of a block.
+
+    conv_out (t, e + 2gn), x, B, C; dt (t, h) before bias and softplus; a (h,) negative; d, bias (h,).
+    """
+
+    conv_out: torch.Tensor
+    dt: torch.Tensor
+    a: torch.Tensor
+    d: torch.Tensor
+    bias: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -141,23 +154,15 @@ class Int8Operators(Protocol):
         """The same norm, not divided by a scale, as float16 values."""
 
     def linear_to_int8(
-        self,
-        x: torch.Tensor,
-        weight: Int8Weight,
-        first: float | torch.Tensor,
-        second: float,
-        away: bool = False,
-        offset: torch.Tensor | None = None,
+        self, x: torch.Tensor, weight: Int8Weight, by: Multipliers, offset: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Codes (rows, out), saturating, of the integer product of codes x (rows, in) times `Multipliers`.
+        """Codes (rows, out), saturating, of the integer product of codes x (rows, in), multiplied ``by``.
 
         offset (out,) int32: subtracted from the integer sums; of codes with a zero point z, z times the row's sum.
         """
 
-    def linear_to_half(
-        self, x: torch.Tensor, weight: Int8Weight, first: float | torch.Tensor, second: float, away: bool = False
-    ) -> torch.Tensor:
-        """The same as float16 values, always half to even."""
+    def linear_to_half(self, x: torch.Tensor, weight: Int8Weight, by: Multipliers) -> torch.Tensor:
+        """The same as float16 values, half to even."""
 
     def half_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The product (rows, out) of float16 values x (rows, in), rounded to float16."""
@@ -180,57 +185,27 @@ class Int8Operators(Protocol):
         """Float16 values (rows, c), contiguous, of such codes: (code - zero) times scale in float32, then rounded."""
 
     def conv_silu(
-        self,
-        x: torch.Tensor,
-        taps: torch.Tensor,
-        scale_wx: torch.Tensor,
-        bias: torch.Tensor,
-        scale_out: torch.Tensor,
-        zero_out: torch.Tensor | None,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, x: torch.Tensor, conv: Convolution, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
-        """Depthwise causal convolution of codes x (t, c), SiLU, and codes (t, c), half away from zero.
-
-        taps (k, c) codes in float32, the last row for the current token; scale_wx, bias (dequantized), scale_out,
-        zero_out (c,) float32. The zero point, unless there is none, is added to the rounded quotient.
+        """Depthwise causal convolution of codes x (t, c), SiLU, and codes (t, c), half away from zero. The zero point,
+        unless there is none, is added to the rounded quotient.
         """
 
     def selective_scan(
-        self,
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        bc: torch.Tensor,
-        z: torch.Tensor,
-        scales: ScanScales,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, inputs: ScanInputs, scales: ScanScales, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """Mamba-1's scan of codes, gated: float16 values (t, e).
 
-        u, delta (before bias and softplus), z (t, e); bc (t, 2n), B then C; a (n, e) negative; d, bias (e,). States:
-        half away from zero after whole documents, half to even while decoding.
+        States: half away from zero after whole documents, half to even while decoding.
         """
 
     def ssd_scan(
-        self,
-        conv_out: torch.Tensor,
-        dt: torch.Tensor,
-        scales: SsdScales,
-        a: torch.Tensor,
-        d: torch.Tensor,
-        bias: torch.Tensor,
-        batch: PlacedBatch,
-        state: Int8BlockState | None = None,
+        self, inputs: SsdCodes, scales: SsdScales, batch: PlacedBatch, state: Int8BlockState | None = None
     ) -> torch.Tensor:
         """Mamba-2's scan of codes, not gated: float16 values (t, e).
 
-        conv_out (t, e + 2gn), x, B, C; dt (t, h) before bias and softplus; a (h,) negative; d, bias (h,). Over whole
-        documents x, B and C are rounded to float16, as upstream's tensor cores read them, except for the skip
-        connection. States: half to even.
+        Over whole documents x, B and C are rounded to float16, as upstream's tensor cores read them, except for the
+        skip connection. States: half to even.
         """
 
     def rotate(self, y: torch.Tensor, factor: float, wrap: bool) -> torch.Tensor:

@@ -8,48 +8,35 @@ from __future__ import annotations
 import torch
 
 from quambase.apply.int8.arithmetic import decoded, to_half
-from quambase.apply.int8.operators.interface import ScanScales, SsdScales
+from quambase.apply.int8.operators.interface import ScanScales, SsdCodes, SsdScales
 from quambase.apply.int8.state_formats import SimulatedState
-from quambase.model.operators.interface import BlockState
+from quambase.model.operators.interface import BlockState, ScanInputs, SsdInputs
 from quambase.model.operators.torch import TorchOperators
 from quambase.model.packed_batch import PlacedBatch
 
 
-def selective_scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    bc: torch.Tensor,
-    z: torch.Tensor,
-    scales: ScanScales,
-    a: torch.Tensor,
-    d: torch.Tensor,
-    bias: torch.Tensor,
-    batch: PlacedBatch,
-    state: SimulatedState,
-) -> torch.Tensor:
+def selective_scan(inputs: ScanInputs, scales: ScanScales, batch: PlacedBatch, state: SimulatedState) -> torch.Tensor:
     """y (t, e) float32 of a Mamba-1's scan; ``state`` keeps what the documents, or next tokens, make of it."""
-    values = decoded(u, scales.u, scales.u_zero), decoded(delta, scales.delta), decoded(bc, scales.bc)
+    values = inputs._replace(
+        u=decoded(inputs.u, scales.u, scales.u_zero),
+        delta=decoded(inputs.delta, scales.delta),
+        bc=decoded(inputs.bc, scales.bc),
+        z=decoded(inputs.z, scales.z),
+    )
     before = _before(state, batch, state.ssm.transpose(1, 2))
-    exact = TorchOperators(torch.float32, device=u.device)
-    y, last = exact.selective_scan(*values, decoded(z, scales.z), a, d, bias, batch, before)
+    exact = TorchOperators(torch.float32, device=inputs.u.device)
+    y, last = exact.selective_scan(values, batch, before)
     state.keep(last.transpose(1, 2).contiguous())
     return y
 
 
 def ssd_scan(
-    conv_out: torch.Tensor,
-    dt: torch.Tensor,
-    scales: SsdScales,
-    a: torch.Tensor,
-    d: torch.Tensor,
-    bias: torch.Tensor,
-    batch: PlacedBatch,
-    state: SimulatedState,
-    ngroups: int,
+    inputs: SsdCodes, scales: SsdScales, batch: PlacedBatch, state: SimulatedState, ngroups: int
 ) -> torch.Tensor:
     """y (t, e) float32 of a Mamba-2's scan. Of whole documents x, B, C and the last state are rounded to float16, as
     the INT8 model's prefill does; y is then not that of the model, whose skip connection reads x before.
     """
+    conv_out, dt, a, d, bias = inputs
     values = decoded(conv_out, scales.conv_out, scales.zero)
     if not batch.decodes:
         values = to_half(values)
@@ -57,7 +44,8 @@ def ssd_scan(
     width = (values.shape[1] - channels) // 2
     x, b, c = torch.split(values, [channels, width, width], dim=1)
     exact = TorchOperators(torch.float32, ngroups, conv_out.device)
-    y, last = exact.ssd_scan(x, b, c, decoded(dt, scales.dt), a, d, bias, batch, _before(state, batch, state.ssm))
+    read = SsdInputs(x, b, c, decoded(dt, scales.dt), a, d, bias)
+    y, last = exact.ssd_scan(read, batch, _before(state, batch, state.ssm))
     state.keep(last if batch.decodes else to_half(last))
     return y
 

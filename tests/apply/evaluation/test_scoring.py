@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +171,28 @@ def test_real_tokenizer_has_the_same_interface(tmp_path: Path) -> None:
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     items = perplexity_items([document("a b a")], Tokenizer(tmp_path, "", inner), 10)
     assert items[0].sequences == ([0, 1, 0],)
+
+
+COMPARE = """
+import numpy as np
+from quambase.apply.evaluation import host_kernels as kernels
+draw = np.random.default_rng(0)
+reference = draw.normal(0, 3, (32, 4096)).astype(np.float32)
+logits = reference + draw.normal(0, 0.1, reference.shape).astype(np.float32)
+top, nll, kl = np.empty(32, np.int64), np.empty(32), np.empty(32)
+kernels.log_softmax_rows(reference, top)
+kernels.compare_rows(reference, logits, top, nll, kl, top.copy())
+print(sum(kernels.compare_rows.stats.cache_hits.values()), *(part.tobytes().hex() for part in (reference, nll, kl)))
+"""
+
+
+def test_a_kernel_from_the_cache_computes_what_the_compiled_one_did(tmp_path: Path) -> None:
+    """Bit for bit: an evaluation gives the same figures before and after its kernels are kept on disk."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    first, again = (
+        subprocess.run([sys.executable, "-c", COMPARE], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    )
+    (made, *figures), (loaded, *same) = (done.stdout.split() for done in (first, again))
+    assert (made, loaded) == ("0", "1")
+    assert figures == same
