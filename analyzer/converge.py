@@ -9,7 +9,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.analyzer.convergence import Measured, next_step, sizes_table, strategies_table, summarize
@@ -25,6 +24,7 @@ from quambase.schema.sites import WHOLE
 from quambase.schema.sql.answer import PrintsAsTable
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.stored.manifest import Manifest
+from quambase.schema.values.arrays import Float64, Int64
 from quambase.schema.values.distribution import BlockCounts
 from quambase.schema.values.number_format import multipliers
 
@@ -169,7 +169,7 @@ def _where(groups: list[ScaleGroup], every: list[ScaleGroup], site: str | None, 
     return " ".join([*parts, scales]) if not parts else f"{' '.join(parts)}: {scales}"
 
 
-ByUnits = dict[int, npt.NDArray[np.float64]]
+ByUnits = dict[int, Float64]
 """Number of units to (subsamples, `quambase.analyzer.convergence.QUANTITIES`)."""
 
 
@@ -262,7 +262,7 @@ class _Plan:
         return found
 
 
-def _part(group: ScaleGroup, kind: str, counts: BlockCounts | None, units: npt.NDArray[np.int64]) -> ScaleGroup:
+def _part(group: ScaleGroup, kind: str, counts: BlockCounts | None, units: Int64) -> ScaleGroup:
     """``group`` on some units of ``kind``."""
     if kind == DOCUMENTS:
         return part_of_documents(group, units)

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.subsamples import Subsamples
 from quambase.schema.commands import collect_command
 from quambase.schema.stored.manifest import Manifest
-
-Float64 = npt.NDArray[np.float64]
+from quambase.schema.values.arrays import Float64
 
 CHANGE, MSE_RATIO, KL, KL_OF_ALL = QUANTITIES = ("change", "mse_ratio", "predicted_kl", "predicted_kl_of_all")
 """What is measured of a scale from a part of the documents, beside the scale from all of them: |scale / scale of all -

@@ -8,14 +8,10 @@ not by slices: Numba compiles the error paths of slices, which added eight secon
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.schema.compiled import kept_njit
+from quambase.schema.values.arrays import Float32, Float64, Int64
 from quambase.schema.values.number_format import INT8
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 QMIN, QMAX = INT8.qmin, INT8.qmax
 

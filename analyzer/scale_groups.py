@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.analyzer.least_squares import optimal_scale
 from quambase.analyzer.quantization_error import Figures, figures, piecewise_figures, signal_energy
@@ -15,6 +14,7 @@ from quambase.schema.groups import GROUP, TENSOR, granularity_of, united_groups
 from quambase.schema.sites import MAMBA1, MAMBA2, STATE_BY_CHANNEL, WHOLE, Site, find_site, is_model_site
 from quambase.schema.sql.database import DocumentSeries, StatsDB
 from quambase.schema.tables import DOCUMENT_QUANTILES
+from quambase.schema.values.arrays import Float32
 from quambase.schema.values.distribution import Distribution, Sensitivity
 from quambase.schema.values.number_format import Affine
 
@@ -41,7 +41,7 @@ class ScaleGroup:
     documents: DocumentSeries
     family: str = MAMBA1
     innermost: bool = True
-    state_amax: npt.NDArray[np.float32] | None = None
+    state_amax: Float32 | None = None
     sensitivity: Sensitivity | None = None
 
     @cached_property
@@ -116,11 +116,9 @@ def _members(smallest: list[str], name: str) -> list[str]:
     return united_groups(smallest, granularity_of(name)).get(name, [])
 
 
-def _state_amax(
-    stored: Mapping[tuple[int, str], npt.NDArray[np.float32]], layer: int, name: str
-) -> npt.NDArray[np.float32]:
+def _state_amax(stored: Mapping[tuple[int, str], Float32], layer: int, name: str) -> Float32:
     members = _members([group for la, group in stored if la == layer], name)
-    amax: npt.NDArray[np.float32] = np.max([stored[layer, member] for member in members], axis=0)
+    amax: Float32 = np.max([stored[layer, member] for member in members], axis=0)
     return amax
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.analyzer import kernels
 from quambase.analyzer.least_squares import optimal_affine, optimal_scale
@@ -34,12 +33,13 @@ from quambase.analyzer.upstream_observers import (
 )
 from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.sites import MAMBA2
+from quambase.schema.values.arrays import Float32
 from quambase.schema.values.number_format import INT8, OUTLIER_CODE, Affine
 
 Scale = float | Affine | tuple[float, float]
 """One scale, one with a zero point, or the (inner, outer) scales of two segments."""
 
-ByStateIndex = Callable[[npt.NDArray[np.float32]], list[float]]
+ByStateIndex = Callable[[Float32], list[float]]
 Function = TypeVar("Function", bound=Callable[..., Scale])
 
 DEFAULT_LABELS = (

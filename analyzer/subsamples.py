@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.schema.sql.database import DocumentSeries
+from quambase.schema.values.arrays import Int64
 from quambase.schema.values.distribution import BlockCounts, Distribution
-
-Int64 = npt.NDArray[np.int64]
 
 DOCUMENTS, BLOCKS = "documents", "blocks"
 """The two kinds of units of which a calibration text consists."""

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -29,13 +27,14 @@ from quambase.model.operators.choice import choose_device
 from quambase.model.packed_batch import Batch
 from quambase.model.weights import ModelWeights
 from quambase.schema.errors import DataInvalid, UnknownName
+from quambase.schema.values.arrays import Float64
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 Write = Callable[[int, pa.Table, pa.Table], None]
 """Receives a block's number and its rows of `documents` and `activations`."""
 
-Sums = Callable[[int, npt.NDArray[np.float64]], None]
+Sums = Callable[[int, Float64], None]
 """Receives a block's number and its `quambase.collector.statistics.BlockStatistics.sums`."""
 
 AHEAD = 2

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from quambase.schema.errors import UnknownName
 from quambase.schema.groups import LayerGroups
+from quambase.schema.values.arrays import Float32, Int64
 
 Variant = Literal["fixed", "quamba2"]
 """``quamba2`` does what upstream's code does: it orders heads by an unstable sort of their labels, and indexes the
@@ -25,8 +26,6 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 HEAD_GROUPS = 4
 CHANNEL_GROUPS = 4
-
-Float32 = npt.NDArray[np.float32]
 
 
 def layer_groups(
@@ -72,7 +71,7 @@ def layer_groups(
     return LayerGroups(tuple(head_index), tuple(head_sizes), tuple(channel_index), tuple(channel_sizes))
 
 
-def _cluster_heads(shapes: Float32, most: int) -> npt.NDArray[np.int64]:
+def _cluster_heads(shapes: Float32, most: int) -> Int64:
     """(heads,) labels of shapes (heads, p) by Ward's linkage, Euclidean; each of 0 .. clusters - 1 occurs."""
     clusters = min(most, len(shapes))
     if clusters == len(shapes):
@@ -83,7 +82,7 @@ def _cluster_heads(shapes: Float32, most: int) -> npt.NDArray[np.int64]:
         # As many heads of zeros as channels are a square matrix, which scipy mistakes for distances.
         warnings.filterwarnings("ignore", message=".*uncondensed distance matrix")
         found = AgglomerativeClustering(n_clusters=clusters, metric="euclidean", linkage="ward").fit(shapes)
-    labels: npt.NDArray[np.int64] = found.labels_.astype(np.int64)
+    labels: Int64 = found.labels_.astype(np.int64)
     return labels
 
 

@@ -54,7 +54,7 @@ from quambase.collector.shards import (
     write_places,
     write_sums,
 )
-from quambase.collector.statistics import ENCODINGS, Int64, RunStatistics, SiteLayout
+from quambase.collector.statistics import ENCODINGS, RunStatistics, SiteLayout
 from quambase.collector.tables.run_folder import (
     BlockFiles,
     clear_leftovers,
@@ -80,6 +80,7 @@ from quambase.schema.sql.answer import PrintsAsTable
 from quambase.schema.stored.manifest import MANIFEST, Manifest, TableFile
 from quambase.schema.stored.model_info import SIZES, ModelInfo, SortedGroups, TextInfo
 from quambase.schema.stored.runs import describe_run
+from quambase.schema.values.arrays import Int64
 
 CHECKPOINT_SECONDS = 10.0
 """A killed run loses about this much work at most, and the current block."""

@@ -16,8 +16,6 @@ from quambase.collector.statistics import (
     SUMMARY_COLUMNS,
     BlockStatistics,
     Encoding,
-    Float32,
-    Int64,
     RunStatistics,
     SiteLayout,
 )
@@ -33,6 +31,7 @@ from quambase.schema.sites import WHOLE, SiteKey
 from quambase.schema.stored.manifest import MANIFEST, Manifest
 from quambase.schema.stored.model_info import ModelInfo, TextInfo
 from quambase.schema.tables import ACTIVATIONS, DOCUMENTS
+from quambase.schema.values.arrays import Float32, Int64
 
 KINDS = (".pt", ".pth", ".npy", ".safetensors")
 

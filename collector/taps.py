@@ -8,7 +8,6 @@ from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -17,7 +16,6 @@ from quambase.collector.statistics import (
     SUMMARY_COLUMNS,
     BlockStatistics,
     Counter,
-    Int64,
     SiteLayout,
     counted_rows,
 )
@@ -25,9 +23,10 @@ from quambase.collector.tables.block_rows import KeptRows, activations_rows, doc
 from quambase.model.packed_batch import sampled_ends
 from quambase.schema.errors import TapNeverFired
 from quambase.schema.sites import SiteKey
+from quambase.schema.values.arrays import Int64
 from quambase.schema.values.positions import bucket_of
 
-Positions = Mapping[int, npt.NDArray[np.int64]]
+Positions = Mapping[int, Int64]
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.schema.groups import LayerGroups
-
-Float64 = npt.NDArray[np.float64]
+from quambase.schema.values.arrays import Float64
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.collector.statistics import SiteLayout
-
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
+from quambase.schema.values.arrays import Int32, Int64
 
 FLUSH = 60_000
 """Fixed cost of an item (writing its table, waiting for its first loads), as the number of values counted in that time.

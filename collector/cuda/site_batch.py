@@ -15,9 +15,7 @@ import torch
 from quambase.collector.cuda.packing import Packing
 from quambase.collector.host.kernels import PATTERNS
 from quambase.collector.statistics import SiteLayout
-
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
+from quambase.schema.values.arrays import Int32, Int64
 
 SITES = 16
 """As in the source: largest number of sites of a batch."""

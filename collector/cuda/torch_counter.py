@@ -11,11 +11,11 @@ from quambase.collector.host.kernels import PATTERNS, SIGN
 from quambase.collector.statistics import (
     PROBABILITIES,
     Encoding,
-    Int64,
     SiteStatistics,
     merged_top,
     states_by_channel,
 )
+from quambase.schema.values.arrays import Int64
 
 
 class TorchCounter:

@@ -9,12 +9,11 @@ from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from quambase.collector.host.kernels import SIGN
-from quambase.collector.statistics import TOP_FIELDS, Encoding, Int64, RunStatistics, SiteIndex, SiteLayout
+from quambase.collector.statistics import TOP_FIELDS, Encoding, RunStatistics, SiteIndex, SiteLayout
 from quambase.collector.tables.table_kernels import present_counts, present_sizes, repeat, summarize_sums
 from quambase.schema.sites import WHOLE, SiteKey
 from quambase.schema.tables import (
@@ -30,10 +29,8 @@ from quambase.schema.tables import (
     SITE_STATS,
     as_made,
 )
+from quambase.schema.values.arrays import Float32, Float64, Int32, Int64
 from quambase.schema.values.positions import bounds_of
-
-Float64 = npt.NDArray[np.float64]
-Int32 = npt.NDArray[np.int32]
 
 _NOTHING = np.empty(0, np.int64)
 """Concatenated with lists of arrays that may be empty."""
@@ -160,9 +157,7 @@ def counts_parts(run: str, statistics: RunStatistics, encoding: Encoding) -> lis
     return [partial(part, groups[start : start + COUNTED]) for start in range(0, len(groups), COUNTED)]
 
 
-def _present(
-    counts: Int64, groups: Sequence[TableGroup], encoding: Encoding
-) -> tuple[Int64, npt.NDArray[np.float32], Int64]:
+def _present(counts: Int64, groups: Sequence[TableGroup], encoding: Encoding) -> tuple[Int64, Float32, Int64]:
     """How many values occur in each of ``groups``; the values, group by group; how often each occurs in ``counts``
     (groups of the run, PATTERNS).
     """

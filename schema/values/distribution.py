@@ -10,11 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.schema.tables import QUANTILES
+from quambase.schema.values.arrays import Float32, Float64, Int32, Int64
 from quambase.schema.values.quantile_rules import interpolate, interpolate_torch, rank, rank_torch
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ class BlockCounts:
     counts: Int64
 
     @classmethod
-    def of_rows(cls, values: Float32, counts: Int64, blocks: npt.NDArray[np.int32], size: int) -> BlockCounts:
+    def of_rows(cls, values: Float32, counts: Int64, blocks: Int32, size: int) -> BlockCounts:
         """From rows of `block_counts` of several groups, (rows,) each, of a run of ``size`` blocks: added up."""
         finite = np.isfinite(values)
         found, inverse = np.unique(values[finite], return_inverse=True)

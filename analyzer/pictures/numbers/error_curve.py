@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.analyzer.least_squares import optimal_scale
 from quambase.analyzer.quantization_error import predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.upstream_observers import SCALE_FLOOR
+from quambase.schema.values.arrays import Float64
 from quambase.schema.values.number_format import INT8
 
 POINTS = 160
@@ -31,9 +31,9 @@ class ErrorCurve:
                   those here; the latter None without sensitivities
     """
 
-    scales: npt.NDArray[np.float64]
-    mse: npt.NDArray[np.float64]
-    predicted_kl: npt.NDArray[np.float64] | None
+    scales: Float64
+    mse: Float64
+    predicted_kl: Float64 | None
     least_mse_scale: float
     least_kl_scale: float | None
 
