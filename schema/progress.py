@@ -135,15 +135,6 @@ class Progress:
         since_work, since_seconds = self._marks[0]
         return (seconds - since_seconds) * max(0.0, whole - work) / (work - since_work)
 
-    @contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Inside, kernels are compiled."""
-        self.compilation_begins()
-        try:
-            yield
-        finally:
-            self.compilation_ends()
-
     def compilation_begins(self) -> None:
         """A kernel begins to compile; that may compile others."""
         if threading.get_ident() == self._thread:
@@ -280,11 +271,12 @@ def tell(share: float) -> None:
 @contextmanager
 def compiling() -> Iterator[None]:
     """Inside, kernels are compiled: told to whichever progress is shown."""
-    if _running:
-        with _running[-1].compiling():
-            yield
-    else:
+    shown = _running[-1] if _running else SILENT
+    shown.compilation_begins()
+    try:
         yield
+    finally:
+        shown.compilation_ends()
 
 
 def remark(text: str) -> None:

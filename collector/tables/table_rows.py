@@ -39,13 +39,6 @@ _MOMENT_COLUMNS = {"lowest": "min", "highest": "max", "total": "sum", "squares":
 """The columns of `channels` that have other names than in `Moments`."""
 
 
-def keyed_rows(
-    run: str, key: SiteKey, group: str, rows: int, columns: dict[str, object], schema: pa.Schema
-) -> pa.Table:
-    """A table of ``schema`` whose key columns are constant and whose other columns are ``columns``."""
-    return many_keyed_rows(run, [(key, group)], [rows], columns, schema)
-
-
 def many_keyed_rows(
     run: str,
     keys: Sequence[tuple[SiteKey, str]],
@@ -53,7 +46,7 @@ def many_keyed_rows(
     columns: dict[str, object],
     schema: pa.Schema,
 ) -> pa.Table:
-    """`keyed_rows` of several (key, group) in order: ``rows[i]`` rows of ``keys[i]``."""
+    """A table of ``schema``: ``rows[i]`` rows of each (key, group) ``keys[i]``, in order, and the other ``columns``."""
     return table_of(Keys.of(run, keys).columns(rows) | columns, schema)
 
 

@@ -96,12 +96,13 @@ def html_table(table: pa.Table) -> str:
 
 def _shown(table: pa.Table) -> tuple[list[list[str]], int]:
     """The cells of the rows to print, and how many rows are left out."""
-    if table.num_rows <= SHOWN:
-        return [list(map(_cell, row.values())) for row in table.to_pylist()], 0
-    half = SHOWN // 2
-    first, last = table.slice(0, half).to_pylist(), table.slice(table.num_rows - half).to_pylist()
-    rows = [list(map(_cell, row.values())) for row in first]
-    return [*rows, ["…"] * table.num_columns, *(list(map(_cell, row.values())) for row in last)], table.num_rows - SHOWN
+    half, left_out = SHOWN // 2, max(0, table.num_rows - SHOWN)
+    if left_out:
+        table = pa.concat_tables([table.slice(0, half), table.slice(table.num_rows - half)])
+    rows = [list(map(_cell, row.values())) for row in table.to_pylist()]
+    if left_out:
+        rows.insert(half, ["…"] * table.num_columns)
+    return rows, left_out
 
 
 def _cell(value: Any) -> str:

@@ -27,11 +27,6 @@ def outlier_ratio(amax: float, q9995: float) -> float:
     return amax / q9995
 
 
-def bits_lost(ratio: float) -> float:
-    """How many of 8 bits a scale that clips nothing spends on values above the 99.95 % quantile."""
-    return math.log2(ratio)
-
-
 def outlier_word(ratio: float) -> str:
     """mild, notable or severe; unknown for NaN."""
     if math.isnan(ratio):

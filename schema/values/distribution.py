@@ -121,11 +121,6 @@ class Distribution:
         fourth = float((centred**2 * c).sum() / total)
         return mean, second**0.5, fourth / second**2 if second > 0 else float("nan")
 
-    def beyond(self, limit: float) -> int:
-        """How many values have an absolute value greater than ``limit``."""
-        absolute, counts = self.absolute
-        return int(counts[np.searchsorted(absolute, limit, side="right") :].sum())
-
     def summary(self) -> dict[str, float | int]:
         """The columns of `site_stats` but the key and `overflow`.
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from quambase.analyzer.pictures.numbers.scale_rows import rows_of_sites, site_loss
 from quambase.schema.errors import UnknownName
-from quambase.schema.scale_table import SELECTED
+from quambase.schema.scale_table import SELECTED, distinct
 from quambase.schema.sites import HEAD_LAYER, SiteKey, site_order
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.values.arrays import Float64
@@ -91,7 +91,7 @@ def rows_of_label(scales: pa.Table, run: str, label: str) -> list[dict[str, obje
     else:
         found = of_run.filter(pc.equal(of_run["label"], pa.scalar(label)))
         if not found.num_rows:
-            known = [*map(str, pc.unique(of_run["label"]).to_pylist()), SELECTED]
+            known = [*distinct(of_run, "label"), SELECTED]
             raise UnknownName.of("strategy", label, known, where=f"the scales of run {run}")
     rows: list[dict[str, object]] = found.to_pylist()
     return rows
