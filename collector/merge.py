@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 from quambase.collector.checkpoint import load_checkpoint, position_buckets
 from quambase.collector.collect import CollectedRun, existing_run
 from quambase.collector.documents import run_id
 from quambase.collector.layouts import site_layouts
-from quambase.collector.second_moments import moment_parts_of, moment_widths, moments_file, stored_second_moments
-from quambase.collector.sensitivity import acting_sites, sensitivity_file, sensitivity_parts_of, stored_sensitivities
 from quambase.collector.shards import (
     SHARD,
     Shard,
@@ -34,7 +31,7 @@ from quambase.collector.shards import (
     verify_shard,
 )
 from quambase.collector.statistics import ENCODINGS, RunStatistics, SiteLayout
-from quambase.collector.tables.run_folder import every_table, finish_run, versions, write_statistics
+from quambase.collector.tables.run_folder import every_table, finish_run, tables_of_parts, versions, write_statistics
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, RunBusy, UnknownName
 from quambase.schema.files import link_or_copy, local_folder, locked
 from quambase.schema.progress import Progress, Shown
@@ -88,7 +85,13 @@ def merge(
             blocks |= each.manifest.tables
         encoding = ENCODINGS[manifest.identity["activation_dtype"]]
         locate = stored_locator(list(folders.values()))
-        made = _from_parts(name, manifest, folders, layouts)
+        made = tables_of_parts(
+            name,
+            manifest.identity,
+            manifest.model.family,
+            layouts,
+            lambda part: folders[Shard(part % len(folders), len(folders))],
+        )
         tables = every_table(folder, blocks | write_statistics(folder, name, statistics, encoding, locate, made))
         created = {
             "started": min(str(each.manifest.created["started"]) for each in found.values()),
@@ -98,23 +101,6 @@ def merge(
         }
         complete = finish_run(folder, replace(manifest, tables=tables, created=created))
     return CollectedRun(folder, complete, existed=False)
-
-
-def _from_parts(
-    run: str, manifest: Manifest, folders: Folders, layouts: Mapping[SiteKey, SiteLayout]
-) -> dict[str, list[Callable[[], pa.Table]]]:
-    """The functions that make the tables whose parts the shards share."""
-
-    def paths(parts: int, file: Callable[[int], str]) -> list[Path]:
-        return [folders[Shard(part % len(folders), len(folders))] / file(part) for part in range(parts)]
-
-    identity, index = manifest.identity, acting_sites(layouts, manifest.model.family)
-    return {
-        "sensitivities": stored_sensitivities(run, index, paths(sensitivity_parts_of(identity), sensitivity_file)),
-        "second_moments": stored_second_moments(
-            run, moment_widths(layouts), paths(moment_parts_of(identity), moments_file)
-        ),
-    }
 
 
 def merge_if_last(db: Path, run: str, *, progress: Shown = False) -> CollectedRun | None:
