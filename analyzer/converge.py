@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 
 from quambase.analyzer.convergence import Measured, next_step, sizes_table, strategies_table, summarize
-from quambase.analyzer.quantization_error import predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup, default_granularity, scale_groups
 from quambase.analyzer.site.one_site import one_run
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
@@ -250,7 +249,7 @@ class _Plan:
         losses = _Losses(group)
         found: dict[str, ByUnits | None] = {choice.label: None for mine in self.choices.values() for choice in mine}
         for kind, subsamples in self.subsamples.items():
-            mine = [c for c in self.choices[kind] if group.documents.quantiles or not c.needs_document_quantiles]
+            mine = [choice for choice in self.choices[kind] if choice.fits(group)]
             whole = {choice.label: choice.scale(group) for choice in mine}
             of_kind: dict[str, ByUnits] = {choice.label: {} for choice in mine}
             for n, chosen in subsamples.chosen.items():
@@ -285,9 +284,8 @@ class _Losses:
 
     def _of(self, scale: Scale) -> tuple[float, float]:
         if scale not in self._known:
-            sensitivity = self._group.sensitivity
-            kl = np.nan if sensitivity is None else predicted_kl(sensitivity, scale)
-            self._known[scale] = self._group.figures(scale).squared_error, kl
+            kl = self._group.predicted_kl(scale)
+            self._known[scale] = self._group.figures(scale).squared_error, np.nan if kl is None else kl
         return self._known[scale]
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from quambase.analyzer.least_squares import optimal_scale
-from quambase.analyzer.quantization_error import Figures, figures, piecewise_figures, signal_energy
+from quambase.analyzer.quantization_error import Figures, figures, piecewise_figures, predicted_kl, signal_energy
 from quambase.schema.groups import GROUP, TENSOR, granularity_of, united_groups
 from quambase.schema.sites import MAMBA1, MAMBA2, STATE_BY_CHANNEL, WHOLE, Site, find_site, is_model_site
 from quambase.schema.sql.database import DocumentSeries, StatsDB
@@ -77,6 +77,10 @@ class ScaleGroup:
         if isinstance(scale, tuple):
             return piecewise_figures(self.distribution, *scale, self.signal)
         return figures(self.distribution, scale, self.signal)
+
+    def predicted_kl(self, scale: float | Affine | tuple[float, float]) -> float | None:
+        """The KL that the error of ``scale`` is predicted to cause, nats a token; None without sensitivities."""
+        return None if self.sensitivity is None else predicted_kl(self.sensitivity, scale)
 
 
 def one_document(distribution: Distribution) -> DocumentSeries:

@@ -38,6 +38,11 @@ _FLOAT16_MAX = np.float32(65504)
 _PER_LEVEL = np.float32(1) / np.float32(INT8.qmax)
 
 
+def floored(scale: float | np.floating) -> np.float32:
+    """A scale as float32, at least `SCALE_FLOOR`."""
+    return max(np.float32(scale), np.float32(SCALE_FLOOR))
+
+
 def minmax_scale(amax: Float32) -> np.float32:
     """Upstream's `PerTensorMinmaxObserver`: the running maximum and its quotient by 127 in float16.
 
@@ -50,8 +55,7 @@ def minmax_scale(amax: Float32) -> np.float32:
     largest = np.float16(min(finite.max(initial=np.float32(0)), _FLOAT16_MAX))
     largest = max(largest, np.float16(AMAX_FLOOR))
     # On CUDA a float16 product is computed in float32 and rounded once.
-    quotient = np.float16(np.float32(largest) * _PER_LEVEL)
-    return max(np.float32(quotient), np.float32(SCALE_FLOOR))
+    return floored(np.float16(np.float32(largest) * _PER_LEVEL))
 
 
 def minmax_scale_float32(amax: Float32) -> np.float32:
@@ -60,7 +64,7 @@ def minmax_scale_float32(amax: Float32) -> np.float32:
     amax  (D,) float32 largest absolute value of each document.
     """
     largest = max(amax[np.isfinite(amax)].max(initial=np.float32(0)), np.float32(AMAX_FLOOR))
-    return max(np.float32(largest * _PER_LEVEL), np.float32(SCALE_FLOOR))
+    return floored(largest * _PER_LEVEL)
 
 
 def ema_scale(observed: Float32, sigma: float = EMA_SIGMA) -> np.float32:
@@ -76,7 +80,7 @@ def ema_scale(observed: Float32, sigma: float = EMA_SIGMA) -> np.float32:
     average = finite[0] if finite.size else np.float32(0)
     for current in finite[1:]:
         average = np.float32(average + np.float32(rate * np.float32(current - average)))
-    return max(np.float32(average * _PER_LEVEL), np.float32(SCALE_FLOOR))
+    return floored(average * _PER_LEVEL)
 
 
 def quantile_column(alpha: float) -> str:

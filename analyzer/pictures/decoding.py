@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.frame import legend_outside, looks, styled, title
-from quambase.schema.errors import DataInvalid, UnknownName
+from quambase.schema.errors import DataInvalid
 from quambase.schema.pictures import logarithmic, new_figure
 
 
@@ -39,10 +39,7 @@ class DecodingPicture:
         texts = list(dict.fromkeys(found["data"].to_pylist()))
         of_first = [row for row in found.to_pylist() if row["data"] == texts[0]]
         every = list(dict.fromkeys(row["strategy"] for row in of_first))
-        for label in asked.strategies:
-            if label not in every:
-                raise UnknownName.of("strategy", label, every, where=f"evaluation {asked.evaluation.id}")
-        labels = [label for label in every if not asked.strategies or label in asked.strategies]
+        labels = asked.labels(every, f"evaluation {asked.evaluation.id}")
         rows = [row for row in of_first if row["strategy"] in labels]
         notes = [f"of {len(texts)} texts, {texts[0]} is drawn"] if len(texts) > 1 else []
         about = asked.evaluation.about
@@ -95,7 +92,6 @@ class DecodingPicture:
         axes.set_xticks(sorted({row["decoded_to"] for row in self.rows.to_pylist() if row["decoded_from"]}))
         axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
         axes.set_xlabel("tokens decoded, up to")
-        axes.set_yscale("log")
         logarithmic(axes, "y")
         axes.set_ylabel("KL to the float model\n(nats a token)")
         legend_outside(figure, axes, columns)

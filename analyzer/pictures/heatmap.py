@@ -26,6 +26,7 @@ from quambase.schema.errors import DatabaseInvalid, UnknownName
 from quambase.schema.pictures import logarithmic, new_figure
 from quambase.schema.scale_table import SELECTED
 from quambase.schema.sites import HEAD_LAYER
+from quambase.schema.values.arrays import Float64
 
 NAMES = {
     OUTLIER_RATIO: "outlier ratio: largest |x| / 99.95 % quantile",
@@ -127,16 +128,14 @@ class HeatmapPicture:
         return figure
 
 
-def _norm(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], quantity: str) -> Normalize:
+def _norm(values: Float64, quantity: str) -> Normalize:
     known = values[np.isfinite(values)]
     if quantity == SQNR or not (known > 0).any():
         return Normalize(*((known.min(), known.max()) if known.size else (0, 1)))
     return LogNorm(known[known > 0].min(), max(known.max(), known[known > 0].min() * 1.01))
 
 
-def _numbers(
-    axes: Axes, image: AxesImage, values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], quantity: str
-) -> None:
+def _numbers(axes: Axes, image: AxesImage, values: Float64, quantity: str) -> None:
     """Each cell's number, dark on light or light on dark."""
     factor = 1e6 if quantity in SMALL else 1.0
     for (row, column), value in np.ndenumerate(values):

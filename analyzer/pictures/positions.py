@@ -74,7 +74,6 @@ class PositionsPicture:
         axes.set_xlabel("tokens read, up to")
         axes.set_ylabel("|x|")
         if any(value > 0 for value in found.rows["amax"].to_pylist()):
-            axes.set_yscale("log")
             logarithmic(axes, "y")
         frame.legend_outside(figure, axes, columns)
         return figure

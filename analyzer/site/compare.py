@@ -100,7 +100,7 @@ def compare(
         chosen, shape = group_of_values(drawn, "synthetic"), " x ".join(map(str, SYNTHETIC_SHAPE))
     else:
         title, chosen, shape, notes = _site_of_run(Path(db), run, site, layer, group)
-    choices = [c for c in choices if chosen.documents.quantiles or not c.needs_document_quantiles]
+    choices = [choice for choice in choices if choice.fits(chosen)]
     if not choices:
         raise UnknownName(
             f"{', '.join(strategies or ())}: nothing compare can compute at one site; name another strategy"
@@ -108,17 +108,8 @@ def compare(
     scales = {choice.label: choice.scale(chosen) for choice in choices}
     figures = {label: chosen.figures(scale) for label, scale in scales.items()}
     table = _strategies_table(chosen, choices, scales, figures)
-    comparison = Comparison(
-        title,
-        chosen,
-        _statistics_table(chosen, shape),
-        table,
-        _values_table(scales, values),
-        scales,
-        _summary(table),
-        picture,
-        notes,
-    )
+    statistics, coded = _statistics_table(chosen, shape), _values_table(scales, values)
+    comparison = Comparison(title, chosen, statistics, table, coded, scales, _summary(table), picture, notes)
     if picture is not None:
         _draw(comparison, picture)
     return comparison
