@@ -14,7 +14,7 @@ from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.site.one_site import chosen_group, one_run, place
 from quambase.analyzer.strategies import Scale, parse_label, parse_labels
 from quambase.schema.sites import WHOLE
-from quambase.schema.sql.answer import Answer, PrintsAsTable
+from quambase.schema.sql.answer import Answer, PrintsAsTable, html_table
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.values.number_format import multipliers, zero_point_of
 
@@ -57,7 +57,7 @@ class Database(StatsDB):
         return Site(self, chosen_group(self, site, layer, group))
 
     def _repr_html_(self) -> str:
-        return Answer(self.sql("select * from runs").table)._repr_html_()
+        return self.sql("select * from runs")._repr_html_()
 
 
 @dataclass(frozen=True, repr=False)
@@ -173,4 +173,4 @@ class Site:
 
     def _repr_html_(self) -> str:
         row = {"site": place(self.values.layer, self.values.site, self.values.group_name)}
-        return Answer(pa.Table.from_pylist([row | self.values.distribution.summary()]))._repr_html_()
+        return html_table(pa.Table.from_pylist([row | self.values.distribution.summary()]))

@@ -237,10 +237,6 @@ class _Extra:
     by_position: bool
     by_block: bool
 
-    def identity(self) -> dict[str, Any]:
-        """What was asked for; nothing of a run without."""
-        return {name: value for name, value in vars(self).items() if value}
-
 
 @dataclass(frozen=True)
 class _Request:
@@ -272,7 +268,7 @@ class _Request:
             **({"groups": self.grouping.identity()} if self.grouping else {}),
             **({"sensitivity": self.sensitivity.identity()} if self.sensitivity else {}),
             **({"second_moments": self.second_moments.identity()} if self.second_moments else {}),
-            **self.extra.identity(),
+            **{name: value for name, value in vars(self.extra).items() if value},  # of a run without, nothing
         }
 
     @cached_property

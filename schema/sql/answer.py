@@ -15,7 +15,21 @@ SHOWN = 20
 """How many rows are printed at most: the first half from the start of the table, the rest from its end."""
 
 
-class Answer:
+class PrintsAsTable:
+    """A result that prints as its most important table; dataclasses of it have ``repr=False``."""
+
+    def shown(self) -> pa.Table:
+        """That table."""
+        raise AssertionError(f"{type(self).__name__} does not say what it shows")
+
+    def __repr__(self) -> str:
+        return text_table(self.shown())
+
+    def _repr_html_(self) -> str:
+        return html_table(self.shown())
+
+
+class Answer(PrintsAsTable):
     """Rows that answer a query. ``table`` is the `pyarrow.Table`, whose attributes and methods the answer has too:
     ``answer.to_pylist()``, ``answer["amax"]``, ``answer.num_rows``. ``answer.df()`` is a pandas DataFrame,
     ``answer.pl()`` one of polars; both libraries and DuckDB take the answer as it is, too. ``rows``: how many the query
@@ -54,25 +68,9 @@ class Answer:
         except ImportError:
             raise DataInvalid(f"{package} is not installed; pip install {package}") from None
 
-    def __repr__(self) -> str:
-        return text_table(self.table)
-
-    def _repr_html_(self) -> str:
-        return html_table(self.table)
-
-
-class PrintsAsTable:
-    """A result that prints as its most important table; dataclasses of it have ``repr=False``."""
-
     def shown(self) -> pa.Table:
-        """That table."""
-        raise AssertionError(f"{type(self).__name__} does not say what it shows")
-
-    def __repr__(self) -> str:
-        return text_table(self.shown())
-
-    def _repr_html_(self) -> str:
-        return html_table(self.shown())
+        """All of it."""
+        return self.table
 
 
 def text_table(table: pa.Table) -> str:

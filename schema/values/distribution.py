@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,8 @@ import numpy.typing as npt
 from quambase.schema.tables import QUANTILES
 from quambase.schema.values.arrays import Float32, Float64, Int32, Int64
 from quambase.schema.values.quantile_rules import interpolate, interpolate_torch, rank, rank_torch
+
+Amounts = TypeVar("Amounts", Int64, Float64)
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,7 @@ class Distribution:
         nonfinite = int(counts[~finite].sum())
         values, counts = values[finite], counts[finite]
         if values.size and not (values[1:] > values[:-1]).all():
-            values, inverse = np.unique(values, return_inverse=True)
-            # np.add.at keeps int64; bincount's weights would pass through float64.
-            summed = np.zeros(values.size, np.int64)
-            np.add.at(summed, inverse, counts)
-            counts = summed
+            values, counts = _added_up(values, counts)
         present = counts > 0
         return cls(values[present], counts[present], nonfinite)
 
@@ -193,10 +192,7 @@ class Sensitivity:
     @classmethod
     def of_rows(cls, values: Float32, gradient_sq: Float64, tokens: int) -> Sensitivity:
         """From rows of `sensitivities` of several groups: sorted, added up."""
-        found, inverse = np.unique(values, return_inverse=True)
-        summed = np.zeros(found.size)
-        np.add.at(summed, inverse, gradient_sq)
-        return cls(found, summed, tokens)
+        return cls(*_added_up(values, gradient_sq), tokens)
 
     @cached_property
     def weighted(self) -> Distribution:
@@ -207,6 +203,15 @@ class Sensitivity:
         if total <= 0:
             return Distribution(self.values[:0], np.zeros(0, np.int64))
         return Distribution.of_rows(self.values, np.rint(self.gradient_sq * (2.0**50 / total)).astype(np.int64))
+
+
+def _added_up(values: Float32, amounts: Amounts) -> tuple[Float32, Amounts]:
+    """The distinct ``values``, ascending, and the sum of the amounts of each."""
+    found, inverse = np.unique(values, return_inverse=True)
+    # np.add.at keeps int64; bincount's weights would pass through float64.
+    summed = np.zeros(found.size, amounts.dtype)
+    np.add.at(summed, inverse, amounts)
+    return found, summed
 
 
 def ratio(numerator: float, denominator: float) -> float:
