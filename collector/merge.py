@@ -131,15 +131,13 @@ def _find(sources: Iterable[Path]) -> dict[str, dict[Shard, list[Path]]]:
     for number, source in enumerate(sources):
         inside = (f"runs/*/{SHARDS}/*-of-*", f"{SHARDS}/*-of-*", "*-of-*")
         paths = [source, *(path for pattern in inside for path in source.glob(pattern))]
-        mine = [path for path in paths if shard_of(path) and path.is_dir()]
+        mine = {path.resolve(): shard for path in paths if (shard := shard_of(path)) and path.is_dir()}
         if number and not mine:  # the first is --db, which may not exist yet
             raise DatabaseInvalid(
                 f"{source} {'holds no shards' if source.is_dir() else 'is no folder'}; expected a database, run or "
                 "shard folder that `collect --shard i/N` wrote"
             )
-        for path in map(Path.resolve, mine):
-            shard = shard_of(path)
-            assert shard is not None
+        for path, shard in mine.items():
             run = load_shard(path).manifest.run if (path / SHARD).exists() else path.parent.parent.name
             known = found.setdefault(run, {}).setdefault(shard, [])
             if path not in known:

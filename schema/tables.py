@@ -171,13 +171,21 @@ SITE_STATS = _table(
     *_SUMMARY,
 )
 
-CHANNELS = _table(
-    "channels",
-    "Per channel (at the ssm_state_act sites per state index, of each group), of the unrounded float32 values.",
+_CHANNEL = (
     ("channel", pa.int32(), "Channel index within the site."),
     ("count", pa.int64(), "Finite values."),
     ("min", pa.float32(), "Smallest value."),
     ("max", pa.float32(), "Largest value."),
+)
+_LOST = (
+    ("nonfinite", pa.int64(), "NaN and infinite values."),
+    ("overflow", pa.int64(), "Finite values that become infinite in 16 bits."),
+)
+
+CHANNELS = _table(
+    "channels",
+    "Per channel (at the ssm_state_act sites per state index, of each group), of the unrounded float32 values.",
+    *_CHANNEL,
     ("sum", pa.float64(), "Sum."),
     ("sum_sq", pa.float64(), "Sum of squares."),
     (
@@ -185,8 +193,7 @@ CHANNELS = _table(
         pa.float64(),
         "Largest, over documents, of the document's mean absolute value: upstream's reorder statistic.",
     ),
-    ("nonfinite", pa.int64(), "NaN and infinite values."),
-    ("overflow", pa.int64(), "Finite values that become infinite in 16 bits."),
+    *_LOST,
 )
 
 _POSITION = (
@@ -216,12 +223,8 @@ POSITION_CHANNELS = _table(
     "position_channels",
     f"The extremes of each channel {_BY_POSITION} {_ASKED}; otherwise as channels.",
     *_POSITION,
-    ("channel", pa.int32(), "Channel index within the site."),
-    ("count", pa.int64(), "Finite values."),
-    ("min", pa.float32(), "Smallest value."),
-    ("max", pa.float32(), "Largest value."),
-    ("nonfinite", pa.int64(), "NaN and infinite values."),
-    ("overflow", pa.int64(), "Finite values that become infinite in 16 bits."),
+    *_CHANNEL,
+    *_LOST,
 )
 
 DOCUMENTS = _table(
@@ -410,15 +413,12 @@ LATER_COLUMNS = {"outliers": {"before": None, "after": None}}
 
 # Sorted 16-bit values differ little from their neighbours byte by byte, and most counts are small. Raw activations have
 # few exponents, and those of a float16 model end in zeros.
+_COUNTED = {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"}
 _ENCODINGS = {
-    "counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"},
-    "block_counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"},
-    "position_counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"},
-    "sensitivities": {
-        "value": "BYTE_STREAM_SPLIT",
-        "count": "DELTA_BINARY_PACKED",
-        "gradient_sq": "BYTE_STREAM_SPLIT",
-    },
+    "counts": _COUNTED,
+    "block_counts": _COUNTED,
+    "position_counts": _COUNTED,
+    "sensitivities": _COUNTED | {"gradient_sq": "BYTE_STREAM_SPLIT"},
     "activations": {"values.list.element": "BYTE_STREAM_SPLIT"},
     "second_moments": {"values.list.element": "BYTE_STREAM_SPLIT"},
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from quambase.schema.errors import DataInvalid
+from quambase.schema.errors import DataInvalid, printable
 
 SHOWN = 20
 """How many rows are printed at most: the first half from the start of the table, the rest from its end."""
@@ -109,5 +109,4 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = str(value)
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:60])
-    return shown + ("…" if len(text) > 60 else "")
+    return printable(text[:60]) + ("…" if len(text) > 60 else "")
