@@ -58,7 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "selected": None,
     "mse": None,
 }
-"""The columns that it may have, and what they are where it has none. Those of the errors are computed anew."""
+"""The columns that it may have, and their values where it lacks them. Errors are computed anew."""
 
 SHOWN_FAULTS = 5
 
@@ -196,14 +196,14 @@ def _check_places(file: Path, rows: list[dict[str, Any]], groups: dict[tuple[int
 
 
 def _bad_scales(rows: list[dict[str, Any]]) -> Iterable[str]:
-    """Lines on what no figure can be computed of."""
+    """A line for each row whose errors cannot be computed."""
     for row in rows:
         if row["needs_decode"] and len(row["component_scales"] or ()) != 2:
             yield f"layer {row['layer']} {row['site']} ({row['label']}) needs two component scales"
 
 
 def _completed(row: dict[str, Any], group: ScaleGroup) -> dict[str, Any]:
-    """A row of tables.SCALES with every figure of its scale; of a scale that is none, without figures."""
+    """A row of tables.SCALES with every figure of its scale; without figures where the scale is not valid."""
     key = {name: row[name] for name in ("run", "layer", "site", "group_name", "strategy", "params", "label")}
     fixed = {
         "granularity": granularity_of(group.group_name),
@@ -255,7 +255,7 @@ def _provenance(manifest: Manifest, before: dict[str, Any], made: pa.Table, file
 
 
 def _missing(made: pa.Table) -> list[str]:
-    """Lines on the strategies that lack scales which another strategy of the table has."""
+    """A line for each strategy that lacks scales which another strategy of the table has."""
     consumed = [row for row in made.to_pylist() if row["consumed"]]
     every = {_place(row) for row in consumed}
     held = Counter(row["label"] for row in consumed)

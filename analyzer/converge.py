@@ -32,7 +32,9 @@ RESAMPLES = 20
 
 
 MOST_SCALES = 48
-"""A Mamba-2 has several hundred, and at most of them a zero point is searched. Their median is known from fewer."""
+"""Scales that are measured at most. A Mamba-2 has several hundred, most with a search for a zero point, and fewer
+tell their median.
+"""
 
 WORKERS = 2
 """Scales computed at a time: more would wait for the interpreter, and each holds the parts of one size in memory."""
@@ -161,7 +163,7 @@ def _drawn(groups: list[ScaleGroup], most: int, seed: int) -> list[ScaleGroup]:
 
 
 def _where(groups: list[ScaleGroup], every: list[ScaleGroup], site: str | None, layer: int | None) -> str:
-    """The chosen scales in words; ``every``: those of which they were drawn."""
+    """The chosen scales in words; ``every``: those from which they were drawn."""
     parts = [*([] if layer is None else [f"layer {layer}"]), *([] if site is None else [site])]
     drawn = f" drawn from {len(every)}" if len(groups) < len(every) else ""
     scales = ("one scale" if len(groups) == 1 else f"the median of {len(groups)} scales") + drawn

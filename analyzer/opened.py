@@ -1,4 +1,4 @@
-"""`quambase.open`: a database to look at from Python, site by site."""
+"""`quambase.open`: a database in Python, site by site."""
 
 from __future__ import annotations
 

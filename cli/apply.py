@@ -234,7 +234,7 @@ def _build_upstream(
 
 
 def _tell(replaced: Sequence[object], notes: Sequence[str]) -> None:
-    """Which run the scales are of, which ones upstream's kernel could not have taken, and what took their places."""
+    """Print the notes, and the scales that were replaced since upstream's kernel would wrap there."""
     answer(*notes)
     if replaced:
         note("upstream's kernel at out_proj:input wraps what clips; these scales gave way to ones that clip nothing:")

@@ -1,4 +1,4 @@
-"""Runs blocks and adds them to a run's statistics: on the host, or on a device, which continues while rows are made."""
+"""Runs blocks and adds them to a run's statistics: on the host, or on a device that continues while rows are made."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ UNWRITTEN = 4
 """Blocks that may be unwritten while the device continues."""
 
 WRITERS = 3
-"""Threads that make rows: for one block that takes longer than the device needs to compute it."""
+"""Threads that make rows: those of a block take longer to make than the device takes to compute the block."""
 
 
 @dataclass(frozen=True)

@@ -420,7 +420,7 @@ def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:
 
 
 class _Clock:
-    """Measures a run: when it began, and how long its consecutive parts took, also if the clock is set meanwhile."""
+    """When a run began, and how long each of its consecutive parts took, by a clock that cannot be set."""
 
     def __init__(self) -> None:
         self._started, self._last = time.time(), time.monotonic()

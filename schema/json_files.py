@@ -1,4 +1,4 @@
-"""JSON files of ours: written whole with their own checksum, read back into values of the expected types.
+"""JSON files: written atomically with their own checksum, read back as values of the expected types.
 
 msgspec checks the types. Whatever is wrong with a file ends in one error that names the file, the fault and what to do.
 """

@@ -43,16 +43,16 @@ Segments = tuple[tuple[float, ...], ...]
 """Of two-segment codes, (inner, outer) for each scale group, in channel order."""
 
 LATER: dict[str, Any] = {"predicted_kl": None, "zero_point": 0}
-"""Columns that tables of earlier versions lack, and what they hold then."""
+"""Columns that tables of earlier versions lack, and their value there."""
 
 QUAMBASE, UPSTREAM = TARGETS = ("quambase", "upstream")
 """Whose INT8 model the selected rows are for."""
 
 EFFECT, MSE = SELECTIONS = ("effect", "mse")
-"""What selected rows have the least of: predicted KL, or squared error."""
+"""What selected rows minimize: predicted KL, or squared error."""
 
 SELECTED = "selected"
-"""The label that takes each scale group's selected row instead of one strategy."""
+"""The label that stands for the selected row of each scale group, whatever its strategy."""
 
 MIXED = "mixed"
 """The label of the selected rows with some operators in 16 bit, of a table made with `analyze --keep` or `--budget`."""

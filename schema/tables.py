@@ -409,7 +409,7 @@ RUN_TABLES: dict[str, pa.Schema] = {
 """The tables of one run folder: each is a file ``<name>.parquet``, or a folder ``<name>/`` of Parquet files."""
 
 LATER_COLUMNS = {"outliers": {"before": None, "after": None}}
-"""The columns that a run of an earlier version lacks, by table, and what they are there."""
+"""The columns that runs of earlier versions lack, by table, and their value there."""
 
 # Sorted 16-bit values differ little from their neighbours byte by byte, and most counts are small. Raw activations have
 # few exponents, and those of a float16 model end in zeros.
@@ -424,10 +424,10 @@ _ENCODINGS = {
 }
 
 _STATISTICS = {"counts": ["layer"], "block_counts": ["layer"], "position_counts": ["layer"]}
-"""The columns by which row groups are told apart, of the tables where those of the others take long to find."""
+"""The columns with statistics, of the tables where those of all columns take long to compute."""
 
 _ROW_GROUPS = {"block_counts": 1 << 16}
-"""Rows of a row group, where not as many as the library has by default: one layer of all blocks is read at a time."""
+"""Rows of a row group, where fewer than the library's default: one layer of all blocks is read at a time."""
 
 
 def _writer(path: Path, name: str, schema: pa.Schema) -> pq.ParquetWriter:

@@ -168,8 +168,8 @@ class BlockCounter:
 
     ``counts``: (groups, PATTERNS) int64, those of the blocks before; copied.
 
-    A run is counted in one array, so a block's own counts are the difference. Taking it needs that array twice, and on
-    a device a copy to the host and a wait after each block.
+    A run is counted in one array, so a block's own counts are a difference. It needs that array twice, and on a device
+    a copy to the host and a wait after each block.
     """
 
     def __init__(self, run: str, counts: Int64, encoding: Encoding) -> None:

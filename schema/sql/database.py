@@ -1,4 +1,4 @@
-"""One class reads a database: finds the runs, checks their files, answers SQL, hands out distributions."""
+"""Reads a database: finds its runs, verifies their files, answers SQL, returns distributions."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ class DocumentSeries:
 
 
 TOLD_AFTER, WATCHED_EVERY = 2.0, 0.05
-"""Seconds until the progress of a query is told, and from one look at it to the next."""
+"""Seconds until the progress of a query is reported, and between two looks at the query."""
 
 
 STOPPED_WITHIN = 0.25
-"""Seconds in which a query that is interrupted must end, or it is left to itself."""
+"""Seconds within which an interrupted query must end; then it is abandoned."""
 
 
 def _in_a_thread(function: Callable[[], Answer]) -> Future[Answer]:
@@ -235,8 +235,8 @@ class StatsDB:
                     watch(min(1.0, max(0.0, self._connection.query_progress() / 100)))
             return answered.result()
         except (KeyboardInterrupt, QueryInvalid):
-            # A query that has not begun yet does not notice: it is told until it ends. Some functions of DuckDB never
-            # notice; what runs them is left behind.
+            # A query that has not begun yet ignores an interrupt, so it is repeated until the query ends. Some
+            # functions of DuckDB cannot be interrupted; their thread is abandoned.
             stopped = time.monotonic()
             while not answered.done() and time.monotonic() - stopped < STOPPED_WITHIN:
                 self._connection.interrupt()

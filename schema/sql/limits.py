@@ -1,4 +1,4 @@
-"""Bounds of a query: how much memory and time it may take, watched from another thread than the one that runs it."""
+"""Limits of a query's memory and time, checked by another thread than the one that runs it."""
 
 from __future__ import annotations
 

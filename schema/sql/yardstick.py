@@ -1,4 +1,4 @@
-"""How bad the outliers of a site are: the word that people read, and which sites the word is about."""
+"""How bad the outliers of a site are, in a word; and which site of a run is the worst."""
 
 from __future__ import annotations
 
