@@ -21,7 +21,6 @@ from quambase.analyzer.analyze import scale_columns, select_least
 from quambase.analyzer.scale_groups import ScaleGroup, default_granularity, scale_groups
 from quambase.analyzer.summary import summarize
 from quambase.schema.errors import ScalesInvalid, UnknownName, first_line
-from quambase.schema.files import refuse_foreign_file
 from quambase.schema.groups import GRANULARITIES, granularity_of
 from quambase.schema.scale_table import (
     ADOPTED,
@@ -30,9 +29,9 @@ from quambase.schema.scale_table import (
     METADATA_KEY,
     MSE,
     QUAMBASE,
-    is_scale_table,
     provenance_of,
     read_provenance,
+    refuse_foreign_table,
     scale_faults,
     write_scales,
 )
@@ -106,7 +105,7 @@ def adopt(
     file = Path(file)
     target = Path(out) if out is not None else file.with_suffix(".parquet")
     if target.resolve() != file.resolve():
-        refuse_foreign_file(target, is_scale_table, "scale table", force=force)
+        refuse_foreign_table(target, force=force)
     table, provenance = _read(file)
     with StatsDB(db, run or _named_run(file, table)) as database:
         manifest = database.runs[0]

@@ -55,11 +55,6 @@ class ScaleGroup:
         return optimal_scale(self.distribution)
 
     @property
-    def affine(self) -> bool:
-        """Whether the INT8 model can read codes with a zero point here."""
-        return self.point.affine
-
-    @property
     def point(self) -> Site:
         """The site, of an imported tensor perhaps one that no model has."""
         return find_site(self.site, self.family) if is_model_site(self.site, self.family) else Site(self.site)

@@ -313,13 +313,13 @@ def effect(group: ScaleGroup) -> float:
 def mse_affine(group: ScaleGroup) -> float | Affine:
     """The least squared error over scales and zero points (analyzer/least_squares.py) where the INT8 model reads codes
     with a zero point: after SiLU (x_proj:input; x_conv_out, B_conv_out, C_conv_out). Elsewhere mse."""
-    return optimal_affine(group.distribution) if group.affine else mse(group)
+    return optimal_affine(group.distribution) if group.point.affine else mse(group)
 
 
 @strategy(needs_sensitivity=True)
 def effect_affine(group: ScaleGroup) -> float | Affine:
     """The least predicted KL over scales and zero points where mse_affine has a zero point, elsewhere effect."""
-    if not group.affine or group.sensitivity is None:
+    if not group.point.affine or group.sensitivity is None:
         return effect(group)
     return optimal_affine(group.sensitivity.weighted)
 

@@ -191,16 +191,16 @@ def _swept_for_people(table: pa.Table) -> pa.Table:
     """The rows of a sweep."""
     known = table["predicted_kl"].null_count < table.num_rows
     rows = [
-        {
-            "strategy": row["strategy"],
-            **({"predicted KL": row["predicted_kl"]} if known else {}),
-            "median dB": row["sqnr_db_median"],
-            "least": row["sqnr_db_least"],
-            "clipped": format_cell(row["clipped_share_mean"], share=True),
-        }
+        _losses(row, known) | {"clipped": format_cell(row["clipped_share_mean"], share=True)}
         for row in table.to_pylist()
     ]
     return pa.Table.from_pylist(rows)
+
+
+def _losses(row: dict[str, Any], known: bool) -> dict[str, Any]:
+    """What a strategy loses, the first columns of a table; ``known``: the predicted KL of some."""
+    kl = {"predicted KL": row["predicted_kl"]} if known else {}
+    return {"strategy": row["strategy"], **kl, "median dB": row["sqnr_db_median"], "least": row["sqnr_db_least"]}
 
 
 def _held(out: Path) -> str:
@@ -218,10 +218,7 @@ def strategies_for_people(summary: pa.Table) -> pa.Table:
     rows = [
         {
             "": "d" if row["needs_decode"] else "*" if place == 0 else "",
-            "strategy": row["strategy"],
-            **({"predicted KL": row["predicted_kl"]} if known else {}),
-            "median dB": row["sqnr_db_median"],
-            "least": row["sqnr_db_least"],
+            **_losses(row, known),
             "worst site": "-" if row["worst_site"] is None else f"{row['worst_layer']} {row['worst_site']}",
             "clipped": format_cell(row["clipped_share_mean"], share=True),
             "wraps": row["wraps_upstream"],

@@ -40,8 +40,7 @@ PLACES = "places.parquet"
 _PLACES = pa.schema(
     [
         pa.field("rows", pa.string()),
-        *(pa.field(name, pa.int32()) for name in ("document", "row", "channel")),
-        *(pa.field(name, pa.int32()) for name in ("position", "token_id")),
+        *(pa.field(name, pa.int32()) for name in ("document", "row", "channel", "position", "token_id")),
         *(pa.field(name, pa.string()) for name in ("token", "before", "after")),
         pa.field("column", pa.int32()),
     ]

@@ -65,10 +65,8 @@ def collect_command(
         words += [word for site in sites for word in ("--site", site)]
     if manifest.model.family == MAMBA2:
         words += _grouping(asked.get("groups"))
-    if "sensitivity" in asked:
-        words += ["--sensitivity", str(asked["sensitivity"]["documents"])]
-    if "second_moments" in asked:
-        words += ["--second-moments", str(asked["second_moments"]["documents"])]
+    for option, name in (("--sensitivity", "sensitivity"), ("--second-moments", "second_moments")):
+        words += [option, str(asked[name]["documents"])] if name in asked else []
     return shlex.join(words)
 
 
