@@ -53,11 +53,6 @@ def as_made(schema: pa.Schema) -> pa.Schema:
     return pa.schema([f.with_type(WORDS) if f in _KEY and pa.types.is_string(f.type) else f for f in schema])
 
 
-def cast_to(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """``table`` with that schema; itself if it has it, since a cast copies dictionaries and their indices."""
-    return table if table.schema.equals(schema) else table.cast(schema)
-
-
 RUNS = _table(
     "runs",
     "One collection each: what was run on what.",
@@ -452,9 +447,11 @@ def write_table(path: Path, name: str, table: pa.Table, schema: pa.Schema) -> No
     checksum, except those of RUN_TABLES, of which `run.json` has one.
     """
     made = as_made(schema) if name in RUN_TABLES else schema
+    if not table.schema.equals(made):  # a cast copies dictionaries and their indices
+        table = table.cast(made)
     with replacing(path) as temporary:
         with _writer(temporary, name, made) as writer:
-            writer.write_table(cast_to(table, made), row_group_size=_ROW_GROUPS.get(name))
+            writer.write_table(table, row_group_size=_ROW_GROUPS.get(name))
             if name not in RUN_TABLES:
                 writer.add_key_value_metadata({CHECKSUM: PLACEHOLDER})
         if name not in RUN_TABLES:
