@@ -1,8 +1,8 @@
 """`quambase adopt`: takes a scale table that another tool wrote or a person edited, checks it and completes it.
 
-A scale table of ours carries a checksum, its origin, and each scale's error. An edited one lacks the first two, and its
-errors are those of the former scales. Here the origin comes from the run in the database, every figure is computed
-anew from the run's counts, and what is wrong is named.
+A scale table carries a checksum, its origin, and each scale's error. An edited table lacks the first two, and its
+errors belong to the former scales. `adopt` takes the origin from the run in the database, computes every figure again
+from the run's counts, and names what is wrong.
 """
 
 from __future__ import annotations

@@ -279,7 +279,7 @@ class _Losses:
         self._known: dict[Scale, tuple[float, float]] = {}
 
     def compare(self, scale: Scale, whole: Scale) -> tuple[float, ...]:
-        """`quambase.analyzer.convergence.QUANTITIES` of ``scale`` beside the scale from all documents, ``whole``."""
+        """`quambase.analyzer.convergence.QUANTITIES` of ``scale``; ``whole``: the scale from all documents."""
         (error, kl), (error_of_all, kl_of_all) = self._of(scale), self._of(whole)
         none = 1.0 if error == 0 else np.inf
         return change(scale, whole), error / error_of_all if error_of_all > 0 else none, kl, kl_of_all

@@ -235,7 +235,7 @@ def _clip_floor(
     sums: tuple[tuple[Int64, Int64], tuple[Float64, Float64], Float64, Float64],
     highest: int,
 ) -> float:
-    """Least error possible at any scale up to ``scale``: what lies beyond the last code is clipped at least so far."""
+    """Least error possible at any scale up to ``scale``, from the values beyond the last code alone, which clip."""
     zeroth, first, second_positive, second_negative = sums
     error = 0.0
     for side in range(2):

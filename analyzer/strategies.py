@@ -67,7 +67,7 @@ class Strategy:
 
     parameters         its numeric parameters and their defaults, in the order a label gives them
     needs_decode       its codes are no single multiplication: ``function`` returns the scales of two segments
-    needs_sensitivity  it is for runs that were collected with --sensitivity
+    needs_sensitivity  only runs that were collected with --sensitivity have it
     from_documents     its scale follows from the statistics of each document that a run stores (`documents`)
     document_quantile  the parameter that names a stored quantile of each document, of which it takes an average
     by_state_index     the scales (n,) of a Mamba-2's state from the largest magnitude at each state index (n,) float32,

@@ -61,7 +61,7 @@ def _sparse(statistics: RunStatistics) -> tuple[Array, Array]:
 
 
 EVERY, USED = tuple(field.name for field in fields(Moments)), ("integers", "extrema")
-"""The moments of a run, and those of a bucket of positions that are used."""
+"""The moments that are stored of a run, and of a bucket of positions."""
 
 
 def _of_bucket(number: int, bucket: RunStatistics) -> dict[str, Array]:

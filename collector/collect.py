@@ -392,8 +392,8 @@ def _observe(
 
 
 def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:
-    """Returns the function that tells where a value of `outliers` is, and the text around it: a state's row and column
-    are one flat channel of the last token.
+    """Returns the function that finds the place of a value of `outliers` and the text around it: a state's row and
+    column are one flat channel of the last token.
     """
     tokens = np.concatenate([document.tokens for document in plan.documents])
     sizes, firsts = np.zeros((2, plan.documents[-1].index + 1), np.int64)

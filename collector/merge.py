@@ -193,7 +193,7 @@ def _complete_run(found: dict[str, dict[Shard, list[Path]]], run: str | None, db
 
 
 def _every_shard(run: str, candidates: dict[Shard, list[Path]]) -> dict[Shard, Path]:
-    """A folder for each shard, for the number of shards of which all are complete. DatabaseInvalid: for none."""
+    """A folder for each shard of a division whose shards are all complete. DatabaseInvalid: there is none."""
     problems = []
     for count in sorted({shard.count for shard in candidates}):
         wanted = [Shard(index, count) for index in range(count)]

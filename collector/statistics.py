@@ -329,7 +329,7 @@ class RunStatistics:
         return SiteStatistics(self.index.layouts[key], self.counts[groups], moments, self.top[groups])
 
     def outliers(self, group: int) -> Int64:
-        """(m, 5: TOP_FIELDS), m <= most: those of a row of ``top``; on the host."""
+        """(m, 5: TOP_FIELDS), m <= most: the outliers of a row of ``top``; on the host."""
         return _present(self.top[group])
 
     def add(self, other: RunStatistics) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 CHECKSUM = "quambase-sha256"
-"""The key under which JSON and Parquet files of ours carry their own checksum."""
+"""The key under which our JSON and Parquet files carry their own checksum."""
 
 PLACEHOLDER = f"{CHECKSUM}:{'0' * 64}"
 

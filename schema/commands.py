@@ -1,4 +1,4 @@
-"""Commands to print: the one that made a run, told from its manifest, and where a command finds its database."""
+"""Commands to print: the one that made a run, from its manifest; and the option that names a database."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DATABASE = Path("quambase-db")
 
 
 def of_database(db: Path | None) -> str:
-    """What a command adds to name ``db``, for a shell; nothing where it is the default or None."""
+    """The option that names ``db``, for a shell; empty where it is the default or None."""
     return "" if db is None or db == DATABASE else f" --db {shlex.quote(str(db))}"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from quambase.schema.errors import DatabaseInvalid, OutputRefused, QuambaseError, RunBusy, first_line
 
 MARK = "quambase"
-"""What files of ours carry in their metadata."""
+"""Our files carry it in their metadata."""
 
 FORCE_HINT = "name another file, or replace it with --force"
 

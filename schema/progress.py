@@ -28,10 +28,10 @@ LINE_SECONDS = 30.0
 """Seconds between two lines where stderr is no terminal."""
 
 MEASURED_SHARE, MEASURED_SECONDS = 0.05, 5.0
-"""The time left is shown once this share of the work is done, or after so many seconds."""
+"""The time left is shown after this share of the work, or after this time."""
 
 LONG_SECONDS = 10.0
-"""Stages longer than so many seconds are announced with about how long they will take."""
+"""Stages that are expected to take longer are announced, with about how long."""
 
 BAR = 20
 """Characters in the bar."""

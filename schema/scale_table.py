@@ -263,12 +263,12 @@ def provenance_of(manifests: Iterable[Manifest], granularity: str, target: str, 
 
 
 def refuse_foreign_table(path: Path, *, force: bool = False) -> None:
-    """OutputRefused if a new table at ``path`` would replace something else than a scale table of ours."""
+    """OutputRefused if a new table at ``path`` would replace anything but a scale table that quambase wrote."""
     refuse_foreign_file(path, is_scale_table, "scale table", force=force)
 
 
 def is_scale_table(path: Path) -> bool:
-    """Whether the file at ``path`` is a scale table of ours, perhaps edited."""
+    """Whether quambase wrote the scale table at ``path``, perhaps edited since."""
     try:
         return METADATA_KEY in (pq.read_schema(path).metadata or {})
     except (pa.ArrowException, OSError):

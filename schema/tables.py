@@ -506,7 +506,7 @@ def read_table(
 ) -> pa.Table:
     """Read a whole Parquet file and check its columns.
 
-    later    as `with_later_columns` has it
+    later    as in `with_later_columns`
     checked  the file must have a checksum of its own; otherwise it is compared only if there is one
 
     DatabaseInvalid: the file is missing, cut short, altered or another table.

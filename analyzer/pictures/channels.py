@@ -21,7 +21,7 @@ from quambase.schema.pictures import WIDTHS, logarithmic, new_figure
 from quambase.schema.sites import WHOLE
 
 NAMED = 12
-"""At most so many channels have their number beside them."""
+"""Largest number of channels that are labelled with their number."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ChannelsPicture:
         return figure
 
     def _named(self, columns: int) -> list[tuple[int, Channel]]:
-        """Ranks and channels of which the number fits beside that before: the farthest ones."""
+        """Ranks and channels whose label does not overlap the one before, from the farthest channel on."""
         inches = (WIDTHS[columns] - 0.5) / math.log10(max(2, len(self.channels)) * 1.5)  # of a decade
         found: list[tuple[int, Channel]] = []
         for rank, channel in enumerate(self.channels[:NAMED], 1):

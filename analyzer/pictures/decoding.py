@@ -1,4 +1,4 @@
-"""Picture of an evaluation by decoding: KL against how many tokens were decoded, beside prefill's."""
+"""Picture of an evaluation by decoding: KL against the number of tokens decoded, with prefill for comparison."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class ErrorPicture:
         )
 
     def words(self) -> list[str]:
-        """The best scales, and what others lose beside them."""
+        """The best scales, and how much more error the strategies have."""
         least = float(np.min(self.curve.mse))
         text = f"{self.place}: the least MSE of one symmetric scale is {least:.3g}, at {self.curve.least_mse_scale:.3g}"
         if self.curve.predicted_kl is not None:

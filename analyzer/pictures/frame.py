@@ -117,12 +117,12 @@ def drawable(text: str) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """``text`` in at most so many characters."""
+    """``text``, cut to ``most`` characters."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def legend_outside(figure: Figure, axes: Axes, columns: int, **more: Any) -> None:
-    """The legend of ``axes`` beside the data, or over one column below it, two labels a line where they fit."""
+    """The legend of ``axes``: right of the data, or over one column below it, two labels a line where they fit."""
     handles, labels = axes.get_legend_handles_labels()
     if columns > 1:
         figure.legend(handles, labels, loc="outside right upper", **more)

@@ -1,4 +1,4 @@
-"""Picture of a site by position: how far |x| reaches after how many tokens, and where scales clip."""
+"""Picture of a site by position: quantiles of |x| against the tokens read, and where scales clip."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINES = {"amax": "largest", "q9999": "99.99 %", "q999": "99.9 %", "q99": "99 %",
 """The columns of `position_stats` that are drawn, and what they are called."""
 
 UPSTREAM = "quamba"
-"""The strategy whose clipping point is drawn beside the selected one's, unless others are asked for."""
+"""Its clipping point is drawn, too, unless strategies are asked for."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class StrategiesPicture:
         )
 
     def words(self) -> list[str]:
-        """The best, beside the last that needs no decoder."""
+        """The best strategy, and how the next three that need no decoder compare."""
         first = self.strategies[0]
         middle = np.nanmedian([loss.sqnr_db for loss in first.sites.values()])
         text = f"best over {len(first.sites)} sites: {first.label}, median SQNR {middle:.3g} dB"

@@ -1,4 +1,4 @@
-"""How far the scale groups of a layer's channels reach."""
+"""The reach of the scale groups of a layer's channels."""
 
 from __future__ import annotations
 

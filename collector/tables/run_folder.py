@@ -113,7 +113,7 @@ class BlockFiles(AbstractContextManager["BlockFiles"]):
         self._add(block, {"documents": documents, "activations": activations})
 
     def add_counts(self, block: int, block_counts: pa.Table) -> None:
-        """As `add`: those of the table `block_counts`."""
+        """As `add`: the rows of the table `block_counts`."""
         self._add(block, {"block_counts": block_counts})
 
     def _add(self, block: int, tables: Mapping[str, pa.Table]) -> None:

@@ -35,7 +35,7 @@ class Limits:
 
 
 def resident_bytes() -> int:
-    """Memory that this process has now; 0 where the system does not tell."""
+    """Memory that this process has now; 0 where the system does not report it."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
     except (OSError, ValueError, IndexError):

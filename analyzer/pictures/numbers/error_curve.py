@@ -17,7 +17,7 @@ from quambase.schema.values.number_format import INT8
 POINTS = 160
 
 BEYOND = 1.5
-"""How far, as a factor, the curve goes beyond the scales it must show."""
+"""The factor by which the curve extends beyond the scales it must show."""
 
 
 @dataclass(frozen=True)
