@@ -41,6 +41,8 @@ from quambase.schema.stored.runs import list_runs, sound_manifests
 
 Found = Mapping[Shard, ShardManifest]
 Folders = Mapping[Shard, Path]
+Copies = dict[Shard, list[Path]]
+"""The folders that hold each shard of a run, in whatever state."""
 
 
 def merge(
@@ -125,9 +127,9 @@ def merge_if_last(db: Path, run: str, *, progress: Shown = False) -> CollectedRu
     return existing_run(folder)
 
 
-def _find(sources: Iterable[Path]) -> dict[str, dict[Shard, list[Path]]]:
+def _find(sources: Iterable[Path]) -> dict[str, Copies]:
     """Every shard folder in databases, run folders and shard folders, by run id; each once."""
-    found: dict[str, dict[Shard, list[Path]]] = {}
+    found: dict[str, Copies] = {}
     for number, source in enumerate(sources):
         inside = (f"runs/*/{SHARDS}/*-of-*", f"{SHARDS}/*-of-*", "*-of-*")
         paths = [source, *(path for pattern in inside for path in source.glob(pattern))]
@@ -145,9 +147,7 @@ def _find(sources: Iterable[Path]) -> dict[str, dict[Shard, list[Path]]]:
     return found
 
 
-def _choose_run(
-    found: dict[str, dict[Shard, list[Path]]], run: str | None, db: Path
-) -> tuple[str, dict[Shard, list[Path]]]:
+def _choose_run(found: dict[str, Copies], run: str | None, db: Path) -> tuple[str, Copies]:
     if run is not None:
         chosen = [name for name in found if name == run] or [name for name in found if name.startswith(run)]
         if not chosen:
@@ -164,7 +164,7 @@ def _choose_run(
     return chosen[0], found[chosen[0]]
 
 
-def _differences(found: dict[str, dict[Shard, list[Path]]], names: list[str]) -> str:
+def _differences(found: dict[str, Copies], names: list[str]) -> str:
     """The settings in which the first two runs differ, known if each has a complete shard."""
     identities: list[dict[str, Any]] = []
     for name in names[:2]:
@@ -177,7 +177,7 @@ def _differences(found: dict[str, dict[Shard, list[Path]]], names: list[str]) ->
     return f", which differ in {', '.join(sorted(keys))}" if keys else ""
 
 
-def _complete_run(found: dict[str, dict[Shard, list[Path]]], run: str | None, db: Path) -> Path | None:
+def _complete_run(found: dict[str, Copies], run: str | None, db: Path) -> Path | None:
     """The folder of the requested run if it is already complete; None if there is something to merge.
 
     Without ``run`` and without shards that is the run that was merged last.
@@ -192,7 +192,7 @@ def _complete_run(found: dict[str, dict[Shard, list[Path]]], run: str | None, db
     return complete.get(wanted[0]) if len(wanted) == 1 else None
 
 
-def _every_shard(run: str, candidates: dict[Shard, list[Path]]) -> dict[Shard, Path]:
+def _every_shard(run: str, candidates: Copies) -> dict[Shard, Path]:
     """A folder for each shard of a division whose shards are all complete. DatabaseInvalid: there is none."""
     problems = []
     for count in sorted({shard.count for shard in candidates}):
