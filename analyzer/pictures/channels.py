@@ -17,7 +17,7 @@ from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.channels import OUTLIER, Channel, channels_by_reach
 from quambase.analyzer.site.one_site import place
 from quambase.schema.errors import UnknownName
-from quambase.schema.pictures import WIDTHS, logarithmic, new_figure
+from quambase.schema.pictures import WIDTHS, logarithmic
 from quambase.schema.sites import WHOLE
 
 NAMED = 12
@@ -62,9 +62,7 @@ class ChannelsPicture:
     @frame.styled
     def draw(self, columns: int) -> Figure:
         """The largest |x| against the rank, both logarithmic, groups in their own colours."""
-        figure = new_figure(columns, 2.4)
-        frame.title(figure, f"{self.place} of {self.model}")
-        axes = figure.subplots()
+        figure, axes = frame.one_panel(columns, 2.4, f"{self.place} of {self.model}")
         amax = np.array([c.amax for c in self.channels])
         rank = np.arange(1, amax.size + 1)
         groups = sorted({c.group_name for c in self.channels})

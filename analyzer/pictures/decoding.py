@@ -9,9 +9,9 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 
 from quambase.analyzer.pictures.asked import Asked
-from quambase.analyzer.pictures.frame import legend_outside, looks, styled, title
+from quambase.analyzer.pictures.frame import legend_outside, looks, one_panel, styled
 from quambase.schema.errors import DataInvalid
-from quambase.schema.pictures import logarithmic, new_figure
+from quambase.schema.pictures import logarithmic
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ class DecodingPicture:
     def draw(self, columns: int) -> Figure:
         """A line for each strategy with its 95 % band; prefill of the same predictions thin and grey."""
         legend_lines = 0.13 * ((len(self.labels) + 2) // (1 if columns == 1 else 2))
-        figure = new_figure(columns, 2.4 + legend_lines)
-        axes = figure.subplots()
-        title(figure, f"{self.model}: evaluation {self.evaluation[:8]}")
+        heading = f"{self.model}: evaluation {self.evaluation[:8]}"
+        figure, axes = one_panel(columns, 2.4 + legend_lines, heading)
         look = looks(self.labels)
         drawn: set[tuple[float, ...]] = set()
         for label in self.labels:

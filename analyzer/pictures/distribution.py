@@ -13,7 +13,7 @@ from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.histogram import Histogram, histogram
 from quambase.analyzer.pictures.numbers.marks import Mark
 from quambase.analyzer.site.one_site import place
-from quambase.schema.pictures import logarithmic, new_figure
+from quambase.schema.pictures import logarithmic
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,8 @@ class DistributionPicture:
     @frame.styled
     def draw(self, columns: int) -> Figure:
         """The histogram, a line at each strategy's clipping point."""
-        figure = new_figure(columns, 1.9 + 0.3 * columns + frame.STEP * (len(self.marks) + 1) / 72)
-        axes = figure.subplots()
-        frame.title(figure, f"{self.place} of {self.model}")
+        height = 1.9 + 0.3 * columns + frame.STEP * (len(self.marks) + 1) / 72
+        figure, axes = frame.one_panel(columns, height, f"{self.place} of {self.model}")
         edges, shares = self.histogram.edges, self.histogram.shares
         axes.set(xlabel="|x|", ylabel=f"share of values per 1/{self.histogram.bins_per_octave} octave")
         if not shares.size:

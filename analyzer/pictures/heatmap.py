@@ -23,7 +23,7 @@ from quambase.analyzer.pictures.numbers.site_grid import (
     site_grid,
 )
 from quambase.schema.errors import DatabaseInvalid, UnknownName
-from quambase.schema.pictures import logarithmic, new_figure
+from quambase.schema.pictures import logarithmic
 from quambase.schema.scale_table import SELECTED
 from quambase.schema.sites import HEAD_LAYER
 from quambase.schema.values.arrays import Float64
@@ -105,10 +105,8 @@ class HeatmapPicture:
     @frame.styled
     def draw(self, columns: int) -> Figure:
         """Layers to the right, sites down; numbers in the cells where they fit."""
-        figure = new_figure(columns, 1.0 + 0.16 * len(self.grid.sites))
         of = "" if self.quantity == OUTLIER_RATIO else f", scales of {self.grid.label}"
-        frame.title(figure, f"{self.model}{of}")
-        axes = figure.subplots()
+        figure, axes = frame.one_panel(columns, 1.0 + 0.16 * len(self.grid.sites), f"{self.model}{of}")
         values = self.grid.values(self.quantity).T
         axes.grid(visible=False)
         image = axes.imshow(values, aspect="auto", norm=_norm(values, self.quantity))
