@@ -41,7 +41,7 @@ scales.
 """
 
 LATER = {"cluster": None, "weight_bits": None, "positions": None}
-"""Columns that evaluations of earlier versions lack, and their value there."""
+"""Columns that evaluations of earlier versions lack, and what they hold then."""
 
 EVALUATION, RESULTS_FILE = "evaluation.json", "results.parquet"
 """Files of the folder ``results/<evaluation id>``. The first is written last: with it the evaluation is finished."""
