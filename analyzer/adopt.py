@@ -1,8 +1,8 @@
 """`quambase adopt`: takes a scale table that another tool wrote or a person edited, checks it and completes it.
 
-A scale table of ours carries a checksum, its origin, and each scale's error. An edited one lacks the first two, and its
-errors are those of the former scales. Here the origin comes from the run in the database, every figure is computed
-anew from the run's counts, and what is wrong is named.
+A scale table carries a checksum, its origin, and each scale's error. An edited table lacks the first two, and its
+errors belong to the former scales. `adopt` takes the origin from the run in the database, computes every figure again
+from the run's counts, and names what is wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from quambase.analyzer.analyze import scale_columns, select_least
 from quambase.analyzer.scale_groups import ScaleGroup, default_granularity, scale_groups
 from quambase.analyzer.summary import summarize
 from quambase.schema.errors import ScalesInvalid, UnknownName, first_line
-from quambase.schema.files import refuse_foreign_file
 from quambase.schema.groups import GRANULARITIES, granularity_of
 from quambase.schema.scale_table import (
     ADOPTED,
@@ -30,9 +29,9 @@ from quambase.schema.scale_table import (
     METADATA_KEY,
     MSE,
     QUAMBASE,
-    is_scale_table,
     provenance_of,
     read_provenance,
+    refuse_foreign_table,
     scale_faults,
     write_scales,
 )
@@ -58,7 +57,7 @@ DEFAULTS: dict[str, Any] = {
     "selected": None,
     "mse": None,
 }
-"""The columns that it may have, and what they are where it has none. Those of the errors are computed anew."""
+"""The columns that it may have, and their values where it lacks them. Errors are computed anew."""
 
 SHOWN_FAULTS = 5
 
@@ -106,7 +105,7 @@ def adopt(
     file = Path(file)
     target = Path(out) if out is not None else file.with_suffix(".parquet")
     if target.resolve() != file.resolve():
-        refuse_foreign_file(target, is_scale_table, "scale table", force=force)
+        refuse_foreign_table(target, force=force)
     table, provenance = _read(file)
     with StatsDB(db, run or _named_run(file, table)) as database:
         manifest = database.runs[0]
@@ -196,14 +195,14 @@ def _check_places(file: Path, rows: list[dict[str, Any]], groups: dict[tuple[int
 
 
 def _bad_scales(rows: list[dict[str, Any]]) -> Iterable[str]:
-    """Lines on what no figure can be computed of."""
+    """A line for each row whose errors cannot be computed."""
     for row in rows:
         if row["needs_decode"] and len(row["component_scales"] or ()) != 2:
             yield f"layer {row['layer']} {row['site']} ({row['label']}) needs two component scales"
 
 
 def _completed(row: dict[str, Any], group: ScaleGroup) -> dict[str, Any]:
-    """A row of tables.SCALES with every figure of its scale; of a scale that is none, without figures."""
+    """A row of tables.SCALES with every figure of its scale; without figures where the scale is not valid."""
     key = {name: row[name] for name in ("run", "layer", "site", "group_name", "strategy", "params", "label")}
     fixed = {
         "granularity": granularity_of(group.group_name),
@@ -255,7 +254,7 @@ def _provenance(manifest: Manifest, before: dict[str, Any], made: pa.Table, file
 
 
 def _missing(made: pa.Table) -> list[str]:
-    """Lines on the strategies that lack scales which another strategy of the table has."""
+    """A line for each strategy that lacks scales which another strategy of the table has."""
     consumed = [row for row in made.to_pylist() if row["consumed"]]
     every = {_place(row) for row in consumed}
     held = Counter(row["label"] for row in consumed)

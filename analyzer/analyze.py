@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from quambase.analyzer.quantization_error import predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
 from quambase.analyzer.sixteen_bit import Mix, choose, frontier
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
@@ -172,8 +171,7 @@ def group_rows(
             "selected": False,
         }
         for choice in choices
-        if (group.documents.quantiles or not choice.needs_document_quantiles)
-        and (sensitive or not choice.strategy.needs_sensitivity)
+        if choice.fits(group) and (sensitive or not choice.strategy.needs_sensitivity)
     ]
     select_least(rows, target, select)
     return rows
@@ -218,7 +216,7 @@ def scale_columns(
         "clipped_share": figures.clipped_share,
         "mse": figures.mse,
         "sqnr_db": figures.sqnr_db,
-        "predicted_kl": None if group.sensitivity is None else predicted_kl(group.sensitivity, scale),
+        "predicted_kl": group.predicted_kl(scale),
         "codes_used": figures.codes_used,
         "codes_above_120": figures.codes_above_120,
         "entropy_bits": figures.entropy_bits,

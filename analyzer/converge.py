@@ -9,11 +9,9 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.analyzer.convergence import Measured, next_step, sizes_table, strategies_table, summarize
-from quambase.analyzer.quantization_error import predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup, default_granularity, scale_groups
 from quambase.analyzer.site.one_site import one_run
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
@@ -25,6 +23,7 @@ from quambase.schema.sites import WHOLE
 from quambase.schema.sql.answer import PrintsAsTable
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.stored.manifest import Manifest
+from quambase.schema.values.arrays import Float64, Int64
 from quambase.schema.values.distribution import BlockCounts
 from quambase.schema.values.number_format import multipliers
 
@@ -33,7 +32,9 @@ RESAMPLES = 20
 
 
 MOST_SCALES = 48
-"""A Mamba-2 has several hundred, and at most of them a zero point is searched. Their median is known from fewer."""
+"""Scales that are measured at most. A Mamba-2 has several hundred, most with a search for a zero point, and fewer
+tell their median.
+"""
 
 WORKERS = 2
 """Scales computed at a time: more would wait for the interpreter, and each holds the parts of one size in memory."""
@@ -162,14 +163,14 @@ def _drawn(groups: list[ScaleGroup], most: int, seed: int) -> list[ScaleGroup]:
 
 
 def _where(groups: list[ScaleGroup], every: list[ScaleGroup], site: str | None, layer: int | None) -> str:
-    """The chosen scales in words; ``every``: those of which they were drawn."""
+    """The chosen scales in words; ``every``: those from which they were drawn."""
     parts = [*([] if layer is None else [f"layer {layer}"]), *([] if site is None else [site])]
     drawn = f" drawn from {len(every)}" if len(groups) < len(every) else ""
     scales = ("one scale" if len(groups) == 1 else f"the median of {len(groups)} scales") + drawn
     return " ".join([*parts, scales]) if not parts else f"{' '.join(parts)}: {scales}"
 
 
-ByUnits = dict[int, npt.NDArray[np.float64]]
+ByUnits = dict[int, Float64]
 """Number of units to (subsamples, `quambase.analyzer.convergence.QUANTITIES`)."""
 
 
@@ -250,7 +251,7 @@ class _Plan:
         losses = _Losses(group)
         found: dict[str, ByUnits | None] = {choice.label: None for mine in self.choices.values() for choice in mine}
         for kind, subsamples in self.subsamples.items():
-            mine = [c for c in self.choices[kind] if group.documents.quantiles or not c.needs_document_quantiles]
+            mine = [choice for choice in self.choices[kind] if choice.fits(group)]
             whole = {choice.label: choice.scale(group) for choice in mine}
             of_kind: dict[str, ByUnits] = {choice.label: {} for choice in mine}
             for n, chosen in subsamples.chosen.items():
@@ -262,7 +263,7 @@ class _Plan:
         return found
 
 
-def _part(group: ScaleGroup, kind: str, counts: BlockCounts | None, units: npt.NDArray[np.int64]) -> ScaleGroup:
+def _part(group: ScaleGroup, kind: str, counts: BlockCounts | None, units: Int64) -> ScaleGroup:
     """``group`` on some units of ``kind``."""
     if kind == DOCUMENTS:
         return part_of_documents(group, units)
@@ -278,16 +279,15 @@ class _Losses:
         self._known: dict[Scale, tuple[float, float]] = {}
 
     def compare(self, scale: Scale, whole: Scale) -> tuple[float, ...]:
-        """`quambase.analyzer.convergence.QUANTITIES` of ``scale`` beside the scale from all documents, ``whole``."""
+        """`quambase.analyzer.convergence.QUANTITIES` of ``scale``; ``whole``: the scale from all documents."""
         (error, kl), (error_of_all, kl_of_all) = self._of(scale), self._of(whole)
         none = 1.0 if error == 0 else np.inf
         return change(scale, whole), error / error_of_all if error_of_all > 0 else none, kl, kl_of_all
 
     def _of(self, scale: Scale) -> tuple[float, float]:
         if scale not in self._known:
-            sensitivity = self._group.sensitivity
-            kl = np.nan if sensitivity is None else predicted_kl(sensitivity, scale)
-            self._known[scale] = self._group.figures(scale).squared_error, kl
+            kl = self._group.predicted_kl(scale)
+            self._known[scale] = self._group.figures(scale).squared_error, np.nan if kl is None else kl
         return self._known[scale]
 
 

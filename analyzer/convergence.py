@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.subsamples import Subsamples
 from quambase.schema.commands import collect_command
 from quambase.schema.stored.manifest import Manifest
-
-Float64 = npt.NDArray[np.float64]
+from quambase.schema.values.arrays import Float64
 
 CHANGE, MSE_RATIO, KL, KL_OF_ALL = QUANTITIES = ("change", "mse_ratio", "predicted_kl", "predicted_kl_of_all")
-"""What is measured of a scale from a part of the documents, beside the scale from all of them: |scale / scale of all -
-1|; its squared error on all documents over that of the scale of all; the predicted KL of both, nats a token.
+"""How a scale from a part of the documents compares with the scale from all of them: |scale / scale of all - 1|; the
+ratio of their squared errors on all documents; the predicted KL of both, nats a token.
 """
 
 TOLERANCE = 0.01
@@ -47,7 +45,7 @@ SIZES = pa.schema(
 )
 """A row per strategy and number of documents (of ``units`` documents or blocks): the median of ``subsamples``, and the
 5 % and 95 % ends of their band. ``change`` and ``mse_ratio`` of a subsample are medians over ``scales``; its
-``predicted_kl`` is the sum over those of them in layers that act in evaluation, null where one of these has none.
+``predicted_kl`` is the sum over the scales in layers that act in evaluation, null where one of them has none.
 """
 
 STRATEGIES = pa.schema(
@@ -107,7 +105,7 @@ class Measured:
         return max(self.values)
 
     def bands(self, units: int) -> dict[str, float | None]:
-        """The columns BANDS and KL_OF_ALL of subsamples of so many units."""
+        """The columns BANDS and KL_OF_ALL of the subsamples of ``units`` units."""
         change, mse_ratio, kl, of_all = np.moveaxis(self.values[units], -1, 0)
         of_subsamples: dict[str, Float64 | None] = {
             CHANGE: np.median(change, axis=1),
@@ -253,7 +251,7 @@ def next_step(strategies: pa.Table, manifest: Manifest, left_out: dict[str, list
 
 
 BLOCKS_WANTED = 16
-"""Blocks into which a run that is collected again is divided at least, where it has so many documents."""
+"""Least number of blocks of a run that is collected again, if it has that many documents."""
 
 
 def _collect(manifest: Manifest, samples: int, data: str | None = None) -> str:

@@ -8,14 +8,10 @@ not by slices: Numba compiles the error paths of slices, which added eight secon
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.schema.compiled import kept_njit
+from quambase.schema.values.arrays import Float32, Float64, Int64
 from quambase.schema.values.number_format import INT8
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 QMIN, QMAX = INT8.qmin, INT8.qmax
 
@@ -239,7 +235,7 @@ def _clip_floor(
     sums: tuple[tuple[Int64, Int64], tuple[Float64, Float64], Float64, Float64],
     highest: int,
 ) -> float:
-    """Least error possible at any scale up to ``scale``: what lies beyond the last code is clipped at least so far."""
+    """Least error possible at any scale up to ``scale``, from the values beyond the last code alone, which clip."""
     zeroth, first, second_positive, second_negative = sums
     error = 0.0
     for side in range(2):

@@ -51,16 +51,12 @@ def optimal_affine(distribution: Distribution) -> Affine:
         return known[zero_point][1], abs(zero_point)
 
     best = min(_TRIED, key=cost)
-    step = max(abs(best - other) for other in _neighbours(best)) // 2
+    place = _TRIED.index(best)
+    step = max(abs(best - other) for other in _TRIED[max(0, place - 1) : place + 2]) // 2
     while step:
         best = min((z for z in (best - step, best, best + step) if INT8.qmin <= z <= INT8.qmax), key=cost)
         step //= 2
     return Affine(known[best][0], best)
-
-
-def _neighbours(tried: int) -> list[int]:
-    place = _TRIED.index(tried)
-    return [*_TRIED[max(0, place - 1) : place], *_TRIED[place + 1 : place + 2]]
 
 
 def _search(distribution: Distribution, zero_point: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""`quambase.open`: a database to look at from Python, site by site."""
+"""`quambase.open`: a database in Python, site by site."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from quambase.analyzer.quantization_error import predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.site.one_site import chosen_group, one_run, place
 from quambase.analyzer.strategies import Scale, parse_label, parse_labels
 from quambase.schema.sites import WHOLE
-from quambase.schema.sql.answer import Answer, PrintsAsTable
+from quambase.schema.sql.answer import Answer, PrintsAsTable, html_table
 from quambase.schema.sql.database import StatsDB
 from quambase.schema.values.number_format import multipliers, zero_point_of
 
@@ -58,7 +57,7 @@ class Database(StatsDB):
         return Site(self, chosen_group(self, site, layer, group))
 
     def _repr_html_(self) -> str:
-        return Answer(self.sql("select * from runs").table)._repr_html_()
+        return self.sql("select * from runs")._repr_html_()
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,25 +111,29 @@ class Site:
         return self.values.distribution.quantile(p)
 
     def scale(self, strategy: Label) -> Scale:
-        """A strategy's scale; UnknownName, DataInvalid as `quambase.analyzer.strategies.parse_label`."""
+        """A strategy's scale; UnknownName, DataInvalid as `quambase.analyzer.strategies.parse_label` and
+        `quambase.analyzer.strategies.Choice.scale`.
+        """
         return parse_label(strategy).scale(self.values)
 
     def error(self, scale: Scale | Label) -> ScaleError:
         """What ``scale``, a number or a strategy's label, does to the values."""
         found = self.scale(scale) if isinstance(scale, str) or callable(scale) else scale
-        figures, sensitivity = self.values.figures(found), self.values.sensitivity
+        figures = self.values.figures(found)
         return ScaleError(
             float(multipliers(found)[0]),
             zero_point_of(found),
             figures.clipped_share,
             figures.mse,
             figures.sqnr_db,
-            None if sensitivity is None else predicted_kl(sensitivity, found),
+            self.values.predicted_kl(found),
         )
 
     def strategies(self, labels: Sequence[Label] | None = None) -> Answer:
-        """A row for each strategy, least error first; None: those that `analyze` computes."""
-        choices = parse_labels(labels)
+        """A row for each strategy, least error first; None: those that `analyze` computes. Those that need what the run
+        does not store of these values are left out.
+        """
+        choices = [choice for choice in parse_labels(labels) if choice.fits(self.values)]
         if self.values.sensitivity is None:
             choices = [choice for choice in choices if not choice.strategy.needs_sensitivity]
         rows = [{"strategy": choice.label} | vars(self.error(choice.scale(self.values))) for choice in choices]
@@ -170,4 +173,4 @@ class Site:
 
     def _repr_html_(self) -> str:
         row = {"site": place(self.values.layer, self.values.site, self.values.group_name)}
-        return Answer(pa.Table.from_pylist([row | self.values.distribution.summary()]))._repr_html_()
+        return html_table(pa.Table.from_pylist([row | self.values.distribution.summary()]))

@@ -1,4 +1,4 @@
-"""Strategies that are not quambase's: functions that a user passes, files of Python, entry points of other packages."""
+"""Strategies from elsewhere: functions that a user passes, Python files, entry points of other packages."""
 
 from __future__ import annotations
 

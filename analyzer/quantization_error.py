@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.analyzer import kernels
+from quambase.schema.values.arrays import Float64, Int64
 from quambase.schema.values.distribution import Distribution, Sensitivity
 from quambase.schema.values.number_format import INT8, OUTLIER_CODE, Affine
 
@@ -27,7 +28,7 @@ class Figures:
     signal         sum of x^2, float64
     """
 
-    histogram: npt.NDArray[np.int64]
+    histogram: Int64
     clipped: int
     squared_error: float
     signal: float
@@ -122,9 +123,7 @@ def predicted_kl(sensitivity: Sensitivity, scale: float | Affine | tuple[float, 
     return 0.5 * error / sensitivity.tokens
 
 
-def piecewise_codes(
-    values: npt.NDArray[np.floating], inner: float, outer: float
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+def piecewise_codes(values: npt.NDArray[np.floating], inner: float, outer: float) -> tuple[Int64, Float64]:
     """Codes and reconstructions of the two-segment code of strategy `outlier_piecewise`, of ``values`` (any shape).
 
     Magnitudes up to ``120 * inner`` use ``code = round(a / inner)`` (0..120); larger ones

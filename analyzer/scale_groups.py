@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.analyzer.least_squares import optimal_scale
-from quambase.analyzer.quantization_error import Figures, figures, piecewise_figures, signal_energy
+from quambase.analyzer.quantization_error import Figures, figures, piecewise_figures, predicted_kl, signal_energy
 from quambase.schema.groups import GROUP, TENSOR, granularity_of, united_groups
 from quambase.schema.sites import MAMBA1, MAMBA2, STATE_BY_CHANNEL, WHOLE, Site, find_site, is_model_site
 from quambase.schema.sql.database import DocumentSeries, StatsDB
 from quambase.schema.tables import DOCUMENT_QUANTILES
+from quambase.schema.values.arrays import Float32
 from quambase.schema.values.distribution import Distribution, Sensitivity
 from quambase.schema.values.number_format import Affine
 
@@ -41,7 +41,7 @@ class ScaleGroup:
     documents: DocumentSeries
     family: str = MAMBA1
     innermost: bool = True
-    state_amax: npt.NDArray[np.float32] | None = None
+    state_amax: Float32 | None = None
     sensitivity: Sensitivity | None = None
 
     @cached_property
@@ -53,11 +53,6 @@ class ScaleGroup:
     def least_squares(self) -> float:
         """The scale of least squared error; several strategies are it at some sites."""
         return optimal_scale(self.distribution)
-
-    @property
-    def affine(self) -> bool:
-        """Whether the INT8 model can read codes with a zero point here."""
-        return self.point.affine
 
     @property
     def point(self) -> Site:
@@ -77,6 +72,10 @@ class ScaleGroup:
         if isinstance(scale, tuple):
             return piecewise_figures(self.distribution, *scale, self.signal)
         return figures(self.distribution, scale, self.signal)
+
+    def predicted_kl(self, scale: float | Affine | tuple[float, float]) -> float | None:
+        """The KL that the error of ``scale`` is predicted to cause, nats a token; None without sensitivities."""
+        return None if self.sensitivity is None else predicted_kl(self.sensitivity, scale)
 
 
 def one_document(distribution: Distribution) -> DocumentSeries:
@@ -116,11 +115,9 @@ def _members(smallest: list[str], name: str) -> list[str]:
     return united_groups(smallest, granularity_of(name)).get(name, [])
 
 
-def _state_amax(
-    stored: Mapping[tuple[int, str], npt.NDArray[np.float32]], layer: int, name: str
-) -> npt.NDArray[np.float32]:
+def _state_amax(stored: Mapping[tuple[int, str], Float32], layer: int, name: str) -> Float32:
     members = _members([group for la, group in stored if la == layer], name)
-    amax: npt.NDArray[np.float32] = np.max([stored[layer, member] for member in members], axis=0)
+    amax: Float32 = np.max([stored[layer, member] for member in members], axis=0)
     return amax
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.analyzer import kernels
 from quambase.analyzer.least_squares import optimal_affine, optimal_scale
@@ -28,18 +27,20 @@ from quambase.analyzer.upstream_observers import (
     FLOAT32_SITES,
     SCALE_FLOOR,
     ema_scale,
+    floored,
     minmax_scale,
     minmax_scale_float32,
     quantile_column,
 )
 from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.sites import MAMBA2
+from quambase.schema.values.arrays import Float32
 from quambase.schema.values.number_format import INT8, OUTLIER_CODE, Affine
 
 Scale = float | Affine | tuple[float, float]
 """One scale, one with a zero point, or the (inner, outer) scales of two segments."""
 
-ByStateIndex = Callable[[npt.NDArray[np.float32]], list[float]]
+ByStateIndex = Callable[[Float32], list[float]]
 Function = TypeVar("Function", bound=Callable[..., Scale])
 
 DEFAULT_LABELS = (
@@ -66,7 +67,7 @@ class Strategy:
 
     parameters         its numeric parameters and their defaults, in the order a label gives them
     needs_decode       its codes are no single multiplication: ``function`` returns the scales of two segments
-    needs_sensitivity  it is for runs that were collected with --sensitivity
+    needs_sensitivity  only runs that were collected with --sensitivity have it
     from_documents     its scale follows from the statistics of each document that a run stores (`documents`)
     document_quantile  the parameter that names a stored quantile of each document, of which it takes an average
     by_state_index     the scales (n,) of a Mamba-2's state from the largest magnitude at each state index (n,) float32,
@@ -118,16 +119,29 @@ class Choice:
         name = self.strategy.document_quantile
         return name is not None and quantile_column(self.params[name]) != "amax"
 
+    def fits(self, group: ScaleGroup) -> bool:
+        """Whether what it needs of each document is known of ``group``."""
+        return bool(group.documents.quantiles) or not self.needs_document_quantiles
+
     def scale(self, group: ScaleGroup) -> Scale:
-        """The scale of ``group``, as float32 and at least `SCALE_FLOOR`; two for a two-segment strategy."""
+        """The scale of ``group``, as float32 and at least `SCALE_FLOOR`; two for a two-segment strategy. DataInvalid:
+        it does not fit the group.
+        """
+        if not self.fits(group):
+            raise DataInvalid(
+                f"{self.label} needs quantiles of each document, which no run stores of {group.site} group "
+                f"{group.group_name}; take one of its smallest groups, or another strategy"
+            )
         function = self.strategy.function
         if self.strategy.own:
             found: Scale = checked(self.label, function, group, **self.params)
         else:
             found = function(group, **self.params)
         if isinstance(found, Affine):
-            return Affine(_stored(found.scale), found.zero_point) if found.zero_point else _stored(found.scale)
-        return (_stored(found[0]), _stored(found[1])) if isinstance(found, tuple) else _stored(found)
+            return (
+                Affine(stored_scale(found.scale), found.zero_point) if found.zero_point else stored_scale(found.scale)
+            )
+        return (stored_scale(found[0]), stored_scale(found[1])) if isinstance(found, tuple) else stored_scale(found)
 
     def state_scales(self, group: ScaleGroup) -> list[float] | None:
         """One scale for each state index (n,) of a Mamba-2's state, as upstream has them, if the strategy follows from
@@ -244,20 +258,18 @@ def parse_labels(labels: Sequence[str | Callable[..., Scale]] | None) -> list[Ch
     """Choices of ``labels`` in order, without repetition; None or none: `DEFAULT_LABELS`; ``all``: every one."""
     choices: dict[str, Choice] = {}
     for label in labels or DEFAULT_LABELS:
-        for choice in [parse_label(name) for name in _every()] if label == "all" else [parse_label(label)]:
+        for name in [*DEFAULT_LABELS, *STRATEGIES, *installed()] if label == "all" else [label]:
+            choice = parse_label(name)
             choices.setdefault(choice.label, choice)
     return list(choices.values())
 
 
-def _every() -> list[str]:
-    return [*DEFAULT_LABELS, *STRATEGIES, *installed()]
+def stored_scale(scale: float) -> float:
+    """A scale as it is stored: float32, at least `SCALE_FLOOR`."""
+    return float(floored(scale))
 
 
-def _stored(scale: float) -> float:
-    return float(max(np.float32(scale), np.float32(SCALE_FLOOR)))
-
-
-@strategy(from_documents=True, by_state_index=lambda amax: [_stored(value / INT8.qmax) for value in amax.tolist()])
+@strategy(from_documents=True, by_state_index=lambda amax: [stored_scale(value / INT8.qmax) for value in amax.tolist()])
 def absmax(group: ScaleGroup) -> float:
     """max a / 127: nothing clips."""
     return group.distribution.amax / INT8.qmax
@@ -301,13 +313,13 @@ def effect(group: ScaleGroup) -> float:
 def mse_affine(group: ScaleGroup) -> float | Affine:
     """The least squared error over scales and zero points (analyzer/least_squares.py) where the INT8 model reads codes
     with a zero point: after SiLU (x_proj:input; x_conv_out, B_conv_out, C_conv_out). Elsewhere mse."""
-    return optimal_affine(group.distribution) if group.affine else mse(group)
+    return optimal_affine(group.distribution) if group.point.affine else mse(group)
 
 
 @strategy(needs_sensitivity=True)
 def effect_affine(group: ScaleGroup) -> float | Affine:
     """The least predicted KL over scales and zero points where mse_affine has a zero point, elsewhere effect."""
-    if not group.affine or group.sensitivity is None:
+    if not group.point.affine or group.sensitivity is None:
         return effect(group)
     return optimal_affine(group.sensitivity.weighted)
 
@@ -375,7 +387,7 @@ def lp(group: ScaleGroup, p: float = 2.4) -> float:
     2.4 and the grid 0.8..1); ties to the larger scale."""
     top = group.distribution.amax / INT8.qmax
     values, counts = group.distribution.values, group.distribution.counts
-    candidates = [_stored(top * i / 100) for i in range(100, 0, -1)]
+    candidates = [stored_scale(top * i / 100) for i in range(100, 0, -1)]
     errors = [kernels.lp_error(values, counts, np.float32(scale), p) for scale in candidates]
     return candidates[int(np.argmin(errors))]
 
@@ -433,5 +445,5 @@ def _or_zero(value: float) -> float:
 
 def _least_error(group: ScaleGroup, candidates: list[float]) -> float:
     """The candidate of least squared error, rounded to float32; the larger one of a tie."""
-    errors = {_stored(scale): group.figures(_stored(scale)).squared_error for scale in candidates}
+    errors = {stored_scale(scale): group.figures(stored_scale(scale)).squared_error for scale in candidates}
     return min(errors, key=lambda scale: (errors[scale], -scale))

@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.schema.sql.database import DocumentSeries
+from quambase.schema.values.arrays import Int64
 from quambase.schema.values.distribution import BlockCounts, Distribution
-
-Int64 = npt.NDArray[np.int64]
 
 DOCUMENTS, BLOCKS = "documents", "blocks"
 """The two kinds of units of which a calibration text consists."""
@@ -38,7 +36,7 @@ class Subsamples:
         return cls(kind, count, documents, {n: subsets(count, n, most, random) for n in sizes(count)})
 
     def documents_of(self, units: int) -> int:
-        """How many documents so many units are, on average: blocks with empty documents are smaller."""
+        """The average number of documents in ``units`` units: blocks with empty documents are smaller."""
         return round(units * self.documents / self.count)
 
 
@@ -73,7 +71,5 @@ def part_of_documents(group: ScaleGroup, units: Int64) -> ScaleGroup:
 
 
 def part_of_blocks(group: ScaleGroup, counts: BlockCounts, units: Int64) -> ScaleGroup:
-    """``group`` on some of its blocks, (n,) their numbers; strategies that need the statistics of documents would see
-    those of all.
-    """
+    """``group`` on some of its blocks, (n,) their numbers. Its statistics of documents stay those of all."""
     return replace(group, distribution=counts.together(units))

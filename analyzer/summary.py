@@ -79,7 +79,7 @@ SUMMARY = pa.schema(
 
 
 def acting(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Those of the layers that act in evaluation."""
+    """The ``rows`` of layers whose scale acts in evaluation."""
     return (row for row in rows if row["layer"] >= 0 and row["consumed"] and not row["decode_only"])
 
 
@@ -150,7 +150,7 @@ def selection(table: pa.Table, target: str = QUAMBASE, *, by_effect: bool = True
 
 
 def _losses(consumed: list[dict[str, Any]], loss: float) -> str:
-    """The predicted loss of what is selected, beside that of `mse` and of upstream's scales."""
+    """The predicted loss of the selected scales, compared with `mse` and upstream's scales."""
     others = _beside(consumed, loss, predicted_loss)
     head = next((row["predicted_kl"] for row in consumed if row["selected"] and row["layer"] == HEAD_LAYER), None)
     if head:
@@ -159,8 +159,8 @@ def _losses(consumed: list[dict[str, Any]], loss: float) -> str:
 
 
 def _decoding(consumed: list[dict[str, Any]]) -> list[str]:
-    """What the state's scales are predicted to add to the loss of decoding, beside the others'; of a run that does not
-    know it, how one does. Nothing where no scale of the state is selected.
+    """What the state's selected scales are predicted to add to the loss of decoding, compared with other strategies; of
+    a run without that prediction, how to get it. Nothing where no scale of the state is selected.
     """
     chosen = [row for row in consumed if row["selected"]]
     if not any(row["layer"] >= 0 and row["decode_only"] for row in chosen):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class Swept(PrintsAsTable):
     def best(self) -> dict[str, Any]:
         """The row of the least predicted loss; in a run without sensitivities, of the least error."""
         rows = self.table.to_pylist()
-        return _least_loss(rows) or _least_error(rows) or rows[0]
+        return _best(rows, "predicted_kl", min) or _best(rows, "sqnr_db_median", max) or rows[0]
 
     def shown(self) -> pa.Table:
         """A row for each value."""
@@ -161,28 +162,24 @@ def sweep(
     return Swept(asked.parameter, table, _words(asked, rows), found, picture)
 
 
-def _least_loss(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of the least predicted loss; None where none is known."""
-    known = [row for row in rows if row["predicted_kl"] is not None]
-    return min(known, key=lambda row: row["predicted_kl"], default=None)
-
-
-def _least_error(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row whose median scale has the largest SQNR; None where none is known."""
-    known = [row for row in rows if row["sqnr_db_median"] is not None]
-    return max(known, key=lambda row: row["sqnr_db_median"], default=None)
+def _best(rows: Sequence[dict[str, Any]], column: str, choose: Callable[..., Any]) -> dict[str, Any] | None:
+    """The row that ``choose``, min or max, takes by ``column``; None where no row has a number there."""
+    found: dict[str, Any] | None = choose(
+        (row for row in rows if row[column] is not None), key=itemgetter(column), default=None
+    )
+    return found
 
 
 def _words(asked: Sweep, rows: Sequence[dict[str, Any]]) -> list[str]:
     """Which value is best, by the predicted loss where it is known, and by the median error."""
     name, lines = asked.parameter, []
-    if (best := _least_loss(rows)) is not None:
-        worst = max((row for row in rows if row["predicted_kl"] is not None), key=lambda row: row["predicted_kl"])
+    best, worst = (_best(rows, "predicted_kl", choose) for choose in (min, max))
+    if best is not None and worst is not None:
         lines.append(
             f"least predicted loss at {name} = {best[name]:.6g}: {best['predicted_kl']:.2g} nats a token; most at "
             f"{worst[name]:.6g}: {worst['predicted_kl']:.2g}{_at_an_end(asked, best)}"
         )
-    if (best := _least_error(rows)) is not None:
+    if (best := _best(rows, "sqnr_db_median", max)) is not None:
         lines.append(
             f"least error of the median scale at {name} = {best[name]:.6g}: {best['sqnr_db_median']:.3g} dB"
             f"{_at_an_end(asked, best)}"

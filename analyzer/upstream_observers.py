@@ -12,10 +12,10 @@ The activations are ours, of a float32 forward pass: "to the bit" means for the 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.schema.errors import UnknownName
 from quambase.schema.tables import DOCUMENT_QUANTILES
+from quambase.schema.values.arrays import Float32
 from quambase.schema.values.number_format import INT8
 
 AMAX_FLOOR = 1e-5
@@ -38,7 +38,12 @@ _FLOAT16_MAX = np.float32(65504)
 _PER_LEVEL = np.float32(1) / np.float32(INT8.qmax)
 
 
-def minmax_scale(amax: npt.NDArray[np.float32]) -> np.float32:
+def floored(scale: float | np.floating) -> np.float32:
+    """A scale as float32, at least `SCALE_FLOOR`."""
+    return max(np.float32(scale), np.float32(SCALE_FLOOR))
+
+
+def minmax_scale(amax: Float32) -> np.float32:
     """Upstream's `PerTensorMinmaxObserver`: the running maximum and its quotient by 127 in float16.
 
     amax  (D,) float32 largest absolute value of each document. Rounding to float16 is monotone, so the
@@ -50,20 +55,19 @@ def minmax_scale(amax: npt.NDArray[np.float32]) -> np.float32:
     largest = np.float16(min(finite.max(initial=np.float32(0)), _FLOAT16_MAX))
     largest = max(largest, np.float16(AMAX_FLOOR))
     # On CUDA a float16 product is computed in float32 and rounded once.
-    quotient = np.float16(np.float32(largest) * _PER_LEVEL)
-    return max(np.float32(quotient), np.float32(SCALE_FLOOR))
+    return floored(np.float16(np.float32(largest) * _PER_LEVEL))
 
 
-def minmax_scale_float32(amax: npt.NDArray[np.float32]) -> np.float32:
+def minmax_scale_float32(amax: Float32) -> np.float32:
     """Upstream's Mamba-2 `CrossHeadMinmaxObserver` for one of its groups: as `minmax_scale`, of values cast to float32.
 
     amax  (D,) float32 largest absolute value of each document.
     """
     largest = max(amax[np.isfinite(amax)].max(initial=np.float32(0)), np.float32(AMAX_FLOOR))
-    return max(np.float32(largest * _PER_LEVEL), np.float32(SCALE_FLOOR))
+    return floored(largest * _PER_LEVEL)
 
 
-def ema_scale(observed: npt.NDArray[np.float32], sigma: float = EMA_SIGMA) -> np.float32:
+def ema_scale(observed: Float32, sigma: float = EMA_SIGMA) -> np.float32:
     """Upstream's `PerTensorPercentileObserver`: ``w += sigma (current - w)`` over documents in order,
     float32.
 
@@ -76,7 +80,7 @@ def ema_scale(observed: npt.NDArray[np.float32], sigma: float = EMA_SIGMA) -> np
     average = finite[0] if finite.size else np.float32(0)
     for current in finite[1:]:
         average = np.float32(average + np.float32(rate * np.float32(current - average)))
-    return max(np.float32(average * _PER_LEVEL), np.float32(SCALE_FLOOR))
+    return floored(average * _PER_LEVEL)
 
 
 def quantile_column(alpha: float) -> str:

@@ -48,8 +48,7 @@ def adopt(file: Path, out: Path | None, run: str | None, db: Path, format_: str,
     from quambase.analyzer.summary import summarize
 
     found = take(file, db, run, out, force)
-    for line in found.notes:
-        answer(line)
+    answer(*found.notes)
     summary = summarize(found.table)
     emit(summary if format_ not in PEOPLE else strategies_for_people(summary), format_)
     if found.changed:

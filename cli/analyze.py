@@ -10,9 +10,9 @@ from typing import Any
 import click
 import pyarrow as pa
 
-from quambase.cli.query import run_option
-from quambase.cli.terminal.complete import complete_strategies
+from quambase.cli.query import run_option, strategies_option
 from quambase.cli.terminal.console import (
+    FILE,
     PEOPLE,
     Command,
     answer,
@@ -21,7 +21,6 @@ from quambase.cli.terminal.console import (
     format_option,
     next_command,
     note,
-    one_each,
     options,
 )
 from quambase.cli.terminal.formats import emit, format_cell
@@ -50,15 +49,9 @@ def _number_after(word: str, example: str, convert: Callable[[str], float]) -> C
 
 
 analyze_options = options(
-    click.option(
-        "--strategy",
-        "strategies",
-        multiple=True,
-        metavar="LABEL",
-        callback=one_each,
-        shell_complete=complete_strategies,
-        help="A strategy: mse, percentile:0.9999, your own FILE.py:NAME; once for each; all for every one. "
-        "[default: see --list]",
+    strategies_option(
+        "A strategy: mse, percentile:0.9999, your own FILE.py:NAME; once for each; all for every one. "
+        "[default: see --list]"
     ),
     click.option(
         "--granularity",
@@ -100,7 +93,7 @@ analyze_options = options(
     ),
     click.option(
         "--picture",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=FILE,
         help="With --sweep, draw it. [default: sweep.png]",
     ),
     click.option("--out", type=click.Path(path_type=Path), help="Scale table to write. [default: scales.parquet]"),
@@ -157,16 +150,13 @@ def analyze(
 
     before = _held(out)
     found = analyze_run(db, run, strategies, granularity, out, True, target, force, select, keep, budget)
-    for line in found.notes:
-        answer(line)
+    answer(*found.notes)
     summary = summarize(found.table)
     emit(summary if format_ not in PEOPLE else strategies_for_people(summary), format_)
     if any(summary["needs_decode"].to_pylist()):
         answer("d: its codes need a decoder: `evaluate` measures it, no integer product reads it")
-    for line in selection(found.table, target, by_effect=select != MSE):
-        answer(line)
-    mixed = sentence(found.frontier, found.mix)
-    if mixed is not None:
+    answer(*selection(found.table, target, by_effect=select != MSE))
+    if (mixed := sentence(found.frontier, found.mix)) is not None:
         answer(mixed)
     note(f"written: {out}")
     answer(f"it holds {found.table.num_rows:,} scales of {summary.num_rows} strategies{before}")
@@ -187,13 +177,10 @@ def _sweep(
     from quambase.analyzer.sweep import sweep
 
     found = sweep(text, db, run, out, picture, True, force, **chosen)
-    for line in found.analysis.notes:
-        answer(line)
+    answer(*found.analysis.notes)
     emit(found.table if format_ not in PEOPLE else _swept_for_people(found.table), format_)
-    for line in found.summary:
-        answer(line)
-    for path in [found.picture, *([] if out is None else [out])]:
-        note(f"written: {path}")
+    answer(*found.summary)
+    note(*(f"written: {path}" for path in (found.picture, out) if path is not None))
     best = found.best["strategy"]
     next_command(
         f"quambase analyze --strategy {shlex.quote(best)} --strategy quamba --strategy mse --out best.parquet", db
@@ -204,16 +191,16 @@ def _swept_for_people(table: pa.Table) -> pa.Table:
     """The rows of a sweep."""
     known = table["predicted_kl"].null_count < table.num_rows
     rows = [
-        {
-            "strategy": row["strategy"],
-            **({"predicted KL": row["predicted_kl"]} if known else {}),
-            "median dB": row["sqnr_db_median"],
-            "least": row["sqnr_db_least"],
-            "clipped": format_cell(row["clipped_share_mean"], share=True),
-        }
+        _losses(row, known) | {"clipped": format_cell(row["clipped_share_mean"], share=True)}
         for row in table.to_pylist()
     ]
     return pa.Table.from_pylist(rows)
+
+
+def _losses(row: dict[str, Any], known: bool) -> dict[str, Any]:
+    """What a strategy loses, the first columns of a table; ``known``: the predicted KL of some."""
+    kl = {"predicted KL": row["predicted_kl"]} if known else {}
+    return {"strategy": row["strategy"], **kl, "median dB": row["sqnr_db_median"], "least": row["sqnr_db_least"]}
 
 
 def _held(out: Path) -> str:
@@ -231,10 +218,7 @@ def strategies_for_people(summary: pa.Table) -> pa.Table:
     rows = [
         {
             "": "d" if row["needs_decode"] else "*" if place == 0 else "",
-            "strategy": row["strategy"],
-            **({"predicted KL": row["predicted_kl"]} if known else {}),
-            "median dB": row["sqnr_db_median"],
-            "least": row["sqnr_db_least"],
+            **_losses(row, known),
             "worst site": "-" if row["worst_site"] is None else f"{row['worst_layer']} {row['worst_site']}",
             "clipped": format_cell(row["clipped_share_mean"], share=True),
             "wraps": row["wraps_upstream"],

@@ -11,6 +11,7 @@ import click
 
 from quambase.cli.terminal.complete import complete_labels, complete_models, complete_sites
 from quambase.cli.terminal.console import (
+    FILE,
     Command,
     answer,
     database_option,
@@ -60,7 +61,7 @@ int8_options = options(
 mix_options = options(
     click.option(
         "--scales",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=FILE,
         default=Path("scales.parquet"),
         show_default=True,
         help="Scale table written by `analyze`.",
@@ -107,14 +108,14 @@ product_options = options(
     click.option(
         "--export",
         metavar="FILE.pt",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=FILE,
         help="Write the scales as upstream Quamba's act_scales (and reorder_params) instead of a model.",
     ),
     click.option(
         "--import",
         "import_",
         metavar="FILE.pt",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=FILE,
         help="Make a scale table of upstream's act_scales for the model named with --model instead.",
     ),
     click.option(
@@ -184,8 +185,7 @@ def _build(mix: dict[str, Any], quantize_lm_head: bool, quantize_embedding: bool
             f"warning: {len(applied.unsafe)} scales clip where upstream's kernel wraps modulo 256 "
             f"(first: layer {layer} {site}); a scale that clips nothing there avoids it"
         )
-    for line in applied.notes:
-        answer(line)
+    answer(*applied.notes)
     parts = {"head": quantize_lm_head, "embedding": quantize_embedding}
     quantized = ", ".join(["layers", *(name for name, wanted in parts.items() if wanted)])
     floating = " and ".join(name for name, wanted in parts.items() if not wanted)
@@ -234,9 +234,8 @@ def _build_upstream(
 
 
 def _tell(replaced: Sequence[object], notes: Sequence[str]) -> None:
-    """Which run the scales are of, which ones upstream's kernel could not have taken, and what took their places."""
-    for text in notes:
-        answer(text)
+    """Print the notes, and the scales that were replaced since upstream's kernel would wrap there."""
+    answer(*notes)
     if replaced:
         note("upstream's kernel at out_proj:input wraps what clips; these scales gave way to ones that clip nothing:")
     for line in replaced:

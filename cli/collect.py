@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.decorators import FC
 
 from quambase.cli.terminal.complete import complete_models, complete_runs, complete_sites, complete_texts
 from quambase.cli.terminal.console import (
@@ -44,6 +46,12 @@ MOMENT_DOCUMENTS = 128
 
 STATE_EVERY = 64
 """Of `collect --state-every` without a number: states then add a fifteenth to the values counted of a mamba-130m."""
+
+
+def _with_usual(name: str, metavar: str, usual: int, text: str) -> Callable[[FC], FC]:
+    """An option that takes a count, ``usual`` without a number."""
+    text = f"{text}  [without a number: {usual}]"
+    return click.option(name, type=COUNT, is_flag=False, flag_value=usual, metavar=metavar, help=text)
 
 
 collect_options = options(
@@ -93,33 +101,25 @@ collect_options = options(
         shell_complete=complete_runs,
         help="Find the groups in a stored run's statistics instead.",
     ),
-    click.option(
+    _with_usual(
         "--sensitivity",
-        type=COUNT,
-        is_flag=False,
-        flag_value=SENSITIVITY_DOCUMENTS,
-        metavar="[DOCUMENTS]",
-        help="Also measure how much the output depends on each value, by a backward pass over so many documents; "
-        f"`analyze` then selects scales by their effect on the output.  [without a number: {SENSITIVITY_DOCUMENTS}]",
+        "[DOCUMENTS]",
+        SENSITIVITY_DOCUMENTS,
+        "Also measure how much the output depends on each value, by a backward pass over so many documents; "
+        "`analyze` then selects scales by their effect on the output.",
     ),
-    click.option(
+    _with_usual(
         "--second-moments",
-        type=COUNT,
-        is_flag=False,
-        flag_value=MOMENT_DOCUMENTS,
-        metavar="[DOCUMENTS]",
-        help="Also sum x x^T of what in_proj, x_proj and out_proj read, over so many documents: `apply --weights "
-        "4bit:gptq` needs it. A matrix as wide as the site for each, which memory and run then hold.  "
-        f"[without a number: {MOMENT_DOCUMENTS}]",
+        "[DOCUMENTS]",
+        MOMENT_DOCUMENTS,
+        "Also sum x x^T of what in_proj, x_proj and out_proj read, over so many documents: `apply --weights "
+        "4bit:gptq` needs it. A matrix as wide as the site for each, which memory and run then hold.",
     ),
-    click.option(
+    _with_usual(
         "--state-every",
-        type=COUNT,
-        is_flag=False,
-        flag_value=STATE_EVERY,
-        metavar="[TOKENS]",
-        help="Also observe the recurrent state after every so many tokens of a document, by channel and by state "
-        f"index.  [without a number: {STATE_EVERY}]",
+        "[TOKENS]",
+        STATE_EVERY,
+        "Also observe the recurrent state after every so many tokens of a document, by channel and by state index.",
     ),
     click.option(
         "--by-position",

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import pyarrow as pa
 
-from quambase.cli.query import run_option
-from quambase.cli.terminal.complete import complete_sites, complete_strategies
+from quambase.cli.query import run_option, strategies_option
+from quambase.cli.terminal.complete import complete_sites
 from quambase.cli.terminal.console import (
+    FILE,
     SEED,
     Command,
     answer,
     database_option,
     note,
-    one_each,
     options,
     output_options,
 )
@@ -38,33 +38,18 @@ def _finite(ctx: click.Context, param: click.Parameter, values: tuple[float, ...
     return values
 
 
-def strategies_option(default: str = "as analyze") -> Callable[[click.decorators.FC], click.decorators.FC]:
-    """`--strategy`, repeated; ``default``: which ones without it, in words."""
-    return click.option(
-        "--strategy",
-        "strategies",
-        multiple=True,
-        callback=one_each,
-        metavar="LABEL",
-        shell_complete=complete_strategies,
-        help=f"A strategy; once for each. [default: {default}]",
-    )
-
-
 def picture_options(default: str) -> Callable[[click.decorators.FC], click.decorators.FC]:
     """`--picture`, by default the file ``default``, and `--no-picture`."""
-
-    def add(function: click.decorators.FC) -> click.decorators.FC:
-        function = click.option("--no-picture", is_flag=True, help="Save none.")(function)
-        return click.option(
+    return options(
+        click.option(
             "--picture",
-            type=click.Path(dir_okay=False, path_type=Path),
+            type=FILE,
             default=Path(default),
             show_default=True,
             help="Where to save the picture (png, svg, pdf).",
-        )(function)
-
-    return add
+        ),
+        click.option("--no-picture", is_flag=True, help="Save none."),
+    )
 
 
 compare_options = options(
@@ -100,21 +85,14 @@ compare_options = options(
 @run_option
 @output_options
 def compare(
-    site: str | None,
-    layer: int | None,
-    group: str,
-    strategies: tuple[str, ...],
     values: tuple[float, ...],
-    synthetic: bool,
-    seed: int,
     picture: Path,
     no_picture: bool,
     table: str | None,
-    run: str | None,
-    db: Path,
     format_: str,
     output: Path | None,
     force: bool,
+    **given: Any,
 ) -> None:
     """Compare the strategies at one site: errors, codes, and what becomes of chosen magnitudes.
 
@@ -126,18 +104,14 @@ def compare(
     from quambase.analyzer.site.compare import MAGNITUDES
     from quambase.analyzer.site.compare import compare as compare_strategies
 
-    values = values or MAGNITUDES
-    found = compare_strategies(
-        db, site, layer, group, run, strategies, values, None if no_picture else picture, synthetic, seed, force
-    )
+    drawn = None if no_picture else picture
+    found = compare_strategies(values=values or MAGNITUDES, picture=drawn, force=force, **given)
     if table is None and format_ == "table" and output is None:
         _print_all(found)
     else:
         emit(getattr(found, table or "strategies"), format_, output)
-    for line in found.notes:
-        note(line)
-    for line in found.summary:
-        answer(line)
+    note(*found.notes)
+    answer(*found.summary)
     if found.picture:
         note(f"written: {found.picture}")
 
@@ -177,8 +151,7 @@ def groups(
 
     found = group_spread(db, run, layer, None if no_picture else picture, force)
     emit(found.table, format_, output)
-    for line in found.notes:
-        note(line)
+    note(*found.notes)
     answer(_spread_answer(found.table))
     if found.picture:
         note(f"written: {found.picture} (layer {found.layer})")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import pyarrow as pa
 
-from quambase.cli.compare import picture_options, strategies_option
-from quambase.cli.query import run_option
+from quambase.cli.compare import picture_options
+from quambase.cli.query import run_option, strategies_option
 from quambase.cli.terminal.complete import complete_sites
 from quambase.cli.terminal.console import (
     COUNT,
@@ -65,20 +65,14 @@ converge_options = options(
 @run_option
 @output_options
 def converge(
-    site: str | None,
-    layer: int | None,
-    strategies: tuple[str, ...],
-    resamples: int,
-    most_scales: int,
-    seed: int,
     picture: Path,
     no_picture: bool,
     table: str | None,
-    run: str | None,
     db: Path,
     format_: str,
     output: Path | None,
     force: bool,
+    **given: Any,
 ) -> None:
     """Tell whether the calibration set is large enough: each strategy's scales from 1, 2, 4, ... documents and all.
 
@@ -93,7 +87,7 @@ def converge(
     from quambase.analyzer.converge import converge as find_convergence
 
     drawn = None if no_picture else picture
-    found = find_convergence(db, run, site, layer, strategies, drawn, resamples, most_scales, seed, True, force)
+    found = find_convergence(db, picture=drawn, progress=True, force=force, **given)
     if table is None and format_ == "table" and output is None:
         click.echo(f"{found.title}: from half to all\n")
         emit(_strategies(found))
@@ -103,10 +97,8 @@ def converge(
         name = table or "sizes"
         shown: Any = {"strategies": _strategies, "sizes": _sizes}[name](found)
         emit(shown if format_ in PEOPLE else getattr(found, name), format_, output)
-    for line in found.notes:
-        note(line)
-    for line in found.summary:
-        answer(line)
+    note(*found.notes)
+    answer(*found.summary)
     if found.picture:
         note(f"written: {found.picture}")
     next_command(found.command, db)

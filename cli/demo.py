@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from quambase.cli.terminal.console import Command, fail
+from quambase.cli.terminal.console import FOLDER, Command, fail
 from quambase.schema.errors import OutputRefused
 
 MARK = ".quambase-demo"
@@ -22,7 +22,7 @@ MARK = ".quambase-demo"
 @click.command(cls=Command)
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     default=Path("quambase-demo"),
     show_default=True,
     help="Folder to work in: a new one, or that of an earlier demo, which goes on where it was.",

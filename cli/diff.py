@@ -47,8 +47,7 @@ def diff(a: str, b: str, seed: int, db: Path, format_: str, output: Path | None)
     emit(short_table(found.table) if shown else found.table, format_, output)
     answer(f"A: {found.a}")
     answer(f"B: {found.b}")
-    for line in found.notes:
-        answer(line)
+    answer(*found.notes)
 
 
 def _compared(a: str, b: str, db: Path, seed: int) -> Compared:

@@ -18,6 +18,8 @@ from quambase.cli.apply import int8_options
 from quambase.cli.terminal.complete import complete_labels
 from quambase.cli.terminal.console import (
     COUNT,
+    FILE,
+    FOLDER,
     PEOPLE,
     SEED,
     Command,
@@ -41,30 +43,27 @@ if TYPE_CHECKING:
     from quambase.apply.evaluation.stored import Evaluation
 
 
-def statistics_options(function: click.decorators.FC) -> click.decorators.FC:
-    """How the statistics are computed."""
-    function = click.option(
+statistics_options = options(
+    click.option(
+        "--bootstrap",
+        type=click.IntRange(FEWEST_RESAMPLES, MOST_RESAMPLES),
+        default=RESAMPLES,
+        show_default=True,
+        help="Resamples of documents for the 95 % intervals of perplexity and KL; differences need none.",
+    ),
+    click.option(
+        "--seed", type=SEED, default=0, show_default=True, help="Seed of the bootstrap and of the sign flips."
+    ),
+    click.option(
         "--within",
         type=click.FloatRange(0, MOST_WITHIN, min_open=True),
         default=WITHIN,
         show_default=True,
         metavar="PERCENT",
         help="Say whether the loss of perplexity (of last words: points) is shown to be no more than this.",
-    )(function)
-    function = click.option(
-        "--seed",
-        type=SEED,
-        default=0,
-        show_default=True,
-        help="Seed of the bootstrap and of the sign flips.",
-    )(function)
-    return click.option(
-        "--bootstrap",
-        type=click.IntRange(FEWEST_RESAMPLES, MOST_RESAMPLES),
-        default=RESAMPLES,
-        show_default=True,
-        help="Resamples of documents for the 95 % intervals of perplexity and KL; differences need none.",
-    )(function)
+    ),
+)
+"""How the statistics are computed."""
 
 
 def emit_evaluation(
@@ -108,8 +107,7 @@ def emit_evaluation(
             for footnote in text.footnotes:
                 click.echo(f"\n{wrapped(footnote)}")
     _emit_decoded(found, shown)
-    for line in [*found.notes, *remarks(summary, bootstrap)]:
-        answer(line)
+    answer(*found.notes, *remarks(summary, bootstrap))
 
 
 def _emit_decoded(found: Evaluation, shown: bool) -> None:
@@ -135,7 +133,7 @@ def names_of(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 evaluate_options = options(
     click.option(
         "--scales",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=FILE,
         help="Evaluate strategies of this scale table, no applied model. [default: scales.parquet, with --strategy]",
     ),
     click.option(
@@ -162,7 +160,7 @@ evaluate_options = options(
     ),
     click.option(
         "--picture",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=FILE,
         help="With --one-at-a-time, save predicted against measured KL (.png, .svg or .pdf).",
     ),
     click.option("--float", "floating", is_flag=True, help="Evaluate the floating-point --model alone."),
@@ -230,7 +228,7 @@ evaluate_options = options(
 
 
 @click.command(cls=Command)
-@click.argument("folder", required=False, metavar="[MODEL_DIR]", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("folder", required=False, metavar="[MODEL_DIR]", type=FOLDER)
 @evaluate_options
 @statistics_options
 @output_options
@@ -353,8 +351,7 @@ def _sites_alone(
     emit(found.table.slice(0, ROWS_SHOWN) if people else found.table, format_, output)
     if people and found.table.num_rows > ROWS_SHOWN:
         answer(f"{found.table.num_rows - ROWS_SHOWN} scales that cost less are not shown: --format csv has all")
-    for line in found.notes:
-        answer(line)
+    answer(*found.notes)
     if picture is not None:
         draw(picture, found.table, "each scale alone")
         note(f"written: {picture}")

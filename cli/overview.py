@@ -32,8 +32,7 @@ def show_folder() -> None:
     if complete:
         click.echo(f"{DATABASE}: {len(complete)} runs, newest first")
         emit(table)
-    for line in damaged:
-        note(line)
+    note(*damaged)
     for folder in unfinished:
         click.echo(f"unfinished: {folder.name} (its collect command, given again, goes on with it)")
     if not complete:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from quambase.cli.compare import strategies_option
-from quambase.cli.query import run_option
+from quambase.cli.query import run_option, strategies_option
 from quambase.cli.terminal.complete import complete_sites
 from quambase.cli.terminal.console import (
+    FILE,
     FORMATS,
     Command,
     answer,
@@ -48,10 +48,12 @@ plot_options = options(
     click.option("--site", shell_complete=complete_sites, help="Site. [default: that of the largest outlier ratio]"),
     click.option("--layer", type=int, help="Its layer; -1 is the head. [default: that of the largest outlier ratio]"),
     click.option("--group", default=WHOLE, show_default=True, help="Slice of a divided site: x, z; dt, B, C."),
-    strategies_option("some well-known ones and the selected one, or all there are"),
+    strategies_option(
+        "A strategy; once for each. [default: some well-known ones and the selected one, or all there are]"
+    ),
     click.option(
         "--scales",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=FILE,
         help="Scale table. [default: scales.parquet of the database, then of this folder]",
     ),
     click.option("--evaluation", help="Its id or the beginning of it. [default: the newest]"),
@@ -94,19 +96,12 @@ plot_options = options(
 @run_option
 def plot(
     kind: str,
-    site: str | None,
-    layer: int | None,
-    group: str,
-    strategies: tuple[str, ...],
-    scales: Path | None,
     evaluation: str | None,
-    quantity: str,
     columns: str,
     output: Path | None,
     format_: str | None,
-    force: bool,
-    run: str | None,
     db: Path,
+    **given: Any,
 ) -> None:
     """Draw a picture for a paper, and say in a sentence what it shows.
 
@@ -131,15 +126,11 @@ def plot(
 
     stored = _stored(db, evaluation) if kind in ("evaluation", "decoding") else None
     path = output or Path(f"{kind}.png")
-    found = plot_picture(
-        kind, db, run, site, layer, group, strategies, scales, stored, quantity, int(columns), path, True, force
-    )
+    found = plot_picture(kind, db, evaluation=stored, columns=int(columns), out=path, progress=True, **given)
     if format_ is not None:
         emit(found.table, format_)
-    for line in found.notes:
-        note(line)
-    for line in found.summary:
-        answer(line)
+    note(*found.notes)
+    answer(*found.summary)
     note(f"written: {found.path}")
 
 

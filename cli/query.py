@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.decorators import FC
 
-from quambase.cli.terminal.complete import complete_runs, complete_sites
-from quambase.cli.terminal.console import COUNT, Command, answer, database_option, note, output_options
+from quambase.cli.terminal.complete import complete_runs, complete_sites, complete_strategies
+from quambase.cli.terminal.console import COUNT, Command, answer, database_option, note, one_each, output_options
 from quambase.cli.terminal.formats import emit
 from quambase.schema.sql.yardstick import DECODING, EVALUATED, HEAD, outlier_line, reader, worst_site
 
@@ -28,13 +29,26 @@ run_option = click.option(
     "--run", shell_complete=complete_runs, help="Run id, its beginning, or all. [default: the newest complete run]"
 )
 
+
+def strategies_option(help_: str = "A strategy; once for each. [default: as analyze]") -> Callable[[FC], FC]:
+    """`--strategy`, repeated."""
+    return click.option(
+        "--strategy",
+        "strategies",
+        multiple=True,
+        callback=one_each,
+        metavar="LABEL",
+        shell_complete=complete_strategies,
+        help=help_,
+    )
+
+
 show_sql_option = click.option("--show-sql", is_flag=True, help="Print the SQL that runs, on stderr.")
 
 
 def note_sql(text: str) -> None:
     """Print SQL on stderr."""
-    for line in text.splitlines():
-        note(line)
+    note(*text.splitlines())
 
 
 @click.command(cls=Command)
@@ -66,10 +80,8 @@ def stats(
     with StatsDB(db, run, trace=note_sql if show_sql else None) as database:
         found = database.stats(site=site, layer=layer, limit=limit).table
         emit(found, format_, output)
-        for line in database.notes:
-            note(line)
-        for line in _outliers(database, site, layer):
-            answer(line)
+        note(*database.notes)
+        answer(*_outliers(database, site, layer))
 
 
 def _outliers(database: StatsDB, site: str | None, layer: int | None) -> Iterator[str]:
@@ -102,8 +114,7 @@ def runs(db: Path, format_: str, output: Path | None) -> None:
     complete, unfinished = list_runs(db)
     table, damaged = overview(complete)
     emit(table, format_, output)
-    for line in damaged:
-        note(line)
+    note(*damaged)
     for folder in unfinished:
         note(f"unfinished: {folder.name}; its collect command, given again, goes on with it")
     if table.num_rows:

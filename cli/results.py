@@ -9,6 +9,7 @@ import click
 from quambase.cli.evaluate import emit_evaluation, statistics_options
 from quambase.cli.query import run_option
 from quambase.cli.terminal.console import (
+    FILE,
     Command,
     answer,
     database_option,
@@ -48,8 +49,7 @@ def results(
     if list_:
         table, notes = list_evaluations(db)
         emit(table, format_, output)
-        for line in notes:
-            note(line)
+        note(*notes)
         next_command("quambase results EVALUATION", db)
         return
     found = find_evaluation(db, evaluation)
@@ -61,7 +61,7 @@ def results(
 @run_option
 @click.option(
     "--scales",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="Scale table. [default: scales.parquet of the database, then of this folder]",
 )
 @click.option("--evaluation", metavar="ID", help="A stored evaluation. [default: the newest of the run]")
@@ -73,7 +73,7 @@ def results(
 )
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     default=Path("report.html"),
     show_default=True,
     help="File to write.",
@@ -103,8 +103,7 @@ def report(
     found = write_report(db, run, scales, out, evaluation, converge, True, force)
     for line in found.summary:
         click.echo(wrapped(line))
-    for line in found.notes:
-        note(line)
+    note(*found.notes)
     note(f"written: {found.path} ({found.size / 1e6:.2g} MB, {found.sites} sites)")
     answer("it opens by a double-click, also without a network")
     next_command(found.command)

@@ -15,7 +15,16 @@ import pyarrow as pa
 from click.shell_completion import CompletionItem
 
 from quambase.cli.query import note_sql, run_option, show_sql_option
-from quambase.cli.terminal.console import Command, answer, database_option, line_width, note, output_options
+from quambase.cli.terminal.console import (
+    FILE,
+    Command,
+    answer,
+    database_option,
+    line_width,
+    note,
+    options,
+    output_options,
+)
 from quambase.cli.terminal.formats import ROWS, emit
 from quambase.schema.errors import QueryInvalid
 from quambase.schema.progress import Progress
@@ -41,32 +50,40 @@ def _memory(ctx: click.Context, param: click.Parameter, value: str | None) -> in
     return size
 
 
+sql_options = options(
+    click.argument("query", required=False, metavar="[QUERY|@NAME]", shell_complete=_complete_recipes),
+    click.option("-f", "--file", type=click.File(encoding="utf-8"), help="Read the query from a file (- for stdin)."),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="PARAMETER=VALUE",
+        help="Set a parameter of @NAME; once for each. [default: those that --queries shows]",
+    ),
+    click.option("--queries", is_flag=True, help="List the cookbook: each @NAME, its question and its parameters."),
+    click.option("--schema", is_flag=True, help="List every view, macro and column with its meaning instead."),
+    show_sql_option,
+    run_option,
+    click.option("--scales", type=FILE, help="Scale table of the view scales."),
+    click.option(
+        "--unsafe", is_flag=True, help="Let the query read and write other files, attach databases and load extensions."
+    ),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        callback=_memory,
+        help="Memory that the query may take, such as 4GB. [default: half of the machine's]",
+    ),
+    click.option(
+        "--timeout", metavar="SECONDS", type=click.FloatRange(0, min_open=True), help="Time that it may take."
+    ),
+    database_option,
+)
+"""What is asked, of which run, and what it may take."""
+
+
 @click.command(cls=Command)
-@click.argument("query", required=False, metavar="[QUERY|@NAME]", shell_complete=_complete_recipes)
-@click.option("-f", "--file", type=click.File(encoding="utf-8"), help="Read the query from a file (- for stdin).")
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="PARAMETER=VALUE",
-    help="Set a parameter of @NAME; once for each. [default: those that --queries shows]",
-)
-@click.option("--queries", is_flag=True, help="List the cookbook: each @NAME, its question and its parameters.")
-@click.option("--schema", is_flag=True, help="List every view, macro and column with its meaning instead.")
-@show_sql_option
-@run_option
-@click.option("--scales", type=click.Path(dir_okay=False, path_type=Path), help="Scale table of the view scales.")
-@click.option(
-    "--unsafe", is_flag=True, help="Let the query read and write other files, attach databases and load extensions."
-)
-@click.option(
-    "--memory",
-    metavar="SIZE",
-    callback=_memory,
-    help="Memory that the query may take, such as 4GB. [default: half of the machine's]",
-)
-@click.option("--timeout", metavar="SECONDS", type=click.FloatRange(0, min_open=True), help="Time that it may take.")
-@database_option
+@sql_options
 @output_options
 def sql(
     query: str | None,
@@ -105,19 +122,14 @@ def sql(
     if queries:
         emit(cookbook_table(), format_, output, wrap="question")
         return
-    text = query.strip() if query is not None else None if file is None else _read(file)
-    shell = text is None and not schema and sys.stdin.isatty()
-    if text is None and not schema and not shell:
-        text = sys.stdin.read()
-        if not text.strip():
-            raise click.UsageError("give a QUERY, @NAME of the cookbook, --file, --queries or --schema")
+    text = None if schema else _query(query, file)
     from quambase.schema.sql.database import StatsDB
     from quambase.schema.sql.limits import Limits
 
     limits = Limits(seconds=timeout) if memory is None else Limits(memory, timeout)
     trace = note_sql if show_sql else None
     with StatsDB(db, run, unsafe=unsafe, scales=scales, trace=trace, limits=limits) as database:
-        if shell:
+        if text is None and not schema:
             from quambase.cli.terminal.sql_shell import Shell
 
             Shell(database).run()
@@ -126,8 +138,7 @@ def sql(
         most = ROWS if format_ == "table" and output is None and line_width() is not None else None
         with _ended_at_once(database):
             found, lines = (database.describe(), []) if text is None else ask(database, text, settings, show_sql, most)
-        for line in [*([] if text is None else database.notes), *lines]:
-            note(line)
+        note(*(database.notes if text is not None else ()), *lines)
     if text is not None and text.startswith("@"):
         answer(recipe(text[1:]).question)
     if found.num_columns:
@@ -203,6 +214,20 @@ def cookbook_table() -> pa.Table:
         for each in cookbook().values()
     ]
     return pa.Table.from_pylist(rows)
+
+
+def _query(given: str | None, file: TextIO | None) -> str | None:
+    """The query given, or that of the file or the pipe; None where a person types in a shell."""
+    if given is not None:
+        return given.strip()
+    if file is not None:
+        return _read(file)
+    if sys.stdin.isatty():
+        return None
+    text = sys.stdin.read()
+    if not text.strip():
+        raise click.UsageError("give a QUERY, @NAME of the cookbook, --file, --queries or --schema")
+    return text
 
 
 def _read(file: TextIO) -> str:

@@ -1,4 +1,4 @@
-"""Runs blocks and adds them to a run's statistics: on the host, or on a device, which continues while rows are made."""
+"""Runs blocks and adds them to a run's statistics: on the host, or on a device that continues while rows are made."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -22,20 +20,21 @@ from quambase.collector.cuda.gather import choose_gather
 from quambase.collector.cuda.transfer import copied_to_host, to_device, to_host
 from quambase.collector.documents import TokenizedDocument
 from quambase.collector.host.counter import HostCounter
-from quambase.collector.statistics import ENCODINGS, BlockStatistics, RunStatistics
-from quambase.collector.taps import NOTHING, BlockRecorder, KeptTokens, ObservedBlock, TorchGather
+from quambase.collector.statistics import ENCODINGS, BlockStatistics, Counter, RunStatistics
+from quambase.collector.taps import NOTHING, BlockRecorder, Gather, KeptTokens, ObservedBlock, TorchGather
 from quambase.model.language_model import LanguageModel, floating_model
 from quambase.model.operators.choice import choose_device
 from quambase.model.packed_batch import Batch
 from quambase.model.weights import ModelWeights
 from quambase.schema.errors import DataInvalid, UnknownName
+from quambase.schema.values.arrays import Float64
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 Write = Callable[[int, pa.Table, pa.Table], None]
 """Receives a block's number and its rows of `documents` and `activations`."""
 
-Sums = Callable[[int, npt.NDArray[np.float64]], None]
+Sums = Callable[[int, Float64], None]
 """Receives a block's number and its `quambase.collector.statistics.BlockStatistics.sums`."""
 
 AHEAD = 2
@@ -47,7 +46,7 @@ UNWRITTEN = 4
 """Blocks that may be unwritten while the device continues."""
 
 WRITERS = 3
-"""Threads that make rows: for one block that takes longer than the device needs to compute it."""
+"""Threads that make rows: those of a block take longer to make than the device takes to compute the block."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,34 @@ NO_OUTPUTS = BlockOutputs()
 class BlockRunner(AbstractContextManager["BlockRunner"]):
     """Runs blocks in order and folds each into a run's statistics."""
 
+    def __init__(
+        self,
+        model: LanguageModel,
+        statistics: RunStatistics,
+        outputs: BlockOutputs,
+        counter: Counter,
+        gather: Gather,
+    ) -> None:
+        self.model, self.outputs, self._statistics = model, outputs, statistics
+        self._block = BlockStatistics(statistics)
+        self._counter, self._gather = counter, gather
+
+    def _run(self, documents: Sequence[TokenizedDocument]) -> ObservedBlock:
+        """Run one block; with the states along its documents if a site has them."""
+        every = max((layout.every for layout in self._block.layouts.values()), default=0)
+        recorder = BlockRecorder(
+            self.outputs.run, documents, self._block, self._counter, self._gather, self.outputs.kept
+        )
+        self.model.hidden(Batch.join([document.tokens for document in documents], every), recorder)
+        return recorder.finish()
+
+    def _write(self, number: int, block: ObservedBlock, sums: torch.Tensor) -> None:
+        """Hand over what is made of a block; ``sums``: `quambase.collector.statistics.BlockStatistics.sums`."""
+        if self.outputs.sums:
+            self.outputs.sums(number, (copied_to_host(sums)[0] if sums.is_cuda else sums).numpy())
+        if self.outputs.write:
+            self.outputs.write(number, *block.tables())
+
     @abstractmethod
     def observe(self, number: int, documents: Sequence[TokenizedDocument]) -> None:
         """Run one block. TapNeverFired; whatever ``write`` raises, perhaps at a later block."""
@@ -125,32 +152,18 @@ class BlockRunner(AbstractContextManager["BlockRunner"]):
         """Release all resources."""
 
 
-def _packed(documents: Sequence[TokenizedDocument], statistics: BlockStatistics) -> Batch:
-    """The batch of a block; with the states along its documents if a site of ``statistics`` has them."""
-    every = max((layout.every for layout in statistics.layouts.values()), default=0)
-    return Batch.join([document.tokens for document in documents], every)
-
-
 class HostBlockRunner(BlockRunner):
     """Runs blocks on the CPU, one after another."""
 
     def __init__(self, model: LanguageModel, statistics: RunStatistics, outputs: BlockOutputs) -> None:
-        self.model, self.outputs, self._statistics = model, outputs, statistics
-        self._block = BlockStatistics(statistics)
-        groups = max(len(layout.names) for layout in self._block.layouts.values())
-        self._counter = HostCounter(ENCODINGS["float16"], statistics.most, groups)
-        self._gather = TorchGather(statistics.device)
+        groups = max(len(layout.names) for layout in statistics.index.layouts.values())
+        counter = HostCounter(ENCODINGS["float16"], statistics.most, groups)
+        super().__init__(model, statistics, outputs, counter, TorchGather(statistics.device))
 
     def observe(self, number: int, documents: Sequence[TokenizedDocument]) -> None:
         """As `BlockRunner.observe`."""
-        outputs = self.outputs
-        recorder = BlockRecorder(outputs.run, documents, self._block, self._counter, self._gather, outputs.kept)
-        self.model.hidden(_packed(documents, self._block), recorder)
-        block = recorder.finish()
-        if outputs.sums:
-            outputs.sums(number, self._block.sums.numpy())
-        if outputs.write:
-            outputs.write(number, *block.tables())
+        block = self._run(documents)
+        self._write(number, block, self._block.sums)
 
     def statistics(self) -> RunStatistics:
         """As `BlockRunner.statistics`."""
@@ -172,15 +185,13 @@ class CudaBlockRunner(BlockRunner):
     """
 
     def __init__(self, model: LanguageModel, statistics: RunStatistics, outputs: BlockOutputs) -> None:
-        self.model, self.outputs = model, outputs
-        self._statistics = to_device(statistics, model.device)
-        self._block = BlockStatistics(self._statistics)
+        counter = choose_counter(ENCODINGS["float16"], statistics.most, model.device)
+        gather = choose_gather(model.device, outputs.kept.everything)
+        super().__init__(model, to_device(statistics, model.device), outputs, counter, gather)
         self._stream = None
         if model.device.type == "cuda":
             self._stream = _observing(model.device)
             self._stream.wait_stream(torch.cuda.current_stream(model.device))
-        self._counter = choose_counter(ENCODINGS["float16"], statistics.most, model.device)
-        self._gather = choose_gather(model.device, outputs.kept.everything)
         self._writer = ThreadPoolExecutor(WRITERS)
         self._observed: deque[tuple[int, ObservedBlock, torch.Tensor]] = deque()
         self._unwritten: deque[Future[None]] = deque()
@@ -195,12 +206,9 @@ class CudaBlockRunner(BlockRunner):
     @torch.inference_mode()
     def observe(self, number: int, documents: Sequence[TokenizedDocument]) -> None:
         """As `BlockRunner.observe`."""
-        outputs = self.outputs
         with torch.cuda.stream(self._stream):
-            recorder = BlockRecorder(outputs.run, documents, self._block, self._counter, self._gather, outputs.kept)
-            self.model.hidden(_packed(documents, self._block), recorder)
-            block = recorder.finish()
-        if outputs.write or outputs.sums:
+            block = self._run(documents)
+        if self.outputs.write or self.outputs.sums:
             self._observed.append((number, block, self._block.sums))
         self._hand_over(AHEAD)
         self._await_written(UNWRITTEN)
@@ -216,12 +224,6 @@ class CudaBlockRunner(BlockRunner):
         """Wait until at most ``ahead`` blocks are unwritten."""
         while self._unwritten and len(self._observed) + len(self._unwritten) > ahead:
             self._unwritten.popleft().result()
-
-    def _write(self, number: int, block: ObservedBlock, sums: torch.Tensor) -> None:
-        if self.outputs.sums:
-            self.outputs.sums(number, copied_to_host(sums)[0].numpy())
-        if self.outputs.write:
-            self.outputs.write(number, *block.tables())
 
     def settle(self) -> None:
         """As `BlockRunner.settle`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ def save_checkpoint(folder: Path, blocks: int, statistics: RunStatistics, files:
         "present": present,
         "counts": counts,
         "top": statistics.top.numpy(),
-        **{field.name: getattr(statistics.moments, field.name).numpy() for field in fields(Moments)},
+        **{name: getattr(statistics.moments, name).numpy() for name in EVERY},
         **{name: array for b, bucket in enumerate(statistics.buckets) for name, array in _of_bucket(b, bucket).items()},
     }
     with replacing(folder / CHECKPOINT) as temporary, temporary.open("wb") as file:
@@ -60,8 +60,8 @@ def _sparse(statistics: RunStatistics) -> tuple[Array, Array]:
     return present.astype(np.min_scalar_type(counts.size)), counts[present]
 
 
-USED = ("integers", "extrema")
-"""The moments of a bucket of positions that are used."""
+EVERY, USED = tuple(field.name for field in fields(Moments)), ("integers", "extrema")
+"""The moments that are stored of a run, and of a bucket of positions."""
 
 
 def _of_bucket(number: int, bucket: RunStatistics) -> dict[str, Array]:
@@ -91,15 +91,10 @@ def _filled(statistics: RunStatistics, arrays: Mapping[str, Array]) -> Checkpoin
     """The checkpoint of what `save_checkpoint` stored; fills ``statistics``, which are empty. ValueError, KeyError,
     TypeError, RecursionError, msgspec.ValidationError: something is missing, of another shape or of another type.
     """
-    _fill_counts(statistics, arrays, "")
+    _fill(statistics, arrays, "", EVERY)
     for b, bucket in enumerate(statistics.buckets):
-        _fill_counts(bucket, arrays, f"bucket{b}_")
-        for name in USED:
-            part = getattr(bucket.moments, name)
-            part.copy_(torch.from_numpy(_of(arrays, f"bucket{b}_{name}", part.numpy())))
-    parts = {"top": statistics.top} | {field.name: getattr(statistics.moments, field.name) for field in fields(Moments)}
-    for name, part in parts.items():
-        part.copy_(torch.from_numpy(_of(arrays, name, part.numpy())))
+        _fill(bucket, arrays, f"bucket{b}_", USED)
+    statistics.top.copy_(torch.from_numpy(_of(arrays, "top", statistics.top.numpy())))
     texts = {name: arrays[name] for name in ("shared", "files")}
     _check(all(text.dtype.kind == "U" and text.ndim == 0 for text in texts.values()), "texts")
     known = statistics.index.layouts.keys()
@@ -113,11 +108,14 @@ def _filled(statistics: RunStatistics, arrays: Mapping[str, Array]) -> Checkpoin
     return Checkpoint(int(blocks), statistics, files)
 
 
-def _fill_counts(statistics: RunStatistics, arrays: Mapping[str, Array], prefix: str) -> None:
-    """Fill the counts from what `_sparse` gave, stored under these names with ``prefix``."""
+def _fill(statistics: RunStatistics, arrays: Mapping[str, Array], prefix: str, moments: Sequence[str]) -> None:
+    """Fill the counts from what `_sparse` gave, and the ``moments``, stored under these names with ``prefix``."""
     counts, present = statistics.counts.numpy().reshape(-1), arrays[f"{prefix}present"]
     _check(present.dtype.kind == "u" and present.ndim == 1 and (present < counts.size).all(), "places of counts")
     counts[present] = _of(arrays, f"{prefix}counts", np.zeros(present.size, np.int64))
+    for name in moments:
+        part = getattr(statistics.moments, name)
+        part.copy_(torch.from_numpy(_of(arrays, f"{prefix}{name}", part.numpy())))
 
 
 def _of(arrays: Mapping[str, Array], name: str, like: Array) -> Array:

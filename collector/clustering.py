@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from quambase.schema.errors import UnknownName
 from quambase.schema.groups import LayerGroups
+from quambase.schema.values.arrays import Float32, Int64
 
 Variant = Literal["fixed", "quamba2"]
 """``quamba2`` does what upstream's code does: it orders heads by an unstable sort of their labels, and indexes the
@@ -26,17 +27,9 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 HEAD_GROUPS = 4
 CHANNEL_GROUPS = 4
 
-Float32 = npt.NDArray[np.float32]
-
 
 def layer_groups(
-    statistics: npt.NDArray[np.floating],
-    headdim: int,
-    ngroups: int,
-    variant: Variant = "fixed",
-    *,
-    head_groups: int = HEAD_GROUPS,
-    channel_groups: int = CHANNEL_GROUPS,
+    statistics: npt.NDArray[np.floating], headdim: int, ngroups: int, variant: Variant = "fixed"
 ) -> LayerGroups:
     """The groups of one layer.
 
@@ -57,14 +50,12 @@ def layer_groups(
     channel_index: list[int] = []
     head_sizes, channel_sizes = [], []
     for g in range(ngroups):
-        labels = _cluster_heads(shapes[g], head_groups)
+        labels = _cluster_heads(shapes[g])
         placed = np.argsort(labels, kind="stable" if variant == "fixed" else None)
         sizes = np.bincount(labels).tolist()
         ends = np.cumsum([0, *sizes])
         source = shapes[g][placed] if variant == "fixed" else shapes[g]
-        channel_sizes.append(
-            tuple(_channel_sizes(source[ends[i] : ends[i + 1]], channel_groups) for i in range(len(sizes)))
-        )
+        channel_sizes.append(tuple(_channel_sizes(source[ends[i] : ends[i + 1]]) for i in range(len(sizes))))
         head_sizes.append(tuple(sizes))
         first = g * len(placed)
         head_index += (first + placed).tolist()
@@ -72,9 +63,9 @@ def layer_groups(
     return LayerGroups(tuple(head_index), tuple(head_sizes), tuple(channel_index), tuple(channel_sizes))
 
 
-def _cluster_heads(shapes: Float32, most: int) -> npt.NDArray[np.int64]:
+def _cluster_heads(shapes: Float32) -> Int64:
     """(heads,) labels of shapes (heads, p) by Ward's linkage, Euclidean; each of 0 .. clusters - 1 occurs."""
-    clusters = min(most, len(shapes))
+    clusters = min(HEAD_GROUPS, len(shapes))
     if clusters == len(shapes):
         return np.arange(clusters)  # nothing to cluster, and the clusterer refuses a single head
     from sklearn.cluster import AgglomerativeClustering  # slow to import, and most runs form no groups
@@ -83,11 +74,11 @@ def _cluster_heads(shapes: Float32, most: int) -> npt.NDArray[np.int64]:
         # As many heads of zeros as channels are a square matrix, which scipy mistakes for distances.
         warnings.filterwarnings("ignore", message=".*uncondensed distance matrix")
         found = AgglomerativeClustering(n_clusters=clusters, metric="euclidean", linkage="ward").fit(shapes)
-    labels: npt.NDArray[np.int64] = found.labels_.astype(np.int64)
+    labels: Int64 = found.labels_.astype(np.int64)
     return labels
 
 
-def _channel_sizes(shapes: Float32, most: int) -> tuple[int, ...]:
+def _channel_sizes(shapes: Float32) -> tuple[int, ...]:
     """Sizes of consecutive runs of sorted channels, by k-means of the columns of shapes (heads, p).
 
     Starting from ordered centres, labels ascend: columns ascend in every head, so which of two ordered centres is
@@ -96,7 +87,7 @@ def _channel_sizes(shapes: Float32, most: int) -> tuple[int, ...]:
     """
     columns = np.ascontiguousarray(shapes.T)
     p = len(columns)
-    clusters = min(most, p)
+    clusters = min(CHANNEL_GROUPS, p)
     if clusters < p and len(np.unique(columns, axis=0)) > clusters:
         from sklearn.cluster import KMeans  # as above
 

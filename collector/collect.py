@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from importlib.metadata import version
@@ -27,22 +27,8 @@ from quambase.collector.documents import (
 )
 from quambase.collector.first_pass import Grouping, choose_grouping, find_groups
 from quambase.collector.layouts import site_layouts
-from quambase.collector.second_moments import (
-    SecondMomentsPlan,
-    collect_second_moments,
-    moment_parts_of,
-    moment_widths,
-    moments_file,
-    stored_second_moments,
-)
-from quambase.collector.sensitivity import (
-    SensitivityPlan,
-    acting_sites,
-    collect_sensitivity,
-    sensitivity_file,
-    sensitivity_parts_of,
-    stored_sensitivities,
-)
+from quambase.collector.second_moments import SecondMomentsPlan, collect_second_moments, moment_widths
+from quambase.collector.sensitivity import SensitivityPlan, acting_sites, collect_sensitivity
 from quambase.collector.shards import (
     SHARD,
     Shard,
@@ -54,13 +40,14 @@ from quambase.collector.shards import (
     write_places,
     write_sums,
 )
-from quambase.collector.statistics import ENCODINGS, Int64, RunStatistics, SiteLayout
+from quambase.collector.statistics import ENCODINGS, SiteLayout
 from quambase.collector.tables.run_folder import (
     BlockFiles,
     clear_leftovers,
     clear_shard,
     every_table,
     finish_run,
+    tables_of_parts,
     versions,
     write_statistics,
 )
@@ -77,9 +64,10 @@ from quambase.schema.groups import LayerGroups
 from quambase.schema.progress import Progress, Shown
 from quambase.schema.sites import FAMILIES, SAMPLED_STATE_SITES, find_site
 from quambase.schema.sql.answer import PrintsAsTable
-from quambase.schema.stored.manifest import MANIFEST, Manifest, TableFile
+from quambase.schema.stored.manifest import MANIFEST, Manifest
 from quambase.schema.stored.model_info import SIZES, ModelInfo, SortedGroups, TextInfo
 from quambase.schema.stored.runs import describe_run
+from quambase.schema.values.arrays import Int64
 
 CHECKPOINT_SECONDS = 10.0
 """A killed run loses about this much work at most, and the current block."""
@@ -249,10 +237,6 @@ class _Extra:
     by_position: bool
     by_block: bool
 
-    def identity(self) -> dict[str, Any]:
-        """What was asked for; nothing of a run without."""
-        return {name: value for name, value in vars(self).items() if value}
-
 
 @dataclass(frozen=True)
 class _Request:
@@ -284,7 +268,7 @@ class _Request:
             **({"groups": self.grouping.identity()} if self.grouping else {}),
             **({"sensitivity": self.sensitivity.identity()} if self.sensitivity else {}),
             **({"second_moments": self.second_moments.identity()} if self.second_moments else {}),
-            **self.extra.identity(),
+            **{name: value for name, value in vars(self.extra).items() if value},  # of a run without, nothing
         }
 
     @cached_property
@@ -335,9 +319,8 @@ def _collect(request: _Request, folder: Path, shard: Shard | None, db: Path, sho
     # 2. Every block after the checkpoint.
     done, statistics, there = load_checkpoint(folder, layouts, OUTLIERS, position_buckets(request.identity))
     blocks = request.plan.blocks(request.settings.block)
-    mine = range(len(blocks)) if shard is None else shard.blocks(len(blocks))
-    index, parts = acting_sites(layouts, loaded.family), sensitivity_parts_of(request.identity)
-    widths, moment_parts = moment_widths(layouts), moment_parts_of(request.identity)
+    own = (shard or Shard(0, 1)).blocks  # which of so many blocks or parts are this process's
+    mine = own(len(blocks))
     with BlockFiles(folder, there) as files:
         outputs = BlockOutputs(request.run, request.kept(), files.add, partial(write_sums, folder) if shard else None)
         runner = new_block_runner(weights, request.where, statistics, outputs)
@@ -349,29 +332,28 @@ def _collect(request: _Request, folder: Path, shard: Shard | None, db: Path, sho
             _observe(runner, blocks, mine, done, folder, files, counter, shown)
             statistics = runner.statistics()
             clock.lap("observe")
-            if request.sensitivity:
-                own = range(parts) if shard is None else shard.blocks(parts)
-                collect_sensitivity(weights, request.where, request.sensitivity, index, own, folder, shown)
+            if backward := request.sensitivity:
+                index, parts = acting_sites(layouts, loaded.family), own(len(backward.parts))
+                collect_sensitivity(weights, request.where, backward, index, parts, folder, shown)
                 clock.lap("sensitivity")
-            if request.second_moments:
-                own = range(moment_parts) if shard is None else shard.blocks(moment_parts)
-                collect_second_moments(weights, request.where, request.second_moments, widths, own, folder, shown)
+            if moments := request.second_moments:
+                widths, parts = moment_widths(layouts), own(len(moments.parts))
+                collect_second_moments(weights, request.where, moments, widths, parts, folder, shown)
                 clock.lap("second_moments")
             # 3. The tables of the run, or a shard's files, from which a merge makes them.
             shown.say("writing the run")
             locate = _locator(request.plan, loaded)
             if shard is None:
-                made = {
-                    "sensitivities": stored_sensitivities(
-                        request.run, index, [folder / sensitivity_file(part) for part in range(parts)]
-                    ),
-                    "second_moments": stored_second_moments(
-                        request.run, widths, [folder / moments_file(part) for part in range(moment_parts)]
-                    ),
-                }
-                tables = _write_tables(runner, statistics, folder, request.run, locate, files, made)
+                others = tables_of_parts(request.run, request.identity, loaded.family, layouts, lambda _: folder)
+                # While the rows of the last blocks are still being written.
+                made = write_statistics(folder, request.run, statistics, COUNTED_AS, locate, others)
+                runner.settle()
+                tables = every_table(folder, files.written() | made)
             else:
-                tables = _write_shard(runner, statistics, folder, len(mine), locate, files)
+                runner.settle()
+                tables = files.written()
+                save_checkpoint(folder, len(mine), statistics, tables)
+                write_places(folder, statistics, locate)
         clock.lap("write")
     # 4. The manifest, which completes it.
     created = {**clock.described(), **request.where.described(), **versions()}
@@ -409,37 +391,9 @@ def _observe(
             saved = time.monotonic()
 
 
-def _write_tables(
-    runner: BlockRunner,
-    statistics: RunStatistics,
-    folder: Path,
-    run: str,
-    locate: Locate,
-    files: BlockFiles,
-    others: Mapping[str, Sequence[Callable[[], pa.Table]]],
-) -> dict[str, TableFile]:
-    """Write the tables of a whole run, while its last blocks' rows are still being written; returns all files."""
-    made = write_statistics(folder, run, statistics, COUNTED_AS, locate, others)
-    runner.settle()
-    return every_table(folder, files.written() | made)
-
-
-def _write_shard(
-    runner: BlockRunner, statistics: RunStatistics, folder: Path, blocks: int, locate: Locate, files: BlockFiles
-) -> dict[str, TableFile]:
-    """Write what `quambase.collector.merge.merge` needs of a shard of ``blocks`` blocks; returns the files of their
-    rows.
-    """
-    runner.settle()
-    tables = files.written()
-    save_checkpoint(folder, blocks, statistics, tables)
-    write_places(folder, statistics, locate)
-    return tables
-
-
 def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:
-    """Returns the function that tells where a value of `outliers` is, and the text around it: a state's row and column
-    are one flat channel of the last token.
+    """Returns the function that finds the place of a value of `outliers` and the text around it: a state's row and
+    column are one flat channel of the last token.
     """
     tokens = np.concatenate([document.tokens for document in plan.documents])
     sizes, firsts = np.zeros((2, plan.documents[-1].index + 1), np.int64)
@@ -466,7 +420,7 @@ def _locator(plan: DocumentSet, loaded: LoadedModel) -> Locate:
 
 
 class _Clock:
-    """Measures a run: when it began, and how long its consecutive parts took, also if the clock is set meanwhile."""
+    """When a run began, and how long each of its consecutive parts took, by a clock that cannot be set."""
 
     def __init__(self) -> None:
         self._started, self._last = time.time(), time.monotonic()

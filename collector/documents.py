@@ -15,6 +15,7 @@ from quambase.model.inputs.text import read_documents
 from quambase.model.inputs.tokenizer import Tokenizer
 from quambase.schema.errors import DataInvalid
 from quambase.schema.progress import SILENT, Progress
+from quambase.schema.values.arrays import Int32, Int64
 
 Keep = int | Literal["all"]
 """The number of tokens whose raw activations are stored."""
@@ -28,7 +29,7 @@ class TokenizedDocument:
 
     index: int
     sha256: str
-    tokens: npt.NDArray[np.int32]
+    tokens: Int32
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def token_hash(seed: int, document: npt.NDArray[np.uint64], position: npt.NDArra
         return mix(start + (position + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
 
 
-def sampled_tokens(plan: DocumentSet, keep: int, seed: int) -> dict[int, npt.NDArray[np.int64]]:
+def sampled_tokens(plan: DocumentSet, keep: int, seed: int) -> dict[int, Int64]:
     """The ``keep`` tokens of smallest hash: document number to its sampled positions, ascending."""
     documents = np.concatenate([np.full(d.tokens.size, d.index, np.uint64) for d in plan.documents])
     positions = np.concatenate([np.arange(d.tokens.size, dtype=np.uint64) for d in plan.documents])
@@ -137,7 +138,7 @@ class TextAround:
         self._tokenizer = tokenizer
         self._known: dict[tuple[int, int], tuple[str, str]] = {}
 
-    def of(self, documents: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> tuple[list[str], list[str]]:
+    def of(self, documents: Int64, positions: Int64) -> tuple[list[str], list[str]]:
         """Text before and after the tokens at ``positions`` (n,) of ``documents`` (n,)."""
         asked = list(zip(documents.tolist(), positions.tolist(), strict=True))
         missing = list(dict.fromkeys(place for place in asked if place not in self._known))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.compute as pc
 
 from quambase.collector.block_runners import Placement, new_block_runner
@@ -26,6 +25,7 @@ from quambase.schema.progress import SILENT, Progress
 from quambase.schema.sites import MAMBA2
 from quambase.schema.stored.manifest import Manifest
 from quambase.schema.stored.runs import read_run_table
+from quambase.schema.values.arrays import Float64
 
 SITE = "x_conv_out:input"
 """The site whose channels are sorted: x, the input of the scan."""
@@ -94,7 +94,7 @@ def find_groups(
 
 def first_pass(
     loaded: LoadedModel, plan: DocumentSet, documents: int, block: int, where: Placement, *, progress: Progress = SILENT
-) -> list[npt.NDArray[np.float64]]:
+) -> list[Float64]:
     """(e,) per layer: the largest mean absolute x of the first ``documents`` documents, as in a run without groups.
 
     The model is the run's, folded and rotated. Upstream computes the statistics before rotation; x differs only by
@@ -113,7 +113,7 @@ def first_pass(
     return [means[channels] for channels in statistics.index.channels.values()]
 
 
-def statistics_of_run(folder: Path, weights_sha256: str) -> list[npt.NDArray[np.float64]]:
+def statistics_of_run(folder: Path, weights_sha256: str) -> list[Float64]:
     """(e,) per layer: ``mean_abs_max`` of x in a stored run, in the order of the model as loaded.
 
     DatabaseInvalid: the run is missing, unfinished, of other weights, or without the site.

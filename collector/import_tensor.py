@@ -16,13 +16,11 @@ from quambase.collector.statistics import (
     SUMMARY_COLUMNS,
     BlockStatistics,
     Encoding,
-    Float32,
-    Int64,
     RunStatistics,
     SiteLayout,
 )
 from quambase.collector.tables.run_folder import BlockFiles, every_table, finish_run, versions, write_statistics
-from quambase.collector.tables.table_rows import Places, keyed_rows
+from quambase.collector.tables.table_rows import Places, many_keyed_rows
 from quambase.model.inputs.files import check_file
 from quambase.model.inputs.tensor_files import plain_tensor, read_pytorch, read_safetensors
 from quambase.schema import RUN_FORMAT_VERSION
@@ -33,6 +31,7 @@ from quambase.schema.sites import WHOLE, SiteKey
 from quambase.schema.stored.manifest import MANIFEST, Manifest
 from quambase.schema.stored.model_info import ModelInfo, TextInfo
 from quambase.schema.tables import ACTIVATIONS, DOCUMENTS
+from quambase.schema.values.arrays import Float32, Int64
 
 KINDS = (".pt", ".pth", ".npy", ".safetensors")
 
@@ -135,7 +134,8 @@ def import_tensor(
     }
     with locked(folder):
         with BlockFiles(folder) as blocks:
-            blocks.add(0, keyed_rows(run, key, WHOLE, documents, columns, DOCUMENTS), ACTIVATIONS.empty_table())
+            rows = many_keyed_rows(run, [(key, WHOLE)], [documents], columns, DOCUMENTS)
+            blocks.add(0, rows, ACTIVATIONS.empty_table())
             made = write_statistics(folder, run, statistics, encoding, _locate)
             tables = every_table(folder, blocks.written() | made)
         manifest = Manifest(

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 from quambase.collector.checkpoint import load_checkpoint, position_buckets
 from quambase.collector.collect import CollectedRun, existing_run
 from quambase.collector.documents import run_id
 from quambase.collector.layouts import site_layouts
-from quambase.collector.second_moments import moment_parts_of, moment_widths, moments_file, stored_second_moments
-from quambase.collector.sensitivity import acting_sites, sensitivity_file, sensitivity_parts_of, stored_sensitivities
 from quambase.collector.shards import (
     SHARD,
     Shard,
@@ -34,7 +31,7 @@ from quambase.collector.shards import (
     verify_shard,
 )
 from quambase.collector.statistics import ENCODINGS, RunStatistics, SiteLayout
-from quambase.collector.tables.run_folder import every_table, finish_run, versions, write_statistics
+from quambase.collector.tables.run_folder import every_table, finish_run, tables_of_parts, versions, write_statistics
 from quambase.schema.errors import DatabaseInvalid, QuambaseError, RunBusy, UnknownName
 from quambase.schema.files import link_or_copy, local_folder, locked
 from quambase.schema.progress import Progress, Shown
@@ -44,6 +41,8 @@ from quambase.schema.stored.runs import list_runs, sound_manifests
 
 Found = Mapping[Shard, ShardManifest]
 Folders = Mapping[Shard, Path]
+Copies = dict[Shard, list[Path]]
+"""The folders that hold each shard of a run, in whatever state."""
 
 
 def merge(
@@ -88,7 +87,13 @@ def merge(
             blocks |= each.manifest.tables
         encoding = ENCODINGS[manifest.identity["activation_dtype"]]
         locate = stored_locator(list(folders.values()))
-        made = _from_parts(name, manifest, folders, layouts)
+        made = tables_of_parts(
+            name,
+            manifest.identity,
+            manifest.model.family,
+            layouts,
+            lambda part: folders[Shard(part % len(folders), len(folders))],
+        )
         tables = every_table(folder, blocks | write_statistics(folder, name, statistics, encoding, locate, made))
         created = {
             "started": min(str(each.manifest.created["started"]) for each in found.values()),
@@ -98,23 +103,6 @@ def merge(
         }
         complete = finish_run(folder, replace(manifest, tables=tables, created=created))
     return CollectedRun(folder, complete, existed=False)
-
-
-def _from_parts(
-    run: str, manifest: Manifest, folders: Folders, layouts: Mapping[SiteKey, SiteLayout]
-) -> dict[str, list[Callable[[], pa.Table]]]:
-    """The functions that make the tables whose parts the shards share."""
-
-    def paths(parts: int, file: Callable[[int], str]) -> list[Path]:
-        return [folders[Shard(part % len(folders), len(folders))] / file(part) for part in range(parts)]
-
-    identity, index = manifest.identity, acting_sites(layouts, manifest.model.family)
-    return {
-        "sensitivities": stored_sensitivities(run, index, paths(sensitivity_parts_of(identity), sensitivity_file)),
-        "second_moments": stored_second_moments(
-            run, moment_widths(layouts), paths(moment_parts_of(identity), moments_file)
-        ),
-    }
 
 
 def merge_if_last(db: Path, run: str, *, progress: Shown = False) -> CollectedRun | None:
@@ -139,21 +127,19 @@ def merge_if_last(db: Path, run: str, *, progress: Shown = False) -> CollectedRu
     return existing_run(folder)
 
 
-def _find(sources: Iterable[Path]) -> dict[str, dict[Shard, list[Path]]]:
+def _find(sources: Iterable[Path]) -> dict[str, Copies]:
     """Every shard folder in databases, run folders and shard folders, by run id; each once."""
-    found: dict[str, dict[Shard, list[Path]]] = {}
+    found: dict[str, Copies] = {}
     for number, source in enumerate(sources):
         inside = (f"runs/*/{SHARDS}/*-of-*", f"{SHARDS}/*-of-*", "*-of-*")
         paths = [source, *(path for pattern in inside for path in source.glob(pattern))]
-        mine = [path for path in paths if shard_of(path) and path.is_dir()]
+        mine = {path.resolve(): shard for path in paths if (shard := shard_of(path)) and path.is_dir()}
         if number and not mine:  # the first is --db, which may not exist yet
             raise DatabaseInvalid(
                 f"{source} {'holds no shards' if source.is_dir() else 'is no folder'}; expected a database, run or "
                 "shard folder that `collect --shard i/N` wrote"
             )
-        for path in map(Path.resolve, mine):
-            shard = shard_of(path)
-            assert shard is not None
+        for path, shard in mine.items():
             run = load_shard(path).manifest.run if (path / SHARD).exists() else path.parent.parent.name
             known = found.setdefault(run, {}).setdefault(shard, [])
             if path not in known:
@@ -161,9 +147,7 @@ def _find(sources: Iterable[Path]) -> dict[str, dict[Shard, list[Path]]]:
     return found
 
 
-def _choose_run(
-    found: dict[str, dict[Shard, list[Path]]], run: str | None, db: Path
-) -> tuple[str, dict[Shard, list[Path]]]:
+def _choose_run(found: dict[str, Copies], run: str | None, db: Path) -> tuple[str, Copies]:
     if run is not None:
         chosen = [name for name in found if name == run] or [name for name in found if name.startswith(run)]
         if not chosen:
@@ -180,7 +164,7 @@ def _choose_run(
     return chosen[0], found[chosen[0]]
 
 
-def _differences(found: dict[str, dict[Shard, list[Path]]], names: list[str]) -> str:
+def _differences(found: dict[str, Copies], names: list[str]) -> str:
     """The settings in which the first two runs differ, known if each has a complete shard."""
     identities: list[dict[str, Any]] = []
     for name in names[:2]:
@@ -193,7 +177,7 @@ def _differences(found: dict[str, dict[Shard, list[Path]]], names: list[str]) ->
     return f", which differ in {', '.join(sorted(keys))}" if keys else ""
 
 
-def _complete_run(found: dict[str, dict[Shard, list[Path]]], run: str | None, db: Path) -> Path | None:
+def _complete_run(found: dict[str, Copies], run: str | None, db: Path) -> Path | None:
     """The folder of the requested run if it is already complete; None if there is something to merge.
 
     Without ``run`` and without shards that is the run that was merged last.
@@ -208,8 +192,8 @@ def _complete_run(found: dict[str, dict[Shard, list[Path]]], run: str | None, db
     return complete.get(wanted[0]) if len(wanted) == 1 else None
 
 
-def _every_shard(run: str, candidates: dict[Shard, list[Path]]) -> dict[Shard, Path]:
-    """A folder for each shard, for the number of shards of which all are complete. DatabaseInvalid: for none."""
+def _every_shard(run: str, candidates: Copies) -> dict[Shard, Path]:
+    """A folder for each shard of a division whose shards are all complete. DatabaseInvalid: there is none."""
     problems = []
     for count in sorted({shard.count for shard in candidates}):
         wanted = [Shard(index, count) for index in range(count)]

@@ -15,13 +15,12 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.collector.checkpoint import CHECKPOINT
 from quambase.collector.second_moments import moment_parts_of, moments_file
 from quambase.collector.sensitivity import sensitivity_file, sensitivity_parts_of
-from quambase.collector.statistics import Int64, RunStatistics, SiteLayout
+from quambase.collector.statistics import RunStatistics, SiteLayout
 from quambase.collector.tables.table_rows import Locate, Places, table_groups
 from quambase.model.block import ModelConfig
 from quambase.model.block_kinds import KINDS
@@ -33,6 +32,7 @@ from quambase.schema.files import read_regular, replacing
 from quambase.schema.json_files import Sha256, Size, as_type, read_json, write_json
 from quambase.schema.stored.manifest import SHARDS, Manifest
 from quambase.schema.tables import read_table, write_table
+from quambase.schema.values.arrays import Float64, Int64
 
 SHARD = "shard.json"
 PLACES = "places.parquet"
@@ -40,8 +40,7 @@ PLACES = "places.parquet"
 _PLACES = pa.schema(
     [
         pa.field("rows", pa.string()),
-        *(pa.field(name, pa.int32()) for name in ("document", "row", "channel")),
-        *(pa.field(name, pa.int32()) for name in ("position", "token_id")),
+        *(pa.field(name, pa.int32()) for name in ("document", "row", "channel", "position", "token_id")),
         *(pa.field(name, pa.string()) for name in ("token", "before", "after")),
         pa.field("column", pa.int32()),
     ]
@@ -119,7 +118,7 @@ def sums_file(block: int) -> str:
     return f"sums/block-{block:05d}.npy"
 
 
-def write_sums(folder: Path, block: int, sums: npt.NDArray[np.float64]) -> None:
+def write_sums(folder: Path, block: int, sums: Float64) -> None:
     """Store one block's `quambase.collector.statistics.BlockStatistics.sums`, (2, channels of all sites), followed by
     the file's checksum.
     """
@@ -130,7 +129,7 @@ def write_sums(folder: Path, block: int, sums: npt.NDArray[np.float64]) -> None:
         add_checksum(temporary)
 
 
-def read_sums(folder: Path, block: int) -> npt.NDArray[np.float64]:
+def read_sums(folder: Path, block: int) -> Float64:
     """Read what `write_sums` wrote. DatabaseInvalid: it is missing or was altered."""
     path, advice = folder / sums_file(block), f"delete {folder} and collect the shard again"
     try:

@@ -14,16 +14,14 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from quambase.collector.host.kernels import PATTERNS
 from quambase.schema.sites import SiteKey
 from quambase.schema.tables import DOCUMENT_QUANTILES
-
-Int64 = npt.NDArray[np.int64]
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
+from quambase.schema.values.arrays import Float32 as Float32
+from quambase.schema.values.arrays import Float64 as Float64
+from quambase.schema.values.arrays import Int64 as Int64
 
 _DESCENDING = sorted(DOCUMENT_QUANTILES.items(), key=lambda item: -item[1])
 PROBABILITIES = np.array([p for _, p in _DESCENDING], np.float32)
@@ -331,7 +329,7 @@ class RunStatistics:
         return SiteStatistics(self.index.layouts[key], self.counts[groups], moments, self.top[groups])
 
     def outliers(self, group: int) -> Int64:
-        """(m, 5: TOP_FIELDS), m <= most: those of a row of ``top``; on the host."""
+        """(m, 5: TOP_FIELDS), m <= most: the outliers of a row of ``top``; on the host."""
         return _present(self.top[group])
 
     def add(self, other: RunStatistics) -> None:

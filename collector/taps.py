@@ -8,7 +8,6 @@ from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -17,7 +16,6 @@ from quambase.collector.statistics import (
     SUMMARY_COLUMNS,
     BlockStatistics,
     Counter,
-    Int64,
     SiteLayout,
     counted_rows,
 )
@@ -25,9 +23,10 @@ from quambase.collector.tables.block_rows import KeptRows, activations_rows, doc
 from quambase.model.packed_batch import sampled_ends
 from quambase.schema.errors import TapNeverFired
 from quambase.schema.sites import SiteKey
+from quambase.schema.values.arrays import Int64
 from quambase.schema.values.positions import bucket_of
 
-Positions = Mapping[int, npt.NDArray[np.int64]]
+Positions = Mapping[int, Int64]
 
 
 @dataclass(frozen=True)
@@ -222,10 +221,9 @@ class BlockRecorder:
         self._same: dict[SiteKey, SiteKey] = {}
         self._layer: int | None = None
         self._kept: list[KeptRows] = []
-        self._borders: dict[tuple[int, int, int, int], Int64] = {}
+        self._read: dict[tuple[int, int, int, int], tuple[Int64, list[BucketRows]]] = {}
         self._spans: dict[tuple[int, int, bool], tuple[int, torch.Tensor | None]] = {}
         self._places: list[Int64] = []
-        self._buckets: dict[tuple[int, int, int, int], list[BucketRows]] = {}
 
     def __call__(self, layer: int, site: str, values: torch.Tensor, documents: slice) -> None:
         """Count one site's activations; see `quambase.model.block.Tap` for the shapes."""
@@ -238,7 +236,7 @@ class BlockRecorder:
             self._layer = layer
         rows = counted_rows(layout, values)
         length = len(rows) // len(values) if layout.state else 0  # of each state
-        offsets = self._offsets(documents, length, layout.every)
+        offsets, buckets = self._rows(documents, length, layout.every, rows.device)
         here = documents.stop - documents.start
         self._seen[key] += here
         source = self._identity(key, values, here)
@@ -251,30 +249,26 @@ class BlockRecorder:
         if here != len(self.documents):
             summaries = summaries[documents]
         self.counter.add(self.statistics.sites[key], rows, offsets, documents.start, summaries)
-        if self.statistics.buckets:
-            self._count_buckets(key, rows, length, layout.every, documents)
+        for bucket, index, borders in buckets:
+            into = self.statistics.buckets[bucket].sites[key]
+            unread = torch.empty(len(borders) - 1, len(layout.names) + 1, len(SUMMARY_COLUMNS), device=rows.device)
+            self.counter.add(into, rows.index_select(0, index), borders, 0, unread)
         if not layout.every:
             self._keep(key, layout, values, offsets, documents)
 
-    def _offsets(self, documents: slice, length: int, every: int) -> Int64:
-        """The borders of some documents' rows: ``length`` for each state, or, if that is 0, one for each token."""
+    def _rows(self, documents: slice, length: int, every: int, device: torch.device) -> tuple[Int64, list[BucketRows]]:
+        """The borders of some documents' rows, ``length`` for each state or, if that is 0, one for each token; and the
+        rows of each bucket of positions, if there are buckets.
+        """
         span = documents.start, documents.stop, length, every
-        if span not in self._borders:
-            seen = [len(_tokens_read(document.tokens.size, length, every)) for document in self.documents[documents]]
-            self._borders[span] = np.cumsum([0, *seen], dtype=np.int64) * (length or 1)
-        return self._borders[span]
-
-    def _count_buckets(self, key: SiteKey, rows: torch.Tensor, length: int, every: int, documents: slice) -> None:
-        """Count the rows of each bucket of positions into the bucket's statistics."""
-        span = documents.start, documents.stop, length, every
-        if span not in self._buckets:
-            sizes = [document.tokens.size for document in self.documents[documents]]
-            read = [_tokens_read(size, length, every) for size in sizes]
-            self._buckets[span] = list(_bucket_rows(read, length or 1, rows.device, by_state=length > 0 and not every))
-        for bucket, index, offsets in self._buckets[span]:
-            site = self.statistics.buckets[bucket].sites[key]
-            unread = torch.empty(len(offsets) - 1, len(site.layout.names) + 1, len(SUMMARY_COLUMNS), device=rows.device)
-            self.counter.add(site, rows.index_select(0, index), offsets, 0, unread)
+        if span not in self._read:
+            read = [_tokens_read(document.tokens.size, length, every) for document in self.documents[documents]]
+            borders = np.cumsum([0, *map(len, read)], dtype=np.int64) * (length or 1)
+            buckets: list[BucketRows] = []
+            if self.statistics.buckets:
+                buckets += _bucket_rows(read, length or 1, device, by_state=length > 0 and not every)
+            self._read[span] = borders, buckets
+        return self._read[span]
 
     def _identity(self, key: SiteKey, values: torch.Tensor, documents: int) -> SiteKey | None:
         """The site for which the previous call had this same tensor, with every document: an identity's output is its

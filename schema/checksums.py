@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 CHECKSUM = "quambase-sha256"
-"""The key under which JSON and Parquet files of ours carry their own checksum."""
+"""The key under which our JSON and Parquet files carry their own checksum."""
 
 PLACEHOLDER = f"{CHECKSUM}:{'0' * 64}"
 
@@ -28,7 +28,7 @@ ALTERED = "was altered or cut short since it was written (its checksum differs)"
 
 
 def add_checksum(path: Path) -> None:
-    """Replace the last PLACEHOLDER in a file by the file's checksum. ValueError: there is none. OSError."""
+    """Replace the last PLACEHOLDER in a file by the file's checksum. ValueError: the file has none. OSError."""
     path.write_bytes(with_checksum(path.read_bytes()))
 
 
@@ -54,11 +54,8 @@ def check_own(content: bytes) -> OwnChecksum:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_damage(path: Path, sha256: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Commands to print: the one that made a run, told from its manifest, and where a command finds its database."""
+"""Commands to print: the one that made a run, from its manifest; and the option that names a database."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DATABASE = Path("quambase-db")
 
 
 def of_database(db: Path | None) -> str:
-    """What a command adds to name ``db``, for a shell; nothing where it is the default or None."""
+    """The option that names ``db``, for a shell; empty where it is the default or None."""
     return "" if db is None or db == DATABASE else f" --db {shlex.quote(str(db))}"
 
 
@@ -65,10 +65,8 @@ def collect_command(
         words += [word for site in sites for word in ("--site", site)]
     if manifest.model.family == MAMBA2:
         words += _grouping(asked.get("groups"))
-    if "sensitivity" in asked:
-        words += ["--sensitivity", str(asked["sensitivity"]["documents"])]
-    if "second_moments" in asked:
-        words += ["--second-moments", str(asked["second_moments"]["documents"])]
+    for option, name in (("--sensitivity", "sensitivity"), ("--second-moments", "second_moments")):
+        words += [option, str(asked[name]["documents"])] if name in asked else []
     return shlex.join(words)
 
 

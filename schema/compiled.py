@@ -1,4 +1,4 @@
-"""Numba functions whose machine code is kept on disk, where there is a folder for it."""
+"""Numba functions whose machine code is cached on disk, if a folder for it can be written."""
 
 from __future__ import annotations
 

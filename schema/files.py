@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, never over what is not ours, one writer at a time; format versions."""
+"""Files: atomic writes, refusals to overwrite the files of others, locks, hard links; format versions."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from pathlib import Path
 from quambase.schema.errors import DatabaseInvalid, OutputRefused, QuambaseError, RunBusy, first_line
 
 MARK = "quambase"
-"""What files of ours carry in their metadata."""
+"""Our files carry it in their metadata."""
 
 FORCE_HINT = "name another file, or replace it with --force"
 
 
 def local_folder(folder: str | Path) -> Path:
-    """A database's folder. DatabaseInvalid for what is no path of this machine: the address of a store elsewhere, or a
-    name that is not UTF-8 (which Arrow cannot open).
-    """
+    """A database's folder. DatabaseInvalid: it is a URL, or its name is not UTF-8, which Arrow cannot open."""
     text = str(folder)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         raise DatabaseInvalid(f"{text} is an address; expected a database folder on this machine")
@@ -37,11 +35,10 @@ def local_folder(folder: str | Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; on success the file is flushed to disk and takes the place of ``path`` at
-    once.
+    """Yield a temporary path to write to; on success the file is flushed to disk and replaces ``path`` atomically.
 
-    Whatever the writer leaves beside the temporary file goes with it. What killed processes left of earlier attempts at
-    ``path`` is removed too. A link is followed. A device or a pipe is written to, not replaced. OSError.
+    Other files that the writer leaves beside it are removed, and so is what killed processes left of earlier attempts
+    at ``path``. A link is followed. A device or a pipe is written to, not replaced. OSError.
     """
     # Before links are followed: /dev/stdout is one to a pipe, which has no path.
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -107,7 +104,7 @@ def _locked_folder(folder: Path) -> int | None:
 def refuse_foreign_file(path: Path, ours: Callable[[Path], bool] | None, expected: str, *, force: bool = False) -> None:
     """OutputRefused if ``path`` is a folder, or a file that quambase did not write; called before any work.
 
-    ours      tells whether the file at a path is of the kind that would take its place; None: this cannot be told
+    ours      whether the file at a path is of the kind to be written; None: such files cannot be recognized
     expected  what that kind is called in the message
     force     replace any file
     """
@@ -121,7 +118,7 @@ def refuse_foreign_file(path: Path, ours: Callable[[Path], bool] | None, expecte
 
 
 def refuse_foreign_picture(path: Path, *, force: bool = False) -> None:
-    """`refuse_foreign_file` of a picture; one of ours names quambase in its metadata, which lies near an end of it."""
+    """`refuse_foreign_file` of a picture; one of ours names quambase in its metadata, near its beginning or end."""
 
     def ours(path: Path) -> bool:
         with path.open("rb") as file:
@@ -134,10 +131,10 @@ def refuse_foreign_picture(path: Path, *, force: bool = False) -> None:
 
 @contextmanager
 def locked(folder: Path, what: str | None = None, *, wait: bool = False) -> Iterator[None]:
-    """Hold the folder for this process; RunBusy if another holds it. The lock goes with the process.
+    """Hold the folder's lock; RunBusy if another process holds it. The end of the process releases it.
 
     what  the folder's name in that message
-    wait  instead, until the other one lets go of it: for moments, not for work
+    wait  for the other process instead; only where no process holds the lock for long
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
@@ -191,8 +188,8 @@ def read_regular(path: Path, error: type[QuambaseError], advice: str, most: int)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give the file ``source`` the second name ``target``, or copy it where the file system cannot do that; what lies
-    at ``target`` is replaced. OSError.
+    """Make ``target`` a hard link to the file ``source``, or a copy where the file system has no links; an existing
+    ``target`` is replaced. OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)

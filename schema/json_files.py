@@ -1,4 +1,4 @@
-"""JSON files of ours: written whole with their own checksum, read back into values of the expected types.
+"""JSON files: written atomically with their own checksum, read back as values of the expected types.
 
 msgspec checks the types. Whatever is wrong with a file ends in one error that names the file, the fault and what to do.
 """
@@ -19,7 +19,7 @@ from quambase.schema.files import check_format_version, read_regular, replacing
 T = TypeVar("T")
 
 CHECKED = "checked"
-"""The key that says that the file has a checksum, as those of earlier versions have not."""
+"""The key that says that the file has a checksum; files of earlier versions have none."""
 
 LARGEST = 256 << 20
 """Largest accepted JSON file in bytes: the manifest of the largest sorted model has a few million."""

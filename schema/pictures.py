@@ -1,4 +1,4 @@
-"""Pictures, drawn without a screen, in one style, and saved so that equal figures give equal files."""
+"""Pictures: drawn without a screen in one style, and saved so that equal figures give equal files."""
 
 from __future__ import annotations
 

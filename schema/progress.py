@@ -28,10 +28,10 @@ LINE_SECONDS = 30.0
 """Seconds between two lines where stderr is no terminal."""
 
 MEASURED_SHARE, MEASURED_SECONDS = 0.05, 5.0
-"""The time left is shown once this share of the work is done, or after so many seconds."""
+"""The time left is shown after this share of the work, or after this time."""
 
 LONG_SECONDS = 10.0
-"""Stages longer than so many seconds are announced with about how long they will take."""
+"""Stages that are expected to take longer are announced, with about how long."""
 
 BAR = 20
 """Characters in the bar."""
@@ -134,15 +134,6 @@ class Progress:
         # The start is slow, since kernels are loaded and memory is allocated: measure the later half.
         since_work, since_seconds = self._marks[0]
         return (seconds - since_seconds) * max(0.0, whole - work) / (work - since_work)
-
-    @contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Inside, kernels are compiled."""
-        self.compilation_begins()
-        try:
-            yield
-        finally:
-            self.compilation_ends()
 
     def compilation_begins(self) -> None:
         """A kernel begins to compile; that may compile others."""
@@ -280,11 +271,12 @@ def tell(share: float) -> None:
 @contextmanager
 def compiling() -> Iterator[None]:
     """Inside, kernels are compiled: told to whichever progress is shown."""
-    if _running:
-        with _running[-1].compiling():
-            yield
-    else:
+    shown = _running[-1] if _running else SILENT
+    shown.compilation_begins()
+    try:
         yield
+    finally:
+        shown.compilation_ends()
 
 
 def remark(text: str) -> None:

@@ -43,16 +43,16 @@ Segments = tuple[tuple[float, ...], ...]
 """Of two-segment codes, (inner, outer) for each scale group, in channel order."""
 
 LATER: dict[str, Any] = {"predicted_kl": None, "zero_point": 0}
-"""Columns that tables of earlier versions lack, and what they hold then."""
+"""Columns that tables of earlier versions lack, and their value there."""
 
 QUAMBASE, UPSTREAM = TARGETS = ("quambase", "upstream")
 """Whose INT8 model the selected rows are for."""
 
 EFFECT, MSE = SELECTIONS = ("effect", "mse")
-"""What selected rows have the least of: predicted KL, or squared error."""
+"""What selected rows minimize: predicted KL, or squared error."""
 
 SELECTED = "selected"
-"""The label that takes each scale group's selected row instead of one strategy."""
+"""The label that stands for the selected row of each scale group, whatever its strategy."""
 
 MIXED = "mixed"
 """The label of the selected rows with some operators in 16 bit, of a table made with `analyze --keep` or `--budget`."""
@@ -88,7 +88,7 @@ class ScaleTable:
 
     def labels(self) -> list[str]:
         """The strategy labels (``percentile``, ``percentile:0.9999``, ...) in the order of the table."""
-        return [str(label) for label in pc.unique(self.table["label"]).to_pylist()]
+        return distinct(self.table, "label")
 
     def check_label(self, label: str) -> None:
         """UnknownName, with the nearest names, unless ``label`` is a label of the table, "selected" or "mixed".
@@ -119,7 +119,7 @@ class ScaleTable:
 
     def runs(self) -> list[str]:
         """The run ids the scales were computed from."""
-        return [str(run) for run in pc.unique(self.table["run"]).to_pylist()]
+        return distinct(self.table, "run")
 
     @cached_property
     def run(self) -> str:
@@ -153,7 +153,7 @@ class ScaleTable:
         """The granularities, coarse to fine, at which this table has scales by group that an INT8 model can read;
         "tensor" is always one.
         """
-        names = [str(name) for name in pc.unique(self.table["group_name"]).to_pylist()]
+        names = distinct(self.table, "group_name")
         found = {granularity_of(name) for name in names if name == WHOLE or is_scale_group(name)}
         return [name for name in GRANULARITIES if name in found]
 
@@ -212,6 +212,11 @@ class ScaleTable:
         return self.table.filter(pc.and_(chosen, decoded if needs_decode else pc.invert(decoded)))
 
 
+def distinct(table: pa.Table, column: str) -> list[str]:
+    """The different texts of a column, in the order of the table."""
+    return [str(text) for text in pc.unique(table[column]).to_pylist()]
+
+
 def _finest(rows: pa.Table, granularity: str) -> dict[tuple[int, str], list[dict[str, Any]]]:
     """By (layer, site) the rows of the finest division up to ``granularity``, in the order of SSD group, head group and
     channel group. UnknownName: no granularity.
@@ -258,13 +263,12 @@ def provenance_of(manifests: Iterable[Manifest], granularity: str, target: str, 
 
 
 def refuse_foreign_table(path: Path, *, force: bool = False) -> None:
-    """OutputRefused if a new table at ``path`` would replace something else than a scale table of ours."""
-
+    """OutputRefused if a new table at ``path`` would replace anything but a scale table that quambase wrote."""
     refuse_foreign_file(path, is_scale_table, "scale table", force=force)
 
 
 def is_scale_table(path: Path) -> bool:
-    """Whether the file at ``path`` is a scale table of ours, perhaps edited."""
+    """Whether quambase wrote the scale table at ``path``, perhaps edited since."""
     try:
         return METADATA_KEY in (pq.read_schema(path).metadata or {})
     except (pa.ArrowException, OSError):
@@ -274,7 +278,7 @@ def is_scale_table(path: Path) -> bool:
 def refuse_fewer_labels(path: Path, labels: Sequence[str]) -> None:
     """OutputRefused if ``path`` is a scale table with strategies that are not in ``labels``: they would be lost."""
     try:
-        held = [str(label) for label in pc.unique(pq.read_table(path, columns=["label"])["label"]).to_pylist()]
+        held = distinct(pq.read_table(path, columns=["label"]), "label")
     except (pa.ArrowException, OSError):  # none there, or a damaged one
         return
     lost = [label for label in held if label not in labels]
@@ -296,19 +300,17 @@ def read_scales(path: Path) -> ScaleTable:
         table, own = open_table(path, ScalesInvalid, edited)
     except FileNotFoundError:
         raise ScalesInvalid(f"{path} does not exist; run `analyze` to make a scale table") from None
-    metadata = table.schema.metadata or {}
-    if METADATA_KEY in metadata:
+    origin = (table.schema.metadata or {}).get(METADATA_KEY)
+    if origin is not None:
         table = with_later_columns(table, SCALES, LATER)
-    missing = [name for name in SCALES.names if name not in table.schema.names]
-    if missing:
-        what = "lacks" if METADATA_KEY in metadata else "is not a scale table: it lacks"
+    if missing := [name for name in SCALES.names if name not in table.schema.names]:
+        what = "is not a scale table: it lacks" if origin is None else "lacks"
         raise ScalesInvalid(f"{path} {what} the columns {', '.join(missing)}; {edited}")
-    if METADATA_KEY in metadata:
-        provenance = read_provenance(path, metadata[METADATA_KEY])
-        if own == "none" and provenance["format_version"] >= CHECKED_SINCE:
-            raise ScalesInvalid(f"{path} {ALTERED}; {edited}")
-    else:
+    if origin is None:
         raise ScalesInvalid(f"{path} names no origin, as if another tool had written it; {edited}")
+    provenance = read_provenance(path, origin)
+    if own == "none" and provenance["format_version"] >= CHECKED_SINCE:
+        raise ScalesInvalid(f"{path} {ALTERED}; {edited}")
     try:
         table = table.select(SCALES.names).cast(SCALES)
     except (pa.ArrowException, ValueError) as error:

@@ -154,6 +154,14 @@ AFFINE_SITES = frozenset(site.name for sites in FAMILIES.values() for site in si
 SITE_NAMES = _merged()
 """Every name of a site, in model order."""
 
+_PLACES = {name: place for place, name in enumerate(SITE_NAMES)}
+
+
+def site_order(name: str) -> tuple[int, str]:
+    """What sorts sites in model order; those of imported tensors come last, by name."""
+    return _PLACES.get(name, len(_PLACES)), name
+
+
 _BY_NAME = {family: {site.name: site for site in sites} for family, sites in FAMILIES.items()}
 _ANY = _BY_NAME[MAMBA2] | _BY_NAME[MAMBA1]
 

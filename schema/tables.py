@@ -53,11 +53,6 @@ def as_made(schema: pa.Schema) -> pa.Schema:
     return pa.schema([f.with_type(WORDS) if f in _KEY and pa.types.is_string(f.type) else f for f in schema])
 
 
-def cast_to(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """``table`` with that schema; itself if it has it, since a cast copies dictionaries and their indices."""
-    return table if table.schema.equals(schema) else table.cast(schema)
-
-
 RUNS = _table(
     "runs",
     "One collection each: what was run on what.",
@@ -171,13 +166,21 @@ SITE_STATS = _table(
     *_SUMMARY,
 )
 
-CHANNELS = _table(
-    "channels",
-    "Per channel (at the ssm_state_act sites per state index, of each group), of the unrounded float32 values.",
+_CHANNEL = (
     ("channel", pa.int32(), "Channel index within the site."),
     ("count", pa.int64(), "Finite values."),
     ("min", pa.float32(), "Smallest value."),
     ("max", pa.float32(), "Largest value."),
+)
+_LOST = (
+    ("nonfinite", pa.int64(), "NaN and infinite values."),
+    ("overflow", pa.int64(), "Finite values that become infinite in 16 bits."),
+)
+
+CHANNELS = _table(
+    "channels",
+    "Per channel (at the ssm_state_act sites per state index, of each group), of the unrounded float32 values.",
+    *_CHANNEL,
     ("sum", pa.float64(), "Sum."),
     ("sum_sq", pa.float64(), "Sum of squares."),
     (
@@ -185,8 +188,7 @@ CHANNELS = _table(
         pa.float64(),
         "Largest, over documents, of the document's mean absolute value: upstream's reorder statistic.",
     ),
-    ("nonfinite", pa.int64(), "NaN and infinite values."),
-    ("overflow", pa.int64(), "Finite values that become infinite in 16 bits."),
+    *_LOST,
 )
 
 _POSITION = (
@@ -216,12 +218,8 @@ POSITION_CHANNELS = _table(
     "position_channels",
     f"The extremes of each channel {_BY_POSITION} {_ASKED}; otherwise as channels.",
     *_POSITION,
-    ("channel", pa.int32(), "Channel index within the site."),
-    ("count", pa.int64(), "Finite values."),
-    ("min", pa.float32(), "Smallest value."),
-    ("max", pa.float32(), "Largest value."),
-    ("nonfinite", pa.int64(), "NaN and infinite values."),
-    ("overflow", pa.int64(), "Finite values that become infinite in 16 bits."),
+    *_CHANNEL,
+    *_LOST,
 )
 
 DOCUMENTS = _table(
@@ -407,28 +405,25 @@ RUN_TABLES: dict[str, pa.Schema] = {
 """The tables of one run folder: each is a file ``<name>.parquet``, or a folder ``<name>/`` of Parquet files."""
 
 LATER_COLUMNS = {"outliers": {"before": None, "after": None}}
-"""The columns that a run of an earlier version lacks, by table, and what they are there."""
+"""The columns that runs of earlier versions lack, by table, and their value there."""
 
 # Sorted 16-bit values differ little from their neighbours byte by byte, and most counts are small. Raw activations have
 # few exponents, and those of a float16 model end in zeros.
+_COUNTED = {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"}
 _ENCODINGS = {
-    "counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"},
-    "block_counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"},
-    "position_counts": {"value": "BYTE_STREAM_SPLIT", "count": "DELTA_BINARY_PACKED"},
-    "sensitivities": {
-        "value": "BYTE_STREAM_SPLIT",
-        "count": "DELTA_BINARY_PACKED",
-        "gradient_sq": "BYTE_STREAM_SPLIT",
-    },
+    "counts": _COUNTED,
+    "block_counts": _COUNTED,
+    "position_counts": _COUNTED,
+    "sensitivities": _COUNTED | {"gradient_sq": "BYTE_STREAM_SPLIT"},
     "activations": {"values.list.element": "BYTE_STREAM_SPLIT"},
     "second_moments": {"values.list.element": "BYTE_STREAM_SPLIT"},
 }
 
 _STATISTICS = {"counts": ["layer"], "block_counts": ["layer"], "position_counts": ["layer"]}
-"""The columns by which row groups are told apart, of the tables where those of the others take long to find."""
+"""The columns with statistics, of the tables where those of all columns take long to compute."""
 
 _ROW_GROUPS = {"block_counts": 1 << 16}
-"""Rows of a row group, where not as many as the library has by default: one layer of all blocks is read at a time."""
+"""Rows of a row group, where fewer than the library's default: one layer of all blocks is read at a time."""
 
 
 def _writer(path: Path, name: str, schema: pa.Schema) -> pq.ParquetWriter:
@@ -453,9 +448,11 @@ def write_table(path: Path, name: str, table: pa.Table, schema: pa.Schema) -> No
     checksum, except those of RUN_TABLES, of which `run.json` has one.
     """
     made = as_made(schema) if name in RUN_TABLES else schema
+    if not table.schema.equals(made):  # a cast copies dictionaries and their indices
+        table = table.cast(made)
     with replacing(path) as temporary:
         with _writer(temporary, name, made) as writer:
-            writer.write_table(cast_to(table, made), row_group_size=_ROW_GROUPS.get(name))
+            writer.write_table(table, row_group_size=_ROW_GROUPS.get(name))
             if name not in RUN_TABLES:
                 writer.add_key_value_metadata({CHECKSUM: PLACEHOLDER})
         if name not in RUN_TABLES:
@@ -510,7 +507,7 @@ def read_table(
 ) -> pa.Table:
     """Read a whole Parquet file and check its columns.
 
-    later    as `with_later_columns` has it
+    later    as in `with_later_columns`
     checked  the file must have a checksum of its own; otherwise it is compared only if there is one
 
     DatabaseInvalid: the file is missing, cut short, altered or another table.

@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from fabricate import half, make_run, random_activations
 from tiny_model import write_texts, write_tiny_model
 
 import quambase
+from quambase.analyzer.opened import Site
 from quambase.schema.errors import DataInvalid, UnknownName
 from quambase.schema.sql.answer import SHOWN, Answer, html_table, text_table
+from quambase.schema.sql.database import DocumentSeries
 
 
 def test_the_names() -> None:
@@ -140,3 +143,18 @@ def test_what_is_not_there_is_named(db: Any) -> None:
             db.site(*arguments)
     with pytest.raises(UnknownName, match="unknown strategy 'ms'; did you mean mse"):
         db.site(1, "x_proj:input").error("ms")
+
+
+def test_a_strategy_that_needs_more_than_is_stored_says_so(db: Any) -> None:
+    """Of a group made of smaller ones no quantiles of documents are known."""
+    whole = db.site(1, "x_proj:input")
+    united = replace(whole.values, documents=DocumentSeries.united([whole.values.documents]))
+    site = Site(db, united)
+    for ask in (site.scale, site.error):
+        with pytest.raises(
+            DataInvalid, match="ema_percentile needs quantiles of each document, which no run stores of"
+        ):
+            ask("ema_percentile")
+    assert site.strategies(["ema_percentile", "absmax"])["strategy"].to_pylist() == ["absmax"]
+    assert whole.strategies(["ema_percentile", "absmax"]).num_rows == 2
+    assert site.scale("ema_percentile:1") == whole.scale("ema_percentile:1")  # of largest values alone

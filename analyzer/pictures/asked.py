@@ -14,7 +14,7 @@ from quambase.analyzer.pictures.numbers.site_grid import OUTLIER_RATIO
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.site.one_site import chosen_group, chosen_site, one_run
 from quambase.analyzer.strategies import parse_labels
-from quambase.schema.errors import DatabaseInvalid, ScalesInvalid
+from quambase.schema.errors import DatabaseInvalid, ScalesInvalid, UnknownName
 from quambase.schema.progress import Shown
 from quambase.schema.scale_table import SELECTED
 from quambase.schema.sites import WHOLE
@@ -70,6 +70,13 @@ class Asked:
     def chosen_group(self, database: StatsDB) -> ScaleGroup:
         """The scale group asked for, of `chosen_site`."""
         return chosen_group(database, self.site, self.layer, self.group)
+
+    def labels(self, every: Sequence[str], where: str) -> list[str]:
+        """The strategies among ``every`` that are asked for, all where none is named. UnknownName: one is not there."""
+        for label in self.strategies:
+            if label not in every:
+                raise UnknownName.of("strategy", label, every, where=where)
+        return [label for label in every if not self.strategies or label in self.strategies]
 
     def scale_table(self, database: StatsDB, needed_for: str) -> pa.Table:
         """The rows of the scale table of the run. ScalesInvalid: there are none."""

@@ -17,11 +17,11 @@ from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.channels import OUTLIER, Channel, channels_by_reach
 from quambase.analyzer.site.one_site import place
 from quambase.schema.errors import UnknownName
-from quambase.schema.pictures import WIDTHS, logarithmic, new_figure
+from quambase.schema.pictures import WIDTHS, logarithmic
 from quambase.schema.sites import WHOLE
 
 NAMED = 12
-"""At most so many channels have their number beside them."""
+"""Largest number of channels that are labelled with their number."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ class ChannelsPicture:
     @frame.styled
     def draw(self, columns: int) -> Figure:
         """The largest |x| against the rank, both logarithmic, groups in their own colours."""
-        figure = new_figure(columns, 2.4)
-        frame.title(figure, f"{self.place} of {self.model}")
-        axes = figure.subplots()
+        figure, axes = frame.one_panel(columns, 2.4, f"{self.place} of {self.model}")
         amax = np.array([c.amax for c in self.channels])
         rank = np.arange(1, amax.size + 1)
         groups = sorted({c.group_name for c in self.channels})
@@ -88,7 +86,7 @@ class ChannelsPicture:
         return figure
 
     def _named(self, columns: int) -> list[tuple[int, Channel]]:
-        """Ranks and channels of which the number fits beside that before: the farthest ones."""
+        """Ranks and channels whose label does not overlap the one before, from the farthest channel on."""
         inches = (WIDTHS[columns] - 0.5) / math.log10(max(2, len(self.channels)) * 1.5)  # of a decade
         found: list[tuple[int, Channel]] = []
         for rank, channel in enumerate(self.channels[:NAMED], 1):

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from quambase.analyzer.pictures.frame import legend_outside, looks, styled, title
 from quambase.schema.pictures import logarithmic, new_figure
+from quambase.schema.values.arrays import Float32, Float64
 from quambase.schema.values.distribution import Distribution
 
-Reconstructions = Mapping[str, Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float64]]]
+Reconstructions = Mapping[str, Callable[[Float32], Float64]]
 """Label of a strategy to the function that quantizes and dequantizes values; least error first."""
 
 SHOWN = 6

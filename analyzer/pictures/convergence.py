@@ -88,7 +88,7 @@ def convergence_figure(heading: str, sizes: pa.Table, columns: int = 2) -> Figur
 
 
 def _apart(numbers: set[int]) -> list[int]:
-    """Those of ``numbers`` that have room for a label, the largest among them."""
+    """The ``numbers`` whose labels do not overlap, descending from the largest."""
     kept: list[int] = []
     for number in sorted(numbers, reverse=True):
         if not kept or kept[-1] >= 1.3 * number:

@@ -1,4 +1,4 @@
-"""Picture of an evaluation by decoding: KL against how many tokens were decoded, beside prefill's."""
+"""Picture of an evaluation by decoding: KL against the number of tokens decoded, with prefill for comparison."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 
 from quambase.analyzer.pictures.asked import Asked
-from quambase.analyzer.pictures.frame import legend_outside, looks, styled, title
-from quambase.schema.errors import DataInvalid, UnknownName
-from quambase.schema.pictures import logarithmic, new_figure
+from quambase.analyzer.pictures.frame import legend_outside, looks, one_panel, styled
+from quambase.schema.errors import DataInvalid
+from quambase.schema.pictures import logarithmic
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,7 @@ class DecodingPicture:
         texts = list(dict.fromkeys(found["data"].to_pylist()))
         of_first = [row for row in found.to_pylist() if row["data"] == texts[0]]
         every = list(dict.fromkeys(row["strategy"] for row in of_first))
-        for label in asked.strategies:
-            if label not in every:
-                raise UnknownName.of("strategy", label, every, where=f"evaluation {asked.evaluation.id}")
-        labels = [label for label in every if not asked.strategies or label in asked.strategies]
+        labels = asked.labels(every, f"evaluation {asked.evaluation.id}")
         rows = [row for row in of_first if row["strategy"] in labels]
         notes = [f"of {len(texts)} texts, {texts[0]} is drawn"] if len(texts) > 1 else []
         about = asked.evaluation.about
@@ -69,9 +66,8 @@ class DecodingPicture:
     def draw(self, columns: int) -> Figure:
         """A line for each strategy with its 95 % band; prefill of the same predictions thin and grey."""
         legend_lines = 0.13 * ((len(self.labels) + 2) // (1 if columns == 1 else 2))
-        figure = new_figure(columns, 2.4 + legend_lines)
-        axes = figure.subplots()
-        title(figure, f"{self.model}: evaluation {self.evaluation[:8]}")
+        heading = f"{self.model}: evaluation {self.evaluation[:8]}"
+        figure, axes = one_panel(columns, 2.4 + legend_lines, heading)
         look = looks(self.labels)
         drawn: set[tuple[float, ...]] = set()
         for label in self.labels:
@@ -95,7 +91,6 @@ class DecodingPicture:
         axes.set_xticks(sorted({row["decoded_to"] for row in self.rows.to_pylist() if row["decoded_from"]}))
         axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
         axes.set_xlabel("tokens decoded, up to")
-        axes.set_yscale("log")
         logarithmic(axes, "y")
         axes.set_ylabel("KL to the float model\n(nats a token)")
         legend_outside(figure, axes, columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -11,9 +12,8 @@ from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.histogram import Histogram, histogram
 from quambase.analyzer.pictures.numbers.marks import Mark
-from quambase.analyzer.pictures.words import share_text
 from quambase.analyzer.site.one_site import place
-from quambase.schema.pictures import logarithmic, new_figure
+from quambase.schema.pictures import logarithmic
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,13 @@ class DistributionPicture:
         best = next((mark for mark in self.marks if mark.selected), self.marks[0] if self.marks else None)
         if best is None:
             return [text]
-        return [f"{text}; {best.label} clips at {best.clips_at:.3g} ({share_text(best.clipped_share)} of the values)"]
+        return [f"{text}; {best.label} clips at {best.clips_at:.3g} ({_share(best.clipped_share)} of the values)"]
 
     @frame.styled
     def draw(self, columns: int) -> Figure:
         """The histogram, a line at each strategy's clipping point."""
-        figure = new_figure(columns, 1.9 + 0.3 * columns + frame.STEP * (len(self.marks) + 1) / 72)
-        axes = figure.subplots()
-        frame.title(figure, f"{self.place} of {self.model}")
+        height = 1.9 + 0.3 * columns + frame.STEP * (len(self.marks) + 1) / 72
+        figure, axes = frame.one_panel(columns, height, f"{self.place} of {self.model}")
         edges, shares = self.histogram.edges, self.histogram.shares
         axes.set(xlabel="|x|", ylabel=f"share of values per 1/{self.histogram.bins_per_octave} octave")
         if not shares.size:
@@ -82,7 +81,7 @@ class DistributionPicture:
         logarithmic(axes, "x", "y")
         look = frame.looks(mark.label for mark in self.marks)
         marks = [
-            frame.Mark(m.clips_at, m.label, f"{m.clips_at:.3g}: clips {share_text(m.clipped_share)}", look[m.label])
+            frame.Mark(m.clips_at, m.label, f"{m.clips_at:.3g}: clips {_share(m.clipped_share)}", look[m.label])
             for m in self.marks
         ]
         frame.staircase(axes, marks)
@@ -91,3 +90,10 @@ class DistributionPicture:
 
 DECADES = 1e5
 """How far below the largest |x| the picture goes; further down every code is zero."""
+
+
+def _share(share: float) -> str:
+    """A share of one: 12 %, and under 0.1 % in ppm."""
+    if math.isnan(share):
+        return "no values"
+    return f"{1e6 * share:.3g} ppm" if 0 < share < 0.001 else f"{100 * share:.3g} %"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,6 +15,7 @@ from quambase.analyzer.pictures.numbers.error_curve import ErrorCurve, error_cur
 from quambase.analyzer.pictures.numbers.marks import Mark
 from quambase.analyzer.site.one_site import place
 from quambase.schema.pictures import logarithmic, new_figure
+from quambase.schema.values.arrays import Float64
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ErrorPicture:
         )
 
     def words(self) -> list[str]:
-        """The best scales, and what others lose beside them."""
+        """The best scales, and how much more error the strategies have."""
         least = float(np.min(self.curve.mse))
         text = f"{self.place}: the least MSE of one symmetric scale is {least:.3g}, at {self.curve.least_mse_scale:.3g}"
         if self.curve.predicted_kl is not None:
@@ -82,9 +82,7 @@ class ErrorPicture:
         frame.staircase(axes[0], steps, below=list(axes[1:]))
         return figure
 
-    def _curve(
-        self, axes: Axes, losses: npt.NDArray[np.float64], marked: list[float], look: dict[str, frame.Look]
-    ) -> None:
+    def _curve(self, axes: Axes, losses: Float64, marked: list[float], look: dict[str, frame.Look]) -> None:
         drawn = losses > 0
         axes.plot(self.curve.scales[drawn], losses[drawn], color="0.35")
         for mark, loss in zip(self.marks, marked, strict=True):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.evaluation import Estimate, Evaluated, EvaluatedText, evaluated_texts
-from quambase.schema.errors import DataInvalid, UnknownName
+from quambase.schema.errors import DataInvalid
 from quambase.schema.pictures import logarithmic, new_figure
 from quambase.schema.stored.results import FLOAT, UPSTREAM
 
@@ -45,10 +45,7 @@ class EvaluationPicture:
             )
         texts = evaluated_texts(asked.evaluation.summary())
         every = list(dict.fromkeys(row.strategy for text in texts for row in text.strategies if row.strategy != FLOAT))
-        for label in asked.strategies:
-            if label not in every:
-                raise UnknownName.of("strategy", label, every, where=f"evaluation {asked.evaluation.id}")
-        labels = [label for label in every if not asked.strategies or label in asked.strategies]
+        labels = asked.labels(every, f"evaluation {asked.evaluation.id}")
         if not labels:
             raise DataInvalid(
                 f"evaluation {asked.evaluation.id} holds the floating-point model alone; expected strategies, too: "
@@ -95,7 +92,6 @@ class EvaluationPicture:
             self._panel(each, number)
             each.set_xlabel(name)
             if log:
-                each.set_xscale("log")
                 logarithmic(each, "x")
             each.tick_params(axis="y", length=0)
         axes[0].set_yticks(range(len(self.labels)), self.labels)

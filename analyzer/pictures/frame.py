@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from quambase.analyzer.strategies import DEFAULT_LABELS
-from quambase.schema.pictures import picture_style
+from quambase.schema.pictures import new_figure, picture_style
 
 Given = ParamSpec("Given")
 
@@ -61,6 +61,13 @@ def title(figure: Figure, text: str) -> None:
     per_inch = 16  # characters of 8 points
     lines = textwrap.wrap(drawable(text), max(20, int(per_inch * figure.get_figwidth())), break_on_hyphens=False)
     figure.suptitle("\n".join(lines), x=0.01, ha="left")
+
+
+def one_panel(columns: int, height: float, heading: str) -> tuple[Figure, Axes]:
+    """A `new_figure` with a `title` and one pair of axes."""
+    figure = new_figure(columns, height)
+    title(figure, heading)
+    return figure, figure.subplots()
 
 
 def footnote(figure: Figure, text: str) -> None:
@@ -117,12 +124,12 @@ def drawable(text: str) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """``text`` in at most so many characters."""
+    """``text``, cut to ``most`` characters."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def legend_outside(figure: Figure, axes: Axes, columns: int, **more: Any) -> None:
-    """The legend of ``axes`` beside the data, or over one column below it, two labels a line where they fit."""
+    """The legend of ``axes``: right of the data, or over one column below it, two labels a line where they fit."""
     handles, labels = axes.get_legend_handles_labels()
     if columns > 1:
         figure.legend(handles, labels, loc="outside right upper", **more)

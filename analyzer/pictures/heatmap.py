@@ -23,9 +23,10 @@ from quambase.analyzer.pictures.numbers.site_grid import (
     site_grid,
 )
 from quambase.schema.errors import DatabaseInvalid, UnknownName
-from quambase.schema.pictures import logarithmic, new_figure
+from quambase.schema.pictures import logarithmic
 from quambase.schema.scale_table import SELECTED
 from quambase.schema.sites import HEAD_LAYER
+from quambase.schema.values.arrays import Float64
 
 NAMES = {
     OUTLIER_RATIO: "outlier ratio: largest |x| / 99.95 % quantile",
@@ -104,10 +105,8 @@ class HeatmapPicture:
     @frame.styled
     def draw(self, columns: int) -> Figure:
         """Layers to the right, sites down; numbers in the cells where they fit."""
-        figure = new_figure(columns, 1.0 + 0.16 * len(self.grid.sites))
         of = "" if self.quantity == OUTLIER_RATIO else f", scales of {self.grid.label}"
-        frame.title(figure, f"{self.model}{of}")
-        axes = figure.subplots()
+        figure, axes = frame.one_panel(columns, 1.0 + 0.16 * len(self.grid.sites), f"{self.model}{of}")
         values = self.grid.values(self.quantity).T
         axes.grid(visible=False)
         image = axes.imshow(values, aspect="auto", norm=_norm(values, self.quantity))
@@ -127,16 +126,14 @@ class HeatmapPicture:
         return figure
 
 
-def _norm(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], quantity: str) -> Normalize:
+def _norm(values: Float64, quantity: str) -> Normalize:
     known = values[np.isfinite(values)]
     if quantity == SQNR or not (known > 0).any():
         return Normalize(*((known.min(), known.max()) if known.size else (0, 1)))
     return LogNorm(known[known > 0].min(), max(known.max(), known[known > 0].min() * 1.01))
 
 
-def _numbers(
-    axes: Axes, image: AxesImage, values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], quantity: str
-) -> None:
+def _numbers(axes: Axes, image: AxesImage, values: Float64, quantity: str) -> None:
     """Each cell's number, dark on light or light on dark."""
     factor = 1e6 if quantity in SMALL else 1.0
     for (row, column), value in np.ndenumerate(values):

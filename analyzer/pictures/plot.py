@@ -48,7 +48,7 @@ class Numbers(Protocol):
         """What the picture shows, in one or two sentences."""
 
     def draw(self, columns: int) -> Figure:
-        """The picture, over so many columns of a page."""
+        """The picture, over ``columns`` of a page."""
 
 
 class Kind(Protocol):

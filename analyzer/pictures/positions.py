@@ -1,4 +1,4 @@
-"""Picture of a site by position: how far |x| reaches after how many tokens, and where scales clip."""
+"""Picture of a site by position: quantiles of |x| against the tokens read, and where scales clip."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from quambase.analyzer.pictures.numbers.marks import Mark
 from quambase.analyzer.pictures.numbers.positions import Positions, positions_of_group
 from quambase.analyzer.site.one_site import place
 from quambase.schema.errors import DatabaseInvalid
-from quambase.schema.pictures import logarithmic, new_figure
+from quambase.schema.pictures import logarithmic
 
 LINES = {"amax": "largest", "q9999": "99.99 %", "q999": "99.9 %", "q99": "99 %", "q50": "median"}
 """The columns of `position_stats` that are drawn, and what they are called."""
 
 UPSTREAM = "quamba"
-"""The strategy whose clipping point is drawn beside the selected one's, unless others are asked for."""
+"""Its clipping point is drawn, too, unless strategies are asked for."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,9 @@ class PositionsPicture:
     @frame.styled
     def draw(self, columns: int) -> Figure:
         """A line for each quantile against the position; a horizontal one where each strategy clips."""
-        figure = new_figure(columns, 2.6)
-        axes = figure.subplots()
         found = self.found
-        frame.title(figure, f"{place(found.layer, found.site, found.group_name)} of {self.model}")
+        where = place(found.layer, found.site, found.group_name)
+        figure, axes = frame.one_panel(columns, 2.6, f"{where} of {self.model}")
         ends = found.rows["tokens_to"].to_pylist()
         # In greys: the colours are the strategies'.
         for (column, name), marker, grey in zip(LINES.items(), "os^Dv", (0.0, 0.2, 0.35, 0.5, 0.65), strict=True):
@@ -74,7 +73,6 @@ class PositionsPicture:
         axes.set_xlabel("tokens read, up to")
         axes.set_ylabel("|x|")
         if any(value > 0 for value in found.rows["amax"].to_pylist()):
-            axes.set_yscale("log")
             logarithmic(axes, "y")
         frame.legend_outside(figure, axes, columns)
         return figure

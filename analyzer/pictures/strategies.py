@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from quambase.analyzer.pictures import frame
 from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.strategies import StrategyOverSites, strategies_over_sites
-from quambase.schema.errors import UnknownName
 from quambase.schema.pictures import logarithmic, new_figure
 
 
@@ -30,10 +29,8 @@ class StrategiesPicture:
         with asked.open() as database:
             run = database.runs[0]
             every = strategies_over_sites(database, run.run, asked.scale_table(database, "a picture of strategies"))
-            for label in asked.strategies:
-                if label not in [each.label for each in every]:
-                    raise UnknownName.of("strategy", label, [each.label for each in every], where="the scale table")
-            found = [each for each in every if not asked.strategies or each.label in asked.strategies]
+            labels = asked.labels([each.label for each in every], "the scale table")
+            found = [each for each in every if each.label in labels]
             return cls(run.model.name, found, database.notes)
 
     def table(self) -> pa.Table:
@@ -54,7 +51,7 @@ class StrategiesPicture:
         )
 
     def words(self) -> list[str]:
-        """The best, beside the last that needs no decoder."""
+        """The best strategy, and how the next three that need no decoder compare."""
         first = self.strategies[0]
         middle = np.nanmedian([loss.sqnr_db for loss in first.sites.values()])
         text = f"best over {len(first.sites)} sites: {first.label}, median SQNR {middle:.3g} dB"
@@ -101,6 +98,5 @@ class StrategiesPicture:
                 text, at = f"{each.predicted_kl:#.2g}", (each.predicted_kl, height)
                 axes.annotate(text, at, (4, 0), textcoords="offset points", va="center", fontsize=6)
         axes.margins(x=0.25)
-        axes.set_xscale("log")
         logarithmic(axes, "x")
         axes.set_xlabel("predicted KL\n(nats a token)")

@@ -13,7 +13,6 @@ from quambase.analyzer.pictures.asked import Asked
 from quambase.analyzer.pictures.numbers.largest_tokens import LargestToken, largest_tokens
 from quambase.analyzer.site.one_site import place
 from quambase.schema.errors import DatabaseInvalid
-from quambase.schema.pictures import new_figure
 from quambase.schema.sites import WHOLE
 
 SIGNS = ("#56B4E9", "#E69F00")
@@ -69,9 +68,7 @@ class TokensPicture:
     def draw(self, columns: int) -> Figure:
         """A bar for each value, its token to the left, where it stands to the right."""
         shown = self.tokens[:SHOWN]
-        figure = new_figure(columns, 0.75 + 0.135 * len(shown))
-        frame.title(figure, f"{self.place} of {self.model}")
-        axes = figure.subplots()
+        figure, axes = frame.one_panel(columns, 0.75 + 0.135 * len(shown), f"{self.place} of {self.model}")
         heights = range(len(shown))
         axes.barh(heights, [abs(t.value) for t in shown], color=[SIGNS[t.value < 0] for t in shown], height=0.7)
         axes.set_yticks(heights, [_text(token, columns) for token in shown])

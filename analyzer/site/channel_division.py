@@ -1,15 +1,13 @@
-"""How far the scale groups of a layer's channels reach."""
+"""The reach of the scale groups of a layer's channels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.schema.groups import LayerGroups
-
-Float64 = npt.NDArray[np.float64]
+from quambase.schema.values.arrays import Float64
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from quambase.analyzer.quantization_error import Figures, piecewise_codes
@@ -21,6 +20,7 @@ from quambase.schema.files import refuse_foreign_picture
 from quambase.schema.sites import WHOLE
 from quambase.schema.sql.answer import PrintsAsTable
 from quambase.schema.sql.database import StatsDB
+from quambase.schema.values.arrays import Float32, Float64, Int64
 from quambase.schema.values.number_format import INT8, Affine, multipliers
 
 MAGNITUDES = (2.0, 4.5, 5.0, 8.0, 10.0, 12.0)
@@ -100,7 +100,7 @@ def compare(
         chosen, shape = group_of_values(drawn, "synthetic"), " x ".join(map(str, SYNTHETIC_SHAPE))
     else:
         title, chosen, shape, notes = _site_of_run(Path(db), run, site, layer, group)
-    choices = [c for c in choices if chosen.documents.quantiles or not c.needs_document_quantiles]
+    choices = [choice for choice in choices if choice.fits(chosen)]
     if not choices:
         raise UnknownName(
             f"{', '.join(strategies or ())}: nothing compare can compute at one site; name another strategy"
@@ -108,17 +108,8 @@ def compare(
     scales = {choice.label: choice.scale(chosen) for choice in choices}
     figures = {label: chosen.figures(scale) for label, scale in scales.items()}
     table = _strategies_table(chosen, choices, scales, figures)
-    comparison = Comparison(
-        title,
-        chosen,
-        _statistics_table(chosen, shape),
-        table,
-        _values_table(scales, values),
-        scales,
-        _summary(table),
-        picture,
-        notes,
-    )
+    statistics, coded = _statistics_table(chosen, shape), _values_table(scales, values)
+    comparison = Comparison(title, chosen, statistics, table, coded, scales, _summary(table), picture, notes)
     if picture is not None:
         _draw(comparison, picture)
     return comparison
@@ -133,12 +124,12 @@ def _draw(comparison: Comparison, path: Path) -> None:
     save_picture(comparison_figure(comparison.title, comparison.group.distribution, drawn_by), path)
 
 
-def reconstruct(values: npt.NDArray[np.float32], scale: Scale) -> npt.NDArray[np.float64]:
+def reconstruct(values: Float32, scale: Scale) -> Float64:
     """``values`` (any shape) after quantization with ``scale`` and dequantization."""
     return _coded(values, scale)[1]
 
 
-def _coded(values: npt.NDArray[np.float32], scale: Scale) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+def _coded(values: Float32, scale: Scale) -> tuple[Int64, Float64]:
     if isinstance(scale, tuple):
         return piecewise_codes(values, *scale)
     if isinstance(scale, Affine):

@@ -19,8 +19,6 @@ from quambase.schema.commands import DATABASE, of_database
 from quambase.schema.errors import QuambaseError, printable
 from quambase.schema.files import refuse_foreign_file
 
-"""The default database folder."""
-
 FORMATS = ("table", "json", "csv", "parquet", "markdown")
 
 PEOPLE = ("table", "markdown")
@@ -31,6 +29,8 @@ COUNT = click.IntRange(1, 2**31 - 1)
 """A count: at least 1, and small enough for 32 bits."""
 
 SEED = click.IntRange(0, 2**63 - 1)
+
+FILE, FOLDER = click.Path(dir_okay=False, path_type=Path), click.Path(file_okay=False, path_type=Path)
 
 
 def debug_option() -> click.Option:
@@ -81,9 +81,10 @@ def describe_os_error(error: OSError) -> str:
     return what
 
 
-def note(message: str) -> None:
-    """Print a remark to stderr, where it does not mix with the data."""
-    click.echo(printable(message), err=True)
+def note(*messages: str) -> None:
+    """Print remarks to stderr, a line each, where they do not mix with the data."""
+    for message in messages:
+        click.echo(printable(message), err=True)
 
 
 PAGE = 100
@@ -108,9 +109,10 @@ def wrapped(text: str) -> str:
     return textwrap.fill(shown, width, subsequent_indent="    ", break_on_hyphens=False)
 
 
-def answer(message: str) -> None:
-    """Print a sentence to stderr, wrapped to the width of the terminal."""
-    click.echo(wrapped(message), err=True)
+def answer(*sentences: str) -> None:
+    """Print sentences to stderr, each on lines of its own, wrapped to the width of the terminal."""
+    for sentence in sentences:
+        click.echo(wrapped(sentence), err=True)
 
 
 def next_command(command: str, db: Path | None = None) -> None:
@@ -142,38 +144,28 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[click.decorators.FC]
     return decorate
 
 
-def database_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--db DIR`: the database folder."""
-    return click.option(
-        "--db",
-        type=click.Path(file_okay=False, path_type=Path),
-        default=DATABASE,
-        show_default=True,
-        help="Database folder.",
-    )(function)
+database_option = click.option("--db", type=FOLDER, default=DATABASE, show_default=True, help="Database folder.")
 
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),  # as DEVICES of model/, whose import would load torch
+    default="auto",
+    show_default=True,
+    help="Where models run; auto: CUDA if there is any.",
+)
 
-def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--device NAME`: where models run."""
-    return click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),  # as DEVICES of model/, whose import would load torch
-        default="auto",
-        show_default=True,
-        help="Where models run; auto: CUDA if there is any.",
-    )(function)
-
-
-def force_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--force`: replace files that quambase did not write, too."""
-    return click.option("--force", is_flag=True, help="Replace an output file that quambase did not write.")(function)
-
+force_option = click.option("--force", is_flag=True, help="Replace an output file that quambase did not write.")
 
 _JSON = "quambase.json"
 
 
-def _note_json(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    ctx.meta[_JSON] = value
+def _noted(key: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+    """A callback that keeps the value of a flag under ``key`` of the context's ``meta``."""
+
+    def keep(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        ctx.meta[key] = value
+
+    return keep
 
 
 def json_or_given(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -187,26 +179,12 @@ json_option = click.option(
     is_flag=True,
     is_eager=True,
     expose_value=False,
-    callback=_note_json,
+    callback=_noted(_JSON),
     help="The same as --format json.",
 )
 
-
-def format_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--format` and `--wide` of a command that prints a table to stdout alone."""
-
-    def wide(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-        ctx.meta[_WIDE] = value
-
-    function = click.option(
-        "--wide",
-        is_flag=True,
-        expose_value=False,
-        callback=wide,
-        help="Show every column, row and text of a table in full. [default: what fits the terminal, or 100 columns]",
-    )(function)
-    function = json_option(function)
-    return click.option(
+format_option = options(
+    click.option(
         "--format",
         "format_",
         type=click.Choice(FORMATS),
@@ -214,7 +192,17 @@ def format_option(function: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         callback=json_or_given,
         help="Output format.",
-    )(function)
+    ),
+    json_option,
+    click.option(
+        "--wide",
+        is_flag=True,
+        expose_value=False,
+        callback=_noted(_WIDE),
+        help="Show every column, row and text of a table in full. [default: what fits the terminal, or 100 columns]",
+    ),
+)
+"""Of a command that prints a table to stdout alone."""
 
 
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,8 @@ import json
 import math
 import re
 import textwrap
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,10 @@ def emit(
     if format_ == "csv":
         content = _csv(table)
     elif format_ == "parquet":
-        content = _parquet(table)
+        content = _written(pyarrow.parquet.write_table, table)
     else:
         if format_ == "json":
-            text = _json(table)
+            text = _json_text(table.to_pylist(), indent=1)
         elif format_ == "markdown":
             text = _markdown(table)
         else:
@@ -71,15 +73,13 @@ def _csv(table: pa.Table) -> bytes:
         if pa.types.is_nested(field.type):
             texts = [None if value is None else _json_text(value) for value in table[place].to_pylist()]
             table = table.set_column(place, field.name, pa.array(texts, pa.string()))
-    sink = pa.BufferOutputStream()
-    pyarrow.csv.write_csv(table, sink)
-    return bytes(sink.getvalue().to_pybytes())
+    return _written(pyarrow.csv.write_csv, table)
 
 
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink)
-    return bytes(sink.getvalue().to_pybytes())
+def _written(write: Callable[[pa.Table, BytesIO], None], table: pa.Table) -> bytes:
+    sink = BytesIO()
+    write(table, sink)
+    return sink.getvalue()
 
 
 def format_cell(value: Any, share: bool = False) -> str:
@@ -190,10 +190,6 @@ def _markdown(table: pa.Table) -> str:
 
     rule = ["---:" if right else "---" for right in _numeric(table)]
     return "\n".join([line(list(table.schema.names)), line(rule), *map(line, _cells(table))])
-
-
-def _json(table: pa.Table) -> str:
-    return _json_text(table.to_pylist(), indent=1)
 
 
 def _json_text(value: Any, indent: int | None = None) -> str:

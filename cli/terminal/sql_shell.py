@@ -42,9 +42,7 @@ class Shell:
 
     def run(self) -> None:
         """Read statements and print answers until the input ends. An error is a line, and the session goes on."""
-        for line in self.database.notes:
-            note(line)
-        note("a statement ends with ; and .help says more")
+        note(*self.database.notes, "a statement ends with ; and .help says more")
         history = _history_file()
         self._prepare_line_editor(history)
         try:
@@ -90,8 +88,7 @@ class Shell:
             else:
                 name, *settings = statement.split() if statement.startswith("@") else [statement]
                 found, lines = ask(self.database, name, tuple(settings), most=ROWS)
-                for line in lines:
-                    note(line)
+                note(*lines)
                 if found.num_columns:
                     emit(found.table, "table", rows=found.rows)
         except QuambaseError as error:

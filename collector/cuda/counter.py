@@ -47,7 +47,6 @@ from quambase.collector.statistics import (
     SUMMARY_COLUMNS,
     Counter,
     Encoding,
-    Int64,
     SiteLayout,
     SiteStatistics,
     merged_top,
@@ -55,6 +54,7 @@ from quambase.collector.statistics import (
 )
 from quambase.model.cuda.compiler import CompilationFailed, Kernels, multiprocessors, shared_memory
 from quambase.schema.progress import remark
+from quambase.schema.values.arrays import Int64
 
 SOURCE = Path(__file__).with_name("counting.cu")
 KERNELS = ("count_items", "reduce_counts", "summarise", "moments", "finish")

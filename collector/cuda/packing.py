@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.collector.statistics import SiteLayout
-
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
+from quambase.schema.values.arrays import Int32, Int64
 
 FLUSH = 60_000
 """Fixed cost of an item (writing its table, waiting for its first loads), as the number of values counted in that time.
@@ -73,12 +70,8 @@ def _segments(site: int, layout: SiteLayout, offsets: Int64) -> Int64:
 
 
 def moment_segments(layout: SiteLayout, offsets: Int64) -> Int32:
-    """(moment groups documents, 2): the rows, first and last + 1, whose moments are formed together.
-
-    If the layout has a d_state, rows are the documents' channels in the layout's order, and each group has its own
-    segments.
+    """(groups documents, 2): the rows, first and last + 1, whose moments are formed together, of a layout with a
+    d_state. Rows are the documents' channels in the layout's order.
     """
-    if not layout.d_state:
-        return np.stack([offsets[:-1], offsets[1:]], axis=1).astype(np.int32)
     starts = np.arange(len(offsets) - 1)[None, :] * layout.channels + np.array(layout.edges)[:, None]
     return np.stack([starts[:-1], starts[1:]], axis=2).reshape(-1, 2).astype(np.int32)

@@ -15,9 +15,7 @@ import torch
 from quambase.collector.cuda.packing import Packing
 from quambase.collector.host.kernels import PATTERNS
 from quambase.collector.statistics import SiteLayout
-
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
+from quambase.schema.values.arrays import Int32, Int64
 
 SITES = 16
 """As in the source: largest number of sites of a batch."""
@@ -173,27 +171,13 @@ def jobs_of(site: int, layout: SiteLayout, stride: int, segments: int, apart: in
     """A site's jobs; ``segments``, ``apart``: places in the tables of its documents' rows and, if it has a d_state, of
     its `moment_segments`. ``partial`` of the jobs is not set yet.
     """
-    found = [_job(site, segments, stride, layout.channels, 1, summed=not layout.d_state)]
-    if layout.d_state:
-        found.append(_job(site, apart, layout.d_state, layout.d_state, len(layout.names), states=True))
+    n = layout.d_state
+    found = [Job(segments=segments, stride=stride, channels=layout.channels, groups=1, emit=True, summed=not n)]
+    if n:
+        found.append(Job(segments=apart, stride=n, channels=n, groups=len(layout.names), states=True, summed=True))
+    for job in found:
+        job.site, job.lanes = site, min(32, power_of_two(-(-job.channels // ALONG)))
     return found
-
-
-def _job(
-    site: int, segments: int, stride: int, channels: int, groups: int, *, states: bool = False, summed: bool = True
-) -> Job:
-    """A job of (rows, channels) values in segments of rows."""
-    return Job(
-        site=site,
-        segments=segments,
-        states=states,
-        stride=stride,
-        channels=channels,
-        groups=groups,
-        lanes=min(32, power_of_two(-(-channels // ALONG))),
-        emit=not states,
-        summed=summed,
-    )
 
 
 def to_device(

@@ -11,11 +11,11 @@ from quambase.collector.host.kernels import PATTERNS, SIGN
 from quambase.collector.statistics import (
     PROBABILITIES,
     Encoding,
-    Int64,
     SiteStatistics,
     merged_top,
     states_by_channel,
 )
+from quambase.schema.values.arrays import Int64
 
 
 class TorchCounter:
@@ -30,7 +30,8 @@ class TorchCounter:
         """As `Counter.add`."""
         layout = into.layout
         bits = x.to(self.encoding.torch_dtype).contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
-        groups = [bits[:, torch.from_numpy(layout.members(g)).to(x.device)] for g in range(len(layout.names))]
+        members = [torch.from_numpy(layout.members(g)).to(x.device) for g in range(len(layout.names))]
+        groups = [bits[:, mine] for mine in members]
         for document, (start, stop) in enumerate(pairwise(offsets.tolist())):
             tables = torch.stack([torch.bincount(part[start:stop].flatten(), minlength=PATTERNS) for part in groups])
             into.counts += tables
@@ -43,11 +44,10 @@ class TorchCounter:
         wide = x.float()
         if layout.d_state:
             states = states_by_channel(wide, layout.d_state)
-            for g in range(len(groups)):
-                members = torch.from_numpy(layout.members(g)).to(x.device)
-                mine = states[:, members].reshape(-1, layout.d_state)
+            for g, mine in enumerate(members):
                 span = (g * layout.d_state, (g + 1) * layout.d_state)
-                self._add_moments(mine, np.arange(len(offsets)) * len(members), into, *span)
+                rows = states[:, mine].reshape(-1, layout.d_state)
+                self._add_moments(rows, np.arange(len(offsets)) * len(mine), into, *span)
         else:
             self._add_moments(wide, offsets, into, 0, layout.moments)
 

@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from quambase.collector.documents import TokenizedDocument
-from quambase.collector.statistics import SUMMARY_COLUMNS, Float32, Int64, SiteLayout
+from quambase.collector.statistics import SUMMARY_COLUMNS, SiteLayout
 from quambase.collector.tables.table_kernels import gather_rows
-from quambase.collector.tables.table_rows import Int32, Keys, known_keys, table_of, with_whole
+from quambase.collector.tables.table_rows import Keys, known_keys, table_of, with_whole
 from quambase.schema.sites import SiteKey
 from quambase.schema.tables import ACTIVATIONS, DOCUMENTS, as_made
+from quambase.schema.values.arrays import Float32, Int32, Int64
 
 Layouts = Mapping[SiteKey, SiteLayout]
 

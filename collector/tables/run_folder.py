@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
@@ -24,9 +24,21 @@ from typing import Any
 import pyarrow as pa
 
 from quambase.collector.checkpoint import CHECKPOINT
-from quambase.collector.second_moments import MOMENTS
-from quambase.collector.sensitivity import SENSITIVITY
-from quambase.collector.statistics import Encoding, RunStatistics
+from quambase.collector.second_moments import (
+    MOMENTS,
+    moment_parts_of,
+    moment_widths,
+    moments_file,
+    stored_second_moments,
+)
+from quambase.collector.sensitivity import (
+    SENSITIVITY,
+    acting_sites,
+    sensitivity_file,
+    sensitivity_parts_of,
+    stored_sensitivities,
+)
+from quambase.collector.statistics import Encoding, RunStatistics, SiteLayout
 from quambase.collector.tables.table_rows import (
     Locate,
     channels_rows,
@@ -41,6 +53,7 @@ from quambase.collector.tables.table_rows import (
 from quambase.schema.checksums import file_damage, file_sha256
 from quambase.schema.errors import DatabaseInvalid, RunBusy
 from quambase.schema.files import locked, remove_lock, remove_strays
+from quambase.schema.sites import SiteKey
 from quambase.schema.stored.manifest import SHARDS, Manifest, TableFile, table_of
 from quambase.schema.stored.runs import list_runs, sound_manifests
 from quambase.schema.tables import RUN_TABLES, write_table
@@ -100,7 +113,7 @@ class BlockFiles(AbstractContextManager["BlockFiles"]):
         self._add(block, {"documents": documents, "activations": activations})
 
     def add_counts(self, block: int, block_counts: pa.Table) -> None:
-        """As `add`: those of the table `block_counts`."""
+        """As `add`: the rows of the table `block_counts`."""
         self._add(block, {"block_counts": block_counts})
 
     def _add(self, block: int, tables: Mapping[str, pa.Table]) -> None:
@@ -167,6 +180,25 @@ def write_statistics(
         }
         pending = {file: pool.submit(write, file, make) for file, make in made.items()}
         return {file: entry.result() for file, entry in pending.items()}
+
+
+def tables_of_parts(
+    run: str,
+    identity: Mapping[str, Any],
+    family: str,
+    layouts: Mapping[SiteKey, SiteLayout],
+    folder_of: Callable[[int], Path],
+) -> dict[str, Sequence[Callable[[], pa.Table]]]:
+    """The ``others`` of `write_statistics`: the tables of a few documents, from the files of their parts.
+
+    ``folder_of``: the folder of the run or shard that has the file of a part. DataInvalid: a file is damaged.
+    """
+    sensitivity = [folder_of(part) / sensitivity_file(part) for part in range(sensitivity_parts_of(identity))]
+    moments = [folder_of(part) / moments_file(part) for part in range(moment_parts_of(identity))]
+    return {
+        "sensitivities": stored_sensitivities(run, acting_sites(layouts, family), sensitivity),
+        "second_moments": stored_second_moments(run, moment_widths(layouts), moments),
+    }
 
 
 def _position_tables(
@@ -237,16 +269,18 @@ def clear_shard(folder: Path) -> None:
     """`clear_leftovers` of a complete shard's folder, which keeps all but locks and temporary files."""
     if (folder / ".lock").exists() or any(folder.rglob(".*.tmp")):
         with suppress(RunBusy, OSError), locked(folder):
-            for place in (folder, *(folder / table for table in RUN_TABLES)):
-                remove_strays(place)
+            _remove_strays(folder)
 
 
 def _clear(folder: Path) -> None:
     for inner in (SHARDS, SENSITIVITY, MOMENTS):
         shutil.rmtree(folder / inner, ignore_errors=True)
     (folder / CHECKPOINT).unlink(missing_ok=True)
-    places: Iterable[Path] = (folder, *(folder / table for table in RUN_TABLES))
-    for place in places:
+    _remove_strays(folder)
+
+
+def _remove_strays(folder: Path) -> None:
+    for place in (folder, *(folder / table for table in RUN_TABLES)):
         remove_strays(place)
 
 

@@ -7,17 +7,11 @@ of writing a run.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.collector.host.kernels import PATTERNS, SIGN
 from quambase.schema.compiled import kept_njit
+from quambase.schema.values.arrays import Float32, Float64, Int32, Int64
 from quambase.schema.values.quantile_rules import interpolate, rank
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
-
 
 _rank = kept_njit(nogil=True)(rank)
 _interpolate = kept_njit(nogil=True)(interpolate)

@@ -9,12 +9,11 @@ from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from quambase.collector.host.kernels import SIGN
-from quambase.collector.statistics import TOP_FIELDS, Encoding, Int64, RunStatistics, SiteIndex, SiteLayout
+from quambase.collector.statistics import TOP_FIELDS, Encoding, RunStatistics, SiteIndex, SiteLayout
 from quambase.collector.tables.table_kernels import present_counts, present_sizes, repeat, summarize_sums
 from quambase.schema.sites import WHOLE, SiteKey
 from quambase.schema.tables import (
@@ -30,23 +29,14 @@ from quambase.schema.tables import (
     SITE_STATS,
     as_made,
 )
+from quambase.schema.values.arrays import Float32, Float64, Int32, Int64
 from quambase.schema.values.positions import bounds_of
-
-Float64 = npt.NDArray[np.float64]
-Int32 = npt.NDArray[np.int32]
 
 _NOTHING = np.empty(0, np.int64)
 """Concatenated with lists of arrays that may be empty."""
 
 _MOMENT_COLUMNS = {"lowest": "min", "highest": "max", "total": "sum", "squares": "sum_sq"}
 """The columns of `channels` that have other names than in `Moments`."""
-
-
-def keyed_rows(
-    run: str, key: SiteKey, group: str, rows: int, columns: dict[str, object], schema: pa.Schema
-) -> pa.Table:
-    """A table of ``schema`` whose key columns are constant and whose other columns are ``columns``."""
-    return many_keyed_rows(run, [(key, group)], [rows], columns, schema)
 
 
 def many_keyed_rows(
@@ -56,7 +46,7 @@ def many_keyed_rows(
     columns: dict[str, object],
     schema: pa.Schema,
 ) -> pa.Table:
-    """`keyed_rows` of several (key, group) in order: ``rows[i]`` rows of ``keys[i]``."""
+    """A table of ``schema``: ``rows[i]`` rows of each (key, group) ``keys[i]``, in order, and the other ``columns``."""
     return table_of(Keys.of(run, keys).columns(rows) | columns, schema)
 
 
@@ -160,9 +150,7 @@ def counts_parts(run: str, statistics: RunStatistics, encoding: Encoding) -> lis
     return [partial(part, groups[start : start + COUNTED]) for start in range(0, len(groups), COUNTED)]
 
 
-def _present(
-    counts: Int64, groups: Sequence[TableGroup], encoding: Encoding
-) -> tuple[Int64, npt.NDArray[np.float32], Int64]:
+def _present(counts: Int64, groups: Sequence[TableGroup], encoding: Encoding) -> tuple[Int64, Float32, Int64]:
     """How many values occur in each of ``groups``; the values, group by group; how often each occurs in ``counts``
     (groups of the run, PATTERNS).
     """
@@ -180,8 +168,8 @@ class BlockCounter:
 
     ``counts``: (groups, PATTERNS) int64, those of the blocks before; copied.
 
-    A run is counted in one array, so a block's own counts are the difference. Taking it needs that array twice, and on
-    a device a copy to the host and a wait after each block.
+    A run is counted in one array, so a block's own counts are a difference. It needs that array twice, and on a device
+    a copy to the host and a wait after each block.
     """
 
     def __init__(self, run: str, counts: Int64, encoding: Encoding) -> None:

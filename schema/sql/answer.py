@@ -9,13 +9,27 @@ from typing import Any
 
 import pyarrow as pa
 
-from quambase.schema.errors import DataInvalid
+from quambase.schema.errors import DataInvalid, printable
 
 SHOWN = 20
 """How many rows are printed at most: the first half from the start of the table, the rest from its end."""
 
 
-class Answer:
+class PrintsAsTable:
+    """A result that prints as its most important table; dataclasses of it have ``repr=False``."""
+
+    def shown(self) -> pa.Table:
+        """That table."""
+        raise AssertionError(f"{type(self).__name__} does not say what it shows")
+
+    def __repr__(self) -> str:
+        return text_table(self.shown())
+
+    def _repr_html_(self) -> str:
+        return html_table(self.shown())
+
+
+class Answer(PrintsAsTable):
     """Rows that answer a query. ``table`` is the `pyarrow.Table`, whose attributes and methods the answer has too:
     ``answer.to_pylist()``, ``answer["amax"]``, ``answer.num_rows``. ``answer.df()`` is a pandas DataFrame,
     ``answer.pl()`` one of polars; both libraries and DuckDB take the answer as it is, too. ``rows``: how many the query
@@ -54,25 +68,9 @@ class Answer:
         except ImportError:
             raise DataInvalid(f"{package} is not installed; pip install {package}") from None
 
-    def __repr__(self) -> str:
-        return text_table(self.table)
-
-    def _repr_html_(self) -> str:
-        return html_table(self.table)
-
-
-class PrintsAsTable:
-    """A result that prints as its most important table; dataclasses of it have ``repr=False``."""
-
     def shown(self) -> pa.Table:
-        """That table."""
-        raise AssertionError(f"{type(self).__name__} does not say what it shows")
-
-    def __repr__(self) -> str:
-        return text_table(self.shown())
-
-    def _repr_html_(self) -> str:
-        return html_table(self.shown())
+        """All of it."""
+        return self.table
 
 
 def text_table(table: pa.Table) -> str:
@@ -96,12 +94,13 @@ def html_table(table: pa.Table) -> str:
 
 def _shown(table: pa.Table) -> tuple[list[list[str]], int]:
     """The cells of the rows to print, and how many rows are left out."""
-    if table.num_rows <= SHOWN:
-        return [list(map(_cell, row.values())) for row in table.to_pylist()], 0
-    half = SHOWN // 2
-    first, last = table.slice(0, half).to_pylist(), table.slice(table.num_rows - half).to_pylist()
-    rows = [list(map(_cell, row.values())) for row in first]
-    return [*rows, ["…"] * table.num_columns, *(list(map(_cell, row.values())) for row in last)], table.num_rows - SHOWN
+    half, left_out = SHOWN // 2, max(0, table.num_rows - SHOWN)
+    if left_out:
+        table = pa.concat_tables([table.slice(0, half), table.slice(table.num_rows - half)])
+    rows = [list(map(_cell, row.values())) for row in table.to_pylist()]
+    if left_out:
+        rows.insert(half, ["…"] * table.num_columns)
+    return rows, left_out
 
 
 def _cell(value: Any) -> str:
@@ -110,5 +109,4 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = str(value)
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:60])
-    return shown + ("…" if len(text) > 60 else "")
+    return printable(text[:60]) + ("…" if len(text) > 60 else "")

@@ -1,4 +1,4 @@
-"""One class reads a database: finds the runs, checks their files, answers SQL, hands out distributions."""
+"""Reads a database: finds its runs, verifies their files, answers SQL, returns distributions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from quambase.schema.errors import DatabaseInvalid, QuambaseError, QueryInvalid,
 from quambase.schema.files import local_folder
 from quambase.schema.groups import GRANULARITIES, TENSOR, united_groups
 from quambase.schema.scale_table import read_scales
-from quambase.schema.sites import SITE_NAMES
+from quambase.schema.sites import site_order
 from quambase.schema.sql.answer import Answer
 from quambase.schema.sql.limits import Limits, Watch, out_of_memory
 from quambase.schema.sql.queries import named_queries, sql_file
@@ -35,6 +35,7 @@ from quambase.schema.stored.manifest import Manifest
 from quambase.schema.stored.results import EVALUATION, read_results
 from quambase.schema.stored.runs import runs_table, select_runs
 from quambase.schema.tables import DOCUMENT_QUANTILES, LATER_COLUMNS, RESULTS, RUN_TABLES, SCALES, WORDS
+from quambase.schema.values.arrays import Float32, Int32
 from quambase.schema.values.distribution import BlockCounts, Distribution, Sensitivity
 from quambase.schema.values.number_format import INT8
 
@@ -69,9 +70,9 @@ class DocumentSeries:
     quantiles  name of tables.DOCUMENT_QUANTILES to (D,) float32; empty where they are not known
     """
 
-    documents: npt.NDArray[np.int32]
-    amax: npt.NDArray[np.float32]
-    quantiles: dict[str, npt.NDArray[np.float32]]
+    documents: Int32
+    amax: Float32
+    quantiles: dict[str, Float32]
 
     @classmethod
     def united(cls, parts: Sequence[Self]) -> Self:
@@ -80,11 +81,11 @@ class DocumentSeries:
 
 
 TOLD_AFTER, WATCHED_EVERY = 2.0, 0.05
-"""Seconds until the progress of a query is told, and from one look at it to the next."""
+"""Seconds until the progress of a query is reported, and between two looks at the query."""
 
 
 STOPPED_WITHIN = 0.25
-"""Seconds in which a query that is interrupted must end, or it is left to itself."""
+"""Seconds within which an interrupted query must end; then it is abandoned."""
 
 
 def _in_a_thread(function: Callable[[], Answer]) -> Future[Answer]:
@@ -234,8 +235,8 @@ class StatsDB:
                     watch(min(1.0, max(0.0, self._connection.query_progress() / 100)))
             return answered.result()
         except (KeyboardInterrupt, QueryInvalid):
-            # A query that has not begun yet does not notice: it is told until it ends. Some functions of DuckDB never
-            # notice; what runs them is left behind.
+            # A query that has not begun yet ignores an interrupt, so it is repeated until the query ends. Some
+            # functions of DuckDB cannot be interrupted; their thread is abandoned.
             stopped = time.monotonic()
             while not answered.done() and time.monotonic() - stopped < STOPPED_WITHIN:
                 self._connection.interrupt()
@@ -280,20 +281,18 @@ class StatsDB:
         """
         if granularity not in GRANULARITIES:
             raise UnknownName.of("granularity", granularity, GRANULARITIES)
-        values, counts, places = self._counts(run)
-        for layer, site, name, slices in _united(places, granularity):
-            yield layer, site, name, _joined(values, counts, slices)
+        table = self._read(run, "counts")
+        for layer, site, name, (values, counts) in _scale_groups(table, ("value", "count"), granularity):
+            yield layer, site, name, Distribution.of_rows(values, counts)
 
     def sensitivities(self, run: str, granularity: str = TENSOR) -> dict[tuple[int, str, str], Sensitivity]:
         """The scale groups of which ``run`` has sensitivities, as `distributions` names them; none of most runs."""
         tokens = int(self.manifest(run).identity.get("sensitivity", {}).get("tokens", 0))
-        table = self._read(run, "sensitivities").combine_chunks()
-        values, gradient_sq = (table[name].to_numpy() for name in ("value", "gradient_sq"))
-        found = {}
-        for layer, site, name, slices in _united(_segments(table) if tokens else [], granularity):
-            mine, squares = (np.concatenate([column[s] for s in slices]) for column in (values, gradient_sq))
-            found[layer, site, name] = Sensitivity.of_rows(mine, squares, tokens)
-        return found
+        table = self._read(run, "sensitivities") if tokens else RUN_TABLES["sensitivities"].empty_table()
+        return {
+            (layer, site, name): Sensitivity.of_rows(values, squares, tokens)
+            for layer, site, name, (values, squares) in _scale_groups(table, ("value", "gradient_sq"), granularity)
+        }
 
     def block_counts(
         self, run: str, layer: int, blocks: int, granularity: str = TENSOR
@@ -303,13 +302,12 @@ class StatsDB:
         """
         paths = self._paths(self.manifest(run), "block_counts")
         dataset = _dataset(paths, RUN_TABLES["block_counts"])
-        table = (dataset.to_table(filter=pc.field("layer") == layer) if paths else dataset).combine_chunks()
-        columns = [table[name].to_numpy() for name in ("value", "count", "block")]
-        found = {}
-        for _, site, name, slices in _united(_segments(table), granularity):
-            values, counts, numbers = (np.concatenate([column[s] for s in slices]) for column in columns)
-            found[site, name] = BlockCounts.of_rows(values, counts, numbers, blocks)
-        return found
+        table = dataset.to_table(filter=pc.field("layer") == layer) if paths else dataset
+        columns = "value", "count", "block"
+        return {
+            (site, name): BlockCounts.of_rows(values, counts, numbers, blocks)
+            for _, site, name, (values, counts, numbers) in _scale_groups(table, columns, granularity)
+        }
 
     def documents(self, run: str) -> dict[tuple[int, str, str], DocumentSeries]:
         """The `documents` table of ``run``, by (layer, site, group_name): each site's whole and its smallest groups.
@@ -319,10 +317,7 @@ class StatsDB:
         table = self._read(run, "documents").combine_chunks()
         columns = {name: table[name].to_numpy() for name in ("document", "amax", *DOCUMENT_QUANTILES)}
         series = {}
-        gathered: dict[tuple[int, str, str], list[slice]] = {}
-        for layer, site, group_name, place in _segments(table):
-            gathered.setdefault((layer, site, group_name), []).append(place)
-        for key, slices in gathered.items():
+        for key, slices in _places(table).items():
             mine = {name: np.concatenate([column[s] for s in slices]) for name, column in columns.items()}
             order = np.argsort(mine["document"], kind="stable")
             series[key] = DocumentSeries(
@@ -332,16 +327,10 @@ class StatsDB:
             )
         return series
 
-    def channel_amax(self, run: str, site: str) -> dict[tuple[int, str], npt.NDArray[np.float32]]:
+    def channel_amax(self, run: str, site: str) -> dict[tuple[int, str], Float32]:
         """(layer, group_name) to the largest absolute value of each channel (of a state: of each state index) (m,)."""
         rows = self.query("channel_amax", {"run": run, "site": site})
         return {(r["layer"], r["group_name"]): np.array(r["amax"], np.float32) for r in rows.to_pylist()}
-
-    def _counts(
-        self, run: str
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], list[tuple[int, str, str, slice]]]:
-        table = self._read(run, "counts").combine_chunks()
-        return table["value"].to_numpy(), table["count"].to_numpy(), _segments(table)
 
     def _read(self, run: str, name: str) -> pa.Table:
         paths = self._paths(self.manifest(run), name)
@@ -435,10 +424,11 @@ def _dataset(paths: list[Path], schema: pa.Schema) -> Any:
     return ds.dataset([str(p) for p in paths], schema=read, format=ds.ParquetFileFormat(read_options=options))
 
 
-def _segments(table: pa.Table) -> list[tuple[int, str, str, slice]]:
-    """(layer, site, group_name, rows) of each stretch of equal keys."""
+def _places(table: pa.Table) -> dict[tuple[int, str, str], list[slice]]:
+    """(layer, site, group_name) to the stretches of rows with this key, in their order."""
+    found: dict[tuple[int, str, str], list[slice]] = {}
     if not table.num_rows:
-        return []
+        return found
     layers = table["layer"].to_numpy()
     sites: Any
     groups: Any
@@ -448,36 +438,32 @@ def _segments(table: pa.Table) -> list[tuple[int, str, str, slice]]:
     for code in codes:
         changed |= code[1:] != code[:-1]
     starts = np.concatenate([[0], np.flatnonzero(changed) + 1])
-    ends = np.append(starts[1:], table.num_rows)
     names = sites.dictionary.to_pylist(), groups.dictionary.to_pylist()
-    return [
-        (int(layers[a]), names[0][codes[1][a]], names[1][codes[2][a]], slice(int(a), int(b)))
-        for a, b in zip(starts, ends, strict=True)
-    ]
+    for a, b in itertools.pairwise([*starts.tolist(), table.num_rows]):
+        key = int(layers[a]), names[0][codes[1][a]], names[1][codes[2][a]]
+        found.setdefault(key, []).append(slice(a, b))
+    return found
 
 
-def _united(places: list[tuple[int, str, str, slice]], granularity: str) -> Iterator[tuple[int, str, str, list[slice]]]:
-    """The rows of each scale group, in model order, coarse to fine; ``places`` as `_segments` has them."""
+def _scale_groups(
+    table: pa.Table, columns: Sequence[str], granularity: str
+) -> Iterator[tuple[int, str, str, list[npt.NDArray[Any]]]]:
+    """(layer, site, group_name, its rows of ``columns``) of each scale group, in model order, coarse to fine."""
+    table = table.combine_chunks()
+    arrays = [table[name].to_numpy() for name in columns]
     by_site: dict[tuple[int, str], dict[str, list[slice]]] = {}
-    for layer, site, group_name, place in places:
-        by_site.setdefault((layer, site), {}).setdefault(group_name, []).append(place)
-    for (layer, site), groups in sorted(by_site.items(), key=lambda item: _model_order(*item[0])):
+    for (layer, site, group_name), slices in _places(table).items():
+        by_site.setdefault((layer, site), {})[group_name] = slices
+
+    def order(of_site: tuple[tuple[int, str], Any]) -> tuple[Any, ...]:
+        (layer, site), _ = of_site
+        return layer < 0, layer, *site_order(site)
+
+    for (layer, site), groups in sorted(by_site.items(), key=order):
         for level in GRANULARITIES[: GRANULARITIES.index(granularity) + 1]:
             for name, members in united_groups(groups, level).items():
-                yield layer, site, name, [place for member in members for place in groups[member]]
-
-
-def _joined(values: npt.NDArray[np.float32], counts: npt.NDArray[np.int64], slices: list[slice]) -> Distribution:
-    return Distribution.of_rows(
-        np.concatenate([values[s] for s in slices]), np.concatenate([counts[s] for s in slices])
-    )
-
-
-_SITE_ORDER = {name: place for place, name in enumerate(SITE_NAMES)}
-
-
-def _model_order(layer: int, site: str) -> tuple[bool, int, int, str]:
-    return layer < 0, layer, _SITE_ORDER.get(site, len(_SITE_ORDER)), site
+                places = [place for member in members for place in groups[member]]
+                yield layer, site, name, [np.concatenate([array[s] for s in places]) for array in arrays]
 
 
 _AS_TEXT = re.compile(r"DATE|TIME|INTERVAL|UNION|BIT|BLOB|BIGNUM|UHUGEINT|GEOMETRY|VARIANT|(STRUCT|TUPLE)(?!\()")

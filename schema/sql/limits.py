@@ -1,4 +1,4 @@
-"""Bounds of a query: how much memory and time it may take, watched from another thread than the one that runs it."""
+"""Limits of a query's memory and time, checked by another thread than the one that runs it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Limits:
 
 
 def resident_bytes() -> int:
-    """Memory that this process has now; 0 where the system does not tell."""
+    """Memory that this process has now; 0 where the system does not report it."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
     except (OSError, ValueError, IndexError):

@@ -28,7 +28,7 @@ def named_queries() -> dict[str, str]:
 
 
 def _named(file: str) -> Iterable[tuple[str, str]]:
-    """The names of a file's queries, and what stands under each."""
+    """The names of a file's queries, and the text of each."""
     _, *parts = _NAME.split(sql_file(file))
     return zip(parts[::2], parts[1::2], strict=True)
 

@@ -1,4 +1,4 @@
-"""How bad the outliers of a site are: the word that people read, and which sites the word is about."""
+"""How bad the outliers of a site are, in a word; and which site of a run is the worst."""
 
 from __future__ import annotations
 
@@ -25,11 +25,6 @@ def outlier_ratio(amax: float, q9995: float) -> float:
     if q9995 == 0:
         return 1.0 if amax == 0 else math.inf if amax > 0 else math.nan
     return amax / q9995
-
-
-def bits_lost(ratio: float) -> float:
-    """How many of 8 bits a scale that clips nothing spends on values above the 99.95 % quantile."""
-    return math.log2(ratio)
 
 
 def outlier_word(ratio: float) -> str:

@@ -1,4 +1,4 @@
-"""Stored INT8 models: what their config.json says, whether their files are as written, and which was made last.
+"""Stored INT8 models: their config.json, the checksums of their files, and which was applied last.
 
 Imports no torch: `quambase.apply.int8.model_folder` loads the model itself.
 """

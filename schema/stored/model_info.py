@@ -76,18 +76,13 @@ class ModelInfo:
 
     def to_json(self) -> dict[str, Any]:
         """As manifests and provenances store it."""
-        return {
-            "name": self.name,
-            "path": self.path,
-            "family": self.family,
-            **self.sizes,
-            **({"shape": list(self.shape)} if self.shape is not None else {}),
-            **(
-                {"groups": {**self.groups.settings, "layers": [layer.to_json() for layer in self.groups.layers]}}
-                if self.groups is not None
-                else {}
-            ),
-        }
+        found: dict[str, Any] = {"name": self.name, "path": self.path, "family": self.family, **self.sizes}
+        if self.shape is not None:
+            found["shape"] = list(self.shape)
+        if self.groups is not None:
+            layers = [layer.to_json() for layer in self.groups.layers]
+            found["groups"] = {**self.groups.settings, "layers": layers}
+        return found
 
     @staticmethod
     def nested(raw: dict[str, Any]) -> dict[str, Any]:
@@ -123,12 +118,5 @@ class TextInfo:
 
     def to_json(self) -> dict[str, Any]:
         """As manifests and provenances store it."""
-        return {
-            "name": self.name,
-            "path": self.path,
-            "read": self.read,
-            "documents": self.documents,
-            "empty": self.empty,
-            "truncated": self.truncated,
-            "tokens": self.tokens,
-        }
+        names = ("name", "path", "read", "documents", "empty", "truncated", "tokens")
+        return {name: getattr(self, name) for name in names}

@@ -1,4 +1,4 @@
-"""Which runs a database folder holds, and which of them a command means."""
+"""The runs of a database folder, and those that ``--run`` names."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def sound_manifests(folders: Iterable[Path]) -> tuple[list[Manifest], list[str]]
 
 
 def select_runs(path: Path, run: str | None) -> tuple[list[Manifest], list[str]]:
-    """The manifests of the runs that ``run`` (None, an id or its beginning, ``"all"``) stands for; see `StatsDB`. Then
-    the lines that a user should read: which they are, and which were left out, since they are damaged.
+    """The manifests of the runs that ``run`` (None, an id or its beginning, ``"all"``) names; see `StatsDB`. Then
+    lines for the user: which runs these are, and which damaged ones are left out.
     """
     complete, unfinished = list_runs(path)
     if run not in (None, "all"):
@@ -87,7 +87,7 @@ OVERVIEW = pa.schema(
         pa.field("begun", pa.string()),
     ]
 )
-"""What a person asks of a run: its id, what went into it, its size, when it was begun (UTC)."""
+"""The columns of `quambase runs`; ``begun`` is UTC."""
 
 
 def describe_run(manifest: Manifest, folder: Path) -> pa.Table:

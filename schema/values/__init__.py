@@ -1,1 +1,1 @@
-"""Values and their distributions: quantiles, the INT8 code of a value, buckets of positions."""
+"""Values and their distributions: quantiles, the INT8 code of a value, buckets of positions, types of arrays."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from quambase.schema.tables import QUANTILES
+from quambase.schema.values.arrays import Float32, Float64, Int32, Int64
 from quambase.schema.values.quantile_rules import interpolate, interpolate_torch, rank, rank_torch
 
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
+Amounts = TypeVar("Amounts", Int64, Float64)
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,7 @@ class Distribution:
         nonfinite = int(counts[~finite].sum())
         values, counts = values[finite], counts[finite]
         if values.size and not (values[1:] > values[:-1]).all():
-            values, inverse = np.unique(values, return_inverse=True)
-            # np.add.at keeps int64; bincount's weights would pass through float64.
-            summed = np.zeros(values.size, np.int64)
-            np.add.at(summed, inverse, counts)
-            counts = summed
+            values, counts = _added_up(values, counts)
         present = counts > 0
         return cls(values[present], counts[present], nonfinite)
 
@@ -124,11 +120,6 @@ class Distribution:
         fourth = float((centred**2 * c).sum() / total)
         return mean, second**0.5, fourth / second**2 if second > 0 else float("nan")
 
-    def beyond(self, limit: float) -> int:
-        """How many values have an absolute value greater than ``limit``."""
-        absolute, counts = self.absolute
-        return int(counts[np.searchsorted(absolute, limit, side="right") :].sum())
-
     def summary(self) -> dict[str, float | int]:
         """The columns of `site_stats` but the key and `overflow`.
 
@@ -170,7 +161,7 @@ class BlockCounts:
     counts: Int64
 
     @classmethod
-    def of_rows(cls, values: Float32, counts: Int64, blocks: npt.NDArray[np.int32], size: int) -> BlockCounts:
+    def of_rows(cls, values: Float32, counts: Int64, blocks: Int32, size: int) -> BlockCounts:
         """From rows of `block_counts` of several groups, (rows,) each, of a run of ``size`` blocks: added up."""
         finite = np.isfinite(values)
         found, inverse = np.unique(values[finite], return_inverse=True)
@@ -201,10 +192,7 @@ class Sensitivity:
     @classmethod
     def of_rows(cls, values: Float32, gradient_sq: Float64, tokens: int) -> Sensitivity:
         """From rows of `sensitivities` of several groups: sorted, added up."""
-        found, inverse = np.unique(values, return_inverse=True)
-        summed = np.zeros(found.size)
-        np.add.at(summed, inverse, gradient_sq)
-        return cls(found, summed, tokens)
+        return cls(*_added_up(values, gradient_sq), tokens)
 
     @cached_property
     def weighted(self) -> Distribution:
@@ -215,6 +203,15 @@ class Sensitivity:
         if total <= 0:
             return Distribution(self.values[:0], np.zeros(0, np.int64))
         return Distribution.of_rows(self.values, np.rint(self.gradient_sq * (2.0**50 / total)).astype(np.int64))
+
+
+def _added_up(values: Float32, amounts: Amounts) -> tuple[Float32, Amounts]:
+    """The distinct ``values``, ascending, and the sum of the amounts of each."""
+    found, inverse = np.unique(values, return_inverse=True)
+    # np.add.at keeps int64; bincount's weights would pass through float64.
+    summed = np.zeros(found.size, amounts.dtype)
+    np.add.at(summed, inverse, amounts)
+    return found, summed
 
 
 def ratio(numerator: float, denominator: float) -> float:

@@ -65,7 +65,7 @@ def zero_point_of(scale: float | Affine | tuple[float, float]) -> int:
 
 
 INT8 = NumberFormat("int8", -128, 127)
-"""What every scale of this package is for."""
+"""The format of every scale in this package."""
 
 OUTLIER_CODE = 120
 """Codes beyond this magnitude are the seed's "outlier range" (121..127 and -121..-128)."""

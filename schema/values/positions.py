@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
+
+from quambase.schema.values.arrays import Int64
 
 SHORTEST = 8
 """Tokens of the first bucket."""
-
-Int64 = npt.NDArray[np.int64]
 
 
 def bucket_of(tokens: Int64) -> Int64:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -15,6 +17,9 @@ import pytest
 from click.testing import CliRunner, Result
 from fabricate import make_run, random_activations
 
+from quambase.analyzer.converge import converge
+from quambase.analyzer.pictures.plot import plot
+from quambase.analyzer.site.compare import compare
 from quambase.cli.main import load_command
 from quambase.schema.scale_table import read_scales
 
@@ -160,14 +165,28 @@ def test_none_of_them_needs_torch(fabricated_database: Path, tmp_path: Path) -> 
         assert done.returncode == 0, done.stderr
 
 
+def parameters(name: str) -> tuple[set[str], set[str]]:
+    """The options and arguments of a command, and the parameters of its function that have a name."""
+    command = load_command(name)
+    callback = command.callback
+    assert callback is not None
+    while hasattr(callback, "__wrapped__"):
+        callback = callback.__wrapped__
+    names = {str(p.name) for p in command.params if isinstance(p, click.Parameter) and p.expose_value}
+    return names, set(callback.__code__.co_varnames[: callback.__code__.co_argcount])
+
+
 def test_every_parameter_reaches_its_function() -> None:
     # click passes parameters by name: a command whose options and arguments differ fails only when it is run.
-    for name in ("sql", "stats", "doctor", "analyze", "compare"):
-        command = load_command(name)
-        callback = command.callback
-        assert callback is not None
-        while hasattr(callback, "__wrapped__"):
-            callback = callback.__wrapped__
-        names = {p.name for p in command.params if isinstance(p, click.Parameter) and p.expose_value}
+    for name in ("sql", "stats", "doctor", "analyze"):
+        names, taken = parameters(name)
         # The output options use up --force themselves, where a command has no use for it.
-        assert names - {"force"} == set(callback.__code__.co_varnames[: callback.__code__.co_argcount]) - {"force"}
+        assert names - {"force"} == taken - {"force"}
+
+
+@pytest.mark.parametrize(("name", "function"), [("compare", compare), ("converge", converge), ("plot", plot)])
+def test_what_a_command_hands_on_its_function_takes(name: str, function: Callable[..., object]) -> None:
+    names, taken = parameters(name)
+    assert taken <= names
+    handed_on = names - taken
+    assert handed_on and handed_on <= inspect.signature(function).parameters.keys()

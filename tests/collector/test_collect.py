@@ -312,7 +312,8 @@ def test_a_process_killed_in_the_middle_resumes_to_the_same_bytes(
     """Killed before or after the call of a function with that number."""
     whole = run_tiny(model, data, tmp_path / "whole")
     script = (
-        "import os, sys; from pathlib import Path; from quambase.collector import collect, run_folder\n"
+        "import os, sys; from pathlib import Path\n"
+        "from quambase.collector import collect; from quambase.collector.tables import run_folder\n"
         "collect.CHECKPOINT_SECONDS = 0\n"
         f"owner, name = {name.rpartition('.')[0]}, {name.rpartition('.')[2]!r}\n"
         "whole, calls = getattr(owner, name), []\n"

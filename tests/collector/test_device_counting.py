@@ -132,7 +132,6 @@ def test_items_are_told_their_groups_channels() -> None:
 def test_segments_of_states_are_each_groups_channels() -> None:
     layout = sorted_layout(np.array([1, 0, 0, 1, 1]), d_state=4)
     assert moment_segments(layout, np.array([0, 4, 8])).tolist() == [[0, 2], [5, 7], [2, 5], [7, 10]]
-    assert moment_segments(plain_layout(0, 3), np.array([0, 4, 8])).tolist() == [[0, 4], [4, 8]]
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(parts_of_two: None, tmp_path: Pa
             def stop(*_: object) -> None:
                 raise KeyboardInterrupt
 
-            killing.setattr(run_module, "stored_second_moments", stop)
+            killing.setattr(run_module, "tables_of_parts", stop)
             run_tiny(model, data, db, **OPTIONS)
         parts = sorted(next(db.glob("runs/*")).glob(f"{MOMENTS}/*"))
         assert len(parts) == len(computed) == 3

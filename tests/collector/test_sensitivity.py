@@ -200,7 +200,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         def stop(*_: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(run_module, "stored_sensitivities", stop)
+        patch.setattr(run_module, "tables_of_parts", stop)
         run_tiny(model, data, db, **options)
     parts = sorted(next(db.glob("runs/*")).glob(f"{SENSITIVITY}/*"))
     assert len(parts) == 2

@@ -377,6 +377,13 @@ def test_two_copies_of_a_shard(first: World, tmp_path: Path) -> None:
         merge(tmp_path / "b", [*first.shards(2), folder])
 
 
+def test_a_link_to_a_shard_may_lead_to_a_folder_of_another_name(first: World, tmp_path: Path) -> None:
+    kept = copied(first, 1, 2, tmp_path / "copy").rename(tmp_path / "kept")
+    (tmp_path / "1-of-2").symlink_to(kept)
+    merged = merge(tmp_path / "db", [first.shard(0, 2), tmp_path / "1-of-2"])
+    assert bytes_of(merged.folder) == first.expected
+
+
 def test_the_last_shard_merges_and_nobody_waits(first: World, tmp_path: Path) -> None:
     run = first.whole.manifest.run
     assert merge_if_last(tmp_path, run) is None

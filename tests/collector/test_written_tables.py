@@ -24,7 +24,7 @@ from quambase.collector.tables import block_rows, run_folder
 from quambase.collector.tables import table_rows as rows
 from quambase.collector.tables.block_rows import KeptRows, activations_rows, documents_rows
 from quambase.collector.tables.run_folder import BlockFiles, every_table, finish_run, in_order, write_statistics
-from quambase.collector.tables.table_rows import Places, keyed_rows
+from quambase.collector.tables.table_rows import Places, many_keyed_rows
 from quambase.schema.checksums import file_sha256
 from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.stored.manifest import Manifest, TableFile, table_of
@@ -65,12 +65,16 @@ def rows_of_block(block: int) -> tuple[pa.Table, pa.Table]:
     documents: dict[str, object] = {name: np.zeros(2, np.float32) for name in DOCUMENTS.names[7:]}
     documents |= {"document": [2 * block, 2 * block + 1], "tokens": [3, 4], "sha256": [f"{block}", "x"]}
     raw = [
-        keyed_rows(
-            "run", (0, f"site {i}"), "all", 1, {"document": [block], "position": [i], "values": [[1.0, i]]}, ACTIVATIONS
+        many_keyed_rows(
+            "run",
+            [((0, f"site {i}"), "all")],
+            [1],
+            {"document": [block], "position": [i], "values": [[1.0, i]]},
+            ACTIVATIONS,
         )
         for i in reversed(range(block + 1))
     ]
-    return keyed_rows("run", (0, "x"), "a", 2, documents, DOCUMENTS), pa.concat_tables(raw)
+    return many_keyed_rows("run", [((0, "x"), "a")], [2], documents, DOCUMENTS), pa.concat_tables(raw)
 
 
 def nowhere(layout: SiteLayout, documents: Int64, rows: Int64, channels: Int64) -> Places:

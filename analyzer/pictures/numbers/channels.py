@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from quambase.schema.sites import SiteKey
@@ -45,10 +46,7 @@ def channels_of_every_site(database: StatsDB, run: str) -> dict[SiteKey, list[Ch
 def _channels(database: StatsDB, wanted: dict[str, object]) -> dict[SiteKey, list[Channel]]:
     found: dict[SiteKey, list[Channel]] = {}
     for row in database.query("channels_by_reach", wanted).to_pylist():
-        channel = Channel(row["channel"], row["group_name"], row["amax"], _or_nan(row["mean"]), row["ratio"])
+        mean = math.nan if row["mean"] is None else row["mean"]
+        channel = Channel(row["channel"], row["group_name"], row["amax"], mean, row["ratio"])
         found.setdefault((row["layer"], row["site"]), []).append(channel)
     return found
-
-
-def _or_nan(value: float | None) -> float:
-    return float("nan") if value is None else value

@@ -6,18 +6,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from quambase.analyzer.least_squares import optimal_scale
 from quambase.analyzer.quantization_error import predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup
-from quambase.analyzer.upstream_observers import SCALE_FLOOR
+from quambase.analyzer.strategies import stored_scale
+from quambase.schema.values.arrays import Float64
 from quambase.schema.values.number_format import INT8
 
 POINTS = 160
 
 BEYOND = 1.5
-"""How far, as a factor, the curve goes beyond the scales it must show."""
+"""The factor by which the curve extends beyond the scales it must show."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class ErrorCurve:
                   those here; the latter None without sensitivities
     """
 
-    scales: npt.NDArray[np.float64]
-    mse: npt.NDArray[np.float64]
-    predicted_kl: npt.NDArray[np.float64] | None
+    scales: Float64
+    mse: Float64
+    predicted_kl: Float64 | None
     least_mse_scale: float
     least_kl_scale: float | None
 
@@ -44,16 +44,12 @@ def error_curve(group: ScaleGroup, scales: Iterable[float] = (), points: int = P
     They cover ``scales`` (such as the strategies'), the best scales and that of absmax. Without values the MSE is NaN.
     """
     sensitivity = group.sensitivity
-    least_mse = _stored(group.least_squares)
-    least_kl = None if sensitivity is None else _stored(optimal_scale(sensitivity.weighted))
+    least_mse = stored_scale(group.least_squares)
+    least_kl = None if sensitivity is None else stored_scale(optimal_scale(sensitivity.weighted))
     bests = [least_mse, *([] if least_kl is None else [least_kl])]
-    shown = [*map(_stored, scales), *bests, _stored(group.distribution.amax / INT8.qmax)]
+    shown = [*map(stored_scale, scales), *bests, stored_scale(group.distribution.amax / INT8.qmax)]
     grid = np.geomspace(min(shown) / BEYOND, max(shown) * BEYOND, points)
     chosen = np.unique(np.array([*grid, *bests], np.float32).astype(np.float64))
     mse = np.array([group.figures(float(scale)).mse for scale in chosen])
     kl = None if sensitivity is None else np.array([predicted_kl(sensitivity, float(scale)) for scale in chosen])
     return ErrorCurve(chosen, mse, kl, least_mse, least_kl)
-
-
-def _stored(scale: float) -> float:
-    return float(max(np.float32(scale), np.float32(SCALE_FLOOR)))

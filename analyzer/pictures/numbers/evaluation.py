@@ -73,10 +73,7 @@ def evaluated_texts(summary: pa.Table) -> list[EvaluatedText]:
 def _evaluated(row: dict[str, Any]) -> Evaluated:
     return Evaluated(
         strategy=row["strategy"],
-        kl=_estimate(row, "kl"),
-        perplexity=_estimate(row, "perplexity"),
-        flips=_estimate(row, "flips"),
-        accuracy=_estimate(row, "accuracy"),
+        **{name: _estimate(row, name) for name in ("kl", "perplexity", "flips", "accuracy")},
         kl_difference=_estimate(row, KL_DIFFERENCE),
         verdict=row[f"{KL_DIFFERENCE}_verdict"],
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from quambase.schema.values.arrays import Float64, Int64
 from quambase.schema.values.distribution import Distribution
 
 BINS_PER_OCTAVE = 8
@@ -23,7 +23,7 @@ class Histogram:
     """
 
     first: int
-    counts: npt.NDArray[np.int64]
+    counts: Int64
     zeros: int
     bins_per_octave: int
 
@@ -33,14 +33,14 @@ class Histogram:
         return self.zeros + int(self.counts.sum())
 
     @property
-    def edges(self) -> npt.NDArray[np.float64]:
+    def edges(self) -> Float64:
         """(bins + 1,): the ends of the bins, ascending."""
         steps = self.first + np.arange(self.counts.size + 1)
         octaves, parts = np.divmod(steps, self.bins_per_octave)
         return np.ldexp(_parts(self.bins_per_octave)[parts], octaves)
 
     @property
-    def shares(self) -> npt.NDArray[np.float64]:
+    def shares(self) -> Float64:
         """(bins,): the share of all values, zeros among them, in each bin."""
         return self.counts / max(1, self.total)
 
@@ -64,7 +64,7 @@ def histogram(distribution: Distribution, bins_per_octave: int = BINS_PER_OCTAVE
     return Histogram(first, summed, int(counts[~positive].sum()), bins_per_octave)
 
 
-def _parts(bins_per_octave: int) -> npt.NDArray[np.float64]:
+def _parts(bins_per_octave: int) -> Float64:
     """(b,): 2^(j/b) for j = 0..b-1."""
-    parts: npt.NDArray[np.float64] = 2.0 ** (np.arange(bins_per_octave) / bins_per_octave)
+    parts: Float64 = 2.0 ** (np.arange(bins_per_octave) / bins_per_octave)
     return parts

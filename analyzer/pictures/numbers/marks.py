@@ -36,19 +36,9 @@ class Mark:
 
 def marks(rows: Iterable[Mapping[str, Any]]) -> list[Mark]:
     """The strategies of ``rows`` (`quambase.schema.tables.SCALES`) of one scale group, the least MSE first."""
+    names = Mark.__dataclass_fields__.keys() - {"zero_point", "clips_at"}
     found = [
-        Mark(
-            label=row["label"],
-            scale=row["scale"],
-            zero_point=row["zero_point"] or 0,
-            clips_at=_clips_at(row),
-            clipped_share=row["clipped_share"],
-            mse=row["mse"],
-            sqnr_db=row["sqnr_db"],
-            predicted_kl=row["predicted_kl"],
-            needs_decode=row["needs_decode"],
-            selected=row["selected"],
-        )
+        Mark(zero_point=row["zero_point"] or 0, clips_at=_clips_at(row), **{name: row[name] for name in names})
         for row in rows
     ]
     return sorted(found, key=lambda mark: (mark.mse, -mark.scale))

@@ -1,4 +1,4 @@
-"""How far a site reaches after how many tokens."""
+"""The reach of a site by the number of tokens read."""
 
 from __future__ import annotations
 

@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from quambase.analyzer.pictures.numbers.scale_rows import rows_of_sites, site_loss
 from quambase.schema.errors import UnknownName
-from quambase.schema.scale_table import SELECTED
-from quambase.schema.sites import HEAD_LAYER, SITE_NAMES, SiteKey
+from quambase.schema.scale_table import SELECTED, distinct
+from quambase.schema.sites import HEAD_LAYER, SiteKey, site_order
 from quambase.schema.sql.database import StatsDB
-
-Float64 = npt.NDArray[np.float64]
+from quambase.schema.values.arrays import Float64
 
 OUTLIER_RATIO, CLIPPED_SHARE, SQNR, PREDICTED_KL = QUANTITIES = (
     "outlier_ratio",
@@ -60,7 +58,7 @@ def site_grid(database: StatsDB, run: str, scales: pa.Table | None = None, label
     """
     stats = database.query("whole_sites", {"run": run}).to_pylist()
     layers = sorted({row["layer"] for row in stats}, key=lambda layer: (layer == HEAD_LAYER, layer))
-    sites = sorted({row["site"] for row in stats}, key=_site_order)
+    sites = sorted({row["site"] for row in stats}, key=site_order)
     place = {key: i for i, key in enumerate((layer, site) for layer in layers for site in sites)}
     grids = {name: np.full(len(place), np.nan) for name in QUANTITIES}
     for row in stats:
@@ -93,11 +91,7 @@ def rows_of_label(scales: pa.Table, run: str, label: str) -> list[dict[str, obje
     else:
         found = of_run.filter(pc.equal(of_run["label"], pa.scalar(label)))
         if not found.num_rows:
-            known = [*map(str, pc.unique(of_run["label"]).to_pylist()), SELECTED]
+            known = [*distinct(of_run, "label"), SELECTED]
             raise UnknownName.of("strategy", label, known, where=f"the scales of run {run}")
     rows: list[dict[str, object]] = found.to_pylist()
     return rows
-
-
-def _site_order(site: str) -> tuple[int, str]:
-    return (SITE_NAMES.index(site) if site in SITE_NAMES else len(SITE_NAMES)), site
