@@ -327,7 +327,7 @@ def test_documents_of_the_calibration_run_are_warned_of(world: Any, tmp_path: Pa
 
 def test_evaluating_an_applied_model_compares_with_quamba(world: Any, tmp_path: Path) -> None:
     apply(world / "scales.parquet", strategy="tight", db=tmp_path)
-    found = evaluate(data=[str(world / "text.jsonl")], window=16, db=tmp_path, task="perplexity")
+    found = evaluate(data=[str(world / "text.jsonl")], window=16, db=tmp_path, task="perplexity", device="cpu")
     every = run(world, tmp_path, task="perplexity").results
     for label in ("float", "tight", "quamba"):
         here, there = (
