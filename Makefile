@@ -55,7 +55,7 @@ types: $(VENV)/.test-requirements $(VENV)/.installed
 	$(BIN)/mypy --config-file tests/mypy.ini
 
 unit: $(VENV)/.test-requirements $(VENV)/.installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The lowest versions that pyproject.toml declares; torch as above, lower ones have no CPU build under the plain name.
 $(LOWEST)/.requirements: constraints.txt pyproject.toml tests/lowest_versions.py

@@ -20,6 +20,15 @@ def fabricated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return database
 
 
+LONGEST = ("test_examples.py", "test_trusted_results.py", "test_lm_eval.py")
+"""Files that take minutes. They begin first, so that no worker of `make test` is left with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, the rest in its order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Why tests were skipped, a line for each reason."""
     reports = terminalreporter.stats.get("skipped", [])
