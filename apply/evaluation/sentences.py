@@ -195,4 +195,4 @@ def remarks(summary: pa.Table, bootstrap: int) -> list[str]:
                 f"{data}: {units} documents are too few for any verdict on {reference} after the "
                 f"correction for {count} strategies; take more documents or fewer strategies"
             )
-    return found
+    return list(dict.fromkeys(found))  # decoding and prefill of one text have the same

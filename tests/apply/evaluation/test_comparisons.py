@@ -207,6 +207,9 @@ def test_fewer_than_ten_clusters_leave_the_documents_and_a_remark() -> None:
     (line,) = [line for line in remarks(summary, 1000) if "clusters" in line]
     assert line.startswith("t: 40 documents come from 9 clusters (books, topics, files), fewer than the 10 that can be")
     assert not any("clusters" in line for line in remarks(plain, 1000))
+    # Decoding and prefill of one text are two tasks, of which it is said once.
+    both = pa.concat_tables([changed(table, task=lambda row, name=name: name) for name in ("decode", "prefill")])
+    assert [line for line in remarks(summarize(both, bootstrap=1000), 1000) if "clusters" in line] == [line]
     enough = summarize(clustered(40, {"quamba": 0.02, "mse": 0.0}, clusters=10), bootstrap=1000)
     assert not any("clusters" in line for line in remarks(enough, 1000))
     # Nine documents have no intervals anyway.
