@@ -21,7 +21,7 @@ from quambase.collector.block_runners import DTYPES, BlockOutputs, choose_placem
 from quambase.collector.collect import OUTLIERS
 from quambase.collector.documents import DocumentSet, TokenizedDocument, sampled_states, sampled_tokens
 from quambase.collector.layouts import site_layouts
-from quambase.collector.statistics import ENCODINGS, Int64, RunStatistics, SiteLayout
+from quambase.collector.statistics import ENCODINGS, RunStatistics, SiteLayout
 from quambase.collector.tables.run_folder import BlockFiles, every_table, write_statistics
 from quambase.collector.tables.table_rows import Places
 from quambase.collector.taps import KeptTokens
@@ -32,6 +32,7 @@ from quambase.model.packed_batch import Batch
 from quambase.model.weights import ModelWeights, random_weights
 from quambase.schema.sites import FAMILIES, MAMBA1, MAMBA2
 from quambase.schema.stored.manifest import table_of
+from quambase.schema.values.arrays import Int64
 
 SEQ_LEN, BLOCK, KEEP = 512, 32, 64
 TURNS = 4

@@ -26,7 +26,7 @@ from quambase.collector.block_runners import DTYPES, Placement
 from quambase.collector.cuda.transfer import copied_to_host
 from quambase.collector.documents import DocumentSet, TokenizedDocument
 from quambase.collector.few_documents import FewDocuments, count_parts, in_parts
-from quambase.collector.statistics import Float64, SiteLayout
+from quambase.collector.statistics import SiteLayout
 from quambase.collector.tables.table_rows import many_keyed_rows
 from quambase.model.inputs.array_files import read_npz
 from quambase.model.language_model import LanguageModel, floating_model
@@ -37,6 +37,7 @@ from quambase.schema.files import replacing
 from quambase.schema.progress import Progress
 from quambase.schema.sites import PRODUCT_SITES, WHOLE, SiteKey
 from quambase.schema.tables import SECOND_MOMENTS
+from quambase.schema.values.arrays import Float64
 
 PART = 32
 """Documents whose sums are a file."""

@@ -34,15 +34,7 @@ from quambase.collector.cuda.transfer import copied_to_host
 from quambase.collector.documents import DocumentSet, TokenizedDocument
 from quambase.collector.few_documents import FewDocuments, count_parts, in_parts
 from quambase.collector.host.kernels import PATTERNS, add_gradients
-from quambase.collector.statistics import (
-    ENCODINGS,
-    Float32,
-    Float64,
-    Int64,
-    SiteIndex,
-    SiteLayout,
-    counted_rows,
-)
+from quambase.collector.statistics import ENCODINGS, SiteIndex, SiteLayout, counted_rows
 from quambase.collector.tables.table_rows import COUNTED, TableGroup, many_keyed_rows, table_groups
 from quambase.model.inputs.array_files import read_npz
 from quambase.model.language_model import LanguageModel, without_tf32
@@ -56,6 +48,7 @@ from quambase.schema.files import replacing
 from quambase.schema.progress import SILENT, Progress
 from quambase.schema.sites import STATE_BY_CHANNEL, SiteKey, find_site
 from quambase.schema.tables import SENSITIVITIES
+from quambase.schema.values.arrays import Float32, Float64, Int64
 
 TOGETHER = 4
 """Documents that share a forward and a backward pass: the activations of all layers are in memory at once."""

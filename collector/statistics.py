@@ -19,9 +19,7 @@ import torch
 from quambase.collector.host.kernels import PATTERNS
 from quambase.schema.sites import SiteKey
 from quambase.schema.tables import DOCUMENT_QUANTILES
-from quambase.schema.values.arrays import Float32 as Float32
-from quambase.schema.values.arrays import Float64 as Float64
-from quambase.schema.values.arrays import Int64 as Int64
+from quambase.schema.values.arrays import Float32, Int64
 
 _DESCENDING = sorted(DOCUMENT_QUANTILES.items(), key=lambda item: -item[1])
 PROBABILITIES = np.array([p for _, p in _DESCENDING], np.float32)

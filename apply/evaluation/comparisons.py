@@ -15,7 +15,6 @@ from quambase.apply.evaluation.paired_statistics import (
     FEWEST,
     MOST_NEEDED,
     NOT_FINITE,
-    Float64,
     Interval,
     can_reach_a_verdict,
     detectable,
@@ -30,6 +29,7 @@ from quambase.apply.evaluation.paired_statistics import (
     student_interval,
     verdict,
 )
+from quambase.schema.values.arrays import Float64
 
 
 def counted_units(documents: int, clusters: int) -> int:

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quambase.apply.evaluation.comparisons import Units, ends_of, interval_columns
-from quambase.apply.evaluation.paired_statistics import FEWEST, Float64, linearised, student_interval
+from quambase.apply.evaluation.paired_statistics import FEWEST, linearised, student_interval
 from quambase.schema.stored.results import DECODE, FLOAT, PREFILL, STATE
+from quambase.schema.values.arrays import Float64
 
 BY_POSITION = pa.schema(
     [

@@ -8,9 +8,7 @@ import numpy.typing as npt
 
 from quambase.model.operators.host_kernels import exp32
 from quambase.schema.compiled import kept_njit
-
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
+from quambase.schema.values.arrays import Float32, Int64
 
 
 # Inlined by force: otherwise these sums are vectorised in one way in the process that compiles a kernel, and in another

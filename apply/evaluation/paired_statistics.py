@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 from statistics import NormalDist
 
 import numpy as np
-import numpy.typing as npt
 
-Float64 = npt.NDArray[np.float64]
+from quambase.schema.values.arrays import Float64
 
 Interval = tuple[float, float]
 """The ends of an interval, of 95 % unless said otherwise."""

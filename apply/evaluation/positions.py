@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from quambase.schema.values.arrays import Float64, Int64
 from quambase.schema.values.positions import bounds_of, bucket_of
-
-Int64 = npt.NDArray[np.int64]
-Float64 = npt.NDArray[np.float64]
 
 
 def decoded_bucket(decoded: Int64) -> Int64:

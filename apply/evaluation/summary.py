@@ -33,7 +33,6 @@ from quambase.apply.evaluation.paired_statistics import (
     MOST_WITHIN,
     RESAMPLES,
     WITHIN,
-    Float64,
     Interval,
     bootstrap_t_interval,
     equivalence,
@@ -46,6 +45,7 @@ from quambase.apply.evaluation.paired_statistics import (
 )
 from quambase.schema.errors import DatabaseInvalid, DataInvalid
 from quambase.schema.stored.results import FLOAT, KL_DIFFERENCE, UPSTREAM
+from quambase.schema.values.arrays import Float64
 
 REFERENCES = (FLOAT, UPSTREAM)
 """What every strategy is compared with: the floating-point model, and upstream's own scales."""

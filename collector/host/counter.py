@@ -13,12 +13,12 @@ from quambase.collector.statistics import (
     PROBABILITIES,
     TOP_FIELDS,
     Encoding,
-    Int64,
     Moments,
     SiteStatistics,
     largest,
     states_by_channel,
 )
+from quambase.schema.values.arrays import Int64
 
 MOST = 2**32 - 1
 """Largest count of a worker's table."""

@@ -10,12 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from quambase.schema.compiled import kept_njit
+from quambase.schema.values.arrays import Float32, Float64, Int64
 from quambase.schema.values.quantile_rules import interpolate_torch, rank_torch
 
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
 UInt16 = npt.NDArray[np.uint16]
 UInt32 = npt.NDArray[np.uint32]
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-import numpy.typing as npt
 
 from quambase.schema.compiled import kept_njit
-
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
+from quambase.schema.values.arrays import Float32, Int64
 
 BLOCK = 128
 """Channels per piece of work: a (d_state=16, BLOCK) float32 state stays in the first-level cache."""

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from stored_runs import bytes_of, table_files
 
 from quambase.collector.documents import TokenizedDocument
-from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, Int64, RunStatistics, SiteLayout, SiteStatistics
+from quambase.collector.statistics import ENCODINGS, SUMMARY_COLUMNS, RunStatistics, SiteLayout, SiteStatistics
 from quambase.collector.tables import block_rows, run_folder
 from quambase.collector.tables import table_rows as rows
 from quambase.collector.tables.block_rows import KeptRows, activations_rows, documents_rows
@@ -30,6 +30,7 @@ from quambase.schema.errors import DatabaseInvalid
 from quambase.schema.stored.manifest import Manifest, TableFile, table_of
 from quambase.schema.stored.model_info import ModelInfo, TextInfo
 from quambase.schema.tables import ACTIVATIONS, CHANNELS, COUNTS, DOCUMENTS, RUN_TABLES, as_made, read_table
+from quambase.schema.values.arrays import Int64
 from quambase.schema.values.distribution import Distribution
 
 FLOAT16 = ENCODINGS["float16"]

@@ -10,11 +10,11 @@ import pyarrow.compute as pc
 
 from quambase.apply.evaluation.comparisons import EXPONENTIAL, RATIO, SHARE
 from quambase.apply.evaluation.diff.figures import Compared, Figure, because, compare
-from quambase.apply.evaluation.paired_statistics import Float64
 from quambase.apply.evaluation.sentences import few_clusters
 from quambase.apply.evaluation.stored import Evaluation
 from quambase.schema.errors import DataInvalid
 from quambase.schema.stored.results import FLOAT, UPSTREAM
+from quambase.schema.values.arrays import Float64
 
 
 def compare_evaluations(a: Evaluation, b: Evaluation, seed: int = 0) -> Compared:

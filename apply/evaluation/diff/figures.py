@@ -18,7 +18,8 @@ from quambase.apply.evaluation.comparisons import (
     exponential,
     judged,
 )
-from quambase.apply.evaluation.paired_statistics import Float64, linearised
+from quambase.apply.evaluation.paired_statistics import linearised
+from quambase.schema.values.arrays import Float64
 
 DIFF = pa.schema(
     [

@@ -15,11 +15,10 @@ import numpy.typing as npt
 
 from quambase.model.operators.host_kernels import BLOCK, exp32, silu32
 from quambase.schema.compiled import kept_njit
+from quambase.schema.values.arrays import Float32, Int64
 from quambase.schema.values.number_format import INT8
 
-Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
-Int64 = npt.NDArray[np.int64]
 
 _LOWEST = np.float32(INT8.qmin)
 _HIGHEST = np.float32(INT8.qmax)
