@@ -16,7 +16,6 @@ Each function is the command of its name; docs/python.md has examples. The stage
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from quambase.apply.generate import generate as generate
     from quambase.collector.collect import collect as collect
     from quambase.schema.sql.database import StatsDB as StatsDB
+
+    __version__: str
 
 __all__ = [
     "StatsDB",
@@ -48,8 +49,6 @@ __all__ = [
     "strategy",
     "sweep",
 ]
-
-__version__ = version("quambase")
 
 _NAMES = {
     "StatsDB": "quambase.schema.sql.database",
@@ -70,6 +69,8 @@ def __getattr__(name: str) -> Any:
     """Import what a name needs when it is first used: `StatsDB` needs no torch."""
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("quambase")
     if name in ("apply", "report"):
         return importlib.import_module(f"quambase.{name}")
     raise AttributeError(f"module 'quambase' has no attribute '{name}'")

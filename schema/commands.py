@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quambase.schema.sites import FAMILIES, MAMBA2, SAMPLED_STATE_SITES
-from quambase.schema.stored.manifest import Manifest
+
+if TYPE_CHECKING:  # every command imports this file, and few read a manifest
+    from quambase.schema.stored.manifest import Manifest
 
 BATCH, LENGTH, KEPT, SEED = 32, 512, 64, 0
 """What `collect` takes where nothing is said: documents per forward pass, tokens per document, tokens whose activations
