@@ -60,6 +60,8 @@ class Command(click.Command):
             fail(str(error))
         except KeyboardInterrupt:
             fail("interrupted; finished parts are kept, run the same command again to go on")
+        except BrokenPipeError:
+            raise  # click ends the command without a word: who reads its output, `head` perhaps, has enough
         except OSError as error:
             fail(describe_os_error(error))
 

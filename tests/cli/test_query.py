@@ -190,3 +190,15 @@ def test_what_a_command_hands_on_its_function_takes(name: str, function: Callabl
     assert taken <= names
     handed_on = names - taken
     assert handed_on and handed_on <= inspect.signature(function).parameters.keys()
+
+
+def test_a_reader_that_stops_reading_is_no_error(fabricated_database: Path) -> None:
+    """As of `quambase stats | head -0`: nothing on stderr but what a whole reading has there, too."""
+    script = "from quambase.cli.main import quambase; quambase()"
+    line = [sys.executable, "-c", script, "stats", "--db", str(fabricated_database)]
+    whole = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert whole.stdout
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() in ("", whole.stderr)
