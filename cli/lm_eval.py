@@ -53,7 +53,7 @@ def _plain_command(enable: bool, disable: bool, arguments: tuple[str, ...]) -> N
     require_lm_eval()
     folder = plain_command.enable()
     click.echo(
-        f"`lm_eval --model quambase` works in this environment now. {plain_command.STARTED} and\n"
+        f"`lm_eval --model quambase` works in this environment now. {plain_command.AT_START} and\n"
         f"{plain_command.MODULE} are in {folder};\n"
         "`quambase lm-eval --disable` removes them, uninstalling quambase does not.\n\n"
         "next: lm_eval --model quambase --model_args path=mamba-5m --tasks lambada_openai"

@@ -20,7 +20,7 @@ from quambase.collector.statistics import (
 )
 from quambase.schema.values.arrays import Int64
 
-MOST = 2**32 - 1
+LARGEST_COUNT = 2**32 - 1
 """Largest count of a worker's table."""
 
 NEARBY = 8 << 20
@@ -106,7 +106,7 @@ class HostCounter:
         counted = 0
         for start, stop in self._nearby(offsets, x.shape[1]):
             values = int(offsets[stop] - offsets[start]) * x.shape[1]
-            if counted + values > MOST:
+            if counted + values > LARGEST_COUNT:
                 take_counts(counts, into.counts.numpy())
                 counted = 0
             counted += values

@@ -210,7 +210,7 @@ def test_a_workers_table_is_emptied_before_it_overflows(monkeypatch: pytest.Monk
         seen.append(int(counts.max()))
         take(counts, into)
 
-    monkeypatch.setattr(host_counter, "MOST", most)
+    monkeypatch.setattr(host_counter, "LARGEST_COUNT", most)
     monkeypatch.setattr(host_counter, "NEARBY", 1)
     monkeypatch.setattr(host_counter, "take_counts", taken)
     numba.set_num_threads(1)  # documents are processed two by two then

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from quambase.schema.errors import DataInvalid
 
-MODULE, STARTED = "quambase_lm_eval.py", "quambase_lm_eval.pth"
+MODULE, AT_START = "quambase_lm_eval.py", "quambase_lm_eval.pth"
 
 
-def installed() -> Path:
+def site_packages() -> Path:
     """The folder in which both files lie or would lie. DataInvalid: Python reads no `.pth` files there."""
     folder = Path(sysconfig.get_path("purelib"))
     if str(folder) not in sys.path:
@@ -26,15 +26,16 @@ def installed() -> Path:
 
 def enable() -> Path:
     """Make `lm_eval --model quambase` work in this environment; the folder of the two files. DataInvalid, OSError."""
-    folder = installed()
+    folder = site_packages()
     shutil.copyfile(Path(__file__).with_name(MODULE), folder / MODULE)
-    (folder / STARTED).write_text(f"import {Path(MODULE).stem}\n", encoding="utf-8")
+    (folder / AT_START).write_text(f"import {Path(MODULE).stem}\n", encoding="utf-8")
     return folder
 
 
 def disable() -> bool:
     """Undo `enable`; False if there was nothing to undo. DataInvalid, OSError."""
-    found = [installed() / name for name in (STARTED, MODULE) if (installed() / name).exists()]
+    folder = site_packages()
+    found = [path for name in (AT_START, MODULE) if (path := folder / name).exists()]
     for path in found:
         path.unlink()
     return bool(found)

@@ -416,7 +416,7 @@ def plain(world: Path, site: Path, *arguments: str) -> subprocess.CompletedProce
 def test_the_plain_command_knows_our_model_where_a_user_wants_that(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plain_command, "installed", lambda: tmp_path)
+    monkeypatch.setattr(plain_command, "site_packages", lambda: tmp_path)
     model = ["--model_args", f"path={MODEL}"]
     assert "Unknown model 'quambase'" in plain(world, tmp_path, *model).stderr
     done = CliRunner().invoke(quambase, ["lm-eval", "--enable"])
