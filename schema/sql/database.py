@@ -137,6 +137,7 @@ class StatsDB:
         self.runs, self.notes = select_runs(self.path, run)
         self.scales_notes: list[str] = []
         self.results_notes: list[str] | None = None  # until a query asks for the view
+        self._commented = False
         for manifest in self.runs:
             manifest.verify(self.folder(manifest.run), self._checked(manifest))
         self._connection = duckdb.connect(
@@ -148,7 +149,7 @@ class StatsDB:
         self._connection.register("_scales", self._scales(scales))
         self._connection.register("_results", RESULTS.empty_table())
         self._connection.register("_number_format", pa.table({"qmin": [INT8.qmin], "qmax": [INT8.qmax]}))
-        self._connection.execute(sql_file("views.sql") + "\n".join(comments()))
+        self._connection.execute(sql_file("views.sql"))
         with suppress(duckdb.Error):  # a notebook without ipywidgets has no bar, and no share is told
             for statement in _COUNTS_PROGRESS:
                 self._connection.execute(statement)
@@ -196,11 +197,10 @@ class StatsDB:
         -----
            10
         """
-        if self.results_notes is None and "results" in query.lower():
-            self._read_results()
         if self._trace:
             self._trace("".join([query, *(f"\n-- ${name} = {value!r}" for name, value in (params or {}).items())]))
         try:
+            self._prepare(query)
             return self._interruptible(query, params, watch, most)
         except (duckdb.OutOfMemoryException, MemoryError):
             raise out_of_memory(self.limits) from None
@@ -258,8 +258,10 @@ class StatsDB:
         UnknownName: a site or layer that the opened runs do not hold.
         """
         for kind, wanted in (("site", site), ("layer", layer)):
-            known = self._names(f"{kind}s")
-            if wanted is not None and str(wanted) not in known:
+            if wanted is None:
+                continue
+            known = [str(row[kind]) for row in self.query(f"{kind}s").to_pylist()]
+            if str(wanted) not in known:
                 raise UnknownName.of(kind, str(wanted), known, where=self._run_names())
         return self.query("sites_by_outliers", {"site": site, "layer": layer, "limit": limit})
 
@@ -376,6 +378,15 @@ class StatsDB:
             self.scales_notes.append(f"the view `scales` is empty: {path} was made from another run; run `analyze`")
         return mine
 
+    def _prepare(self, query: str) -> None:
+        """Do what takes time and only some queries need: read evaluations, write the comments on views and columns."""
+        asked = query.lower()
+        if self.results_notes is None and "results" in asked:
+            self._read_results()
+        if not self._commented and any(word in asked for word in ("duckdb_", "information_schema")):
+            self._commented = True
+            self._connection.cursor().execute("\n".join(comments()))
+
     def _read_results(self) -> None:
         """Fill the view `results`. Other queries do not need its files, so a damaged one does not stop them."""
         self.results_notes = []
@@ -405,8 +416,10 @@ class StatsDB:
         return " ".join(lines) + "; see the views and columns with `quambase sql --schema`"
 
     def _names(self, query: str) -> list[str]:
-        """The one column of a named query."""
-        return [str(row[0]) for row in self._connection.sql(named_queries()[query]).fetchall()]
+        """The one column of a named query on the catalog, also while a transaction of the user is aborted."""
+        asked = named_queries()[query]
+        self._prepare(asked)
+        return [str(row[0]) for row in self._connection.cursor().sql(asked).fetchall()]
 
 
 def _words(schema: pa.Schema) -> list[str]:
@@ -463,7 +476,10 @@ def _scale_groups(
         for level in GRANULARITIES[: GRANULARITIES.index(granularity) + 1]:
             for name, members in united_groups(groups, level).items():
                 places = [place for member in members for place in groups[member]]
-                yield layer, site, name, [np.concatenate([array[s] for s in places]) for array in arrays]
+                if len(places) == 1:  # a view: most groups are one stretch, and copies of large tables take time
+                    yield layer, site, name, [array[places[0]] for array in arrays]
+                else:
+                    yield layer, site, name, [np.concatenate([array[s] for s in places]) for array in arrays]
 
 
 _AS_TEXT = re.compile(r"DATE|TIME|INTERVAL|UNION|BIT|BLOB|BIGNUM|UHUGEINT|GEOMETRY|VARIANT|(STRUCT|TUPLE)(?!\()")

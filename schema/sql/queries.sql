@@ -97,7 +97,7 @@ SELECT DISTINCT site FROM site_stats;
 
 -- name: layers
 -- The layers of the opened runs.
-SELECT DISTINCT layer::VARCHAR FROM site_stats;
+SELECT DISTINCT layer FROM site_stats;
 
 -- name: views
 -- The views that a query can name.

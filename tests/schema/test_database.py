@@ -429,6 +429,24 @@ def test_macro_clipping_rounds_ties_to_even(tmp_path: Path) -> None:
     assert rows == [{"clipped": 2 * len(NUMBERS), "count": 6 * len(NUMBERS)}]
 
 
+def test_names_are_known_while_a_transaction_is_aborted(fabricated_database: Path) -> None:
+    """DuckDB refuses every query of an aborted transaction, also ours for the names that a message lists."""
+    with StatsDB(fabricated_database) as db:
+        db.sql("BEGIN")
+        for query, message in (
+            ("SELECT error('stop')", "stop"),
+            ("SELECT * FROM nothing_here", "unknown view 'nothing_here'"),
+            ("SELECT 1", "aborted"),
+        ):
+            with pytest.raises(QueryInvalid, match=message):
+                db.sql(query)
+        with pytest.raises(QueryInvalid, match="aborted"):
+            db.stats(site="conv1d:input")
+        db.sql("ROLLBACK")
+        commented = "SELECT count(comment) AS n FROM duckdb_views() WHERE NOT internal"
+        assert db.sql(commented).to_pylist()[0]["n"] > 10, "comments outlive the transaction"
+
+
 def test_stats_are_sorted_by_outlier_ratio(db: StatsDB) -> None:
     ratios = db.stats(limit=None)["outlier_ratio"].to_pylist()
     assert len(ratios) == 32
