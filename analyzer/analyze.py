@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from quambase.analyzer.by_group import of_each
 from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
 from quambase.analyzer.sixteen_bit import Mix, choose, frontier
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
@@ -119,16 +121,17 @@ def analyze(
             shown.say("reading the distributions")
             manifests = sorted(database.runs, key=lambda manifest: manifest.run)
             notes = [*database.notes, *(line for manifest in manifests for line in _warnings(database, manifest))]
-            groups = [(m.run, group) for m in manifests for group in scale_groups(database, m.run, granularity)]
+            groups = {m.run: scale_groups(database, m.run, granularity) for m in manifests}
         named = "all" not in (strategies or ["all"]) and any(c.strategy.needs_sensitivity for c in choices)
         mixed = keep is not None or budget is not None
         sensitive = _sensitive(manifests, groups, asked=select == EFFECT or named or mixed)
-        # The time of a strategy is proportional to the distinct values of a group.
-        works = [group.distribution.values.size for _, group in groups]
-        shown.start("analyze", len(groups), sum(works), unit="groups")
-        for (run_id, group), work in zip(groups, works, strict=True):
-            with shown.piece(1, work, f"layer {group.layer} {group.site}"):
-                rows += group_rows(run_id, group, choices, target, select, run_id in sensitive)
+        works = [group.distribution.values.size for of_run in groups.values() for group in of_run]
+        shown.start("analyze", len(works), sum(works), unit="groups")
+        for run_id, of_run in groups.items():
+            made = partial(
+                group_rows, run_id, choices=choices, target=target, select=select, sensitive=run_id in sensitive
+            )
+            rows += [row for _, of_group in of_each(made, of_run, shown) for row in of_group]
     table = pa.Table.from_pylist(rows, schema=SCALES)
     by = select or (EFFECT if sensitive else MSE)
     provenance = provenance_of(manifests, granularity or "the model's", target, by)
@@ -241,9 +244,9 @@ def _check_mixed(keep: int | None, budget: float | None, target: str, run: str |
         raise DataInvalid(f"budget is {budget} nats a token; expected a positive number, such as 0.003")
 
 
-def _sensitive(manifests: list[Manifest], groups: Sequence[tuple[str, ScaleGroup]], *, asked: bool) -> set[str]:
+def _sensitive(manifests: list[Manifest], groups: dict[str, list[ScaleGroup]], *, asked: bool) -> set[str]:
     """The runs that have sensitivities. DatabaseInvalid where they are ``asked`` for and a run has none."""
-    found = {run for run, group in groups if group.sensitivity}
+    found = {run for run, of_run in groups.items() if any(group.sensitivity for group in of_run)}
     missing = [manifest.run for manifest in manifests if manifest.run not in found]
     if asked and missing:
         raise DatabaseInvalid(

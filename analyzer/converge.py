@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from quambase.analyzer.by_group import of_each
 from quambase.analyzer.convergence import Measured, next_step, sizes_table, strategies_table, summarize
 from quambase.analyzer.scale_groups import ScaleGroup, default_granularity, scale_groups
 from quambase.analyzer.site.one_site import one_run
@@ -35,9 +36,6 @@ MOST_SCALES = 48
 """Scales that are measured at most. A Mamba-2 has several hundred, most with a search for a zero point, and fewer
 tell their median.
 """
-
-WORKERS = 2
-"""Scales computed at a time: more would wait for the interpreter, and each holds the parts of one size in memory."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -230,24 +228,20 @@ class _Plan:
             counts: dict[tuple[str, str], BlockCounts] = {}
             if BLOCKS in self.subsamples:
                 counts = database.block_counts(manifest.run, layer, self.subsamples[BLOCKS].count, level)
-            # Half of the time is spent in kernels, which run beside one another; the rest is Python's.
-            with ThreadPoolExecutor(WORKERS) as pool:
-                made = [
-                    (each, pool.submit(self._at, each, counts.get((each.site, each.group_name)))) for each in members
-                ]
-                for group, coming in made:
-                    with shown.piece(1, group.distribution.values.size, f"layer {layer} {group.site}"):
-                        values = coming.result()
-                    for label, of_label in values.items():
-                        found.setdefault(label, []).append(of_label)
+            for _, values in of_each(partial(self._at, counts), list(members), shown):
+                for label, of_label in values.items():
+                    found.setdefault(label, []).append(of_label)
         return [
             Measured.of(choice.label, self.subsamples[kind], groups, found[choice.label])
             for kind, mine in self.choices.items()
             for choice in mine
         ]
 
-    def _at(self, group: ScaleGroup, counts: BlockCounts | None) -> dict[str, ByUnits | None]:
-        """What is measured at one scale group, by label; None where a strategy has no scale there."""
+    def _at(self, of_layer: dict[tuple[str, str], BlockCounts], group: ScaleGroup) -> dict[str, ByUnits | None]:
+        """What is measured at one scale group of a layer with these counts, by label; None where a strategy has no
+        scale there.
+        """
+        counts = of_layer.get((group.site, group.group_name))
         losses = _Losses(group)
         found: dict[str, ByUnits | None] = {choice.label: None for mine in self.choices.values() for choice in mine}
         for kind, subsamples in self.subsamples.items():

@@ -275,8 +275,10 @@ def _coarse_grid(
     grid: Float64,
     rows: Int64,
     highest: int,
+    limit: float,
 ) -> tuple[int, float]:
-    """Scales from ``top`` down to where clipping alone costs more than the best so far; how many, and the least error.
+    """Scales from ``top`` down to where clipping alone costs more than the best so far; how many, and the least error
+    or ``limit``, if that is less.
 
     Written: grid (scales, 3) scale, A, B; rows (scales, BOUNDARIES) the boundaries of the codes.
     """
@@ -286,7 +288,7 @@ def _coarse_grid(
     for i in range(BOUNDARIES):
         ceiling_row[i] = positive.size if i < highest else negative.size
     ratio = 2.0 ** (-1.0 / STEPS_PER_OCTAVE)
-    least = signal
+    least = min(signal, limit)
     size = 0
     scale = top
     while size < MAX_GRID:
@@ -321,10 +323,10 @@ def _halve(stack: Float64, stack_rows: Int64, at: int, middle: float, a: float, 
 
 @kept_njit(nogil=True)
 def least_squares(
-    positive: Float64, counts_positive: Int64, negative: Float64, counts_negative: Int64, highest: int
+    positive: Float64, counts_positive: Int64, negative: Float64, counts_negative: Int64, highest: int, limit: float
 ) -> tuple[float, float]:
     """The scale s > 0 of least sum n min_c (x - c s)^2 over the codes highest - BOUNDARIES..highest, the larger of tied
-    ones; and that sum. 0 and 0 without signal.
+    ones; and that sum. 0 and 0 without signal; 0 and infinity where every sum is more than ``limit``.
 
     ``positive`` and ``negative`` are ascending magnitudes > 0. See analyzer/least_squares.py for why this is the
     global minimum.
@@ -341,7 +343,8 @@ def least_squares(
     # 1. A coarse grid.
     grid = np.empty((MAX_GRID, 3))
     rows = np.empty((MAX_GRID + MAX_DEPTH + 2, BOUNDARIES), np.int64)
-    size, least = _coarse_grid(top, signal, tie, (positive, negative), (zeroth, first, p2, n2), grid, rows, highest)
+    sides, sums = (positive, negative), (zeroth, first, p2, n2)
+    size, least = _coarse_grid(top, signal, tie, sides, sums, grid, rows, highest, limit)
 
     # 2. Branch and bound within each grid interval, larger scales first.
     ties = np.empty((MAX_TIES, 2))
@@ -391,11 +394,72 @@ def least_squares(
                         held = _keep_ties(ties, held, least + tie)
                     ties[held, 0], ties[held, 1] = error, b / a
                     held += 1
+    if not held:
+        return 0.0, np.inf
     best = 0.0
     for i in range(held):
         if ties[i, 0] <= least + tie:
             best = max(best, ties[i, 1])
     return best, least
+
+
+@kept_njit(nogil=True)
+def errors_by_highest(
+    positive: Float64,
+    counts_positive: Int64,
+    negative: Float64,
+    counts_negative: Int64,
+    top: float,
+    ratio: float,
+    steps: int,
+) -> tuple[Float64, float]:
+    """For each ``highest`` 0..BOUNDARIES the least error at any of the scales top, top ratio, top ratio^2, ...; and the
+    scale of the least of all. At most ``steps`` scales; it ends before where clipping alone costs more than the least.
+
+    The other arguments are those of `least_squares`. At one scale the boundaries of the codes are the same for every
+    ``highest``, which only says how many of them lie above zero.
+    """
+    p0, p1, p2 = suffix_sums(positive, counts_positive)
+    n0, n1, n2 = suffix_sums(negative, counts_negative)
+    codes = BOUNDARIES + 1
+    signal = p2[0] + n2[0]
+    errors = np.full(codes, signal)
+    if signal <= 0:
+        return errors, 0.0
+    least, best = signal, top
+    # Of each side, for each boundary: the first value beyond it, and A and B of the codes below it.
+    places = np.empty((2, codes), np.int64)
+    for k in range(codes):
+        places[0, k], places[1, k] = positive.size, negative.size
+    energy, product = np.zeros((2, codes)), np.zeros((2, codes))
+    scale = top
+    for _ in range(steps):
+        for side in range(2):
+            values, zeroth, first = (positive, p0, p1) if side == 0 else (negative, n0, n1)
+            for k in range(codes):
+                place = _place(values, (k + 0.5) * scale, 0, places[side, k])
+                places[side, k] = place
+                if k < BOUNDARIES:
+                    energy[side, k + 1] = energy[side, k] + (2 * k + 1) * np.float64(zeroth[place])
+                    product[side, k + 1] = product[side, k] + first[place]
+        clipped = signal
+        for highest in range(codes):
+            lowest = BOUNDARIES - highest
+            a, b = energy[0, highest] + energy[1, lowest], product[0, highest] + product[1, lowest]
+            if a > 0:
+                error = signal - b * b / a  # the best that these codes can have
+                errors[highest] = min(errors[highest], error)
+                if error < least:
+                    least, best = error, scale
+            # What lies beyond the last boundary of its side clips, there and at every smaller scale.
+            i, j, above, below = places[0, highest], places[1, lowest], highest * scale, lowest * scale
+            beyond = p2[i] - 2.0 * above * p1[i] + above * above * p0[i]
+            beyond += n2[j] - 2.0 * below * n1[j] + below * below * n0[j]
+            clipped = min(clipped, beyond)
+        if clipped > least:
+            break
+        scale *= ratio
+    return errors, best
 
 
 @kept_njit(nogil=True)

@@ -20,54 +20,49 @@ roundings. Errors closer than 2^-44 S2 count as equal, and the larger scale wins
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from quambase.analyzer import kernels
+from quambase.schema.values.arrays import Float64, Int64
 from quambase.schema.values.distribution import Distribution
 from quambase.schema.values.number_format import INT8, Affine
 
 
 def optimal_scale(distribution: Distribution) -> float:
     """The scale of least mean squared error, float64, the larger of tied ones; 0 when all values are zero."""
-    return _search(distribution, 0)[0]
+    return kernels.least_squares(*_sides(distribution), INT8.qmax, math.inf)[0]
 
 
-_TRIED = (-128, -127, -126, -124, -120, -112, -96, -64, 0, 64, 96, 112, 120, 124, 126, 127)
-"""Zero points tried first, the closer the nearer they leave one side without codes."""
+ALIKE = 2.0**-5
+"""Zero points whose errors on the finer grid are within this share of the least are compared at their best scales."""
 
 
 def optimal_affine(distribution: Distribution) -> Affine:
-    """The scale and zero point of least mean squared error.
+    """The scale and zero point of least mean squared error; scale 0 when all values are zero.
 
-    The scale is the best of all for its zero point; zero points are narrowed down from some tried first by halving the
-    distance to their neighbours, so that a better one may be missed where the error has several valleys. Of equal
-    errors the zero point nearest to 0 wins. Scale 0 when all values are zero.
+    The error of every zero point is taken on a grid of scales, 8 an octave, and then on one of 128 an octave for a
+    quarter of an octave on either side of the best. For those that are `ALIKE` there the best of all scales is
+    searched. A better zero point could be missed only where its error is that much less than what the finer grid shows,
+    which no distribution of the tests has. Of equal errors the zero point nearest to 0 wins.
     """
-    known: dict[int, tuple[float, float]] = {}
-
-    def cost(zero_point: int) -> tuple[float, int]:
-        if zero_point not in known:
-            known[zero_point] = _search(distribution, zero_point)
-        return known[zero_point][1], abs(zero_point)
-
-    best = min(_TRIED, key=cost)
-    place = _TRIED.index(best)
-    step = max(abs(best - other) for other in _TRIED[max(0, place - 1) : place + 2]) // 2
-    while step:
-        best = min((z for z in (best - step, best, best + step) if INT8.qmin <= z <= INT8.qmax), key=cost)
-        step //= 2
-    return Affine(known[best][0], best)
+    sides = _sides(distribution)
+    _, around = kernels.errors_by_highest(*sides, 2.0 * distribution.amax, 2.0 ** (-1 / 8), kernels.MAX_GRID)
+    errors, _ = kernels.errors_by_highest(*sides, 2.0 ** (1 / 4) * around, 2.0 ** (-1 / 128), 65)
+    best, least = Affine(0.0, 0), math.inf
+    for highest in np.argsort(errors, kind="stable").tolist():
+        if errors[highest] > errors.min() * (1 + ALIKE):
+            break
+        zero_point = INT8.qmax - highest
+        scale, error = kernels.least_squares(*sides, highest, least)
+        if (error, abs(zero_point)) < (least, abs(best.zero_point)):
+            best, least = Affine(scale, zero_point), error
+    return best
 
 
-def _search(distribution: Distribution, zero_point: int) -> tuple[float, float]:
-    """The best scale with this zero point, and its sum of squared errors."""
+def _sides(distribution: Distribution) -> tuple[Float64, Int64, Float64, Int64]:
+    """The positive values and their counts, and the magnitudes of the negative ones and theirs, ascending."""
     values, counts = distribution.values.astype(np.float64), distribution.counts
     below, above = values < 0, values > 0
-    scale, error = kernels.least_squares(
-        values[above],
-        counts[above],
-        np.ascontiguousarray(-values[below][::-1]),
-        counts[below][::-1].copy(),
-        INT8.qmax - zero_point,
-    )
-    return float(scale), float(error)
+    return values[above], counts[above], np.ascontiguousarray(-values[below][::-1]), counts[below][::-1].copy()

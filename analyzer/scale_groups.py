@@ -54,6 +54,11 @@ class ScaleGroup:
         """The scale of least squared error; several strategies are it at some sites."""
         return optimal_scale(self.distribution)
 
+    @cached_property
+    def least_effect(self) -> float:
+        """The scale of least predicted KL; of least squared error without sensitivities."""
+        return self.least_squares if self.sensitivity is None else optimal_scale(self.sensitivity.weighted)
+
     @property
     def point(self) -> Site:
         """The site, of an imported tensor perhaps one that no model has."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from quambase.analyzer import kernels
-from quambase.analyzer.least_squares import optimal_affine, optimal_scale
+from quambase.analyzer.least_squares import optimal_affine
 from quambase.analyzer.own_strategies import checked, from_entry_point, from_file, installed
 from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.upstream_observers import (
@@ -306,7 +306,7 @@ def mse(group: ScaleGroup) -> float:
 def effect(group: ScaleGroup) -> float:
     """The least predicted KL to the float model over all scales, of a run with sensitivities; mse at a site without
     (recurrent states, which act in decoding only). Ties to the larger scale."""
-    return mse(group) if group.sensitivity is None else optimal_scale(group.sensitivity.weighted)
+    return group.least_effect
 
 
 @strategy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from fabricate import TOKENS, make_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quambase.analyzer import least_squares
+from quambase.analyzer import kernels, least_squares
 from quambase.analyzer.analyze import analyze
 from quambase.analyzer.quantization_error import figures, predicted_kl
 from quambase.analyzer.scale_groups import ScaleGroup, group_of_values, one_document, scale_groups
@@ -222,7 +223,7 @@ def affine_error(distribution: Distribution, scale: float, zero_point: int) -> f
 @pytest.mark.parametrize("zero_point", [-128, -110, -40, 0, 77, 127])
 def test_the_scale_is_the_best_of_its_zero_point(zero_point: int) -> None:
     distribution = after_silu(0)
-    scale, error = least_squares._search(distribution, zero_point)
+    scale, error = kernels.least_squares(*least_squares._sides(distribution), 127 - zero_point, math.inf)
     assert error == pytest.approx(
         affine_error(distribution, scale, zero_point), rel=1e-6
     )  # the scale is a float32 there
@@ -231,16 +232,83 @@ def test_the_scale_is_the_best_of_its_zero_point(zero_point: int) -> None:
     assert error <= least * (1 + 1e-9)
 
 
+def best_of_every_zero_point(distribution: Distribution) -> tuple[float, int, float]:
+    """Least error, the zero point that has it (the nearest to 0 of several) and its scale: each searched by itself."""
+    sides = least_squares._sides(distribution)
+    found = []
+    for zero_point in range(-128, 128):
+        scale, error = kernels.least_squares(*sides, 127 - zero_point, math.inf)
+        found.append((error, abs(zero_point), zero_point, scale))
+    error, _, zero_point, scale = min(found)
+    return error, zero_point, scale
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_zero_point_is_the_best_of_all(seed: int) -> None:
     distribution = after_silu(seed)
     found = least_squares.optimal_affine(distribution)
-    errors = {z: least_squares._search(distribution, z)[1] for z in range(-128, 128)}
-    assert errors[found.zero_point] <= min(errors.values()) * (1 + 1e-12) and found.zero_point < -90
-    assert errors[found.zero_point] < 0.5 * errors[0], "half of the codes were unused"
+    error, zero_point, scale = best_of_every_zero_point(distribution)
+    assert found == Affine(scale, zero_point) and zero_point < -90
+    symmetric = kernels.least_squares(*least_squares._sides(distribution), 127, math.inf)[1]
+    assert error < 0.5 * symmetric, "half of the codes were unused"
     mirrored = Distribution(-distribution.values[::-1].copy(), distribution.counts[::-1].copy())
     # There are 127 codes above 0 and 128 below it, so the mirrored zero point is the complement or beside it.
     assert abs(least_squares.optimal_affine(mirrored).zero_point - (-1 - found.zero_point)) <= 1
+
+
+SHAPES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "normal": lambda random, n: random.normal(size=n),
+    "heavy tails": lambda random, n: random.standard_t(2, n),
+    "few values": lambda random, n: random.integers(-5, 6, n) * random.random(),
+    "a fine lattice": lambda random, n: random.integers(0, 300, n) * 0.01,
+    "two hills": lambda random, n: np.concatenate([random.normal(size=n), random.normal(5, 0.1, n)]),
+    "uniform": lambda random, n: random.uniform(-0.3, 5, n),
+    "three values": lambda random, n: random.random(3) * 10 - 5,
+    "unlike sides": lambda random, n: np.concatenate([-random.lognormal(0, 1, n), random.lognormal(-2, 1, n)]),
+    "two outliers": lambda random, n: np.append(random.normal(0, 0.01, n), [-40, 30]),
+    "nothing": lambda random, n: np.zeros(n),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_zero_point_is_missed_whatever_the_shape(shape: str) -> None:
+    random = np.random.default_rng(5)
+    for size in (1, 40, 3000):
+        distribution = Distribution.of_values(SHAPES[shape](random, size).astype(np.float32))
+        found = least_squares.optimal_affine(distribution)
+        error, _, _ = best_of_every_zero_point(distribution)
+        sides = least_squares._sides(distribution)
+        scale, mine = kernels.least_squares(*sides, 127 - found.zero_point, math.inf)
+        signal = float((distribution.values.astype(np.float64) ** 2 * distribution.counts).sum())
+        assert scale == found.scale and mine <= error + 2 * kernels.TIE * signal
+
+
+def test_errors_of_every_zero_point_on_a_grid_against_their_definition() -> None:
+    distribution = after_silu(2, 500)
+    values, counts = distribution.values.astype(np.float64), distribution.counts
+    top, ratio, steps = 1.3 * float(np.abs(values).max()) / 100, 0.9, 12
+    errors, best = kernels.errors_by_highest(*least_squares._sides(distribution), top, ratio, steps)
+    signal = float((values**2 * counts).sum())
+    expected = {}
+    for highest in range(256):
+        for scale in (top * ratio**step for step in range(steps)):
+            codes = np.clip(np.rint(values / scale), highest - 255, highest)
+            if codes.any():
+                # The parabola of these codes at its minimum.
+                error = signal - float((codes * values * counts).sum()) ** 2 / float((codes**2 * counts).sum())
+                expected[highest, scale] = error
+    of_highest = [min([e for (h, _), e in expected.items() if h == highest], default=signal) for highest in range(256)]
+    # Errors are differences of sums of about the size of the signal, of 500 terms each.
+    np.testing.assert_allclose(errors, of_highest, rtol=0, atol=500 * 2.0**-52 * signal)
+    assert best == pytest.approx(min(expected, key=expected.__getitem__)[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.5, 1 - 1e-9, 1 + 1e-9, 2.0])
+def test_a_search_with_a_limit_finds_the_same_or_nothing(share: float) -> None:
+    sides = least_squares._sides(after_silu(1))
+    scale, error = kernels.least_squares(*sides, 200, math.inf)
+    expected = (scale, error) if share > 1 else (0.0, math.inf)
+    assert kernels.least_squares(*sides, 200, share * error) == expected
 
 
 def test_figures_of_a_scale_with_a_zero_point() -> None:
