@@ -76,7 +76,7 @@ class Distribution:
     @property
     def amax(self) -> float:
         """Largest absolute value; 0 when there are no values."""
-        return float(self.absolute[0][-1]) if self.values.size else 0.0
+        return float(max(abs(self.values[0]), abs(self.values[-1]))) if self.values.size else 0.0
 
     def order_statistic(self, rank: int) -> np.float32:
         """The absolute value at 0-based ``rank`` in ascending order."""
