@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from quambase.analyzer.by_group import of_each
-from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
+from quambase.analyzer.scale_groups import ScaleGroup, scale_groups_by_layer
 from quambase.analyzer.sixteen_bit import Mix, choose, frontier
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.analyzer.summary import summarize
@@ -87,7 +87,7 @@ def analyze(
                  group, each head group, each smallest group of a divided site (each includes the coarser ones).
                  None: what the INT8 model reads, ``tensor`` of a Mamba-1 and ``group`` of a Mamba-2
     out          where to write; None writes nothing
-    progress     shown on stderr, or a function that is called with (groups done, groups in all)
+    progress     shown on stderr, or a function that is called with (layers done, layers in all); the head is one
     target       which INT8 model `selected` is for: ``quambase``'s own, or ``upstream``'s, whose Hadamard quantizer at
                  out_proj:input wraps where ours clamps, so that only scales that clip nothing are selected there
     force        replace ``out`` even if it is no scale table
@@ -116,22 +116,22 @@ def analyze(
         if not force:
             refuse_fewer_labels(out, [choice.label for choice in choices])
     rows: list[dict[str, Any]] = []
-    with Progress(progress) as shown:
-        with StatsDB(db, run) as database:
-            shown.say("reading the distributions")
-            manifests = sorted(database.runs, key=lambda manifest: manifest.run)
-            notes = [*database.notes, *(line for manifest in manifests for line in _warnings(database, manifest))]
-            groups = {m.run: scale_groups(database, m.run, granularity) for m in manifests}
+    with Progress(progress) as shown, StatsDB(db, run) as database:
+        manifests = sorted(database.runs, key=lambda manifest: manifest.run)
+        notes = [*database.notes, *(line for manifest in manifests for line in _warnings(database, manifest))]
         named = "all" not in (strategies or ["all"]) and any(c.strategy.needs_sensitivity for c in choices)
         mixed = keep is not None or budget is not None
-        sensitive = _sensitive(manifests, groups, asked=select == EFFECT or named or mixed)
-        works = [group.distribution.values.size for of_run in groups.values() for group in of_run]
-        shown.start("analyze", len(works), sum(works), unit="groups")
-        for run_id, of_run in groups.items():
+        sensitive = _sensitive(database, asked=select == EFFECT or named or mixed)
+        layers = {manifest.run: database.layers(manifest.run) for manifest in manifests}
+        size = sum(sum(of_run.values()) for of_run in layers.values())
+        shown.start("analyze", sum(map(len, layers.values())), size, unit="layers")
+        for run_id, of_run in layers.items():
             made = partial(
                 group_rows, run_id, choices=choices, target=target, select=select, sensitive=run_id in sensitive
             )
-            rows += [row for _, of_group in of_each(made, of_run, shown) for row in of_group]
+            by_layer = scale_groups_by_layer(database, run_id, granularity)
+            for work, groups in zip(of_run.values(), by_layer, strict=True):
+                rows += [row for _, of_group in of_each(made, groups, shown, 1, work) for row in of_group]
     table = pa.Table.from_pylist(rows, schema=SCALES)
     by = select or (EFFECT if sensitive else MSE)
     provenance = provenance_of(manifests, granularity or "the model's", target, by)
@@ -244,10 +244,10 @@ def _check_mixed(keep: int | None, budget: float | None, target: str, run: str |
         raise DataInvalid(f"budget is {budget} nats a token; expected a positive number, such as 0.003")
 
 
-def _sensitive(manifests: list[Manifest], groups: dict[str, list[ScaleGroup]], *, asked: bool) -> set[str]:
+def _sensitive(database: StatsDB, *, asked: bool) -> set[str]:
     """The runs that have sensitivities. DatabaseInvalid where they are ``asked`` for and a run has none."""
-    found = {run for run, of_run in groups.items() if any(group.sensitivity for group in of_run)}
-    missing = [manifest.run for manifest in manifests if manifest.run not in found]
+    found = {manifest.run for manifest in database.runs if database.sensitivity_tokens(manifest.run)}
+    missing = sorted(manifest.run for manifest in database.runs if manifest.run not in found)
     if asked and missing:
         raise DatabaseInvalid(
             f"run {missing[0]} has no sensitivities, which predicted effects need; collect it again with --sensitivity"

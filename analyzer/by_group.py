@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -19,22 +19,34 @@ Python's, so more workers would wait for the interpreter.
 
 
 def of_each(
-    function: Callable[[ScaleGroup], Result], groups: Sequence[ScaleGroup], shown: Progress
+    function: Callable[[ScaleGroup], Result],
+    groups: Sequence[ScaleGroup],
+    shown: Progress,
+    units: float,
+    work: float | None = None,
 ) -> Iterator[tuple[ScaleGroup, Result]]:
     """Each of ``groups`` with what ``function`` makes of it, in their order.
 
-    ``shown`` counts groups; the work of each is its number of distinct values, to which the time of a strategy is
-    proportional. The first group is computed by itself in this thread, so that ``shown`` can tell of kernels that are
-    compiled. Groups that have not begun are left when one fails or the reader stops.
+    ``shown`` is told of ``units`` and ``work`` for all of them, None: `work_of` them. The first group is computed by
+    itself in this thread, so that ``shown`` can tell of kernels that are compiled. Groups that have not begun are left
+    when one fails or the reader stops.
     """
     pool = ThreadPoolExecutor(WORKERS)
     coming: list[Future[Result]] = []
+    whole = work_of(groups)
     try:
         for place, group in enumerate(groups):
-            with shown.piece(1, group.distribution.values.size, f"layer {group.layer} {group.site}"):
+            share = work_of([group]) / whole
+            part = whole if work is None else work
+            with shown.piece(units / len(groups), share * part, f"layer {group.layer} {group.site}"):
                 result = coming[place - 1].result() if place else function(group)
             if not place:
                 coming = [pool.submit(function, each) for each in groups[1:]]
             yield group, result
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def work_of(groups: Iterable[ScaleGroup]) -> int:
+    """The distinct values of all groups, to which the time of a strategy is proportional; one more for each group."""
+    return sum(1 + group.distribution.values.size for group in groups)

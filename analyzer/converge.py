@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from quambase.analyzer.by_group import of_each
+from quambase.analyzer.by_group import of_each, work_of
 from quambase.analyzer.convergence import Measured, next_step, sizes_table, strategies_table, summarize
 from quambase.analyzer.scale_groups import ScaleGroup, default_granularity, scale_groups
 from quambase.analyzer.site.one_site import one_run
@@ -222,13 +222,14 @@ class _Plan:
         """Every strategy on every subsample at every one of ``groups``; the counts of one layer at a time are read."""
         (manifest,) = database.runs
         level = default_granularity(manifest.model.family)
-        shown.start("converge", len(groups), sum(group.distribution.values.size for group in groups), unit="scales")
+        shown.start("converge", len(groups), work_of(groups), unit="scales")
         found: dict[str, list[ByUnits | None]] = {}
         for layer, members in groupby(groups, key=lambda group: group.layer):
             counts: dict[tuple[str, str], BlockCounts] = {}
             if BLOCKS in self.subsamples:
                 counts = database.block_counts(manifest.run, layer, self.subsamples[BLOCKS].count, level)
-            for _, values in of_each(partial(self._at, counts), list(members), shown):
+            of_layer = list(members)
+            for _, values in of_each(partial(self._at, counts), of_layer, shown, len(of_layer)):
                 for label, of_label in values.items():
                     found.setdefault(label, []).append(of_label)
         return [

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -98,21 +99,32 @@ def default_granularity(family: str) -> str:
 
 
 def scale_groups(database: StatsDB, run: str, granularity: str | None = None) -> list[ScaleGroup]:
-    """Every scale group of ``run`` in model order; ``granularity`` as in `StatsDB.distributions`, None: the default."""
+    """Every scale group of a run; ``granularity`` as in `StatsDB.distributions`, None for the model's own."""
+    return list(chain.from_iterable(scale_groups_by_layer(database, run, granularity)))
+
+
+def scale_groups_by_layer(
+    database: StatsDB, run: str, granularity: str | None = None, layers: Iterable[int] | None = None
+) -> Iterator[list[ScaleGroup]]:
+    """The scale groups of each of ``layers``; None: of every one, the head (-1) last. One is in memory at a time."""
     family = database.manifest(run).model.family
-    stored = database.documents(run)
-    found = []
     level = granularity or default_granularity(family)
-    listed, sensitivities = list(database.distributions(run, level)), database.sensitivities(run, level)
+    stored = database.documents(run)
     states = database.channel_amax(run, STATE) if family == MAMBA2 else {}
-    finest = {(layer, site): granularity_of(name) for layer, site, name, _ in listed}  # the last one listed is
-    for layer, site, name, distribution in listed:
-        innermost = granularity_of(name) == finest[layer, site]
-        documents = _documents(stored, layer, site, name, distribution)
-        state_amax = _state_amax(states, layer, name) if site == STATE and states else None
-        sensitivity = sensitivities.get((layer, STATE_BY_CHANNEL if site == STATE else site, name))
-        found.append(ScaleGroup(layer, site, name, distribution, documents, family, innermost, state_amax, sensitivity))
-    return found
+    for layer in database.layers(run) if layers is None else layers:
+        listed = [(site, name, found) for _, site, name, found in database.distributions(run, level, layer)]
+        sensitivities = database.sensitivities(run, level, layer)
+        finest = {site: granularity_of(name) for site, name, _ in listed}  # the last one listed is
+        found = []
+        for site, name, distribution in listed:
+            documents = _documents(stored, layer, site, name, distribution)
+            innermost = granularity_of(name) == finest[site]
+            state_amax = _state_amax(states, layer, name) if site == STATE and states else None
+            sensitivity = sensitivities.get((layer, STATE_BY_CHANNEL if site == STATE else site, name))
+            found.append(
+                ScaleGroup(layer, site, name, distribution, documents, family, innermost, state_amax, sensitivity)
+            )
+        yield found
 
 
 def _members(smallest: list[str], name: str) -> list[str]:

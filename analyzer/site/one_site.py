@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
+from quambase.analyzer.scale_groups import ScaleGroup, scale_groups_by_layer
 from quambase.schema.errors import UnknownName
 from quambase.schema.groups import GROUP
 from quambase.schema.sites import WHOLE
@@ -29,10 +29,11 @@ def chosen_site(database: StatsDB, site: str | None, layer: int | None) -> tuple
 def chosen_group(database: StatsDB, site: str | None, layer: int | None, group: str = WHOLE) -> ScaleGroup:
     """The scale group ``group`` of `chosen_site` of the one run opened. UnknownName: the site has no such group."""
     (manifest,) = database.runs
-    key = chosen_site(database, site, layer)
-    found = {g.group_name: g for g in scale_groups(database, manifest.run, GROUP) if (g.layer, g.site) == key}
+    layer, site = chosen_site(database, site, layer)
+    (of_layer,) = scale_groups_by_layer(database, manifest.run, GROUP, [layer])
+    found = {each.group_name: each for each in of_layer if each.site == site}
     if group not in found:
-        raise UnknownName.of(f"group of {key[1]}", group, found, where=f"run {manifest.run}")
+        raise UnknownName.of(f"group of {site}", group, found, where=f"run {manifest.run}")
     return found[group]
 
 

@@ -6,6 +6,7 @@ import itertools
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -275,25 +276,42 @@ class StatsDB:
             raise UnknownName.of("run", run, found)
         return found[run]
 
-    def distributions(self, run: str, granularity: str = TENSOR) -> Iterator[tuple[int, str, str, Distribution]]:
-        """(layer, site, group_name, distribution) of every scale group of ``run``, in model order, head last.
+    def layers(self, run: str) -> dict[int, int]:
+        """The layers of ``run`` in model order, the head (-1) last, and how many rows of `counts` each has."""
+        found = Counter[int]()
+        for path in self._paths(self.manifest(run), "counts"):
+            values = pq.read_table(path, columns=["layer"], partitioning=None)["layer"].value_counts()
+            found.update({entry["values"]: entry["counts"] for entry in values.to_pylist()})
+        return dict(sorted(found.items(), key=lambda entry: (entry[0] < 0, entry[0])))
+
+    def distributions(
+        self, run: str, granularity: str = TENSOR, layer: int | None = None
+    ) -> Iterator[tuple[int, str, str, Distribution]]:
+        """(layer, site, group_name, distribution) of every scale group of ``run``, in model order, head last; of one
+        ``layer``, where it is given.
 
         ``tensor``: the whole of each site (``all``). ``ssd_group``, ``head_group``, ``group``: that, then, up to this
         granularity and coarse to fine, the groups that a site is divided into.
         """
         if granularity not in GRANULARITIES:
             raise UnknownName.of("granularity", granularity, GRANULARITIES)
-        table = self._read(run, "counts")
-        for layer, site, name, (values, counts) in _scale_groups(table, ("value", "count"), granularity):
-            yield layer, site, name, Distribution.of_rows(values, counts)
+        table = self._read(run, "counts", layer)
+        for place, site, name, (values, counts) in _scale_groups(table, ("value", "count"), granularity):
+            yield place, site, name, Distribution.of_rows(values, counts)
 
-    def sensitivities(self, run: str, granularity: str = TENSOR) -> dict[tuple[int, str, str], Sensitivity]:
+    def sensitivity_tokens(self, run: str) -> int:
+        """How many tokens the sensitivities of ``run`` are from; 0 for a run without."""
+        return int(self.manifest(run).identity.get("sensitivity", {}).get("tokens", 0))
+
+    def sensitivities(
+        self, run: str, granularity: str = TENSOR, layer: int | None = None
+    ) -> dict[tuple[int, str, str], Sensitivity]:
         """The scale groups of which ``run`` has sensitivities, as `distributions` names them; none of most runs."""
-        tokens = int(self.manifest(run).identity.get("sensitivity", {}).get("tokens", 0))
-        table = self._read(run, "sensitivities") if tokens else RUN_TABLES["sensitivities"].empty_table()
+        tokens = self.sensitivity_tokens(run)
+        table = self._read(run, "sensitivities", layer) if tokens else RUN_TABLES["sensitivities"].empty_table()
         return {
-            (layer, site, name): Sensitivity.of_rows(values, squares, tokens)
-            for layer, site, name, (values, squares) in _scale_groups(table, ("value", "gradient_sq"), granularity)
+            (place, site, name): Sensitivity.of_rows(values, squares, tokens)
+            for place, site, name, (values, squares) in _scale_groups(table, ("value", "gradient_sq"), granularity)
         }
 
     def block_counts(
@@ -302,9 +320,7 @@ class StatsDB:
         """The counts of each of the ``blocks`` blocks of ``run`` in one layer, by (site, group_name) of the scale
         groups as `distributions` names them; empty unless the run was collected with ``by_block``.
         """
-        paths = self._paths(self.manifest(run), "block_counts")
-        dataset = _dataset(paths, RUN_TABLES["block_counts"])
-        table = dataset.to_table(filter=pc.field("layer") == layer) if paths else dataset
+        table = self._read(run, "block_counts", layer)
         columns = "value", "count", "block"
         return {
             (site, name): BlockCounts.of_rows(values, counts, numbers, blocks)
@@ -334,11 +350,12 @@ class StatsDB:
         rows = self.query("channel_amax", {"run": run, "site": site})
         return {(r["layer"], r["group_name"]): np.array(r["amax"], np.float32) for r in rows.to_pylist()}
 
-    def _read(self, run: str, name: str) -> pa.Table:
+    def _read(self, run: str, name: str, layer: int | None = None) -> pa.Table:
+        """The rows of a run's table, of one layer or of all, in their order."""
         paths = self._paths(self.manifest(run), name)
         if not paths:
             return RUN_TABLES[name].empty_table()
-        return pq.read_table([str(path) for path in paths], read_dictionary=_words(RUN_TABLES[name]), partitioning=None)
+        return _dataset(paths, RUN_TABLES[name]).to_table(filter=None if layer is None else pc.field("layer") == layer)
 
     def _paths(self, manifest: Manifest, name: str) -> list[Path]:
         """The files of a run's table."""

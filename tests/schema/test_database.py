@@ -204,6 +204,19 @@ def test_distributions_by_group(db: StatsDB) -> None:
         next(db.distributions("run-a", "chanel"))
 
 
+def test_layers_one_at_a_time_are_all_of_them(db: StatsDB) -> None:
+    rows = db.sql("SELECT layer, count(*) AS n FROM counts WHERE run = 'run-a' GROUP BY ALL").to_pylist()
+    layers = db.layers("run-a")
+    assert layers == {row["layer"]: row["n"] for row in rows} and list(layers)[-1] == -1
+    together = list(db.distributions("run-a", "group"))
+    apart = [found for layer in layers for found in db.distributions("run-a", "group", layer)]
+    assert [key[:3] for key in apart] == [key[:3] for key in together]
+    for (*_, one), (*_, other) in zip(apart, together, strict=True):
+        np.testing.assert_array_equal(one.values, other.values)
+        np.testing.assert_array_equal(one.counts, other.counts)
+    assert not list(db.distributions("run-a", "group", 77))
+
+
 def test_documents_come_in_file_order(db: StatsDB) -> None:
     series = db.documents("run-a")[1, "in_proj:output", "all"]
     assert series.documents.tolist() == list(NUMBERS)
