@@ -106,7 +106,9 @@ def scale_groups(database: StatsDB, run: str, granularity: str | None = None) ->
 def scale_groups_by_layer(
     database: StatsDB, run: str, granularity: str | None = None, layers: Iterable[int] | None = None
 ) -> Iterator[list[ScaleGroup]]:
-    """The scale groups of each of ``layers``; None: of every one, the head (-1) last. One is in memory at a time."""
+    """The scale groups of each of ``layers``; None: of every one, the head (-1) last. Each layer is read when it is
+    asked for.
+    """
     family = database.manifest(run).model.family
     level = granularity or default_granularity(family)
     stored = database.documents(run)

@@ -31,7 +31,7 @@ from quambase.schema.sites import site_order
 from quambase.schema.sql.answer import Answer
 from quambase.schema.sql.limits import Limits, Watch, out_of_memory
 from quambase.schema.sql.queries import named_queries, sql_file
-from quambase.schema.sql.views import comments
+from quambase.schema.sql.views import VIEWS, comments
 from quambase.schema.stored.manifest import Manifest
 from quambase.schema.stored.results import EVALUATION, read_results
 from quambase.schema.stored.runs import runs_table, select_runs
@@ -401,8 +401,9 @@ class StatsDB:
         if self.results_notes is None and "results" in asked:
             self._read_results()
         if not self._commented and any(word in asked for word in ("duckdb_", "information_schema")):
-            self._commented = True
+            # By another connection, so that they outlive a transaction that the user takes back.
             self._connection.cursor().execute("\n".join(comments()))
+            self._commented = True
 
     def _read_results(self) -> None:
         """Fill the view `results`. Other queries do not need its files, so a damaged one does not stop them."""
@@ -418,10 +419,9 @@ class StatsDB:
     def _explain(self, message: str) -> str:
         """DuckDB's message as one line that says what to do."""
         if found := re.search(r"Table with name (\S+) does not exist", message):
-            views = self._names("views")
-            return str(UnknownName.of("view", found[1], views))
+            return str(UnknownName.of("view", found[1], VIEWS))
         if found := re.search(r'Referenced column "(.+?)" not found', message):
-            columns = self._names("columns")
+            columns = {column for view in VIEWS.values() for column in view.columns}
             hint = re.search(r"Candidate bindings: (.+)", message)
             nearest = re.findall(r'"([^"]+)"', hint[1]) if hint else []
             return str(UnknownName.of("column", found[1], nearest or columns))
@@ -431,12 +431,6 @@ class StatsDB:
             return f"a query may read the database's views and nothing else ({what}); --unsafe lifts that"
         lines = [line.strip() for line in message.splitlines() if line.strip() and line.strip() != "^"]
         return " ".join(lines) + "; see the views and columns with `quambase sql --schema`"
-
-    def _names(self, query: str) -> list[str]:
-        """The one column of a named query on the catalog, also while a transaction of the user is aborted."""
-        asked = named_queries()[query]
-        self._prepare(asked)
-        return [str(row[0]) for row in self._connection.cursor().sql(asked).fetchall()]
 
 
 def _words(schema: pa.Schema) -> list[str]:

@@ -99,14 +99,6 @@ SELECT DISTINCT site FROM site_stats;
 -- The layers of the opened runs.
 SELECT DISTINCT layer FROM site_stats;
 
--- name: views
--- The views that a query can name.
-SELECT view_name FROM duckdb_views() WHERE NOT internal AND comment IS NOT NULL;
-
--- name: columns
--- The columns that a query can name.
-SELECT DISTINCT column_name FROM duckdb_columns() WHERE comment IS NOT NULL;
-
 -- name: schema
 -- Every view and table macro and its columns; a view's own row comes first.
 WITH listed AS (

@@ -450,6 +450,7 @@ def test_names_are_known_while_a_transaction_is_aborted(fabricated_database: Pat
             ("SELECT error('stop')", "stop"),
             ("SELECT * FROM nothing_here", "unknown view 'nothing_here'"),
             ("SELECT 1", "aborted"),
+            ("SELECT comment FROM duckdb_views()", "aborted"),
         ):
             with pytest.raises(QueryInvalid, match=message):
                 db.sql(query)
