@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from quambase.analyzer.by_group import of_each
 from quambase.analyzer.pictures.numbers.channels import Channel, channels_of_every_site
 from quambase.analyzer.pictures.numbers.error_curve import error_curve
 from quambase.analyzer.pictures.numbers.histogram import histogram
 from quambase.analyzer.pictures.numbers.largest_tokens import largest_tokens_of_every_site
 from quambase.analyzer.pictures.numbers.marks import marks
 from quambase.analyzer.pictures.numbers.positions import Positions, tokens
-from quambase.analyzer.scale_groups import ScaleGroup, scale_groups
+from quambase.analyzer.scale_groups import ScaleGroup, scale_groups_by_layer
 from quambase.schema.progress import Progress
 from quambase.schema.sites import FAMILIES, SAMPLED_STATE_SITES, STATE_SITES, WHOLE, Site, SiteKey
 from quambase.schema.sql.database import StatsDB
@@ -65,17 +66,22 @@ def site_pages(
     """
     run = manifest.run
     of_group = _by_group(rows)
-    groups = scale_groups(database, run)
-    shown.start("report", len(groups), sum(group.distribution.values.size for group in groups), unit="scales")
+    layers = database.layers(run)
+    shown.start("report", len(layers), sum(layers.values()), unit="layers")
     channels, largest = channels_of_every_site(database, run), largest_tokens_of_every_site(database, run, TOKENS)
     known = {site.name: site for site in FAMILIES.get(manifest.model.family, ())}
+
+    def described(group: ScaleGroup) -> Page:
+        return _group(group, of_group.get((group.layer, group.site, group.group_name), []))
+
+    made = (
+        each
+        for work, groups in zip(layers.values(), scale_groups_by_layer(database, run), strict=True)
+        for each in of_each(described, groups, shown, 1, work)
+    )
     pages = []
-    for (layer, site), members in groupby(groups, key=lambda group: (group.layer, group.site)):
-        found = []
-        for group in members:
-            with shown.piece(1, group.distribution.values.size, f"layer {layer} {site}"):
-                mine = of_group.get((layer, site, group.group_name), [])
-                found.append(_group(group, mine))
+    for (layer, site), members in groupby(made, key=lambda each: (each[0].layer, each[0].site)):
+        found = [page for _, page in members]
         pages.append(
             {
                 "layer": layer,
