@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from quambase.analyzer.by_group import of_each
-from quambase.analyzer.scale_groups import ScaleGroup, scale_groups_by_layer
+from quambase.analyzer.by_group import of_every
+from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.analyzer.sixteen_bit import Mix, choose, frontier
 from quambase.analyzer.strategies import Choice, Scale, parse_labels
 from quambase.analyzer.summary import summarize
@@ -122,16 +122,14 @@ def analyze(
         named = "all" not in (strategies or ["all"]) and any(c.strategy.needs_sensitivity for c in choices)
         mixed = keep is not None or budget is not None
         sensitive = _sensitive(database, asked=select == EFFECT or named or mixed)
-        layers = {manifest.run: database.layers(manifest.run) for manifest in manifests}
-        size = sum(sum(of_run.values()) for of_run in layers.values())
-        shown.start("analyze", sum(map(len, layers.values())), size, unit="layers")
-        for run_id, of_run in layers.items():
-            made = partial(
-                group_rows, run_id, choices=choices, target=target, select=select, sensitive=run_id in sensitive
-            )
-            by_layer = scale_groups_by_layer(database, run_id, granularity)
-            for work, groups in zip(of_run.values(), by_layer, strict=True):
-                rows += [row for _, of_group in of_each(made, groups, shown, 1, work) for row in of_group]
+        layers = [database.layers(manifest.run) for manifest in manifests]
+        work = sum(sum(of_run.values()) for of_run in layers)
+        shown.start("analyze", sum(map(len, layers)), work, unit="layers")
+        for manifest in manifests:
+            run_id, by_effect = manifest.run, manifest.run in sensitive
+            made = partial(group_rows, run_id, choices=choices, target=target, select=select, sensitive=by_effect)
+            for _, of_group in of_every(made, database, run_id, shown, granularity):
+                rows += of_group
     table = pa.Table.from_pylist(rows, schema=SCALES)
     by = select or (EFFECT if sensitive else MSE)
     provenance = provenance_of(manifests, granularity or "the model's", target, by)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from quambase.analyzer.scale_groups import ScaleGroup
+from quambase.analyzer.scale_groups import ScaleGroup, scale_groups_by_layer
 from quambase.schema.progress import Progress
+from quambase.schema.sql.database import StatsDB
 
 Result = TypeVar("Result")
 
@@ -36,15 +37,30 @@ def of_each(
     whole = work_of(groups)
     try:
         for place, group in enumerate(groups):
-            share = work_of([group]) / whole
-            part = whole if work is None else work
-            with shown.piece(units / len(groups), share * part, f"layer {group.layer} {group.site}"):
+            mine = work_of([group]) * (1.0 if work is None else work / whole)
+            with shown.piece(units / len(groups), mine, f"layer {group.layer} {group.site}"):
                 result = coming[place - 1].result() if place else function(group)
             if not place:
                 coming = [pool.submit(function, each) for each in groups[1:]]
             yield group, result
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def of_every(
+    function: Callable[[ScaleGroup], Result],
+    database: StatsDB,
+    run: str,
+    shown: Progress,
+    granularity: str | None = None,
+) -> Iterator[tuple[ScaleGroup, Result]]:
+    """`of_each` of every scale group of ``run``, a layer in memory at a time; ``granularity`` as in `scale_groups`.
+
+    ``shown`` counts layers; the work of each is its rows of `counts`. Errors: those of `StatsDB.distributions`.
+    """
+    layers = database.layers(run)
+    for work, groups in zip(layers.values(), scale_groups_by_layer(database, run, granularity, layers), strict=True):
+        yield from of_each(function, groups, shown, 1, work)
 
 
 def work_of(groups: Iterable[ScaleGroup]) -> int:

@@ -413,8 +413,9 @@ def errors_by_highest(
     ratio: float,
     steps: int,
 ) -> tuple[Float64, float]:
-    """For each ``highest`` 0..BOUNDARIES the least error at any of the scales top, top ratio, top ratio^2, ...; and the
-    scale of the least of all. At most ``steps`` scales; it ends before where clipping alone costs more than the least.
+    """For each ``highest`` 0..BOUNDARIES (codes,) the least error at any of the scales top, top ratio, top ratio^2 ...
+    and the scale of the least of all. At most ``steps`` scales; it ends before where clipping alone costs more than the
+    least. Without signal: zeros, and 0.
 
     The other arguments are those of `least_squares`. At one scale the boundaries of the codes are the same for every
     ``highest``, which only says how many of them lie above zero.

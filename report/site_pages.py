@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from quambase.analyzer.by_group import of_each
+from quambase.analyzer.by_group import of_every
 from quambase.analyzer.pictures.numbers.channels import Channel, channels_of_every_site
 from quambase.analyzer.pictures.numbers.error_curve import error_curve
 from quambase.analyzer.pictures.numbers.histogram import histogram
 from quambase.analyzer.pictures.numbers.largest_tokens import largest_tokens_of_every_site
 from quambase.analyzer.pictures.numbers.marks import marks
 from quambase.analyzer.pictures.numbers.positions import Positions, tokens
-from quambase.analyzer.scale_groups import ScaleGroup, scale_groups_by_layer
+from quambase.analyzer.scale_groups import ScaleGroup
 from quambase.schema.progress import Progress
 from quambase.schema.sites import FAMILIES, SAMPLED_STATE_SITES, STATE_SITES, WHOLE, Site, SiteKey
 from quambase.schema.sql.database import StatsDB
@@ -74,11 +74,7 @@ def site_pages(
     def described(group: ScaleGroup) -> Page:
         return _group(group, of_group.get((group.layer, group.site, group.group_name), []))
 
-    made = (
-        each
-        for work, groups in zip(layers.values(), scale_groups_by_layer(database, run), strict=True)
-        for each in of_each(described, groups, shown, 1, work)
-    )
+    made = of_every(described, database, run, shown)
     pages = []
     for (layer, site), members in groupby(made, key=lambda each: (each[0].layer, each[0].site)):
         found = [page for _, page in members]
